@@ -1,0 +1,127 @@
+"""Model folders: ``model.safetensors`` (the EMA weights are the model) and ``config.json``, written last.
+
+    MODEL/model.safetensors   weights, float32
+    MODEL/config.json         ModelConfig: all that is needed to build, sample and trace the model
+"""
+
+import hashlib
+import json
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from kac import files
+from kac.errors import CheckpointError
+from kac.networks import NetworkConfig, ResidualMLP, build_network
+from kac.path import PathConfig
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+SCHEMA_VERSION = 1
+
+
+class ModelConfig(BaseModel):
+    """What a model is and where it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["teacher", "student"]
+    network: NetworkConfig
+    path: PathConfig
+    data: str = Field(description="name of the dataset the teacher learned")
+    sample_shape: tuple[int, ...]
+    num_classes: int
+    class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
+    steps: int | None = Field(None, description="macro steps of a student; None for a teacher")
+    guidance: float | None = Field(None, description="guidance scale built into a student; None for a teacher")
+    weights_sha256: str = ""
+    fingerprint: str = Field("", description="fingerprint of the spec that made the model")
+    teacher_sha256: str | None = Field(None, description="a student's teacher, by its weights")
+    store_fingerprint: str | None = Field(None, description="the store a student was made from")
+
+
+class Model(NamedTuple):
+    """A loaded model."""
+
+    network: ResidualMLP
+    config: ModelConfig
+
+
+def save_model(path: str, network: nn.Module, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
+    """Write the folder ``path`` (local or s3://): the weights first, then the config that makes them a model.
+
+    Args:
+        weights: the network's state dict to be saved, which is the EMA's.
+
+    Returns:
+        The config as written, with the weights' sha256.
+    """
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    if expected != found:
+        raise CheckpointError(f"{path}: the weights to be saved are not those of the network")
+    data = safetensors.torch.save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
+    config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
+    files.write_bytes(files.join(path, WEIGHTS_FILE), data)
+    files.write_bytes(files.join(path, CONFIG_FILE), json.dumps(config.model_dump(mode="json"), indent=2).encode())
+    return config
+
+
+def load_config(path: str) -> ModelConfig:
+    """The config of the model folder ``path``.
+
+    Raises:
+        CheckpointError: no model, an unreadable config, or one of a newer version.
+    """
+    try:
+        raw = files.read_bytes(files.join(path, CONFIG_FILE))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path}: expected a model folder with {CONFIG_FILE}, found none: train one, or mend the path"
+        ) from None
+    try:
+        values: dict[str, Any] = json.loads(raw)
+        version = values.get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a JSON object, found {error}") from None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: expected schema version {SCHEMA_VERSION} or older, found {version}: use a newer distillkac"
+        )
+    try:
+        return ModelConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}/{CONFIG_FILE}: {field}: {first['msg']}: not a config of this project") from None
+
+
+def load_model(path: str, device: torch.device | str = "cpu") -> Model:
+    """Build the network of the model folder ``path`` and load its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: a missing, damaged or foreign folder; the message says which file and why.
+    """
+    config = load_config(path)
+    weights_path = files.join(path, WEIGHTS_FILE)
+    try:
+        data = files.read_bytes(weights_path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, found none") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != config.weights_sha256:
+        raise CheckpointError(
+            f"{weights_path}: expected sha256 {config.weights_sha256[:12]}... as {CONFIG_FILE} says, "
+            f"found {found[:12]}...: the weights are damaged or of another model"
+        )
+    network = build_network(config.network, config.sample_shape, config.num_classes)
+    try:
+        network.load_state_dict(safetensors.torch.load(data))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {reason}") from None
+    return Model(network.eval().requires_grad_(False).to(device), config)

@@ -1,0 +1,204 @@
+"""Local folders and ``s3://`` prefixes behind one door, and files that are published whole or not at all.
+
+S3 endpoint and keys come from the standard AWS_* variables alone; nothing here reads or prints them.
+"""
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from kac.errors import DistillKacError
+
+S3_OPTIONS: dict[str, Any] = {
+    # Another process may publish at any moment: a cached listing is a wrong one.
+    "use_listings_cache": False,
+    # Readers here ask for exact ranges (Parquet footers and column chunks); read-ahead would fetch the other columns.
+    "default_cache_type": "none",
+    # 503 SlowDown, resets and time-outs are retried with back-off by botocore, and the end of it is an error.
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}, "connect_timeout": 10, "read_timeout": 60},
+}
+
+TEMPORARY_SUFFIX = ".tmp"
+STALE_SECONDS = 3600.0
+"""A temporary file of another host is an orphan after this long."""
+
+
+class Location(NamedTuple):
+    """A filesystem and a path on it."""
+
+    fs: AbstractFileSystem
+    path: str
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.fs, f"{self.path.rstrip('/')}/{name}")
+
+
+def locate(path: str) -> Location:
+    """The filesystem of a path or URI, and the path there.
+
+    Raises:
+        DistillKacError: a URI scheme that is not installed.
+    """
+    options = S3_OPTIONS if path.startswith("s3://") else {}
+    try:
+        fs, inner = fsspec.core.url_to_fs(path, **options)
+    except (ImportError, ValueError) as error:
+        raise DistillKacError(f"{path}: expected a local path or s3:// URI, found {error}") from None
+    return Location(fs, inner.rstrip("/"))
+
+
+def join(path: str, name: str) -> str:
+    """``name`` below a path or URI."""
+    return f"{path.rstrip('/')}/{name}"
+
+
+def exists(path: str) -> bool:
+    location = locate(path)
+    return bool(location.fs.exists(location.path))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    location = locate(path)
+    return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
+
+
+def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
+    """Publish ``data`` under ``path``: readers see all of it or nothing.
+
+    Locally a temporary file is synced and renamed; on S3 it is one PUT or a completed multipart upload.
+
+    Args:
+        if_absent: leave a file that is already there as it is.
+
+    Returns:
+        False if ``if_absent`` and there was one.
+    """
+    location = locate(path)
+    if isinstance(location.fs, LocalFileSystem):
+        return _write_local(location.path, data, if_absent)
+    if if_absent and location.fs.exists(location.path):
+        return False
+    try:
+        location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and all below it, if it is there."""
+    location = locate(path)
+    if location.fs.exists(location.path):
+        location.fs.rm(location.path, recursive=True)
+
+
+def check_writable(path: str) -> None:
+    """Raise now what the first write below ``path`` would raise hours later.
+
+    Raises:
+        DistillKacError: nothing can be written there.
+    """
+    probe = join(path, f".probe-{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        write_bytes(probe, b"")
+        location = locate(probe)
+        location.fs.rm_file(location.path)
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DistillKacError(f"{path}: expected a place that can be written to, found: {reason}") from None
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """A local file with the contents of ``path``, for libraries that read only local files."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, os.path.basename(path))
+        with open(target, "wb") as file:
+            file.write(read_bytes(path))
+        yield target
+
+
+def temporary_name(path: str) -> str:
+    """A hidden name beside ``path`` that says which process writes it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's base name is one of ``temporary_name``'s."""
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def remove_orphans(folder: str) -> int:
+    """Remove what dead writers left in a local folder; returns how many. On S3 there is nothing to remove:
+    an unfinished upload is no object."""
+    location = locate(folder)
+    if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
+        return 0
+    orphans = [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
+    for entry in orphans:
+        os.unlink(entry.path)
+    return len(orphans)
+
+
+def _is_orphan(entry: "os.DirEntry[str]") -> bool:
+    parts = entry.name.split(".")
+    host, pid = ".".join(parts[2:-3]), parts[-3]
+    # The name of the target may hold dots: the host's name is then a suffix of what stands before the pid.
+    if host.endswith(socket.gethostname()) and pid.isdigit():
+        return not os.path.exists(f"/proc/{pid}") if os.path.isdir("/proc/self") else not _alive(int(pid))
+    return time.time() - entry.stat().st_mtime > STALE_SECONDS
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if if_absent:
+            return _link(temporary, path)
+        os.replace(temporary, path)
+        return True
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Give the file its name unless another process was first."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a filesystem without hard links: the rename is atomic too, but the later writer wins
+        os.replace(temporary, path)
+    return True

@@ -1,0 +1,158 @@
+"""Paths between data (t = 0) and noise (t = 1): where a point is at time t, and the velocity to be learned.
+
+A schedule returns its value together with its derivative, so that the two cannot drift apart.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from torch import Tensor
+
+from kac.process import KacProcess
+
+
+class ScheduleValue(NamedTuple):
+    value: Tensor
+    derivative: Tensor
+
+
+class Schedule(NamedTuple):
+    """A scalar function of t on [0, 1], and the supremum of its slope's absolute value there."""
+
+    at: "ScheduleFunction"
+    slope_bound: float
+
+
+class ScheduleFunction(Protocol):
+    def __call__(self, t: Tensor) -> ScheduleValue: ...
+
+
+SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
+"""f(t), the share of the data: f(0) = 1, f(1) = 0."""
+
+CLOCKS = {
+    "linear": Schedule(lambda t: ScheduleValue(t, torch.ones_like(t)), 1.0),
+    "quadratic": Schedule(lambda t: ScheduleValue(t * t, 2 * t), 2.0),
+}
+"""g(t), the time of the Kac process at time t of the path: g(0) = 0."""
+
+SignalName = Literal["linear"]
+ClockName = Literal["linear", "quadratic"]
+
+
+class PathSample(NamedTuple):
+    """Points on the path with their flow-matching targets."""
+
+    x_t: Tensor  # [batch, *sample]
+    target: Tensor  # [batch, *sample], the velocity u_t
+    t: Tensor  # [batch]
+
+
+class Path(Protocol):
+    """What the teacher's loss, the rollout and the students need to know of a path."""
+
+    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample: ...
+
+    def noise(
+        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor: ...
+
+    def speed_limit(self, data_bound: float = 1.0) -> float: ...
+
+
+@dataclass(frozen=True)
+class KacPath:
+    """x_t = f(t) x_0 + K_{g(t)}, every coordinate its own Kac process (arXiv 2509.21513).
+
+    Raises:
+        ValueError: an unknown signal or clock.
+    """
+
+    process: KacProcess = field(default_factory=KacProcess)
+    signal: SignalName = "linear"
+    clock: ClockName = "linear"
+
+    def __post_init__(self) -> None:
+        _known("signal", self.signal, SIGNALS)
+        _known("clock", self.clock, CLOCKS)
+
+    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
+        """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch] in [0, 1].
+
+        The target is u_t = f'(t) x_0 + g'(t) v(K, g(t)).
+        """
+        t_each = _per_sample(t, x_0)
+        signal, clock = SIGNALS[self.signal].at(t_each), CLOCKS[self.clock].at(t_each)
+        elapsed = clock.value.expand(x_0.shape)
+        k = self.process.sample(elapsed, generator)
+        v = self.process.velocity(k.displacement, elapsed, k.is_atom)
+        return PathSample(
+            signal.value * x_0 + k.displacement, signal.derivative * x_0 + clock.derivative * v, t.expand(len(x_0))
+        )
+
+    def noise(
+        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x_1: K_{g(1)} of the given shape, on the generator's device (None: the CPU)."""
+        one = torch.ones(shape, dtype=dtype, device=_device_of(generator))
+        return self.process.sample(CLOCKS[self.clock].at(one).value, generator).displacement
+
+    def speed_limit(self, data_bound: float = 1.0) -> float:
+        """sup|f'| data_bound + c sup g': no component of the true velocity exceeds it for data in +-data_bound."""
+        return SIGNALS[self.signal].slope_bound * data_bound + self.process.c * CLOCKS[self.clock].slope_bound
+
+
+@dataclass(frozen=True)
+class GaussianPath:
+    """Ordinary flow matching behind the same interface: x_t = (1 - t) x_0 + t eps, u_t = eps - x_0."""
+
+    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
+        """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch] in [0, 1]."""
+        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        t_each = _per_sample(t, x_0)
+        return PathSample((1 - t_each) * x_0 + t_each * eps, eps - x_0, t.expand(len(x_0)))
+
+    def noise(
+        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """x_1 = eps of the given shape, on the generator's device (None: the CPU)."""
+        return torch.randn(shape, generator=generator, dtype=dtype, device=_device_of(generator))
+
+    def speed_limit(self, data_bound: float = 1.0) -> float:
+        """Infinite: Gaussian noise has no bound."""
+        return float("inf")
+
+
+class PathConfig(BaseModel):
+    """Which path, in plain values: what specs and checkpoints hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["kac", "gaussian"] = Field("kac", description="kac, or gaussian: ordinary flow matching")
+    a: PositiveFloat = Field(9.0, description="reversal rate of the Kac process, 1/time")
+    c: PositiveFloat = Field(3.0, description="speed of the Kac process, length/time")
+    signal: SignalName = Field("linear", description="f(t), the share of the data: linear is 1 - t")
+    clock: ClockName = Field("linear", description="g(t), the process's time: linear is t, quadratic t^2")
+
+    def build(self) -> Path:
+        """The path these values describe."""
+        if self.kind == "gaussian":
+            return GaussianPath()
+        return KacPath(KacProcess(self.a, self.c), self.signal, self.clock)
+
+
+def _per_sample(t: Tensor, x: Tensor) -> Tensor:
+    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+        raise ValueError(f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}, got {list(t.shape)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def _device_of(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _known(what: str, name: str, table: dict[str, Schedule]) -> None:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}: expected one of {sorted(table)}")

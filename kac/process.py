@@ -1,0 +1,151 @@
+"""The Kac process of one coordinate: a particle of speed c that turns round at Poisson times of rate a.
+
+Its density solves the damped wave equation p_tt + 2 a p_t = c^2 p_xx (arXiv 2506.20641, section 2).
+Below, r = sqrt((ct - x)(ct + x)) and z = a r / c.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SERIES_LIMIT = 0.25
+"""Below this z^2 the Bessel functions are taken from their power series: their ratios have a root at z = 0."""
+
+CDF_NODES = 96
+CDF_REACH = 12.0
+"""The cdf integrates the density over at most this many standard deviations: the rest is below 1e-30."""
+
+
+class KacNoise(NamedTuple):
+    """A draw of the process: where the particle is, and whether it never turned."""
+
+    displacement: Tensor  # K_t, the shape of t, |K_t| <= c t
+    is_atom: Tensor  # bool, the shape of t: no reversal yet, so |K_t| = c t
+
+
+@dataclass(frozen=True)
+class KacProcess:
+    """The damped-wave process with reversal rate ``a`` (1/time) and speed ``c`` (length/time).
+
+    Raises:
+        ValueError: unless a and c are positive and finite.
+    """
+
+    a: float = 9.0
+    c: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("a", self.a), ("c", self.c)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"KacProcess: {name} must be positive and finite, got {value}")
+
+    def sample(self, t: Tensor | float, generator: torch.Generator | None = None) -> KacNoise:
+        """Draw K_t exactly, one independent particle for each element of ``t`` (any shape, t >= 0).
+
+        N ~ Poisson(a t) reversals leave the share B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time to the
+        first direction, and K = +-ct (2B - 1). Under the fair first sign, Beta(k + 1, k) and Beta(k, k) give the
+        same K, so with k = ceil(N/2) only the symmetric beta is needed, and that one has a closed form in two
+        uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
+
+        All randomness comes from ``generator``, which must live on t's device.
+
+        Raises:
+            ValueError: a negative or non-finite t.
+        """
+        t = _as_times(t)
+        if not bool(((t >= 0) & (t < math.inf)).all()):
+            raise ValueError("KacProcess.sample: times must be finite and >= 0")
+        reversals = torch.poisson(self.a * t, generator=generator)
+        draw = {"generator": generator, "dtype": t.dtype, "device": t.device}
+        u = torch.rand(t.shape, **draw)  # type: ignore[arg-type]
+        angle = torch.rand(t.shape, **draw).mul_(2 * math.pi)  # type: ignore[arg-type]
+        is_atom = reversals == 0
+        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; atoms take the place of N = 1.
+        exponent = reversals.clamp_(min=1).add_(1).div_(2, rounding_mode="floor").mul_(2).sub_(1)
+        inside = u.log_().mul_(2).div_(exponent).expm1_().neg_().sqrt_().mul_(angle.cos())
+        coin = torch.where(angle < math.pi, 1.0, -1.0).to(t.dtype)
+        return KacNoise(torch.where(is_atom, coin, inside).mul_(self.c * t), is_atom)
+
+    def velocity(self, x: Tensor, t: Tensor | float, is_atom: Tensor | None = None) -> Tensor:
+        """The conditional velocity E[dK_t/dt | K_t = x], of the broadcast shape of x and t; never above c.
+
+        v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z) inside the cone, sign(x) c on an atom
+        (``is_atom``; None: nowhere). Outside |x| <= ct there is no mass; the field is continued there by its
+        value at the cone's edge, so that rounding of x or ct cannot lift it above c. Gradients are finite everywhere.
+        """
+        t = _as_times(t, like=x)
+        edge = self.c * t
+        x_inside = torch.minimum(torch.maximum(x, -edge), edge)
+        v = self.a * x_inside / (self.a * t + _h(self._z_squared(x_inside, t)))
+        return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
+
+    def density(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The density of the continuous part, 0 outside the cone; its mass is 1 - exp(-a t).
+
+        p = a exp(-a t) / (2 c) (I0(z) + (c t / r) I1(z)), evaluated with scaled Bessel functions.
+        """
+        t = _as_times(t, like=x)
+        at = self.a * t
+        z_squared = self._z_squared(x, t).clamp(min=0)
+        q = z_squared.clamp(max=SERIES_LIMIT)
+        i0 = 1 + q / 4 * (1 + q / 16 * (1 + q / 36 * (1 + q / 64)))
+        i1_over_z = 0.5 * (1 + q / 8 * (1 + q / 24 * (1 + q / 48 * (1 + q / 80))))
+        near_edge = torch.exp(-at) * (i0 + at * i1_over_z)
+        z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
+        # exp(z - a t), with z - a t = -(a x / c)^2 / (a t + z): the difference itself would cancel.
+        scale = torch.exp(-((self.a * x / self.c) ** 2) / (at + z))
+        inside = scale * (torch.special.i0e(z) + at * torch.special.i1e(z) / z)
+        density = self.a / (2 * self.c) * torch.where(z_squared < SERIES_LIMIT, near_edge, inside)
+        return torch.where(x.abs() <= self.c * t, density, torch.zeros_like(density))
+
+    def cdf(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """P(K_t <= x), atoms included. Gauss-Legendre over the density: CDF_NODES times the memory of x."""
+        t = _as_times(t, like=x)
+        nodes, weights = _gauss_legendre(CDF_NODES, x)
+        reach = torch.minimum(torch.minimum(x.abs(), self.c * t), CDF_REACH * self.variance(t).sqrt())
+        t_nodes = torch.broadcast_to(t, reach.shape)[..., None]
+        half_mass = (self.density(reach[..., None] * nodes, t_nodes) * weights).sum(-1) * reach
+        inside = 0.5 + torch.sign(x) * half_mass
+        edge = self.c * t
+        lower_atom = 0.5 * torch.exp(-self.a * t)
+        inside = torch.where(x == -edge, lower_atom, inside)
+        return torch.where(x >= edge, 1.0, torch.where(x < -edge, 0.0, inside)).to(x.dtype)
+
+    def variance(self, t: Tensor | float) -> Tensor:
+        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
+        t = _as_times(t)
+        u = 2 * self.a * t
+        series = u * u / 2 * (1 - u / 3 * (1 - u / 4 * (1 - u / 5 * (1 - u / 6 * (1 - u / 7)))))
+        return self.c**2 / (2 * self.a**2) * torch.where(u < SERIES_LIMIT, series, u + torch.expm1(-u))
+
+    def _z_squared(self, x: Tensor, t: Tensor) -> Tensor:
+        # ct - x cancels near the cone's edge, and the rounding of ct alone would cost fp32 its last digits there.
+        edge, x_wide = self.c * t.double(), x.double()
+        return ((self.a / self.c) ** 2 * ((edge - x_wide) * (edge + x_wide))).to(x.dtype)
+
+
+def _as_times(t: Tensor | float, like: Tensor | None = None) -> Tensor:
+    if isinstance(t, Tensor):
+        return t
+    return torch.as_tensor(t, dtype=like.dtype, device=like.device) if like is not None else torch.tensor(float(t))
+
+
+def _h(z_squared: Tensor) -> Tensor:
+    """h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... (z^2 >= 0; below 0 by rounding: as the series)."""
+    q = z_squared.clamp(max=SERIES_LIMIT)
+    series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q * 13 / 240)))
+    # The square root's slope is infinite at 0, and an unselected infinity still poisons the gradient: keep away.
+    z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
+    return torch.where(z_squared < SERIES_LIMIT, series, z * torch.special.i0e(z) / torch.special.i1e(z))
+
+
+def _gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1]."""
+    import numpy as np
+
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    as_like = {"dtype": like.dtype, "device": like.device}
+    return torch.tensor((nodes + 1) / 2, **as_like), torch.tensor(weights / 2, **as_like)
