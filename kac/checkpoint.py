@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from kac import files
 from kac.errors import CheckpointError
 from kac.networks import NetworkConfig, ResidualMLP, build_network
+from kac.options import OptionError, Options
 from kac.path import PathConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -23,10 +24,8 @@ CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Options):
     """What a model is and where it came from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     kind: Literal["teacher", "student"]
@@ -94,10 +93,8 @@ def load_config(path: str) -> ModelConfig:
         )
     try:
         return ModelConfig(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}/{CONFIG_FILE}: {field}: {first['msg']}: not a config of this project") from None
+    except OptionError as error:
+        raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a config of this project, found {error}") from None
 
 
 def load_model(path: str, device: torch.device | str = "cpu") -> Model:

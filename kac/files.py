@@ -157,11 +157,9 @@ def remove_orphans(folder: str) -> int:
 
 
 def _is_orphan(entry: "os.DirEntry[str]") -> bool:
-    parts = entry.name.split(".")
-    host, pid = ".".join(parts[2:-3]), parts[-3]
-    # The name of the target may hold dots: the host's name is then a suffix of what stands before the pid.
-    if host.endswith(socket.gethostname()) and pid.isdigit():
-        return not os.path.exists(f"/proc/{pid}") if os.path.isdir("/proc/self") else not _alive(int(pid))
+    writer, pid, _, _ = entry.name.rsplit(".", 3)
+    if writer.endswith(f".{socket.gethostname()}"):
+        return not _alive(int(pid))
     return time.time() - entry.stat().st_mtime > STALE_SECONDS
 
 

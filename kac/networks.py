@@ -4,14 +4,14 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from kac.options import Options
 
-class NetworkConfig(BaseModel):
+
+class NetworkConfig(Options):
     """The shape of a network: all that is needed to build it again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mlp"] = Field("mlp", description="residual MLP over the flattened sample, for small samples")
     width: PositiveInt = Field(256, description="width of the residual stream")

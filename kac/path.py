@@ -4,12 +4,13 @@ A schedule returns its value together with its derivative, so that the two canno
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from kac.options import Options
 from kac.process import KacProcess
 
 
@@ -59,6 +60,10 @@ class Path(Protocol):
         self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor: ...
 
+    uniforms_per_coordinate: int
+
+    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor: ...
+
     def speed_limit(self, data_bound: float = 1.0) -> float: ...
 
 
@@ -73,6 +78,7 @@ class KacPath:
     process: KacProcess = field(default_factory=KacProcess)
     signal: SignalName = "linear"
     clock: ClockName = "linear"
+    uniforms_per_coordinate: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         _known("signal", self.signal, SIGNALS)
@@ -99,6 +105,12 @@ class KacPath:
         one = torch.ones(shape, dtype=dtype, device=_device_of(generator))
         return self.process.sample(CLOCKS[self.clock].at(one).value, generator).displacement
 
+    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
+        """x_t at one common time, from uniforms [3, *shape] in (0, 1) (float64): reproducible sample by sample."""
+        time = torch.tensor(t, dtype=torch.float64)
+        elapsed = CLOCKS[self.clock].at(time).value.item()
+        return SIGNALS[self.signal].at(time).value * x_0 + self.process.from_uniforms(uniforms, elapsed)
+
     def speed_limit(self, data_bound: float = 1.0) -> float:
         """sup|f'| data_bound + c sup g': no component of the true velocity exceeds it for data in +-data_bound."""
         return SIGNALS[self.signal].slope_bound * data_bound + self.process.c * CLOCKS[self.clock].slope_bound
@@ -107,6 +119,8 @@ class KacPath:
 @dataclass(frozen=True)
 class GaussianPath:
     """Ordinary flow matching behind the same interface: x_t = (1 - t) x_0 + t eps, u_t = eps - x_0."""
+
+    uniforms_per_coordinate: ClassVar[int] = 1
 
     def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
         """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch] in [0, 1]."""
@@ -120,15 +134,17 @@ class GaussianPath:
         """x_1 = eps of the given shape, on the generator's device (None: the CPU)."""
         return torch.randn(shape, generator=generator, dtype=dtype, device=_device_of(generator))
 
+    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
+        """x_t at one common time, from uniforms [1, *shape] in (0, 1) (float64): reproducible sample by sample."""
+        return (1 - t) * x_0 + t * torch.special.ndtri(uniforms[0])
+
     def speed_limit(self, data_bound: float = 1.0) -> float:
         """Infinite: Gaussian noise has no bound."""
         return float("inf")
 
 
-class PathConfig(BaseModel):
+class PathConfig(Options):
     """Which path, in plain values: what specs and checkpoints hold."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["kac", "gaussian"] = Field("kac", description="kac, or gaussian: ordinary flow matching")
     a: PositiveFloat = Field(9.0, description="reversal rate of the Kac process, 1/time")

@@ -63,11 +63,34 @@ class KacProcess:
         u = torch.rand(t.shape, **draw)  # type: ignore[arg-type]
         angle = torch.rand(t.shape, **draw).mul_(2 * math.pi)  # type: ignore[arg-type]
         is_atom = reversals == 0
-        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; atoms take the place of N = 1.
+        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; what an atom gets is not used.
         exponent = reversals.clamp_(min=1).add_(1).div_(2, rounding_mode="floor").mul_(2).sub_(1)
         inside = u.log_().mul_(2).div_(exponent).expm1_().neg_().sqrt_().mul_(angle.cos())
         coin = torch.where(angle < math.pi, 1.0, -1.0).to(t.dtype)
         return KacNoise(torch.where(is_atom, coin, inside).mul_(self.c * t), is_atom)
+
+    def from_uniforms(self, uniforms: Tensor, t: float) -> Tensor:
+        """K_t at one common time from three uniforms a particle: the same number for the same uniforms, anywhere.
+
+        ``sample`` consumes as many random numbers as it needs; here each particle has its own three, which a
+        counter-based generator can produce for any particle alone.
+
+        Args:
+            uniforms: [3, *shape] in (0, 1), float64: they choose the reversals, the radius and the angle.
+
+        Returns:
+            The displacements, [*shape], float64.
+        """
+        rate = self.a * t
+        most = int(rate + 12 * math.sqrt(rate) + 40)
+        counts = torch.arange(most, dtype=torch.float64)
+        poisson_cdf = torch.special.gammaincc(counts + 1, torch.tensor(rate, dtype=torch.float64))
+        reversals = torch.searchsorted(poisson_cdf, uniforms[0].contiguous())
+        exponent = 2 * ((reversals + 1) // 2) - 1
+        angle = 2 * math.pi * uniforms[2]
+        inside = torch.sqrt(-torch.expm1(2 * torch.log(uniforms[1]) / exponent.clamp(min=1))) * torch.cos(angle)
+        coin = torch.where(uniforms[2] < 0.5, 1.0, -1.0).to(torch.float64)
+        return self.c * t * torch.where(reversals == 0, coin, inside)
 
     def velocity(self, x: Tensor, t: Tensor | float, is_atom: Tensor | None = None) -> Tensor:
         """The conditional velocity E[dK_t/dt | K_t = x], of the broadcast shape of x and t; never above c.

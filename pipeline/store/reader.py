@@ -1,0 +1,477 @@
+"""The one reader of endpoint stores: projection, sharding, seeded shuffling, resume; from memory or streaming.
+
+An epoch of one rank is a fixed order of its rows, a function of (seed, epoch, rank, world size) alone. Columns that fit
+the memory budget are loaded once and shuffled as a whole. Larger ones stream: the shards, in shuffled order, are
+read ahead by Ray Data tasks and shuffled within windows that fit the budget.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from kac import files, identity
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, knot_column, parse_shard_name
+from pipeline.store.manifest import Manifest, list_shards, read_manifest
+from pipeline.store.shards import check_version, column_array, identity_of_shard, read_metadata
+
+MEMORY_BYTES = 4 << 30
+SHUFFLE_STREAM, INTERVAL_STREAM = 3, 4
+
+
+class Batch(NamedTuple):
+    """Rows of a store."""
+
+    sample_id: Tensor  # [batch], int64
+    label: Tensor  # [batch], int64
+    knots: Tensor  # [batch, len(knots), *sample], float32
+    interval: Tensor | None  # [batch], int64: which interval a forward row spans
+
+
+class IntervalBatch(NamedTuple):
+    """One interval of the teacher's way for each row: what endpoint distillation learns from."""
+
+    x_start: Tensor  # [batch, *sample], float32
+    x_end: Tensor  # [batch, *sample]
+    t_start: Tensor  # [batch]
+    t_end: Tensor  # [batch]
+    label: Tensor  # [batch], int64
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Loaded rows."""
+
+    sample_id: Tensor  # [rows]
+    label: Tensor  # [rows]
+    knots: Tensor  # [rows, knots, *sample]
+    interval: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True)
+class View:
+    """What is read of a store: a guidance scale, some knots, the share of one rank."""
+
+    guidance: float
+    columns: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    rank: int
+    world_size: int
+    seed: int | None
+    memory_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise StoreError(f"rank: expected 0 .. {self.world_size - 1}, found {self.rank}")
+
+
+class Store:
+    """An open store. Opening reads the manifest alone."""
+
+    def __init__(self, path: str, spec: StoreIdentity, shards: Sequence[Shard], manifest: Manifest | None) -> None:
+        self.path = path
+        self.spec = spec
+        self.shards = tuple(shards)
+        self.manifest = manifest
+        self._loaded: dict[View, Columns] = {}
+
+    @property
+    def guidance(self) -> tuple[float, ...]:
+        """The guidance scales in the store."""
+        return tuple(sorted({shard.guidance for shard in self.shards}))
+
+    def rows(self, guidance: float) -> int:
+        """The number of trajectories of a guidance scale."""
+        return sum(shard.rows for shard in self._shards_of(guidance))
+
+    def batches(
+        self,
+        batch_size: int,
+        guidance: float | None = None,
+        knots: Sequence[int] | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        epoch: int = 0,
+        start_batch: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> Iterator[Batch]:
+        """One epoch of this rank's rows, each exactly once; the last batch may be short.
+
+        Args:
+            guidance: which scale; None if the store has only one.
+            knots: indices of the knots to read, 0 (noise) .. ``spec.knots`` (image); None: all. Forward stores have
+                two columns, the interval's start and end, and take None alone.
+            seed: None reads in the order of sample ids; a number shuffles, differently in each epoch.
+            start_batch: where to go on after a stop; the batches are those of an epoch that was not stopped.
+            memory_bytes: columns up to this size are loaded once and kept; larger ones stream.
+
+        Raises:
+            StoreError: an unknown guidance scale or knot, or a shard that is missing or damaged.
+        """
+        view = self._view(guidance, self._knot_columns(knots), rank, world_size, seed, memory_bytes)
+        for pieces in _cut(self._order(view, epoch, start_batch * batch_size), batch_size):
+            taken = [_take(columns, rows) for columns, rows in pieces]
+            yield Batch(*(_join(parts) for parts in zip(*taken, strict=True)))
+
+    def interval_batches(
+        self,
+        batch_size: int,
+        steps: int,
+        guidance: float | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_batch: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> Iterator[IntervalBatch]:
+        """Endless full batches for a student of ``steps`` macro steps: epoch after epoch, each row once in each, with
+        one of its ``steps`` intervals at random. Reads only the ``steps`` + 1 knots that are needed.
+
+        Args:
+            start_batch: where to go on after a stop; the batches are those of a run that was not stopped.
+
+        Raises:
+            StoreError: ``steps`` does not divide the knots, or as ``batches``.
+        """
+        view = self._view(guidance, self._interval_columns(steps), rank, world_size, seed, memory_bytes)
+        epoch, skip = divmod(start_batch * batch_size, self._rows_of(view))
+        orders = (self._order(view, e, skip if e == epoch else 0) for e in itertools.count(epoch))
+        stream = INTERVAL_STREAM + rank
+        for n, pieces in enumerate(_cut(itertools.chain.from_iterable(orders), batch_size), start=start_batch):
+            positions = range(n * batch_size, (n + 1) * batch_size)
+            k = (identity.uniforms(seed, stream, positions, 1)[:, 0] * steps).long()
+            yield _intervals(pieces, k, steps)
+
+    def dataset(self, batch_size: int, **options: object) -> "EndpointDataset":
+        """The store as a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
+
+        Takes the options of ``batches``.
+        """
+        return EndpointDataset(self, batch_size, options)
+
+    def is_streamed(self, steps: int, guidance: float | None = None, memory_bytes: int = MEMORY_BYTES) -> bool:
+        """Whether ``interval_batches`` streams: its columns do not fit the memory budget."""
+        return self._bytes_of(self._view(guidance, self._interval_columns(steps), 0, 1, 0, memory_bytes)) > memory_bytes
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of macro steps that the stored knots do not allow."""
+        knots = self.spec.knots
+        if self.spec.source == "forward" and steps != knots:
+            raise StoreError(f"--steps: expected {knots}, the intervals of this forward store, found {steps}")
+        if steps < 1 or knots % steps:
+            divisors = [m for m in range(1, knots + 1) if knots % m == 0]
+            raise StoreError(f"--steps: expected a divisor of the store's {knots} knots {divisors}, found {steps}")
+
+    def check_guidance(self, guidance: float) -> None:
+        """Refuse a guidance scale that is not in the store."""
+        if guidance not in self.guidance:
+            raise StoreError(
+                f"--guidance: expected one of the store's scales {list(self.guidance)}, found {guidance}: "
+                f"add it with: python -m jobs.rollout --store {self.path} --guidance {guidance:g} ..."
+            )
+
+    def _shards_of(self, guidance: float) -> tuple[Shard, ...]:
+        self.check_guidance(guidance)
+        return tuple(shard for shard in self.shards if shard.guidance == guidance)
+
+    def _knot_columns(self, knots: Sequence[int] | None) -> tuple[str, ...]:
+        if knots is None:
+            return tuple(self.spec.knot_columns)
+        if self.spec.source == "forward":
+            raise StoreError("knots: expected None for a forward store: its rows have one interval each")
+        outside = [k for k in knots if not 0 <= k <= self.spec.knots]
+        if outside or not knots:
+            raise StoreError(f"knots: expected indices 0 .. {self.spec.knots}, found {list(knots)}")
+        return tuple(knot_column(k, self.spec.knots) for k in knots)
+
+    def _interval_columns(self, steps: int) -> tuple[str, ...]:
+        self.check_steps(steps)
+        if self.spec.source == "forward":
+            return tuple(self.spec.knot_columns)
+        return self._knot_columns(range(0, self.spec.knots + 1, self.spec.knots // steps))
+
+    def _view(
+        self,
+        guidance: float | None,
+        columns: tuple[str, ...],
+        rank: int,
+        world_size: int,
+        seed: int | None,
+        memory_bytes: int,
+    ) -> View:
+        if guidance is None:
+            if len(self.guidance) != 1:
+                raise StoreError(f"guidance: expected one of {list(self.guidance)}, found None")
+            guidance = self.guidance[0]
+        shards = self._shards_of(float(guidance))
+        return View(float(guidance), columns, shards, rank, world_size, seed, memory_bytes)
+
+    def _bytes_of(self, view: View) -> int:
+        row = math.prod(self.spec.sample_shape) * 4 * len(view.columns) + 24
+        return row * sum(shard.rows for shard in view.shards)
+
+    def _is_in_memory(self, view: View) -> bool:
+        return self._bytes_of(view) <= view.memory_bytes
+
+    def _rows_of(self, view: View) -> int:
+        if self._is_in_memory(view):
+            return len(range(view.rank, sum(shard.rows for shard in view.shards), view.world_size))
+        rows = sum(shard.rows for shard in view.shards[view.rank :: view.world_size])
+        if not rows:
+            raise StoreError(f"expected at least {view.world_size} shards to stream to as many workers, found fewer")
+        return rows
+
+    def _order(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
+        """The rows of an epoch in their order, but for the first ``skip``."""
+        if self._is_in_memory(view):
+            columns = self._load(view)
+            rows = _permutation(columns.rows, view.seed, epoch, 0)[view.rank :: view.world_size]
+            yield columns, rows[skip:]
+        else:
+            yield from self._stream(view, epoch, skip)
+
+    def _load(self, view: View) -> Columns:
+        if view not in self._loaded:
+            self._loaded = {view: _columns(self._read(view.shards, view.columns), view)}
+        return self._loaded[view]
+
+    def _read(self, shards: Sequence[Shard], columns: tuple[str, ...]) -> list["ShardRows"]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(lambda shard: read_rows(self.path, self.spec, shard, columns), shards))
+
+    def _stream(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
+        # The order of the shards is drawn for all ranks together; each takes every world_size-th one.
+        order = _permutation(len(view.shards), view.seed, epoch, 0)
+        mine = [view.shards[i] for i in order.tolist()][view.rank :: view.world_size]
+        windows: list[list[Shard]] = [[]]
+        window_rows = max(1, view.memory_bytes // 2 // (self._bytes_of(view) // sum(s.rows for s in view.shards)))
+        for shard in mine:
+            if sum(s.rows for s in windows[-1]) + shard.rows > window_rows and windows[-1]:
+                windows.append([])
+            windows[-1].append(shard)
+        while windows and skip >= (rows := sum(shard.rows for shard in windows[0])):
+            skip -= rows
+            windows.pop(0)
+        first = len(mine) - sum(len(window) for window in windows)
+        tables = _read_ahead(self.path, self.spec, mine[first:], view.columns)
+        for number, window in enumerate(windows):
+            columns = _columns([next(tables) for _ in window], view)
+            # Windows are numbered from the end of the epoch, which a resume leaves as it is.
+            rows = _permutation(columns.rows, view.seed, epoch, len(windows) - number)
+            yield columns, rows[skip:]
+            skip = 0
+
+
+Piece = tuple[Columns, Tensor]
+"""Loaded columns, and which of their rows in which order."""
+
+
+class ShardRows(NamedTuple):
+    """The wanted columns of one shard."""
+
+    shard: Shard
+    table: pa.Table
+
+
+class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
+    """A store's batches for a PyTorch ``DataLoader`` (give it ``batch_size=None``).
+
+    The loader's worker processes share the rows of this rank between them. ``set_epoch`` changes the shuffle.
+    """
+
+    def __init__(self, store: Store, batch_size: int, options: dict[str, object]) -> None:
+        self.store, self.batch_size, self.options, self.epoch = store, batch_size, dict(options), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        options = {"epoch": self.epoch, "rank": 0, "world_size": 1, **self.options}
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            options["rank"] = int(options["rank"]) * worker.num_workers + worker.id  # type: ignore[call-overload]
+            options["world_size"] = int(options["world_size"]) * worker.num_workers  # type: ignore[call-overload]
+        return self.store.batches(self.batch_size, **options)  # type: ignore[arg-type]
+
+
+def open_store(path: str, allow_unfinished: bool = False) -> Store:
+    """Open a store for reading.
+
+    Args:
+        allow_unfinished: read the shards that are there although the rollout has not ended.
+
+    Raises:
+        StoreError: no store, an unfinished one, a newer or damaged manifest, or planned shards that are missing.
+    """
+    manifest = read_manifest(path)
+    found = list_shards(path)
+    if manifest is not None:
+        plan = manifest.plan()
+        missing = [shard.name for shard in plan if shard.name not in found]
+        if missing:
+            raise StoreError(
+                f"{path}: expected {len(plan)} shards, found {len(missing)} of them missing: {missing[0]}"
+                f"{' ...' if len(missing) > 1 else ''}: run the rollout again to redo them"
+            )
+        return Store(path, manifest.spec, plan, manifest)
+    if not found:
+        raise StoreError(f"{path}: expected an endpoint store, found none: make one with python -m jobs.rollout")
+    if not allow_unfinished:
+        raise StoreError(
+            f"{path}: expected a finished store, found {len(found)} shards and no manifest: run the rollout again to finish it"
+        )
+    spec = identity_of_shard(path, next(iter(found)))
+    return Store(path, spec, [shard_at(path, name) for name in found], None)
+
+
+def shard_at(store: str, name: str) -> Shard:
+    """The shard that a file says it is, from its footer."""
+    location = files.locate(files.join(store, name))
+    parsed = parse_shard_name(name)
+    with location.fs.open(location.path, "rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+    own = read_metadata(metadata.schema.to_arrow_schema())
+    assert parsed is not None
+    return Shard(parsed[0], parsed[1], int(own["start"]), metadata.num_rows)
+
+
+def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[str]) -> ShardRows:
+    """The wanted columns of the rows that the shard is planned to have.
+
+    Raises:
+        StoreError: the shard is missing, damaged or of another store; the message names it.
+    """
+    where = f"{store}/{shard.name}"
+    location = files.locate(files.join(store, shard.name))
+    scalars = [LABEL, INTERVAL] if spec.source == "forward" else [LABEL]
+    try:
+        with location.fs.open(location.path, "rb") as handle:
+            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
+            metadata = read_metadata(file.schema_arrow)
+            check_version(where, int(metadata.get("schema_version", 0)))
+            table = file.read([*scalars, *columns])
+    except FileNotFoundError:
+        raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise StoreError(
+            f"{where}: expected a whole shard, found: {reason}: python -m jobs.store verify {store} --repair, "
+            "then run the rollout again"
+        ) from None
+    if metadata.get("fingerprint") != spec.fingerprint() or int(metadata["start"]) != shard.start:
+        raise StoreError(f"{where}: expected sample {shard.start} on of this store, found another shard")
+    if table.num_rows < shard.rows:
+        raise StoreError(f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it")
+    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
+    return ShardRows(shard, table.slice(0, shard.rows))
+
+
+def _read_ahead(
+    store: str, spec: StoreIdentity, shards: Sequence[Shard], columns: tuple[str, ...]
+) -> Iterator[ShardRows]:
+    """The shards in order, read by Ray Data tasks some way ahead."""
+    import ray
+
+    if not shards:
+        return
+
+    def read(batch: dict[str, np.ndarray]) -> pa.Table:
+        return read_rows(store, spec, shards[int(batch["item"][0])], columns).table
+
+    plan = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
+    # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
+    # the rows are for, and the job would hang.
+    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01)
+    tables.context.execution_options.preserve_order = True
+    tables.context.enable_progress_bars = False
+    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    for shard, table in zip(shards, blocks, strict=True):
+        yield ShardRows(shard, table)
+
+
+def _columns(parts: list[ShardRows], view: View) -> Columns:
+    """Loaded shards as tensors, in the order given."""
+    rows = sum(part.shard.rows for part in parts)
+    arrays = [[column_array(part.table[name]) for name in view.columns] for part in parts]
+    knots = torch.empty((rows, len(view.columns), *arrays[0][0].shape[1:]), dtype=torch.float32)
+    start = 0
+    for per_knot in arrays:
+        for i, array in enumerate(per_knot):
+            knots[start : start + len(array), i] = torch.from_numpy(np.array(array))
+        start += len(per_knot[0])
+    label = np.concatenate([column_array(part.table[LABEL]) for part in parts]).astype(np.int64)
+    interval = None
+    if INTERVAL in parts[0].table.column_names:
+        interval = torch.from_numpy(
+            np.concatenate([column_array(part.table[INTERVAL]) for part in parts]).astype(np.int64)
+        )
+    ids = np.concatenate([np.arange(part.shard.start, part.shard.start + part.shard.rows) for part in parts])
+    return Columns(torch.from_numpy(ids), torch.from_numpy(label), knots, interval)
+
+
+def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:
+    if seed is None:
+        return torch.arange(count)
+    bits = np.random.Philox(key=[seed, SHUFFLE_STREAM], counter=[0, 0, epoch, part])
+    return torch.from_numpy(np.random.Generator(bits).permutation(count))
+
+
+def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
+    """Regroup pieces into batches of ``batch_size`` rows; the last may be short."""
+    pending: list[Piece] = []
+    have = 0
+    for columns, rows in pieces:
+        while len(rows):
+            part = rows[: batch_size - have]
+            rows = rows[len(part) :]
+            pending.append((columns, part))
+            have += len(part)
+            if have == batch_size:
+                yield pending
+                pending, have = [], 0
+    if pending:
+        yield pending
+
+
+def _take(columns: Columns, rows: Tensor) -> Batch:
+    interval = None if columns.interval is None else columns.interval[rows]
+    return Batch(columns.sample_id[rows], columns.label[rows], columns.knots[rows], interval)
+
+
+def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _intervals(pieces: list[Piece], k: Tensor, steps: int) -> IntervalBatch:
+    starts, ends, intervals, label = [], [], [], []
+    done = 0
+    for columns, rows in pieces:
+        drawn = k[done : done + len(rows)]
+        done += len(rows)
+        column = drawn if columns.interval is None else torch.zeros_like(drawn)
+        intervals.append(drawn if columns.interval is None else columns.interval[rows])
+        starts.append(columns.knots[rows, column])
+        ends.append(columns.knots[rows, column + 1])
+        label.append(columns.label[rows])
+    interval = torch.cat(intervals)
+    t_start, t_end = 1 - interval.float() / steps, 1 - (interval.float() + 1) / steps
+    return IntervalBatch(torch.cat(starts), torch.cat(ends), t_start, t_end, torch.cat(label))

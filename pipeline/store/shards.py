@@ -1,0 +1,239 @@
+"""One shard: encode it, publish it whole, read it back, check it.
+
+Every page carries a CRC, and the manifest holds the file's sha256: no flipped bit goes unseen.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kac import files
+from kac.options import OptionError, Options
+from pipeline.store.layout import (
+    INTERVAL,
+    KINETIC_ENERGY,
+    LABEL,
+    SAMPLE_ID,
+    SCHEMA_VERSION,
+    Shard,
+    StoreError,
+    StoreIdentity,
+    describe_difference,
+)
+
+
+class Receipt(Options):
+    """What the manifest knows of a published shard."""
+
+    name: str
+    guidance: float
+    start: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class DamagedShard(StoreError):
+    """A shard that is not whole: it must be redone."""
+
+
+class ForeignShard(StoreError):
+    """A whole shard that belongs to another store: it must not be overwritten."""
+
+
+def make_table(
+    identity: StoreIdentity,
+    shard: Shard,
+    label: np.ndarray,
+    kinetic_energy: np.ndarray,
+    knots: Sequence[np.ndarray],
+    interval: np.ndarray | None = None,
+) -> pa.Table:
+    """The rows of a shard as an Arrow table with the shard's metadata.
+
+    Args:
+        label, kinetic_energy, interval: [rows]. knots: one array [rows, *sample_shape] a knot column.
+    """
+    dtype = np.dtype(identity.dtype)
+    columns: dict[str, pa.Array] = {
+        SAMPLE_ID: pa.array(np.arange(shard.start, shard.start + shard.rows), pa.int64()),
+        LABEL: pa.array(label.astype(np.int32)),
+        KINETIC_ENERGY: pa.array(kinetic_energy.astype(np.float32)),
+    }
+    if interval is not None:
+        columns[INTERVAL] = pa.array(interval.astype(np.int32))
+    for name, knot in zip(identity.knot_columns, knots, strict=True):
+        flat = pa.array(np.ascontiguousarray(knot, dtype=dtype).reshape(-1))
+        tensor_type = identity.schema().field(name).type
+        storage = pa.FixedSizeListArray.from_arrays(flat, type=tensor_type.storage_type)
+        columns[name] = pa.ExtensionArray.from_storage(tensor_type, storage)
+    schema = identity.schema().with_metadata(shard.metadata(identity))
+    return pa.table([columns[field.name] for field in schema], schema=schema)
+
+
+def encode(table: pa.Table, compression: str = "none") -> bytes:
+    """The table as one Parquet file of one row group, every page with its CRC."""
+    sink = io.BytesIO()
+    scalars = [name for name in (SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL) if name in table.column_names]
+    knots = [f"{name}.list.element" for name in table.column_names if name not in scalars]
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, table.num_rows),
+        compression=compression,
+        # Floats of a flow do not repeat: a dictionary would be built, found useless and dropped, page by page.
+        use_dictionary=[LABEL],
+        use_byte_stream_split=knots if compression != "none" else False,
+        write_statistics=scalars,  # type: ignore[arg-type]
+        write_page_checksum=True,
+        data_page_size=1 << 20,
+    )
+    return sink.getvalue()
+
+
+def publish(store: str, shard: Shard, table: pa.Table, compression: str, replace: bool = False) -> Receipt:
+    """Write the shard whole or not at all, and return its receipt.
+
+    Whoever publishes a name first wins (``replace`` is for a damaged or shorter file): a job that runs beside this one
+    computes the same rows, and what one of them has hashed must stay as it is.
+    """
+    data = encode(table, compression)
+    path = files.join(store, shard.name)
+    if not files.write_bytes(path, data, if_absent=not replace):
+        identity = StoreIdentity(**_spec_of(table.schema))
+        return adopt(store, shard, identity)[0]
+    return _receipt(shard, data, table.num_rows)
+
+
+def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, pa.Table]:
+    """Check a published shard from end to end; returns its receipt and rows (all of them, at least one).
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedShard, ForeignShard: as ``check``.
+    """
+    data = files.read_bytes(files.join(store, shard.name))
+    table = check(store, shard, identity, data)
+    return _receipt(shard, data, table.num_rows), table
+
+
+def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.Table:
+    """Decode a shard's bytes and hold them against what the shard must be.
+
+    Raises:
+        DamagedShard: unreadable, a failed CRC, a wrong schema, wrong ids, a value that is not finite.
+        ForeignShard: whole, but of another store, or under another shard's name.
+    """
+    where = f"{store}/{shard.name}"
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        schema = file.schema_arrow
+        _check_metadata(where, shard, identity, schema)
+        table = file.read()
+    except (pa.ArrowException, OSError, OptionError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DamagedShard(f"{where}: expected a whole Parquet shard, found: {reason}") from None
+    expected = identity.schema()
+    if not schema.remove_metadata().equals(expected):
+        raise DamagedShard(f"{where}: expected the columns {expected.names}, found {schema.names}")
+    _check_rows(where, shard, identity, table)
+    return table
+
+
+def read_metadata(schema: pa.Schema) -> dict[str, str]:
+    """A shard's own metadata as text."""
+    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key != b"ARROW:schema"}
+
+
+def _spec_of(schema: pa.Schema) -> dict[str, object]:
+    import json
+
+    spec: dict[str, object] = json.loads(read_metadata(schema)["spec"])
+    return spec
+
+
+def identity_of_shard(store: str, name: str) -> StoreIdentity:
+    """The identity that a shard carries in its footer.
+
+    Raises:
+        DamagedShard: no readable footer. StoreError: a newer schema version.
+    """
+    location = files.locate(files.join(store, name))
+    try:
+        with location.fs.open(location.path, "rb") as file:
+            schema = pq.read_schema(file)
+        version = int(read_metadata(schema)["schema_version"])
+        spec = _spec_of(schema)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DamagedShard(f"{store}/{name}: expected a Parquet shard of a store, found: {_first_line(error)}") from None
+    check_version(f"{store}/{name}", version)
+    return StoreIdentity(**spec)
+
+
+def check_version(where: str, version: int) -> None:
+    """Refuse what a newer version of this project wrote."""
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{where}: expected store schema version {SCHEMA_VERSION} or older, found {version}: use a newer distillkac"
+        )
+
+
+def _check_metadata(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
+    metadata = read_metadata(schema)
+    check_version(where, int(metadata["schema_version"]))
+    if metadata["fingerprint"] != identity.fingerprint():
+        difference = describe_difference(identity, StoreIdentity(**_spec_of(schema)))
+        raise ForeignShard(f"{where}: expected a shard with {difference}: it belongs to another store; move it away")
+    if (float(metadata["guidance"]), int(metadata["start"])) != (shard.guidance, shard.start):
+        raise ForeignShard(
+            f"{where}: expected guidance {shard.guidance} from sample {shard.start}, found guidance "
+            f"{metadata['guidance']} from sample {metadata['start']}: a copy under another name; move it away"
+        )
+
+
+def _check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
+    ids = table[SAMPLE_ID].to_numpy()
+    if len(ids) == 0 or not np.array_equal(ids, np.arange(shard.start, shard.start + len(ids))):
+        raise DamagedShard(f"{where}: expected the sample ids from {shard.start} on, one after the other")
+    for name in [KINETIC_ENERGY, *identity.knot_columns]:
+        bad = ~finite_rows(table[name])
+        if bad.any():
+            raise DamagedShard(f"{where}: expected finite values, found NaN or infinity in {name} of samples {name_ids(ids[bad])}")
+
+
+def finite_rows(column: pa.ChunkedArray) -> np.ndarray:
+    """Which rows of a column are finite throughout: [rows] bool."""
+    return np.isfinite(column_array(column)).reshape(len(column), -1).all(axis=1)
+
+
+def column_array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as numpy: [rows], or [rows, *sample_shape] for a knot, without a copy where there is one chunk."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    return array.to_numpy_ndarray() if isinstance(array, pa.FixedShapeTensorArray) else array.to_numpy()
+
+
+def name_ids(ids: np.ndarray, most: int = 8) -> str:
+    """A few sample ids for a message, and how many more there are."""
+    shown = ", ".join(str(i) for i in ids[:most])
+    return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
+
+
+def _receipt(shard: Shard, data: bytes, rows: int) -> Receipt:
+    return Receipt(
+        name=shard.name,
+        guidance=shard.guidance,
+        start=shard.start,
+        rows=rows,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
