@@ -1,0 +1,53 @@
+"""Where the work runs: the cluster that RAY_ADDRESS names, or an embedded Ray on this machine."""
+
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+
+from kac.errors import DistillKacError
+
+
+class Resources(NamedTuple):
+    """What the cluster has now."""
+
+    cpus: int
+    gpus: int
+
+
+def connect() -> Resources:
+    """Connect once; start an embedded Ray if RAY_ADDRESS is not set.
+
+    Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
+    """
+    if not ray.is_initialized():
+        # Without the dashboard Ray Train's placement-group cleaner warns again and again that it cannot query the state.
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": True}
+        ray.init(logging_level=logging.WARNING, **local)  # type: ignore[arg-type]
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    total = ray.cluster_resources()
+    return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+
+
+def absolute(path: str) -> str:
+    """The path or URI as every process of the cluster sees it.
+
+    Raises:
+        DistillKacError: a relative path in a job's working directory, which Ray deletes after the job.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path.rstrip("/") if path != "/" else path
+    if in_job_copy():
+        raise DistillKacError(
+            f"{path}: expected an absolute path or s3:// URI under ray job submit, found a relative one: "
+            "the job runs in a copy of the working directory that does not outlive it"
+        )
+    return str(Path(path).absolute())
+
+
+def in_job_copy() -> bool:
+    """Whether the current directory is Ray's copy of a submitted working directory."""
+    return "runtime_resources/working_dir_files" in os.getcwd()

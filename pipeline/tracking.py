@@ -1,0 +1,142 @@
+"""MLflow: one experiment, one run a stage, the chain teacher -> store -> student -> evaluation by fingerprint tags."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster import in_job_copy
+from pipeline.config import Spec
+from pipeline.outputs import flatten
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "distillkac"
+
+METRICS = {
+    "loss": "training loss, the mean of the last updates",
+    "learning_rate": "learning rate of the last update",
+    "samples_per_second": "training samples a second",
+    "trajectories": "trajectories in the store",
+    "trajectories_reused": "trajectories that an earlier run had finished",
+    "trajectories_per_second": "rollout speed, steady state",
+    "store_bytes": "bytes of all shards",
+    "frechet_distance": "Frechet distance of the samples to the data",
+    "frechet_ratio": "student's Frechet distance over its teacher's",
+    "label_agreement": "share of samples that a classifier of the data gives their label",
+    "endpoint_error": "root mean squared difference a coordinate from the teacher's endpoint",
+    "nfe": "network evaluations an image",
+    "images_per_second": "sampling speed",
+}
+"""Every metric name in MLflow, and what it means."""
+
+STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run of MLflow that any process can write to: only text, so that it travels to workers."""
+
+    tracking_uri: str
+    run_id: str
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log metrics; their names are those of ``METRICS``."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        unknown = set(values) - set(METRICS)
+        if unknown:
+            raise KeyError(f"not in METRICS: {sorted(unknown)}")
+        now = get_current_time_millis()
+        self._client().log_batch(self.run_id, [Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def tags(self, values: dict[str, str]) -> None:
+        for name, value in values.items():
+            self._client().set_tag(self.run_id, name, value)
+
+    def artifact(self, name: str, data: bytes) -> None:
+        """Attach a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            self._client().log_artifact(self.run_id, str(path))
+
+    def _client(self) -> "MlflowClient":
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.tracking_uri)
+
+
+def tracking_uri(beside: str) -> str:
+    """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current directory.
+
+    A submitted job's directory does not outlive it: its database lies beside the stage's output ``beside``.
+    """
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    folder = os.getcwd()
+    if in_job_copy() and "://" not in beside:
+        folder = os.path.dirname(os.path.abspath(beside))
+    return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+
+
+@contextmanager
+def start_run(
+    stage: str,
+    name: str,
+    spec: Spec,
+    fingerprint: str,
+    inputs: dict[str, str],
+    beside: str,
+    parent: TrackedRun | None = None,
+) -> Iterator[TrackedRun]:
+    """A run of a stage, ended as FINISHED, or as FAILED if the block raises.
+
+    Args:
+        fingerprint: of what the stage makes. inputs: fingerprints of what it is made from, by stage.
+        beside: the stage's output. parent: the run to nest this one under.
+    """
+    from mlflow import MlflowClient
+
+    uri = parent.tracking_uri if parent else tracking_uri(beside)
+    client = MlflowClient(uri)
+    tags = {
+        "mlflow.runName": name,
+        STAGE_TAG: stage,
+        FINGERPRINT_TAG: fingerprint,
+        **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
+    }
+    if parent:
+        tags["mlflow.parentRunId"] = parent.run_id
+    created = client.create_run(_experiment(client, uri), tags=tags)
+    run = TrackedRun(uri, created.info.run_id)
+    _log_params(client, run.run_id, spec)
+    try:
+        yield run
+    except BaseException:
+        client.set_terminated(run.run_id, "FAILED")
+        raise
+    client.set_terminated(run.run_id, "FINISHED")
+
+
+def _experiment(client: "MlflowClient", uri: str) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found:
+        return str(found.experiment_id)
+    # A local database names the folder of its artifacts itself, or it would be that of whichever process came first.
+    path = uri.removeprefix("sqlite:///")
+    location = Path(path).parent.joinpath("mlartifacts").as_uri() if path != uri else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+def _log_params(client: "MlflowClient", run_id: str, spec: Spec) -> None:
+    from mlflow.entities import Param
+
+    values: dict[str, Any] = flatten(spec.model_dump(mode="json"))
+    client.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in values.items()])
