@@ -1,5 +1,7 @@
 """Endpoint distillation: a student makes M Euler steps, each landing where the teacher's many small steps land."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,12 @@ from kac.solvers import Solution, solve, uniform_times
 
 
 def endpoint_loss(
-    model: VelocityModel, x_start: Tensor, x_end: Tensor, t_start: Tensor, t_end: Tensor, label: Tensor
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_start: Tensor,
+    x_end: Tensor,
+    t_start: Tensor,
+    t_end: Tensor,
+    label: Tensor,
 ) -> Tensor:
     """|| x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
 

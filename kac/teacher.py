@@ -1,14 +1,16 @@
 """The teacher's flow-matching loss (design: arXiv 2509.21513, section on conditional flow matching)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kac.guidance import VelocityModel
 from kac.path import Path
 
 
 def flow_matching_loss(
-    model: VelocityModel,
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    null_label: int,
     path: Path,
     x_0: Tensor,
     label: Tensor,
@@ -19,6 +21,7 @@ def flow_matching_loss(
 
     Args:
         x_0: [batch, *sample] in [-1, 1]. label: [batch].
+        null_label: the label of "no class".
         label_dropout: the share of labels replaced by the null label, which guidance needs.
     """
     draw = {"generator": generator, "device": x_0.device}
@@ -27,5 +30,5 @@ def flow_matching_loss(
     t = ((strata + torch.rand(len(x_0), **draw)) / len(x_0))[torch.randperm(len(x_0), **draw)]  # type: ignore[arg-type]
     point = path.sample(x_0, t, generator)
     dropped = torch.rand(len(x_0), **draw) < label_dropout  # type: ignore[arg-type]
-    given = torch.where(dropped, torch.full_like(label, model.null_label), label)
+    given = torch.where(dropped, torch.full_like(label, null_label), label)
     return (model(point.x_t, t, given) - point.target).square().mean()

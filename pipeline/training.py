@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kac import files
 from kac.errors import DistillKacError
+from pipeline import cluster
 from pipeline.config import OptimizerConfig
 from pipeline.tracking import TrackedRun
 
@@ -66,6 +68,28 @@ class Job:
     checkpoint_updates: int
 
 
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on the whole ``key``."""
+    word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def generator(seed: int, update: int, worker: Worker) -> torch.Generator:
+    """The random numbers of one worker's update, on its device."""
+    on_cpu = seeded(seed, update, worker.rank)
+    if worker.device.type == "cpu":
+        return on_cpu
+    return torch.Generator(worker.device).manual_seed(on_cpu.initial_seed())
+
+
+def choose_workers(asked: int | None) -> tuple[int, bool]:
+    """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process."""
+    if asked == 0:
+        return 0, False
+    gpus = cluster.connect().gpus
+    return (gpus if asked is None else asked), gpus > 0
+
+
 def train(job: Job, workers: int, use_gpu: bool = False) -> dict[str, Tensor]:
     """Run the loop and return the averaged weights.
 
@@ -83,6 +107,11 @@ def train(job: Job, workers: int, use_gpu: bool = False) -> dict[str, Tensor]:
         state = train_here(job)
     else:
         state = _train_on_ray(job, workers, use_gpu)
+    return averaged_weights(state)
+
+
+def averaged_weights(state: bytes) -> dict[str, Tensor]:
+    """The EMA's weights in a training state: they are the model."""
     return _load_state(state)["ema"]  # type: ignore[no-any-return]
 
 
@@ -128,15 +157,15 @@ def _train_on_ray(job: Job, workers: int, use_gpu: bool) -> bytes:
     try:
         result = trainer.fit()
     except Exception as error:
-        raise DistillKacError(f"{job.out}: training failed: {_innermost(error)}") from error
+        raise DistillKacError(f"{job.out}: training failed: {innermost(error)}") from error
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return Path(folder, STATE_FILE).read_bytes()
 
 
-def _innermost(error: BaseException) -> str:
-    """The line that says what went wrong, out of the layers that Ray wraps around it."""
+def innermost(error: BaseException) -> str:
+    """The line of an error that says what went wrong, out of the layers that Ray wraps around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

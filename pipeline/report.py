@@ -1,0 +1,69 @@
+"""Report: one self-contained HTML page of a finished run."""
+
+import base64
+import html
+import json
+
+from kac import files
+from pipeline.evaluate import CURVE_PICTURE, EVALUATION_FILE, SAMPLES_PICTURE, TABLE_HEAD, Score, table_row
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>DistillKac: {title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }} th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child, td:first-child {{ text-align: left }} img {{ max-width: 100% }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
+</style></head><body>
+<h1>DistillKac: {title}</h1>
+<p>{samples:,} samples a model, all from the same noise. Ratio: a student's Frechet distance over its teacher's at the
+same guidance scale w. Label agreement: the share of samples that a classifier of the real data gives the label they
+were made for. Endpoint error: root mean squared difference a coordinate from the teacher's image.</p>
+{table}
+<h2>Samples</h2><p>The same noise in each column.</p><img alt="samples of every model" src="{samples_picture}">
+<h2>Quality against cost</h2><img alt="Frechet distance by network evaluations" src="{curve_picture}">
+<h2>Compare the runs in MLflow</h2><pre>{mlflow}</pre>
+<h2>Options</h2>{options}
+</body></html>
+"""
+
+
+def mlflow_command(uri: str) -> str:
+    """How to look at the runs."""
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri} in a browser"
+
+
+def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:
+    """Write the page ``out`` from an evaluation folder.
+
+    Args:
+        specs: heading -> JSON file with the options of a stage.
+        tracking_uri: where the runs are.
+    """
+    record = json.loads(files.read_bytes(files.join(evaluation, EVALUATION_FILE)))
+    scores = [Score(**score) for score in record["scores"]]
+    page = PAGE.format(
+        title=html.escape(title),
+        samples=record["samples"],
+        table=_table(scores),
+        samples_picture=_inline(files.join(evaluation, SAMPLES_PICTURE)),
+        curve_picture=_inline(files.join(evaluation, CURVE_PICTURE)),
+        mlflow=html.escape(mlflow_command(tracking_uri)),
+        options="\n".join(_options(heading, path) for heading, path in specs.items()),
+    )
+    files.write_bytes(out, page.encode())
+
+
+def _table(scores: list[Score]) -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in TABLE_HEAD)
+    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in table_row(score)) for score in scores]
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _inline(path: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(files.read_bytes(path)).decode()
+
+
+def _options(heading: str, path: str) -> str:
+    text = json.dumps(json.loads(files.read_bytes(path)), indent=2)
+    return f"<h3>{html.escape(heading)}</h3><pre>{html.escape(text)}</pre>"

@@ -1,0 +1,508 @@
+"""Rollout: follow the frozen teacher on Ray Data actors and publish its trajectories, shard by shard.
+
+Plan the shards, drop the finished ones, roll the others out on an actor pool, collect the receipts, seal the store.
+
+What makes it exactly-once. The shard is the unit of work and its name is fixed by the plan. The actor that computes a
+shard also publishes it, whole or not at all, and only then returns its receipt; a shard that is found published is
+checked from end to end and adopted. The manifest, written last, lists receipts alone.
+
+What Ray does by default, and what is done about it (Ray 2.60):
+- Actors of a pool restart and retry for ever (max_restarts = max_task_retries = -1; passing others through map_batches
+  is deprecated). That is right for a lost node and wrong for a shard that kills its process: the ``Ledger`` counts
+  attempts outside the processes that die, and ends the job with the shard's name.
+- ``max_errored_blocks`` would drop blocks in silence: it stays 0.
+- ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
+- ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
+- A write stage behind a pool that takes every CPU starves; actors that publish by themselves need none. They take two
+  shards at a time, so that the upload of one runs while the other is computed.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+
+from kac import files, identity
+from kac.checkpoint import ModelConfig, load_config, load_model
+from kac.data import load_dataset
+from kac.errors import DistillKacError
+from kac.guidance import guide
+from kac.solvers import solve, uniform_times
+from pipeline import cluster, tracking
+from pipeline.config import RolloutSpec
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, describe_difference, plan_shards
+from pipeline.store.manifest import Contents, Manifest, list_shards, merge_ranges, read_manifest, write_manifest
+from pipeline.store.shards import (
+    DamagedShard,
+    Receipt,
+    adopt,
+    column_array,
+    identity_of_shard,
+    make_table,
+    name_ids,
+    publish,
+)
+from pipeline.teach import data_fingerprint
+
+MAX_ATTEMPTS = 10
+"""How often a shard may take its process down with it, and actors in a row may die without finishing any."""
+
+SHARDS_IN_FLIGHT = 2
+MAX_BLOCKS = 1000
+
+
+class RolloutError(DistillKacError):
+    """The rollout cannot go on; the message names the shard."""
+
+
+class Plan(NamedTuple):
+    """What there is to do."""
+
+    identity: StoreIdentity
+    contents: tuple[Contents, ...]  # what the store will hold
+    finished: tuple[Receipt, ...]
+    todo: tuple[Shard, ...]
+    manifest: Manifest | None
+
+    @property
+    def rows_finished(self) -> int:
+        return sum(receipt.rows for receipt in self.finished)
+
+
+def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest:
+    """Bring the store of ``spec`` to what it asks for; what is there already is not computed again.
+
+    Raises:
+        DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
+    """
+    spec = spec.model_copy(
+        update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)}
+    )
+    teacher = load_config(spec.teacher)
+    plan = make_plan(spec, identify(spec, teacher))
+    if not plan.todo and plan.manifest is not None and plan.contents == plan.manifest.contents:
+        print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
+        return plan.manifest
+    load_model(spec.teacher)
+    files.check_writable(spec.store)
+    inputs = {"teacher": teacher.weights_sha256}
+    with tracking.start_run(
+        "rollout", f"rollout-{teacher.data}", spec, plan.identity.fingerprint(), inputs, spec.store, parent
+    ) as run:
+        started = time.perf_counter()
+        done = roll_out(spec, plan)
+        manifest = seal(spec, plan, [outcome.receipt for outcome in done])
+        _report(run, spec, plan, done, time.perf_counter() - started)
+    return manifest
+
+
+def identify(spec: RolloutSpec, teacher: ModelConfig) -> StoreIdentity:
+    """What the rows of the store are a function of.
+
+    Raises:
+        DistillKacError: the model is not a teacher.
+    """
+    if teacher.kind != "teacher":
+        raise DistillKacError(f"{spec.teacher}: expected a teacher, found a student: give the folder of its teacher")
+    return StoreIdentity(
+        source=spec.source,
+        teacher_sha256=teacher.weights_sha256,
+        path=teacher.path,
+        solver=spec.solver,
+        solver_steps=spec.solver_steps,
+        knots=spec.knots,
+        seed=spec.seed,
+        shard_size=spec.shard_size,
+        dtype=spec.dtype,
+        sample_shape=teacher.sample_shape,
+        class_frequencies=teacher.class_frequencies,
+        data_sha256=data_fingerprint(load_dataset(teacher.data)) if spec.source == "forward" else None,
+    )
+
+
+def make_plan(spec: RolloutSpec, wanted: StoreIdentity) -> Plan:
+    """Hold what is asked for against what is there.
+
+    Raises:
+        StoreError: the store belongs to another spec, or was written by a newer version.
+    """
+    manifest = read_manifest(spec.store)
+    found = list_shards(spec.store)
+    _refuse_other_spec(spec.store, wanted, manifest, found)
+    asked = (spec.first_sample, spec.first_sample + spec.trajectories)
+    held = manifest.contents if manifest else ()
+    scales = sorted({*spec.guidance, *(part.guidance for part in held)})
+    ranges = {part.guidance: list(part.ids) for part in held}
+    contents = tuple(
+        Contents(guidance=w, ids=merge_ranges([*ranges.get(w, []), *([asked] if w in spec.guidance else [])]))
+        for w in scales
+    )
+    receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
+    finished, todo = [], []
+    for part, ids in ((part, ids) for part in contents for ids in part.ids):
+        for shard in plan_shards(part.guidance, range(*ids), wanted.shard_size):
+            receipt = receipts.get(shard.name)
+            if receipt and receipt.rows >= shard.rows and found.get(shard.name) == receipt.bytes:
+                finished.append(receipt)
+            else:
+                todo.append(shard)
+    return Plan(wanted, contents, tuple(finished), tuple(todo), manifest)
+
+
+def _refuse_other_spec(store: str, wanted: StoreIdentity, manifest: Manifest | None, found: dict[str, int]) -> None:
+    if manifest is not None:
+        here: StoreIdentity | None = manifest.spec
+    else:
+        here = next(filter(None, (_identity_or_none(store, name) for name in itertools.islice(found, 8))), None)
+    if here is not None and here.fingerprint() != wanted.fingerprint():
+        raise StoreError(
+            f"{store}: expected a new store or one of this spec, found one of another: "
+            f"{describe_difference(wanted, here)}: choose another --store, or the options of this one"
+        )
+
+
+def _identity_or_none(store: str, name: str) -> StoreIdentity | None:
+    """A damaged shard says nothing of its store; it will be redone."""
+    try:
+        return identity_of_shard(store, name)
+    except DamagedShard:
+        return None
+
+
+class Outcome(NamedTuple):
+    """What became of a planned shard."""
+
+    receipt: Receipt
+    computed_rows: int
+    seconds: float
+
+
+def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
+    """Compute or adopt every shard that is to be done; returns when all are published.
+
+    Raises:
+        RolloutError: a shard failed; the message names it.
+    """
+    from tqdm import tqdm
+
+    if not plan.todo:
+        return []
+    resources = cluster.connect()
+    actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
+    ledger = ray.remote(Ledger).options(num_cpus=0).remote(actors)
+    items = [{"guidance": s.guidance, "index": s.index, "start": s.start, "rows": s.rows} for s in plan.todo]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    outcomes = (
+        ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+        .map_batches(
+            ShardRoller,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(
+                size=actors,
+                max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+                max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger},
+            num_cpus=0 if resources.gpus else 1,
+            num_gpus=1 if resources.gpus else 0,
+        )
+        .iter_rows()
+    )
+    total = sum(shard.rows for shard in plan.todo)
+    done = []
+    try:
+        with tqdm(desc="rollout", total=total, unit="trajectory", mininterval=1.0) as bar:
+            for row in outcomes:
+                done.append(_outcome(row))
+                bar.update(done[-1].receipt.rows)
+    except ray.exceptions.RayError as error:
+        raise RolloutError(_reason(ledger, error)) from error
+    return done
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    return Outcome(Receipt.model_validate_json(row["receipt"]), int(row["computed_rows"]), float(row["seconds"]))
+
+
+def _reason(ledger: Any, error: BaseException) -> str:
+    """The one line that the failing actor left in the ledger, or Ray's own."""
+    try:
+        noted: str | None = ray.get(ledger.failure.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        noted = None
+    return noted or f"the rollout failed in Ray: {' '.join(str(error).split())[-300:]}"
+
+
+class Ledger:
+    """Counts attempts where a dying actor cannot take the count along; keeps the first failure's message."""
+
+    def __init__(self, actors: int) -> None:
+        self.actors = actors
+        self.attempts: dict[str, int] = {}
+        self.starts_since_progress = 0
+        self.first_failure: str | None = None
+
+    def started(self) -> str | None:
+        """An actor started. Returns why it must not, if too many died in a row."""
+        self.starts_since_progress += 1
+        if self.starts_since_progress > self.actors + MAX_ATTEMPTS * max(1, self.actors):
+            tried = ", ".join(sorted(self.attempts)) or "any shard was begun"
+            return self.fail(
+                f"{self.starts_since_progress} actors died in a row without finishing a shard (last tried: {tried}): "
+                "see the logs of the workers, often memory"
+            )
+        return None
+
+    def begin(self, shard: str) -> str | None:
+        """An actor takes a shard. Returns why it must not, if the shard took too many processes down."""
+        self.attempts[shard] = self.attempts.get(shard, 0) + 1
+        if self.attempts[shard] > MAX_ATTEMPTS:
+            return self.fail(f"{shard}: its process died {MAX_ATTEMPTS} times: see the logs of the workers, often memory")
+        return None
+
+    def finish(self, shard: str) -> None:
+        self.attempts.pop(shard, None)
+        self.starts_since_progress = 0
+
+    def fail(self, message: str) -> str:
+        self.first_failure = self.first_failure or message
+        return message
+
+    def failure(self) -> str | None:
+        return self.first_failure
+
+
+class ShardRoller:
+    """An actor: loads the frozen teacher once, then computes and publishes shards.
+
+    Two calls may run at once: one computes, under the lock, while the other reads or publishes.
+    """
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any) -> None:
+        refusal = ray.get(ledger.started.remote())
+        if refusal:
+            raise RolloutError(refusal)
+        self.spec, self.identity, self.ledger = spec, identity, ledger
+        self.roller = Roller(spec, identity)
+        self.computing = threading.Lock()
+        for w in spec.guidance:
+            files.remove_orphans(files.join(spec.store, Shard(w, 0, 0, 1).name.rsplit("/", 1)[0]))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        shard = Shard(*(batch[key][0].item() for key in ("guidance", "index", "start", "rows")))
+        refusal = ray.get(self.ledger.begin.remote(shard.name))
+        if refusal:
+            raise RolloutError(refusal)
+        try:
+            outcome = self._publish(shard)
+        except Exception as error:
+            ray.get(self.ledger.fail.remote(_failure(self.spec.store, shard, error)))
+            raise
+        ray.get(self.ledger.finish.remote(shard.name))
+        return {
+            "receipt": [outcome.receipt.model_dump_json()],
+            "computed_rows": [outcome.computed_rows],
+            "seconds": [outcome.seconds],
+        }
+
+    def _publish(self, shard: Shard) -> Outcome:
+        """Adopt the shard if it is there and whole; else compute what is missing of it and publish it."""
+        started = time.perf_counter()
+        there, is_damaged = None, False
+        try:
+            receipt, there = adopt(self.spec.store, shard, self.identity)
+            if receipt.rows >= shard.rows:
+                return Outcome(receipt, 0, time.perf_counter() - started)
+        except FileNotFoundError:
+            pass  # the usual case: the shard has yet to be made
+        except DamagedShard as damage:
+            print(f"rollout: {damage}: redoing it", flush=True)
+            is_damaged = True
+        with self.computing:
+            started = time.perf_counter()
+            missing = shard.ids if there is None else range(shard.start + there.num_rows, shard.ids.stop)
+            rows = self.roller.roll(shard.guidance, missing)
+        if there is not None:
+            rows = Rows.joined([Rows.of_table(there, self.identity), rows])
+        check_finite(self.spec.store, shard, rows)
+        table = make_table(
+            self.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval
+        )
+        receipt = publish(self.spec.store, shard, table, self.spec.compression, replace=is_damaged or there is not None)
+        return Outcome(receipt, len(missing), time.perf_counter() - started)
+
+
+def _failure(store: str, shard: Shard, error: Exception) -> str:
+    if isinstance(error, DistillKacError):
+        return str(error)
+    return f"{store}/{shard.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class Rows(NamedTuple):
+    """Computed rows, as numpy."""
+
+    label: np.ndarray  # [rows]
+    kinetic_energy: np.ndarray  # [rows]
+    knots: list[np.ndarray]  # one [rows, *sample_shape] a knot column
+    interval: np.ndarray | None  # [rows], of forward rollouts
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        """The parts one after the other."""
+        intervals = [part.interval for part in parts if part.interval is not None]
+        return cls(
+            np.concatenate([part.label for part in parts]),
+            np.concatenate([part.kinetic_energy for part in parts]),
+            [np.concatenate(columns) for columns in zip(*(part.knots for part in parts), strict=True)],
+            np.concatenate(intervals) if intervals else None,
+        )
+
+    @classmethod
+    def of_table(cls, table: Any, of: StoreIdentity) -> "Rows":
+        """The rows of a published shard."""
+        names = table.column_names
+        return cls(
+            column_array(table["label"]),
+            column_array(table["kinetic_energy"]),
+            [column_array(table[name]) for name in of.knot_columns],
+            column_array(table["interval"]) if "interval" in names else None,
+        )
+
+
+class Roller:
+    """The frozen teacher, and how it is followed; knows nothing of Ray."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
+        self.spec, self.identity = spec, identity
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(spec.teacher, self.device)
+        if model.config.weights_sha256 != identity.teacher_sha256:
+            raise RolloutError(
+                f"{spec.teacher}: expected weights {identity.teacher_sha256[:12]}..., "
+                f"found {model.config.weights_sha256[:12]}...: the teacher changed while the rollout ran"
+            )
+        self.model = model
+        self.path = model.config.path.build()
+
+    def roll(self, guidance: float, ids: range) -> Rows:
+        """Follow the teacher for the samples ``ids``, in batches."""
+        size = self.spec.batch_size
+        batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
+        rollers = {"trajectory": self._trajectories, "forward": self._forward}
+        return Rows.joined([rollers[self.identity.source](guidance, batch) for batch in batches])
+
+    @torch.inference_mode()
+    def _trajectories(self, guidance: float, ids: range) -> Rows:
+        of, network = self.identity, self.model.network
+        label = identity.labels(of.seed, ids, of.class_frequencies)
+        noise = identity.noise(self.path, of.seed, ids, of.sample_shape)
+        every = of.solver_steps // of.knots
+        solution = solve(
+            guide(network, guidance).given(label.to(self.device)),
+            noise.to(self.device),
+            uniform_times(of.solver_steps),
+            of.solver,
+            keep=range(0, of.solver_steps + 1, every),
+        )
+        assert solution.knots is not None
+        return Rows(label.numpy(), solution.kinetic_energy.cpu().numpy(), self._stored(solution.knots), None)
+
+    @torch.inference_mode()
+    def _forward(self, guidance: float, ids: range) -> Rows:
+        """arXiv 2509.21513, Algorithm 1: noise a data point to the start of an interval, follow the teacher to its end."""
+        of = self.identity
+        data = load_dataset(self.model.config.data)
+        point, interval = identity.data_points(of.seed, ids, len(data.labels), of.knots)
+        label = data.labels[point]
+        uniforms = identity.noise_uniforms(self.path, of.seed, ids, of.sample_shape)
+        start = torch.empty((len(ids), *of.sample_shape))
+        end, energy = torch.empty_like(start), torch.empty(len(ids))
+        velocity = guide(self.model.network, guidance)
+        for k in interval.unique().tolist():
+            rows = interval == k
+            t_start, t_end = 1 - k / of.knots, 1 - (k + 1) / of.knots
+            start[rows] = self.path.point(data.images[point[rows]], t_start, uniforms[:, rows]).float()
+            solution = solve(
+                velocity.given(label[rows].to(self.device)),
+                start[rows].to(self.device),
+                uniform_times(of.solver_steps // of.knots, t_start, t_end),
+                of.solver,
+            )
+            end[rows], energy[rows] = solution.x.cpu(), solution.kinetic_energy.cpu()
+        return Rows(label.numpy(), energy.numpy(), self._stored([start, end]), interval.numpy())
+
+    def _stored(self, knots: Iterable[torch.Tensor]) -> list[np.ndarray]:
+        dtype = getattr(torch, self.identity.dtype)
+        return [knot.to(dtype).cpu().numpy() for knot in knots]
+
+
+def check_finite(store: str, shard: Shard, rows: Rows) -> None:
+    """Refuse a shard with NaN or infinity before anything of it is published.
+
+    Raises:
+        RolloutError: names the shard and the samples.
+    """
+    finite = np.isfinite(rows.kinetic_energy)
+    for knot in rows.knots:
+        finite &= np.isfinite(knot).reshape(len(knot), -1).all(axis=1)
+    if not finite.all():
+        bad = np.arange(shard.start, shard.ids.stop)[~finite]
+        raise RolloutError(
+            f"{store}/{shard.name}: expected finite states from the teacher, found NaN or infinity in samples "
+            f"{name_ids(bad)}: nothing of the shard was published; check the teacher's weights, the solver steps and --dtype"
+        )
+
+
+def seal(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
+    """Write the manifest, once every planned shard has its receipt."""
+    have = {receipt.name: receipt for receipt in (*plan.finished, *receipts)}
+    planned = [
+        shard
+        for part in plan.contents
+        for ids in part.ids
+        for shard in plan_shards(part.guidance, range(*ids), plan.identity.shard_size)
+    ]
+    missing = [shard.name for shard in planned if shard.name not in have]
+    if missing:
+        raise RolloutError(f"{spec.store}: expected {len(planned)} shards, no receipt for {missing[0]}: run it again")
+    manifest = Manifest(
+        fingerprint=plan.identity.fingerprint(),
+        spec=plan.identity,
+        teacher=spec.teacher,
+        contents=plan.contents,
+        shards=tuple(have[shard.name] for shard in planned),
+    )
+    write_manifest(spec.store, manifest)
+    return manifest
+
+
+def _report(
+    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, done: Sequence[Outcome], seconds: float
+) -> None:
+    computed = sum(outcome.computed_rows for outcome in done)
+    reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in done)
+    size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in done)))
+    run.metrics(
+        {
+            "trajectories": computed + reused,
+            "trajectories_reused": reused,
+            "trajectories_per_second": computed / seconds,
+            "store_bytes": size,
+        }
+    )
+    run.tags({"distillkac.path": spec.store})
+    shards_computed = sum(1 for outcome in done if outcome.computed_rows)
+    print(
+        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, {reused:,} reused in "
+        f"{len(plan.finished) + len(done) - shards_computed} shards, {size / 2**20:.1f} MiB, {seconds:.0f} s",
+        flush=True,
+    )
