@@ -42,11 +42,13 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     """
     arguments, config = _split_config(arguments)
     defaults = _defaults(spec_type, config)
-    description = f"{(spec_type.__doc__ or '').strip()}\n\n--config FILE.yaml reads options from a file; others override it."
+    description = (
+        f"{(spec_type.__doc__ or '').strip()}\n\n--config FILE.yaml reads options from a file; others override it."
+    )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            spec: SpecType = tyro.cli(
                 spec_type,
                 prog=prog,
                 description=description,
@@ -54,6 +56,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
                 default=defaults,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
+            return spec
     except SystemExit as stop:
         if not stop.code:
             raise

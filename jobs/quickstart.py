@@ -1,8 +1,8 @@
 """`python -m jobs.quickstart --help`"""
 
 from jobs.command import main
-from pipeline.quickstart import quickstart
 from pipeline.config import QuickstartSpec
+from pipeline.quickstart import quickstart
 
 if __name__ == "__main__":
     main(QuickstartSpec, quickstart)

@@ -1,8 +1,8 @@
 """`python -m jobs.rollout --help`"""
 
 from jobs.command import main
-from pipeline.rollout import rollout
 from pipeline.config import RolloutSpec
+from pipeline.rollout import rollout
 
 if __name__ == "__main__":
     main(RolloutSpec, rollout)

@@ -1,7 +1,7 @@
 """Model folders: ``model.safetensors`` (the EMA weights are the model) and ``config.json``, written last.
 
-    MODEL/model.safetensors   weights, float32
-    MODEL/config.json         ModelConfig: all that is needed to build, sample and trace the model
+MODEL/model.safetensors   weights, float32
+MODEL/config.json         ModelConfig: all that is needed to build, sample and trace the model
 """
 
 import hashlib
@@ -120,5 +120,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
         network.load_state_dict(safetensors.torch.load(data))
     except (RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {reason}") from None
+        raise CheckpointError(
+            f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {reason}"
+        ) from None
     return Model(network.eval().requires_grad_(False).to(device), config)

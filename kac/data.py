@@ -22,6 +22,7 @@ class Dataset:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
         return tuple(self.images.shape[1:])
 
     @property

@@ -61,6 +61,7 @@ def join(path: str, name: str) -> str:
 
 
 def exists(path: str) -> bool:
+    """Whether there is a file or folder."""
     location = locate(path)
     return bool(location.fs.exists(location.path))
 
@@ -116,7 +117,7 @@ def check_writable(path: str) -> None:
         write_bytes(probe, b"")
         location = locate(probe)
         location.fs.rm_file(location.path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a filesystem raises, this is what it means
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DistillKacError(f"{path}: expected a place that can be written to, found: {reason}") from None
 
@@ -136,7 +137,9 @@ def local_copy(path: str) -> Iterator[str]:
 def temporary_name(path: str) -> str:
     """A hidden name beside ``path`` that says which process writes it."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    return os.path.join(
+        folder, f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+    )
 
 
 def is_temporary(name: str) -> bool:

@@ -12,7 +12,9 @@ class VelocityModel(Protocol):
 
     null_label: int
 
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """x [batch, *sample], t scalar or [batch], label [batch] -> velocity [batch, *sample]."""
+        ...
 
 
 class GuidedVelocity:

@@ -46,6 +46,6 @@ def labels(seed: int, ids: range, class_frequencies: Sequence[float]) -> Tensor:
 
 
 def data_points(seed: int, ids: range, count: int, intervals: int) -> tuple[Tensor, Tensor]:
-    """For forward rollouts: the data point (0 .. count - 1) and the interval (0 .. intervals - 1) of each of ``ids``."""
+    """For forward rollouts: the data point (below ``count``) and the interval (below ``intervals``) of each id."""
     draws = uniforms(seed, DATA_STREAM, ids, 2)
     return (draws[:, 0] * count).long(), (draws[:, 1] * intervals).long()

@@ -17,6 +17,7 @@ class Pixels(nn.Module):
         self.num_features = int(torch.Size(sample_shape).numel())
 
     def forward(self, images: Tensor) -> Tensor:
+        """[batch, *sample] -> [batch, num_features]."""
         return images.flatten(1)
 
 

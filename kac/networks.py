@@ -50,7 +50,8 @@ class ResidualMLP(nn.Module):
         hidden = self.enter(x.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, condition)
-        return self.leave(hidden).reshape(x.shape)
+        velocity: Tensor = self.leave(hidden).reshape(x.shape)
+        return velocity
 
 
 class FourierTime(nn.Module):
@@ -65,6 +66,7 @@ class FourierTime(nn.Module):
         self.width = width
 
     def forward(self, t: Tensor) -> Tensor:
+        """[batch] -> [batch, width]."""
         angle = t[:, None] * self.frequencies
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
 
@@ -78,4 +80,5 @@ class _Block(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulate(nn.functional.silu(condition)).chunk(2, dim=1)
-        return hidden + self.net(self.norm(hidden) * (1 + scale) + shift)
+        out: Tensor = hidden + self.net(self.norm(hidden) * (1 + scale) + shift)
+        return out

@@ -25,7 +25,7 @@ class Options(BaseModel):
 
 def _sentence(entry: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in entry["loc"] if not isinstance(part, int)).replace("_", "-")
-    message = entry["msg"].removeprefix("Value error, ")
+    message: str = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "extra_forbidden":
         return f"--{where}: unknown option: see --help"
     if entry["type"] == "missing":

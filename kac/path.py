@@ -15,6 +15,8 @@ from kac.process import KacProcess
 
 
 class ScheduleValue(NamedTuple):
+    """A schedule at some times, with its slope there."""
+
     value: Tensor
     derivative: Tensor
 
@@ -27,7 +29,11 @@ class Schedule(NamedTuple):
 
 
 class ScheduleFunction(Protocol):
-    def __call__(self, t: Tensor) -> ScheduleValue: ...
+    """A schedule as a function of time."""
+
+    def __call__(self, t: Tensor) -> ScheduleValue:
+        """Value and derivative at t in [0, 1], of the shape of t."""
+        ...
 
 
 SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
@@ -54,17 +60,25 @@ class PathSample(NamedTuple):
 class Path(Protocol):
     """What the teacher's loss, the rollout and the students need to know of a path."""
 
-    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample: ...
+    uniforms_per_coordinate: ClassVar[int]
+
+    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
+        """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch], with the targets there."""
+        ...
 
     def noise(
         self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """x_1 of the given shape."""
+        ...
 
-    uniforms_per_coordinate: int
+    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
+        """x_t at one common time from uniforms [uniforms_per_coordinate, *shape]."""
+        ...
 
-    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor: ...
-
-    def speed_limit(self, data_bound: float = 1.0) -> float: ...
+    def speed_limit(self, data_bound: float = 1.0) -> float:
+        """A bound of every component of the true velocity."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,8 @@ class GaussianPath:
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time, from uniforms [1, *shape] in (0, 1) (float64): reproducible sample by sample."""
-        return (1 - t) * x_0 + t * torch.special.ndtri(uniforms[0])
+        eps: Tensor = torch.special.ndtri(uniforms[0])
+        return (1 - t) * x_0 + t * eps
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
         """Infinite: Gaussian noise has no bound."""
@@ -161,7 +176,9 @@ class PathConfig(Options):
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-        raise ValueError(f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}, got {list(t.shape)}")
+        raise ValueError(
+            f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}, got {list(t.shape)}"
+        )
     return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 

@@ -170,5 +170,4 @@ def _gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     import numpy as np
 
     nodes, weights = np.polynomial.legendre.leggauss(count)
-    as_like = {"dtype": like.dtype, "device": like.device}
-    return torch.tensor((nodes + 1) / 2, **as_like), torch.tensor(weights / 2, **as_like)
+    return torch.from_numpy((nodes + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)

@@ -3,6 +3,7 @@
 ``steps`` are solver steps, ``nfe`` network evaluations.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -76,7 +77,7 @@ class _Step(NamedTuple):
 
 
 def _euler(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         h = t_next - t
         u = velocity(x, _scalar(t, x))
         x = x + h * u
@@ -84,7 +85,7 @@ def _euler(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]
 
 
 def _heun(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         h = t_next - t
         u = velocity(x, _scalar(t, x))
         u_next = velocity(x + h * u, _scalar(t_next, x))
@@ -94,7 +95,7 @@ def _heun(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
 
 def _ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
     u_prev, h_prev = None, 0.0
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         h = t_next - t
         u = velocity(x, _scalar(t, x))
         half_ratio = 0.0 if u_prev is None else h / h_prev / 2

@@ -24,11 +24,11 @@ def flow_matching_loss(
         null_label: the label of "no class".
         label_dropout: the share of labels replaced by the null label, which guidance needs.
     """
-    draw = {"generator": generator, "device": x_0.device}
-    # One uniform offset and even strata: t is uniform, and its spread over a batch adds no variance to the loss.
-    strata = torch.arange(len(x_0), device=x_0.device, dtype=x_0.dtype)
-    t = ((strata + torch.rand(len(x_0), **draw)) / len(x_0))[torch.randperm(len(x_0), **draw)]  # type: ignore[arg-type]
+    count, device = len(x_0), x_0.device
+    # Even strata under one random offset each: t is uniform, and its spread over a batch adds nothing to the noise.
+    strata = torch.randperm(count, generator=generator, device=device)
+    t = (strata + torch.rand(count, generator=generator, device=device)) / count
     point = path.sample(x_0, t, generator)
-    dropped = torch.rand(len(x_0), **draw) < label_dropout  # type: ignore[arg-type]
+    dropped = torch.rand(count, generator=generator, device=device) < label_dropout
     given = torch.where(dropped, torch.full_like(label, null_label), label)
     return (model(point.x_t, t, given) - point.target).square().mean()

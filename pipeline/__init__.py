@@ -1,0 +1,1 @@
+"""The stages on Ray, the endpoint store, and tracking."""

@@ -23,13 +23,25 @@ def connect() -> Resources:
     Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
     """
     if not ray.is_initialized():
-        # Without the dashboard Ray Train's placement-group cleaner warns again and again that it cannot query the state.
+        # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
         local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": True}
-        ray.init(logging_level=logging.WARNING, **local)  # type: ignore[arg-type]
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+        ray.init(logging_level=logging.WARNING, **local)
+    _quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
     return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+
+
+def _quiet(*names: str) -> None:
+    """Errors only on the terminal; Ray's log files keep everything."""
+    import ray.data  # noqa: F401 - it configures the loggers, which would undo what follows
+
+    for name in names:
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
+        if not logger.handlers:
+            logger.setLevel(logging.ERROR)
 
 
 def absolute(path: str) -> str:

@@ -55,9 +55,7 @@ class OptimizerConfig(Options):
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = how(500, "updates between checkpoints to resume from", gt=0)
-WORKERS = how(
-    None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0
-)
+WORKERS = how(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 
 
 class TeachSpec(Spec):
@@ -105,9 +103,7 @@ class RolloutSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> "RolloutSpec":
         if self.solver_steps % self.knots:
-            raise ValueError(
-                f"--solver-steps: expected a multiple of --knots {self.knots}, found {self.solver_steps}"
-            )
+            raise ValueError(f"--solver-steps: expected a multiple of --knots {self.knots}, found {self.solver_steps}")
         if self.first_sample % self.shard_size:
             raise ValueError(
                 f"--first-sample: expected a multiple of --shard-size {self.shard_size}, found {self.first_sample}"

@@ -22,9 +22,11 @@ class DistillTask:
 
     @property
     def optimizer(self) -> OptimizerConfig:
+        """How it is trained."""
         return self.spec.optimizer
 
     def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
+        """The network with its first weights, and its loss."""
         spec = self.spec
         network = load_model(self.init).network.requires_grad_(True)
         batches = None
@@ -108,12 +110,14 @@ def _check_init(spec: DistillSpec, source: store.Store, init: str, model: Model)
     found = config.weights_sha256 if config.kind == "teacher" else config.teacher_sha256
     if found != wanted:
         raise CheckpointError(
-            f"{init}: expected the store's teacher {wanted[:12]}... or a student of it, found one of {str(found)[:12]}...: "
-            "give the right --init or --teacher, or roll this teacher out into a store of its own"
+            f"{init}: expected the store's teacher {wanted[:12]}... or a student of it, "
+            f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
+            "or roll this teacher out into a store of its own"
         )
     if config.kind == "student" and config.guidance != spec.guidance:
         raise CheckpointError(
-            f"{init}: expected a student of guidance {spec.guidance}, found one of {config.guidance}: choose another --init"
+            f"{init}: expected a student of guidance {spec.guidance}, found one of {config.guidance}: "
+            "choose another --init"
         )
 
 
@@ -122,7 +126,10 @@ def start_run(
 ) -> AbstractContextManager[tracking.TrackedRun]:
     """The tracked run of a student."""
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
-    inputs = {"rollout": plan.content["store"], "teacher": plan.init_config.teacher_sha256 or plan.content["init_sha256"]}
+    inputs = {
+        "rollout": plan.content["store"],
+        "teacher": plan.init_config.teacher_sha256 or plan.content["init_sha256"],
+    }
     return tracking.start_run("distill", name, spec, spec.fingerprint(**plan.content), inputs, spec.out, parent)
 
 

@@ -67,7 +67,9 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     content = {"models": {entrant.name: entrant.config.weights_sha256 for entrant in entrants}}
     if outputs.claim(spec.out, spec, EVALUATION_FILE, **content):
         print(f"evaluate: {spec.out} is complete: nothing to do", flush=True)
-        scores = [Score(**score) for score in json.loads(files.read_bytes(files.join(spec.out, EVALUATION_FILE)))["scores"]]
+        scores = [
+            Score(**score) for score in json.loads(files.read_bytes(files.join(spec.out, EVALUATION_FILE)))["scores"]
+        ]
         print(table(scores), flush=True)
         return scores
     name = spec.fingerprint(**content)
@@ -142,7 +144,9 @@ def _student_folders(path: str) -> list[str]:
         return [path]
     location = files.locate(path)
     if location.fs.isdir(location.path):
-        names = sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in location.fs.ls(location.path, detail=False))
+        names = sorted(
+            str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in location.fs.ls(location.path, detail=False)
+        )
         found = [folder for name in names if files.exists(files.join(folder := files.join(path, name), CONFIG_FILE))]
         if found:
             return found

@@ -32,7 +32,9 @@ def how_to_sample(model: Model, guidance: float | None, steps: int | None, solve
     assert config.steps is not None and config.guidance is not None
     for option, asked, built_in in (("steps", steps, config.steps), ("guidance", guidance, config.guidance)):
         if asked is not None and asked != built_in:
-            raise DistillKacError(f"--{option}: expected {built_in}, which is built into the student {name}, found {asked}")
+            raise DistillKacError(
+                f"--{option}: expected {built_in}, which is built into the student {name}, found {asked}"
+            )
     return How(config.guidance, config.steps, "euler")
 
 

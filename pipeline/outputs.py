@@ -1,7 +1,7 @@
 """Idempotent outputs: a folder belongs to one spec, is finished or is gone on with, and refuses another spec.
 
-    OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
-    OUT/<marker>       written last; with the same fingerprint it says that the work is done
+OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
+OUT/<marker>       written last; with the same fingerprint it says that the work is done
 """
 
 import json

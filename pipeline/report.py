@@ -11,7 +11,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>DistillKac: {title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }} th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd }}
 th:first-child, td:first-child {{ text-align: left }} img {{ max-width: 100% }}
 pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 </style></head><body>
@@ -20,7 +21,8 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 same guidance scale w. Label agreement: the share of samples that a classifier of the real data gives the label they
 were made for. Endpoint error: root mean squared difference a coordinate from the teacher's image.</p>
 {table}
-<h2>Samples</h2><p>The same noise in each column.</p><img alt="samples of every model" src="{samples_picture}">
+<h2>Samples</h2><p>The same noise in each column.</p>
+<img alt="samples of every model" src="{samples_picture}">
 <h2>Quality against cost</h2><img alt="Frechet distance by network evaluations" src="{curve_picture}">
 <h2>Compare the runs in MLflow</h2><pre>{mlflow}</pre>
 <h2>Options</h2>{options}

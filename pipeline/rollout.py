@@ -20,31 +20,35 @@ What Ray does by default, and what is done about it (Ray 2.60):
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-import torch
 
-from kac import files, identity
+from kac import files
 from kac.checkpoint import ModelConfig, load_config, load_model
 from kac.data import load_dataset
 from kac.errors import DistillKacError
-from kac.guidance import guide
-from kac.solvers import solve, uniform_times
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
-from pipeline.store.layout import Shard, StoreError, StoreIdentity, describe_difference, plan_shards
-from pipeline.store.manifest import Contents, Manifest, list_shards, merge_ranges, read_manifest, write_manifest
+from pipeline.roller import Roller, RolloutError, Rows, check_finite
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, describe_difference, guidance_folder
+from pipeline.store.manifest import (
+    Contents,
+    Manifest,
+    list_shards,
+    merge_ranges,
+    read_manifest,
+    shards_of,
+    write_manifest,
+)
 from pipeline.store.shards import (
     DamagedShard,
     Receipt,
     adopt,
-    column_array,
     identity_of_shard,
     make_table,
-    name_ids,
     publish,
 )
 from pipeline.teach import data_fingerprint
@@ -54,10 +58,6 @@ MAX_ATTEMPTS = 10
 
 SHARDS_IN_FLIGHT = 2
 MAX_BLOCKS = 1000
-
-
-class RolloutError(DistillKacError):
-    """The rollout cannot go on; the message names the shard."""
 
 
 class Plan(NamedTuple):
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
 
     @property
     def rows_finished(self) -> int:
+        """Rows that need not be looked at again."""
         return sum(receipt.rows for receipt in self.finished)
 
 
@@ -80,9 +81,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     Raises:
         DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
     """
-    spec = spec.model_copy(
-        update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)}
-    )
+    spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
     teacher = load_config(spec.teacher)
     plan = make_plan(spec, identify(spec, teacher))
     if not plan.todo and plan.manifest is not None and plan.contents == plan.manifest.contents:
@@ -96,6 +95,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     ) as run:
         started = time.perf_counter()
         done = roll_out(spec, plan)
+        remove_orphans(spec)
         manifest = seal(spec, plan, [outcome.receipt for outcome in done])
         _report(run, spec, plan, done, time.perf_counter() - started)
     return manifest
@@ -144,13 +144,12 @@ def make_plan(spec: RolloutSpec, wanted: StoreIdentity) -> Plan:
     )
     receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
     finished, todo = [], []
-    for part, ids in ((part, ids) for part in contents for ids in part.ids):
-        for shard in plan_shards(part.guidance, range(*ids), wanted.shard_size):
-            receipt = receipts.get(shard.name)
-            if receipt and receipt.rows >= shard.rows and found.get(shard.name) == receipt.bytes:
-                finished.append(receipt)
-            else:
-                todo.append(shard)
+    for shard in shards_of(contents, wanted.shard_size):
+        receipt = receipts.get(shard.name)
+        if receipt and receipt.rows >= shard.rows and found.get(shard.name) == receipt.bytes:
+            finished.append(receipt)
+        else:
+            todo.append(shard)
     return Plan(wanted, contents, tuple(finished), tuple(todo), manifest)
 
 
@@ -266,18 +265,23 @@ class Ledger:
         """An actor takes a shard. Returns why it must not, if the shard took too many processes down."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] > MAX_ATTEMPTS:
-            return self.fail(f"{shard}: its process died {MAX_ATTEMPTS} times: see the logs of the workers, often memory")
+            return self.fail(
+                f"{shard}: its process died {MAX_ATTEMPTS} times: see the logs of the workers, often memory"
+            )
         return None
 
     def finish(self, shard: str) -> None:
+        """A shard is published."""
         self.attempts.pop(shard, None)
         self.starts_since_progress = 0
 
     def fail(self, message: str) -> str:
+        """Note why the rollout cannot go on; the first reason is kept."""
         self.first_failure = self.first_failure or message
         return message
 
     def failure(self) -> str | None:
+        """The first reason."""
         return self.first_failure
 
 
@@ -294,10 +298,10 @@ class ShardRoller:
         self.spec, self.identity, self.ledger = spec, identity, ledger
         self.roller = Roller(spec, identity)
         self.computing = threading.Lock()
-        for w in spec.guidance:
-            files.remove_orphans(files.join(spec.store, Shard(w, 0, 0, 1).name.rsplit("/", 1)[0]))
+        remove_orphans(spec)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """One planned shard in, its receipt out."""
         shard = Shard(*(batch[key][0].item() for key in ("guidance", "index", "start", "rows")))
         refusal = ray.get(self.ledger.begin.remote(shard.name))
         if refusal:
@@ -334,11 +338,15 @@ class ShardRoller:
         if there is not None:
             rows = Rows.joined([Rows.of_table(there, self.identity), rows])
         check_finite(self.spec.store, shard, rows)
-        table = make_table(
-            self.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval
-        )
+        table = make_table(self.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
         receipt = publish(self.spec.store, shard, table, self.spec.compression, replace=is_damaged or there is not None)
         return Outcome(receipt, len(missing), time.perf_counter() - started)
+
+
+def remove_orphans(spec: RolloutSpec) -> None:
+    """Remove the temporary files of writers that died on this machine."""
+    for w in spec.guidance:
+        files.remove_orphans(files.join(spec.store, guidance_folder(w)))
 
 
 def _failure(store: str, shard: Shard, error: Exception) -> str:
@@ -347,130 +355,10 @@ def _failure(store: str, shard: Shard, error: Exception) -> str:
     return f"{store}/{shard.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class Rows(NamedTuple):
-    """Computed rows, as numpy."""
-
-    label: np.ndarray  # [rows]
-    kinetic_energy: np.ndarray  # [rows]
-    knots: list[np.ndarray]  # one [rows, *sample_shape] a knot column
-    interval: np.ndarray | None  # [rows], of forward rollouts
-
-    @classmethod
-    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """The parts one after the other."""
-        intervals = [part.interval for part in parts if part.interval is not None]
-        return cls(
-            np.concatenate([part.label for part in parts]),
-            np.concatenate([part.kinetic_energy for part in parts]),
-            [np.concatenate(columns) for columns in zip(*(part.knots for part in parts), strict=True)],
-            np.concatenate(intervals) if intervals else None,
-        )
-
-    @classmethod
-    def of_table(cls, table: Any, of: StoreIdentity) -> "Rows":
-        """The rows of a published shard."""
-        names = table.column_names
-        return cls(
-            column_array(table["label"]),
-            column_array(table["kinetic_energy"]),
-            [column_array(table[name]) for name in of.knot_columns],
-            column_array(table["interval"]) if "interval" in names else None,
-        )
-
-
-class Roller:
-    """The frozen teacher, and how it is followed; knows nothing of Ray."""
-
-    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
-        self.spec, self.identity = spec, identity
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(spec.teacher, self.device)
-        if model.config.weights_sha256 != identity.teacher_sha256:
-            raise RolloutError(
-                f"{spec.teacher}: expected weights {identity.teacher_sha256[:12]}..., "
-                f"found {model.config.weights_sha256[:12]}...: the teacher changed while the rollout ran"
-            )
-        self.model = model
-        self.path = model.config.path.build()
-
-    def roll(self, guidance: float, ids: range) -> Rows:
-        """Follow the teacher for the samples ``ids``, in batches."""
-        size = self.spec.batch_size
-        batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
-        rollers = {"trajectory": self._trajectories, "forward": self._forward}
-        return Rows.joined([rollers[self.identity.source](guidance, batch) for batch in batches])
-
-    @torch.inference_mode()
-    def _trajectories(self, guidance: float, ids: range) -> Rows:
-        of, network = self.identity, self.model.network
-        label = identity.labels(of.seed, ids, of.class_frequencies)
-        noise = identity.noise(self.path, of.seed, ids, of.sample_shape)
-        every = of.solver_steps // of.knots
-        solution = solve(
-            guide(network, guidance).given(label.to(self.device)),
-            noise.to(self.device),
-            uniform_times(of.solver_steps),
-            of.solver,
-            keep=range(0, of.solver_steps + 1, every),
-        )
-        assert solution.knots is not None
-        return Rows(label.numpy(), solution.kinetic_energy.cpu().numpy(), self._stored(solution.knots), None)
-
-    @torch.inference_mode()
-    def _forward(self, guidance: float, ids: range) -> Rows:
-        """arXiv 2509.21513, Algorithm 1: noise a data point to the start of an interval, follow the teacher to its end."""
-        of = self.identity
-        data = load_dataset(self.model.config.data)
-        point, interval = identity.data_points(of.seed, ids, len(data.labels), of.knots)
-        label = data.labels[point]
-        uniforms = identity.noise_uniforms(self.path, of.seed, ids, of.sample_shape)
-        start = torch.empty((len(ids), *of.sample_shape))
-        end, energy = torch.empty_like(start), torch.empty(len(ids))
-        velocity = guide(self.model.network, guidance)
-        for k in interval.unique().tolist():
-            rows = interval == k
-            t_start, t_end = 1 - k / of.knots, 1 - (k + 1) / of.knots
-            start[rows] = self.path.point(data.images[point[rows]], t_start, uniforms[:, rows]).float()
-            solution = solve(
-                velocity.given(label[rows].to(self.device)),
-                start[rows].to(self.device),
-                uniform_times(of.solver_steps // of.knots, t_start, t_end),
-                of.solver,
-            )
-            end[rows], energy[rows] = solution.x.cpu(), solution.kinetic_energy.cpu()
-        return Rows(label.numpy(), energy.numpy(), self._stored([start, end]), interval.numpy())
-
-    def _stored(self, knots: Iterable[torch.Tensor]) -> list[np.ndarray]:
-        dtype = getattr(torch, self.identity.dtype)
-        return [knot.to(dtype).cpu().numpy() for knot in knots]
-
-
-def check_finite(store: str, shard: Shard, rows: Rows) -> None:
-    """Refuse a shard with NaN or infinity before anything of it is published.
-
-    Raises:
-        RolloutError: names the shard and the samples.
-    """
-    finite = np.isfinite(rows.kinetic_energy)
-    for knot in rows.knots:
-        finite &= np.isfinite(knot).reshape(len(knot), -1).all(axis=1)
-    if not finite.all():
-        bad = np.arange(shard.start, shard.ids.stop)[~finite]
-        raise RolloutError(
-            f"{store}/{shard.name}: expected finite states from the teacher, found NaN or infinity in samples "
-            f"{name_ids(bad)}: nothing of the shard was published; check the teacher's weights, the solver steps and --dtype"
-        )
-
-
 def seal(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
     """Write the manifest, once every planned shard has its receipt."""
     have = {receipt.name: receipt for receipt in (*plan.finished, *receipts)}
-    planned = [
-        shard
-        for part in plan.contents
-        for ids in part.ids
-        for shard in plan_shards(part.guidance, range(*ids), plan.identity.shard_size)
-    ]
+    planned = shards_of(plan.contents, plan.identity.shard_size)
     missing = [shard.name for shard in planned if shard.name not in have]
     if missing:
         raise RolloutError(f"{spec.store}: expected {len(planned)} shards, no receipt for {missing[0]}: run it again")
@@ -485,9 +373,7 @@ def seal(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest
     return manifest
 
 
-def _report(
-    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, done: Sequence[Outcome], seconds: float
-) -> None:
+def _report(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, done: Sequence[Outcome], seconds: float) -> None:
     computed = sum(outcome.computed_rows for outcome in done)
     reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in done)
     size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in done)))
@@ -502,7 +388,8 @@ def _report(
     run.tags({"distillkac.path": spec.store})
     shards_computed = sum(1 for outcome in done if outcome.computed_rows)
     print(
-        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, {reused:,} reused in "
-        f"{len(plan.finished) + len(done) - shards_computed} shards, {size / 2**20:.1f} MiB, {seconds:.0f} s",
+        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, "
+        f"{reused:,} reused in {len(plan.finished) + len(done) - shards_computed} shards, "
+        f"{size / 2**20:.1f} MiB, {seconds:.0f} s",
         flush=True,
     )

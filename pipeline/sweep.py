@@ -47,7 +47,10 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         _run_trials(spec, open_trials, run)
     listing = {"fingerprint": name, "students": [trial.name for trial in trials]}
     files.write_bytes(files.join(out, SWEEP_FILE), json.dumps(listing, indent=2).encode())
-    print(f"sweep: wrote {len(open_trials)} students to {out} ({len(trials) - len(open_trials)} were complete)", flush=True)
+    print(
+        f"sweep: wrote {len(open_trials)} students to {out} ({len(trials) - len(open_trials)} were complete)",
+        flush=True,
+    )
     return trials
 
 
@@ -109,7 +112,7 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
         run_config=RunConfig(name="tune", storage_path=_tune_folder(), verbose=0),
     )
     results = tuner.fit()
-    failures = [f"{result.config['trial']}: {training.innermost(result.error)}" for result in results if result.error]  # type: ignore[index]
+    failures = [f"{result.config['trial']}: {training.innermost(result.error)}" for result in results if result.error]
     if failures:
         raise DistillKacError(
             f"{spec.out}: {len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}: "

@@ -21,9 +21,11 @@ class TeachTask:
 
     @property
     def optimizer(self) -> OptimizerConfig:
+        """How it is trained."""
         return self.spec.optimizer
 
     def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
+        """The network with its first weights, and its loss."""
         spec, data = self.spec, load_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
         network = build_network(spec.network, data.sample_shape, data.num_classes)
@@ -72,7 +74,9 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         return load_config(spec.out)
     workers, use_gpu = training.choose_workers(spec.workers)
     name = spec.fingerprint(**content)
-    with tracking.start_run("teach", f"teach-{spec.data}", spec, name, {"data": content["data_sha256"]}, spec.out, parent) as run:
+    with tracking.start_run(
+        "teach", f"teach-{spec.data}", spec, name, {"data": content["data_sha256"]}, spec.out, parent
+    ) as run:
         job = training.Job(TeachTask(spec), "teach", spec.out, run, spec.checkpoint_updates)
         weights = training.train(job, workers, use_gpu)
         network = build_network(spec.network, data.sample_shape, data.num_classes)

@@ -56,6 +56,7 @@ class TrackedRun:
         self._client().log_batch(self.run_id, [Metric(k, float(v), now, step) for k, v in values.items()])
 
     def tags(self, values: dict[str, str]) -> None:
+        """Set tags."""
         for name, value in values.items():
             self._client().set_tag(self.run_id, name, value)
 

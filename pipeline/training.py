@@ -34,6 +34,8 @@ MAX_FAILURES = 3
 Loss = Callable[[nn.Module, int], Tensor]
 """(network, update) -> this worker's loss of the update, a scalar."""
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 Report = Callable[[dict[str, float], bytes | None], None]
 """(metrics, training state or None): called equally often by every worker."""
 
@@ -50,7 +52,9 @@ class Task(Protocol):
     """What is trained: picklable, so that it travels to workers."""
 
     @property
-    def optimizer(self) -> OptimizerConfig: ...
+    def optimizer(self) -> OptimizerConfig:
+        """How it is trained."""
+        ...
 
     def build(self, worker: Worker) -> tuple[nn.Module, Loss]:
         """The network with its first weights, and its loss."""
@@ -103,10 +107,7 @@ def train(job: Job, workers: int, use_gpu: bool = False) -> dict[str, Tensor]:
         raise DistillKacError(
             f"--workers: expected a divisor of the batch size {job.task.optimizer.batch_size}, found {workers}"
         )
-    if workers == 0:
-        state = train_here(job)
-    else:
-        state = _train_on_ray(job, workers, use_gpu)
+    state = train_here(job) if workers == 0 else _train_on_ray(job, workers, use_gpu)
     return averaged_weights(state)
 
 
@@ -254,11 +255,11 @@ def learning_rate_factor(update: int, options: OptimizerConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _warmed_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _warmed_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """An exponential moving average whose decay grows with its age, so that the first weights are soon forgotten."""
 
     @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         d = min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averaged, current, 1 - d)
 

@@ -1,7 +1,7 @@
 """What a store is: its identity, the names of its shards, and their schema.
 
-    STORE/manifest.json                               what it is; written last
-    STORE/data/guidance=1.0/shard-000042.parquet      one shard
+STORE/manifest.json                               what it is; written last
+STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 
 import json
@@ -57,7 +57,7 @@ class StoreIdentity(Options):
         """The columns that hold states: one a knot, or the two ends of a forward interval."""
         return [START, END] if self.source == "forward" else [knot_column(k, self.knots) for k in range(self.knots + 1)]
 
-    def schema(self) -> pa.Schema:
+    def arrow_schema(self) -> pa.Schema:
         """The Arrow schema of a shard, without its metadata."""
         knot = pa.fixed_shape_tensor(pa.from_numpy_dtype(np.dtype(self.dtype)), self.sample_shape)
         fields = [
@@ -91,6 +91,7 @@ class Shard:
 
     @property
     def ids(self) -> range:
+        """The sample ids of the rows."""
         return range(self.start, self.start + self.rows)
 
     def metadata(self, identity: StoreIdentity) -> dict[str, str]:
@@ -106,6 +107,7 @@ class Shard:
 
 
 def guidance_folder(w: float) -> str:
+    """The folder of a guidance scale, below the store: a Hive partition."""
     return f"{DATA}/guidance={float(w)!r}"
 
 
@@ -129,7 +131,9 @@ def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
 def describe_difference(expected: StoreIdentity, found: StoreIdentity) -> str:
     """The fields in which two identities differ, for a refusal."""
     ours, theirs = expected.model_dump(mode="json"), found.model_dump(mode="json")
-    return ", ".join(f"{name} {_short(ours[name])} (found {_short(theirs[name])})" for name in ours if ours[name] != theirs[name])
+    return ", ".join(
+        f"{name} {_short(ours[name])} (found {_short(theirs[name])})" for name in ours if ours[name] != theirs[name]
+    )
 
 
 def _short(value: Any) -> str:

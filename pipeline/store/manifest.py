@@ -1,6 +1,7 @@
 """The manifest: what a finished store is. It is written last; a store without one is unfinished."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kac import files
@@ -30,6 +31,7 @@ class Contents(Options):
 
     @property
     def rows(self) -> int:
+        """How many there are."""
         return sum(stop - start for start, stop in self.ids)
 
 
@@ -45,6 +47,7 @@ class Manifest(Options):
 
     @property
     def guidance(self) -> tuple[float, ...]:
+        """The guidance scales in the store."""
         return tuple(part.guidance for part in self.contents)
 
     def ids(self, guidance: float) -> tuple[IdRange, ...]:
@@ -53,12 +56,17 @@ class Manifest(Options):
 
     def plan(self) -> list[Shard]:
         """Every shard that must be there."""
-        return [
-            shard
-            for part in self.contents
-            for start, stop in part.ids
-            for shard in plan_shards(part.guidance, range(start, stop), self.spec.shard_size)
-        ]
+        return shards_of(self.contents, self.spec.shard_size)
+
+
+def shards_of(contents: Sequence[Contents], shard_size: int) -> list[Shard]:
+    """Every shard that holds the contents."""
+    return [
+        shard
+        for part in contents
+        for start, stop in part.ids
+        for shard in plan_shards(part.guidance, range(start, stop), shard_size)
+    ]
 
 
 @dataclass(frozen=True)
@@ -130,4 +138,3 @@ def merge_ranges(ranges: list[IdRange]) -> tuple[IdRange, ...]:
         else:
             merged.append((start, stop))
     return tuple(merged)
-

@@ -56,6 +56,7 @@ class Columns:
 
     @property
     def rows(self) -> int:
+        """How many there are."""
         return len(self.label)
 
 
@@ -124,7 +125,7 @@ class Store:
         view = self._view(guidance, self._knot_columns(knots), rank, world_size, seed, memory_bytes)
         for pieces in _cut(self._order(view, epoch, start_batch * batch_size), batch_size):
             taken = [_take(columns, rows) for columns, rows in pieces]
-            yield Batch(*(_join(parts) for parts in zip(*taken, strict=True)))
+            yield taken[0] if len(taken) == 1 else _join(taken)
 
     def interval_batches(
         self,
@@ -265,9 +266,8 @@ class Store:
             if sum(s.rows for s in windows[-1]) + shard.rows > window_rows and windows[-1]:
                 windows.append([])
             windows[-1].append(shard)
-        while windows and skip >= (rows := sum(shard.rows for shard in windows[0])):
-            skip -= rows
-            windows.pop(0)
+        while windows and skip >= sum(shard.rows for shard in windows[0]):
+            skip -= sum(shard.rows for shard in windows.pop(0))
         first = len(mine) - sum(len(window) for window in windows)
         tables = _read_ahead(self.path, self.spec, mine[first:], view.columns)
         for number, window in enumerate(windows):
@@ -299,6 +299,7 @@ class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
         self.store, self.batch_size, self.options, self.epoch = store, batch_size, dict(options), 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -334,7 +335,8 @@ def open_store(path: str, allow_unfinished: bool = False) -> Store:
         raise StoreError(f"{path}: expected an endpoint store, found none: make one with python -m jobs.rollout")
     if not allow_unfinished:
         raise StoreError(
-            f"{path}: expected a finished store, found {len(found)} shards and no manifest: run the rollout again to finish it"
+            f"{path}: expected a finished store, found {len(found)} shards and no manifest: "
+            "run the rollout again to finish it"
         )
     spec = identity_of_shard(path, next(iter(found)))
     return Store(path, spec, [shard_at(path, name) for name in found], None)
@@ -377,7 +379,9 @@ def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[s
     if metadata.get("fingerprint") != spec.fingerprint() or int(metadata["start"]) != shard.start:
         raise StoreError(f"{where}: expected sample {shard.start} on of this store, found another shard")
     if table.num_rows < shard.rows:
-        raise StoreError(f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it")
+        raise StoreError(
+            f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it"
+        )
     # A shard that grows is replaced by a longer one before the manifest counts its new rows.
     return ShardRows(shard, table.slice(0, shard.rows))
 
@@ -437,9 +441,10 @@ def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
     pending: list[Piece] = []
     have = 0
     for columns, rows in pieces:
-        while len(rows):
-            part = rows[: batch_size - have]
-            rows = rows[len(part) :]
+        at = 0
+        while at < len(rows):
+            part = rows[at : at + batch_size - have]
+            at += len(part)
             pending.append((columns, part))
             have += len(part)
             if have == batch_size:
@@ -454,11 +459,10 @@ def _take(columns: Columns, rows: Tensor) -> Batch:
     return Batch(columns.sample_id[rows], columns.label[rows], columns.knots[rows], interval)
 
 
-def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    tensors = [part for part in parts if part is not None]
-    if not tensors:
-        return None
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _join(parts: list[Batch]) -> Batch:
+    ids, labels, knots, intervals = zip(*parts, strict=True)
+    interval = None if intervals[0] is None else torch.cat(intervals)
+    return Batch(torch.cat(ids), torch.cat(labels), torch.cat(knots), interval)
 
 
 def _intervals(pieces: list[Piece], k: Tensor, steps: int) -> IntervalBatch:

@@ -5,7 +5,9 @@ Every page carries a CRC, and the manifest holds the file's sha256: no flipped b
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,10 +70,10 @@ def make_table(
         columns[INTERVAL] = pa.array(interval.astype(np.int32))
     for name, knot in zip(identity.knot_columns, knots, strict=True):
         flat = pa.array(np.ascontiguousarray(knot, dtype=dtype).reshape(-1))
-        tensor_type = identity.schema().field(name).type
+        tensor_type = identity.arrow_schema().field(name).type
         storage = pa.FixedSizeListArray.from_arrays(flat, type=tensor_type.storage_type)
         columns[name] = pa.ExtensionArray.from_storage(tensor_type, storage)
-    schema = identity.schema().with_metadata(shard.metadata(identity))
+    schema = identity.arrow_schema().with_metadata(shard.metadata(identity))
     return pa.table([columns[field.name] for field in schema], schema=schema)
 
 
@@ -88,7 +90,7 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
         # Floats of a flow do not repeat: a dictionary would be built, found useless and dropped, page by page.
         use_dictionary=[LABEL],
         use_byte_stream_split=knots if compression != "none" else False,
-        write_statistics=scalars,  # type: ignore[arg-type]
+        write_statistics=scalars,
         write_page_checksum=True,
         data_page_size=1 << 20,
     )
@@ -137,7 +139,7 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
     except (pa.ArrowException, OSError, OptionError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DamagedShard(f"{where}: expected a whole Parquet shard, found: {reason}") from None
-    expected = identity.schema()
+    expected = identity.arrow_schema()
     if not schema.remove_metadata().equals(expected):
         raise DamagedShard(f"{where}: expected the columns {expected.names}, found {schema.names}")
     _check_rows(where, shard, identity, table)
@@ -149,10 +151,8 @@ def read_metadata(schema: pa.Schema) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key != b"ARROW:schema"}
 
 
-def _spec_of(schema: pa.Schema) -> dict[str, object]:
-    import json
-
-    spec: dict[str, object] = json.loads(read_metadata(schema)["spec"])
+def _spec_of(schema: pa.Schema) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(read_metadata(schema)["spec"])
     return spec
 
 
@@ -169,7 +169,9 @@ def identity_of_shard(store: str, name: str) -> StoreIdentity:
         version = int(read_metadata(schema)["schema_version"])
         spec = _spec_of(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DamagedShard(f"{store}/{name}: expected a Parquet shard of a store, found: {_first_line(error)}") from None
+        raise DamagedShard(
+            f"{store}/{name}: expected a Parquet shard of a store, found: {_first_line(error)}"
+        ) from None
     check_version(f"{store}/{name}", version)
     return StoreIdentity(**spec)
 
@@ -202,12 +204,15 @@ def _check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Tab
     for name in [KINETIC_ENERGY, *identity.knot_columns]:
         bad = ~finite_rows(table[name])
         if bad.any():
-            raise DamagedShard(f"{where}: expected finite values, found NaN or infinity in {name} of samples {name_ids(ids[bad])}")
+            raise DamagedShard(
+                f"{where}: expected finite values, found NaN or infinity in {name} of samples {name_ids(ids[bad])}"
+            )
 
 
 def finite_rows(column: pa.ChunkedArray) -> np.ndarray:
     """Which rows of a column are finite throughout: [rows] bool."""
-    return np.isfinite(column_array(column)).reshape(len(column), -1).all(axis=1)
+    finite: np.ndarray = np.isfinite(column_array(column)).reshape(len(column), -1).all(axis=1)
+    return finite
 
 
 def column_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -215,7 +220,9 @@ def column_array(column: pa.ChunkedArray) -> np.ndarray:
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array.to_numpy_ndarray() if isinstance(array, pa.FixedShapeTensorArray) else array.to_numpy()
+    is_tensor = isinstance(array, pa.FixedShapeTensorArray)
+    values: np.ndarray = array.to_numpy_ndarray() if is_tensor else array.to_numpy()
+    return values
 
 
 def name_ids(ids: np.ndarray, most: int = 8) -> str:

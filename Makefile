@@ -1,0 +1,31 @@
+# Everything rests on `setup`: a virtual environment in .venv with the locked packages and this project.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint check clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The whole story on the handwritten digits: a table, pictures and runs/quickstart/report.html.
+demo: setup
+	$(BIN)/python -m jobs.quickstart --out runs/quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf .venv runs mlflow.db mlartifacts

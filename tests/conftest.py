@@ -1,0 +1,48 @@
+"""One tracking database and one embedded Ray a test session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# As the jobs do, and before anything imports torch or Ray.
+import jobs  # noqa: F401  isort: skip
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's database for this session, created before any two processes could race for its migration."""
+    folder = tmp_path_factory.mktemp("tracking")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    from mlflow import MlflowClient
+
+    from pipeline import tracking
+
+    tracking._experiment(MlflowClient(uri), uri)
+    yield uri
+    if before is None:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tracking_database: str) -> Iterator[None]:
+    """An embedded Ray with two CPUs, shared by all tests that need one."""
+    import ray
+
+    from pipeline import cluster
+
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(num_cpus=2, include_dashboard=True, logging_level="ERROR")
+    cluster.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def project_root() -> Path:
+    """The checkout, where `python -m jobs.*` runs."""
+    return Path(__file__).parent.parent
