@@ -46,12 +46,16 @@ class OptimizerConfig(Options):
 
     updates: PositiveInt = Field(3000, description="optimizer updates")
     batch_size: PositiveInt = Field(256, description="samples an update, over all workers")
-    learning_rate: PositiveFloat = Field(2e-3, description="peak learning rate of AdamW")
+    learning_rate: PositiveFloat = Field(4e-3, description="peak learning rate of AdamW")
     warmup_updates: NonNegativeInt = Field(100, description="updates of linear warm-up; then a cosine down to 0")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    beta2: float = Field(0.99, gt=0, lt=1, description="decay of AdamW's squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_gradient_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay an update of the averaged weights, which are saved")
 
+
+DISTILL_OPTIMIZER = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
+"""A student starts from trained weights: it needs fewer updates, and gentler ones."""
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = how(500, "updates between checkpoints to resume from", gt=0)
@@ -92,7 +96,7 @@ class RolloutSpec(Spec):
     shard_size: PositiveInt = Field(512, description="trajectories a shard")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
     compression: Literal["none", "zstd", "lz4"] = how("none", "Parquet compression of the knots")
-    batch_size: PositiveInt = how(256, "trajectories a network call")
+    batch_size: PositiveInt = how(512, "trajectories a network call")
     actors: int | None = how(None, "rollout actors; default: one a GPU, or one a CPU where there is none", ge=1)
 
     @field_validator("guidance")
@@ -120,7 +124,7 @@ class DistillSpec(Spec):
     steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
     init: str = how("teacher", "weights to start from: teacher, or the model folder of a previous student")
     teacher: str | None = how(None, "folder of the store's teacher; default: where the rollout found it")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DISTILL_OPTIMIZER
     seed: int = SEED
     workers: int | None = WORKERS
     checkpoint_updates: int = CHECKPOINT_UPDATES
@@ -137,7 +141,7 @@ class SweepSpec(Spec):
     grid: tuple[str, ...] = how((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
     init: str = how("teacher", "weights to start from: teacher, or the model folder of a previous student")
     teacher: str | None = how(None, "folder of the store's teacher; default: where the rollout found it")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DISTILL_OPTIMIZER
     seed: int = SEED
     workers: int | None = how(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
     cpus_per_trial: PositiveFloat = how(1.0, "CPUs a trial")

@@ -206,7 +206,11 @@ def loop(job: Job, worker: Worker, report: Report, resume: bytes | None) -> byte
     network.to(worker.device).train()
     ema = AveragedModel(network, multi_avg_fn=_warmed_average(options.ema_decay))
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        network.parameters(),
+        lr=options.learning_rate,
+        betas=(0.9, options.beta2),
+        weight_decay=options.weight_decay,
+        fused=True,
     )
     first = 0
     if resume is not None:
