@@ -88,8 +88,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _defaults(model: type[BaseModel], values: dict[str, Any]) -> Any:
-    """An instance of ``model`` for tyro: the file's values, the model's defaults, and MISSING where neither is."""
+def _defaults(model: type[BaseModel], values: dict[str, Any], base: BaseModel | None = None) -> Any:
+    """An instance of ``model`` for tyro: the file's values, else those of ``base`` or the model's defaults, else MISSING."""
     unknown = sorted(set(values) - set(model.model_fields))
     if unknown:
         raise OptionError(f"--config: unknown option {unknown[0]!r}: expected some of {sorted(model.model_fields)}")
@@ -101,11 +101,14 @@ def _defaults(model: type[BaseModel], values: dict[str, Any]) -> Any:
             if not isinstance(nested, dict):
                 raise OptionError(f"--config: {name}: expected a mapping, found {nested!r}")
             nested = {str(key).replace("-", "_"): value for key, value in nested.items()}
-            filled[name] = _defaults(kind, nested)
+            own = None if field.is_required() else field.get_default(call_default_factory=True)
+            filled[name] = _defaults(kind, nested, own)
         elif name in values:
             is_tuple = any(typing.get_origin(part) is tuple for part in (kind, *typing.get_args(kind)))
             value = values[name]
             filled[name] = tuple(value) if is_tuple and isinstance(value, list) else value
+        elif base is not None:
+            filled[name] = getattr(base, name)
         else:
             filled[name] = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
     return model.model_construct(**filled)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from kac.options import Options
 
-
 CONDITION_WIDTH = 64
 """Width of the embedding of time and class: as good as the stream's own width, and a quarter cheaper."""
 

@@ -59,6 +59,7 @@ DISTILL_OPTIMIZER = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_upd
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = how(500, "updates between checkpoints to resume from", gt=0)
+GPU = how(None, "whether each worker takes a GPU; default: where the cluster has some now")
 WORKERS = how(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 
 
@@ -73,6 +74,7 @@ class TeachSpec(Spec):
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped, for guidance")
     seed: int = SEED
     workers: int | None = WORKERS
+    gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
 
 
@@ -98,6 +100,7 @@ class RolloutSpec(Spec):
     compression: Literal["none", "zstd", "lz4"] = how("none", "Parquet compression of the knots")
     batch_size: PositiveInt = how(512, "trajectories a network call")
     actors: int | None = how(None, "rollout actors; default: one a GPU, or one a CPU where there is none", ge=1)
+    gpu: bool | None = how(None, "whether each actor takes a GPU; default: where the cluster has some now")
 
     @field_validator("guidance")
     @classmethod
@@ -127,6 +130,7 @@ class DistillSpec(Spec):
     optimizer: OptimizerConfig = DISTILL_OPTIMIZER
     seed: int = SEED
     workers: int | None = WORKERS
+    gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
     memory_gib: PositiveFloat = how(4.0, "columns up to this size are loaded once a worker; larger ones stream")
 

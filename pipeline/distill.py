@@ -60,7 +60,7 @@ def distill(spec: DistillSpec, parent: tracking.TrackedRun | None = None) -> Mod
     if outputs.claim(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    workers, use_gpu = training.choose_workers(spec.workers)
+    workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
     with start_run(spec, plan, parent) as run:
         weights = training.train(job_of(spec, plan, run), workers, use_gpu)
         return write_student(spec, plan, weights, run)

@@ -192,6 +192,7 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     if not plan.todo:
         return []
     resources = cluster.connect()
+    on_gpu = bool(resources.gpus) if spec.gpu is None else spec.gpu
     actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
     ledger = ray.remote(Ledger).options(num_cpus=0).remote(actors)
     items = [{"guidance": s.guidance, "index": s.index, "start": s.start, "rows": s.rows} for s in plan.todo]
@@ -211,8 +212,8 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
                 enable_true_multi_threading=True,
             ),
             fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger},
-            num_cpus=0 if resources.gpus else 1,
-            num_gpus=1 if resources.gpus else 0,
+            num_cpus=0 if on_gpu else 1,
+            num_gpus=1 if on_gpu else 0,
         )
         .iter_rows()
     )

@@ -72,7 +72,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     if outputs.claim(spec.out, spec, CONFIG_FILE, **content):
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    workers, use_gpu = training.choose_workers(spec.workers)
+    workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
     name = spec.fingerprint(**content)
     with tracking.start_run(
         "teach", f"teach-{spec.data}", spec, name, {"data": content["data_sha256"]}, spec.out, parent

@@ -86,12 +86,15 @@ def generator(seed: int, update: int, worker: Worker) -> torch.Generator:
     return torch.Generator(worker.device).manual_seed(on_cpu.initial_seed())
 
 
-def choose_workers(asked: int | None) -> tuple[int, bool]:
-    """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process."""
+def choose_workers(asked: int | None, gpu: bool | None) -> tuple[int, bool]:
+    """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process.
+
+    A cluster that scales from nothing has no GPU yet: there both must be asked for.
+    """
     if asked == 0:
         return 0, False
     gpus = cluster.connect().gpus
-    return (gpus if asked is None else asked), gpus > 0
+    return (gpus if asked is None else asked), (gpus > 0 if gpu is None else gpu)
 
 
 def train(job: Job, workers: int, use_gpu: bool = False) -> dict[str, Tensor]:
