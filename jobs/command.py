@@ -89,7 +89,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _defaults(model: type[BaseModel], values: dict[str, Any], base: BaseModel | None = None) -> Any:
-    """An instance of ``model`` for tyro: the file's values, else those of ``base`` or the model's defaults, else MISSING."""
+    """An instance of ``model`` for tyro: values of the file, else of ``base``, else defaults, else MISSING."""
     unknown = sorted(set(values) - set(model.model_fields))
     if unknown:
         raise OptionError(f"--config: unknown option {unknown[0]!r}: expected some of {sorted(model.model_fields)}")

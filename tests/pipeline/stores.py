@@ -1,0 +1,92 @@
+"""Small teachers and stores for tests, made without training and without Ray."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kac.checkpoint import ModelConfig, load_config, save_model
+from kac.data import load_dataset
+from kac.networks import NetworkConfig, build_network
+from kac.path import PathConfig
+from pipeline.config import RolloutSpec
+from pipeline.rollout import Plan, Roller, identify, make_plan, seal
+from pipeline.store.layout import Shard
+from pipeline.store.manifest import Manifest
+from pipeline.store.shards import Receipt, make_table, publish
+
+
+def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_config: PathConfig | None = None) -> str:
+    """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way."""
+    dataset = load_dataset(data)
+    config = ModelConfig(
+        kind="teacher",
+        network=NetworkConfig(width=8, depth=1),
+        path=path_config or PathConfig(),
+        data=data,
+        sample_shape=dataset.sample_shape,
+        num_classes=dataset.num_classes,
+        class_frequencies=dataset.class_frequencies,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build_network(config.network, config.sample_shape, config.num_classes)
+        # The last layer starts at zero: its velocity would be, too.
+        torch.nn.init.normal_(network.leave[1].weight, std=0.5)
+    save_model(str(path), network, config, network.state_dict())
+    return str(path)
+
+
+def make_spec(path: str | Path, teacher: str, **options: Any) -> RolloutSpec:
+    """A rollout of 100 trajectories of 4 knots in shards of 32: three full ones and one of 4 rows."""
+    defaults: dict[str, Any] = {"trajectories": 100, "knots": 4, "solver_steps": 8, "shard_size": 32}
+    return RolloutSpec(store=str(path), teacher=teacher, **{**defaults, **options})
+
+
+def plan_store(spec: RolloutSpec) -> Plan:
+    """What a rollout of the spec would do now."""
+    return make_plan(spec, identify(spec, load_config(spec.teacher)))
+
+
+def publish_shards(spec: RolloutSpec, plan: Plan, replace: bool = True) -> list[Receipt]:
+    """Compute and publish what the plan has to do."""
+    roller = Roller(spec, plan.identity)
+
+    def one(shard: Shard) -> Receipt:
+        rows = roller.roll(shard.guidance, shard.ids)
+        table = make_table(plan.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
+        return publish(spec.store, shard, table, spec.compression, replace=replace)
+
+    return [one(shard) for shard in plan.todo]
+
+
+def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
+    """What ``pipeline.rollout.rollout`` does, in this process; without ``is_sealed`` it stops before the manifest."""
+    plan = plan_store(spec)
+    receipts = publish_shards(spec, plan)
+    return seal(spec, plan, receipts) if is_sealed else None
+
+
+def make_store(path: str | Path, teacher: str, **options: Any) -> Manifest:
+    """A finished store; options as in ``make_spec``."""
+    manifest = run_rollout(make_spec(path, teacher, **options))
+    assert manifest is not None
+    return manifest
+
+
+def copy_store(store: str | Path, to: str | Path) -> Path:
+    """A store to be damaged."""
+    return Path(shutil.copytree(store, to))
+
+
+def shard_file(store: str | Path, index: int, guidance: float = 0.0) -> Path:
+    """The file of a shard."""
+    return Path(store) / Shard(guidance, index, 0, 0).name
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    """Change bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(bytes(data))

@@ -1,0 +1,241 @@
+"""The rollout on real Ray Data actors: the same rows however the work is split, growth, refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from kac import files, identity
+from kac.checkpoint import ModelConfig, load_model, save_model
+from kac.errors import DistillKacError
+from kac.guidance import guide
+from kac.solvers import solve, uniform_times
+from pipeline import store
+from pipeline.config import RolloutSpec
+from pipeline.rollout import MAX_ATTEMPTS, Ledger, identify, make_plan, rollout
+from tests.pipeline.stores import make_teacher
+
+KNOTS = 4
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_teacher(str(tmp_path_factory.mktemp("models") / "teacher"), data="digits")
+
+
+def spec(teacher: str, path: Path, **options: object) -> RolloutSpec:
+    defaults = {"trajectories": 100, "knots": KNOTS, "solver_steps": 8, "shard_size": 32, "guidance": (0.0, 1.0)}
+    return RolloutSpec(**{**defaults, **options}, teacher=teacher, store=str(path))  # type: ignore[arg-type]
+
+
+def rows(path: Path, guidance: float) -> dict[str, np.ndarray]:
+    """Every row of a scale by plain pyarrow, in the order of sample ids."""
+    tables = [pq.read_table(file) for file in sorted((path / "data" / f"guidance={guidance}").glob("*.parquet"))]
+    columns: dict[str, list[np.ndarray]] = {}
+    for table in tables:
+        for name in table.column_names:
+            array = table[name].combine_chunks()
+            values = array.to_numpy_ndarray() if hasattr(array, "to_numpy_ndarray") else array.to_numpy()
+            columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def assert_same_rows(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        if name in ("sample_id", "label", "knot_00", "interval"):
+            np.testing.assert_array_equal(values, b[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(values, b[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    path = tmp_path_factory.mktemp("stores") / "reference"
+    rollout(spec(teacher, path, actors=1))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options", [{"actors": 2, "shard_size": 100, "batch_size": 7}, {"actors": 2, "shard_size": 10}]
+)
+def test_rows_do_not_depend_on_actors_shards_or_batches(teacher: str, reference: Path, tmp_path: Path, options: dict):
+    rollout(spec(teacher, tmp_path / "store", **options))
+    for w in (0.0, 1.0):
+        assert_same_rows(rows(reference, w), rows(tmp_path / "store", w))
+
+
+def test_rows_are_the_teachers_trajectories_from_the_samples_own_noise(teacher: str, reference: Path):
+    model = load_model(teacher)
+    path = model.config.path.build()
+    ids = range(100)
+    noise = identity.noise(path, 0, ids, model.config.sample_shape)
+    label = identity.labels(0, ids, model.config.class_frequencies)
+    for w in (0.0, 1.0):
+        found = rows(reference, w)
+        with torch.inference_mode():
+            way = solve(guide(model.network, w).given(label), noise, uniform_times(8), "ab2", keep=range(0, 9, 2))
+        assert way.knots is not None
+        np.testing.assert_array_equal(found["sample_id"], np.arange(100))
+        np.testing.assert_array_equal(found["label"], label.numpy())
+        np.testing.assert_array_equal(found["knot_00"], noise.numpy())
+        for k in range(KNOTS + 1):
+            np.testing.assert_allclose(found[f"knot_{k:02d}"], way.knots[k].numpy(), atol=1e-5)
+        np.testing.assert_allclose(found["kinetic_energy"], way.kinetic_energy.numpy(), rtol=1e-4)
+
+
+def test_another_seed_gives_other_noise(teacher: str, reference: Path, tmp_path: Path, ray_cluster: None):
+    rollout(spec(teacher, tmp_path / "store", seed=1, guidance=(0.0,)))
+    assert not np.array_equal(rows(tmp_path / "store", 0.0)["knot_00"], rows(reference, 0.0)["knot_00"])
+
+
+def test_a_complete_store_is_left_as_it_is(teacher: str, reference: Path, capsys: pytest.CaptureFixture[str]):
+    before = {file: file.stat().st_mtime_ns for file in reference.rglob("*") if file.is_file()}
+    rollout(spec(teacher, reference))
+    assert "is complete with 200 rows: nothing to do" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in reference.rglob("*") if file.is_file()}
+
+
+def test_a_store_grows_by_the_new_rows_alone(
+    teacher: str, reference: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "store"
+    rollout(spec(teacher, path, trajectories=40, guidance=(0.0,)))
+    first = (path / "data/guidance=0.0/shard-000000.parquet").stat().st_mtime_ns
+    capsys.readouterr()
+    rollout(spec(teacher, path, trajectories=100, guidance=(0.0,)))
+    assert "60 trajectories computed" in capsys.readouterr().out
+    rollout(spec(teacher, path, trajectories=100, guidance=(1.0,)))
+    assert "100 trajectories computed" in capsys.readouterr().out
+    assert (path / "data/guidance=0.0/shard-000000.parquet").stat().st_mtime_ns == first
+    for w in (0.0, 1.0):
+        assert_same_rows(rows(reference, w), rows(path, w))
+    opened = store.open(str(path))
+    assert (opened.guidance, opened.rows(0.0), opened.rows(1.0)) == ((0.0, 1.0), 100, 100)
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
+def test_a_bad_shard_is_redone_and_only_that(
+    teacher: str, reference: Path, tmp_path: Path, ray_cluster: None, damage: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "store"
+    rollout(spec(teacher, path, guidance=(0.0,)))
+    shard = path / "data/guidance=0.0/shard-000001.parquet"
+    data = bytearray(shard.read_bytes())
+    if damage == "delete":
+        shard.unlink()
+    elif damage == "truncate":
+        shard.write_bytes(data[: len(data) // 2])
+    else:  # an unfinished store: there is no digest to compare with, and the pages' own checksums must do
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+        (path / "manifest.json").unlink()
+    capsys.readouterr()
+    rollout(spec(teacher, path, guidance=(0.0,)))
+    assert "32 trajectories computed in 1 shards, 68 reused" in capsys.readouterr().out
+    assert_same_rows(rows(reference, 0.0), rows(path, 0.0))
+
+
+@pytest.mark.parametrize("clock", ["linear", "quadratic"])
+def test_forward_rows_start_on_the_path_and_follow_the_teacher_through_their_interval(
+    tmp_path: Path, ray_cluster: None, clock: str
+):
+    from kac.path import PathConfig
+
+    teacher = make_teacher(str(tmp_path / "teacher"), data="digits", path_config=PathConfig(clock=clock))
+    path = tmp_path / "store"
+    rollout(spec(teacher, path, source="forward", guidance=(0.5,), trajectories=64))
+    found, model = rows(path, 0.5), load_model(teacher)
+    assert set(found["interval"]) == set(range(KNOTS))
+    for i in (0, 5, 63):
+        k = int(found["interval"][i])
+        start, label = torch.tensor(found["knot_start"][i : i + 1]), torch.tensor(found["label"][i : i + 1]).long()
+        with torch.inference_mode():
+            field = guide(model.network, 0.5).given(label)
+            end = solve(field, start, uniform_times(2, 1 - k / KNOTS, 1 - (k + 1) / KNOTS), "ab2").x
+        np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
+    at_noise = found["interval"] == 0
+    noise = identity.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()
+    np.testing.assert_array_equal(found["knot_start"][at_noise], noise[at_noise])
+
+
+def test_another_spec_is_refused_with_what_differs(teacher: str, reference: Path):
+    for options, field in (({"solver_steps": 16}, "solver_steps"), ({"seed": 5}, "seed"), ({"knots": 2}, "knots")):
+        with pytest.raises(DistillKacError, match=field):
+            rollout(spec(teacher, reference, **options))
+
+
+def test_another_teacher_is_refused(reference: Path, tmp_path: Path):
+    other = make_teacher(str(tmp_path / "other"), data="digits", seed=7)
+    with pytest.raises(DistillKacError, match="teacher_sha256"):
+        rollout(spec(other, reference))
+
+
+def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: Path, ray_cluster: None):
+    path = tmp_path / "store"
+    rollout(spec(teacher, path, guidance=(0.0,)))
+    (path / "manifest.json").unlink()
+    with pytest.raises(DistillKacError, match="solver_steps"):
+        rollout(spec(teacher, path, solver_steps=16))
+
+
+def test_nan_from_the_teacher_names_shard_and_samples_and_publishes_nothing(tmp_path: Path, ray_cluster: None):
+    broken = make_teacher(str(tmp_path / "teacher"), data="digits")
+    model = load_model(broken)
+    weights = model.network.state_dict()
+    weights["label.weight"][3] = float("nan")
+    save_model(broken, model.network, model.config, weights)
+    with pytest.raises(DistillKacError, match=r"shard-00000\d.parquet: .* NaN or infinity in samples \d+"):
+        rollout(spec(broken, tmp_path / "store"))
+    assert list((tmp_path / "store").rglob("*.parquet")) == []
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_student_is_no_teacher(teacher: str, tmp_path: Path):
+    model = load_model(teacher)
+    config = ModelConfig(**{**model.config.model_dump(), "kind": "student", "steps": 1, "guidance": 0.0})
+    save_model(str(tmp_path / "student"), model.network, config, model.network.state_dict())
+    with pytest.raises(DistillKacError, match="expected a teacher, found a student"):
+        rollout(spec(str(tmp_path / "student"), tmp_path / "store"))
+
+
+def test_the_plan_covers_every_row_once(teacher: str, tmp_path: Path):
+    from kac.checkpoint import load_config
+
+    wanted = spec(teacher, tmp_path / "none", trajectories=70, first_sample=64)
+    plan = make_plan(wanted, identify(wanted, load_config(teacher)))
+    for w in (0.0, 1.0):
+        ids = [i for shard in plan.todo if shard.guidance == w for i in shard.ids]
+        assert ids == list(range(64, 134))
+
+
+def test_the_ledger_ends_what_would_go_on_for_ever():
+    ledger = Ledger(actors=1)
+    assert [ledger.begin("shard-7") for _ in range(MAX_ATTEMPTS)] == [None] * MAX_ATTEMPTS
+    assert "shard-7" in (ledger.begin("shard-7") or "")
+    assert "shard-7" in (ledger.failure() or "")
+    ledger = Ledger(actors=1)
+    refusals = [ledger.started() for _ in range(100)]
+    assert refusals[MAX_ATTEMPTS] is None
+    assert refusals[-1] is not None
+    ledger = Ledger(actors=1)
+    for _ in range(100):
+        assert ledger.started() is None
+        assert ledger.begin("shard-7") is None
+        ledger.finish("shard-7")
+
+
+def test_the_teachers_weights_are_checked_before_the_work(teacher: str, tmp_path: Path):
+    import shutil
+
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    weights = safetensors.torch.load(files.read_bytes(str(copy / "model.safetensors")))
+    weights["enter.bias"] += 1
+    (copy / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+    with pytest.raises(DistillKacError, match="the weights are damaged or of another model"):
+        rollout(spec(str(copy), tmp_path / "store"))
+    assert not (tmp_path / "store").exists()

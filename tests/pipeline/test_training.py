@@ -1,0 +1,143 @@
+"""The training loop: what it computes, how it resumes, what it refuses."""
+
+import io
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kac.errors import DistillKacError
+from pipeline import training
+from pipeline.config import OptimizerConfig
+from pipeline.teach import epoch_rows
+from pipeline.tracking import TrackedRun
+
+
+class NoTracking(TrackedRun):
+    """A run that keeps its metrics to itself."""
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        assert set(values) == {"loss", "learning_rate", "samples_per_second"}
+
+
+UNTRACKED = NoTracking("", "")
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A linear map of 64 fixed points; its rows are split between the workers, as a batch is."""
+
+    optimizer: OptimizerConfig
+    dies_at: int = -1
+    mark: str = ""
+    poison_at: int = -1
+
+    def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
+        points = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+        target = points @ torch.arange(10.0).reshape(5, 2)
+        torch.manual_seed(0)
+        network = nn.Linear(5, 2)
+
+        def loss(model: nn.Module, update: int) -> torch.Tensor:
+            if update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
+                Path(self.mark).touch()
+                os._exit(1)
+            rows = slice(worker.rank, None, worker.world_size)
+            value = (model(points[rows]) - target[rows]).square().mean()
+            return value * float("nan") if update == self.poison_at else value
+
+        return network, loss
+
+
+def job(out: Path, task: Regression, checkpoint_updates: int = 10) -> training.Job:
+    return training.Job(task, "test", str(out), UNTRACKED, checkpoint_updates)
+
+
+OPTIONS = OptimizerConfig(updates=60, batch_size=64, learning_rate=0.4, warmup_updates=5, ema_decay=0.9)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance)
+
+
+def test_it_learns_and_returns_the_average(tmp_path: Path):
+    weights = training.train(job(tmp_path, Regression(OPTIONS)), workers=0)
+    state = training.loop(job(tmp_path, Regression(OPTIONS)), training.Worker(0, 1, torch.device("cpu")), _ignore, None)
+    trained = torch.load(io.BytesIO(state), weights_only=True)
+    assert_same(weights, trained["ema"])
+    assert not torch.equal(weights["weight"], trained["network"]["weight"])
+    error = (trained["network"]["weight"] - torch.arange(10.0).reshape(5, 2).T).abs().max()
+    assert error < (nn.Linear(5, 2).weight - torch.arange(10.0).reshape(5, 2).T).abs().max() / 2
+
+
+def _ignore(metrics: dict[str, float], state: bytes | None) -> None:
+    """A report function that keeps nothing."""
+
+
+@pytest.mark.parametrize("stop_after", [10, 30, 50])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_after: int):
+    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), workers=0)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(metrics: dict[str, float], state: bytes | None) -> None:
+        if metrics["update"] == stop_after:
+            raise Stopped
+
+    stopped = job(tmp_path / "stopped", Regression(OPTIONS))
+    with pytest.raises(Stopped):
+        training.train_here(stopped, stop)
+    assert_same(whole, training.train(stopped, workers=0))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path):
+    poisoned = job(tmp_path, Regression(OPTIONS, poison_at=9))
+    with pytest.raises(DistillKacError, match="expected a finite loss, found nan by update 10"):
+        training.train(poisoned, workers=0)
+    assert not (tmp_path / "training" / "state.pt").exists()
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused(tmp_path: Path):
+    with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, found 3"):
+        training.train(job(tmp_path, Regression(OPTIONS)), workers=3)
+
+
+def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_cluster: None):
+    alone = training.train(job(tmp_path / "alone", Regression(OPTIONS)), workers=0)
+    mark = tmp_path / "killed"
+    together = training.train(
+        job(tmp_path / "together", Regression(OPTIONS, dies_at=35, mark=str(mark)), checkpoint_updates=10), workers=2
+    )
+    assert mark.exists()
+    assert_same(alone, together, tolerance=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    factors = [training.learning_rate_factor(update, OPTIONS) for update in range(OPTIONS.updates)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
+    assert 0 < factors[-1] < 0.01
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 20), (5, 5)])
+def test_every_row_is_drawn_once_an_epoch(count: int, batch: int):
+    drawn = torch.cat([epoch_rows(3, update, batch, count) for update in range(30)])
+    for epoch in range(len(drawn) // count):
+        rows = drawn[epoch * count : (epoch + 1) * count]
+        assert sorted(rows.tolist()) == list(range(count))
+    assert not torch.equal(drawn[:count], drawn[count : 2 * count]) or count < 3
+
+
+def test_random_numbers_differ_by_seed_update_and_rank():
+    worker = training.Worker(0, 2, torch.device("cpu"))
+    keys = [(0, 0, worker), (0, 1, worker), (1, 0, worker), (0, 0, worker._replace(rank=1))]
+    draws = [torch.rand(4, generator=training.generator(*key)).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == len(keys)
+    assert torch.rand(4, generator=training.generator(*keys[0])).tolist() == draws[0]
