@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,8 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
     from ray import tune
     from ray.tune import RunConfig, TuneConfig, Tuner
 
+    # Tune's tables would bury the trials' progress bars; verbose=0 silences only its older reporter.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     resources = cluster.connect()
     gpus = spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)
     # A trial that starts Ray Train workers reserves next to nothing itself, or it would wait for what it holds.

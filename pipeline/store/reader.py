@@ -23,6 +23,9 @@ from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.shards import check_version, column_array, identity_of_shard, read_metadata
 
 MEMORY_BYTES = 4 << 30
+READERS = 4
+"""Tasks that read ahead for one streaming reader."""
+
 SHUFFLE_STREAM, INTERVAL_STREAM = 3, 4
 
 
@@ -400,8 +403,9 @@ def _read_ahead(
 
     plan = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
     # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
-    # the rows are for, and the job would hang.
-    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01)
+    # the rows are for, and the job would hang; a hundredth each would start a hundred processes.
+    pool = ray.data.TaskPoolStrategy(size=READERS)
+    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01, compute=pool)
     tables.context.execution_options.preserve_order = True
     tables.context.enable_progress_bars = False
     blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)

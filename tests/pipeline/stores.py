@@ -11,7 +11,8 @@ from kac.data import load_dataset
 from kac.networks import NetworkConfig, build_network
 from kac.path import PathConfig
 from pipeline.config import RolloutSpec
-from pipeline.rollout import Plan, Roller, identify, make_plan, seal
+from pipeline.roller import Roller
+from pipeline.rollout import Plan, identify, make_plan, seal
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import Manifest
 from pipeline.store.shards import Receipt, make_table, publish
