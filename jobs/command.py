@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
+from botocore.exceptions import BotoCoreError
 from pydantic import BaseModel
 
 from kac.errors import DistillKacError
@@ -28,8 +29,9 @@ def main(spec_type: type[SpecType], stage: Callable[[SpecType], object]) -> None
         _fail(prog, error, 2)
     try:
         stage(spec)
-    except DistillKacError as error:
-        _fail(prog, error, 1)
+    except (DistillKacError, OSError, BotoCoreError) as error:
+        # What the disk or S3 refuses is the person's to mend as well; anything else is a bug and keeps its traceback.
+        _fail(prog, " ".join(str(error).split()) or type(error).__name__, 1)
     except KeyboardInterrupt:
         _fail(prog, "interrupted: run the same command again to go on", 130)
 

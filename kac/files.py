@@ -22,8 +22,13 @@ S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     # Readers here ask for exact ranges (Parquet footers and column chunks); read-ahead would fetch the other columns.
     "default_cache_type": "none",
-    # 503 SlowDown, resets and time-outs are retried with back-off by botocore, and the end of it is an error.
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}, "connect_timeout": 10, "read_timeout": 60},
+    # 503 SlowDown, resets and time-outs are retried with back-off, and the end of it is an error. s3fs repeats what
+    # botocore gave up on 5 times: 4 attempts here are up to 20, some 20 seconds.
+    "config_kwargs": {
+        "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "4"))},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+    },
 }
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -87,15 +92,21 @@ def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     Returns:
         False if ``if_absent`` and there was one.
     """
-    location = locate(path)
+    return _write(locate(path), data, if_absent)
+
+
+def _write(location: Location, data: bytes, if_absent: bool) -> bool:
     if isinstance(location.fs, LocalFileSystem):
         return _write_local(location.path, data, if_absent)
     if if_absent and location.fs.exists(location.path):
         return False
     try:
         location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
-    except FileExistsError:
-        return False
+    except OSError:
+        # S3s word a lost race in different ways, and a PUT that is repeated because its answer was lost meets itself.
+        if if_absent and location.fs.exists(location.path):
+            return False
+        raise
     return True
 
 
@@ -112,11 +123,10 @@ def check_writable(path: str) -> None:
     Raises:
         DistillKacError: nothing can be written there.
     """
-    probe = join(path, f".probe-{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    probe = locate(temporary_name(join(path, "probe")))
     try:
-        write_bytes(probe, b"")
-        location = locate(probe)
-        location.fs.rm_file(location.path)
+        _write(probe, b"", if_absent=False)
+        probe.fs.rm_file(probe.path)
     except Exception as error:  # noqa: BLE001 - whatever a filesystem raises, this is what it means
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DistillKacError(f"{path}: expected a place that can be written to, found: {reason}") from None
@@ -153,17 +163,27 @@ def remove_orphans(folder: str) -> int:
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
-    orphans = [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
-    for entry in orphans:
-        os.unlink(entry.path)
-    return len(orphans)
+    orphans = [entry.path for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
+    return sum(_unlink(path) for path in orphans)
+
+
+def _unlink(path: str) -> bool:
+    """Remove a file, unless another process was quicker."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_orphan(entry: "os.DirEntry[str]") -> bool:
-    writer, pid, _, _ = entry.name.rsplit(".", 3)
-    if writer.endswith(f".{socket.gethostname()}"):
+    writer, _, pid = entry.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0].rpartition(".")
+    if pid.isdigit() and writer.endswith(f".{socket.gethostname()}"):
         return not _alive(int(pid))
-    return time.time() - entry.stat().st_mtime > STALE_SECONDS
+    try:
+        return time.time() - entry.stat().st_mtime > STALE_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _alive(pid: int) -> bool:

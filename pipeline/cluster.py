@@ -24,7 +24,8 @@ def connect() -> Resources:
     """
     if not ray.is_initialized():
         # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": True}
+        # Without an address Ray would join whatever cluster was last started on this machine.
+        local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": True}
         ray.init(logging_level=logging.WARNING, **local)
     _quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()

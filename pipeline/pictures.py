@@ -40,7 +40,10 @@ def frechet_curve(points: Sequence[tuple[str, int, float, float]]) -> bytes:
             axis.plot([nfe], [fd], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
             axis.axhline(fd, color=colour, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="network evaluations (NFE) an image", ylabel="Frechet distance to the data")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * max(point[2] for point in points))
+    axis.set_xticks(sorted({point[1] for point in points}))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.legend()
     return _png(figure)
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kac import files
 from kac.checkpoint import ModelConfig, load_config, load_model
@@ -57,6 +58,7 @@ MAX_ATTEMPTS = 10
 """How often a shard may take its process down with it, and actors in a row may die without finishing any."""
 
 SHARDS_IN_FLIGHT = 2
+SEAL_ATTEMPTS = 3
 MAX_BLOCKS = 1000
 
 
@@ -95,7 +97,6 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     ) as run:
         started = time.perf_counter()
         done = roll_out(spec, plan)
-        remove_orphans(spec)
         manifest = seal(spec, plan, [outcome.receipt for outcome in done])
         _report(run, spec, plan, done, time.perf_counter() - started)
     return manifest
@@ -194,7 +195,7 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     resources = cluster.connect()
     on_gpu = bool(resources.gpus) if spec.gpu is None else spec.gpu
     actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
-    ledger = ray.remote(Ledger).options(num_cpus=0).remote(actors)
+    ledger = _start_ledger(actors)
     items = [{"guidance": s.guidance, "index": s.index, "start": s.start, "rows": s.rows} for s in plan.todo]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -227,6 +228,14 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     except ray.exceptions.RayError as error:
         raise RolloutError(_reason(ledger, error)) from error
     return done
+
+
+def _start_ledger(actors: int) -> Any:
+    """The ledger, on the driver's node: if that goes, so does the job. Restarted, it has lost its counts, which only
+    puts the bound off."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Ledger).options(**lasting).remote(actors)
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
@@ -299,7 +308,6 @@ class ShardRoller:
         self.spec, self.identity, self.ledger = spec, identity, ledger
         self.roller = Roller(spec, identity)
         self.computing = threading.Lock()
-        remove_orphans(spec)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One planned shard in, its receipt out."""
@@ -344,12 +352,6 @@ class ShardRoller:
         return Outcome(receipt, len(missing), time.perf_counter() - started)
 
 
-def remove_orphans(spec: RolloutSpec) -> None:
-    """Remove the temporary files of writers that died on this machine."""
-    for w in spec.guidance:
-        files.remove_orphans(files.join(spec.store, guidance_folder(w)))
-
-
 def _failure(store: str, shard: Shard, error: Exception) -> str:
     if isinstance(error, DistillKacError):
         return str(error)
@@ -357,21 +359,56 @@ def _failure(store: str, shard: Shard, error: Exception) -> str:
 
 
 def seal(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
-    """Write the manifest, once every planned shard has its receipt."""
-    have = {receipt.name: receipt for receipt in (*plan.finished, *receipts)}
-    planned = shards_of(plan.contents, plan.identity.shard_size)
-    missing = [shard.name for shard in planned if shard.name not in have]
+    """Write the manifest, once every planned shard has its receipt; then remove what dead writers left.
+
+    Another job may seal other scales of the same store meanwhile: the manifest is united with the one that is there, and
+    read back.
+
+    Raises:
+        RolloutError: a planned shard has no receipt.
+    """
+    done = (*plan.finished, *receipts)
+    missing = {shard.name for shard in shards_of(plan.contents, plan.identity.shard_size)} - {r.name for r in done}
     if missing:
-        raise RolloutError(f"{spec.store}: expected {len(planned)} shards, no receipt for {missing[0]}: run it again")
-    manifest = Manifest(
+        raise RolloutError(
+            f"{spec.store}: expected a receipt of every shard, found none of {min(missing)}: run it again"
+        )
+    manifest = _unite(spec, plan, done)
+    for _ in range(SEAL_ATTEMPTS):
+        write_manifest(spec.store, manifest)
+        united = _unite(spec, plan, done)
+        if united == manifest:
+            break
+        manifest = united
+    remove_orphans(spec.store, manifest.guidance)
+    return manifest
+
+
+def _unite(spec: RolloutSpec, plan: Plan, done: Sequence[Receipt]) -> Manifest:
+    """The manifest of what this job did and what the store's manifest says by now."""
+    now = read_manifest(spec.store)
+    _refuse_other_spec(spec.store, plan.identity, now, {})
+    longest: dict[str, Receipt] = {}
+    for receipt in (*(now.shards if now else ()), *done):
+        if receipt.name not in longest or receipt.rows >= longest[receipt.name].rows:
+            longest[receipt.name] = receipt
+    ids: dict[float, list[tuple[int, int]]] = {}
+    for part in (*(now.contents if now else ()), *plan.contents):
+        ids.setdefault(part.guidance, []).extend(part.ids)
+    contents = tuple(Contents(guidance=w, ids=merge_ranges(ids[w])) for w in sorted(ids))
+    return Manifest(
         fingerprint=plan.identity.fingerprint(),
         spec=plan.identity,
         teacher=spec.teacher,
-        contents=plan.contents,
-        shards=tuple(have[shard.name] for shard in planned),
+        contents=contents,
+        shards=tuple(longest[shard.name] for shard in shards_of(contents, plan.identity.shard_size)),
     )
-    write_manifest(spec.store, manifest)
-    return manifest
+
+
+def remove_orphans(store: str, scales: Sequence[float]) -> None:
+    """Remove the temporary files that writers on this machine left when they died."""
+    for folder in (store, *(files.join(store, guidance_folder(w)) for w in scales)):
+        files.remove_orphans(folder)
 
 
 def _report(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, done: Sequence[Outcome], seconds: float) -> None:

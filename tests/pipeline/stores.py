@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from kac.checkpoint import ModelConfig, load_config, save_model
@@ -84,6 +85,14 @@ def copy_store(store: str | Path, to: str | Path) -> Path:
 def shard_file(store: str | Path, index: int, guidance: float = 0.0) -> Path:
     """The file of a shard."""
     return Path(store) / Shard(guidance, index, 0, 0).name
+
+
+def last_value(path: Path, column: str) -> int:
+    """Where in a shard's file the last byte of a column's values is."""
+    row_group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [row_group.column(i) for i in range(row_group.num_columns)]
+    (chunk,) = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return int((chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1)
 
 
 def flip(path: Path, position: int, mask: int = 1) -> None:
