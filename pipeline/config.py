@@ -97,7 +97,7 @@ class RolloutSpec(Spec):
     seed: int = SEED
     shard_size: PositiveInt = Field(512, description="trajectories a shard")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
-    compression: Literal["none", "zstd", "lz4"] = how("none", "Parquet compression of the knots")
+    compression: Literal["none", "zstd", "lz4"] = how("lz4", "Parquet compression of the knots, bytes split by place")
     batch_size: PositiveInt = how(512, "trajectories a network call")
     actors: int | None = how(None, "rollout actors; default: one a GPU, or one a CPU where there is none", ge=1)
     gpu: bool | None = how(None, "whether each actor takes a GPU; default: where the cluster has some now")

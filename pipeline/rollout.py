@@ -361,8 +361,8 @@ def _failure(store: str, shard: Shard, error: Exception) -> str:
 def seal(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
     """Write the manifest, once every planned shard has its receipt; then remove what dead writers left.
 
-    Another job may seal other scales of the same store meanwhile: the manifest is united with the one that is there, and
-    read back.
+    Another job may seal other scales of the same store meanwhile: the manifest is united with the one that is there,
+    and read back.
 
     Raises:
         RolloutError: a planned shard has no receipt.
