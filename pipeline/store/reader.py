@@ -7,7 +7,7 @@ read ahead by Ray Data tasks and shuffled within windows that fit the budget.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -250,19 +250,27 @@ class Store:
 
     def _load(self, view: View) -> Columns:
         if view not in self._loaded:
-            self._loaded = {view: _columns(self._read(view.shards, view.columns), view)}
+            self._loaded = {view: self._read(view)}
         return self._loaded[view]
 
-    def _read(self, shards: Sequence[Shard], columns: tuple[str, ...]) -> list["ShardRows"]:
+    def _read(self, view: View) -> Columns:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return list(pool.map(lambda shard: read_rows(self.path, self.spec, shard, columns), shards))
+        with ThreadPoolExecutor(READERS) as pool:
+            # A few shards at a time: the tables of all of them beside the tensors would double the memory.
+            groups = (view.shards[i : i + READERS] for i in range(0, len(view.shards), READERS))
+            parts = (
+                part
+                for group in groups
+                for part in pool.map(lambda shard: read_rows(self.path, self.spec, shard, view.columns), group)
+            )
+            return _columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
 
     def _stream(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
-        # The order of the shards is drawn for all ranks together; each takes every world_size-th one.
-        order = _permutation(len(view.shards), view.seed, epoch, 0)
-        mine = [view.shards[i] for i in order.tolist()][view.rank :: view.world_size]
+        # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last one,
+        # and a resume could not tell which epoch it is in.
+        own = view.shards[view.rank :: view.world_size]
+        mine = [own[i] for i in _permutation(len(own), view.seed, epoch, 0).tolist()]
         windows: list[list[Shard]] = [[]]
         window_rows = max(1, view.memory_bytes // 2 // (self._bytes_of(view) // sum(s.rows for s in view.shards)))
         for shard in mine:
@@ -274,7 +282,8 @@ class Store:
         first = len(mine) - sum(len(window) for window in windows)
         tables = _read_ahead(self.path, self.spec, mine[first:], view.columns)
         for number, window in enumerate(windows):
-            columns = _columns([next(tables) for _ in window], view)
+            rows_here = sum(shard.rows for shard in window)
+            columns = _columns(itertools.islice(tables, len(window)), rows_here, self.spec, len(view.columns))
             # Windows are numbered from the end of the epoch, which a resume leaves as it is.
             rows = _permutation(columns.rows, view.seed, epoch, len(windows) - number)
             yield columns, rows[skip:]
@@ -386,7 +395,7 @@ def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[s
             f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it"
         )
     # A shard that grows is replaced by a longer one before the manifest counts its new rows.
-    return ShardRows(shard, table.slice(0, shard.rows))
+    return ShardRows(shard, table.select([*scalars, *columns]).slice(0, shard.rows))
 
 
 def _read_ahead(
@@ -404,7 +413,7 @@ def _read_ahead(
     plan = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
     # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
     # the rows are for, and the job would hang; a hundredth each would start a hundred processes.
-    pool = ray.data.TaskPoolStrategy(size=READERS)
+    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(shards)))
     tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01, compute=pool)
     tables.context.execution_options.preserve_order = True
     tables.context.enable_progress_bars = False
@@ -413,24 +422,23 @@ def _read_ahead(
         yield ShardRows(shard, table)
 
 
-def _columns(parts: list[ShardRows], view: View) -> Columns:
+def _columns(parts: Iterable[ShardRows], rows: int, spec: StoreIdentity, knot_columns: int) -> Columns:
     """Loaded shards as tensors, in the order given."""
-    rows = sum(part.shard.rows for part in parts)
-    arrays = [[column_array(part.table[name]) for name in view.columns] for part in parts]
-    knots = torch.empty((rows, len(view.columns), *arrays[0][0].shape[1:]), dtype=torch.float32)
+    knots = torch.empty((rows, knot_columns, *spec.sample_shape))
+    ids, label = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    interval = torch.empty_like(label) if spec.source == "forward" else None
     start = 0
-    for per_knot in arrays:
-        for i, array in enumerate(per_knot):
-            knots[start : start + len(array), i] = torch.from_numpy(np.array(array))
-        start += len(per_knot[0])
-    label = np.concatenate([column_array(part.table[LABEL]) for part in parts]).astype(np.int64)
-    interval = None
-    if INTERVAL in parts[0].table.column_names:
-        interval = torch.from_numpy(
-            np.concatenate([column_array(part.table[INTERVAL]) for part in parts]).astype(np.int64)
-        )
-    ids = np.concatenate([np.arange(part.shard.start, part.shard.start + part.shard.rows) for part in parts])
-    return Columns(torch.from_numpy(ids), torch.from_numpy(label), knots, interval)
+    for shard, table in parts:
+        here = slice(start, start + shard.rows)
+        ids[here] = torch.arange(shard.start, shard.start + shard.rows)
+        scalars = {LABEL: label} if interval is None else {LABEL: label, INTERVAL: interval}
+        for name, target in scalars.items():
+            target[here] = torch.from_numpy(column_array(table[name]).copy())
+        states = [name for name in table.column_names if name not in scalars]
+        for i, name in enumerate(states):
+            knots[here, i] = torch.from_numpy(column_array(table[name]).copy())
+        start += shard.rows
+    return Columns(ids, label, knots, interval)
 
 
 def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:
