@@ -267,8 +267,8 @@ class Store:
             return _columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
 
     def _stream(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
-        # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last one,
-        # and a resume could not tell which epoch it is in.
+        # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last
+        # one, and a resume could not tell which epoch it is in.
         own = view.shards[view.rank :: view.world_size]
         mine = [own[i] for i in _permutation(len(own), view.seed, epoch, 0).tolist()]
         windows: list[list[Shard]] = [[]]

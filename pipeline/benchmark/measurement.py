@@ -1,0 +1,152 @@
+"""A measurement, its ratios and its bar; the table and the record of them."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+
+One = TypeVar("One")
+
+
+class Bar(NamedTuple):
+    """What the median ratio is held against."""
+
+    sign: Literal[">=", "<="]
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A quantity, measured once a turn, and what it is compared with in the same turn."""
+
+    part: str
+    what: str
+    unit: str
+    values: tuple[float, ...]
+    against: tuple[float, ...] = ()
+    bar: Bar | None = None
+
+    def __post_init__(self) -> None:
+        if not self.values or len(self.against) not in (0, len(self.values)):
+            raise ValueError(f"{self.what}: expected as many values on both sides, at least one")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """One a turn; empty without a comparison."""
+        return tuple(a / b for a, b in zip(self.values, self.against, strict=False))
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the median ratio keeps to the bar; None without one."""
+        if self.bar is None or not self.ratios:
+            return None
+        median = statistics.median(self.ratios)
+        return median >= self.bar.limit if self.bar.sign == ">=" else median <= self.bar.limit
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        ratios = self.ratios
+        return {
+            "part": self.part,
+            "what": self.what,
+            "unit": self.unit,
+            "values": list(self.values),
+            "against": list(self.against),
+            "ratios": list(ratios),
+            "median_ratio": statistics.median(ratios) if ratios else None,
+            "min_ratio": min(ratios, default=None),
+            "max_ratio": max(ratios, default=None),
+            "bar": str(self.bar) if self.bar else None,
+            "holds": self.holds,
+        }
+
+
+def interleave(turns: int, *sides: Callable[[], One]) -> list[tuple[One, ...]]:
+    """Call the sides in turns, A B A B ...; returns what each gave, a tuple a side."""
+    rounds = [[side() for side in sides] for _ in range(turns)]
+    return [tuple(values) for values in zip(*rounds, strict=True)]
+
+
+def seconds_a_call(work: Callable[[], object], at_least: float = 0.1) -> float:
+    """Seconds a call of ``work`` takes: the mean of calls that fill ``at_least`` seconds, after one to warm up."""
+    work()
+    calls, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < at_least or not calls:
+        work()
+        calls += 1
+    return elapsed / calls
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch as it is in an actor or worker of one CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were made."""
+    import pyarrow
+    import ray
+
+    return {
+        "platform": platform.platform(),
+        "cpus_here": os.cpu_count(),
+        "cluster": {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")},
+        "nodes": len(ray.nodes()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
+
+
+HEAD = ("", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
+LEFT_ALIGNED = (0, 1, 4, 9)
+
+
+def table(measurements: Iterable[Measurement]) -> str:
+    """The measurements as text, medians of all turns: one a line."""
+    rows = [HEAD, *(_row(measurement) for measurement in measurements)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in LEFT_ALIGNED else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _row(m: Measurement) -> tuple[str, ...]:
+    ratios = m.ratios
+    spread = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else f"{_short(min(m.values))}..{_short(max(m.values))}"
+    return (
+        f"({m.part})",
+        m.what,
+        _short(statistics.median(m.values)),
+        _short(statistics.median(m.against)) if m.against else "",
+        m.unit,
+        f"{statistics.median(ratios):.3f}" if ratios else "",
+        spread,
+        str(len(m.values)),
+        str(m.bar or ""),
+        {True: "holds", False: "missed", None: ""}[m.holds],
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

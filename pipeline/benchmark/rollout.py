@@ -1,0 +1,90 @@
+"""(a) Rollout speed in steady state: an actor against a bare loop, and more actors against one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from kac import files
+from kac.errors import DistillKacError
+from pipeline import cluster
+from pipeline.benchmark.measurement import Bar, Measurement, interleave
+from pipeline.benchmark.setting import Setting, run
+from pipeline.config import RolloutSpec
+
+UNIT = "trajectories/s"
+ACTOR_BAR = 0.95
+SCALING_BAR = 0.9
+"""Of the ideal: two actors must be 1.8 times as fast as one."""
+
+
+def speed(setting: Setting) -> list[Measurement]:
+    """One actor against the bare loop; two, and as many as the cluster has room for, against one."""
+    resources = cluster.connect()
+    room = resources.gpus or resources.cpus
+    counts = sorted({n for n in (2, room) if 2 <= n <= room})
+    bare, one, *more = interleave(
+        setting.spec.repeats,
+        lambda: bare_speed(setting),
+        lambda: actor_speed(setting, 1),
+        *((lambda n=n: actor_speed(setting, n)) for n in counts),
+    )
+    first = Measurement("a", "one actor / a bare loop of one thread", UNIT, one, bare, Bar(">=", ACTOR_BAR))
+    return [
+        first,
+        *(
+            Measurement("a", f"{n} actors / one actor", UNIT, several, one, Bar(">=", SCALING_BAR * n))
+            for n, several in zip(counts, more, strict=True)
+        ),
+    ]
+
+
+def actor_speed(setting: Setting, actors: int) -> float:
+    """Trajectories a second of a rollout on ``actors`` actors, in steady state."""
+    spec = setting.rollout_spec(f"actors-{actors}", actors=actors, trajectories=actors * setting.spec.trajectories)
+    try:
+        return steady_rate(run(spec).finished, actors) * spec.shard_size
+    finally:
+        files.remove_tree(spec.store)
+
+
+def steady_rate(finished: Sequence[float], actors: int) -> float:
+    """Shards a second between two moments at which every actor is warm and at work.
+
+    The actors are up before the first begins, and each takes a shard after the other. So when ``actors`` shards are
+    finished, each has made its first; and until ``actors`` are left, none is idle. Between the two lie whole rounds of
+    all actors, whether they finish together or in turns.
+
+    Args:
+        finished: when each shard was published, ascending, seconds.
+
+    Raises:
+        ValueError: fewer than 3 shards an actor.
+    """
+    if len(finished) < 3 * actors:
+        raise ValueError(f"expected at least {3 * actors} shards of {actors} actors, got {len(finished)}")
+    first, last = actors - 1, len(finished) - 1 - actors
+    return (last - first) / (finished[last] - finished[first])
+
+
+def bare_speed(setting: Setting) -> float:
+    """Trajectories a second of the bare loop, in a fresh process with the one thread that an actor has.
+
+    Raises:
+        DistillKacError: the process failed.
+    """
+    spec: RolloutSpec = setting.rollout_spec("bare")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.benchmark.bare"],
+        input=json.dumps(spec.model_dump(mode="json")),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DistillKacError(f"the bare loop: expected exit code 0, found {done.returncode}: {reason}")
+    lap = json.loads(done.stdout)
+    return float(lap["rows"] / lap["seconds"])

@@ -1,0 +1,112 @@
+"""What the parts share: a teacher, rollouts on Ray, and a store."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from kac import files
+from kac.checkpoint import ModelConfig, load_config, save_model
+from kac.data import load_dataset
+from kac.networks import build_network
+from kac.path import PathConfig
+from pipeline import cluster, store
+from pipeline.benchmark.spec import BenchmarkSpec
+from pipeline.config import RolloutSpec
+from pipeline.rollout import Outcome, identify, make_plan, roll_out, seal
+from pipeline.store.layout import MANIFEST
+
+ACTOR_START_SECONDS = 600
+STORE_FACTOR = 10
+STUDENT_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A benchmark at work."""
+
+    spec: BenchmarkSpec
+    folder: str
+    teacher: str
+
+    def rollout_spec(self, name: str, **options: Any) -> RolloutSpec:
+        """A rollout into the store ``name`` of this run; shards of one network call unless told otherwise."""
+        size = self.spec.batch_size
+        values = {"batch_size": size, "shard_size": size, "trajectories": self.spec.trajectories, **options}
+        return RolloutSpec(teacher=self.teacher, store=files.join(self.folder, name), **values)
+
+    def rolled_store(self) -> store.Store:
+        """The store of ``STORE_FACTOR`` times the trajectories; made once.
+
+        One solver step a knot: how the rows came about does not matter to those who read them.
+        """
+        spec = self.rollout_spec(
+            "store", trajectories=STORE_FACTOR * self.spec.trajectories, solver_steps=20, shard_size=512
+        )
+        if not files.exists(files.join(spec.store, MANIFEST)):
+            plan = make_plan(spec, identify(spec, load_config(spec.teacher)))
+            seal(spec, plan, [outcome.receipt for outcome in roll_out(spec, plan)])
+        return store.open(spec.store)
+
+
+def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
+    """Find or make the teacher.
+
+    Raises:
+        CheckpointError: ``--teacher`` is no model folder.
+    """
+    if spec.teacher is not None:
+        teacher = cluster.absolute(spec.teacher)
+        load_config(teacher)
+        return Setting(spec, folder, teacher)
+    teacher = files.join(folder, "teacher")
+    save_untrained(teacher, spec)
+    return Setting(spec, folder, teacher)
+
+
+def save_untrained(path: str, spec: BenchmarkSpec) -> ModelConfig:
+    """A teacher as slow as a trained one. Its last layer, which starts at 0, is drawn: a flow that stands still would
+    store the same numbers in every knot."""
+    data = load_dataset(spec.data)
+    torch.manual_seed(0)
+    network = build_network(spec.network, data.sample_shape, data.num_classes)
+    for parameter in network.parameters():
+        if not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.02)
+    config = ModelConfig(
+        kind="teacher",
+        network=spec.network,
+        path=PathConfig(),
+        data=spec.data,
+        sample_shape=data.sample_shape,
+        num_classes=data.num_classes,
+        class_frequencies=data.class_frequencies,
+    )
+    return save_model(path, network, config, network.state_dict())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished rollout."""
+
+    outcomes: tuple[Outcome, ...]
+    finished: tuple[float, ...]  # when each shard was published, seconds, ascending
+
+
+def run(spec: RolloutSpec) -> Run:
+    """Roll out a new store on actors that are all up before the first of them begins; the store is not sealed."""
+    plan = make_plan(spec, identify(spec, load_config(spec.teacher)))
+    context = ray.data.DataContext.get_current()
+    before = context.wait_for_min_actors_s
+    context.wait_for_min_actors_s = ACTOR_START_SECONDS
+    try:
+        outcomes = roll_out(spec, plan)
+    finally:
+        context.wait_for_min_actors_s = before
+    return Run(tuple(outcomes), tuple(sorted(_published(spec.store, outcome) for outcome in outcomes)))
+
+
+def _published(where: str, outcome: Outcome) -> float:
+    location = files.locate(files.join(where, outcome.receipt.name))
+    return float(location.fs.modified(location.path).timestamp())

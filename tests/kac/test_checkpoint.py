@@ -1,0 +1,363 @@
+"""Model folders: what is written is what is loaded, and every refusal names the file and the reason."""
+
+import ast
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import kac
+from kac import files
+from kac.checkpoint import (
+    CONFIG_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    ModelConfig,
+    load_config,
+    load_model,
+    save_model,
+)
+from kac.errors import CheckpointError
+from kac.networks import NetworkConfig, build_network
+from kac.path import PathConfig
+
+ROOT = Path(kac.__file__).parents[1]
+
+
+def config(**changes) -> ModelConfig:
+    values = {
+        "kind": "student",
+        "network": NetworkConfig(width=8, depth=2),
+        "path": PathConfig(a=25, c=5, clock="quadratic"),
+        "data": "digits",
+        "sample_shape": (1, 4, 4),
+        "num_classes": 3,
+        "class_frequencies": (0.5, 0.25, 0.25),
+        "steps": 4,
+        "guidance": 1.5,
+        "fingerprint": "of the spec",
+        "teacher_sha256": "of the teacher",
+        "store_fingerprint": "of the store",
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    made = build_network(config().network, (1, 4, 4), 3)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved model."""
+    save_model(str(tmp_path / "model"), network(), config(), network().state_dict())
+    return tmp_path / "model"
+
+
+def refusal(folder: Path, *parts: str) -> None:
+    """Loading is refused in one line that names the folder and every one of the parts."""
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(folder))
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (str(folder), *parts):
+        assert part in message, message
+
+
+def rewrite(folder: Path, **changes) -> None:
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**values, **changes}))
+
+
+def replace_weights(folder: Path, data: bytes) -> None:
+    """Other weights, with a config that vouches for them."""
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    rewrite(folder, weights_sha256=hashlib.sha256(data).hexdigest())
+
+
+# What is written is what is loaded
+
+
+def test_a_loaded_model_is_the_saved_one_bit_by_bit(tmp_path):
+    saved = network()
+    written = save_model(str(tmp_path / "model"), saved, config(), saved.state_dict())
+    model = load_model(str(tmp_path / "model"))
+    for (name, value), (loaded_name, loaded) in zip(
+        saved.state_dict().items(), model.network.state_dict().items(), strict=True
+    ):
+        assert name == loaded_name
+        assert torch.equal(value.view(torch.int32), loaded.view(torch.int32))
+    x, t, label = torch.randn(3, 1, 4, 4), torch.rand(3), torch.arange(3)
+    assert torch.equal(model.network(x, t, label), saved(x, t, label))
+    assert model.config == written == config(weights_sha256=written.weights_sha256)
+    assert model.config.path.build() == config().path.build()
+    assert not model.network.training
+    assert not any(p.requires_grad for p in model.network.parameters())
+
+
+def test_special_values_survive(tmp_path):
+    weights = network().state_dict()
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, 3.4028235e38])
+    weights["enter.bias"] = torch.cat([special, weights["enter.bias"][6:]])
+    save_model(str(tmp_path), network(), config(), weights)
+    loaded = load_model(str(tmp_path)).network.state_dict()["enter.bias"]
+    assert torch.equal(loaded.view(torch.int32), weights["enter.bias"].view(torch.int32))
+
+
+def test_the_given_weights_are_saved_not_the_networks(tmp_path):
+    """The network says the shapes, the EMA's state dict the values."""
+    ema = network(seed=1).state_dict()
+    save_model(str(tmp_path), network(seed=0), config(), ema)
+    loaded = load_model(str(tmp_path)).network.state_dict()
+    assert all(torch.equal(loaded[name], ema[name]) for name in ema)
+
+
+def test_weights_are_single_precision_on_disk(tmp_path):
+    save_model(str(tmp_path), network().double(), config(), network().double().state_dict())
+    assert {value.dtype for value in safetensors.torch.load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.float32}
+
+
+def test_folder_holds_safetensors_and_a_readable_config(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted([WEIGHTS_FILE, CONFIG_FILE])
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    assert values["weights_sha256"] == hashlib.sha256(data).hexdigest()
+    assert values["schema_version"] == SCHEMA_VERSION
+    assert (values["kind"], values["steps"], values["guidance"]) == ("student", 4, 1.5)
+    assert safetensors.torch.load(data).keys() == network().state_dict().keys()
+    assert load_config(str(folder)).weights_sha256 == values["weights_sha256"]
+
+
+def test_a_trailing_slash_is_the_same_folder(folder):
+    assert load_model(f"{folder}/").config == load_model(str(folder)).config
+
+
+def test_the_config_is_written_last(tmp_path, monkeypatch):
+    """A folder whose writer died in the middle holds no model yet."""
+    real, written = files.write_bytes, []
+
+    def dies_after_the_first(path, data):
+        if written:
+            raise OSError("no space left")
+        written.append(Path(path).name)
+        return real(path, data)
+
+    monkeypatch.setattr(files, "write_bytes", dies_after_the_first)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(str(tmp_path), network(), config(), network().state_dict())
+    assert written == [WEIGHTS_FILE]
+    refusal(tmp_path, CONFIG_FILE, "found none")
+
+
+def test_saving_again_replaces_the_model(folder):
+    other = network(seed=2)
+    save_model(str(folder), other, config(steps=2), other.state_dict())
+    model = load_model(str(folder))
+    assert model.config.steps == 2
+    assert all(torch.equal(model.network.state_dict()[name], value) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign", "shape"])
+def test_refuses_to_save_the_weights_of_another_network(tmp_path, change):
+    weights = network().state_dict()
+    if change == "missing":
+        weights.pop("enter.bias")
+    elif change == "foreign":
+        weights["head"] = torch.zeros(1)
+    else:
+        weights["enter.bias"] = torch.zeros(9)
+    with pytest.raises(CheckpointError, match="are not those of the network"):
+        save_model(str(tmp_path / "model"), network(), config(), weights)
+    assert not (tmp_path / "model").exists()
+
+
+# Refusals
+
+
+def test_refuses_a_missing_folder(tmp_path):
+    refusal(tmp_path / "nowhere", CONFIG_FILE, "found none")
+
+
+def test_refuses_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "model").write_text("not a folder")
+    refusal(tmp_path / "model", CONFIG_FILE, "found none")
+
+
+def test_refuses_a_folder_without_weights(folder):
+    (folder / WEIGHTS_FILE).unlink()
+    refusal(folder, WEIGHTS_FILE, "found none")
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_refuses_a_folder_in_place_of_a_file(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refusal(folder, name)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["first byte", "middle", "last byte"])
+def test_refuses_a_flipped_byte(folder, place):
+    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    data[round(place * (len(data) - 1))] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    refusal(folder, WEIGHTS_FILE, "expected sha256", hashlib.sha256(data).hexdigest()[:12], "damaged")
+
+
+def test_refuses_truncated_weights(folder):
+    (folder / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes()[:-1])
+    refusal(folder, WEIGHTS_FILE, "damaged")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'"text"'], ids=repr)
+def test_refuses_a_config_that_is_no_json_object(folder, raw):
+    (folder / CONFIG_FILE).write_bytes(raw)
+    refusal(folder, CONFIG_FILE, "expected a JSON object")
+
+
+def test_refuses_the_config_of_another_project(folder):
+    (folder / CONFIG_FILE).write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
+    refusal(folder, CONFIG_FILE, "expected a config of this project")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"heads": 4}, "--heads: unknown option"),
+        ({"kind": "critic"}, "--kind"),
+        ({"network": {"kind": "mlp", "width": 8, "depth": 2, "dropout": 0.1}}, "dropout: unknown option"),
+        ({"network": {"kind": "transformer"}}, "found 'transformer'"),
+        ({"path": {"kind": "kac", "a": -9}}, "found -9"),
+        ({"num_classes": "many"}, "--num-classes"),
+        ({"num_classes": -3}, "-3"),
+        ({"sample_shape": [-4]}, "-4"),
+    ],
+    ids=str,
+)
+def test_refuses_values_that_describe_no_model(folder, change, reason):
+    rewrite(folder, **change)
+    refusal(folder, CONFIG_FILE, reason)
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99, "2", 2.0])
+def test_refuses_a_newer_schema_version(folder, version):
+    rewrite(folder, schema_version=version)
+    refusal(folder, "version")
+
+
+def test_says_newer_before_it_complains_of_what_newer_versions_hold(folder):
+    rewrite(folder, schema_version=2, unheard_of=True)
+    refusal(folder, f"expected schema version {SCHEMA_VERSION} or older, found 2", "newer distillkac")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": {"kind": "mlp", "width": 16, "depth": 2}},
+        {"network": {"kind": "mlp", "width": 8, "depth": 3}},
+        {"num_classes": 4},
+        {"sample_shape": [1, 5, 5]},
+    ],
+    ids=str,
+)
+def test_refuses_weights_of_another_size(folder, change):
+    rewrite(folder, **change)
+    refusal(folder, WEIGHTS_FILE, "do not fit")
+
+
+def test_refuses_weights_that_miss_a_tensor(folder):
+    weights = network().state_dict()
+    weights.pop("enter.bias")
+    replace_weights(folder, safetensors.torch.save(weights))
+    refusal(folder, WEIGHTS_FILE, "do not fit", "enter.bias")
+
+
+class Payload:
+    """What a pickle would run when it is opened."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+def test_a_pickle_is_refused_and_not_run(folder, tmp_path, write):
+    trap, bomb = tmp_path / "trap", tmp_path / "bomb"
+    with bomb.open("wb") as file:
+        write(Payload(trap), file)
+    replace_weights(folder, bomb.read_bytes())
+    refusal(folder, WEIGHTS_FILE, "do not fit")
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Payload(trap)))
+    assert trap.exists()  # the trap works
+
+
+# Nothing in the project unpickles
+
+PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def is_constant(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def unpickles(node: ast.AST) -> bool:
+    """An import of a pickle module, torch.load without weights_only=True, allow_pickle, read_pickle."""
+    if isinstance(node, ast.Import):
+        return any(PICKLE_MODULES & set(alias.name.split(".")) for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        named = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        return bool(named & PICKLE_MODULES) or (node.module == "torch" and "load" in named)
+    if not isinstance(node, ast.Call):
+        return False
+    name, given = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+    if name == "torch.load":
+        return not is_constant(given.get("weights_only"), True)
+    if re.search(r"pickle\.loads?$|\bread_pickle$|\bUnpickler$", name):
+        return True
+    return "allow_pickle" in given and not is_constant(given["allow_pickle"], False)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from ray import cloudpickle",
+        "import ray.cloudpickle as cp",
+        "from torch import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "ray.cloudpickle.loads(b)",
+        "pd.read_pickle(f)",
+    ],
+)
+def test_the_search_knows_what_unpickles(source):
+    assert any(unpickles(node) for node in ast.walk(ast.parse(source)))
+
+
+@pytest.mark.parametrize("source", ["torch.load(f, weights_only=True)", "json.load(f)", "safetensors.torch.load(b)"])
+def test_the_search_knows_what_does_not(source):
+    assert not any(unpickles(node) for node in ast.walk(ast.parse(source)))
+
+
+@pytest.mark.parametrize("package", ["kac", "pipeline", "jobs"])
+def test_nothing_unpickles_what_it_is_given(package):
+    sources = sorted((ROOT / package).rglob("*.py"))
+    assert sources
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if unpickles(node)
+    ]
+    assert not found

@@ -1,0 +1,59 @@
+"""kac is plain PyTorch: importing any of it brings in neither Ray nor MLflow nor the pipeline."""
+
+import ast
+import json
+import pkgutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import kac
+
+FOREIGN = {"ray", "mlflow", "pipeline", "jobs"}
+ROOT = Path(kac.__file__).parents[1]
+MODULES = sorted(module.name for module in pkgutil.walk_packages(kac.__path__, "kac."))
+
+
+def test_every_module_imports_without_the_others():
+    code = """
+        import importlib, json, sys
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+        print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *MODULES], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(json.loads(result.stdout))
+    assert {"kac", "torch", "numpy"} <= loaded
+    assert not loaded & FOREIGN
+
+
+def imported(source: str) -> set[str]:
+    """The top-level packages a module imports, wherever in it the import stands."""
+    nodes = list(ast.walk(ast.parse(source)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {
+        name.partition(".")[0]
+        for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    }
+
+
+def test_the_search_sees_late_imports():
+    assert imported("def f():\n    from ray.data import x\n    import mlflow.pytorch as m") == {"ray", "mlflow"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_the_others_later_on(name):
+    source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+    assert not imported(source) & FOREIGN
+
+
+def test_the_walk_finds_the_modules():
+    assert {path.stem for path in (ROOT / "kac").glob("*.py")} == {
+        "__init__",
+        *(n.removeprefix("kac.") for n in MODULES),
+    }

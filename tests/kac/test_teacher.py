@@ -1,0 +1,175 @@
+"""The teacher's loss: by hand, at its known minimum, in its draws of times and labels."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from kac.networks import NetworkConfig, build_network
+from kac.path import GaussianPath, KacPath, PathSample
+from kac.process import KacProcess
+from kac.teacher import flow_matching_loss
+
+NULL = 10
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Recorded:
+    """A path that remembers what it handed out."""
+
+    def __init__(self, path: KacPath | GaussianPath):
+        self.path = path
+        self.point: PathSample | None = None
+
+    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator) -> PathSample:
+        self.point = self.path.sample(x_0, t, generator)
+        return self.point
+
+
+class Spy:
+    """u(x, t, label) = 0.3 x - t + label / 10, and a record of what it was called with."""
+
+    def __call__(self, x, t, label):
+        self.x, self.t, self.label = x, t, label
+        shape = (-1, *[1] * (x.ndim - 1))
+        return 0.3 * x - t.reshape(shape) + label.reshape(shape) / 10
+
+
+@pytest.mark.parametrize("path", [KacPath(), KacPath(clock="quadratic"), GaussianPath()], ids=str)
+def test_loss_is_the_mean_squared_error_to_the_target(path):
+    recorded, spy = Recorded(path), Spy()
+    x_0, label = torch.rand(64, 1, 3, 3) * 2 - 1, torch.randint(0, 10, (64,))
+    loss = flow_matching_loss(spy, NULL, recorded, x_0, label, seeded(1), label_dropout=0.3)
+    assert torch.equal(spy.x, recorded.point.x_t)
+    assert torch.equal(spy.t, recorded.point.t)
+    errors = (Spy()(spy.x, spy.t, spy.label) - recorded.point.target).double()
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx((errors**2).sum().item() / (64 * 9), rel=1e-5)
+
+
+def test_all_draws_come_from_the_generator():
+    x_0, label = torch.rand(32, 2), torch.randint(0, 10, (32,))
+    state = torch.get_rng_state()
+    losses = [flow_matching_loss(Spy(), NULL, KacPath(), x_0, label, seeded(seed)).item() for seed in (2, 2, 3)]
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def times_of(count: int, generator: torch.Generator) -> Tensor:
+    spy = Spy()
+    label = torch.zeros(count, dtype=torch.int64)
+    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator)
+    return spy.t
+
+
+def test_times_are_uniform_in_even_strata_and_random_order():
+    generator = seeded(4)
+    for count in (1, 7, 256):
+        t = times_of(count, generator)
+        assert 0 <= t.min().item() <= t.max().item() <= 1
+        assert torch.equal((t.sort().values * count).floor().long(), torch.arange(count))
+    within = torch.cat([times_of(256, generator) * 256 % 1 for _ in range(20)])
+    assert stats.kstest(within.numpy(), "uniform").pvalue > 1e-7
+    first = torch.stack([times_of(16, generator)[0] for _ in range(500)])
+    assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-7  # the first row's time is no fixed stratum
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 1.0])
+def test_label_dropout_has_its_share_and_touches_nothing_else(share):
+    spy = Spy()
+    label = torch.arange(10).repeat(2000)
+    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(20_000, 1), label, seeded(5), label_dropout=share)
+    dropped = spy.label == NULL
+    assert torch.equal(spy.label[~dropped], label[~dropped])
+    sigma = math.sqrt(share * (1 - share) * 20_000)
+    assert int(dropped.sum()) == pytest.approx(share * 20_000, abs=5.5 * sigma)
+    for late in (spy.t > 0.5, spy.t <= 0.5):  # dropped whatever the time
+        assert dropped[late].double().mean().item() == pytest.approx(share, abs=5.5 * sigma / 10_000)
+
+
+def test_default_dropout_is_a_tenth():
+    spy = Spy()
+    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6))
+    assert (spy.label == NULL).double().mean().item() == pytest.approx(0.1, abs=0.012)
+
+
+# The known minimum
+
+
+def kac_oracle(process: KacProcess, points: Tensor):
+    """E[u_t | x_t] for data drawn evenly from ``points``, from the density and the atoms of section 2.1."""
+
+    def field(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        t = t[:, None].double()
+        k = x - (1 - t) * points  # [batch, points]
+        on_edge = (k.abs() - process.c * t).abs() < 1e-12
+        # An atom outweighs every density.
+        weight = torch.where(on_edge.any(1, keepdim=True), on_edge.double(), process.density(k, t))
+        u = process.velocity(k, t, on_edge) - points
+        return ((weight * u).sum(1) / weight.sum(1))[:, None]
+
+    return field
+
+
+def test_exact_field_of_a_single_image_has_no_loss():
+    x_0 = torch.full((5000, 1), 0.4, dtype=torch.float64)
+    path, label = KacPath(KacProcess(3.0, 2.0)), torch.zeros(5000, dtype=torch.int64)
+    oracle = kac_oracle(path.process, torch.tensor([0.4], dtype=torch.float64))
+    assert flow_matching_loss(oracle, NULL, path, x_0, label, seeded(7)).item() < 1e-20
+
+
+@pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
+def test_conditional_expectation_is_the_minimiser(process):
+    """Any change phi of the exact field costs E phi^2, no more and no less: the error is orthogonal to all (x, t)."""
+    points = torch.tensor([-0.7, 0.5], dtype=torch.float64)
+    x_0 = points.repeat(20_000)[:, None]
+    label = torch.zeros(len(x_0), dtype=torch.int64)
+    oracle, recorded = kac_oracle(process, points), Recorded(KacPath(process))
+
+    def loss(field) -> float:
+        return flow_matching_loss(field, NULL, recorded, x_0, label, seeded(8)).item()
+
+    best = loss(oracle)
+    x, t = recorded.point.x_t, recorded.point.t
+    residual = oracle(x, t, label) - recorded.point.target
+    assert best == pytest.approx(residual.square().mean().item(), rel=1e-12)
+    for phi in (
+        lambda x, t: torch.sin(3 * x + 5 * t[:, None]),
+        lambda x, t: x,
+        lambda x, t: (x.abs() > 0.5).double() * t[:, None],
+        lambda x, t: oracle(x, t, None),
+    ):
+        cost = phi(x, t).square().mean().item()
+        error = 2 * (residual * phi(x, t)).std().item() / math.sqrt(len(x))
+        changed = loss(lambda x, t, label, phi=phi: oracle(x, t, label) + phi(x, t))
+        assert changed - best == pytest.approx(cost, abs=6 * error)
+
+
+def test_training_reaches_the_known_minimum():
+    """Normal data and the Gaussian path: Var(u_t | x_t) = 1 / ((1-t)^2 + t^2), whose mean over t is pi / 2.
+
+    The zero field, where training starts, has loss 2.
+    """
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(width=32, depth=1), (2,), NULL)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    generator = seeded(9)
+
+    def loss(count: int) -> Tensor:
+        x_0 = torch.randn(count, 2, generator=generator)
+        label = torch.zeros(count, dtype=torch.int64)
+        return flow_matching_loss(network, NULL, GaussianPath(), x_0, label, generator)
+
+    with torch.no_grad():
+        assert loss(50_000).item() == pytest.approx(2, abs=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(512).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert loss(200_000).item() == pytest.approx(math.pi / 2, rel=0.02)

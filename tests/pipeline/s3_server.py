@@ -1,0 +1,200 @@
+"""An S3 server with faults to order: moto, and before it a small proxy that fails requests as real networks do.
+
+The port is taken when this module is imported, so that ``environment`` can be set before Ray starts its workers; the
+server answers on it once it is started.
+"""
+
+import logging
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+ACCESS_KEY_ID = "KACTESTKEYID4711RECOGNISE"
+SECRET_ACCESS_KEY = "kac-test-secret-0815-recognise/me+anywhere"
+REGION = "us-east-1"
+HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "host"}
+
+FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key"]
+"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 does it, the
+answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
+
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+INVALID_KEY = (
+    "<Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id you provided does not exist in our records."
+    f"</Message><AWSAccessKeyId>{ACCESS_KEY_ID}</AWSAccessKeyId></Error>"
+).encode()
+
+
+@dataclass
+class Fault:
+    """Which requests fail, and how.
+
+    Attributes:
+        methods: HTTP methods it is for; empty: all. path: what the request's path must contain.
+        probability: of a matching request to fail. count: how many may fail; None: without end.
+        injected: how many have failed.
+    """
+
+    kind: FaultKind
+    methods: tuple[str, ...] = ()
+    path: str = ""
+    probability: float = 1.0
+    count: int | None = None
+    injected: int = field(default=0, init=False)
+
+
+class FaultyS3:
+    """The server behind ``environment()``: start it once, order faults with ``failing``."""
+
+    def __init__(self) -> None:
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+        self._random = random.Random(0)
+        self.requests: list[tuple[str, str]] = []  # method and path, in the order of arrival
+        self._proxy = _Proxy(self)
+        self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+
+    def start(self) -> None:
+        """Serve until ``stop``."""
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request otherwise
+        self._moto.start()
+        self.moto_address = self._moto.get_host_and_port()
+        self._proxy.server_activate()
+        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._proxy.shutdown()
+        self._proxy.server_close()
+        self._moto.stop()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._proxy.server_address[1]}"
+
+    def client(self) -> "boto3.client":
+        """A plain client that goes past the proxy: what it sees is what S3 holds."""
+        host, port = self.moto_address
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://{host}:{port}",
+            aws_access_key_id="outside",
+            aws_secret_access_key="outside",
+            region_name=REGION,
+        )
+
+    @contextmanager
+    def failing(self, *faults: Fault) -> Iterator[None]:
+        """Inject the faults within the block; the first that matches a request decides."""
+        with self._lock:
+            self._faults = list(faults)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._faults = []
+
+    def draw(self, method: str, path: str) -> FaultKind | None:
+        """Note a request; says how it fails, or None."""
+        with self._lock:
+            self.requests.append((method, path))
+            for fault in self._faults:
+                is_meant = (not fault.methods or method in fault.methods) and fault.path in path
+                is_left = fault.count is None or fault.injected < fault.count
+                if is_meant and is_left and self._random.random() < fault.probability:
+                    fault.injected += 1
+                    return fault.kind
+        return None
+
+
+class _Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, owner: FaultyS3) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
+        self.owner = owner
+        self.server_bind()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed breaks its connections: no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Proxy
+
+    def log_message(self, format: str, *args: object) -> None:
+        """The test asserts on what was asked; nothing is printed."""
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kind = self.server.owner.draw(self.command, self.path)
+        if kind == "reset":
+            return self._reset()
+        if kind == "slow_down":
+            return self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+        if kind == "refuse_key":
+            return self._answer(403, {"Content-Type": "application/xml"}, INVALID_KEY)
+        reply, data = self._forward(body)
+        if kind == "lose_reply":
+            return self._reset()
+        headers = {name: value for name, value in reply.getheaders() if name.lower() not in HOP_HEADERS}
+        if self.command == "HEAD":
+            headers["Content-Length"] = reply.getheader("Content-Length", "0")
+        return self._answer(reply.status, headers, data, cut=kind == "truncate")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
+
+    def _forward(self, body: bytes) -> tuple[HTTPResponse, bytes]:
+        connection = HTTPConnection(*self.server.owner.moto_address)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
+        # S3's addressing is by path here; the host is kept, since the listing's redirects and signatures name it.
+        headers["Host"] = self.headers["Host"]
+        connection.request(self.command, self.path, body, headers)
+        reply = connection.getresponse()
+        data = reply.read()
+        connection.close()
+        return reply, data
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self._reset()
+
+    def _reset(self) -> None:
+        """Close with RST: what a client sees when a machine or a middlebox goes."""
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+
+SERVER = FaultyS3()
+
+
+def environment() -> dict[str, str]:
+    """The AWS variables under which every process of the test finds ``SERVER``."""
+    return {
+        "AWS_ENDPOINT_URL": SERVER.endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+        "AWS_DEFAULT_REGION": REGION,
+    }

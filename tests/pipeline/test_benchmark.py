@@ -1,0 +1,301 @@
+"""The benchmark counts what it says it counts. How fast anything is, no test asks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from jobs.command import parse
+from kac import files
+from kac.checkpoint import load_config, load_model
+from kac.networks import NetworkConfig
+from kac.options import OptionError
+from pipeline import store, training
+from pipeline.benchmark import BenchmarkSpec, Measurement, bare, benchmark, memory, storage
+from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table
+from pipeline.benchmark.reading import CountingFileSystem, count_bytes, store_bytes
+from pipeline.benchmark.rollout import bare_speed, steady_rate
+from pipeline.benchmark.setting import make_setting, run
+from pipeline.benchmark.training import OnlineTask, TensorTask, optimizer, store_task, task_speed
+from pipeline.store.shards import adopt, column_array
+from tests.pipeline.stores import make_store, make_teacher, run_rollout
+
+TINY = BenchmarkSpec(
+    trajectories=80,
+    batch_size=16,
+    repeats=2,
+    data="moons",
+    network=NetworkConfig(width=8, depth=1),
+    only=("c", "d", "f"),
+)
+
+
+@pytest.fixture
+def setting(tmp_path: Path):
+    return make_setting(TINY, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def digits_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of the default 20 knots and shard size."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    teacher = make_teacher(folder / "teacher", data="digits")
+    make_store(folder / "store", teacher, trajectories=1024, knots=20, solver_steps=20, shard_size=512)
+    return str(folder / "store")
+
+
+def counted(path: str) -> str:
+    fsspec.register_implementation(CountingFileSystem.protocol, CountingFileSystem, clobber=True)
+    return f"counted://{path}"
+
+
+def test_a_ratio_is_taken_turn_by_turn_and_its_median_is_held_against_the_bar():
+    speeds = Measurement("a", "x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.9))
+    assert speeds.ratios == (0.9, 2.0, 0.5)
+    assert speeds.holds
+    assert not Measurement("a", "x", "rows/s", (9.0, 20.0, 8.0), (10.0, 10.0, 10.0), Bar(">=", 0.91)).holds
+    assert Measurement("c", "x", "bytes", (12.0,), (100.0,), Bar("<=", 0.12)).holds
+    assert not Measurement("c", "x", "bytes", (13.0,), (100.0,), Bar("<=", 0.12)).holds
+    assert Measurement("f", "x", "ns", (13.0,), (100.0,)).holds is None
+    with pytest.raises(ValueError, match="as many values"):
+        Measurement("a", "x", "rows/s", (1.0, 2.0), (1.0,))
+
+
+def test_the_table_and_the_record_say_the_same():
+    measurement = Measurement(
+        "b", "store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.95)
+    )
+    record = json.loads(json.dumps(measurement.record()))
+    assert (record["median_ratio"], record["min_ratio"], record["max_ratio"]) == (0.9, 0.5, 2.0)
+    assert (record["bar"], record["holds"]) == (">= 0.95", False)
+    line = table([measurement]).splitlines()[1]
+    assert " ".join(line.split()) == "(b) store / tensors 10 10 samples/s 0.900 0.500..2.000 3 >= 0.95 missed"
+
+
+def test_sides_take_turns():
+    calls: list[str] = []
+    sides = [lambda name=name: calls.append(name) or len(calls) for name in "AB"]
+    assert interleave(3, *sides) == [(1, 3, 5), (2, 4, 6)]
+    assert "".join(calls) == "ABABAB"
+
+
+def test_every_timed_call_is_counted(monkeypatch: pytest.MonkeyPatch):
+    now = iter(np.arange(0, 100, 0.25))
+    monkeypatch.setattr("pipeline.benchmark.measurement.time.perf_counter", lambda: next(now))
+    calls: list[int] = []
+    # A clock that moves by 0.25 s at each look: the second look after the start ends the time, one call per look.
+    assert seconds_a_call(lambda: calls.append(0), at_least=1.0) == pytest.approx(1.0 / 3)
+    assert len(calls) == 1 + 3
+
+
+def test_the_steady_rate_leaves_out_the_first_and_the_last_shard_of_every_actor():
+    # Two actors, a shard every 2 s, half a round apart; slow first shards; one of them ends late.
+    first, second = [5.0, 7, 9, 11, 13, 15], [6.0, 8, 10, 12, 14, 40]
+    assert steady_rate(sorted(first + second), actors=2) == pytest.approx(1.0)
+    # In step with each other.
+    assert steady_rate(sorted([5.0, 7, 9, 11, 13] * 2), actors=2) == pytest.approx(1.0)
+    assert steady_rate([9.0, 10, 11, 12, 99], actors=1) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least 6 shards of 2 actors"):
+        steady_rate([1.0, 2, 3, 4, 5], actors=2)
+
+
+def test_the_bare_loop_ends_where_the_stored_trajectories_end(setting):
+    spec = setting.rollout_spec("store", trajectories=40, shard_size=32)
+    run_rollout(spec)
+    model = load_model(spec.teacher)
+    batches = bare.prepare(spec, model)
+    found = torch.cat([bare.follow(spec, model, *batch) for batch in batches])
+    rows = next(store.open(spec.store).batches(40, knots=[0, 20]))
+    assert torch.equal(torch.cat([noise for noise, _ in batches]), rows.knots[:, 0])
+    assert torch.equal(torch.cat([label for _, label in batches]), rows.label)
+    torch.testing.assert_close(found, rows.knots[:, 1])
+    assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "a flow that stands still shows nothing"
+
+
+def test_the_bare_loop_runs_in_a_process_of_one_thread(setting, tmp_path: Path):
+    spec = setting.rollout_spec("bare")
+    code = "import torch; from pipeline.benchmark import bare; bare.main(); print(torch.get_num_threads())"
+    lines = subprocess.run(
+        [sys.executable, "-c", code],
+        input=spec.model_dump_json(),
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    lap = json.loads(lines[0])
+    assert lap["rows"] == TINY.trajectories and lap["seconds"] > 0
+    assert lines[1] == "1"
+    assert bare_speed(setting) > 0
+
+
+def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    location = files.locate(counted(str(tmp_path / "file")))
+    before = CountingFileSystem.bytes_read
+    with location.fs.open(location.path, "rb") as file:
+        file.read(100)
+        file.seek(9_990)
+        assert len(file.read(500)) == 10
+    assert CountingFileSystem.bytes_read - before == 110
+    files.read_bytes(counted(str(tmp_path / "file")))
+    assert CountingFileSystem.bytes_read - before == 10_110
+
+
+def test_a_student_of_one_step_reads_two_of_the_knots(digits_store: str):
+    path = counted(digits_store)
+    knot = 1024 * 64 * 4
+    for steps in (1, 4, 20):
+        found = count_bytes(path, steps)
+        # The knots themselves, and at most 5% of all knots for labels, levels, page headers and footers.
+        assert (steps + 1) * knot <= found <= (steps + 1) * knot + 0.05 * 21 * knot
+    assert store_bytes(path) == sum(file.stat().st_size for file in Path(digits_store).rglob("*") if file.is_file())
+    assert count_bytes(path, 1) <= 0.12 * store_bytes(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel's own count needs the /proc of Linux")
+def test_the_count_is_that_of_the_kernel(digits_store: str):
+    def kernel_count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    path = counted(digits_store)
+    count_bytes(path, 4)  # imports what it needs
+    before = kernel_count()
+    found = count_bytes(path, 4)
+    # Buffered files read on to the end of a block.
+    assert found <= kernel_count() - before <= 1.05 * found
+
+
+def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    setting = make_setting(TINY, str(tmp_path))
+    monkeypatch.setattr(type(setting), "rolled_store", lambda self: store.open(digits_store))
+    done = {m.what: m for m in storage.bytes_stored(setting)}
+    plain = done["bytes stored, none / bytes of the tensors"]
+    assert plain.against == (512 * 21 * 64 * 4,)
+    written = next(Path(digits_store).rglob("shard-000000.parquet"))
+    assert plain.values == (written.stat().st_size,)
+    assert plain.holds
+    assert done["bytes stored, zstd / bytes of the tensors"].ratios < plain.ratios
+    for name in storage.COMPRESSIONS:
+        shard = store.open(digits_store).shards[0]
+        copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).spec)[1]
+        original = adopt(digits_store, shard, store.open(digits_store).spec)[1]
+        for column in original.column_names:
+            np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs the /proc of Linux")
+def test_the_peak_outlives_what_was_freed():
+    code = "x = bytearray(300 << 20); x = None; print('freed', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as held:
+        assert held.stdout.readline() == "freed\n"
+        peak, now = memory.memory_of(held.pid, memory.PEAK), memory.memory_of(held.pid, memory.NOW)
+        held.communicate("\n")
+    assert 300 <= peak <= 400
+    assert now < 100
+    assert memory.memory_of(held.pid, memory.PEAK) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs the /proc of Linux")
+def test_the_watch_sees_the_actors_and_the_driver(setting, ray_cluster: None):
+    with memory.watched() as peaks:
+        done = run(setting.rollout_spec("watched", actors=2, trajectories=320))
+    assert sum(outcome.computed_rows for outcome in done.outcomes) == 320
+    assert len(done.finished) == 320 // TINY.batch_size and list(done.finished) == sorted(done.finished)
+    # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
+    assert 100 < peaks.actor < 4096
+    assert 100 < peaks.driver < 4096
+
+
+def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
+    """The tensors in memory give the loss that the store gives."""
+    spec = setting.rollout_spec("store", trajectories=320, solver="euler", solver_steps=100, shard_size=64)
+    run_rollout(spec)
+    source = store.open(spec.store)
+    whole = next(source.batches(320, knots=[0, 5, 10, 15, 20]))
+    worker = training.Worker(0, 1, torch.device("cpu"))
+    held = (optimizer(setting, 100), setting.teacher)
+
+    def mean_loss(task: training.Task) -> float:
+        torch.manual_seed(0)
+        network, loss = task.build(worker)
+        with torch.no_grad():
+            return float(torch.stack([loss(network, update) for update in range(400)]).mean())
+
+    expected = mean_loss(store_task(setting, spec.store, 100))
+    assert mean_loss(TensorTask(*held, whole.knots, whole.label)) == pytest.approx(expected, rel=0.05)
+    assert mean_loss(store_task(setting, spec.store, 100)) == expected
+
+
+def test_the_online_teacher_lands_where_the_stored_interval_ends(setting):
+    spec = setting.rollout_spec("store", trajectories=16, solver="euler", solver_steps=100)
+    run_rollout(spec)
+    rows = next(store.open(spec.store).batches(16, knots=[0, 5, 10, 15, 20]))
+    endpoints = OnlineTask(optimizer(setting, 1), setting.teacher, solver="euler").endpoints(
+        load_model(setting.teacher)
+    )
+    for k in range(4):
+        torch.testing.assert_close(endpoints(rows.knots[:, k], rows.label, k), rows.knots[:, k + 1])
+
+
+def test_the_first_window_is_not_part_of_a_speed(setting, monkeypatch: pytest.MonkeyPatch):
+    def loop(job: training.Job, *_: object) -> None:
+        for speed in (1.0, 100.0, 300.0):
+            job.run.metrics({"samples_per_second": speed})
+
+    monkeypatch.setattr(training, "loop", loop)
+    # Two windows of the same number of samples: the harmonic mean.
+    assert task_speed(OnlineTask(optimizer(setting, 150), setting.teacher)) == pytest.approx(150.0)
+
+
+def test_training_speed_is_measured_on_the_loop_itself(setting):
+    spec = setting.rollout_spec("store", trajectories=64)
+    run_rollout(spec)
+    assert task_speed(store_task(setting, spec.store, 2 * training.LOG_UPDATES)) > 0
+    assert task_speed(OnlineTask(optimizer(setting, 2), setting.teacher)) > 0
+
+
+def test_from_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "figures.json"
+    scratch = tmp_path / "scratch"
+    done = benchmark(TINY.model_copy(update={"json_file": str(out), "folder": str(scratch)}))
+    printed = capsys.readouterr().out.splitlines()
+    record = json.loads(out.read_text())
+    assert [m["part"] for m in record["measurements"]] == ["c"] * 3 + ["d"] * 9 + ["f"] * 2
+    assert len(printed) == 1 + len(done) == 1 + len(record["measurements"])
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["options"]["trajectories"] == TINY.trajectories
+    draws = next(m for m in record["measurements"] if m["what"].startswith("exact draw"))
+    assert len(draws["values"]) == len(draws["against"]) == TINY.repeats
+    assert list(scratch.iterdir()) == [], "the scratch folder is given back empty"
+
+
+def test_json_can_go_to_the_terminal(ray_cluster: None, capsys: pytest.CaptureFixture):
+    benchmark(TINY.model_copy(update={"json_file": "-", "only": ("f",)}))
+    assert [m["part"] for m in json.loads(capsys.readouterr().out)["measurements"]] == ["f", "f"]
+
+
+def test_options():
+    def options(text: str) -> BenchmarkSpec:
+        return parse(BenchmarkSpec, text.split(), "python -m jobs.benchmark")
+
+    spec = options("--only c a c --json figures.json --repeats 3")
+    assert (spec.only, spec.json_file, spec.repeats) == (("c", "a"), "figures.json", 3)
+    assert options("").only == tuple("abcdefg")
+    for bad, name in (("--only z", "z"), ("--trajectories 1000", "--trajectories"), ("--repeats 0", "--repeats")):
+        with pytest.raises(OptionError, match=name):
+            options(bad)
+
+
+def test_a_teacher_of_ones_own(tmp_path: Path):
+    teacher = make_teacher(tmp_path / "own")
+    setting = make_setting(TINY.model_copy(update={"teacher": teacher}), str(tmp_path / "scratch"))
+    assert setting.teacher == teacher
+    assert load_config(setting.rollout_spec("x").teacher) == load_config(teacher)

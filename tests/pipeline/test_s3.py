@@ -1,0 +1,192 @@
+"""Everything with s3:// paths, on a server that fails as S3 does: moto behind a proxy that injects the faults.
+
+The references are local stores: what S3 holds must be the same.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kac import files
+from pipeline import rollout
+from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, TeachSpec
+from pipeline.distill import distill
+from pipeline.evaluate import evaluate
+from pipeline.sample import sample
+from pipeline.store.layout import Shard
+from pipeline.store.manifest import list_shards, read_manifest
+from pipeline.teach import teach
+from tests.pipeline import faulty
+from tests.pipeline.compare import assert_same_store, list_files
+from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, environment
+from tests.pipeline.test_faults import ROOT, spec_of, write_teacher
+
+# While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
+os.environ.update(environment())
+
+BUCKET = "kac-bucket"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket() -> Iterator[str]:
+    SERVER.start()
+    SERVER.client().create_bucket(Bucket=BUCKET)
+    yield BUCKET
+    SERVER.stop()
+
+
+@pytest.fixture(scope="module")
+def teacher(bucket: str) -> str:
+    """A teacher that lies on S3 itself."""
+    return write_teacher(f"s3://{bucket}/teacher")
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    store = str(tmp_path_factory.mktemp("reference") / "store")
+    rollout.rollout(spec_of(teacher, store))
+    return store
+
+
+@pytest.fixture
+def store(bucket: str, request: pytest.FixtureRequest) -> str:
+    return f"s3://{bucket}/{request.node.name}"
+
+
+def test_a_flaky_s3_costs_time_only(teacher: str, reference: str, store: str) -> None:
+    """503, broken connections and half answers, for the driver and every actor: they are retried."""
+    faults = [
+        Fault("slow_down", probability=0.04),
+        Fault("reset", probability=0.04),
+        Fault("truncate", ("GET",), probability=0.1),
+    ]
+    with SERVER.failing(*faults):
+        rollout.rollout(spec_of(teacher, store))
+    assert all(fault.injected for fault in faults), faults
+    assert_same_store(store, reference)
+
+
+def test_a_put_whose_answer_is_lost_is_the_shard(teacher: str, reference: str, store: str) -> None:
+    """S3 has the shard, the writer has not heard of it: the retry meets its own work."""
+    fault = Fault("lose_reply", ("PUT",), path="shard-", count=5)
+    with SERVER.failing(fault):
+        rollout.rollout(spec_of(teacher, store))
+    assert fault.injected == 5
+    assert_same_store(store, reference)
+
+
+def test_an_s3_that_never_takes_a_shard(
+    teacher: str, reference: str, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retries end, the error names the shard; when S3 is well again the same command does what is missing."""
+    spec = spec_of(teacher, store)
+    name = Shard(1.0, 3, 96, 32).name
+    fault = Fault("slow_down", ("PUT",), path=name.rsplit("=", 1)[-1])
+    with monkeypatch.context() as patch, SERVER.failing(fault):
+        patch.setattr(rollout, "ShardRoller", faulty.ImpatientRoller)
+        with pytest.raises(rollout.RolloutError, match=rf"{store}/{name}: OSError: .*reduce your request rate"):
+            rollout.rollout(spec)
+    assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # by each of two actors at the most
+    there = list_shards(store)
+    assert name not in there
+    assert read_manifest(store) is None
+    requests = len(SERVER.requests)
+    rollout.rollout(spec)
+    written = {path for method, path in SERVER.requests[requests:] if method == "PUT" and "shard-" in path}
+    assert len(written) == 20 - len(there)
+    assert_same_store(store, reference)
+
+
+def test_an_unfinished_upload_is_no_shard(teacher: str, reference: str, store: str, bucket: str) -> None:
+    """What a writer that was killed in the middle of a large shard leaves behind."""
+    s3, shard = SERVER.client(), Shard(0.0, 2, 64, 32)
+    key = files.join(store, shard.name).removeprefix(f"s3://{bucket}/")
+    upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    s3.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half a shard" * 500_000)
+    assert list_shards(store) == {}
+    rollout.rollout(spec_of(teacher, store))
+    assert_same_store(store, reference)
+
+
+def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check and the PUT are one step on S3: a writer that comes between them is seen."""
+    path = files.join(store, "object")
+    fs = files.locate(path).fs
+    assert files.write_bytes(path, b"first", if_absent=True)
+    answers, exists = [False], fs.exists
+    monkeypatch.setattr(fs, "exists", lambda path: answers.pop() if answers else exists(path))
+    assert not files.write_bytes(path, b"second", if_absent=True)
+    assert not answers
+    assert files.read_bytes(path) == b"first"
+
+
+def test_every_stage_on_s3_and_no_key_anywhere(
+    bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Teacher, store, students (one of them under Ray Train), evaluation and samples are on S3; the keys are nowhere."""
+    root = f"s3://{bucket}/chain"
+    made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "evaluation")}
+    quick = OptimizerConfig(updates=20, batch_size=32)
+    teach(TeachSpec(data="digits", out=made["teacher"], optimizer=quick, workers=0))
+    rollout.rollout(
+        RolloutSpec(
+            teacher=made["teacher"], store=made["store"], trajectories=96, shard_size=32, solver_steps=20, actors=1
+        )
+    )
+    distill(DistillSpec(store=made["store"], out=made["student"], optimizer=quick, workers=0))
+    distill(DistillSpec(store=made["store"], out=made["student-on-ray"], optimizer=quick, workers=1))
+    students = (made["student"], made["student-on-ray"])
+    evaluate(
+        EvaluateSpec(
+            teacher=made["teacher"], students=students, out=made["evaluation"], samples=100, solver_steps=20
+        )
+    )
+    sample(SampleSpec(model=made["student"], out=f"{root}/sample.png", count=4))
+    there = list_files(root)
+    for name in ("teacher/config.json", "student/config.json", "student-on-ray/config.json", "sample.png"):
+        assert name in there
+    assert {"evaluation/evaluation.json", "evaluation/samples.png"} <= set(there)
+    assert [name for name in there if "training/" in name or name.endswith(".tmp")] == []
+
+    with SERVER.failing(Fault("refuse_key")):
+        refused = subprocess.run(
+            [sys.executable, "-m", "jobs.rollout", "--teacher", made["teacher"], "--store", f"{root}/other"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert refused.returncode == 1
+    assert "does not exist in our records" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+    printed = "".join([*capfd.readouterr(), refused.stdout, refused.stderr])
+    sources = {"what was printed": printed.encode(), **_objects(bucket), **_local_files(tracking_database)}
+    assert any(name.endswith("mlflow.db") for name in sources)
+    assert any("worker" in name and name.endswith((".out", ".err")) for name in sources), "no logs of Ray's workers"
+    keys = (ACCESS_KEY_ID.encode(), SECRET_ACCESS_KEY.encode())
+    assert [name for name, data in sources.items() for key in keys if key in data] == []
+
+
+def _objects(bucket: str) -> dict[str, bytes]:
+    """Every object on S3 by its key."""
+    s3 = SERVER.client()
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    return {key: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+def _local_files(tracking_database: str) -> dict[str, bytes]:
+    """MLflow's database and artifacts, and all that Ray has logged in this session."""
+    import ray
+
+    folders = [
+        Path(tracking_database.removeprefix("sqlite:///")).parent,
+        Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
+    ]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths}
