@@ -26,14 +26,19 @@ def main(spec_type: type[SpecType], stage: Callable[[SpecType], object]) -> None
     try:
         spec = parse(spec_type, sys.argv[1:], prog)
     except DistillKacError as error:
-        _fail(prog, error, 2)
+        fail(prog, error, 2)
+    run(prog, stage, spec)
+
+
+def run(prog: str, stage: Callable[[SpecType], object], spec: SpecType) -> None:
+    """Run a stage; its error is one line and exit code 1."""
     try:
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
         # What the disk or S3 refuses is the person's to mend as well; anything else is a bug and keeps its traceback.
-        _fail(prog, " ".join(str(error).split()) or type(error).__name__, 1)
+        fail(prog, " ".join(str(error).split()) or type(error).__name__, 1)
     except KeyboardInterrupt:
-        _fail(prog, "interrupted: run the same command again to go on", 130)
+        fail(prog, "interrupted: run the same command again to go on", 130)
 
 
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
@@ -62,7 +67,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise OptionError(_one_line(complaint.getvalue())) from None
+        raise OptionError(one_line(complaint.getvalue())) from None
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -116,7 +121,7 @@ def _defaults(model: type[BaseModel], values: dict[str, Any], base: BaseModel | 
     return model.model_construct(**filled)
 
 
-def _one_line(box: str) -> str:
+def one_line(box: str) -> str:
     """The sentence inside the box that tyro draws on the terminal."""
     lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
     lines = list(itertools.takewhile(lambda line: line != "Argument helptext:", lines))
@@ -124,6 +129,7 @@ def _one_line(box: str) -> str:
     return f"{words}: see --help"
 
 
-def _fail(prog: str, error: object, code: int) -> typing.NoReturn:
+def fail(prog: str, error: object, code: int) -> typing.NoReturn:
+    """Say what is wrong in one line and exit."""
     print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code)

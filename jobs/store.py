@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import tyro
-from botocore.exceptions import BotoCoreError
 
-from jobs.command import _fail, _one_line
+from jobs.command import fail, one_line, run
 from kac.errors import DistillKacError
 from kac.options import OptionError
 from pipeline.config import Spec
@@ -36,14 +35,9 @@ def main() -> None:
     try:
         spec = parse(sys.argv[1:])
     except DistillKacError as error:
-        _fail(PROG, error, 2)
+        fail(PROG, error, 2)
     name, stage = STAGES[type(spec)]
-    try:
-        stage(spec)
-    except (DistillKacError, OSError, BotoCoreError) as error:
-        _fail(f"{PROG} {name}", " ".join(str(error).split()) or type(error).__name__, 1)
-    except KeyboardInterrupt:
-        _fail(f"{PROG} {name}", "interrupted: run the same command again to go on", 130)
+    run(f"{PROG} {name}", stage, spec)
 
 
 def parse(arguments: list[str]) -> Spec:
@@ -65,7 +59,7 @@ def parse(arguments: list[str]) -> Spec:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise OptionError(_one_line(complaint.getvalue())) from None
+        raise OptionError(one_line(complaint.getvalue())) from None
     return spec
 
 

@@ -59,6 +59,26 @@ def test_if_absent_leaves_what_is_there(place):
     assert files.read_bytes(path) == b"third"
 
 
+def test_if_absent_holds_when_another_writer_comes_between(monkeypatch):
+    """Where there are no hard links, looking first is not enough: the other file may appear after the look."""
+    path = f"memory://{uuid.uuid4().hex}/file"
+    filesystem, looks = type(files.locate(path).fs), []
+    exists = filesystem.exists
+
+    def look(self, name, **options):
+        looks.append(name)
+        if len(looks) > 1:
+            return exists(self, name, **options)
+        files.write_bytes(path, b"the other's")
+        return False
+
+    monkeypatch.setattr(filesystem, "exists", look)
+    assert not files.write_bytes(path, b"late", if_absent=True)
+    assert looks
+    assert files.read_bytes(path) == b"the other's"
+    files.remove_tree(path)
+
+
 def test_nothing_but_the_file_is_left_behind(tmp_path):
     files.write_bytes(str(tmp_path / "file"), b"first")
     files.write_bytes(str(tmp_path / "file"), b"second", if_absent=True)
@@ -250,12 +270,22 @@ def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "folder").mkdir()
     dead, mine = temporary(tmp_path, dead_pid()), temporary(tmp_path)
     old_but_alive = temporary(tmp_path, age_seconds=10 * files.STALE_SECONDS)
-    init = temporary(tmp_path, 1)  # alive, and on most machines not ours to signal
     assert files.remove_orphans(str(tmp_path)) == 1
     assert not dead.exists()
-    assert all(path.exists() for path in (mine, old_but_alive, init))
+    assert all(path.exists() for path in (mine, old_but_alive))
     assert (tmp_path / "shard-000001.parquet").read_bytes() == b"whole"
     assert files.remove_orphans(str(tmp_path)) == 0
+
+
+def test_a_writer_of_another_user_is_alive(tmp_path, monkeypatch):
+    theirs = temporary(tmp_path, dead_pid())
+
+    def not_ours(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert files.remove_orphans(str(tmp_path)) == 0
+    assert theirs.exists()
 
 
 def test_files_of_other_hosts_are_orphans_when_they_are_old(tmp_path):

@@ -19,6 +19,7 @@ class Outer(Options):
     out: str
     batch_size: PositiveInt = 32
     rate: float = Field(0.5, ge=0, lt=1)
+    guidance: float = 0.0
     solver: Literal["euler", "ab2"] = "ab2"
     steps: tuple[PositiveInt, ...] = (1, 2)
     network: Inner = Inner()
@@ -36,6 +37,7 @@ def test_values_are_taken_and_defaults_filled_in():
         "out": "somewhere",
         "batch_size": 32,
         "rate": 0.25,
+        "guidance": 0.0,
         "solver": "ab2",
         "steps": (4, 5),
         "network": {"width": 3},
@@ -51,8 +53,8 @@ def test_values_are_taken_and_defaults_filled_in():
         ({"out": "a", "batch_size": 0}, "--batch-size: input should be greater than 0, found 0"),
         ({"out": "a", "batch_size": "many"}, "found 'many'"),
         ({"out": "a", "rate": 1.0}, "--rate: input should be less than 1, found 1.0"),
-        ({"out": "a", "rate": math.nan}, "found nan"),
-        ({"out": "a", "rate": math.inf}, "found inf"),
+        ({"out": "a", "guidance": math.nan}, "--guidance: input should be a finite number, found nan"),
+        ({"out": "a", "guidance": -math.inf}, "--guidance: input should be a finite number, found -inf"),
         ({"out": "a", "solver": "rk4"}, "--solver: input should be 'euler' or 'ab2', found 'rk4'"),
         ({"out": "a", "steps": [4, 0]}, "--steps: input should be greater than 0, found 0"),
         ({"out": "a", "network": {"width": -1}}, "width: input should be greater than 0, found -1"),

@@ -189,11 +189,18 @@ def test_gaussian_target_points_from_the_data_to_the_noise():
     assert stats.kstest(eps.flatten().numpy(), "norm").pvalue > 1e-7
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.floats(1e-12, 1 - 1e-12), st.floats(-1, 1), st.floats(0, 1))
+def test_gaussian_points_are_the_quantiles_of_their_uniforms(u, x_0, t):
+    point = GaussianPath().point(x_0, t, torch.tensor([[u]], dtype=torch.float64)).item()
+    assert point == pytest.approx((1 - t) * x_0 + t * stats.norm.ppf(u), rel=1e-9, abs=1e-12)
+
+
 # Refusals
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-@pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(2,), (3,), (5,), (0,), (4, 1), (4, 2), (1, 1)])
 def test_refuses_times_that_are_not_one_a_sample(path, shape):
     with pytest.raises(ValueError, match=r"t must be a scalar or of shape \[4\]") as error:
         path.sample(torch.zeros(4, 2), torch.full(shape, 0.5))

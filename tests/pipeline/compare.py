@@ -17,7 +17,7 @@ KNOT_TOLERANCE = 1e-5
 def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
     """The manifest, and the rows of each guidance scale by sample id.
 
-    On the way it holds what every finished store must satisfy: the manifest names exactly the files that are there, with
+    On the way it asserts what holds for every finished store: the manifest names exactly the files that are there, with
     their sizes and hashes, and nothing else lies about.
     """
     manifest = json.loads(files.read_bytes(files.join(store, "manifest.json")))

@@ -25,8 +25,8 @@ REGION = "us-east-1"
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "host"}
 
 FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key"]
-"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 does it, the
-answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
+"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 does it, but
+the answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 INVALID_KEY = (
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = reply.getheader("Content-Length", "0")
         return self._answer(reply.status, headers, data, cut=kind == "truncate")
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
 
     def _forward(self, body: bytes) -> tuple[HTTPResponse, bytes]:
         connection = HTTPConnection(*self.server.owner.moto_address)

@@ -3,14 +3,16 @@
 The references are local stores: what S3 holds must be the same.
 """
 
+import contextlib
+import io
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from jobs import command
 from kac import files
 from pipeline import rollout
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, TeachSpec
@@ -22,8 +24,8 @@ from pipeline.store.manifest import list_shards, read_manifest
 from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
+from tests.pipeline.running import SHARDS, spec_of, write_teacher
 from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, environment
-from tests.pipeline.test_faults import ROOT, spec_of, write_teacher
 
 # While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
 os.environ.update(environment())
@@ -97,7 +99,7 @@ def test_an_s3_that_never_takes_a_shard(
     requests = len(SERVER.requests)
     rollout.rollout(spec)
     written = {path for method, path in SERVER.requests[requests:] if method == "PUT" and "shard-" in path}
-    assert len(written) == 20 - len(there)
+    assert len(written) == SHARDS - len(there)
     assert_same_store(store, reference)
 
 
@@ -127,7 +129,7 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
 def test_every_stage_on_s3_and_no_key_anywhere(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Teacher, store, students (one of them under Ray Train), evaluation and samples are on S3; the keys are nowhere."""
+    """Teacher, store, students (one made under Ray Train), evaluation and samples are on S3; the keys are nowhere."""
     root = f"s3://{bucket}/chain"
     made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "evaluation")}
     quick = OptimizerConfig(updates=20, batch_size=32)
@@ -141,9 +143,7 @@ def test_every_stage_on_s3_and_no_key_anywhere(
     distill(DistillSpec(store=made["store"], out=made["student-on-ray"], optimizer=quick, workers=1))
     students = (made["student"], made["student-on-ray"])
     evaluate(
-        EvaluateSpec(
-            teacher=made["teacher"], students=students, out=made["evaluation"], samples=100, solver_steps=20
-        )
+        EvaluateSpec(teacher=made["teacher"], students=students, out=made["evaluation"], samples=100, solver_steps=20)
     )
     sample(SampleSpec(model=made["student"], out=f"{root}/sample.png", count=4))
     there = list_files(root)
@@ -152,24 +152,30 @@ def test_every_stage_on_s3_and_no_key_anywhere(
     assert {"evaluation/evaluation.json", "evaluation/samples.png"} <= set(there)
     assert [name for name in there if "training/" in name or name.endswith(".tmp")] == []
 
-    with SERVER.failing(Fault("refuse_key")):
-        refused = subprocess.run(
-            [sys.executable, "-m", "jobs.rollout", "--teacher", made["teacher"], "--store", f"{root}/other"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert refused.returncode == 1
-    assert "does not exist in our records" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+    refusals = []
+    for methods, where in (((), made["teacher"]), (("PUT",), f"{root}/other")):
+        with SERVER.failing(Fault("refuse_key", methods)):
+            refusals.append(_refusal("--teacher", made["teacher"], "--store", f"{root}/other"))
+        assert where in refusals[-1]
+        assert len(refusals[-1].strip().splitlines()) == 1, refusals[-1]
 
-    printed = "".join([*capfd.readouterr(), refused.stdout, refused.stderr])
+    printed = "".join([*capfd.readouterr(), *refusals])
     sources = {"what was printed": printed.encode(), **_objects(bucket), **_local_files(tracking_database)}
     assert any(name.endswith("mlflow.db") for name in sources)
     assert any("worker" in name and name.endswith((".out", ".err")) for name in sources), "no logs of Ray's workers"
     keys = (ACCESS_KEY_ID.encode(), SECRET_ACCESS_KEY.encode())
     assert [name for name, data in sources.items() for key in keys if key in data] == []
+
+
+def _refusal(*options: str) -> str:
+    """What `python -m jobs.rollout` says on its standard error before it exits with 1."""
+    complaint = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(complaint):
+        patch.setattr(sys, "argv", ["jobs.rollout", *options])
+        with pytest.raises(SystemExit) as stop:
+            command.main(RolloutSpec, rollout.rollout)
+    assert stop.value.code == 1
+    return complaint.getvalue()
 
 
 def _objects(bucket: str) -> dict[str, bytes]:

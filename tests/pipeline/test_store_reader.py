@@ -27,13 +27,13 @@ from tests.pipeline.stores import (
     shard_file,
 )
 
-ROWS, KNOTS, SCALES = 100, 4, (0.0, 1.5)
+ROWS, KNOTS, SCALES = 300, 4, (0.0, 1.5)
 STREAM = {"memory_bytes": 1}
 """A budget that nothing fits: every shard is a window of its own."""
-TWO_SHARDS = {"memory_bytes": 2 * 2 * 32 * (2 * 4 * (KNOTS + 1) + 24)}
-"""A budget whose half holds two full shards of all knots."""
+WINDOWS = {"memory_bytes": 2 * 65 * (2 * 4 * (KNOTS + 1) + 24)}
+"""A budget that the store does not fit, but whose half holds two shards of all its knots, or four of one knot."""
 
-Modes = pytest.mark.parametrize("mode", [{}, STREAM, TWO_SHARDS], ids=["memory", "stream", "stream-windows"])
+Modes = pytest.mark.parametrize("mode", [{}, STREAM, WINDOWS], ids=["memory", "stream", "stream-windows"])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def teacher(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def path(folder: Path, teacher: str) -> Path:
-    """100 rows a scale in shards of 32, 32, 32 and 4."""
+    """300 rows a scale: nine shards of 32 and one of 12."""
     make_store(folder / "store", teacher, trajectories=ROWS, knots=KNOTS, guidance=SCALES)
     return folder / "store"
 
@@ -74,6 +74,18 @@ def read_all(path: Path, guidance: float) -> dict[str, np.ndarray]:
     return {name: np.concatenate([column_array(table[name]) for table in tables]) for name in tables[0].column_names}
 
 
+def test_the_memory_budget_decides_between_loading_and_streaming(store: Store) -> None:
+    """As the modes of these tests want it."""
+    for steps in (1, 2, KNOTS):
+        assert not store.is_streamed(steps, 0.0)
+        assert store.is_streamed(steps, 0.0, **STREAM)
+        assert store.is_streamed(steps, 0.0, **WINDOWS)
+    list(store.batches(64, 0.0, [0], **WINDOWS))
+    assert not store._loaded
+    list(store.batches(64, 0.0, [0]))
+    assert store._loaded
+
+
 @Modes
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("seed", [None, 7])
@@ -89,7 +101,7 @@ def test_every_row_is_read_exactly_once_an_epoch_over_all_ranks(store: Store, mo
 @Modes
 def test_batches_hold_the_rows_of_the_files(store: Store, path: Path, mode) -> None:
     rows = read_all(path, 1.5)
-    for batch in store.batches(7, 1.5, [0, 2, KNOTS], seed=3, **mode):
+    for batch in store.batches(14, 1.5, [0, 2, KNOTS], seed=3, **mode):
         of = batch.sample_id.numpy()
         assert batch.knots.dtype == torch.float32
         assert batch.knots.shape == (len(of), 3, 2)
@@ -100,8 +112,8 @@ def test_batches_hold_the_rows_of_the_files(store: Store, path: Path, mode) -> N
 
 
 def test_all_batches_are_full_but_the_last(store: Store) -> None:
-    assert [len(batch.label) for batch in store.batches(32, 0.0, seed=1)] == [32, 32, 32, 4]
-    assert [len(batch.label) for batch in store.batches(32, 0.0, seed=1, rank=1, world_size=3)] == [32, 1]
+    assert [len(batch.label) for batch in store.batches(64, 0.0, seed=1)] == [64, 64, 64, 64, 44]
+    assert [len(batch.label) for batch in store.batches(64, 0.0, seed=1, rank=1, world_size=7)] == [43]
 
 
 @Modes
@@ -118,9 +130,9 @@ def test_epochs_and_seeds_shuffle_differently_and_the_same_ones_alike(store: Sto
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_an_epoch_resumes_where_it_stopped(store: Store, mode, world_size: int) -> None:
     options = {"seed": 5, "epoch": 2, "rank": world_size - 1, "world_size": world_size, **mode}
-    whole = list(store.batches(6, 0.0, [0, 4], **options))
+    whole = list(store.batches(14, 0.0, [0, 4], **options))
     for start in (*range(0, len(whole), 3), len(whole), len(whole) + 5):
-        rest = list(store.batches(6, 0.0, [0, 4], start_batch=start, **options))
+        rest = list(store.batches(14, 0.0, [0, 4], start_batch=start, **options))
         assert len(rest) == max(0, len(whole) - start)
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
@@ -131,35 +143,29 @@ def test_interval_batches_resume_where_they_stopped_in_any_epoch(
     store: Store, mode, rank: int, world_size: int
 ) -> None:
     options = {"seed": 5, "rank": rank, "world_size": world_size, **mode}
-    whole = list(itertools.islice(store.interval_batches(8, 2, 0.0, **options), 30))
-    assert all(len(batch.label) == 8 for batch in whole)
+    whole = list(itertools.islice(store.interval_batches(22, 2, 0.0, **options), 30))
+    assert all(len(batch.label) == 22 for batch in whole)
     for start in (1, 4, 5, 12, 13, 20, 29):
-        (resumed,) = itertools.islice(store.interval_batches(8, 2, 0.0, start_batch=start, **options), 1)
+        resumed = next(store.interval_batches(22, 2, 0.0, start_batch=start, **options))
         assert same(whole[start], resumed), f"batch {start}"
 
 
 @Modes
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_interval_batches_go_on_for_ever_and_take_each_row_once_an_epoch(store: Store, path, mode, world_size) -> None:
-    """Every rank's endless batches; 25 divides what each rank has of four epochs."""
     rows = read_all(path, 0.0)
     id_of_noise = {noise.tobytes(): i for i, noise in enumerate(rows["knot_00"])}
     assert len(id_of_noise) == ROWS
-    seen: Counter[int] = Counter()
+    epochs, seen = 4, Counter()
     for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "seed": 2, **mode}
+        count = len(ids(store.batches(100, 0.0, [0, KNOTS], **options)))
+        # A batch size that divides a rank's epoch lets its batches end where the epoch does.
+        batches = store.interval_batches(count // 2, 1, 0.0, **options)
         # With one macro step every interval starts at the noise, which names the sample.
-        batches = store.interval_batches(25, 1, 0.0, rank=rank, world_size=world_size, seed=2, **mode)
-        for batch in itertools.islice(batches, rank_batches(store, rank, world_size, bool(mode), epochs=4)):
+        for batch in itertools.islice(batches, 2 * epochs):
             seen.update(id_of_noise[x.numpy().tobytes()] for x in batch.x_start)
-    assert set(seen.values()) <= {3, 4, 5}
-    if world_size == 1:
-        assert set(seen.values()) == {4}
-
-
-def rank_batches(store: Store, rank: int, world_size: int, is_streamed: bool, epochs: int) -> int:
-    """How many batches of 25 a rank has in some epochs, rounded down."""
-    options = {"world_size": world_size, "rank": rank, "seed": 2, **(STREAM if is_streamed else {})}
-    return sum(len(ids(store.batches(25, 0.0, [0], epoch=epoch, **options))) for epoch in range(epochs)) // 25
+    assert seen == dict.fromkeys(range(ROWS), epochs)
 
 
 @Modes
@@ -170,7 +176,7 @@ def test_an_interval_starts_and_ends_at_the_knots_of_its_times(store: Store, pat
         found.update({x.tobytes(): (i, k) for i, x in enumerate(rows[f"knot_{k:02d}"])})
     assert len(found) == ROWS * (KNOTS + 1)
     steps, seen = 2, Counter()
-    for batch in itertools.islice(store.interval_batches(20, steps, 0.0, seed=1, **mode), 10):
+    for batch in itertools.islice(store.interval_batches(50, steps, 0.0, seed=1, **mode), 8):
         for x_start, x_end, t_start, t_end, label in zip(*batch, strict=True):
             (i, k), (j, end) = found[x_start.numpy().tobytes()], found[x_end.numpy().tobytes()]
             assert i == j
@@ -223,9 +229,9 @@ def test_a_shard_of_many_blocks_streams_like_any_other(store: Store, monkeypatch
     """Ray Data splits what is larger than its block size; the rows and their order must not care."""
     import ray
 
-    expected = list(store.batches(6, 0.0, seed=5, **STREAM))
+    expected = list(store.batches(14, 0.0, seed=5, **STREAM))
     monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 400)
-    found = list(store.batches(6, 0.0, seed=5, **STREAM))
+    found = list(store.batches(14, 0.0, seed=5, **STREAM))
     assert len(found) == len(expected)
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 
@@ -327,7 +333,7 @@ def test_a_forward_store_gives_each_row_its_own_interval(forward: Path, ray_clus
     rows, store = read_all(forward, 0.0), endpoint_store.open(str(forward))
     id_of = {x.tobytes(): i for i, x in enumerate(rows["knot_start"])}
     seen: Counter[int] = Counter()
-    for batch in itertools.islice(store.interval_batches(20, KNOTS, seed=4, **mode), 10):
+    for batch in itertools.islice(store.interval_batches(50, KNOTS, seed=4, **mode), 12):
         for x_start, x_end, t_start, t_end, label in zip(*batch, strict=True):
             i = id_of[x_start.numpy().tobytes()]
             seen[i] += 1
@@ -440,7 +446,9 @@ def test_a_damaged_or_foreign_shard_of_an_unfinished_store_is_named(tmp_path: Pa
 def test_missing_shards_are_named(path: Path, tmp_path: Path) -> None:
     bad = copy_store(path, tmp_path / "bad")
     shard_file(bad, 2, 1.5).unlink()
-    with pytest.raises(StoreError, match=r"expected 8 shards, found 1 of them missing: data/guidance=1.5/shard-000002"):
+    with pytest.raises(
+        StoreError, match=r"expected 20 shards, found 1 of them missing: data/guidance=1.5/shard-000002"
+    ):
         endpoint_store.open(str(bad))
 
 
@@ -498,8 +506,8 @@ def test_a_shard_that_grows_while_the_store_is_open_gives_the_rows_of_the_manife
     grown = copy_store(path, tmp_path / "grown")
     before = endpoint_store.open(str(grown))
     expected = list(endpoint_store.open(str(path)).batches(9, 0.0, seed=1))
-    run_rollout(make_spec(grown, teacher, trajectories=120, guidance=SCALES), is_sealed=False)
-    assert adopt(str(grown), Shard(0.0, 3, 96, 4), before.spec)[0].rows == 24
+    run_rollout(make_spec(grown, teacher, trajectories=310, guidance=SCALES), is_sealed=False)
+    assert adopt(str(grown), Shard(0.0, 9, 288, 12), before.spec)[0].rows == 22
     assert all(same(a, b) for a, b in zip(expected, before.batches(9, 0.0, seed=1), strict=True))
     again = endpoint_store.open(str(grown))
     assert all(same(a, b) for a, b in zip(expected, again.batches(9, 0.0, seed=1), strict=True))

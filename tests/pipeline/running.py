@@ -1,0 +1,155 @@
+"""Rollouts as processes that a test can kill: what they make, what they print, and what they start."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from kac.checkpoint import ModelConfig, save_model
+from kac.data import load_dataset
+from kac.networks import NetworkConfig, build_network
+from kac.path import PathConfig
+from pipeline.config import RolloutSpec
+
+ROOT = Path(__file__).parents[2]
+SHARDS, TRAJECTORIES = 20, 620
+"""What ``spec_of`` makes, over its two guidance scales."""
+
+WAIT_SECONDS = 300.0
+
+
+def write_teacher(folder: str) -> str:
+    """A teacher with random weights: what it does is not the point, only that it does the same each time."""
+    dataset = load_dataset("moons")
+    config = NetworkConfig(width=16, depth=1)
+    network = build_network(config, dataset.sample_shape, dataset.num_classes)
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: 0.2 * torch.randn(w.shape, generator=generator) for name, w in network.state_dict().items()}
+    model = ModelConfig(
+        kind="teacher",
+        network=config,
+        path=PathConfig(),
+        data=dataset.name,
+        sample_shape=dataset.sample_shape,
+        num_classes=dataset.num_classes,
+        class_frequencies=dataset.class_frequencies,
+    )
+    save_model(folder, network, model, weights)
+    return folder
+
+
+def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:
+    """The rollout that all tests here do: quick, and of enough shards that a fault hits the middle of it."""
+    defaults = {
+        "trajectories": 310,  # the last shard of a scale is short
+        "shard_size": 32,
+        "guidance": (0.0, 1.0),
+        "knots": 4,
+        "solver_steps": 40,
+        "batch_size": 16,
+        "actors": 2,
+    }
+    return RolloutSpec(teacher=teacher, store=store, **{**defaults, **options})
+
+
+def command_line(spec: RolloutSpec) -> list[str]:
+    """The options of `python -m jobs.rollout` that make this spec."""
+    words: list[str] = []
+    for name, value in spec.model_dump(mode="json", exclude_none=True).items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+class Job:
+    """A job as a process of its own, on the cluster at ``address`` or with an embedded Ray."""
+
+    def __init__(self, module: list[str], spec: RolloutSpec, address: str | None) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        if address:
+            environment["RAY_ADDRESS"] = address
+        self.log = Path(f"{spec.store}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *module, *command_line(spec)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def is_over(self) -> bool:
+        return self.process.poll() is not None
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text()
+
+    def started(self) -> list[psutil.Process]:
+        """The processes below the driver: an embedded Ray and its workers."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def finish(self) -> str:
+        """Wait for its end, which must be a good one; returns what it printed."""
+        assert self.process.wait(timeout=WAIT_SECONDS) == 0, self.output()
+        return self.output()
+
+    def kill_driver(self) -> None:
+        """SIGKILL the driver alone, and wait until the Ray that it may have started is gone with it."""
+        started = self.started()
+        self.process.kill()
+        self.process.wait()
+        _, left = psutil.wait_procs(started, timeout=60)
+        for process in left:
+            process.kill()
+
+
+@contextmanager
+def running_job(module: list[str], spec: RolloutSpec, address: str | None) -> Iterator[Job]:
+    """A job of which nothing outlives the block."""
+    job = Job(module, spec, address)
+    try:
+        yield job
+    finally:
+        if not job.is_over():
+            job.kill_driver()
+
+
+def named(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
+    """Those of Ray's worker processes that run an actor of this class, and have got past its constructor."""
+    found = []
+    for process in processes:
+        try:
+            title = process.name()
+        except psutil.Error:  # gone meanwhile
+            continue
+        if name in title and "__init__" not in title:
+            found.append(process)
+    return found
+
+
+def end(pid: int) -> None:
+    """Kill a process unless it is gone already."""
+    try:
+        process = psutil.Process(pid)
+        process.kill()
+        process.wait(30)
+    except psutil.NoSuchProcess:
+        pass
+
+
+class Summary:
+    """The line that a rollout prints at its end."""
+
+    def __init__(self, output: str) -> None:
+        counts = r"([\d,]+) trajectories computed in ([\d,]+) shards, ([\d,]+) reused in ([\d,]+) shards"
+        match = re.search(counts, output)
+        assert match, output
+        numbers = [int(text.replace(",", "")) for text in match.groups()]
+        self.computed, self.computed_shards, self.reused, self.reused_shards = numbers
