@@ -5,7 +5,7 @@ import functools
 from kac import files
 from pipeline.benchmark.measurement import Bar, Measurement, interleave, seconds_a_call
 from pipeline.benchmark.setting import Setting
-from pipeline.store.reader import read_rows
+from pipeline.store.loading import read_rows
 from pipeline.store.shards import adopt, column_array, encode, publish
 
 COMPRESSIONS = ("none", "zstd", "lz4")

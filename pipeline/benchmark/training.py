@@ -22,7 +22,8 @@ from pipeline.tracking import TrackedRun
 
 UNIT = "samples/s"
 LOADED_BAR, STREAMED_BAR = 0.95, 0.6
-TINY_GIB = 2.0**-20
+STREAMED_SHARE = 4
+"""How many times larger than its memory budget the streamed store is."""
 ONLINE_UPDATES = 20
 
 
@@ -32,12 +33,13 @@ def store_speed(setting: Setting) -> list[Measurement]:
     every = source.spec.knots // STUDENT_STEPS
     whole = next(source.batches(source.rows(0.0), knots=range(0, source.spec.knots + 1, every)))
     updates = _updates(setting, len(whole.label))
+    budget = whole.knots.nbytes / STREAMED_SHARE / 2**30
     with one_thread():
         tensors, loaded, streamed = interleave(
             setting.spec.repeats,
             lambda: task_speed(TensorTask(optimizer(setting, updates), setting.teacher, whole.knots, whole.label)),
             lambda: task_speed(store_task(setting, source.path, updates)),
-            lambda: task_speed(store_task(setting, source.path, updates, memory_gib=TINY_GIB)),
+            lambda: task_speed(store_task(setting, source.path, updates, memory_gib=budget)),
         )
     return [
         Measurement("b", "store, loaded once / tensors in memory", UNIT, loaded, tensors, Bar(">=", LOADED_BAR)),

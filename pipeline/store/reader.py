@@ -7,24 +7,32 @@ read ahead by Ray Data tasks and shuffled within windows that fit the budget.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kac import files, identity
-from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, knot_column, parse_shard_name
+from kac import identity
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column
+from pipeline.store.loading import (
+    READ_BYTES,
+    READERS,
+    Columns,
+    Part,
+    read_ahead,
+    read_rows,
+    shard_at,
+    to_columns,
+)
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
-from pipeline.store.shards import check_version, column_array, identity_of_shard, read_metadata
+from pipeline.store.shards import identity_of_shard
 
 MEMORY_BYTES = 4 << 30
-READERS = 4
-"""Tasks that read ahead for one streaming reader."""
+PIPELINE_SHARDS = 1000
+"""Shards that one pipeline of an endless streaming reader is planned for, at least an epoch."""
 
 SHUFFLE_STREAM, INTERVAL_STREAM = 3, 4
 
@@ -46,21 +54,6 @@ class IntervalBatch(NamedTuple):
     t_start: Tensor  # [batch]
     t_end: Tensor  # [batch]
     label: Tensor  # [batch], int64
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Loaded rows."""
-
-    sample_id: Tensor  # [rows]
-    label: Tensor  # [rows]
-    knots: Tensor  # [rows, knots, *sample]
-    interval: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return len(self.label)
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,8 @@ class Store:
             StoreError: an unknown guidance scale or knot, or a shard that is missing or damaged.
         """
         view = self._view(guidance, self._knot_columns(knots), rank, world_size, seed, memory_bytes)
-        for pieces in _cut(self._order(view, epoch, start_batch * batch_size), batch_size):
+        order = self._order(view, range(epoch, epoch + 1), start_batch * batch_size)
+        for pieces in _cut(order, batch_size):
             taken = [_take(columns, rows) for columns, rows in pieces]
             yield taken[0] if len(taken) == 1 else _join(taken)
 
@@ -153,9 +147,8 @@ class Store:
         """
         view = self._view(guidance, self._interval_columns(steps), rank, world_size, seed, memory_bytes)
         epoch, skip = divmod(start_batch * batch_size, self._rows_of(view))
-        orders = (self._order(view, e, skip if e == epoch else 0) for e in itertools.count(epoch))
         stream = INTERVAL_STREAM + rank
-        for n, pieces in enumerate(_cut(itertools.chain.from_iterable(orders), batch_size), start=start_batch):
+        for n, pieces in enumerate(_cut(self._endless(view, epoch, skip), batch_size), start=start_batch):
             positions = range(n * batch_size, (n + 1) * batch_size)
             k = (identity.uniforms(seed, stream, positions, 1)[:, 0] * steps).long()
             yield _intervals(pieces, k, steps)
@@ -232,21 +225,35 @@ class Store:
         return self._bytes_of(view) <= view.memory_bytes
 
     def _rows_of(self, view: View) -> int:
-        if self._is_in_memory(view):
-            return len(range(view.rank, sum(shard.rows for shard in view.shards), view.world_size))
-        rows = sum(shard.rows for shard in view.shards[view.rank :: view.world_size])
-        if not rows:
-            raise StoreError(f"expected at least {view.world_size} shards to stream to as many workers, found fewer")
-        return rows
+        """A rank's rows of an epoch; where one rank would have none, all refuse: the others would wait for ever."""
+        rows = sum(shard.rows for shard in view.shards)
+        is_in_memory = self._is_in_memory(view)
+        shares, what = (rows, "rows") if is_in_memory else (len(view.shards), "shards to stream")
+        if shares < view.world_size:
+            raise StoreError(
+                f"{self.path}: expected at least {view.world_size} {what} for as many workers, found {shares}"
+            )
+        if is_in_memory:
+            return len(range(view.rank, rows, view.world_size))
+        return sum(shard.rows for shard in view.shards[view.rank :: view.world_size])
 
-    def _order(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
-        """The rows of an epoch in their order, but for the first ``skip``."""
-        if self._is_in_memory(view):
-            columns = self._load(view)
+    def _order(self, view: View, epochs: range, skip: int) -> Iterator["Piece"]:
+        """The rows of some epochs in their order, but for the first ``skip``."""
+        if not self._is_in_memory(view):
+            yield from self._stream(view, epochs, skip)
+            return
+        columns = self._load(view)
+        for epoch in epochs:
             rows = _permutation(columns.rows, view.seed, epoch, 0)[view.rank :: view.world_size]
             yield columns, rows[skip:]
-        else:
-            yield from self._stream(view, epoch, skip)
+            skip = max(0, skip - len(rows))
+
+    def _endless(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
+        """Epoch after epoch. A Ray Data pipeline takes a second to start: small stores get several epochs from one."""
+        shards = len(view.shards[view.rank :: view.world_size])
+        together = max(1, PIPELINE_SHARDS // max(1, shards))
+        for first in itertools.count(epoch, together):
+            yield from self._order(view, range(first, first + together), skip if first == epoch else 0)
 
     def _load(self, view: View) -> Columns:
         if view not in self._loaded:
@@ -259,46 +266,67 @@ class Store:
         with ThreadPoolExecutor(READERS) as pool:
             # A few shards at a time: the tables of all of them beside the tensors would double the memory.
             groups = (view.shards[i : i + READERS] for i in range(0, len(view.shards), READERS))
-            parts = (
-                part
-                for group in groups
-                for part in pool.map(lambda shard: read_rows(self.path, self.spec, shard, view.columns), group)
-            )
-            return _columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
+            parts = (part for group in groups for part in pool.map(lambda shard: self._part(shard, view), group))
+            return to_columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
 
-    def _stream(self, view: View, epoch: int, skip: int) -> Iterator["Piece"]:
-        # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last
-        # one, and a resume could not tell which epoch it is in.
-        own = view.shards[view.rank :: view.world_size]
-        mine = [own[i] for i in _permutation(len(own), view.seed, epoch, 0).tolist()]
-        windows: list[list[Shard]] = [[]]
-        window_rows = max(1, view.memory_bytes // 2 // (self._bytes_of(view) // sum(s.rows for s in view.shards)))
-        for shard in mine:
-            if sum(s.rows for s in windows[-1]) + shard.rows > window_rows and windows[-1]:
-                windows.append([])
-            windows[-1].append(shard)
-        while windows and skip >= sum(shard.rows for shard in windows[0]):
-            skip -= sum(shard.rows for shard in windows.pop(0))
-        first = len(mine) - sum(len(window) for window in windows)
-        tables = _read_ahead(self.path, self.spec, mine[first:], view.columns)
-        for number, window in enumerate(windows):
-            rows_here = sum(shard.rows for shard in window)
-            columns = _columns(itertools.islice(tables, len(window)), rows_here, self.spec, len(view.columns))
-            # Windows are numbered from the end of the epoch, which a resume leaves as it is.
-            rows = _permutation(columns.rows, view.seed, epoch, len(windows) - number)
-            yield columns, rows[skip:]
+    def _part(self, shard: Shard, view: View) -> "Part":
+        return Part([shard], read_rows(self.path, self.spec, shard, view.columns))
+
+    def _stream(self, view: View, epochs: range, skip: int) -> Iterator["Piece"]:
+        row_bytes = self._bytes_of(view) // max(1, sum(shard.rows for shard in view.shards))
+        windows: list[Window] = []
+        for window in (window for epoch in epochs for window in _windows(view, epoch, row_bytes)):
+            if not windows and skip >= window.rows:
+                skip -= window.rows
+            else:
+                windows.append(window)
+        groups = [_groups(window.shards, READ_BYTES // row_bytes) for window in windows]
+        parts = read_ahead(self.path, self.spec, list(itertools.chain.from_iterable(groups)), view.columns)
+        for window, own in zip(windows, groups, strict=True):
+            columns = to_columns(itertools.islice(parts, len(own)), window.rows, self.spec, len(view.columns))
+            yield columns, _permutation(columns.rows, view.seed, window.epoch, window.number + 1)[skip:]
             skip = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shards that are loaded and shuffled together."""
+
+    epoch: int
+    number: int  # within the epoch
+    shards: tuple[Shard, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def _windows(view: View, epoch: int, row_bytes: int) -> list[Window]:
+    """An epoch of a rank, in windows of half the memory budget: the next is read while one is used."""
+    # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last one,
+    # and a resume could not tell which epoch it is in.
+    own = view.shards[view.rank :: view.world_size]
+    order = [own[i] for i in _permutation(len(own), view.seed, epoch, 0).tolist()]
+    groups = _groups(order, view.memory_bytes // 2 // row_bytes)
+    return [Window(epoch, number, tuple(group)) for number, group in enumerate(groups)]
+
+
+def _groups(shards: Sequence[Shard], most_rows: int) -> list[list[Shard]]:
+    """Neighbours put together up to ``most_rows`` rows, one shard at least."""
+    groups: list[list[Shard]] = []
+    rows = 0
+    for shard in shards:
+        if not groups or rows + shard.rows > most_rows:
+            groups.append([])
+            rows = 0
+        groups[-1].append(shard)
+        rows += shard.rows
+    return groups
 
 
 Piece = tuple[Columns, Tensor]
 """Loaded columns, and which of their rows in which order."""
-
-
-class ShardRows(NamedTuple):
-    """The wanted columns of one shard."""
-
-    shard: Shard
-    table: pa.Table
 
 
 class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
@@ -352,93 +380,6 @@ def open_store(path: str, allow_unfinished: bool = False) -> Store:
         )
     spec = identity_of_shard(path, next(iter(found)))
     return Store(path, spec, [shard_at(path, name) for name in found], None)
-
-
-def shard_at(store: str, name: str) -> Shard:
-    """The shard that a file says it is, from its footer."""
-    location = files.locate(files.join(store, name))
-    parsed = parse_shard_name(name)
-    with location.fs.open(location.path, "rb") as file:
-        metadata = pq.ParquetFile(file).metadata
-    own = read_metadata(metadata.schema.to_arrow_schema())
-    assert parsed is not None
-    return Shard(parsed[0], parsed[1], int(own["start"]), metadata.num_rows)
-
-
-def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[str]) -> ShardRows:
-    """The wanted columns of the rows that the shard is planned to have.
-
-    Raises:
-        StoreError: the shard is missing, damaged or of another store; the message names it.
-    """
-    where = f"{store}/{shard.name}"
-    location = files.locate(files.join(store, shard.name))
-    scalars = [LABEL, INTERVAL] if spec.source == "forward" else [LABEL]
-    try:
-        with location.fs.open(location.path, "rb") as handle:
-            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
-            metadata = read_metadata(file.schema_arrow)
-            check_version(where, int(metadata.get("schema_version", 0)))
-            table = file.read([*scalars, *columns])
-    except FileNotFoundError:
-        raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise StoreError(
-            f"{where}: expected a whole shard, found: {reason}: python -m jobs.store verify {store} --repair, "
-            "then run the rollout again"
-        ) from None
-    if metadata.get("fingerprint") != spec.fingerprint() or int(metadata["start"]) != shard.start:
-        raise StoreError(f"{where}: expected sample {shard.start} on of this store, found another shard")
-    if table.num_rows < shard.rows:
-        raise StoreError(
-            f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it"
-        )
-    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
-    return ShardRows(shard, table.select([*scalars, *columns]).slice(0, shard.rows))
-
-
-def _read_ahead(
-    store: str, spec: StoreIdentity, shards: Sequence[Shard], columns: tuple[str, ...]
-) -> Iterator[ShardRows]:
-    """The shards in order, read by Ray Data tasks some way ahead."""
-    import ray
-
-    if not shards:
-        return
-
-    def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        return read_rows(store, spec, shards[int(batch["item"][0])], columns).table
-
-    plan = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
-    # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
-    # the rows are for, and the job would hang; a hundredth each would start a hundred processes.
-    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(shards)))
-    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01, compute=pool)
-    tables.context.execution_options.preserve_order = True
-    tables.context.enable_progress_bars = False
-    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    for shard, table in zip(shards, blocks, strict=True):
-        yield ShardRows(shard, table)
-
-
-def _columns(parts: Iterable[ShardRows], rows: int, spec: StoreIdentity, knot_columns: int) -> Columns:
-    """Loaded shards as tensors, in the order given."""
-    knots = torch.empty((rows, knot_columns, *spec.sample_shape))
-    ids, label = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-    interval = torch.empty_like(label) if spec.source == "forward" else None
-    start = 0
-    for shard, table in parts:
-        here = slice(start, start + shard.rows)
-        ids[here] = torch.arange(shard.start, shard.start + shard.rows)
-        scalars = {LABEL: label} if interval is None else {LABEL: label, INTERVAL: interval}
-        for name, target in scalars.items():
-            target[here] = torch.from_numpy(column_array(table[name]).copy())
-        states = [name for name in table.column_names if name not in scalars]
-        for i, name in enumerate(states):
-            knots[here, i] = torch.from_numpy(column_array(table[name]).copy())
-        start += shard.rows
-    return Columns(ids, label, knots, interval)
 
 
 def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:

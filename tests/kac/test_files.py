@@ -79,6 +79,30 @@ def test_if_absent_holds_when_another_writer_comes_between(monkeypatch):
     files.remove_tree(path)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_conditional_write_lost_a_race_only_if_the_file_is_there(monkeypatch, there):
+    """Object stores word a lost race in many ways: what tells it from a failure is the file."""
+    path = f"memory://{uuid.uuid4().hex}/file"
+    filesystem = type(files.locate(path).fs)
+    write = filesystem.pipe_file
+
+    def fails(self, name, data, **_):
+        if there:
+            write(self, name, b"the other's")
+        raise OSError("409 ConditionalRequestConflict")
+
+    monkeypatch.setattr(filesystem, "pipe_file", fails)
+    if there:
+        assert not files.write_bytes(path, b"late", if_absent=True)
+        assert files.read_bytes(path) == b"the other's"
+    with pytest.raises(OSError, match="409"):
+        files.write_bytes(path, b"late", if_absent=False)
+    if not there:
+        with pytest.raises(OSError, match="409"):
+            files.write_bytes(path, b"late", if_absent=True)
+    files.remove_tree(path)
+
+
 def test_nothing_but_the_file_is_left_behind(tmp_path):
     files.write_bytes(str(tmp_path / "file"), b"first")
     files.write_bytes(str(tmp_path / "file"), b"second", if_absent=True)
@@ -275,6 +299,18 @@ def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):
     assert all(path.exists() for path in (mine, old_but_alive))
     assert (tmp_path / "shard-000001.parquet").read_bytes() == b"whole"
     assert files.remove_orphans(str(tmp_path)) == 0
+
+
+def test_two_may_clean_up_at_once(tmp_path, monkeypatch):
+    dead, unlink = temporary(tmp_path, dead_pid()), os.unlink
+
+    def second(path, **_):
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", second)
+    assert files.remove_orphans(str(tmp_path)) == 0
+    assert not dead.exists()
 
 
 def test_a_writer_of_another_user_is_alive(tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ REGION = "us-east-1"
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "host"}
 
 FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key"]
-"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 does it, but
-the answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
+"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 acts, the
+answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 INVALID_KEY = (

@@ -502,6 +502,18 @@ def test_a_changed_or_broken_manifest_is_refused(path: Path, tmp_path: Path) -> 
             endpoint_store.open(str(bad))
 
 
+def test_a_manifest_that_plans_rows_it_has_no_receipt_for_is_refused(path: Path, tmp_path: Path) -> None:
+    bad = copy_store(path, tmp_path / "bad")
+    manifest = json.loads((bad / "manifest.json").read_text())
+    for stop, name in ((ROWS + 1, "shard-000009"), (5000, "shard-000009")):
+        manifest["contents"][0]["ids"] = [[0, stop]]
+        (bad / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(
+            StoreError, match=f"expected a receipt for all rows of each planned shard, found none .*{name}"
+        ):
+            endpoint_store.open(str(bad))
+
+
 def test_a_shard_that_grows_while_the_store_is_open_gives_the_rows_of_the_manifest(path, tmp_path, teacher) -> None:
     grown = copy_store(path, tmp_path / "grown")
     before = endpoint_store.open(str(grown))

@@ -1,0 +1,132 @@
+"""Loading: the wanted columns of shards as Arrow tables, in this process or read ahead by Ray Data, and as tensors."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from kac import files
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, parse_shard_name
+from pipeline.store.shards import check_version, column_array, read_metadata
+
+READERS = 4
+"""Tasks, or threads, that read for one reader."""
+READ_BYTES = 64 << 20
+"""What a task of a streaming reader reads at once; a larger shard is read whole."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Loaded rows."""
+
+    sample_id: Tensor  # [rows]
+    label: Tensor  # [rows]
+    knots: Tensor  # [rows, knots, *sample]
+    interval: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.label)
+
+
+class Part(NamedTuple):
+    """The wanted columns of some shards, one after the other."""
+
+    shards: Sequence[Shard]
+    table: pa.Table
+
+
+def shard_at(store: str, name: str) -> Shard:
+    """The shard that a file says it is, from its footer."""
+    location = files.locate(files.join(store, name))
+    parsed = parse_shard_name(name)
+    with location.fs.open(location.path, "rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+    own = read_metadata(metadata.schema.to_arrow_schema())
+    assert parsed is not None
+    return Shard(parsed[0], parsed[1], int(own["start"]), metadata.num_rows)
+
+
+def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[str]) -> pa.Table:
+    """The label, the interval if there is one, and the wanted columns of the rows that the shard is planned to have.
+
+    Raises:
+        StoreError: the shard is missing, damaged or of another store; the message names it.
+    """
+    where = f"{store}/{shard.name}"
+    location = files.locate(files.join(store, shard.name))
+    scalars = [LABEL, INTERVAL] if spec.source == "forward" else [LABEL]
+    try:
+        with location.fs.open(location.path, "rb") as handle:
+            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
+            metadata = read_metadata(file.schema_arrow)
+            check_version(where, int(metadata.get("schema_version", 0)))
+            table = file.read([*scalars, *columns])
+    except FileNotFoundError:
+        raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise StoreError(
+            f"{where}: expected a whole shard, found: {reason}: python -m jobs.store verify {store} --repair, "
+            "then run the rollout again"
+        ) from None
+    if metadata.get("fingerprint") != spec.fingerprint() or int(metadata["start"]) != shard.start:
+        raise StoreError(f"{where}: expected sample {shard.start} on of this store, found another shard")
+    if table.num_rows < shard.rows:
+        raise StoreError(
+            f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it"
+        )
+    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
+    return table.select([*scalars, *columns]).slice(0, shard.rows)
+
+
+def read_ahead(
+    store: str, spec: StoreIdentity, groups: Sequence[Sequence[Shard]], columns: tuple[str, ...]
+) -> Iterator[Part]:
+    """The groups of shards in order, read by Ray Data tasks some way ahead."""
+    import ray
+
+    if not groups:
+        return
+
+    def read(batch: dict[str, np.ndarray]) -> pa.Table:
+        group = groups[int(batch["item"][0])]
+        return pa.concat_tables(read_rows(store, spec, shard, columns) for shard in group)
+
+    plan = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
+    # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
+    # the rows are for, and the job would hang; a hundredth each would start a hundred processes.
+    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
+    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01, compute=pool)
+    tables.context.execution_options.preserve_order = True
+    tables.context.enable_progress_bars = False
+    # By default a block of more than 128 MiB comes in pieces: here a block is a group.
+    tables.context.target_max_block_size = None
+    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    for group, table in zip(groups, blocks, strict=True):
+        yield Part(group, table)
+
+
+def to_columns(parts: Iterable[Part], rows: int, spec: StoreIdentity, knot_columns: int) -> Columns:
+    """Loaded shards as tensors, in the order given."""
+    knots = torch.empty((rows, knot_columns, *spec.sample_shape))
+    ids, label = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    interval = torch.empty_like(label) if spec.source == "forward" else None
+    start = 0
+    for shards, table in parts:
+        here = slice(start, start + table.num_rows)
+        ids[here] = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
+        scalars = {LABEL: label} if interval is None else {LABEL: label, INTERVAL: interval}
+        for name, target in scalars.items():
+            target[here] = torch.from_numpy(column_array(table[name]).copy())
+        states = [name for name in table.column_names if name not in scalars]
+        for i, name in enumerate(states):
+            knots[here, i] = torch.from_numpy(column_array(table[name]).copy())
+        start += table.num_rows
+    return Columns(ids, label, knots, interval)
