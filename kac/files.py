@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
+from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -65,10 +66,29 @@ def join(path: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}"
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of S3 say neither where nor what to do; those of the local disk do.
+
+    Raises:
+        DistillKacError: S3 refused, or did not answer.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise
+    except (OSError, BotoCoreError) as error:
+        if not path.startswith("s3://"):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DistillKacError(f"{path}: expected S3 to answer, found: {reason}: check AWS_* and try again") from error
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
     location = locate(path)
-    return bool(location.fs.exists(location.path))
+    with naming(path):
+        return bool(location.fs.exists(location.path))
 
 
 def read_bytes(path: str) -> bytes:
@@ -78,7 +98,8 @@ def read_bytes(path: str) -> bytes:
         FileNotFoundError: there is none.
     """
     location = locate(path)
-    return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
+    with naming(path):
+        return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
 
 
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
@@ -92,7 +113,8 @@ def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     Returns:
         False if ``if_absent`` and there was one.
     """
-    return _write(locate(path), data, if_absent)
+    with naming(path):
+        return _write(locate(path), data, if_absent)
 
 
 def _write(location: Location, data: bytes, if_absent: bool) -> bool:

@@ -17,6 +17,7 @@ What Ray does by default, and what is done about it (Ray 2.60):
   shards at a time, so that the upload of one runs while the other is computed.
 """
 
+import contextlib
 import itertools
 import threading
 import time
@@ -87,6 +88,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     teacher = load_config(spec.teacher)
     plan = make_plan(spec, identify(spec, teacher))
     if not plan.todo and plan.manifest is not None and plan.contents == plan.manifest.contents:
+        remove_orphans(spec.store, plan.manifest.guidance)
         print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
         return plan.manifest
     load_model(spec.teacher)
@@ -226,8 +228,13 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
                 done.append(_outcome(row))
                 bar.update(done[-1].receipt.rows)
     except ray.exceptions.RayError as error:
-        raise RolloutError(_reason(ledger, error)) from error
-    return done
+        failure = _reason(ledger, error)
+    else:
+        return done
+    # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever kept
+    # the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
+    del outcomes
+    raise RolloutError(failure)
 
 
 def _start_ledger(actors: int) -> Any:
@@ -256,6 +263,7 @@ class Ledger:
 
     def __init__(self, actors: int) -> None:
         self.actors = actors
+        self.begun: set[str] = set()
         self.attempts: dict[str, int] = {}
         self.starts_since_progress = 0
         self.first_failure: str | None = None
@@ -264,15 +272,21 @@ class Ledger:
         """An actor started. Returns why it must not, if too many died in a row."""
         self.starts_since_progress += 1
         if self.starts_since_progress > self.actors + MAX_ATTEMPTS * max(1, self.actors):
-            tried = ", ".join(sorted(self.attempts)) or "any shard was begun"
+            tried = ", ".join(sorted(self.begun)) or "any shard was begun"
             return self.fail(
                 f"{self.starts_since_progress} actors died in a row without finishing a shard (last tried: {tried}): "
                 "see the logs of the workers, often memory"
             )
         return None
 
-    def begin(self, shard: str) -> str | None:
-        """An actor takes a shard. Returns why it must not, if the shard took too many processes down."""
+    def begin(self, shard: str) -> bool:
+        """An actor takes a shard. Returns whether it is suspect: it was in a process that died."""
+        is_suspect = shard in self.begun
+        self.begun.add(shard)
+        return is_suspect
+
+    def begin_alone(self, shard: str) -> str | None:
+        """A suspect is begun while no other suspect is. Returns why it must not, if it took too many processes down."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] > MAX_ATTEMPTS:
             return self.fail(
@@ -282,6 +296,7 @@ class Ledger:
 
     def finish(self, shard: str) -> None:
         """A shard is published."""
+        self.begun.discard(shard)
         self.attempts.pop(shard, None)
         self.starts_since_progress = 0
 
@@ -307,20 +322,23 @@ class ShardRoller:
             raise RolloutError(refusal)
         self.spec, self.identity, self.ledger = spec, identity, ledger
         self.roller = Roller(spec, identity)
-        self.computing = threading.Lock()
+        self.computing, self.alone = threading.Lock(), threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One planned shard in, its receipt out."""
         shard = Shard(*(batch[key][0].item() for key in ("guidance", "index", "start", "rows")))
-        refusal = ray.get(self.ledger.begin.remote(shard.name))
-        if refusal:
-            raise RolloutError(refusal)
-        try:
-            outcome = self._publish(shard)
-        except Exception as error:
-            ray.get(self.ledger.fail.remote(_failure(self.spec.store, shard, error)))
-            raise
-        ray.get(self.ledger.finish.remote(shard.name))
+        is_suspect = ray.get(self.ledger.begin.remote(shard.name))
+        # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
+        with self.alone if is_suspect else contextlib.nullcontext():
+            refusal = ray.get(self.ledger.begin_alone.remote(shard.name)) if is_suspect else None
+            if refusal:
+                raise RolloutError(refusal)
+            try:
+                outcome = self._publish(shard)
+            except Exception as error:
+                ray.get(self.ledger.fail.remote(_failure(self.spec.store, shard, error)))
+                raise
+            ray.get(self.ledger.finish.remote(shard.name))
         return {
             "receipt": [outcome.receipt.model_dump_json()],
             "computed_rows": [outcome.computed_rows],

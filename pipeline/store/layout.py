@@ -112,12 +112,16 @@ def guidance_folder(w: float) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[float, int] | None:
-    """The guidance scale and index in a shard's path below the store; None if it is no shard's."""
+    """The guidance scale and index in a shard's path below the store; None if it is no shard's.
+
+    Only the way a plan writes them counts: ``guidance=0`` would name a shard of ``guidance=0.0`` a second time.
+    """
     match = _SHARD_NAME.fullmatch(name)
     try:
-        return (float(match["guidance"]), int(match["index"])) if match else None
+        parsed = (float(match["guidance"]), int(match["index"])) if match else None
     except ValueError:
         return None
+    return parsed if parsed and Shard(*parsed, 0, 0).name == name else None
 
 
 def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:

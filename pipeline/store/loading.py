@@ -1,7 +1,8 @@
 """Loading: the wanted columns of shards as Arrow tables, in this process or read ahead by Ray Data, and as tensors."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ READERS = 4
 """Tasks, or threads, that read for one reader."""
 READ_BYTES = 64 << 20
 """What a task of a streaming reader reads at once; a larger shard is read whole."""
+
+_ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,18 @@ class Part(NamedTuple):
     table: pa.Table
 
 
-def shard_at(store: str, name: str) -> Shard:
-    """The shard that a file says it is, from its footer."""
-    location = files.locate(files.join(store, name))
+def shard_at(store: str, spec: StoreIdentity, name: str) -> Shard:
+    """The shard of a store that is under a shard's name, with the rows of its footer.
+
+    Raises:
+        StoreError: it is damaged, or of another store or place; the message names it.
+    """
     parsed = parse_shard_name(name)
-    with location.fs.open(location.path, "rb") as file:
-        metadata = pq.ParquetFile(file).metadata
-    own = read_metadata(metadata.schema.to_arrow_schema())
     assert parsed is not None
-    return Shard(parsed[0], parsed[1], int(own["start"]), metadata.num_rows)
+    guidance, index = parsed
+    planned = Shard(guidance, index, index * spec.shard_size, 0)
+    with _open_shard(store, spec, planned) as file:
+        return replace(planned, rows=file.metadata.num_rows)
 
 
 def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[str]) -> pa.Table:
@@ -59,31 +65,43 @@ def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[s
     Raises:
         StoreError: the shard is missing, damaged or of another store; the message names it.
     """
-    where = f"{store}/{shard.name}"
-    location = files.locate(files.join(store, shard.name))
     scalars = [LABEL, INTERVAL] if spec.source == "forward" else [LABEL]
+    with _open_shard(store, spec, shard) as file:
+        table = file.read([*scalars, *columns])
+    if table.num_rows < shard.rows:
+        raise StoreError(
+            f"{store}/{shard.name}: expected {shard.rows} rows, found {table.num_rows}: "
+            "run the rollout again to redo it"
+        )
+    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
+    return table.select([*scalars, *columns]).slice(0, shard.rows)
+
+
+@contextmanager
+def _open_shard(store: str, spec: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
+    """The Parquet file of a shard, held against its name; what fails while it is read is an error that names it."""
+    where, advice = f"{store}/{shard.name}", f"python -m jobs.store verify {store} --repair, then run the rollout again"
+    location = files.locate(files.join(store, shard.name))
     try:
         with location.fs.open(location.path, "rb") as handle:
             file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
             metadata = read_metadata(file.schema_arrow)
-            check_version(where, int(metadata.get("schema_version", 0)))
-            table = file.read([*scalars, *columns])
+            check_version(where, int(metadata["schema_version"]))
+            place = metadata["fingerprint"], float(metadata["guidance"]), int(metadata["start"])
+            if place != (spec.fingerprint(), shard.guidance, shard.start):
+                raise StoreError(
+                    f"{where}: expected guidance {shard.guidance:g} from sample {shard.start} on of this store, "
+                    f"found another shard: {advice}"
+                )
+            # A column that is not there is left out by Arrow without a word.
+            if not file.schema_arrow.remove_metadata().equals(spec.arrow_schema()):
+                raise ValueError(f"the columns {file.schema_arrow.names}")
+            yield file
     except FileNotFoundError:
         raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise StoreError(
-            f"{where}: expected a whole shard, found: {reason}: python -m jobs.store verify {store} --repair, "
-            "then run the rollout again"
-        ) from None
-    if metadata.get("fingerprint") != spec.fingerprint() or int(metadata["start"]) != shard.start:
-        raise StoreError(f"{where}: expected sample {shard.start} on of this store, found another shard")
-    if table.num_rows < shard.rows:
-        raise StoreError(
-            f"{where}: expected {shard.rows} rows, found {table.num_rows}: run the rollout again to redo it"
-        )
-    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
-    return table.select([*scalars, *columns]).slice(0, shard.rows)
+        raise StoreError(f"{where}: expected a whole shard, found: {reason}: {advice}") from None
 
 
 def read_ahead(
@@ -97,7 +115,10 @@ def read_ahead(
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         group = groups[int(batch["item"][0])]
-        return pa.concat_tables(read_rows(store, spec, shard, columns) for shard in group)
+        try:
+            return pa.concat_tables(read_rows(store, spec, shard, columns) for shard in group)
+        except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
+            return pa.table({_ERROR: [str(error)]})
 
     plan = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
     # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
@@ -110,6 +131,8 @@ def read_ahead(
     tables.context.target_max_block_size = None
     blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     for group, table in zip(groups, blocks, strict=True):
+        if table.column_names == [_ERROR]:
+            raise StoreError(table[_ERROR][0].as_py())
         yield Part(group, table)
 
 

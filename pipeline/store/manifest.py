@@ -104,6 +104,13 @@ def read_manifest(store: str) -> Manifest | None:
             f"{where}: expected fingerprint {manifest.spec.fingerprint()[:12]}... of its spec, "
             f"found {manifest.fingerprint[:12]}...: the manifest was changed by hand or damaged"
         )
+    listed = {receipt.name: receipt.rows for receipt in manifest.shards}
+    without = [shard.name for shard in manifest.plan() if listed.get(shard.name, 0) < shard.rows]
+    if without:
+        raise StoreError(
+            f"{where}: expected a receipt for all rows of each planned shard, found none for {without[0]}: "
+            "the manifest was changed by hand or damaged"
+        )
     return manifest
 
 
@@ -117,7 +124,8 @@ def list_files(store: str) -> list[Entry]:
     """All files below the store's data folder, by name."""
     location = files.locate(files.join(store, DATA))
     try:
-        found = location.fs.find(location.path, detail=True)
+        with files.naming(store):
+            found = location.fs.find(location.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
     base = len(location.path.removesuffix(DATA))

@@ -379,7 +379,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> Store:
             "run the rollout again to finish it"
         )
     spec = identity_of_shard(path, next(iter(found)))
-    return Store(path, spec, [shard_at(path, name) for name in found], None)
+    return Store(path, spec, [shard_at(path, spec, name) for name in found], None)
 
 
 def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:

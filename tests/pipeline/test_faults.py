@@ -213,7 +213,7 @@ def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pyt
     finish(spec, reference, capsys)
 
 
-def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str, tmp_path: Path) -> None:
+def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str) -> None:
     """Both end well, on a store that is whole."""
     spec = spec_of(teacher, store, actors=1)
     with (

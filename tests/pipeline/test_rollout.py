@@ -214,8 +214,9 @@ def test_the_plan_covers_every_row_once(teacher: str, tmp_path: Path):
 
 def test_the_ledger_ends_what_would_go_on_for_ever():
     ledger = Ledger(actors=1)
-    assert [ledger.begin("shard-7") for _ in range(MAX_ATTEMPTS)] == [None] * MAX_ATTEMPTS
-    assert "shard-7" in (ledger.begin("shard-7") or "")
+    assert [ledger.begin("shard-7") for _ in range(3)] == [False, True, True]
+    assert [ledger.begin_alone("shard-7") for _ in range(MAX_ATTEMPTS)] == [None] * MAX_ATTEMPTS
+    assert "shard-7" in (ledger.begin_alone("shard-7") or "")
     assert "shard-7" in (ledger.failure() or "")
     ledger = Ledger(actors=1)
     refusals = [ledger.started() for _ in range(100)]
@@ -224,7 +225,8 @@ def test_the_ledger_ends_what_would_go_on_for_ever():
     ledger = Ledger(actors=1)
     for _ in range(100):
         assert ledger.started() is None
-        assert ledger.begin("shard-7") is None
+        assert not ledger.begin("shard-7")
+        assert ledger.begin_alone("shard-7") is None
         ledger.finish("shard-7")
 
 
