@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from kac import files
@@ -27,13 +27,13 @@ SCHEMA_VERSION = 1
 class ModelConfig(Options):
     """What a model is and where it came from."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(SCHEMA_VERSION, strict=True)
     kind: Literal["teacher", "student"]
     network: NetworkConfig
     path: PathConfig
     data: str = Field(description="name of the dataset the teacher learned")
-    sample_shape: tuple[int, ...]
-    num_classes: int
+    sample_shape: tuple[PositiveInt, ...]
+    num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
     steps: int | None = Field(None, description="macro steps of a student; None for a teacher")
     guidance: float | None = Field(None, description="guidance scale built into a student; None for a teacher")
@@ -78,7 +78,7 @@ def load_config(path: str) -> ModelConfig:
     """
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CheckpointError(
             f"{path}: expected a model folder with {CONFIG_FILE}, found none: train one, or mend the path"
         ) from None
@@ -107,7 +107,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     weights_path = files.join(path, WEIGHTS_FILE)
     try:
         data = files.read_bytes(weights_path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{path}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, found none") from None
     found = hashlib.sha256(data).hexdigest()
     if found != config.weights_sha256:

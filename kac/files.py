@@ -145,7 +145,7 @@ def check_writable(path: str) -> None:
     Raises:
         DistillKacError: nothing can be written there.
     """
-    probe = locate(temporary_name(join(path, "probe")))
+    probe = locate(path) / temporary_name("probe")
     try:
         _write(probe, b"", if_absent=False)
         probe.fs.rm_file(probe.path)
@@ -243,5 +243,7 @@ def _link(temporary: str, path: str) -> bool:
     except FileExistsError:
         return False
     except OSError:  # a filesystem without hard links: the rename is atomic too, but the later writer wins
+        if os.path.exists(path):
+            return False
         os.replace(temporary, path)
     return True

@@ -21,9 +21,11 @@ WORDS_PER_COUNT = 4
 
 def uniforms(seed: int, stream: int, ids: range, width: int) -> Tensor:
     """Uniforms in (0, 1), float64, [len(ids), width]; row i depends on (seed, stream, ids[i], width) alone."""
+    if ids.step != 1:
+        raise ValueError(f"ids must be a range of step 1, got {ids}")
     counts = -(-width // WORDS_PER_COUNT)
     bits = np.random.Philox(key=[seed, stream], counter=ids.start * counts)
-    words = bits.random_raw(len(ids) * counts * WORDS_PER_COUNT).reshape(len(ids), -1)[:, :width]
+    words = bits.random_raw(len(ids) * counts * WORDS_PER_COUNT).reshape(len(ids), counts * WORDS_PER_COUNT)[:, :width]
     return torch.from_numpy(((words >> 12) + 0.5) * 2.0**-52)
 
 

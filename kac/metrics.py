@@ -1,5 +1,6 @@
 """How good samples are: Frechet distance, label agreement, endpoint error."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,9 @@ def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module | None = No
         real, fake: [count, *sample], count >= 2.
         features: a module [batch, *sample] -> [batch, num_features] with that attribute; None: the pixels.
     """
-    metric = FrechetInceptionDistance(feature=features or Pixels(tuple(real.shape[1:])), normalize=True)
+    # A copy: set_dtype below reaches the features too.
+    network = copy.deepcopy(features) or Pixels(tuple(real.shape[1:]))
+    metric = FrechetInceptionDistance(feature=network, normalize=True)
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)

@@ -102,7 +102,8 @@ class KacProcess:
         t = _as_times(t, like=x)
         edge = self.c * t
         x_inside = torch.minimum(torch.maximum(x, -edge), edge)
-        v = self.a * x_inside / (self.a * t + _h(self._z_squared(x_inside, t)))
+        # x or ct may be rounded beyond the edge, where z^2 < 0 and h would fall below 2: there z = 0.
+        v = self.a * x_inside / (self.a * t + _h(self._z_squared(x, t).clamp(min=0)))
         return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
 
     def density(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -141,7 +142,8 @@ class KacProcess:
         """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
         t = _as_times(t)
         u = 2 * self.a * t
-        series = u * u / 2 * (1 - u / 3 * (1 - u / 4 * (1 - u / 5 * (1 - u / 6 * (1 - u / 7)))))
+        tail = 1 - u / 6 * (1 - u / 7 * (1 - u / 8 * (1 - u / 9)))
+        series = u * u / 2 * (1 - u / 3 * (1 - u / 4 * (1 - u / 5 * tail)))
         return self.c**2 / (2 * self.a**2) * torch.where(u < SERIES_LIMIT, series, u + torch.expm1(-u))
 
     def _z_squared(self, x: Tensor, t: Tensor) -> Tensor:
@@ -157,9 +159,9 @@ def _as_times(t: Tensor | float, like: Tensor | None = None) -> Tensor:
 
 
 def _h(z_squared: Tensor) -> Tensor:
-    """h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... (z^2 >= 0; below 0 by rounding: as the series)."""
+    """h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... for z^2 >= 0."""
     q = z_squared.clamp(max=SERIES_LIMIT)
-    series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q * 13 / 240)))
+    series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q / 15 * (1 - q * 13 / 192))))
     # The square root's slope is infinite at 0, and an unselected infinity still poisons the gradient: keep away.
     z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
     return torch.where(z_squared < SERIES_LIMIT, series, z * torch.special.i0e(z) / torch.special.i1e(z))

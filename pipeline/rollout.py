@@ -231,8 +231,8 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
         failure = _reason(ledger, error)
     else:
         return done
-    # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever kept
-    # the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
+    # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever
+    # kept the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
     del outcomes
     raise RolloutError(failure)
 
