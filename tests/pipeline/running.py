@@ -9,12 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import torch
 
-from kac.checkpoint import ModelConfig, save_model
-from kac.data import load_dataset
-from kac.networks import NetworkConfig, build_network
-from kac.path import PathConfig
 from pipeline.config import RolloutSpec
 
 ROOT = Path(__file__).parents[2]
@@ -22,26 +17,6 @@ SHARDS, TRAJECTORIES = 20, 620
 """What ``spec_of`` makes, over its two guidance scales."""
 
 WAIT_SECONDS = 300.0
-
-
-def write_teacher(folder: str) -> str:
-    """A teacher with random weights: what it does is not the point, only that it does the same each time."""
-    dataset = load_dataset("moons")
-    config = NetworkConfig(width=16, depth=1)
-    network = build_network(config, dataset.sample_shape, dataset.num_classes)
-    generator = torch.Generator().manual_seed(1)
-    weights = {name: 0.2 * torch.randn(w.shape, generator=generator) for name, w in network.state_dict().items()}
-    model = ModelConfig(
-        kind="teacher",
-        network=config,
-        path=PathConfig(),
-        data=dataset.name,
-        sample_shape=dataset.sample_shape,
-        num_classes=dataset.num_classes,
-        class_frequencies=dataset.class_frequencies,
-    )
-    save_model(folder, network, model, weights)
-    return folder
 
 
 def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:

@@ -29,13 +29,13 @@ from tests.pipeline.running import (
     named,
     running_job,
     spec_of,
-    write_teacher,
 )
+from tests.pipeline.stores import make_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(str(tmp_path_factory.mktemp("teacher")))
+    return make_teacher(str(tmp_path_factory.mktemp("teacher")))
 
 
 @pytest.fixture(scope="module")

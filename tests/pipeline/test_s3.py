@@ -24,8 +24,9 @@ from pipeline.store.manifest import list_shards, read_manifest
 from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
-from tests.pipeline.running import SHARDS, spec_of, write_teacher
+from tests.pipeline.running import SHARDS, spec_of
 from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, environment
+from tests.pipeline.stores import make_teacher
 
 # While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
 os.environ.update(environment())
@@ -44,7 +45,7 @@ def bucket() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def teacher(bucket: str) -> str:
     """A teacher that lies on S3 itself."""
-    return write_teacher(f"s3://{bucket}/teacher")
+    return make_teacher(f"s3://{bucket}/teacher")
 
 
 @pytest.fixture(scope="module")

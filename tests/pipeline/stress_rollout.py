@@ -1,0 +1,55 @@
+"""Random SIGKILLs of drivers and actors in one rollout, then the whole-store comparison; too long for the suite.
+
+python -m tests.pipeline.stress_rollout --kills 30 --seed 0
+"""
+
+import argparse
+import random
+import tempfile
+import time
+
+from pipeline.config import RolloutSpec
+from tests.pipeline.compare import assert_same_store
+from tests.pipeline.running import Job, Summary, end, named
+from tests.pipeline.stores import make_teacher
+
+DRIVER_SHARE = 0.3
+
+
+def stress(folder: str, kills: int, seed: int) -> None:
+    """Kill ``kills`` processes of one rollout, and hold the store against that of a rollout without faults."""
+    dice = random.Random(seed)
+    teacher = make_teacher(f"{folder}/teacher")
+    options = {"trajectories": 4000, "shard_size": 50, "knots": 4, "solver_steps": 2000, "guidance": (0.0, 1.0)}
+    calm, stressed = (
+        RolloutSpec(teacher=teacher, store=f"{folder}/{name}", **options) for name in ("calm", "stressed")
+    )
+    Job(["jobs.rollout"], calm, None).finish()
+    job = Job(["jobs.rollout"], stressed, None)
+    drivers = actors = 0
+    while drivers + actors < kills:
+        time.sleep(dice.uniform(0.5, 12))
+        if job.is_over():
+            raise SystemExit(f"the rollout ended after {drivers + actors} kills:\n{job.output()}")
+        if dice.random() < DRIVER_SHARE:
+            job.kill_driver()
+            drivers += 1
+            job = Job(["jobs.rollout"], stressed, None)
+        elif victims := named(job.started(), "MapWorker"):
+            end(dice.choice(victims).pid)
+            actors += 1
+    summary = Summary(job.finish())
+    assert_same_store(stressed.store, calm.store)
+    print(
+        f"{drivers} drivers and {actors} actors killed; the last run computed {summary.computed} rows and reused "
+        f"{summary.reused}; the store equals the calm one"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        stress(scratch, chosen.kills, chosen.seed)
