@@ -42,10 +42,11 @@ def setting(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def digits_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of the default 20 knots and shard size."""
+    """A store of the default 20 knots and shard size, uncompressed: its bytes can be told beforehand."""
     folder = tmp_path_factory.mktemp("benchmark")
     teacher = make_teacher(folder / "teacher", data="digits")
-    make_store(folder / "store", teacher, trajectories=1024, knots=20, solver_steps=20, shard_size=512)
+    size = {"trajectories": 1024, "shard_size": 512}
+    make_store(folder / "store", teacher, knots=20, solver_steps=20, compression="none", **size)
     return str(folder / "store")
 
 
