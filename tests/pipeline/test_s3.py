@@ -195,5 +195,7 @@ def _local_files(tracking_database: str) -> dict[str, bytes]:
         Path(tracking_database.removeprefix("sqlite:///")).parent,
         Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
     ]
-    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    # Ray's own agent writes down the environment that Ray hands to its workers: nothing of this project decides that.
+    agent = "runtime_env_agent.log"
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != agent]
     return {str(path): path.read_bytes() for path in paths}
