@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipeline import cluster, distill, outputs, tracking, training
 from pipeline.config import DistillSpec, SweepSpec, fingerprint
 
 SWEEP_FILE = "sweep.json"
+AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,25 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
         tune_config=TuneConfig(max_concurrent_trials=side_by_side),
         run_config=RunConfig(name="tune", storage_path=_tune_folder(), verbose=0),
     )
-    results = tuner.fit()
+    with _keys_out_of_sight():
+        results = tuner.fit()
     failures = [f"{result.config['trial']}: {training.innermost(result.error)}" for result in results if result.error]
     if failures:
         raise DistillKacError(
             f"{spec.out}: {len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}: "
             "run the same command again to go on with them"
         )
+
+
+@contextmanager
+def _keys_out_of_sight() -> Iterator[None]:
+    """Without AWS keys in this process's environment: Ray Tune copies them into the runtime environment of its trials
+    (tune/execution/class_cache.py), and Ray's agent writes that into its log. Trials have them from their node."""
+    hidden = {name: os.environ.pop(name) for name in AWS_KEYS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _tune_folder() -> str:

@@ -15,10 +15,12 @@ from kac import files
 from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, parse_shard_name
 from pipeline.store.shards import check_version, column_array, read_metadata
 
-READERS = 4
-"""Tasks, or threads, that read for one reader."""
+THREADS = 4
+"""Shards that are read at once where they are loaded into this process."""
+READERS, GROUPS_IN_FLIGHT = 2, 2
+"""Actors that read for one streaming reader, and groups of shards that each reads at once."""
 READ_BYTES = 64 << 20
-"""What a task of a streaming reader reads at once; a larger shard is read whole."""
+"""What such an actor reads at once; a larger shard is read whole."""
 
 _ERROR = "error"
 
@@ -104,27 +106,47 @@ def _open_shard(store: str, spec: StoreIdentity, shard: Shard) -> Iterator[pq.Pa
         raise StoreError(f"{where}: expected a whole shard, found: {reason}: {advice}") from None
 
 
+class GroupReader:
+    """An actor of ``read_ahead``."""
+
+    def __init__(
+        self, store: str, spec: StoreIdentity, groups: Sequence[Sequence[Shard]], columns: tuple[str, ...]
+    ) -> None:
+        self.store, self.spec, self.groups, self.columns = store, spec, groups, columns
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """The number of a group in, its rows out."""
+        group = self.groups[int(batch["item"][0])]
+        try:
+            return pa.concat_tables(read_rows(self.store, self.spec, shard, self.columns) for shard in group)
+        except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
+            return pa.table({_ERROR: [str(error)]})
+
+
 def read_ahead(
     store: str, spec: StoreIdentity, groups: Sequence[Sequence[Shard]], columns: tuple[str, ...]
 ) -> Iterator[Part]:
-    """The groups of shards in order, read by Ray Data tasks some way ahead."""
+    """The groups of shards in order, read by Ray Data actors some way ahead."""
     import ray
 
     if not groups:
         return
-
-    def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        group = groups[int(batch["item"][0])]
-        try:
-            return pa.concat_tables(read_rows(store, spec, shard, columns) for shard in group)
-        except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
-            return pa.table({_ERROR: [str(error)]})
-
     plan = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
-    # Readers mostly wait for the disk or the network. A whole CPU each would find none free beside the trainers that
-    # the rows are for, and the job would hang; a hundredth each would start a hundred processes.
-    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
-    tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.01, compute=pool)
+    tables = plan.map_batches(
+        GroupReader,
+        fn_constructor_args=(store, spec, groups, columns),
+        batch_size=1,
+        batch_format="numpy",
+        # Readers mostly wait for the disk or the network, and where trainers hold every CPU one that asked for a share
+        # would wait for ever. Actors, since Ray ends idle task workers after a second, and a new one takes four.
+        num_cpus=0,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(READERS, len(groups)),
+            max_tasks_in_flight_per_actor=GROUPS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=GROUPS_IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
+    )
     tables.context.execution_options.preserve_order = True
     tables.context.enable_progress_bars = False
     # By default a block of more than 128 MiB comes in pieces: here a block is a group.

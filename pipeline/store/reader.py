@@ -2,7 +2,7 @@
 
 An epoch of one rank is a fixed order of its rows, a function of (seed, epoch, rank, world size) alone. Columns that fit
 the memory budget are loaded once and shuffled as a whole. Larger ones stream: the shards, in shuffled order, are
-read ahead by Ray Data tasks and shuffled within windows that fit the budget.
+read ahead by Ray Data actors and shuffled within windows that fit the budget.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from kac import identity
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column
 from pipeline.store.loading import (
     READ_BYTES,
-    READERS,
+    THREADS,
     Columns,
     Part,
     read_ahead,
@@ -263,9 +263,9 @@ class Store:
     def _read(self, view: View) -> Columns:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             # A few shards at a time: the tables of all of them beside the tensors would double the memory.
-            groups = (view.shards[i : i + READERS] for i in range(0, len(view.shards), READERS))
+            groups = (view.shards[i : i + THREADS] for i in range(0, len(view.shards), THREADS))
             parts = (part for group in groups for part in pool.map(lambda shard: self._part(shard, view), group))
             return to_columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
 

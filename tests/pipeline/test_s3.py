@@ -15,12 +15,13 @@ import pytest
 from jobs import command
 from kac import files
 from pipeline import rollout
-from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, TeachSpec
+from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.sample import sample
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import list_shards, read_manifest
+from pipeline.sweep import sweep
 from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
@@ -130,9 +131,9 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
 def test_every_stage_on_s3_and_no_key_anywhere(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Teacher, store, students (one made under Ray Train), evaluation and samples are on S3; the keys are nowhere."""
+    """Teacher, store, students (also by Ray Train and Ray Tune), evaluation and samples are on S3; the keys are nowhere."""
     root = f"s3://{bucket}/chain"
-    made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "evaluation")}
+    made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")}
     quick = OptimizerConfig(updates=20, batch_size=32)
     teach(TeachSpec(data="digits", out=made["teacher"], optimizer=quick, workers=0))
     rollout.rollout(
@@ -142,13 +143,20 @@ def test_every_stage_on_s3_and_no_key_anywhere(
     )
     distill(DistillSpec(store=made["store"], out=made["student"], optimizer=quick, workers=0))
     distill(DistillSpec(store=made["store"], out=made["student-on-ray"], optimizer=quick, workers=1))
-    students = (made["student"], made["student-on-ray"])
+    sweep(SweepSpec(store=made["store"], out=made["sweep"], steps=(1,), optimizer=quick))
+    students = (made["student"], made["student-on-ray"], made["sweep"])
     evaluate(
         EvaluateSpec(teacher=made["teacher"], students=students, out=made["evaluation"], samples=100, solver_steps=20)
     )
     sample(SampleSpec(model=made["student"], out=f"{root}/sample.png", count=4))
     there = list_files(root)
-    for name in ("teacher/config.json", "student/config.json", "student-on-ray/config.json", "sample.png"):
+    for name in (
+        "teacher/config.json",
+        "student/config.json",
+        "student-on-ray/config.json",
+        "sweep/sweep.json",
+        "sample.png",
+    ):
         assert name in there
     assert {"evaluation/evaluation.json", "evaluation/samples.png"} <= set(there)
     assert [name for name in there if "training/" in name or name.endswith(".tmp")] == []
@@ -195,7 +203,5 @@ def _local_files(tracking_database: str) -> dict[str, bytes]:
         Path(tracking_database.removeprefix("sqlite:///")).parent,
         Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
     ]
-    # Ray's own agent writes down the environment that Ray hands to its workers: nothing of this project decides that.
-    agent = "runtime_env_agent.log"
-    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != agent]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in paths}
