@@ -95,7 +95,7 @@ class RolloutSpec(Spec):
     solver: Method = Field("ab2", description="solver of the teacher")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of --knots")
     seed: int = SEED
-    shard_size: PositiveInt = Field(512, description="trajectories a shard")
+    shard_size: PositiveInt = Field(1024, description="trajectories a shard")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
     compression: Literal["none", "zstd", "lz4"] = how("lz4", "Parquet compression of the knots, bytes split by place")
     batch_size: PositiveInt = how(512, "trajectories a network call")

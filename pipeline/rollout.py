@@ -49,6 +49,7 @@ from pipeline.store.shards import (
     DamagedShard,
     Receipt,
     adopt,
+    encode,
     identity_of_shard,
     make_table,
     publish,
@@ -181,7 +182,7 @@ class Outcome(NamedTuple):
 
     receipt: Receipt
     computed_rows: int
-    seconds: float
+    finished: float  # when it was there, seconds since the epoch
 
 
 def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
@@ -246,7 +247,7 @@ def _start_ledger(actors: int) -> Any:
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
-    return Outcome(Receipt.model_validate_json(row["receipt"]), int(row["computed_rows"]), float(row["seconds"]))
+    return Outcome(Receipt.model_validate_json(row["receipt"]), int(row["computed_rows"]), float(row["finished"]))
 
 
 def _reason(ledger: Any, error: BaseException) -> str:
@@ -342,32 +343,32 @@ class ShardRoller:
         return {
             "receipt": [outcome.receipt.model_dump_json()],
             "computed_rows": [outcome.computed_rows],
-            "seconds": [outcome.seconds],
+            "finished": [outcome.finished],
         }
 
     def _publish(self, shard: Shard) -> Outcome:
         """Adopt the shard if it is there and whole; else compute what is missing of it and publish it."""
-        started = time.perf_counter()
         there, is_damaged = None, False
         try:
             receipt, there = adopt(self.spec.store, shard, self.identity)
             if receipt.rows >= shard.rows:
-                return Outcome(receipt, 0, time.perf_counter() - started)
+                return Outcome(receipt, 0, time.time())
         except FileNotFoundError:
             pass  # the usual case: the shard has yet to be made
         except DamagedShard as damage:
             print(f"rollout: {damage}: redoing it", flush=True)
             is_damaged = True
+        # Encoded under the lock as well: two threads that both need Python's own lock only get in each other's way.
         with self.computing:
-            started = time.perf_counter()
             missing = shard.ids if there is None else range(shard.start + there.num_rows, shard.ids.stop)
             rows = self.roller.roll(shard.guidance, missing)
-        if there is not None:
-            rows = Rows.joined([Rows.of_table(there, self.identity), rows])
-        check_finite(self.spec.store, shard, rows)
-        table = make_table(self.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
-        receipt = publish(self.spec.store, shard, table, self.spec.compression, replace=is_damaged or there is not None)
-        return Outcome(receipt, len(missing), time.perf_counter() - started)
+            if there is not None:
+                rows = Rows.joined([Rows.of_table(there, self.identity), rows])
+            check_finite(self.spec.store, shard, rows)
+            table = make_table(self.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
+            data = encode(table, self.spec.compression)
+        receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or there is not None)
+        return Outcome(receipt, len(missing), time.time())
 
 
 def _failure(store: str, shard: Shard, error: Exception) -> str:

@@ -15,7 +15,8 @@ from ray.util.state import list_actors
 
 from kac import files
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
-from pipeline.benchmark.setting import STORE_FACTOR, Setting, run
+from pipeline.benchmark.setting import Setting, run
+from pipeline.benchmark.spec import CALLS_A_SHARD
 from pipeline.config import RolloutSpec
 from pipeline.rollout import ShardRoller
 
@@ -24,7 +25,7 @@ GROWTH_BAR = 1.1
 MAX_TURNS = 2
 """Memory repeats itself where time does not, and a turn needs three rollouts with new actors."""
 
-SHARD_FACTOR = 4
+TRAJECTORIES_FACTOR, SHARD_FACTOR = 10, 4
 POLL_SECONDS = 0.2
 PEAK, NOW = "VmHWM", "VmRSS"
 
@@ -42,7 +43,7 @@ def peak_memory(setting: Setting) -> list[Measurement]:
     if not Path("/proc/self/status").exists():
         print("benchmark: (e) is not measured: it needs the /proc of Linux", file=sys.stderr, flush=True)
         return []
-    size, rows = setting.spec.batch_size, setting.spec.trajectories
+    rows, size = setting.spec.trajectories, CALLS_A_SHARD * setting.spec.batch_size
 
     def peaks(**options: Any) -> Peaks:
         # One solver step a knot: the memory is that of the full number, in a fifth of the time.
@@ -51,11 +52,11 @@ def peak_memory(setting: Setting) -> list[Measurement]:
     plain, longer, larger = interleave(
         min(setting.spec.repeats, MAX_TURNS),
         peaks,
-        lambda: peaks(trajectories=STORE_FACTOR * rows),
+        lambda: peaks(trajectories=TRAJECTORIES_FACTOR * rows),
         lambda: peaks(trajectories=SHARD_FACTOR * rows, shard_size=SHARD_FACTOR * size),
     )
     bar = Bar("<=", GROWTH_BAR)
-    ten, four = f"{STORE_FACTOR} x the trajectories / once", f"shards of {SHARD_FACTOR} x the rows / once"
+    ten, four = f"{TRAJECTORIES_FACTOR} x the trajectories / once", f"shards of {SHARD_FACTOR} x the rows / once"
     actor, driver = tuple(p.actor for p in plain), tuple(p.driver for p in plain)
     return [
         Measurement("e", f"peak of an actor, {ten}", UNIT, tuple(p.actor for p in longer), actor, bar),

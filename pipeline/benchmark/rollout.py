@@ -12,6 +12,7 @@ from pipeline import cluster
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, run
 from pipeline.config import RolloutSpec
+from pipeline.rollout import SHARDS_IN_FLIGHT
 
 UNIT = "trajectories/s"
 ACTOR_BAR = 0.95
@@ -52,19 +53,20 @@ def actor_speed(setting: Setting, actors: int) -> float:
 def steady_rate(finished: Sequence[float], actors: int) -> float:
     """Shards a second between two moments at which every actor is warm and at work.
 
-    The actors are up before the first begins, and each takes a shard after the other. So when ``actors`` shards are
-    finished, each has made its first; and until ``actors`` are left, none is idle. Between the two lie whole rounds of
-    all actors, whether they finish together or in turns.
+    The actors are up before the first of them begins, and each takes shard after shard, some at a time. Those first
+    ones are slow, so the time begins when as many are finished; and until ``actors`` are left, none is idle. Between
+    the two lie whole rounds of all actors, whether they finish together or in turns.
 
     Args:
         finished: when each shard was published, ascending, seconds.
 
     Raises:
-        ValueError: fewer than 3 shards an actor.
+        ValueError: too few shards an actor for that.
     """
-    if len(finished) < 3 * actors:
-        raise ValueError(f"expected at least {3 * actors} shards of {actors} actors, got {len(finished)}")
-    first, last = actors - 1, len(finished) - 1 - actors
+    slow = SHARDS_IN_FLIGHT * actors
+    if len(finished) < slow + 2 * actors:
+        raise ValueError(f"expected at least {slow + 2 * actors} shards of {actors} actors, got {len(finished)}")
+    first, last = slow - 1, len(finished) - 1 - actors
     return (last - first) / (finished[last] - finished[first])
 
 

@@ -12,13 +12,13 @@ from kac.data import load_dataset
 from kac.networks import build_network
 from kac.path import PathConfig
 from pipeline import cluster, store
-from pipeline.benchmark.spec import BenchmarkSpec
+from pipeline.benchmark.spec import CALLS_A_SHARD, BenchmarkSpec
 from pipeline.config import RolloutSpec
 from pipeline.rollout import Outcome, identify, make_plan, roll_out, seal
 from pipeline.store.layout import MANIFEST
 
 ACTOR_START_SECONDS = 600
-STORE_FACTOR = 10
+STORE_FACTOR = 5
 STUDENT_STEPS = 4
 
 
@@ -31,19 +31,20 @@ class Setting:
     teacher: str
 
     def rollout_spec(self, name: str, **options: Any) -> RolloutSpec:
-        """A rollout into the store ``name`` of this run; shards of one network call unless told otherwise."""
+        """A rollout into the store ``name`` of this run; shards of two network calls unless told otherwise."""
         size = self.spec.batch_size
-        values = {"batch_size": size, "shard_size": size, "trajectories": self.spec.trajectories, **options}
+        shard_size = CALLS_A_SHARD * size
+        values = {"batch_size": size, "shard_size": shard_size, "trajectories": self.spec.trajectories, **options}
         return RolloutSpec(teacher=self.teacher, store=files.join(self.folder, name), **values)
 
     def rolled_store(self) -> store.Store:
         """The store of ``STORE_FACTOR`` times the trajectories; made once.
 
-        One solver step a knot: how the rows came about does not matter to those who read them.
+        Shards of the default size, and one solver step a knot: how the rows came about does not matter to their
+        readers.
         """
-        spec = self.rollout_spec(
-            "store", trajectories=STORE_FACTOR * self.spec.trajectories, solver_steps=20, shard_size=512
-        )
+        trajectories, shard_size = STORE_FACTOR * self.spec.trajectories, RolloutSpec.model_fields["shard_size"].default
+        spec = self.rollout_spec("store", trajectories=trajectories, solver_steps=20, shard_size=shard_size)
         if not files.exists(files.join(spec.store, MANIFEST)):
             plan = make_plan(spec, identify(spec, load_config(spec.teacher)))
             seal(spec, plan, [outcome.receipt for outcome in roll_out(spec, plan)])
@@ -104,9 +105,4 @@ def run(spec: RolloutSpec) -> Run:
         outcomes = roll_out(spec, plan)
     finally:
         context.wait_for_min_actors_s = before
-    return Run(tuple(outcomes), tuple(sorted(_published(spec.store, outcome) for outcome in outcomes)))
-
-
-def _published(where: str, outcome: Outcome) -> float:
-    location = files.locate(files.join(where, outcome.receipt.name))
-    return float(location.fs.modified(location.path).timestamp())
+    return Run(tuple(outcomes), tuple(sorted(outcome.finished for outcome in outcomes)))

@@ -20,7 +20,7 @@ def bytes_stored(setting: Setting) -> list[Measurement]:
     table = adopt(source.path, shard, identity)[1]
     raw = float(sum(column_array(table[name]).nbytes for name in identity.knot_columns))
     stores = {name: files.join(setting.folder, f"compressed-{name}") for name in COMPRESSIONS}
-    sizes = {name: float(publish(stores[name], shard, table, name).bytes) for name in COMPRESSIONS}
+    sizes = {name: float(publish(stores[name], shard, identity, encode(table, name)).bytes) for name in COMPRESSIONS}
 
     def encode_speed(compression: str) -> float:
         return raw / MEGABYTE / seconds_a_call(lambda: encode(table, compression))

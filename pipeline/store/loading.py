@@ -1,11 +1,10 @@
-"""Loading: the wanted columns of shards as Arrow tables, in this process or read ahead by Ray Data, and as tensors."""
+"""Loading: the wanted columns of shards as Arrow tables and as tensors."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,13 +15,7 @@ from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdent
 from pipeline.store.shards import check_version, column_array, read_metadata
 
 THREADS = 4
-"""Shards that are read at once where they are loaded into this process."""
-READERS, GROUPS_IN_FLIGHT = 2, 2
-"""Actors that read for one streaming reader, and groups of shards that each reads at once."""
-READ_BYTES = 64 << 20
-"""What such an actor reads at once; a larger shard is read whole."""
-
-_ERROR = "error"
+"""Shards that a process reads at once."""
 
 
 @dataclass(frozen=True)
@@ -104,58 +97,6 @@ def _open_shard(store: str, spec: StoreIdentity, shard: Shard) -> Iterator[pq.Pa
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise StoreError(f"{where}: expected a whole shard, found: {reason}: {advice}") from None
-
-
-class GroupReader:
-    """An actor of ``read_ahead``."""
-
-    def __init__(
-        self, store: str, spec: StoreIdentity, groups: Sequence[Sequence[Shard]], columns: tuple[str, ...]
-    ) -> None:
-        self.store, self.spec, self.groups, self.columns = store, spec, groups, columns
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """The number of a group in, its rows out."""
-        group = self.groups[int(batch["item"][0])]
-        try:
-            return pa.concat_tables(read_rows(self.store, self.spec, shard, self.columns) for shard in group)
-        except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
-            return pa.table({_ERROR: [str(error)]})
-
-
-def read_ahead(
-    store: str, spec: StoreIdentity, groups: Sequence[Sequence[Shard]], columns: tuple[str, ...]
-) -> Iterator[Part]:
-    """The groups of shards in order, read by Ray Data actors some way ahead."""
-    import ray
-
-    if not groups:
-        return
-    plan = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
-    tables = plan.map_batches(
-        GroupReader,
-        fn_constructor_args=(store, spec, groups, columns),
-        batch_size=1,
-        batch_format="numpy",
-        # Readers mostly wait for the disk or the network, and where trainers hold every CPU one that asked for a share
-        # would wait for ever. Actors, since Ray ends idle task workers after a second, and a new one takes four.
-        num_cpus=0,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(READERS, len(groups)),
-            max_tasks_in_flight_per_actor=GROUPS_IN_FLIGHT,
-            max_concurrent_calls_per_actor=GROUPS_IN_FLIGHT,
-            enable_true_multi_threading=True,
-        ),
-    )
-    tables.context.execution_options.preserve_order = True
-    tables.context.enable_progress_bars = False
-    # By default a block of more than 128 MiB comes in pieces: here a block is a group.
-    tables.context.target_max_block_size = None
-    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    for group, table in zip(groups, blocks, strict=True):
-        if table.column_names == [_ERROR]:
-            raise StoreError(table[_ERROR][0].as_py())
-        yield Part(group, table)
 
 
 def to_columns(parts: Iterable[Part], rows: int, spec: StoreIdentity, knot_columns: int) -> Columns:

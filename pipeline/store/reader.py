@@ -2,7 +2,7 @@
 
 An epoch of one rank is a fixed order of its rows, a function of (seed, epoch, rank, world size) alone. Columns that fit
 the memory budget are loaded once and shuffled as a whole. Larger ones stream: the shards, in shuffled order, are
-read ahead by Ray Data actors and shuffled within windows that fit the budget.
+read ahead by Ray Data tasks and shuffled within windows that fit the budget.
 """
 
 import itertools
@@ -18,11 +18,9 @@ from torch import Tensor
 from kac import identity
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column
 from pipeline.store.loading import (
-    READ_BYTES,
     THREADS,
     Columns,
     Part,
-    read_ahead,
     read_rows,
     shard_at,
     to_columns,
@@ -273,6 +271,8 @@ class Store:
         return Part([shard], read_rows(self.path, self.spec, shard, view.columns))
 
     def _stream(self, view: View, epochs: range, skip: int) -> Iterator["Piece"]:
+        from pipeline.store.streaming import GROUP_BYTES, read_ahead
+
         row_bytes = self._bytes_of(view) // max(1, sum(shard.rows for shard in view.shards))
         windows: list[Window] = []
         for window in (window for epoch in epochs for window in _windows(view, epoch, row_bytes)):
@@ -280,8 +280,9 @@ class Store:
                 skip -= window.rows
             else:
                 windows.append(window)
-        groups = [_groups(window.shards, READ_BYTES // row_bytes) for window in windows]
-        parts = read_ahead(self.path, self.spec, list(itertools.chain.from_iterable(groups)), view.columns)
+        groups = [_groups(window.shards, GROUP_BYTES // row_bytes) for window in windows]
+        every_group = list(itertools.chain.from_iterable(groups))
+        parts = read_ahead(self.path, self.spec, every_group, view.columns, view.memory_bytes // 2)
         for window, own in zip(windows, groups, strict=True):
             columns = to_columns(itertools.islice(parts, len(own)), window.rows, self.spec, len(view.columns))
             yield columns, _permutation(columns.rows, view.seed, window.epoch, window.number + 1)[skip:]

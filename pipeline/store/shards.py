@@ -62,7 +62,7 @@ def make_table(
     Args:
         label, kinetic_energy, interval: [rows]. knots: one array [rows, *sample_shape] a knot column.
     """
-    dtype = np.dtype(identity.dtype)
+    dtype, schema = np.dtype(identity.dtype), identity.arrow_schema()
     columns: dict[str, pa.Array] = {
         SAMPLE_ID: pa.array(np.arange(shard.start, shard.start + shard.rows), pa.int64()),
         LABEL: pa.array(label.astype(np.int32)),
@@ -72,10 +72,10 @@ def make_table(
         columns[INTERVAL] = pa.array(interval.astype(np.int32))
     for name, knot in zip(identity.knot_columns, knots, strict=True):
         flat = pa.array(np.ascontiguousarray(knot, dtype=dtype).reshape(-1))
-        tensor_type = identity.arrow_schema().field(name).type
+        tensor_type = schema.field(name).type
         storage = pa.FixedSizeListArray.from_arrays(flat, type=tensor_type.storage_type)
         columns[name] = pa.ExtensionArray.from_storage(tensor_type, storage)
-    table = pa.table([columns[field.name] for field in identity.arrow_schema()], schema=identity.arrow_schema())
+    table = pa.table([columns[field.name] for field in schema], schema=schema)
     metadata = shard.metadata(identity)
     return table.replace_schema_metadata({**metadata, CONTENT_SHA256: content_sha256(table, metadata)})
 
@@ -114,18 +114,15 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
     return sink.getvalue()
 
 
-def publish(store: str, shard: Shard, table: pa.Table, compression: str, replace: bool = False) -> Receipt:
-    """Write the shard whole or not at all, and return its receipt.
+def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, replace: bool = False) -> Receipt:
+    """Write the encoded shard whole or not at all, and return its receipt.
 
     Whoever publishes a name first wins (``replace`` is for a damaged or shorter file): a job that runs beside this one
     computes the same rows, and what one of them has hashed must stay as it is.
     """
-    data = encode(table, compression)
-    path = files.join(store, shard.name)
-    if not files.write_bytes(path, data, if_absent=not replace):
-        identity = StoreIdentity(**_spec_of(table.schema))
+    if not files.write_bytes(files.join(store, shard.name), data, if_absent=not replace):
         return adopt(store, shard, identity)[0]
-    return _receipt(shard, data, table.num_rows)
+    return _receipt(shard, data, shard.rows)
 
 
 def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, pa.Table]:

@@ -16,7 +16,7 @@ from pipeline.roller import Roller
 from pipeline.rollout import Plan, identify, make_plan, seal
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import Manifest
-from pipeline.store.shards import Receipt, make_table, publish
+from pipeline.store.shards import Receipt, encode, make_table, publish
 
 
 def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_config: PathConfig | None = None) -> str:
@@ -58,7 +58,7 @@ def publish_shards(spec: RolloutSpec, plan: Plan, replace: bool = True) -> list[
     def one(shard: Shard) -> Receipt:
         rows = roller.roll(shard.guidance, shard.ids)
         table = make_table(plan.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
-        return publish(spec.store, shard, table, spec.compression, replace=replace)
+        return publish(spec.store, shard, plan.identity, encode(table, spec.compression), replace=replace)
 
     return [one(shard) for shard in plan.todo]
 

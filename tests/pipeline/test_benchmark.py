@@ -26,7 +26,7 @@ from pipeline.store.shards import adopt, column_array
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
 
 TINY = BenchmarkSpec(
-    trajectories=80,
+    trajectories=160,
     batch_size=16,
     repeats=2,
     data="moons",
@@ -45,7 +45,7 @@ def digits_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store of the default 20 knots and shard size, uncompressed: its bytes can be told beforehand."""
     folder = tmp_path_factory.mktemp("benchmark")
     teacher = make_teacher(folder / "teacher", data="digits")
-    size = {"trajectories": 1024, "shard_size": 512}
+    size = {"trajectories": 2048, "shard_size": 1024}
     make_store(folder / "store", teacher, knots=20, solver_steps=20, compression="none", **size)
     return str(folder / "store")
 
@@ -94,15 +94,15 @@ def test_every_timed_call_is_counted(monkeypatch: pytest.MonkeyPatch):
     assert len(calls) == 1 + 3
 
 
-def test_the_steady_rate_leaves_out_the_first_and_the_last_shard_of_every_actor():
+def test_the_steady_rate_leaves_out_the_first_shards_and_the_last_of_every_actor():
     # Two actors, a shard every 2 s, half a round apart; slow first shards; one of them ends late.
-    first, second = [5.0, 7, 9, 11, 13, 15], [6.0, 8, 10, 12, 14, 40]
+    first, second = [5.0, 10, 12, 14, 16, 18], [6.0, 11, 13, 15, 17, 40]
     assert steady_rate(sorted(first + second), actors=2) == pytest.approx(1.0)
     # In step with each other.
-    assert steady_rate(sorted([5.0, 7, 9, 11, 13] * 2), actors=2) == pytest.approx(1.0)
-    assert steady_rate([9.0, 10, 11, 12, 99], actors=1) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="at least 6 shards of 2 actors"):
-        steady_rate([1.0, 2, 3, 4, 5], actors=2)
+    assert steady_rate(sorted([1.0, 9, 11, 13, 15] * 2), actors=2) == pytest.approx(1.0)
+    assert steady_rate([5.0, 9, 10, 11, 12, 99], actors=1) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="at least 8 shards of 2 actors"):
+        steady_rate([1.0, 2, 3, 4, 5, 6, 7], actors=2)
 
 
 def test_the_bare_loop_ends_where_the_stored_trajectories_end(setting):
@@ -177,7 +177,7 @@ def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, 
     monkeypatch.setattr(type(setting), "rolled_store", lambda self: store.open(digits_store))
     done = {m.what: m for m in storage.bytes_stored(setting)}
     plain = done["bytes stored, none / bytes of the tensors"]
-    assert plain.against == (512 * 21 * 64 * 4,)
+    assert plain.against == (1024 * 21 * 64 * 4,)
     written = next(Path(digits_store).rglob("shard-000000.parquet"))
     assert plain.values == (written.stat().st_size,)
     assert plain.holds

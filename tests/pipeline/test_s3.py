@@ -131,7 +131,7 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
 def test_every_stage_on_s3_and_no_key_anywhere(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Teacher, store, students (also by Ray Train and Ray Tune), evaluation and samples are on S3; the keys are nowhere."""
+    """All that the stages make, also by Ray Train and Ray Tune, is on S3; the keys are nowhere."""
     root = f"s3://{bucket}/chain"
     made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")}
     quick = OptimizerConfig(updates=20, batch_size=32)

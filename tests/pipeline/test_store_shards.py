@@ -227,7 +227,7 @@ def test_a_newer_schema_version_is_refused(tmp_path: Path) -> None:
 def test_the_identity_in_a_footer_is_read_or_the_shard_is_damaged(tmp_path: Path) -> None:
     identity = make_identity()
     path = tmp_path / SHARD.name
-    publish(str(tmp_path), SHARD, make_rows(identity), "none")
+    publish(str(tmp_path), SHARD, identity, encode(make_rows(identity)))
     assert identity_of_shard(str(tmp_path), SHARD.name) == identity
     data = path.read_bytes()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
@@ -242,10 +242,10 @@ def test_the_identity_in_a_footer_is_read_or_the_shard_is_damaged(tmp_path: Path
 def test_the_first_to_publish_a_name_wins_unless_it_is_replaced(tmp_path: Path) -> None:
     identity, store = make_identity(), str(tmp_path)
     first, second = make_rows(identity, seed=1), make_rows(identity, seed=2)
-    receipt = publish(store, SHARD, first, "none")
-    assert publish(store, SHARD, second, "none") == receipt
+    receipt = publish(store, SHARD, identity, encode(first))
+    assert publish(store, SHARD, identity, encode(second)) == receipt
     assert adopt(store, SHARD, identity)[1].equals(first)
-    changed = publish(store, SHARD, second, "zstd", replace=True)
+    changed = publish(store, SHARD, identity, encode(second, "zstd"), replace=True)
     assert changed.sha256 != receipt.sha256
     assert adopt(store, SHARD, identity)[0] == changed
     assert [path.name for path in (tmp_path / SHARD.name).parent.iterdir()] == ["shard-000002.parquet"]
@@ -308,7 +308,7 @@ def test_plain_pyarrow_and_duckdb_read_a_store_without_this_project(tmp_path: Pa
     shards = [Shard(w, index, 16 * index, 16) for w in (0.0, 1.5) for index in range(2)]
     tables = [make_rows(identity, shard, seed=n) for n, shard in enumerate(shards)]
     for shard, table in zip(shards, tables, strict=True):
-        publish(str(tmp_path / "store"), shard, table, compression)
+        publish(str(tmp_path / "store"), shard, identity, encode(table, compression))
     (tmp_path / "elsewhere").mkdir()
     answer = subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(PLAIN_READER), str(tmp_path / "store"), json.dumps(shape)],

@@ -14,7 +14,7 @@ from jobs import store as job
 from pipeline.store.describe import DescribeSpec, describe
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import read_manifest
-from pipeline.store.shards import check, column_array, make_table, publish
+from pipeline.store.shards import check, column_array, encode, make_table, publish
 from pipeline.store.verify import Report, VerifySpec, examine, verify
 from tests.pipeline.stores import (
     copy_store,
@@ -78,7 +78,7 @@ def rewrite(store: Path, index: int, column: str, rows: list[int], value: float)
     columns[column][rows] = value
     knots = [columns[key] for key in spec.knot_columns]
     changed = make_table(spec, shard, columns["label"], columns["kinetic_energy"], knots)
-    publish(str(store), shard, changed, "none", replace=True)
+    publish(str(store), shard, spec, encode(changed), replace=True)
 
 
 def test_a_finished_store_is_whole(store: Path) -> None:
