@@ -34,6 +34,7 @@ from kac.data import load_dataset
 from kac.errors import DistillKacError
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
+from pipeline.pacing import pause_between_rounds
 from pipeline.roller import Roller, RolloutError, Rows, check_finite
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, describe_difference, guidance_folder
 from pipeline.store.manifest import (
@@ -62,6 +63,7 @@ MAX_ATTEMPTS = 10
 SHARDS_IN_FLIGHT = 2
 SEAL_ATTEMPTS = 3
 MAX_BLOCKS = 1000
+PAUSE_SECONDS = 0.1
 
 
 class Plan(NamedTuple):
@@ -203,24 +205,22 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
-    outcomes = (
-        ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
-        .map_batches(
-            ShardRoller,
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(
-                size=actors,
-                max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
-                max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
-                enable_true_multi_threading=True,
-            ),
-            fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger},
-            num_cpus=0 if on_gpu else 1,
-            num_gpus=1 if on_gpu else 0,
-        )
-        .iter_rows()
+    rolled = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
+        ShardRoller,
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger},
+        num_cpus=0 if on_gpu else 1,
+        num_gpus=1 if on_gpu else 0,
     )
+    pause_between_rounds(rolled, PAUSE_SECONDS)
+    outcomes = rolled.iter_rows()
     total = sum(shard.rows for shard in plan.todo)
     done = []
     try:
@@ -234,7 +234,7 @@ def roll_out(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
         return done
     # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever
     # kept the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
-    del outcomes
+    del rolled, outcomes
     raise RolloutError(failure)
 
 

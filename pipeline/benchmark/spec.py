@@ -21,7 +21,7 @@ PARTS: dict[str, str] = {
     "g": "distillation without a store",
 }
 
-CALLS_A_SHARD, MIN_SHARDS = 2, 5
+CALLS_A_SHARD, MIN_SHARDS = 4, 5
 
 
 class BenchmarkSpec(Spec):
@@ -32,7 +32,7 @@ class BenchmarkSpec(Spec):
     )
     repeats: PositiveInt = how(5, "turns that both sides of a ratio take")
     trajectories: PositiveInt = how(
-        5120, "trajectories an actor follows in a run of (a); five times as many are in the store of the other parts"
+        8192, "trajectories an actor follows in a run of (a); three times as many are in the store of the other parts"
     )
     batch_size: PositiveInt = how(256, "trajectories a network call, and samples an update")
     teacher: str | None = how(None, "model folder of a teacher; default: an untrained one of --network for --data")

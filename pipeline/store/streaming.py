@@ -1,15 +1,13 @@
 """Streaming: groups of shards read ahead by Ray Data tasks, for columns that do not fit the memory budget."""
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from pipeline.pacing import pause_between_rounds
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.loading import THREADS, Part, read_rows
 
@@ -50,7 +48,7 @@ def read_ahead(
     pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
     tables = plan.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0, compute=pool)
     tables.context.enable_progress_bars = False
-    tables.context.custom_execution_callback_classes = [Pause]
+    pause_between_rounds(tables, PAUSE_SECONDS)
     # By default a block of more than 128 MiB comes in pieces: here a block is a group.
     tables.context.target_max_block_size = None
     options = tables.context.execution_options
@@ -63,12 +61,3 @@ def read_ahead(
         if table.column_names == [_ERROR]:
             raise StoreError(table[_ERROR][0].as_py())
         yield Part(group, table)
-
-
-class Pause(ExecutionCallback):  # type: ignore[misc]
-    """Ray Data's loop waits for tasks alone: with none at work, as when enough is read ahead, it goes round as fast as
-    it can, and a training loop in the same process is left with a fifth of its speed (Ray 2.60)."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        """After each round."""
-        time.sleep(PAUSE_SECONDS)

@@ -26,7 +26,7 @@ from pipeline.store.shards import adopt, column_array
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
 
 TINY = BenchmarkSpec(
-    trajectories=160,
+    trajectories=320,
     batch_size=16,
     repeats=2,
     data="moons",

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from kac import files
 from pipeline import store as endpoint_store
+from pipeline.store import reader
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.reader import Batch, IntervalBatch, Store
 from pipeline.store.shards import adopt, column_array
@@ -140,8 +141,9 @@ def test_an_epoch_resumes_where_it_stopped(store: Store, mode, world_size: int) 
 @Modes
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 3), (2, 3)])
 def test_interval_batches_resume_where_they_stopped_in_any_epoch(
-    store: Store, mode, rank: int, world_size: int
+    store: Store, mode, rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reader, "PIPELINE_SHARDS", 8)  # so that pipelines end, in the middle of batches too
     options = {"seed": 5, "rank": rank, "world_size": world_size, **mode}
     whole = list(itertools.islice(store.interval_batches(22, 2, 0.0, **options), 30))
     assert all(len(batch.label) == 22 for batch in whole)
