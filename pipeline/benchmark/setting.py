@@ -31,7 +31,7 @@ class Setting:
     teacher: str
 
     def rollout_spec(self, name: str, **options: Any) -> RolloutSpec:
-        """A rollout into the store ``name`` of this run; shards of ``CALLS_A_SHARD`` network calls unless told otherwise."""
+        """A rollout into the store ``name`` of this run; shards of some network calls unless told otherwise."""
         size = self.spec.batch_size
         shard_size = CALLS_A_SHARD * size
         values = {"batch_size": size, "shard_size": shard_size, "trajectories": self.spec.trajectories, **options}

@@ -180,6 +180,13 @@ def test_forward_stores_distill_too(teacher: str, tmp_path: Path):
         distill(distill_spec(path, tmp_path / "two", steps=2))
 
 
+def test_workers_that_hold_every_cpu_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
+    """The tasks that read for them must not wait for a CPU."""
+    make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
+    distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
+    assert load_config(str(tmp_path / "out")).steps == 2
+
+
 def test_the_grid_has_a_folder_a_point(source: str, tmp_path: Path):
     spec = SweepSpec(
         store=source, out=str(tmp_path), steps=(1, 2), guidance=(0.0, 1.0), grid=("optimizer.updates=5,6",)
