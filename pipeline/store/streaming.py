@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline import cluster
 from pipeline.pacing import pause_between_rounds
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.loading import THREADS, Part, read_rows
@@ -32,6 +33,7 @@ def read_ahead(
     """
     if not groups:
         return
+    cluster.connect()
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         group = groups[int(batch["item"][0])]

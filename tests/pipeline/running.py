@@ -45,11 +45,11 @@ def command_line(spec: RolloutSpec) -> list[str]:
 class Job:
     """A job as a process of its own, on the cluster at ``address`` or with an embedded Ray."""
 
-    def __init__(self, module: list[str], spec: RolloutSpec, address: str | None) -> None:
+    def __init__(self, module: list[str], spec: RolloutSpec, address: str | None, log: Path | None = None) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         if address:
             environment["RAY_ADDRESS"] = address
-        self.log = Path(f"{spec.store}.log")
+        self.log = log or Path(f"{spec.store}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *module, *command_line(spec)],
@@ -86,9 +86,9 @@ class Job:
 
 
 @contextmanager
-def running_job(module: list[str], spec: RolloutSpec, address: str | None) -> Iterator[Job]:
-    """A job of which nothing outlives the block."""
-    job = Job(module, spec, address)
+def running_job(module: list[str], spec: RolloutSpec, address: str | None, log: Path | None = None) -> Iterator[Job]:
+    """A job of which nothing outlives the block; its output goes to ``log``, or to a file beside a local store."""
+    job = Job(module, spec, address, log)
     try:
         yield job
     finally:

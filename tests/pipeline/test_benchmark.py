@@ -151,7 +151,7 @@ def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
 
 def test_a_student_of_one_step_reads_two_of_the_knots(digits_store: str):
     path = counted(digits_store)
-    knot = 1024 * 64 * 4
+    knot = 2048 * 64 * 4
     for steps in (1, 4, 20):
         found = count_bytes(path, steps)
         # The knots themselves, and at most 5% of all knots for labels, levels, page headers and footers.

@@ -7,10 +7,12 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from jobs import command
 from kac import files
@@ -25,7 +27,7 @@ from pipeline.sweep import sweep
 from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
-from tests.pipeline.running import SHARDS, spec_of
+from tests.pipeline.running import SHARDS, Summary, running_job, spec_of
 from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, environment
 from tests.pipeline.stores import make_teacher
 
@@ -116,6 +118,29 @@ def test_an_unfinished_upload_is_no_shard(teacher: str, reference: str, store: s
     assert_same_store(store, reference)
 
 
+def test_a_killed_driver_and_two_jobs_at_once(teacher: str, reference: str, store: str, tmp_path: Path) -> None:
+    """One dies in the middle of the rollout; two others finish it side by side."""
+    spec = spec_of(teacher, store, actors=1)
+    address = ray.get_runtime_context().gcs_address
+    with running_job(["jobs.rollout"], spec, address, tmp_path / "killed.log") as job:
+        while len(list_shards(store)) < 3:
+            assert not job.is_over(), job.output()
+            time.sleep(0.02)
+        job.kill_driver()
+    there = list_shards(store)
+    assert 3 <= len(there) < SHARDS
+    assert read_manifest(store) is None
+    before = {name: files.read_bytes(files.join(store, name)) for name in there}
+    with (
+        running_job(["jobs.rollout"], spec, address, tmp_path / "one.log") as one,
+        running_job(["jobs.rollout"], spec, address, tmp_path / "other.log") as other,
+    ):
+        outputs = [one.finish(), other.finish()]
+    assert {name: files.read_bytes(files.join(store, name)) for name in there} == before
+    assert all(Summary(output).reused_shards >= len(there) for output in outputs)
+    assert_same_store(store, reference)
+
+
 def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check and the PUT are one step on S3: a writer that comes between them is seen."""
     path = files.join(store, "object")
@@ -197,8 +222,6 @@ def _objects(bucket: str) -> dict[str, bytes]:
 
 def _local_files(tracking_database: str) -> dict[str, bytes]:
     """MLflow's database and artifacts, and all that Ray has logged in this session."""
-    import ray
-
     folders = [
         Path(tracking_database.removeprefix("sqlite:///")).parent,
         Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
