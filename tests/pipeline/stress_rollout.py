@@ -20,7 +20,8 @@ def stress(folder: str, kills: int, seed: int) -> None:
     """Kill ``kills`` processes of one rollout, and hold the store against that of a rollout without faults."""
     dice = random.Random(seed)
     teacher = make_teacher(f"{folder}/teacher")
-    options = {"trajectories": 4000, "shard_size": 50, "knots": 4, "solver_steps": 2000, "guidance": (0.0, 1.0)}
+    # So many that the rollout lasts longer than the kills.
+    options = {"trajectories": 200 * kills, "shard_size": 50, "knots": 4, "solver_steps": 2000, "guidance": (0.0, 1.0)}
     calm, stressed = (
         RolloutSpec(teacher=teacher, store=f"{folder}/{name}", **options) for name in ("calm", "stressed")
     )
@@ -28,7 +29,7 @@ def stress(folder: str, kills: int, seed: int) -> None:
     job = Job(["jobs.rollout"], stressed, None)
     drivers = actors = 0
     while drivers + actors < kills:
-        time.sleep(dice.uniform(0.5, 12))
+        time.sleep(dice.uniform(0.5, 6))
         if job.is_over():
             raise SystemExit(f"the rollout ended after {drivers + actors} kills:\n{job.output()}")
         if dice.random() < DRIVER_SHARE:
