@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from kac import files
 from kac.errors import DistillKacError
 from pipeline import cluster
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, run
-from pipeline.config import RolloutSpec
 from pipeline.rollout import SHARDS_IN_FLIGHT
 
 UNIT = "trajectories/s"
@@ -21,22 +21,32 @@ SCALING_BAR = 0.9
 
 
 def speed(setting: Setting) -> list[Measurement]:
-    """One actor against the bare loop; two, and as many as the cluster has room for, against one."""
+    """One actor against the bare loop; two, and as many as the cluster has room for, against one.
+
+    Without a GPU, also two bare loops at once against one: two cores of a machine share its memory and its clock, and
+    no actors can be faster than that.
+    """
     resources = cluster.connect()
     room = resources.gpus or resources.cpus
     counts = sorted({n for n in (2, room) if 2 <= n <= room})
+    loops = [2] if counts and not resources.gpus else []
     bare, one, *more = interleave(
         setting.spec.repeats,
         lambda: bare_speed(setting),
         lambda: actor_speed(setting, 1),
         *((lambda n=n: actor_speed(setting, n)) for n in counts),
+        *((lambda n=n: bare_speed(setting, n)) for n in loops),
     )
-    first = Measurement("a", "one actor / a bare loop of one thread", UNIT, one, bare, Bar(">=", ACTOR_BAR))
+    several, at_once = more[: len(counts)], more[len(counts) :]
     return [
-        first,
+        Measurement("a", "one actor / a bare loop of one thread", UNIT, one, bare, Bar(">=", ACTOR_BAR)),
         *(
-            Measurement("a", f"{n} actors / one actor", UNIT, several, one, Bar(">=", SCALING_BAR * n))
-            for n, several in zip(counts, more, strict=True)
+            Measurement("a", f"{n} actors / one actor", UNIT, values, one, Bar(">=", SCALING_BAR * n))
+            for n, values in zip(counts, several, strict=True)
+        ),
+        *(
+            Measurement("a", f"{n} bare loops at once / one", UNIT, values, bare)
+            for n, values in zip(loops, at_once, strict=True)
         ),
     ]
 
@@ -70,17 +80,23 @@ def steady_rate(finished: Sequence[float], actors: int) -> float:
     return (last - first) / (finished[last] - finished[first])
 
 
-def bare_speed(setting: Setting) -> float:
-    """Trajectories a second of the bare loop, in a fresh process with the one thread that an actor has.
+def bare_speed(setting: Setting, loops: int = 1) -> float:
+    """Trajectories a second of ``loops`` bare loops at once, each in a fresh process with the one thread of an actor.
 
     Raises:
-        DistillKacError: the process failed.
+        DistillKacError: a process failed.
     """
-    spec: RolloutSpec = setting.rollout_spec("bare")
+    spec = json.dumps(setting.rollout_spec("bare").model_dump(mode="json"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor(loops) as pool:
+        return sum(pool.map(_bare_lap, [spec] * loops, [environment] * loops))
+
+
+def _bare_lap(spec: str, environment: dict[str, str]) -> float:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.benchmark.bare"],
-        input=json.dumps(spec.model_dump(mode="json")),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=spec,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

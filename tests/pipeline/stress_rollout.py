@@ -29,7 +29,7 @@ def stress(folder: str, kills: int, seed: int) -> None:
     job = Job(["jobs.rollout"], stressed, None)
     drivers = actors = 0
     while drivers + actors < kills:
-        time.sleep(dice.uniform(0.5, 6))
+        time.sleep(dice.uniform(0.5, 8))
         if job.is_over():
             raise SystemExit(f"the rollout ended after {drivers + actors} kills:\n{job.output()}")
         if dice.random() < DRIVER_SHARE:

@@ -134,6 +134,7 @@ def test_the_bare_loop_runs_in_a_process_of_one_thread(setting, tmp_path: Path):
     assert lap["rows"] == TINY.trajectories and lap["seconds"] > 0
     assert lines[1] == "1"
     assert bare_speed(setting) > 0
+    assert bare_speed(setting, loops=2) > 0
 
 
 def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
