@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,14 +112,16 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
     # A trial that starts Ray Train workers reserves next to nothing itself, or it would wait for what it holds.
     needs = {"CPU": 0.01} if spec.workers else {"CPU": spec.cpus_per_trial, "GPU": gpus}
     side_by_side = max(1, (resources.gpus or resources.cpus) // spec.workers) if spec.workers else None
-    tuner = Tuner(
-        tune.with_resources(tune.with_parameters(_trial, trials=trials, run=run), needs),
-        param_space={"trial": tune.grid_search([trial.name for trial in trials])},
-        tune_config=TuneConfig(max_concurrent_trials=side_by_side),
-        run_config=RunConfig(name="tune", storage_path=_tune_folder(), verbose=0),
-    )
-    with _keys_out_of_sight():
-        results = tuner.fit()
+    # Tune's own records are scratch: what a trial needs to go on lies in its student's folder.
+    with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
+        tuner = Tuner(
+            tune.with_resources(tune.with_parameters(_trial, trials=trials, run=run), needs),
+            param_space={"trial": tune.grid_search([trial.name for trial in trials])},
+            tune_config=TuneConfig(max_concurrent_trials=side_by_side),
+            run_config=RunConfig(name="tune", storage_path=scratch, verbose=0),
+        )
+        with _keys_out_of_sight():
+            results = list(tuner.fit())
     failures = [f"{result.config['trial']}: {training.innermost(result.error)}" for result in results if result.error]
     if failures:
         raise DistillKacError(
@@ -136,13 +139,6 @@ def _keys_out_of_sight() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def _tune_folder() -> str:
-    """Tune's own records are scratch: what a trial needs to go on lies in its student's folder."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="distillkac-tune-")
 
 
 def _trial(config: dict[str, Any], trials: list[Trial], run: tracking.TrackedRun) -> None:

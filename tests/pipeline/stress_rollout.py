@@ -14,6 +14,8 @@ from tests.pipeline.running import Job, Summary, end, named
 from tests.pipeline.stores import make_teacher
 
 DRIVER_SHARE = 0.3
+LONGEST_CALM_SECONDS = 20
+"""A driver needs about half of it to get to its first shard: some die before, most at work."""
 
 
 def stress(folder: str, kills: int, seed: int) -> None:
@@ -21,7 +23,7 @@ def stress(folder: str, kills: int, seed: int) -> None:
     dice = random.Random(seed)
     teacher = make_teacher(f"{folder}/teacher")
     # So many that the rollout lasts longer than the kills.
-    options = {"trajectories": 200 * kills, "shard_size": 50, "knots": 4, "solver_steps": 2000, "guidance": (0.0, 1.0)}
+    options = {"trajectories": 400 * kills, "shard_size": 50, "knots": 4, "solver_steps": 2000, "guidance": (0.0, 1.0)}
     calm, stressed = (
         RolloutSpec(teacher=teacher, store=f"{folder}/{name}", **options) for name in ("calm", "stressed")
     )
@@ -29,7 +31,7 @@ def stress(folder: str, kills: int, seed: int) -> None:
     job = Job(["jobs.rollout"], stressed, None)
     drivers = actors = 0
     while drivers + actors < kills:
-        time.sleep(dice.uniform(0.5, 8))
+        time.sleep(dice.uniform(0.5, LONGEST_CALM_SECONDS))
         if job.is_over():
             raise SystemExit(f"the rollout ended after {drivers + actors} kills:\n{job.output()}")
         if dice.random() < DRIVER_SHARE:
@@ -39,6 +41,9 @@ def stress(folder: str, kills: int, seed: int) -> None:
         elif victims := named(job.started(), "MapWorker"):
             end(dice.choice(victims).pid)
             actors += 1
+        else:
+            continue
+        print(f"{drivers} drivers and {actors} actors killed", flush=True)
     summary = Summary(job.finish())
     assert_same_store(stressed.store, calm.store)
     print(
