@@ -1,6 +1,7 @@
 """Loading: the wanted columns of shards as Arrow tables and as tensors."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from pipeline.store.shards import check_version, column_array, read_metadata
 
 THREADS = 4
 """Shards that a process reads at once."""
+
+GROUP_BYTES = 64 << 20
+"""What a streaming reader reads in one go; a larger shard is read whole."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ def read_rows(store: str, spec: StoreIdentity, shard: Shard, columns: Sequence[s
         )
     # A shard that grows is replaced by a longer one before the manifest counts its new rows.
     return table.select([*scalars, *columns]).slice(0, shard.rows)
+
+
+def read_group(store: str, spec: StoreIdentity, group: Sequence[Shard], columns: Sequence[str]) -> Part:
+    """``read_rows`` of some shards at once, in the order given.
+
+    Raises:
+        StoreError: as ``read_rows``.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return Part(group, pa.concat_tables(pool.map(lambda shard: read_rows(store, spec, shard, columns), group)))
 
 
 @contextmanager

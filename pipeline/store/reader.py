@@ -17,14 +17,7 @@ from torch import Tensor
 
 from kac import identity
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column
-from pipeline.store.loading import (
-    THREADS,
-    Columns,
-    Part,
-    read_rows,
-    shard_at,
-    to_columns,
-)
+from pipeline.store.loading import GROUP_BYTES, THREADS, Columns, Part, read_group, shard_at, to_columns
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.shards import identity_of_shard
 
@@ -259,20 +252,12 @@ class Store:
         return self._loaded[view]
 
     def _read(self, view: View) -> Columns:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            # A few shards at a time: the tables of all of them beside the tensors would double the memory.
-            groups = (view.shards[i : i + THREADS] for i in range(0, len(view.shards), THREADS))
-            parts = (part for group in groups for part in pool.map(lambda shard: self._part(shard, view), group))
-            return to_columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
-
-    def _part(self, shard: Shard, view: View) -> "Part":
-        return Part([shard], read_rows(self.path, self.spec, shard, view.columns))
+        # A few shards at a time: the tables of all of them beside the tensors would double the memory.
+        groups = (view.shards[i : i + THREADS] for i in range(0, len(view.shards), THREADS))
+        parts = (read_group(self.path, self.spec, group, view.columns) for group in groups)
+        return to_columns(parts, sum(shard.rows for shard in view.shards), self.spec, len(view.columns))
 
     def _stream(self, view: View, epochs: range, skip: int) -> Iterator["Piece"]:
-        from pipeline.store.streaming import GROUP_BYTES, read_ahead
-
         row_bytes = self._bytes_of(view) // max(1, sum(shard.rows for shard in view.shards))
         windows: list[Window] = []
         for window in (window for epoch in epochs for window in _windows(view, epoch, row_bytes)):
@@ -281,12 +266,19 @@ class Store:
             else:
                 windows.append(window)
         groups = [_groups(window.shards, GROUP_BYTES // row_bytes) for window in windows]
-        every_group = list(itertools.chain.from_iterable(groups))
-        parts = read_ahead(self.path, self.spec, every_group, view.columns, view.memory_bytes // 2)
+        parts = self._read_ahead(view, list(itertools.chain.from_iterable(groups)))
         for window, own in zip(windows, groups, strict=True):
             columns = to_columns(itertools.islice(parts, len(own)), window.rows, self.spec, len(view.columns))
             yield columns, _permutation(columns.rows, view.seed, window.epoch, window.number + 1)[skip:]
             skip = 0
+
+    def _read_ahead(self, view: View, groups: Sequence[Sequence[Shard]]) -> Iterator[Part]:
+        if torch.utils.data.get_worker_info() is not None:
+            # A DataLoader's worker process reads ahead by itself; a fork of its parent, it has no connection to Ray.
+            return (read_group(self.path, self.spec, group, view.columns) for group in groups)
+        from pipeline.store.streaming import read_ahead
+
+        return read_ahead(self.path, self.spec, groups, view.columns, view.memory_bytes // 2)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Streaming: groups of shards read ahead by Ray Data tasks, for columns that do not fit the memory budget."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +9,7 @@ import ray
 from pipeline import cluster
 from pipeline.pacing import pause_between_rounds
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
-from pipeline.store.loading import THREADS, Part, read_rows
-
-GROUP_BYTES = 64 << 20
-"""What a task reads; a larger shard is read whole."""
+from pipeline.store.loading import GROUP_BYTES, Part, read_group
 
 READERS = 2
 """Tasks at once for one reader; each reads some shards at once."""
@@ -38,9 +34,7 @@ def read_ahead(
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         group = groups[int(batch["item"][0])]
         try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                tables = pool.map(lambda shard: read_rows(store, spec, shard, columns), group)
-                return pa.concat_tables(tables)
+            return read_group(store, spec, group, columns).table
         except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
             return pa.table({_ERROR: [str(error)]})
 

@@ -365,8 +365,11 @@ def test_a_forward_store_has_one_step_count_and_no_knots_to_choose(forward: Path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_loader_reads_every_row_once_an_epoch(path: Path, workers: int) -> None:
-    dataset = endpoint_store.open(str(path)).dataset(8, guidance=1.5, knots=[0, 4], seed=3)
+@Modes
+def test_a_data_loader_reads_every_row_once_an_epoch(
+    path: Path, workers: int, mode: dict[str, int], ray_cluster: None
+) -> None:
+    dataset = endpoint_store.open(str(path)).dataset(8, guidance=1.5, knots=[0, 4], seed=3, **mode)
     loader = DataLoader(dataset, batch_size=None, num_workers=workers)
     first = ids(loader)
     assert sorted(first) == list(range(ROWS))
