@@ -51,8 +51,10 @@ def locate(path: str) -> Location:
     """The filesystem of a path or URI, and the path there.
 
     Raises:
-        DistillKacError: a URI scheme that is not installed.
+        DistillKacError: a URI scheme that is not installed, or ``s3://`` without a bucket.
     """
+    if path.startswith("s3://") and not path.removeprefix("s3://").partition("/")[0]:
+        raise DistillKacError(f"{path}: expected s3://BUCKET/PREFIX, found no bucket")
     options = S3_OPTIONS if path.startswith("s3://") else {}
     try:
         fs, inner = fsspec.core.url_to_fs(path, **options)

@@ -104,10 +104,11 @@ class Store:
                 two columns, the interval's start and end, and take None alone.
             seed: None reads in the order of sample ids; a number shuffles, differently in each epoch.
             start_batch: where to go on after a stop; the batches are those of an epoch that was not stopped.
-            memory_bytes: columns up to this size are loaded once and kept; larger ones stream.
+            memory_bytes: columns up to this size are loaded once and kept; larger ones stream. Each process that reads
+                has its own: every worker of a DataLoader, every rank.
 
         Raises:
-            StoreError: an unknown guidance scale or knot, or a shard that is missing or damaged.
+            StoreError: an unknown guidance scale or knot, a batch size below 1, or a shard that is missing or damaged.
         """
         view = self._view(guidance, self._knot_columns(knots), rank, world_size, seed, memory_bytes)
         order = self._order(view, range(epoch, epoch + 1), start_batch * batch_size)
@@ -182,8 +183,8 @@ class Store:
         if self.spec.source == "forward":
             raise StoreError("knots: expected None for a forward store: its rows have one interval each")
         outside = [k for k in knots if not 0 <= k <= self.spec.knots]
-        if outside or not knots:
-            raise StoreError(f"knots: expected indices 0 .. {self.spec.knots}, found {list(knots)}")
+        if outside or not knots or len(set(knots)) < len(knots):
+            raise StoreError(f"knots: expected different indices 0 .. {self.spec.knots}, found {list(knots)}")
         return tuple(knot_column(k, self.spec.knots) for k in knots)
 
     def _interval_columns(self, steps: int) -> tuple[str, ...]:
@@ -384,6 +385,8 @@ def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:
 
 def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
     """Regroup pieces into batches of ``batch_size`` rows; the last may be short."""
+    if batch_size < 1:
+        raise StoreError(f"batch_size: expected 1 or more, found {batch_size}")
     pending: list[Piece] = []
     have = 0
     for columns, rows in pieces:

@@ -372,6 +372,12 @@ def test_an_unknown_scheme_is_refused(use):
         use("nosuchscheme://bucket/key")
 
 
+@pytest.mark.parametrize("path", ["s3://", "s3:///store"])
+def test_s3_without_a_bucket_is_refused(path):
+    with pytest.raises(DistillKacError, match=f"^{path}: expected s3://BUCKET/PREFIX, found no bucket$"):
+        files.locate(path)
+
+
 def test_join_and_locate_take_a_trailing_slash(tmp_path):
     assert files.join("s3://bucket/store/", "manifest.json") == "s3://bucket/store/manifest.json"
     assert files.join("store", "a/b") == "store/a/b"

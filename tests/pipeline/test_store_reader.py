@@ -411,10 +411,17 @@ def test_a_step_count_that_does_not_divide_the_knots_is_refused(store: Store, st
         next(store.interval_batches(4, steps, 0.0))
 
 
-@pytest.mark.parametrize("knots", [[5], [-1], [], [0, 9]])
-def test_knots_outside_the_store_are_refused(store: Store, knots: list[int]) -> None:
-    with pytest.raises(StoreError, match=r"knots: expected indices 0 .. 4, found"):
+@pytest.mark.parametrize("knots", [[5], [-1], [], [0, 9], [0, 4, 0]])
+def test_knots_outside_the_store_or_named_twice_are_refused(store: Store, knots: list[int]) -> None:
+    with pytest.raises(StoreError, match=r"knots: expected different indices 0 .. 4, found"):
         next(store.batches(4, 0.0, knots))
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_without_rows_is_refused(store: Store, batch_size: int) -> None:
+    for batches in (store.batches(batch_size, 0.0), store.interval_batches(batch_size, 2, 0.0)):
+        with pytest.raises(StoreError, match=rf"batch_size: expected 1 or more, found {batch_size}"):
+            next(batches)
 
 
 def test_a_rank_outside_the_world_is_refused(store: Store) -> None:
