@@ -108,8 +108,10 @@ class Store:
                 has its own: every worker of a DataLoader, every rank.
 
         Raises:
-            StoreError: an unknown guidance scale or knot, a batch size below 1, or a shard that is missing or damaged.
+            StoreError: an unknown guidance scale or knot, a batch size below 1, a seed, epoch or start out of range, or
+                a shard that is missing or damaged.
         """
+        _check_position(batch_size, start_batch, epoch, seed)
         view = self._view(guidance, self._knot_columns(knots), rank, world_size, seed, memory_bytes)
         order = self._order(view, range(epoch, epoch + 1), start_batch * batch_size)
         for pieces in _cut(order, batch_size):
@@ -137,6 +139,7 @@ class Store:
         Raises:
             StoreError: ``steps`` does not divide the knots, or as ``batches``.
         """
+        _check_position(batch_size, start_batch, 0, seed)
         view = self._view(guidance, self._interval_columns(steps), rank, world_size, seed, memory_bytes)
         epoch, skip = divmod(start_batch * batch_size, self._rows_of(view))
         stream = INTERVAL_STREAM + rank
@@ -383,10 +386,17 @@ def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(bits).permutation(count))
 
 
-def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
-    """Regroup pieces into batches of ``batch_size`` rows; the last may be short."""
+def _check_position(batch_size: int, start_batch: int, epoch: int, seed: int | None) -> None:
+    """Refuse a place in the order of rows that does not exist: a negative start would read other rows in silence."""
     if batch_size < 1:
         raise StoreError(f"batch_size: expected 1 or more, found {batch_size}")
+    for name, value in ("start_batch", start_batch), ("epoch", epoch), ("seed", seed or 0):
+        if not 0 <= value < 2**64:
+            raise StoreError(f"{name}: expected 0 .. 2^64 - 1, found {value}")
+
+
+def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
+    """Regroup pieces into batches of ``batch_size`` rows; the last may be short."""
     pending: list[Piece] = []
     have = 0
     for columns, rows in pieces:

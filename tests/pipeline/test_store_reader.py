@@ -424,6 +424,18 @@ def test_a_batch_without_rows_is_refused(store: Store, batch_size: int) -> None:
             next(batches)
 
 
+@pytest.mark.parametrize("option", ["start_batch", "epoch", "seed"])
+@pytest.mark.parametrize("memory_bytes", [2**30, 1], ids=["memory", "stream"])
+def test_a_negative_place_in_the_order_is_refused(store: Store, option: str, memory_bytes: int) -> None:
+    with pytest.raises(StoreError, match=rf"^{option}: expected 0 .. 2\^64 - 1, found -1$"):
+        next(store.batches(4, 0.0, memory_bytes=memory_bytes, **{option: -1}))
+
+
+def test_an_endless_read_from_a_negative_batch_is_refused(store: Store) -> None:
+    with pytest.raises(StoreError, match="start_batch: expected 0"):
+        next(store.interval_batches(4, 2, 0.0, start_batch=-1))
+
+
 def test_a_rank_outside_the_world_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match=r"rank: expected 0 .. 1, found 2"):
         next(store.batches(4, 0.0, rank=2, world_size=2))
