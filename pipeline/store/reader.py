@@ -387,12 +387,15 @@ def _permutation(count: int, seed: int | None, epoch: int, part: int) -> Tensor:
 
 
 def _check_position(batch_size: int, start_batch: int, epoch: int, seed: int | None) -> None:
-    """Refuse a place in the order of rows that does not exist: a negative start would read other rows in silence."""
+    """Refuse a place in the order of rows that does not exist: a negative start would read other rows in silence.
+
+    numpy passes the numbers of a key from 2^63 on through float64, where two seeds may become one.
+    """
     if batch_size < 1:
         raise StoreError(f"batch_size: expected 1 or more, found {batch_size}")
     for name, value in ("start_batch", start_batch), ("epoch", epoch), ("seed", seed or 0):
-        if not 0 <= value < 2**64:
-            raise StoreError(f"{name}: expected 0 .. 2^64 - 1, found {value}")
+        if not 0 <= value < 2**63:
+            raise StoreError(f"{name}: expected 0 .. 2^63 - 1, found {value}")
 
 
 def _cut(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:

@@ -425,10 +425,17 @@ def test_a_batch_without_rows_is_refused(store: Store, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("option", ["start_batch", "epoch", "seed"])
+@pytest.mark.parametrize("value", [-1, 2**63])
 @pytest.mark.parametrize("memory_bytes", [2**30, 1], ids=["memory", "stream"])
-def test_a_negative_place_in_the_order_is_refused(store: Store, option: str, memory_bytes: int) -> None:
-    with pytest.raises(StoreError, match=rf"^{option}: expected 0 .. 2\^64 - 1, found -1$"):
-        next(store.batches(4, 0.0, memory_bytes=memory_bytes, **{option: -1}))
+def test_a_place_outside_the_order_is_refused(store: Store, option: str, value: int, memory_bytes: int) -> None:
+    with pytest.raises(StoreError, match=rf"^{option}: expected 0 .. 2\^63 - 1, found {value}$"):
+        next(store.batches(4, 0.0, memory_bytes=memory_bytes, **{option: value}))
+
+
+def test_the_largest_seeds_are_told_apart(store: Store) -> None:
+    """They pass through numpy as whole numbers, not as float64."""
+    last = [next(store.batches(20, 0.0, seed=2**63 - 1 - n)).sample_id.tolist() for n in range(2)]
+    assert last[0] != last[1]
 
 
 def test_an_endless_read_from_a_negative_batch_is_refused(store: Store) -> None:
