@@ -1,1 +1,1 @@
-"""The Kac flow and its distillation, in plain PyTorch: no Ray, no MLflow, no storage."""
+"""The Kac flow and its distillation, in plain PyTorch: no Ray, no MLflow, no endpoint store."""

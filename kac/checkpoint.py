@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import safetensors.torch
 import torch
 from pydantic import Field, PositiveInt
-from torch import nn
 
 from kac import files
-from kac.errors import CheckpointError
-from kac.networks import NetworkConfig, ResidualMLP, build_network
+from kac.data import DataConfig
+from kac.errors import CheckpointError, one_line
+from kac.networks import NetworkConfig, NetworkModule, build_network
 from kac.options import OptionError, Options
 from kac.path import PathConfig
+from kac.solvers import KnotGrid
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -31,11 +32,13 @@ class ModelConfig(Options):
     kind: Literal["teacher", "student"]
     network: NetworkConfig
     path: PathConfig
-    data: str = Field(description="name of the dataset the teacher learned")
+    data: DataConfig = Field(description="the dataset that the teacher learned, and where it was")
+    data_sha256: str
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
     steps: int | None = Field(None, description="macro steps of a student; None for a teacher")
+    knot_grid: KnotGrid = Field("uniform", description="grid of a student's steps")
     guidance: float | None = Field(None, description="guidance scale built into a student; None for a teacher")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that made the model")
@@ -46,11 +49,11 @@ class ModelConfig(Options):
 class Model(NamedTuple):
     """A loaded model."""
 
-    network: ResidualMLP
+    network: NetworkModule
     config: ModelConfig
 
 
-def save_model(path: str, network: nn.Module, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
+def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
     """Write the folder ``path`` (local or s3://): the weights first, then the config that makes them a model.
 
     Args:
@@ -58,7 +61,12 @@ def save_model(path: str, network: nn.Module, config: ModelConfig, weights: dict
 
     Returns:
         The config as written, with the weights' sha256.
+
+    Raises:
+        CheckpointError: the weights are not those of the config's network.
     """
+    with torch.device("meta"):
+        network = build_network(config.network, config.sample_shape, config.num_classes)
     expected = {name: value.shape for name, value in network.state_dict().items()}
     found = {name: value.shape for name, value in weights.items()}
     if expected != found:
@@ -97,6 +105,18 @@ def load_config(path: str) -> ModelConfig:
         raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a config of this project, found {error}") from None
 
 
+def load_teacher_config(path: str) -> ModelConfig:
+    """The config of the teacher in the folder ``path``.
+
+    Raises:
+        CheckpointError: as ``load_config``, or the model is a student.
+    """
+    config = load_config(path)
+    if config.kind != "teacher":
+        raise CheckpointError(f"{path}: expected a teacher, found a {config.kind}: give the folder of its teacher")
+    return config
+
+
 def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     """Build the network of the model folder ``path`` and load its weights, in evaluation mode.
 
@@ -119,8 +139,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     try:
         network.load_state_dict(safetensors.torch.load(data))
     except (RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {reason}"
+            f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {one_line(error)}"
         ) from None
     return Model(network.eval().requires_grad_(False).to(device), config)

@@ -7,3 +7,8 @@ class DistillKacError(Exception):
 
 class CheckpointError(DistillKacError):
     """A model folder is missing, damaged or does not match."""
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """The text of an error on one line of at most ``most`` characters; the name of its type if it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from kac.errors import DistillKacError
+from kac.errors import DistillKacError, one_line
 
 S3_OPTIONS: dict[str, Any] = {
     # Another process may publish at any moment: a cached listing is a wrong one.
@@ -82,8 +82,8 @@ def naming(path: str) -> Iterator[None]:
     except (OSError, BotoCoreError) as error:
         if not path.startswith("s3://"):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DistillKacError(f"{path}: expected S3 to answer, found: {reason}: check AWS_* and try again") from error
+        found = one_line(error)
+        raise DistillKacError(f"{path}: expected S3 to answer, found: {found}: check AWS_* and try again") from error
 
 
 def exists(path: str) -> bool:
@@ -91,6 +91,18 @@ def exists(path: str) -> bool:
     location = locate(path)
     with naming(path):
         return bool(location.fs.exists(location.path))
+
+
+def list_sizes(folder: str) -> dict[str, int]:
+    """Every file below a folder by its path there, with its size in bytes, sorted; none if there is no folder."""
+    location = locate(folder)
+    try:
+        with naming(folder):
+            found = location.fs.find(location.path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    start = len(location.path) + 1
+    return {path[start:]: int(info["size"]) for path, info in sorted(found.items())}
 
 
 def read_bytes(path: str) -> bytes:
@@ -154,18 +166,6 @@ def check_writable(path: str) -> None:
     except Exception as error:  # noqa: BLE001 - whatever a filesystem raises, this is what it means
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DistillKacError(f"{path}: expected a place that can be written to, found: {reason}") from None
-
-
-@contextmanager
-def local_copy(path: str) -> Iterator[str]:
-    """A local file with the contents of ``path``, for libraries that read only local files."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        target = os.path.join(folder, os.path.basename(path))
-        with open(target, "wb") as file:
-            file.write(read_bytes(path))
-        yield target
 
 
 def temporary_name(path: str) -> str:

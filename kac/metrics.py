@@ -1,25 +1,67 @@
-"""How good samples are: Frechet distance, label agreement, endpoint error."""
+"""How good samples are. A new metric is one function and its line in ``QUALITY``: the table, MLflow, the report and the
+plots take it from there.
+"""
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from kac.data import Dataset
+from kac.data import Dataset, LabelledImages, all_rows
 
 
-class Pixels(nn.Module):
-    """The identity as a feature map: the flattened sample itself."""
+@dataclass(frozen=True)
+class Metric:
+    """A number that is logged, and how it is shown."""
 
-    def __init__(self, sample_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.num_features = int(torch.Size(sample_shape).numel())
+    name: str  # in MLflow and in records
+    meaning: str
+    heading: str = ""  # of its column in the table; empty: it has none
+    format: str = ".4f"
+    better: Literal["lower", "higher", ""] = ""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[batch, *sample] -> [batch, num_features]."""
-        return images.flatten(1)
+
+class Reference:
+    """The data that samples are judged by: the training images."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.train: LabelledImages = all_rows(data.train)
+
+    @cached_property
+    def classifier(self) -> "Classifier":
+        """Fitted to the training images."""
+        return fit_classifier(self.train)
+
+
+@dataclass
+class Judged:
+    """Samples of one model, what they cost, and what they are judged by."""
+
+    images: Tensor  # [samples, *sample]
+    label: Tensor  # [samples], the labels that they were made for
+    nfe: int
+    speed: float  # images a second
+    reference: Reference
+    teacher: "Judged | None" = None  # a student's: its samples are from the same noise and labels
+    _scores: dict[str, float | None] = field(default_factory=dict)
+
+    def score(self, name: str) -> float | None:
+        """A metric of ``QUALITY``, computed once; None if it does not apply."""
+        if name not in self._scores:
+            self._scores[name] = QUALITY[name].compute(self)
+        return self._scores[name]
+
+
+@dataclass(frozen=True)
+class QualityMetric(Metric):
+    """A metric of samples."""
+
+    compute: Callable[[Judged], float | None] = lambda judged: None
 
 
 def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module | None = None) -> float:
@@ -38,19 +80,7 @@ def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module | None = No
     return float(metric.compute())
 
 
-Classifier = Callable[[Tensor], Tensor]
-"""Samples [batch, *sample] to labels [batch]."""
-
-
-def fit_classifier(data: Dataset) -> Classifier:
-    """A support vector classifier (RBF kernel) of the real data, from scikit-learn."""
-    from sklearn.svm import SVC
-
-    svc = SVC(C=10.0).fit(data.images.flatten(1).numpy(), data.labels.numpy())
-    return lambda images: torch.as_tensor(svc.predict(images.flatten(1).numpy()))
-
-
-def label_agreement(classifier: Classifier, images: Tensor, label: Tensor) -> float:
+def label_agreement(classifier: "Classifier", images: Tensor, label: Tensor) -> float:
     """The share of samples that the classifier gives the label they were made for."""
     return float((classifier(images) == label).double().mean())
 
@@ -58,3 +88,62 @@ def label_agreement(classifier: Classifier, images: Tensor, label: Tensor) -> fl
 def endpoint_error(student: Tensor, teacher: Tensor) -> float:
     """Root mean squared difference per coordinate of two endpoints [batch, *sample] from the same noise."""
     return float((student - teacher).double().square().mean().sqrt())
+
+
+def _frechet_of(judged: Judged) -> float:
+    return frechet_distance(judged.reference.train.images, judged.images)
+
+
+def _ratio_of(judged: Judged) -> float | None:
+    own, teacher = (samples and samples.score("frechet_distance") for samples in (judged, judged.teacher))
+    return own / teacher if own and teacher else None
+
+
+def _agreement_of(judged: Judged) -> float:
+    return label_agreement(judged.reference.classifier, judged.images, judged.label)
+
+
+def _endpoint_error_of(judged: Judged) -> float | None:
+    return endpoint_error(judged.images, judged.teacher.images) if judged.teacher else None
+
+
+FRECHET = "Frechet distance of the samples to the training images"
+RATIO = "a student's Frechet distance over its teacher's at the same guidance scale"
+AGREEMENT = "share of the samples that a classifier of the training images gives the label they were made for"
+ERROR = "root mean squared difference a coordinate from the teacher's image"
+
+QUALITY: dict[str, QualityMetric] = {
+    metric.name: metric
+    for metric in (
+        QualityMetric("nfe", "network evaluations an image", "NFE", ",.0f", "lower", lambda judged: judged.nfe),
+        QualityMetric("frechet_distance", FRECHET, "Frechet", ".4f", "lower", _frechet_of),
+        QualityMetric("frechet_ratio", RATIO, "ratio", ".3f", "lower", _ratio_of),
+        QualityMetric("label_agreement", AGREEMENT, "label agr.", ".4f", "higher", _agreement_of),
+        QualityMetric("endpoint_error", ERROR, "endpoint err.", ".4f", "lower", _endpoint_error_of),
+        QualityMetric("images_per_second", "sampling speed", "images/s", ",.0f", "higher", lambda judged: judged.speed),
+    )
+}
+"""Every metric of samples by its name, in the order of the table's columns."""
+
+Classifier = Callable[[Tensor], Tensor]
+"""Samples [batch, *sample] to labels [batch]."""
+
+
+def fit_classifier(data: LabelledImages) -> Classifier:
+    """A support vector classifier (RBF kernel), from scikit-learn."""
+    from sklearn.svm import SVC
+
+    svc = SVC(C=10.0).fit(data.images.flatten(1).numpy(), data.labels.numpy())
+    return lambda images: torch.as_tensor(svc.predict(images.flatten(1).numpy()))
+
+
+class Pixels(nn.Module):
+    """The identity as a feature map: the flattened sample itself."""
+
+    def __init__(self, sample_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_features = int(torch.Size(sample_shape).numel())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[batch, *sample] -> [batch, num_features]."""
+        return images.flatten(1)

@@ -1,14 +1,25 @@
 """Frozen option models whose errors are one line for the person who gave the options."""
 
+import typing
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from kac.errors import DistillKacError
+
+_is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
+"""False while the values of a model are checked, those of the models in it too."""
 
 
 class OptionError(DistillKacError):
     """An option is missing, unknown or out of range."""
+
+
+class UnknownOption(OptionError):
+    """An option that there is not; in a file, one that a newer version has."""
 
 
 class Options(BaseModel):
@@ -17,19 +28,71 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
+        is_outermost = _is_outermost.get()
+        token = _is_outermost.set(False)
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise OptionError(_sentence(dict(error.errors()[0]))) from None
+            if not is_outermost:  # pydantic adds the names of the options on the way here
+                raise
+            entry = dict(error.errors()[0])
+            kind = UnknownOption if entry["type"] == "extra_forbidden" else OptionError
+            raise kind(_sentence(type(self), entry)) from None
+        finally:
+            _is_outermost.reset(token)
 
 
-def _sentence(entry: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in entry["loc"] if not isinstance(part, int)).replace("_", "-")
+class Kinded(Options):
+    """Options that are told apart by their field ``kind``; where the rest may stay as it is, the kind alone will do."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, values: Any) -> Any:
+        return kind_alone(values)
+
+
+def kind_alone(values: Any) -> Any:
+    """A kind as the values of that kind: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
+    return {"kind": values} if isinstance(values, str) else values
+
+
+def nested_models(field: FieldInfo) -> list[type[BaseModel]]:
+    """The option models that a field may hold: none, one, or those of a union."""
+    parts = typing.get_args(field.annotation) or (field.annotation,)
+    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
+    where = ".".join(_names(model, entry["loc"])).replace("_", "-")
     message: str = entry["msg"].removeprefix("Value error, ")
+    found = entry["input"]
+    if entry["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        where, message = f"{where}.kind", f"input should be {entry['ctx'].get('expected_tags')}"
+        found = entry["ctx"].get("tag")
     if entry["type"] == "extra_forbidden":
         return f"--{where}: unknown option: see --help"
-    if entry["type"] == "missing":
+    if entry["type"] in {"missing", "union_tag_not_found"}:
         return f"--{where}: expected a value, found none: see --help"
-    if not where:
-        return message
-    return f"--{where}: {message[0].lower()}{message[1:]}, found {entry['input']!r}"
+    if message.startswith("--"):  # a check over several options of a model names them itself
+        return f"--{where}.{message[2:]}" if where and isinstance(found, dict) else message
+    return f"--{where}: {message[0].lower()}{message[1:]}, found {found!r}" if where else message
+
+
+def _names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """The names of the options on the way to an error, without places in tuples and the tags of unions."""
+    names, models, parts = [], [model], iter(location)
+    for name in (part for part in parts if isinstance(part, str)):
+        names.append(name)
+        field = next((other.model_fields[name] for other in models if name in other.model_fields), None)
+        if field is not None and field.discriminator:
+            next(parts, None)
+        models = nested_models(field) if field is not None else []
+    return names

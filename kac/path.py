@@ -3,14 +3,15 @@
 A schedule returns its value together with its derivative, so that the two cannot drift apart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from kac.options import Options
+from kac.options import Kinded
 from kac.process import KacProcess
 
 
@@ -24,16 +25,8 @@ class ScheduleValue(NamedTuple):
 class Schedule(NamedTuple):
     """A scalar function of t on [0, 1], and the supremum of its slope's absolute value there."""
 
-    at: "ScheduleFunction"
+    at: Callable[[Tensor], ScheduleValue]  # t in [0, 1], any shape
     slope_bound: float
-
-
-class ScheduleFunction(Protocol):
-    """A schedule as a function of time."""
-
-    def __call__(self, t: Tensor) -> ScheduleValue:
-        """Value and derivative at t in [0, 1], of the shape of t."""
-        ...
 
 
 SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
@@ -55,30 +48,6 @@ class PathSample(NamedTuple):
     x_t: Tensor  # [batch, *sample]
     target: Tensor  # [batch, *sample], the velocity u_t
     t: Tensor  # [batch]
-
-
-class Path(Protocol):
-    """What the teacher's loss, the rollout and the students need to know of a path."""
-
-    uniforms_per_coordinate: ClassVar[int]
-
-    def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
-        """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch], with the targets there."""
-        ...
-
-    def noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """x_1 of the given shape."""
-        ...
-
-    def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
-        """x_t at one common time from uniforms [uniforms_per_coordinate, *shape]."""
-        ...
-
-    def speed_limit(self, data_bound: float = 1.0) -> float:
-        """A bound of every component of the true velocity."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,13 +81,6 @@ class KacPath:
             signal.value * x_0 + k.displacement, signal.derivative * x_0 + clock.derivative * v, t.expand(len(x_0))
         )
 
-    def noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """x_1: K_{g(1)} of the given shape, on the generator's device (None: the CPU)."""
-        one = torch.ones(shape, dtype=dtype, device=_device_of(generator))
-        return self.process.sample(CLOCKS[self.clock].at(one).value, generator).displacement
-
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time, from uniforms [3, *shape] in (0, 1) (float64): reproducible sample by sample."""
         time = torch.tensor(t, dtype=torch.float64)
@@ -142,12 +104,6 @@ class GaussianPath:
         t_each = _per_sample(t, x_0)
         return PathSample((1 - t_each) * x_0 + t_each * eps, eps - x_0, t.expand(len(x_0)))
 
-    def noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """x_1 = eps of the given shape, on the generator's device (None: the CPU)."""
-        return torch.randn(shape, generator=generator, dtype=dtype, device=_device_of(generator))
-
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time, from uniforms [1, *shape] in (0, 1) (float64): reproducible sample by sample."""
         eps: Tensor = torch.special.ndtri(uniforms[0])
@@ -158,7 +114,11 @@ class GaussianPath:
         return float("inf")
 
 
-class PathConfig(Options):
+Path = KacPath | GaussianPath
+"""What the teacher's loss, the rollout and the students need to know of the way between data and noise."""
+
+
+class PathConfig(Kinded):
     """Which path, in plain values: what specs and checkpoints hold."""
 
     kind: Literal["kac", "gaussian"] = Field("kac", description="kac, or gaussian: ordinary flow matching")
@@ -180,10 +140,6 @@ def _per_sample(t: Tensor, x: Tensor) -> Tensor:
             f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}, got {list(t.shape)}"
         )
     return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-
-
-def _device_of(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
 
 
 def _known(what: str, name: str, table: dict[str, Schedule]) -> None:

@@ -15,26 +15,38 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 Method = Literal["euler", "heun", "ab2"]
 
+KnotGrid = Literal["uniform"]
+
+GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
+"""Share of the knots that are still to come, 1 .. 0, to time: increasing, 0 to 0 and 1 to 1."""
+
 
 class Solution(NamedTuple):
     """Where the flow ended, and what was asked for of the way."""
 
     x: Tensor  # [batch, *sample], at times[-1]
     nfe: int
-    knots: Tensor | None  # [len(keep), batch, *sample]
+    knots: list[Tensor]  # one [batch, *sample] for each kept index
     kinetic_energy: Tensor  # [batch], the integral of |u|^2 |dt|
 
 
-def uniform_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
-    """steps + 1 evenly spaced times from ``start`` down to ``end``, float64, exact at both ends."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return torch.linspace(start, end, steps + 1, dtype=torch.float64)
+def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
+    """The times t_0 = 1 > t_1 > ... > t_knots = 0 of the knots 0 .. knots: [knots + 1], float64, exact at both ends.
+
+    The only grid: of the stored knots, of the macro steps of a student, and of the solver steps between knots. A grid
+    of fewer knots is part of one of more: ``knot_times(m) == knot_times(m * n)[::n]``.
+
+    Raises:
+        ValueError: less than one knot, or an unknown grid.
+    """
+    if knots < 1:
+        raise ValueError(f"knots must be at least 1, got {knots}")
+    if grid not in GRIDS:
+        raise ValueError(f"unknown grid {grid!r}: expected one of {sorted(GRIDS)}")
+    return GRIDS[grid](torch.arange(knots, -1, -1, dtype=torch.float64) / knots)
 
 
-def solve(
-    velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", keep: Sequence[int] | None = None
-) -> Solution:
+def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", keep: Sequence[int] = ()) -> Solution:
     """Integrate from times[0] down to times[-1], one solver step for each gap of the grid.
 
     euler: x += h u_n.  heun: x += h (u_n + u(x + h u_n, t_{n+1})) / 2.
@@ -53,11 +65,11 @@ def solve(
         raise ValueError(f"unknown solver {method!r}: expected one of {sorted(STEPPERS)}")
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError("times must be a strictly decreasing vector of at least 2 entries")
-    if keep is not None and not all(0 <= k < len(times) for k in keep):
+    if not all(0 <= k < len(times) for k in keep):
         raise ValueError(f"keep must lie within 0..{len(times) - 1}, got {list(keep)}")
     kept: dict[int, Tensor] = {}
     energy = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    wanted = set(keep or ())
+    wanted = set(keep)
     if 0 in wanted:
         kept[0] = x
     calls = 0
@@ -66,8 +78,7 @@ def solve(
         energy = energy + step.kinetic_energy
         if n in wanted:
             kept[n] = x
-    knots = torch.stack([kept[k] for k in keep]) if keep else None
-    return Solution(x, calls * getattr(velocity, "nfe_per_call", 1), knots, energy)
+    return Solution(x, calls * getattr(velocity, "nfe_per_call", 1), [kept[k] for k in keep], energy)
 
 
 class _Step(NamedTuple):

@@ -1,16 +1,14 @@
 """The teacher's flow-matching loss (design: arXiv 2509.21513, section on conditional flow matching)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from kac.networks import VelocityNetwork
 from kac.path import Path
 
 
 def flow_matching_loss(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    null_label: int,
+    network: VelocityNetwork,
     path: Path,
     x_0: Tensor,
     label: Tensor,
@@ -21,7 +19,6 @@ def flow_matching_loss(
 
     Args:
         x_0: [batch, *sample] in [-1, 1]. label: [batch].
-        null_label: the label of "no class".
         label_dropout: the share of labels replaced by the null label, which guidance needs.
     """
     count, device = len(x_0), x_0.device
@@ -30,5 +27,5 @@ def flow_matching_loss(
     t = (strata + torch.rand(count, generator=generator, device=device)) / count
     point = path.sample(x_0, t, generator)
     dropped = torch.rand(count, generator=generator, device=device) < label_dropout
-    given = torch.where(dropped, torch.full_like(label, null_label), label)
-    return (model(point.x_t, t, given) - point.target).square().mean()
+    given = torch.where(dropped, torch.full_like(label, network.null_label), label)
+    return (network(point.x_t, t, given) - point.target).square().mean()

@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import ray
-
 from kac.errors import DistillKacError
 
 
@@ -22,6 +20,8 @@ def connect() -> Resources:
 
     Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
     """
+    import ray
+
     if not ray.is_initialized():
         # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
         # Without an address Ray would join whatever cluster was last started on this machine.
@@ -46,6 +46,12 @@ def _quiet(*names: str) -> None:
                 handler.setLevel(logging.ERROR)
         if not logger.handlers:
             logger.setLevel(logging.ERROR)
+
+
+def innermost(error: BaseException) -> str:
+    """The line of an error that says what went wrong, out of the layers that Ray wraps around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def absolute(path: str) -> str:

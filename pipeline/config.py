@@ -1,44 +1,32 @@
 """One frozen spec a stage: what a job's command line, a YAML file and a fingerprint are made of.
 
-A field is either part of *what* is made (it enters the fingerprint) or of *how and where* (``how(...)``: it does not).
-Inputs enter a fingerprint by content, never by path: see ``Spec.fingerprint``.
+A field decides what one sample is, and enters the fingerprint, or it does not (``unhashed``): where and how fast the
+work is done, and how much of it. Inputs enter a fingerprint by content, never by path: see ``Spec.fingerprint``.
 """
 
-import hashlib
-import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from kac.data import DataName
-from kac.networks import NetworkConfig
+from kac.data import DataConfig
+from kac.fingerprint import fingerprint, hashed_values, unhashed
+from kac.networks import MLPConfig, NetworkConfig
+from kac.objectives import EndpointConfig, ObjectiveConfig
 from kac.options import Options
 from kac.path import PathConfig
-from kac.solvers import Method
-
-
-def fingerprint(values: dict[str, Any]) -> str:
-    """sha256 of the values as canonical JSON: the one way this project names content."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def how(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that changes where or how fast the work is done, but not what comes out."""
-    return Field(default, description=description, json_schema_extra={"how": True}, **constraints)
+from kac.precision import Precision
+from kac.sampling import TEACHER_STEPS
+from kac.solvers import KnotGrid, Method
 
 
 class Spec(Options):
     """The options of a stage."""
 
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide what comes out."""
-        fields = type(self).model_fields
-        hidden = {name for name, field in fields.items() if (field.json_schema_extra or {}).get("how")}  # type: ignore[union-attr]
-        return self.model_dump(mode="json", exclude=hidden)
+    stage: ClassVar[str]
 
     def fingerprint(self, **content: Any) -> str:
-        """The fingerprint of what this spec makes from inputs of this ``content`` (their hashes)."""
-        return fingerprint({"stage": type(self).__name__, **self.identity(), **content})
+        """The name of what this spec makes from inputs of this ``content`` (their hashes)."""
+        return fingerprint({"stage": self.stage, **hashed_values(self), **content})
 
 
 class OptimizerConfig(Options):
@@ -58,19 +46,21 @@ DISTILL_OPTIMIZER = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_upd
 """A student starts from trained weights: it needs fewer updates, and gentler ones."""
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
-CHECKPOINT_UPDATES = how(500, "updates between checkpoints to resume from", gt=0)
-GPU = how(None, "whether each worker takes a GPU; default: where the cluster has some now")
-WORKERS = how(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
+CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
+GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluster has some now")
+WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 
 
 class TeachSpec(Spec):
     """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
 
-    data: DataName = Field("digits", description="dataset to learn")
-    out: str = how(..., "model folder to write: a path or s3:// URI")
+    stage = "teach"
+    data: DataConfig = DataConfig()
+    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
     path: PathConfig = PathConfig()
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Precision = Precision()
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped, for guidance")
     seed: int = SEED
     workers: int | None = WORKERS
@@ -78,29 +68,51 @@ class TeachSpec(Spec):
     checkpoint_updates: int = CHECKPOINT_UPDATES
 
 
-class RolloutSpec(Spec):
-    """Roll the frozen teacher out into an endpoint store (Ray Data)."""
+class RolloutRecipe(Options):
+    """The options of a rollout that decide its rows; with the teacher's own facts they are a store's identity."""
 
-    teacher: str = how(..., "model folder of the teacher: a path or s3:// URI")
-    store: str = how(..., "store to write: a path or s3:// URI")
     source: Literal["trajectory", "forward"] = Field(
         "trajectory",
         description="trajectory: follow the teacher from noise, keep every knot; forward: noise data points to the "
         "start of a random interval and follow the teacher through it (arXiv 2509.21513, Algorithm 1)",
     )
-    trajectories: PositiveInt = how(12000, "trajectories for each guidance scale; may be raised later")
-    first_sample: NonNegativeInt = how(0, "id of the first one, a multiple of --shard-size, for stores to be merged")
-    guidance: tuple[float, ...] = how((0.0,), "guidance scales w; 0 is none; others may be added later", min_length=1)
     knots: PositiveInt = Field(20, description="intervals whose ends are stored: knot 0 is noise, the last the image")
+    knot_grid: KnotGrid = Field("uniform", description="where the knots lie between t = 1 and t = 0")
     solver: Method = Field("ab2", description="solver of the teacher")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of --knots")
+    precision: Precision = Precision()
     seed: int = SEED
     shard_size: PositiveInt = Field(1024, description="trajectories a shard")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
-    compression: Literal["none", "zstd", "lz4"] = how("lz4", "Parquet compression of the knots, bytes split by place")
-    batch_size: PositiveInt = how(512, "trajectories a network call")
-    actors: int | None = how(None, "rollout actors; default: one a GPU, or one a CPU where there is none", ge=1)
-    gpu: bool | None = how(None, "whether each actor takes a GPU; default: where the cluster has some now")
+
+    @model_validator(mode="after")
+    def _steps_fit_knots(self) -> Self:
+        if self.solver_steps % self.knots:
+            raise ValueError(f"--solver-steps: expected a multiple of --knots {self.knots}, found {self.solver_steps}")
+        return self
+
+
+class RolloutSpec(RolloutRecipe, Spec):
+    """Roll the frozen teacher out into an endpoint store (Ray Data)."""
+
+    stage = "rollout"
+    teacher: str = unhashed(..., "model folder of the teacher: a path or s3:// URI")
+    store: str = unhashed(..., "store to write: a path or s3:// URI")
+    trajectories: PositiveInt = unhashed(12000, "trajectories for each guidance scale; may be raised later")
+    first_sample: NonNegativeInt = unhashed(
+        0, "id of the first one, a multiple of --shard-size, for stores to be merged"
+    )
+    guidance: tuple[float, ...] = unhashed(
+        (0.0,), "guidance scales w; 0 is none; others may be added later", min_length=1
+    )
+    compression: Literal["none", "zstd", "lz4"] = unhashed(
+        "lz4", "Parquet compression of the knots, bytes split by place"
+    )
+    batch_size: PositiveInt = unhashed(512, "trajectories a network call")
+    actors: int | None = unhashed(
+        None, "rollout actors; 0: in this process, without Ray; default: one a GPU, or one a CPU without GPUs", ge=0
+    )
+    gpu: bool | None = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
 
     @field_validator("guidance")
     @classmethod
@@ -108,9 +120,7 @@ class RolloutSpec(Spec):
         return tuple(dict.fromkeys(float(w) + 0.0 for w in scales))
 
     @model_validator(mode="after")
-    def _fits(self) -> "RolloutSpec":
-        if self.solver_steps % self.knots:
-            raise ValueError(f"--solver-steps: expected a multiple of --knots {self.knots}, found {self.solver_steps}")
+    def _first_sample_begins_a_shard(self) -> Self:
         if self.first_sample % self.shard_size:
             raise ValueError(
                 f"--first-sample: expected a multiple of --shard-size {self.shard_size}, found {self.first_sample}"
@@ -121,48 +131,56 @@ class RolloutSpec(Spec):
 class DistillSpec(Spec):
     """Distill a student of a few macro steps from an endpoint store (Ray Train)."""
 
-    store: str = how(..., "endpoint store: a path or s3:// URI")
-    out: str = how(..., "model folder to write: a path or s3:// URI")
+    stage = "distill"
+    store: str = unhashed(..., "endpoint store: a path or s3:// URI")
+    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
     guidance: float = Field(0.0, description="guidance scale of the store to learn")
     steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
-    init: str = how("teacher", "weights to start from: teacher, or the model folder of a previous student")
-    teacher: str | None = how(None, "folder of the store's teacher; default: where the rollout found it")
+    objective: ObjectiveConfig = EndpointConfig()
+    init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
+    teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
     optimizer: OptimizerConfig = DISTILL_OPTIMIZER
+    precision: Precision = Precision()
     seed: int = SEED
     workers: int | None = WORKERS
     gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
-    memory_gib: PositiveFloat = how(4.0, "columns up to this size are loaded once a worker; larger ones stream")
+    memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded once a worker; larger ones stream")
 
 
 class SweepSpec(Spec):
     """Distill a student for every combination of step count and guidance scale (Ray Tune)."""
 
-    store: str = how(..., "endpoint store: a path or s3:// URI")
-    out: str = how(..., "folder to write: one student folder a trial below it")
-    steps: tuple[PositiveInt, ...] = how((1, 2, 4, 20), "macro step counts", min_length=1)
-    guidance: tuple[float, ...] = how((0.0,), "guidance scales", min_length=1)
-    grid: tuple[str, ...] = how((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
-    init: str = how("teacher", "weights to start from: teacher, or the model folder of a previous student")
-    teacher: str | None = how(None, "folder of the store's teacher; default: where the rollout found it")
+    stage = "sweep"
+    store: str = unhashed(..., "endpoint store: a path or s3:// URI")
+    out: str = unhashed(..., "folder to write: one student folder a trial below it")
+    steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "macro step counts", min_length=1)
+    guidance: tuple[float, ...] = unhashed((0.0,), "guidance scales", min_length=1)
+    grid: tuple[str, ...] = unhashed((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
+    objective: ObjectiveConfig = EndpointConfig()
+    init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
+    teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
     optimizer: OptimizerConfig = DISTILL_OPTIMIZER
+    precision: Precision = Precision()
     seed: int = SEED
-    workers: int | None = how(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
-    cpus_per_trial: PositiveFloat = how(1.0, "CPUs a trial")
-    gpus_per_trial: float | None = how(None, "GPUs a trial; default: 1 where the cluster has some, else 0", ge=0)
+    workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
+    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial")
+    gpus_per_trial: float | None = unhashed(None, "GPUs a trial; default: 1 where the cluster has some, else 0", ge=0)
     checkpoint_updates: int = CHECKPOINT_UPDATES
-    memory_gib: PositiveFloat = how(4.0, "columns up to this size are loaded once a trial; larger ones stream")
+    memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded once a trial; larger ones stream")
 
 
 class EvaluateSpec(Spec):
     """Compare a teacher and its students from the same noise."""
 
-    teacher: str = how(..., "model folder of the teacher")
-    students: tuple[str, ...] = how((), "model folders of students, or folders of a sweep")
-    out: str = how(..., "folder to write: evaluation.json, samples.png, frechet_by_nfe.png")
+    stage = "evaluate"
+    teacher: str = unhashed(..., "model folder of the teacher")
+    students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
+    out: str = unhashed(..., "folder to write: evaluation.json, samples.png, frechet_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples a model")
     solver: Method = Field("ab2", description="solver of the teacher")
-    solver_steps: PositiveInt = Field(100, description="solver steps of the teacher")
+    solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")
+    precision: Precision = Precision()
     seed: int = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise, other than the store's")
     batch_size: PositiveInt = Field(500, description="samples a network call")
 
@@ -170,8 +188,9 @@ class EvaluateSpec(Spec):
 class SampleSpec(Spec):
     """Draw images from a teacher or a student."""
 
-    model: str = how(..., "model folder")
-    out: str = how(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
+    stage = "sample"
+    model: str = unhashed(..., "model folder")
+    out: str = unhashed(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
     count: PositiveInt = Field(100, description="number of images")
     labels: tuple[NonNegativeInt, ...] | None = Field(
         None, description="classes, repeated in turn; default: the data's class frequencies"
@@ -179,13 +198,15 @@ class SampleSpec(Spec):
     guidance: float | None = Field(None, description="guidance scale, of a teacher only (default 0)")
     steps: PositiveInt | None = Field(None, description="solver steps, of a teacher only (default 100)")
     solver: Method = Field("ab2", description="solver of a teacher")
+    precision: Precision = Precision()
     seed: int = SEED
 
 
 class QuickstartSpec(Spec):
     """The whole story on the handwritten digits, on one machine: teach, rollout, sweep, evaluate, report."""
 
-    out: str = how(..., "folder to write")
+    stage = "quickstart"
+    out: str = unhashed(..., "folder to write")
     seed: int = SEED
-    trajectories: PositiveInt = how(12000, "trajectories of the store")
-    steps: tuple[PositiveInt, ...] = how((1, 2, 4, 20), "step counts of the students", min_length=1)
+    trajectories: PositiveInt = unhashed(12000, "trajectories of the store")
+    steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "step counts of the students", min_length=1)

@@ -1,21 +1,26 @@
-"""Distill: train a student of a few macro steps on a store's endpoints."""
+"""Distill: train a student of a few macro steps on a store's trajectories."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from kac.checkpoint import CONFIG_FILE, Model, ModelConfig, load_config, load_model, save_model
+from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model
 from kac.errors import CheckpointError
-from kac.student import endpoint_loss
+from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
+from kac.objectives import Interval, Objective, build_objective
 from pipeline import cluster, outputs, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig
 
 
 @dataclass(frozen=True)
 class DistillTask:
-    """The endpoint loss on the intervals of a store."""
+    """An objective on the intervals of a store.
+
+    Attributes:
+        init: model folder of the first weights, those of a teacher or of another student.
+    """
 
     spec: DistillSpec
     init: str
@@ -25,45 +30,80 @@ class DistillTask:
         """How it is trained."""
         return self.spec.optimizer
 
-    def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
-        """The network with its first weights, and its loss."""
-        spec = self.spec
-        network = load_model(self.init).network.requires_grad_(True)
-        batches = None
+    def build(self, worker: training.Worker) -> training.Learner:
+        """The student with its first weights."""
+        spec, first = self.spec, load_model(self.init)
+        objective = build_objective(spec.objective, spec.steps)
+        torch.manual_seed(spec.seed)
+        config = student_network(first.config, objective)
+        network = build_network(config, first.config.sample_shape, first.config.num_classes)
+        load_weights(network, first.network.state_dict())
+        intervals = _Intervals(spec, objective, worker)
 
-        def loss(model: nn.Module, update: int) -> torch.Tensor:
-            nonlocal batches
-            if batches is None:
-                batches = store.open(spec.store).interval_batches(
-                    spec.optimizer.batch_size // worker.world_size,
-                    spec.steps,
-                    spec.guidance,
-                    rank=worker.rank,
-                    world_size=worker.world_size,
-                    seed=spec.seed,
-                    start_batch=update,
-                    memory_bytes=int(spec.memory_gib * 2**30),
-                )
-            return endpoint_loss(model, *(part.to(worker.device) for part in next(batches)))
+        def losses(network: VelocityNetwork, update: int) -> dict[str, Tensor]:
+            return objective.losses(network, intervals.batch(update))
 
-        return network, loss
+        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
 
 
-def distill(spec: DistillSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:
+class _Intervals:
+    """A worker's batches, from the first update that asks for one: a resumed run begins in the middle."""
+
+    def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
+        self.spec, self.objective, self.worker = spec, objective, worker
+        self.next_update = -1
+        self.batches: Iterator[Interval] = iter(())
+
+    def batch(self, update: int) -> Interval:
+        """The batch of an update, on the worker's device."""
+        if update != self.next_update:
+            spec, worker = self.spec, self.worker
+            self.batches = store.open(spec.store).interval_batches(
+                spec.optimizer.batch_size // worker.world_size,
+                self.objective,
+                spec.guidance,
+                rank=worker.rank,
+                world_size=worker.world_size,
+                seed=spec.seed,
+                start_batch=update,
+                memory_bytes=int(spec.memory_gib * 2**30),
+            )
+        self.next_update = update + 1
+        parts: Iterator[Tensor] = iter(next(self.batches))
+        return Interval(*(part.to(self.worker.device, non_blocking=True) for part in parts))
+
+
+def distill(
+    spec: DistillSpec, parent: tracking.TrackedRun | None = None, report: training.Report | None = None
+) -> ModelConfig:
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
+
+    Args:
+        report: called at every checkpoint of a training in this process.
 
     Raises:
         DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
     """
     spec = resolve(spec)
     plan = check(spec)
-    if outputs.claim(spec.out, spec, CONFIG_FILE, **plan.content):
+    if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
     workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
-    with start_run(spec, plan, parent) as run:
-        weights = training.train(job_of(spec, plan, run), workers, use_gpu)
-        return write_student(spec, plan, weights, run)
+    with tracking.start_run(
+        run_name=f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
+        spec=spec,
+        fingerprint=plan.student.fingerprint,
+        inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
+        output=spec.out,
+        parent=parent,
+    ) as run:
+        title = f"distill {spec.steps} steps, guidance {spec.guidance:g}"
+        job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates)
+        weights = training.train(job, workers, use_gpu, report)
+        config = training.write_model(spec.out, plan.student, weights, run)
+    print(f"distill: wrote {spec.out} ({spec.steps} steps, guidance {spec.guidance:g})", flush=True)
+    return config
 
 
 @dataclass(frozen=True)
@@ -71,8 +111,8 @@ class DistillPlan:
     """What a spec comes to once its inputs have been looked at."""
 
     content: dict[str, str]  # fingerprints of the inputs: they are part of the student's own
-    init: str
-    init_config: ModelConfig
+    init: str  # model folder of the first weights
+    student: ModelConfig  # as it will be written
 
 
 def resolve(spec: DistillSpec) -> DistillSpec:
@@ -93,69 +133,48 @@ def check(spec: DistillSpec) -> DistillPlan:
         DistillKacError: the first thing that does not fit.
     """
     source = store.open(spec.store)
-    source.check_steps(spec.steps)
+    objective = build_objective(spec.objective, spec.steps)
+    source.check_objective(objective)
     source.check_guidance(spec.guidance)
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
-    model = load_model(init)
-    _check_init(spec, source, init, model)
-    content = {"store": source.manifest.fingerprint, "init_sha256": model.config.weights_sha256}
-    held = [part.ids for part in source.manifest.contents if part.guidance == spec.guidance]
-    return DistillPlan({**content, "sample_ids": str(list(held[0]))}, init, model.config)
+    first = load_model(init).config
+    _check_init(spec, source.identity, init, first)
+    content = {
+        "store": source.manifest.fingerprint,
+        "init_sha256": first.weights_sha256,
+        "sample_ids": str([list(ids) for ids in source.manifest.ids(spec.guidance)]),
+    }
+    student = first.model_copy(
+        update={
+            "kind": "student",
+            "network": student_network(first, objective),
+            "steps": spec.steps,
+            "knot_grid": source.identity.knot_grid,
+            "guidance": spec.guidance,
+            "fingerprint": spec.fingerprint(**content),
+            "teacher_sha256": source.identity.teacher_sha256,
+            "store_fingerprint": source.manifest.fingerprint,
+        }
+    )
+    return DistillPlan(content, init, student)
 
 
-def _check_init(spec: DistillSpec, source: store.Store, init: str, model: Model) -> None:
-    wanted = source.spec.teacher_sha256
-    config = model.config
-    found = config.weights_sha256 if config.kind == "teacher" else config.teacher_sha256
-    if found != wanted:
+def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:
+    """The network of a student that starts from ``first``: the same, with the objective's conditions."""
+    return first.network.model_copy(update={"conditions": objective.conditions})
+
+
+def _check_init(spec: DistillSpec, identity: store.StoreIdentity, init: str, first: ModelConfig) -> None:
+    found = first.weights_sha256 if first.kind == "teacher" else first.teacher_sha256
+    if found != identity.teacher_sha256:
         raise CheckpointError(
-            f"{init}: expected the store's teacher {wanted[:12]}... or a student of it, "
+            f"{init}: expected the store's teacher {identity.teacher_sha256[:12]}... or a student of it, "
             f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
             "or roll this teacher out into a store of its own"
         )
-    if config.kind == "student" and config.guidance != spec.guidance:
+    if first.kind == "student" and first.guidance != spec.guidance:
         raise CheckpointError(
-            f"{init}: expected a student of guidance {spec.guidance}, found one of {config.guidance}: "
+            f"{init}: expected a student of guidance {spec.guidance}, found one of {first.guidance}: "
             "choose another --init"
         )
-
-
-def start_run(
-    spec: DistillSpec, plan: DistillPlan, parent: tracking.TrackedRun | None
-) -> AbstractContextManager[tracking.TrackedRun]:
-    """The tracked run of a student."""
-    name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
-    inputs = {
-        "rollout": plan.content["store"],
-        "teacher": plan.init_config.teacher_sha256 or plan.content["init_sha256"],
-    }
-    return tracking.start_run("distill", name, spec, spec.fingerprint(**plan.content), inputs, spec.out, parent)
-
-
-def job_of(spec: DistillSpec, plan: DistillPlan, run: tracking.TrackedRun) -> training.Job:
-    """The training job of a student."""
-    title = f"distill {spec.steps} steps, guidance {spec.guidance:g}"
-    return training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates)
-
-
-def write_student(
-    spec: DistillSpec, plan: DistillPlan, weights: dict[str, torch.Tensor], run: tracking.TrackedRun
-) -> ModelConfig:
-    """Write the model folder of a trained student."""
-    base = plan.init_config
-    config = base.model_copy(
-        update={
-            "kind": "student",
-            "steps": spec.steps,
-            "guidance": spec.guidance,
-            "fingerprint": spec.fingerprint(**plan.content),
-            "teacher_sha256": base.teacher_sha256 or base.weights_sha256,
-            "store_fingerprint": plan.content["store"],
-        }
-    )
-    config = save_model(spec.out, load_model(plan.init).network, config, weights)
-    run.tags({"distillkac.weights_sha256": config.weights_sha256, "distillkac.path": spec.out})
-    training.finish(spec.out)
-    print(f"distill: wrote {spec.out} ({spec.steps} steps, guidance {spec.guidance:g})", flush=True)
-    return config

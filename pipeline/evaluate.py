@@ -5,16 +5,17 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from kac import files, metrics
-from kac.checkpoint import CONFIG_FILE, Model, ModelConfig, load_config, load_model
-from kac.data import Dataset, load_dataset
+from kac import files
+from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model, load_teacher_config
+from kac.data import open_dataset
+from kac.device import default_device
 from kac.errors import DistillKacError
+from kac.metrics import QUALITY, Judged, Reference
 from kac.options import Options
+from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
 from pipeline import cluster, outputs, pictures, tracking
 from pipeline.config import EvaluateSpec
-from pipeline.generate import How, generate, starts
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_PICTURE = "samples.png"
@@ -30,28 +31,24 @@ class Score(Options):
     kind: str
     steps: int
     guidance: float
-    nfe: int
-    frechet_distance: float
-    frechet_ratio: float | None
-    label_agreement: float
-    endpoint_error: float | None
-    images_per_second: float
+    metrics: dict[str, float]  # of ``QUALITY``, those that apply
     fingerprint: str
 
 
-class Entrant(NamedTuple):
+class Candidate(NamedTuple):
     """A model in the comparison, and how it is sampled."""
 
     name: str
     path: str
     config: ModelConfig
-    how: How
+    guidance: float  # chosen for a teacher, built into a student
+    sampling: Sampling
 
 
 def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
     """Score every model, print the table and write ``evaluation.json`` and the pictures.
 
-    Each student is held against the teacher at the student's own guidance scale.
+    Each student is compared with the teacher at the student's own guidance scale.
 
     Raises:
         DistillKacError: a model is missing, or a student is of another teacher.
@@ -63,48 +60,45 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
             "students": tuple(cluster.absolute(path) for path in spec.students),
         }
     )
-    entrants = _entrants(spec)
-    content = {"models": {entrant.name: entrant.config.weights_sha256 for entrant in entrants}}
-    if outputs.claim(spec.out, spec, EVALUATION_FILE, **content):
+    candidates = _candidates(spec)
+    content = {"models": {candidate.name: candidate.config.weights_sha256 for candidate in candidates}}
+    if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
         print(f"evaluate: {spec.out} is complete: nothing to do", flush=True)
-        scores = [
-            Score(**score) for score in json.loads(files.read_bytes(files.join(spec.out, EVALUATION_FILE)))["scores"]
-        ]
+        scores = read_scores(spec.out)
         print(table(scores), flush=True)
         return scores
-    name = spec.fingerprint(**content)
-    inputs = {f"{e.config.kind}.{e.name}": e.config.fingerprint for e in entrants}
-    with tracking.start_run("evaluate", "evaluate", spec, name, inputs, spec.out, parent) as run:
-        data = load_dataset(entrants[0].config.data)
-        samples = [_draw(spec, entrant) for entrant in entrants]
-        scores = _score(entrants, samples, data)
-        _write(spec, run, name, entrants, samples, scores)
+    fingerprint = spec.fingerprint(**content)
+    inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
+    with tracking.start_run(
+        run_name="evaluate", spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent
+    ) as run:
+        judged = _judge(spec, candidates)
+        scores = [_score(candidate, samples) for candidate, samples in zip(candidates, judged, strict=True)]
+        _write(spec, run, fingerprint, judged, scores)
     print(table(scores), flush=True)
     print(f"evaluate: wrote {spec.out}", flush=True)
     return scores
 
 
-TABLE_HEAD = ("model", "steps", "w", "NFE", "Frechet", "ratio", "label agr.", "endpoint err.", "images/s")
+def read_scores(out: str) -> list[Score]:
+    """The scores in a finished evaluation's folder."""
+    record = json.loads(files.read_bytes(files.join(out, EVALUATION_FILE)))
+    return [Score(**score) for score in record["scores"]]
+
+
+COLUMNS = [metric for metric in QUALITY.values() if metric.heading]
+TABLE_HEAD = ["model", "steps", "w", *(metric.heading for metric in COLUMNS)]
 
 
 def table_row(score: Score) -> list[str]:
     """The cells of a score under ``TABLE_HEAD``."""
-    return [
-        score.name,
-        str(score.steps),
-        f"{score.guidance:g}",
-        str(score.nfe),
-        f"{score.frechet_distance:.4f}",
-        "" if score.frechet_ratio is None else f"{score.frechet_ratio:.3f}",
-        f"{score.label_agreement:.4f}",
-        "" if score.endpoint_error is None else f"{score.endpoint_error:.4f}",
-        f"{score.images_per_second:,.0f}",
-    ]
+    cells = [format(score.metrics[m.name], m.format) if m.name in score.metrics else "" for m in COLUMNS]
+    return [score.name, str(score.steps), f"{score.guidance:g}", *cells]
 
 
 def table(scores: list[Score]) -> str:
     """The scores as text, one line a model."""
-    rows = [list(TABLE_HEAD), *(table_row(score) for score in scores)]
+    rows = [TABLE_HEAD, *(table_row(score) for score in scores)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # names left, numbers right
@@ -113,29 +107,28 @@ def table(scores: list[Score]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _entrants(spec: EvaluateSpec) -> list[Entrant]:
-    teacher = load_config(spec.teacher)
-    if teacher.kind != "teacher":
-        raise DistillKacError(f"{spec.teacher}: expected a teacher, found a student: give the folder of its teacher")
-    students = []
-    for path in (path for given in spec.students for path in _student_folders(given)):
-        config = load_config(path)
-        if config.kind != "student":
-            raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
-        if config.teacher_sha256 != teacher.weights_sha256:
-            raise DistillKacError(
-                f"{path}: expected a student of the teacher {teacher.weights_sha256[:12]}... in {spec.teacher}, "
-                f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
-            )
-        assert config.steps is not None and config.guidance is not None
-        name = path.rstrip("/").rsplit("/", 1)[-1]
-        students.append(Entrant(name, path, config, How(config.guidance, config.steps, "euler")))
-    students.sort(key=lambda entrant: (entrant.how.guidance, -entrant.how.steps, entrant.name))
-    scales = sorted({0.0, *(student.how.guidance for student in students)})
+def _candidates(spec: EvaluateSpec) -> list[Candidate]:
+    teacher = load_teacher_config(spec.teacher)
+    students = [_student(spec, teacher, path) for given in spec.students for path in _student_folders(given)]
+    students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
-        Entrant(f"teacher w={w:g}", spec.teacher, teacher, How(w, spec.solver_steps, spec.solver)) for w in scales
+        Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, teacher_sampling(w, spec.solver_steps, spec.solver))
+        for w in sorted({0.0, *(student.guidance for student in students)})
     ]
     return [*teachers, *students]
+
+
+def _student(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> Candidate:
+    config = load_config(path)
+    if config.kind != "student":
+        raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
+    if config.teacher_sha256 != teacher.weights_sha256:
+        raise DistillKacError(
+            f"{path}: expected a student of the teacher {teacher.weights_sha256[:12]}... in {spec.teacher}, "
+            f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
+        )
+    assert config.guidance is not None
+    return Candidate(path.rsplit("/", 1)[-1], path, config, config.guidance, student_sampling(config))
 
 
 def _student_folders(path: str) -> list[str]:
@@ -153,72 +146,57 @@ def _student_folders(path: str) -> list[str]:
     raise DistillKacError(f"{path}: expected a student's folder or a sweep's, found no {CONFIG_FILE} there")
 
 
-class Samples(NamedTuple):
-    """What a model made."""
+def _judge(spec: EvaluateSpec, candidates: list[Candidate]) -> list[Judged]:
+    """Samples of every candidate, those of the teachers first."""
+    reference = Reference(open_dataset(candidates[0].config.data))
+    teachers: dict[float, Judged] = {}
+    judged = []
+    for candidate in candidates:
+        samples = _draw(spec, candidate, reference, teachers.get(candidate.guidance))
+        teachers.setdefault(candidate.guidance, samples)
+        judged.append(samples)
+    return judged
 
-    images: Tensor  # [samples, *sample]
-    label: Tensor  # [samples]
-    nfe: int
-    images_per_second: float
 
-
-def _draw(spec: EvaluateSpec, entrant: Entrant) -> Samples:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Model = load_model(entrant.path, device)
+def _draw(spec: EvaluateSpec, candidate: Candidate, reference: Reference, teacher: Judged | None) -> Judged:
+    device, config = default_device(), candidate.config
+    network = spec.precision.wrap(load_model(candidate.path, device).network)
     images, labels, nfe, seconds = [], [], 0, 0.0
     for first in range(0, spec.samples, spec.batch_size):
-        noise, label = starts(model, spec.seed, range(first, min(first + spec.batch_size, spec.samples)))
-        noise, given = noise.to(device), label.to(device)
+        x_1, label = initial_noise(config, spec.seed, range(first, min(first + spec.batch_size, spec.samples)))
+        x_1, given = x_1.to(device), label.to(device)
         started = time.perf_counter()
-        solution = generate(model, noise, given, entrant.how)
+        solution = generate(network, x_1, given, candidate.sampling)
         images.append(solution.x.cpu())
         seconds += time.perf_counter() - started
         labels.append(label)
         nfe = solution.nfe
     made = torch.cat(images)
     if not torch.isfinite(made).all():
-        raise DistillKacError(f"{entrant.path}: expected finite images, found NaN or infinity: the model has diverged")
-    return Samples(made, torch.cat(labels), nfe, spec.samples / seconds)
+        raise DistillKacError(f"{candidate.path}: expected finite images, found NaN or infinity: the model diverged")
+    return Judged(made, torch.cat(labels), nfe, spec.samples / seconds, reference, teacher)
 
 
-def _score(entrants: list[Entrant], samples: list[Samples], data: Dataset) -> list[Score]:
-    classifier = metrics.fit_classifier(data)
-    distances = [metrics.frechet_distance(data.images, made.images) for made in samples]
-    teachers = {e.how.guidance: i for i, e in enumerate(entrants) if e.config.kind == "teacher"}
-    scores = []
-    for entrant, made, distance in zip(entrants, samples, distances, strict=True):
-        own = teachers[entrant.how.guidance]
-        is_student = entrant.config.kind == "student"
-        scores.append(
-            Score(
-                name=entrant.name,
-                kind=entrant.config.kind,
-                steps=entrant.how.steps,
-                guidance=entrant.how.guidance,
-                nfe=made.nfe,
-                frechet_distance=distance,
-                frechet_ratio=distance / distances[own] if is_student else None,
-                label_agreement=metrics.label_agreement(classifier, made.images, made.label),
-                endpoint_error=metrics.endpoint_error(made.images, samples[own].images) if is_student else None,
-                images_per_second=made.images_per_second,
-                fingerprint=entrant.config.fingerprint,
-            )
-        )
-    return scores
+def _score(candidate: Candidate, samples: Judged) -> Score:
+    scores = {name: samples.score(name) for name in QUALITY}
+    return Score(
+        name=candidate.name,
+        kind=candidate.config.kind,
+        steps=candidate.sampling.steps,
+        guidance=candidate.guidance,
+        metrics={name: value for name, value in scores.items() if value is not None},
+        fingerprint=candidate.config.fingerprint,
+    )
 
 
 def _write(
-    spec: EvaluateSpec,
-    run: tracking.TrackedRun,
-    fingerprint: str,
-    entrants: list[Entrant],
-    samples: list[Samples],
-    scores: list[Score],
+    spec: EvaluateSpec, run: tracking.TrackedRun, fingerprint: str, judged: list[Judged], scores: list[Score]
 ) -> None:
-    rows = [(entrant.name, made.images[:SHOWN].numpy()) for entrant, made in zip(entrants, samples, strict=True)]
+    rows = [(score.name, made.images[:SHOWN].numpy()) for score, made in zip(scores, judged, strict=True)]
+    curve = [pictures.Point(s.kind, s.guidance, s.metrics["nfe"], s.metrics["frechet_distance"]) for s in scores]
     images = {
         SAMPLES_PICTURE: pictures.comparison(rows),
-        CURVE_PICTURE: pictures.frechet_curve([(s.kind, s.nfe, s.frechet_distance, s.guidance) for s in scores]),
+        CURVE_PICTURE: pictures.quality_by_nfe(QUALITY["frechet_distance"], curve),
     }
     for name, data in images.items():
         files.write_bytes(files.join(spec.out, name), data)
@@ -232,14 +210,21 @@ def _write(
     }
     text = json.dumps(record, indent=2).encode()
     run.artifact(EVALUATION_FILE, text)
+    outputs.check_owner(spec.out, fingerprint)
     files.write_bytes(files.join(spec.out, EVALUATION_FILE), text)
 
 
 def _track_model(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, picture: bytes) -> None:
     """A nested run a model, so that MLflow compares any two side by side."""
-    inputs = {score.kind: score.fingerprint}
-    with tracking.start_run("evaluate-model", score.name, spec, score.fingerprint, inputs, spec.out, run) as nested:
-        logged = score.model_dump(include=set(tracking.METRICS))
-        nested.metrics({name: value for name, value in logged.items() if value is not None})
+    with tracking.start_run(
+        stage="evaluate-model",
+        run_name=score.name,
+        spec=spec,
+        fingerprint=score.fingerprint,
+        inputs={score.kind: score.fingerprint},
+        output=spec.out,
+        parent=run,
+    ) as nested:
+        nested.metrics(score.metrics)
         nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
         nested.artifact(SAMPLES_PICTURE, picture)

@@ -1,7 +1,8 @@
 """Idempotent outputs: a folder belongs to one spec, is finished or is gone on with, and refuses another spec.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
-OUT/<marker>       written last; with the same fingerprint it says that the work is done
+OUT/training/      what a stopped training goes on from
+OUT/<result>       written last; with the same fingerprint it says that the work is done
 """
 
 import json
@@ -9,41 +10,68 @@ from typing import Any
 
 from kac import files
 from kac.errors import DistillKacError
+from kac.fingerprint import hashed_fields
+from kac.options import flatten
 from pipeline.config import Spec
 
 SPEC_FILE = "spec.json"
+TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
 
 
-def claim(out: str, spec: Spec, marker: str, **content: Any) -> bool:
-    """Take the folder ``out`` for what ``spec`` makes from inputs of this ``content``.
+def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
+    """Take the folder ``out`` for what ``spec`` makes from inputs of this ``content``; False if it is made already.
 
-    Returns:
-        True if it is already complete.
+    A folder in which another spec has left neither a result nor anything to go on from is free to take.
+
+    Args:
+        result: the file that is written last.
 
     Raises:
         DistillKacError: the folder belongs to another spec, or cannot be written to.
     """
-    mine = spec.fingerprint(**content)
-    done = _read_json(files.join(out, marker))
-    begun = _read_json(files.join(out, SPEC_FILE))
+    mine = {**hashed_fields(spec), **content}
+    done, begun = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
+    is_free = done is None and not _holds_work(out)
     for found in (done, begun):
-        if found is not None and found.get("fingerprint") != mine:
-            difference = _difference({**spec.identity(), **content}, (begun or {}).get("identity", {}))
+        if found is not None and found.get("fingerprint") != spec.fingerprint(**content) and not is_free:
             raise DistillKacError(
-                f"{out}: expected a new folder or one of this spec, found one of another spec{difference}: "
-                "choose another --out, or remove it"
+                f"{out}: expected a new folder or one of this spec, found one of another spec"
+                f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another --out, or remove it"
             )
     if done is not None:
-        return True
+        return False
     files.check_writable(out)
+    if is_free:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
+        files.remove_tree(files.join(out, TRAINING_FOLDER))
     record = {
-        "stage": type(spec).__name__,
-        "fingerprint": mine,
-        "identity": {**spec.identity(), **content},
+        "stage": spec.stage,
+        "fingerprint": spec.fingerprint(**content),
+        "identity": mine,
         "options": spec.model_dump(mode="json"),
     }
     files.write_bytes(files.join(out, SPEC_FILE), json.dumps(record, indent=2).encode())
-    return False
+    return True
+
+
+def check_owner(out: str, fingerprint: str) -> None:
+    """Refuse to write a result into a folder that a job of another spec has taken meanwhile.
+
+    Raises:
+        DistillKacError: it has.
+    """
+    found = (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint")
+    if found != fingerprint:
+        raise DistillKacError(
+            f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another --out"
+        )
+
+
+def _holds_work(out: str) -> bool:
+    """Whether there is anything but the options and the records of a training without a checkpoint."""
+    return any(
+        name.rsplit("/", 1)[-1] == STATE_FILE if name.startswith(f"{TRAINING_FOLDER}/") else name != SPEC_FILE
+        for name in files.list_sizes(out)
+    )
 
 
 def _read_json(path: str) -> dict[str, Any] | None:
@@ -66,14 +94,3 @@ def _difference(mine: dict[str, Any], found: dict[str, Any]) -> str:
         if name in flat_found and flat_found[name] != value
     ]
     return f" ({'; '.join(parts[:4])})" if parts else ""
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -2,9 +2,11 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from kac.metrics import Metric
 
 
 def sheet(images: np.ndarray, columns: int = 10) -> bytes:
@@ -24,24 +26,33 @@ def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
     return _png(figure)
 
 
-def frechet_curve(points: Sequence[tuple[str, int, float, float]]) -> bytes:
-    """Frechet distance against network evaluations: one (kind, nfe, distance, guidance) a model."""
+class Point(NamedTuple):
+    """A model in a curve of quality against cost."""
+
+    kind: str
+    guidance: float
+    nfe: float
+    value: float
+
+
+def quality_by_nfe(metric: Metric, points: Sequence[Point]) -> bytes:
+    """A metric against network evaluations, one point a model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.add_subplot()
-    for number, w in enumerate(sorted({point[3] for point in points})):
-        students = sorted((nfe, fd) for kind, nfe, fd, scale in points if kind == "student" and scale == w)
-        teachers = [(nfe, fd) for kind, nfe, fd, scale in points if kind == "teacher" and scale == w]
+    for number, w in enumerate(sorted({point.guidance for point in points})):
+        here = sorted((p.kind, p.nfe, p.value) for p in points if p.guidance == w)
+        students = [(nfe, value) for kind, nfe, value in here if kind == "student"]
         colour = f"C{number}"
         if students:
             axis.plot(*zip(*students, strict=True), "o-", color=colour, label=f"students, w = {w:g}")
-        for nfe, fd in teachers:
-            axis.plot([nfe], [fd], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
-            axis.axhline(fd, color=colour, linewidth=0.8, linestyle=":")
-    axis.set(xscale="log", xlabel="network evaluations (NFE) an image", ylabel="Frechet distance to the data")
-    axis.set_ylim(0, 1.1 * max(point[2] for point in points))
-    axis.set_xticks(sorted({point[1] for point in points}))
+        for nfe, value in [(nfe, value) for kind, nfe, value in here if kind == "teacher"]:
+            axis.plot([nfe], [value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
+            axis.axhline(value, color=colour, linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="network evaluations (NFE) an image", ylabel=metric.meaning)
+    axis.set_ylim(0, 1.1 * max(point.value for point in points))
+    axis.set_xticks(sorted({point.nfe for point in points}))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.legend()

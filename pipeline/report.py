@@ -5,7 +5,17 @@ import html
 import json
 
 from kac import files
-from pipeline.evaluate import CURVE_PICTURE, EVALUATION_FILE, SAMPLES_PICTURE, TABLE_HEAD, Score, table_row
+from kac.metrics import Metric
+from pipeline.evaluate import (
+    COLUMNS,
+    CURVE_PICTURE,
+    EVALUATION_FILE,
+    SAMPLES_PICTURE,
+    TABLE_HEAD,
+    Score,
+    read_scores,
+    table_row,
+)
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>DistillKac: {title}</title>
@@ -17,9 +27,7 @@ th:first-child, td:first-child {{ text-align: left }} img {{ max-width: 100% }}
 pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 </style></head><body>
 <h1>DistillKac: {title}</h1>
-<p>{samples:,} samples a model, all from the same noise. Ratio: a student's Frechet distance over its teacher's at the
-same guidance scale w. Label agreement: the share of samples that a classifier of the real data gives the label they
-were made for. Endpoint error: root mean squared difference a coordinate from the teacher's image.</p>
+<p>{samples:,} samples a model, all from the same noise; w is the guidance scale. {meanings}</p>
 {table}
 <h2>Samples</h2><p>The same noise in each column.</p>
 <img alt="samples of every model" src="{samples_picture}">
@@ -43,17 +51,21 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         tracking_uri: where the runs are.
     """
     record = json.loads(files.read_bytes(files.join(evaluation, EVALUATION_FILE)))
-    scores = [Score(**score) for score in record["scores"]]
     page = PAGE.format(
         title=html.escape(title),
         samples=record["samples"],
-        table=_table(scores),
+        meanings=html.escape(" ".join(f"{m.heading}: {m.meaning}{_direction(m)}." for m in COLUMNS)),
+        table=_table(read_scores(evaluation)),
         samples_picture=_inline(files.join(evaluation, SAMPLES_PICTURE)),
         curve_picture=_inline(files.join(evaluation, CURVE_PICTURE)),
         mlflow=html.escape(mlflow_command(tracking_uri)),
         options="\n".join(_options(heading, path) for heading, path in specs.items()),
     )
     files.write_bytes(out, page.encode())
+
+
+def _direction(metric: Metric) -> str:
+    return f" ({metric.better} is better)" if metric.better else ""
 
 
 def _table(scores: list[Score]) -> str:

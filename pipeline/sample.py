@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from kac import files
-from kac.checkpoint import load_model
+from kac.checkpoint import ModelConfig, load_model
+from kac.device import default_device
 from kac.errors import DistillKacError
+from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
-from pipeline.generate import generate, how_to_sample, starts
 from pipeline.pictures import sheet
 
 BATCH_SIZE = 500
@@ -25,14 +26,15 @@ def sample(spec: SampleSpec) -> None:
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
         raise DistillKacError(f"--out: expected a .png or .npz file, found {spec.out}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model = load_model(cluster.absolute(spec.model), device)
-    how = how_to_sample(model, spec.guidance, spec.steps, spec.solver, spec.model)
+    config, network = model.config, spec.precision.wrap(model.network)
+    sampling = _sampling(spec, config)
     files.check_writable(out.rsplit("/", 1)[0])
     images, labels = [], []
     for first in range(0, spec.count, BATCH_SIZE):
-        noise, label = starts(model, spec.seed, range(first, min(first + BATCH_SIZE, spec.count)), spec.labels)
-        images.append(generate(model, noise.to(device), label.to(device), how).x.cpu())
+        x_1, label = initial_noise(config, spec.seed, range(first, min(first + BATCH_SIZE, spec.count)), spec.labels)
+        images.append(generate(network, x_1.to(device), label.to(device), sampling).x.cpu())
         labels.append(label)
     pixels, classes = torch.cat(images).clamp(-1, 1).numpy(), torch.cat(labels).numpy()
     if out.endswith(".png"):
@@ -42,4 +44,24 @@ def sample(spec: SampleSpec) -> None:
         np.savez(sink, images=pixels.astype(np.float32), labels=classes)
         data = sink.getvalue()
     files.write_bytes(out, data)
-    print(f"sample: wrote {out}: {spec.count} images, {how.steps} steps, guidance {how.guidance:g}", flush=True)
+    guidance = sampling.guidance if config.guidance is None else config.guidance
+    print(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}", flush=True)
+
+
+def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
+    """How the model is to be sampled.
+
+    Raises:
+        DistillKacError: steps or guidance given for a student that was made for others.
+    """
+    if config.kind == "teacher":
+        return teacher_sampling(spec.guidance, spec.steps, spec.solver)
+    for option, asked, built_in in (
+        ("steps", spec.steps, config.steps),
+        ("guidance", spec.guidance, config.guidance),
+    ):
+        if asked is not None and asked != built_in:
+            raise DistillKacError(
+                f"--{option}: expected {built_in}, which is built into the student {spec.model}, found {asked}"
+            )
+    return student_sampling(config)

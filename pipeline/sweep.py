@@ -12,9 +12,10 @@ from typing import Any
 from kac import files
 from kac.checkpoint import CONFIG_FILE
 from kac.errors import DistillKacError
+from kac.fingerprint import fingerprint
 from kac.options import OptionError
-from pipeline import cluster, distill, outputs, tracking, training
-from pipeline.config import DistillSpec, SweepSpec, fingerprint
+from pipeline import cluster, distill, outputs, tracking
+from pipeline.config import DistillSpec, SweepSpec
 
 SWEEP_FILE = "sweep.json"
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
@@ -41,16 +42,18 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     open_trials = [
         trial
         for trial, plan in zip(trials, plans, strict=True)
-        if not outputs.claim(trial.spec.out, trial.spec, CONFIG_FILE, **plan.content)
+        if outputs.begin(trial.spec.out, trial.spec, CONFIG_FILE, **plan.content)
     ]
     if not open_trials:
         print(f"sweep: all {len(trials)} students in {out} are complete: nothing to do", flush=True)
         return trials
-    name = fingerprint({trial.name: trial.spec.fingerprint() for trial in trials})
+    made = fingerprint({trial.name: plan.student.fingerprint for trial, plan in zip(trials, plans, strict=True)})
     inputs = {"rollout": plans[0].content["store"]}
-    with tracking.start_run("sweep", "sweep", spec, name, inputs, out, parent) as run:
+    with tracking.start_run(
+        run_name="sweep", spec=spec, fingerprint=made, inputs=inputs, output=out, parent=parent
+    ) as run:
         _run_trials(spec, open_trials, run)
-    listing = {"fingerprint": name, "students": [trial.name for trial in trials]}
+    listing = {"fingerprint": made, "students": [trial.name for trial in trials]}
     files.write_bytes(files.join(out, SWEEP_FILE), json.dumps(listing, indent=2).encode())
     print(
         f"sweep: wrote {len(open_trials)} students to {out} ({len(trials) - len(open_trials)} were complete)",
@@ -66,10 +69,8 @@ def plan_trials(spec: SweepSpec) -> list[Trial]:
         OptionError: an axis of ``--grid`` that is no field of a student's spec.
     """
     axes = [_parse_axis(text) for text in spec.grid]
-    shared = {
-        name: getattr(spec, name)
-        for name in ("store", "init", "teacher", "optimizer", "seed", "checkpoint_updates", "memory_gib")
-    }
+    same_in_all = set(DistillSpec.model_fields) & set(SweepSpec.model_fields) - {"out", "steps", "guidance", "workers"}
+    shared = {name: getattr(spec, name) for name in sorted(same_in_all)}
     trials = []
     for w, steps, *values in itertools.product(spec.guidance, spec.steps, *(values for _, values in axes)):
         name = f"steps-{steps}-guidance-{float(w)!r}"
@@ -122,7 +123,7 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
         )
         with _keys_out_of_sight():
             results = list(tuner.fit())
-    failures = [f"{result.config['trial']}: {training.innermost(result.error)}" for result in results if result.error]
+    failures = [f"{result.config['trial']}: {cluster.innermost(result.error)}" for result in results if result.error]
     if failures:
         raise DistillKacError(
             f"{spec.out}: {len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}: "
@@ -146,11 +147,4 @@ def _trial(config: dict[str, Any], trials: list[Trial], run: tracking.TrackedRun
     from ray import tune
 
     spec = next(trial.spec for trial in trials if trial.name == config["trial"])
-    if spec.workers:
-        distill.distill(spec, run)
-        return
-    plan = distill.check(spec)
-    with distill.start_run(spec, plan, run) as trial_run:
-        job = distill.job_of(spec, plan, trial_run)
-        state = training.train_here(job, report=lambda metrics, _: tune.report(metrics))
-        distill.write_student(spec, plan, training.averaged_weights(state), trial_run)
+    distill.distill(spec, run, report=lambda metrics, _: tune.report(metrics))

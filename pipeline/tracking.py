@@ -8,31 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kac.metrics import QUALITY, Metric
+from kac.options import flatten
 from pipeline.cluster import in_job_copy
 from pipeline.config import Spec
-from pipeline.outputs import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "distillkac"
 
-METRICS = {
-    "loss": "training loss, the mean of the last updates",
-    "learning_rate": "learning rate of the last update",
-    "samples_per_second": "training samples a second",
-    "trajectories": "trajectories in the store",
-    "trajectories_reused": "trajectories that an earlier run had finished",
-    "trajectories_per_second": "rollout speed, steady state",
-    "store_bytes": "bytes of all shards",
-    "frechet_distance": "Frechet distance of the samples to the data",
-    "frechet_ratio": "student's Frechet distance over its teacher's",
-    "label_agreement": "share of samples that a classifier of the data gives their label",
-    "endpoint_error": "root mean squared difference a coordinate from the teacher's endpoint",
-    "nfe": "network evaluations an image",
-    "images_per_second": "sampling speed",
-}
-"""Every metric name in MLflow, and what it means."""
+_PROGRESS = (
+    Metric("loss", "training loss, the mean of the last updates", better="lower"),
+    Metric("learning_rate", "learning rate of the last update"),
+    Metric("samples_per_second", "training samples a second", better="higher"),
+    Metric("trajectories", "trajectories in the store"),
+    Metric("trajectories_reused", "trajectories that an earlier run had finished"),
+    Metric("trajectories_per_second", "rollout speed, steady state", better="higher"),
+    Metric("store_bytes", "bytes of all shards", better="lower"),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_PROGRESS, *QUALITY.values())}
+"""Every metric in MLflow; beside them ``loss/<part>``, the parts of a loss that has several."""
+
+PART_PREFIX = "loss/"
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 
@@ -45,11 +44,15 @@ class TrackedRun:
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics; their names are those of ``METRICS``."""
+        """Log metrics of ``METRICS``, and parts of the loss.
+
+        Raises:
+            KeyError: another name.
+        """
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
-        unknown = set(values) - set(METRICS)
+        unknown = {name for name in values if not name.startswith(PART_PREFIX)} - set(METRICS)
         if unknown:
             raise KeyError(f"not in METRICS: {sorted(unknown)}")
         now = get_current_time_millis()
@@ -89,27 +92,28 @@ def tracking_uri(beside: str) -> str:
 
 @contextmanager
 def start_run(
-    stage: str,
-    name: str,
+    *,
+    run_name: str,
     spec: Spec,
     fingerprint: str,
     inputs: dict[str, str],
-    beside: str,
+    output: str,
     parent: TrackedRun | None = None,
+    stage: str | None = None,
 ) -> Iterator[TrackedRun]:
     """A run of a stage, ended as FINISHED, or as FAILED if the block raises.
 
     Args:
         fingerprint: of what the stage makes. inputs: fingerprints of what it is made from, by stage.
-        beside: the stage's output. parent: the run to nest this one under.
+        output: where the stage writes. parent: the run to nest this one under. stage: other than the spec's.
     """
     from mlflow import MlflowClient
 
-    uri = parent.tracking_uri if parent else tracking_uri(beside)
+    uri = parent.tracking_uri if parent else tracking_uri(output)
     client = MlflowClient(uri)
     tags = {
-        "mlflow.runName": name,
-        STAGE_TAG: stage,
+        "mlflow.runName": run_name,
+        STAGE_TAG: stage or spec.stage,
         FINGERPRINT_TAG: fingerprint,
         **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
     }

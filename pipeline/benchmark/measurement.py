@@ -1,10 +1,11 @@
 """A measurement, its ratios and its bar; the table and the record of them."""
 
+import dataclasses
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -15,7 +16,7 @@ One = TypeVar("One")
 
 
 class Bar(NamedTuple):
-    """What the median ratio is held against."""
+    """What the median ratio should be."""
 
     sign: Literal[">=", "<="]
     limit: float
@@ -28,7 +29,6 @@ class Bar(NamedTuple):
 class Measurement:
     """A quantity, measured once a turn, and what it is compared with in the same turn."""
 
-    part: str
     what: str
     unit: str
     values: tuple[float, ...]
@@ -56,11 +56,7 @@ class Measurement:
         """As plain values for JSON."""
         ratios = self.ratios
         return {
-            "part": self.part,
-            "what": self.what,
-            "unit": self.unit,
-            "values": list(self.values),
-            "against": list(self.against),
+            **dataclasses.asdict(self),
             "ratios": list(ratios),
             "median_ratio": statistics.median(ratios) if ratios else None,
             "min_ratio": min(ratios, default=None),
@@ -114,13 +110,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-HEAD = ("", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
+HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
 LEFT_ALIGNED = (0, 1, 4, 9)
 
 
-def table(measurements: Iterable[Measurement]) -> str:
-    """The measurements as text, medians of all turns: one a line."""
-    rows = [HEAD, *(_row(measurement) for measurement in measurements)]
+def table(done: Mapping[str, Sequence[Measurement]]) -> str:
+    """The measurements of all parts as text, medians of all turns: one a line."""
+    rows = [HEAD, *(_row(part, measurement) for part in done for measurement in done[part])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     return "\n".join(
         "  ".join(
@@ -131,11 +127,11 @@ def table(measurements: Iterable[Measurement]) -> str:
     )
 
 
-def _row(m: Measurement) -> tuple[str, ...]:
+def _row(part: str, m: Measurement) -> tuple[str, ...]:
     ratios = m.ratios
     spread = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else f"{_short(min(m.values))}..{_short(max(m.values))}"
     return (
-        f"({m.part})",
+        part,
         m.what,
         _short(statistics.median(m.values)),
         _short(statistics.median(m.against)) if m.against else "",

@@ -8,13 +8,13 @@ import torch
 
 from kac import files
 from kac.checkpoint import ModelConfig, load_config, save_model
-from kac.data import load_dataset
+from kac.data import open_dataset
 from kac.networks import build_network
 from kac.path import PathConfig
 from pipeline import cluster, store
 from pipeline.benchmark.spec import CALLS_A_SHARD, BenchmarkSpec
 from pipeline.config import RolloutSpec
-from pipeline.rollout import Outcome, identify, make_plan, roll_out, seal
+from pipeline.rollout import Outcome, compute_shards, make_plan, seal
 from pipeline.store.layout import MANIFEST
 
 ACTOR_START_SECONDS = 600
@@ -37,7 +37,7 @@ class Setting:
         values = {"batch_size": size, "shard_size": shard_size, "trajectories": self.spec.trajectories, **options}
         return RolloutSpec(teacher=self.teacher, store=files.join(self.folder, name), **values)
 
-    def rolled_store(self) -> store.Store:
+    def store(self) -> store.Store:
         """The store of ``STORE_FACTOR`` times the trajectories; made once.
 
         Shards of the default size, and one solver step a knot: how the rows came about does not matter to their
@@ -46,8 +46,8 @@ class Setting:
         trajectories, shard_size = STORE_FACTOR * self.spec.trajectories, RolloutSpec.model_fields["shard_size"].default
         spec = self.rollout_spec("store", trajectories=trajectories, solver_steps=20, shard_size=shard_size)
         if not files.exists(files.join(spec.store, MANIFEST)):
-            plan = make_plan(spec, identify(spec, load_config(spec.teacher)))
-            seal(spec, plan, [outcome.receipt for outcome in roll_out(spec, plan)])
+            plan = make_plan(spec)
+            seal(spec, plan, compute_shards(spec, plan))
         return store.open(spec.store)
 
 
@@ -60,16 +60,16 @@ def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
     if spec.teacher is not None:
         teacher = cluster.absolute(spec.teacher)
         load_config(teacher)
-        return Setting(spec, folder, teacher)
-    teacher = files.join(folder, "teacher")
-    save_untrained(teacher, spec)
+    else:
+        teacher = files.join(folder, "teacher")
+        save_untrained(teacher, spec)
     return Setting(spec, folder, teacher)
 
 
 def save_untrained(path: str, spec: BenchmarkSpec) -> ModelConfig:
     """A teacher as slow as a trained one. Its last layer, which starts at 0, is drawn: a flow that stands still would
     store the same numbers in every knot."""
-    data = load_dataset(spec.data)
+    data = open_dataset(spec.data).description
     torch.manual_seed(0)
     network = build_network(spec.network, data.sample_shape, data.num_classes)
     for parameter in network.parameters():
@@ -80,29 +80,20 @@ def save_untrained(path: str, spec: BenchmarkSpec) -> ModelConfig:
         network=spec.network,
         path=PathConfig(),
         data=spec.data,
+        data_sha256=data.sha256,
         sample_shape=data.sample_shape,
         num_classes=data.num_classes,
         class_frequencies=data.class_frequencies,
     )
-    return save_model(path, network, config, network.state_dict())
+    return save_model(path, config, network.state_dict())
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished rollout."""
-
-    outcomes: tuple[Outcome, ...]
-    finished: tuple[float, ...]  # when each shard was published, seconds, ascending
-
-
-def run(spec: RolloutSpec) -> Run:
-    """Roll out a new store on actors that are all up before the first of them begins; the store is not sealed."""
-    plan = make_plan(spec, identify(spec, load_config(spec.teacher)))
+def compute_unsealed(spec: RolloutSpec) -> list[Outcome]:
+    """The shards of a new store, as they were finished, by actors that are all up before the first of them begins."""
     context = ray.data.DataContext.get_current()
     before = context.wait_for_min_actors_s
     context.wait_for_min_actors_s = ACTOR_START_SECONDS
     try:
-        outcomes = roll_out(spec, plan)
+        return sorted(compute_shards(spec, make_plan(spec)), key=lambda outcome: outcome.finished)
     finally:
         context.wait_for_min_actors_s = before
-    return Run(tuple(outcomes), tuple(sorted(outcome.finished for outcome in outcomes)))

@@ -1,69 +1,34 @@
-"""(b) Distillation from the store against the same loop over tensors in memory, and (g) against one without a store."""
+"""Distillation as the benchmark trains it: from the store, from tensors in memory, and with the teacher in the loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kac import files
 from kac.checkpoint import Model, load_model
-from kac.data import load_dataset
+from kac.data import open_dataset
+from kac.device import default_device
 from kac.guidance import guide
-from kac.solvers import Method, solve, uniform_times
-from kac.student import endpoint_loss
+from kac.networks import NetworkModule, VelocityNetwork
+from kac.objectives import EndpointObjective, Interval
+from kac.solvers import Method, knot_times, solve
 from pipeline import training
-from pipeline.benchmark.measurement import Bar, Measurement, interleave, one_thread
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting
 from pipeline.config import DistillSpec, OptimizerConfig
 from pipeline.distill import DistillTask
 from pipeline.tracking import TrackedRun
+from pipeline.training.loop import LOG_UPDATES, run_updates
 
 UNIT = "samples/s"
-LOADED_BAR, STREAMED_BAR = 0.95, 0.6
-STREAMED_SHARE = 4
-"""How many times larger than its memory budget the streamed store is."""
-ONLINE_UPDATES = 20
 
 
-def store_speed(setting: Setting) -> list[Measurement]:
-    """The store loaded once, and the store streamed by Ray Data, each against tensors in memory."""
-    source = setting.rolled_store()
-    every = source.spec.knots // STUDENT_STEPS
-    whole = next(source.batches(source.rows(0.0), knots=range(0, source.spec.knots + 1, every)))
-    updates = _updates(setting, len(whole.label))
-    budget = whole.knots.nbytes / STREAMED_SHARE / 2**30
-    with one_thread():
-        tensors, loaded, streamed = interleave(
-            setting.spec.repeats,
-            lambda: task_speed(TensorTask(optimizer(setting, updates), setting.teacher, whole.knots, whole.label)),
-            lambda: task_speed(store_task(setting, source.path, updates)),
-            lambda: task_speed(store_task(setting, source.path, updates, memory_gib=budget)),
-        )
-    return [
-        Measurement("b", "store, loaded once / tensors in memory", UNIT, loaded, tensors, Bar(">=", LOADED_BAR)),
-        Measurement("b", "store, streamed / tensors in memory", UNIT, streamed, tensors, Bar(">=", STREAMED_BAR)),
-    ]
-
-
-def online_speed(setting: Setting) -> list[Measurement]:
-    """The store against a teacher inside the training loop."""
-    source = setting.rolled_store()
-    updates = _updates(setting, source.rows(0.0))
-    with one_thread():
-        loaded, online = interleave(
-            setting.spec.repeats,
-            lambda: task_speed(store_task(setting, source.path, updates)),
-            lambda: task_speed(OnlineTask(optimizer(setting, ONLINE_UPDATES), setting.teacher)),
-        )
-    return [Measurement("g", "store, loaded once / the teacher in the training loop", UNIT, loaded, online)]
-
-
-def _updates(setting: Setting, rows: int) -> int:
+def updates_of(setting: Setting, rows: int) -> int:
     """A window of the loop to warm up, and at least one epoch of ``rows``."""
     epoch = rows / setting.spec.batch_size
-    return training.LOG_UPDATES * (1 + math.ceil(epoch / training.LOG_UPDATES))
+    return LOG_UPDATES * (1 + math.ceil(epoch / LOG_UPDATES))
 
 
 def optimizer(setting: Setting, updates: int) -> OptimizerConfig:
@@ -98,8 +63,7 @@ def task_speed(task: training.Task) -> float:
     """Samples a second of the training loop in this process, without its first window, in which the rows are loaded."""
     run = Windows("", "")
     job = training.Job(task, "benchmark", "", run, checkpoint_updates=task.optimizer.updates)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training.loop(job, training.Worker(0, 1, device), lambda metrics, state: None, None)
+    run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
     speeds = run.speeds[1:] or run.speeds
     return len(speeds) / sum(1 / speed for speed in speeds)
 
@@ -113,19 +77,18 @@ class TensorTask:
     knots: Tensor  # [rows, STUDENT_STEPS + 1, *sample]
     label: Tensor  # [rows]
 
-    def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
-        """The student, and its loss on the tensors."""
-        network = load_model(self.init).network.requires_grad_(True)
-        rows = self._rows()
+    def build(self, worker: training.Worker) -> training.Learner:
+        """The student with its first weights."""
+        rows, times = self._rows(), knot_times(STUDENT_STEPS).float()
 
-        def loss(model: nn.Module, update: int) -> Tensor:
+        def losses(network: VelocityNetwork, update: int) -> dict[str, Tensor]:
             row = next(rows)
             k = torch.randint(STUDENT_STEPS, row.shape)
-            t_start, t_end = 1 - k / STUDENT_STEPS, 1 - (k + 1) / STUDENT_STEPS
-            batch = (self.knots[row, k], self.knots[row, k + 1], t_start, t_end, self.label[row])
-            return endpoint_loss(model, *(part.to(worker.device) for part in batch))
+            batch = (self.knots[row, k], self.knots[row, k + 1], times[k], times[k + 1], self.label[row])
+            interval = Interval(*(part.to(worker.device) for part in batch))
+            return EndpointObjective(STUDENT_STEPS).losses(network, interval)
 
-        return network, loss
+        return training.NetworkLearner(_trainable(load_model(self.init)), losses, self.optimizer, worker)
 
     def _rows(self) -> Iterator[Tensor]:
         """Endless full batches of shuffled epochs."""
@@ -145,31 +108,30 @@ class OnlineTask:
     solver: Method = "ab2"
     solver_steps: int = 100
 
-    def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
-        """The student, and its loss on what the teacher has just made."""
+    def build(self, worker: training.Worker) -> training.Learner:
+        """The student with its first weights."""
         teacher = load_model(self.teacher, worker.device)
-        network = load_model(self.teacher).network.requires_grad_(True)
-        data, path = load_dataset(teacher.config.data), teacher.config.path.build()
-        images, labels = data.images.to(worker.device), data.labels.to(worker.device)
-        endpoints, size = self.endpoints(teacher), self.optimizer.batch_size
+        data, path = open_dataset(teacher.config.data).train, teacher.config.path.build()
+        size, times = self.optimizer.batch_size, knot_times(STUDENT_STEPS).float()
 
-        def loss(model: nn.Module, update: int) -> Tensor:
+        def losses(network: VelocityNetwork, update: int) -> dict[str, Tensor]:
             k = update % STUDENT_STEPS
-            row = torch.randint(len(labels), (size,), device=worker.device)
-            t_start = torch.full((size,), 1 - k / STUDENT_STEPS, device=worker.device)
-            x_start = path.sample(images[row], t_start).x_t
-            x_end = endpoints(x_start, labels[row], k)
-            return endpoint_loss(model, x_start, x_end, t_start, t_start - 1 / STUDENT_STEPS, labels[row])
+            images, label = (part.to(worker.device) for part in data.rows(torch.randint(len(data), (size,))))
+            t_start, t_end = (times[i].expand(size).to(worker.device) for i in (k, k + 1))
+            x_start = path.sample(images, t_start).x_t
+            x_end = self.endpoint(teacher, x_start, label, k)
+            interval = Interval(x_start, x_end, t_start, t_end, label)
+            return EndpointObjective(STUDENT_STEPS).losses(network, interval)
 
-        return network, loss
+        return training.NetworkLearner(_trainable(load_model(self.teacher)), losses, self.optimizer, worker)
 
-    def endpoints(self, teacher: Model) -> Callable[[Tensor, Tensor, int], Tensor]:
-        """(x_start, label, k) -> where the teacher's solver steps on the student's k-th interval end."""
-        velocity, steps = guide(teacher.network, 0.0), self.solver_steps // STUDENT_STEPS
+    @torch.no_grad()
+    def endpoint(self, teacher: Model, x_start: Tensor, label: Tensor, k: int) -> Tensor:
+        """Where the teacher's solver steps on the student's k-th interval end: [batch, *sample]."""
+        every = self.solver_steps // STUDENT_STEPS
+        times = knot_times(self.solver_steps)[k * every : (k + 1) * every + 1]
+        return solve(guide(teacher.network, 0.0).given(label), x_start, times, self.solver).x
 
-        @torch.no_grad()
-        def follow(x_start: Tensor, label: Tensor, k: int) -> Tensor:
-            times = uniform_times(steps, 1 - k / STUDENT_STEPS, 1 - (k + 1) / STUDENT_STEPS)
-            return solve(velocity.given(label), x_start, times, self.solver).x
 
-        return follow
+def _trainable(model: Model) -> NetworkModule:
+    return model.network.requires_grad_(True)

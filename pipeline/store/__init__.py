@@ -1,8 +1,9 @@
 """The endpoint store: the contract between the stages. See pipeline/README.md."""
 
+from pipeline.store.batches import Batch
 from pipeline.store.layout import StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, read_manifest
-from pipeline.store.reader import Batch, IntervalBatch, Store
+from pipeline.store.reader import Store
 from pipeline.store.reader import open_store as open
 
-__all__ = ["Batch", "IntervalBatch", "Manifest", "Store", "StoreError", "StoreIdentity", "open", "read_manifest"]
+__all__ = ["Batch", "Manifest", "Store", "StoreError", "StoreIdentity", "open", "read_manifest"]

@@ -2,34 +2,34 @@
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
-from kac import files
-from pipeline.config import Spec, how
-from pipeline.store.layout import KINETIC_ENERGY, Shard, StoreError
+from kac.fingerprint import unhashed
+from kac.options import flatten
+from pipeline.config import Spec
+from pipeline.store.columns import read_rows
+from pipeline.store.layout import KINETIC_ENERGY, Shard
 from pipeline.store.manifest import IdRange, list_shards, merge_ranges
 from pipeline.store.reader import Store, open_store
 from pipeline.store.shards import column_array
+from pipeline.store.threads import in_threads
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-READERS = 8
 
 StorePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
 """A store as a job's positional argument."""
 
 
 class DescribeSpec(Spec):
-    """Say what a store is: its spec, how much it holds, how much energy its trajectories have."""
+    """Say what a store is: its identity, how much it holds, how much energy its trajectories have."""
 
-    store: StorePath = how(..., "endpoint store: a path or s3:// URI")
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = how(False, "print JSON")
+    stage = "describe"
+    store: StorePath = unhashed(..., "endpoint store: a path or s3:// URI")
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = unhashed(False, "print JSON")
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,19 @@ class Description:
     store: str
     is_finished: bool
     fingerprint: str
-    spec: dict[str, Any]
+    identity: dict[str, Any]
     teacher: str | None  # where the rollout found it; an unfinished store does not say
     scales: tuple[Scale, ...]
     rows: int
     shards: int
     bytes: int
     tensor_bytes: int  # of the knots alone, not encoded
+
+
+def run(spec: DescribeSpec) -> None:
+    """Print the description as text, or as JSON."""
+    description = describe(spec)
+    print(json.dumps(asdict(description), indent=2) if spec.as_json else _as_text(description), flush=True)
 
 
 def describe(spec: DescribeSpec) -> Description:
@@ -67,31 +73,41 @@ def describe(spec: DescribeSpec) -> Description:
         StoreError: no store, one of a newer version, or shards that are missing or damaged.
     """
     store = open_store(spec.store, allow_unfinished=True)
-    sizes = list_shards(spec.store)
+    sizes, identity = list_shards(spec.store), store.identity
     scales = tuple(_scale(store, w, sizes) for w in store.guidance)
     rows = sum(scale.rows for scale in scales)
-    state_bytes = math.prod(store.spec.sample_shape) * np.dtype(store.spec.dtype).itemsize
+    state_bytes = math.prod(identity.sample_shape) * np.dtype(identity.dtype).itemsize
     return Description(
         store=spec.store,
         is_finished=store.manifest is not None,
-        fingerprint=store.spec.fingerprint(),
-        spec=store.spec.model_dump(mode="json"),
+        fingerprint=identity.fingerprint(),
+        identity=identity.values(),
         teacher=store.manifest.teacher if store.manifest else None,
         scales=scales,
         rows=rows,
         shards=len(store.shards),
         bytes=sum(scale.bytes for scale in scales),
-        tensor_bytes=rows * len(store.spec.knot_columns) * state_bytes,
+        tensor_bytes=rows * len(identity.knot_columns) * state_bytes,
     )
 
 
-def run(spec: DescribeSpec) -> None:
-    """Print the description as text, or as JSON."""
-    description = describe(spec)
-    print(json.dumps(asdict(description), indent=2) if spec.as_json else as_text(description), flush=True)
+def _scale(store: Store, guidance: float, sizes: dict[str, int]) -> Scale:
+    def energies(shard: Shard) -> np.ndarray:
+        return column_array(read_rows(store.path, store.identity, shard, [KINETIC_ENERGY])[KINETIC_ENERGY])
+
+    shards = [shard for shard in store.shards if shard.guidance == guidance]
+    energy = np.concatenate(in_threads(energies, shards)).astype(np.float64)
+    return Scale(
+        guidance=guidance,
+        rows=sum(shard.rows for shard in shards),
+        ids=merge_ranges([(shard.ids.start, shard.ids.stop) for shard in shards]),
+        shards=len(shards),
+        bytes=sum(sizes[shard.name] for shard in shards),
+        kinetic_energy={f"{q:.0%}": float(np.quantile(energy, q)) for q in QUANTILES},
+    )
 
 
-def as_text(description: Description) -> str:
+def _as_text(description: Description) -> str:
     """The description for a person: one fact a line."""
     ratio = description.bytes / description.tensor_bytes
     facts = [
@@ -99,7 +115,7 @@ def as_text(description: Description) -> str:
         ("state", "finished" if description.is_finished else "unfinished: run the rollout again to finish it"),
         ("fingerprint", description.fingerprint),
         ("teacher", description.teacher or "unknown until the store is finished"),
-        *((name, _plain(value)) for name, value in description.spec.items()),
+        *((name, _plain(value)) for name, value in flatten(description.identity).items()),
         ("guidance", " ".join(f"{scale.guidance:g}" for scale in description.scales)),
         ("rows", f"{description.rows:,} in {description.shards:,} shards"),
         ("bytes", f"{description.bytes:,} ({ratio:.3f} of the {description.tensor_bytes:,} of the bare tensors)"),
@@ -117,42 +133,6 @@ def _scale_lines(scale: Scale) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return " ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in value)
     return "none" if value is None else str(value)
-
-
-def _scale(store: Store, guidance: float, sizes: dict[str, int]) -> Scale:
-    shards = [shard for shard in store.shards if shard.guidance == guidance]
-    with ThreadPoolExecutor(max_workers=READERS) as pool:
-        energies = np.concatenate(list(pool.map(lambda shard: kinetic_energies(store.path, shard), shards)))
-    quantiles = np.quantile(energies.astype(np.float64), QUANTILES)
-    return Scale(
-        guidance=guidance,
-        rows=sum(shard.rows for shard in shards),
-        ids=merge_ranges([(shard.ids.start, shard.ids.stop) for shard in shards]),
-        shards=len(shards),
-        bytes=sum(sizes[shard.name] for shard in shards),
-        kinetic_energy={f"{q:.0%}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
-    )
-
-
-def kinetic_energies(store: str, shard: Shard) -> np.ndarray:
-    """The kinetic energies of a shard's planned rows, reading only their column: [rows], float32.
-
-    Raises:
-        StoreError: the shard is missing or damaged.
-    """
-    location = files.locate(files.join(store, shard.name))
-    try:
-        with location.fs.open(location.path, "rb") as handle:
-            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
-            energies = column_array(file.read([KINETIC_ENERGY])[KINETIC_ENERGY])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise StoreError(
-            f"{store}/{shard.name}: expected a whole shard, found: {reason}: python -m jobs.store verify {store}"
-        ) from None
-    return energies[: shard.rows]

@@ -4,21 +4,21 @@ STORE/manifest.json                               what it is; written last
 STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import PositiveInt
 
+from kac.checkpoint import ModelConfig
 from kac.errors import DistillKacError
-from kac.options import Options
+from kac.fingerprint import fingerprint, hashed_fields, hashed_values
+from kac.options import flatten
 from kac.path import PathConfig
-from kac.solvers import Method
-from pipeline.config import fingerprint
+from pipeline.config import RolloutRecipe
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 DATA = "data"
 
@@ -32,42 +32,52 @@ class StoreError(DistillKacError):
     """A store, or one of its shards, is missing, unfinished, damaged or not what was asked for."""
 
 
-class StoreIdentity(Options):
+class StoreIdentity(RolloutRecipe):
     """All that the rows of a store are a function of. How many there are, and for which guidance scales, may grow."""
 
-    source: Literal["trajectory", "forward"]
     teacher_sha256: str
     path: PathConfig
-    solver: Method
-    solver_steps: int
-    knots: int
-    seed: int
-    shard_size: int
-    dtype: Literal["float32", "float16"]
-    sample_shape: tuple[int, ...]
+    sample_shape: tuple[PositiveInt, ...]
     class_frequencies: tuple[float, ...]
     data_sha256: str | None = None
 
+    @classmethod
+    def of(cls, recipe: RolloutRecipe, teacher: ModelConfig) -> Self:
+        """The identity of what a recipe makes with a teacher."""
+        options = {name: value for name, value in hashed_fields(recipe).items() if name in RolloutRecipe.model_fields}
+        return cls(
+            **options,
+            teacher_sha256=teacher.weights_sha256,
+            path=teacher.path,
+            sample_shape=teacher.sample_shape,
+            class_frequencies=teacher.class_frequencies,
+            data_sha256=teacher.data_sha256 if recipe.source == "forward" else None,
+        )
+
     def fingerprint(self) -> str:
         """The name of the store's content: in the manifest, in every shard and in every student."""
-        return fingerprint(self.model_dump(mode="json"))
+        return fingerprint({"stage": "rollout", **hashed_values(self)})
+
+    def values(self) -> dict[str, Any]:
+        """What of it decides the rows, as plain values: for files and for people."""
+        return hashed_fields(self)
 
     @property
     def knot_columns(self) -> list[str]:
         """The columns that hold states: one a knot, or the two ends of a forward interval."""
         return [START, END] if self.source == "forward" else [knot_column(k, self.knots) for k in range(self.knots + 1)]
 
+    @property
+    def scalar_columns(self) -> list[str]:
+        """The other columns."""
+        return [SAMPLE_ID, LABEL, KINETIC_ENERGY, *([INTERVAL] if self.source == "forward" else [])]
+
     def arrow_schema(self) -> pa.Schema:
         """The Arrow schema of a shard, without its metadata."""
+        scalars = {SAMPLE_ID: pa.int64(), LABEL: pa.int32(), KINETIC_ENERGY: pa.float32(), INTERVAL: pa.int32()}
         knot = pa.fixed_shape_tensor(pa.from_numpy_dtype(np.dtype(self.dtype)), self.sample_shape)
-        fields = [
-            pa.field(SAMPLE_ID, pa.int64(), nullable=False),
-            pa.field(LABEL, pa.int32(), nullable=False),
-            pa.field(KINETIC_ENERGY, pa.float32(), nullable=False),
-        ]
-        if self.source == "forward":
-            fields.append(pa.field(INTERVAL, pa.int32(), nullable=False))
-        return pa.schema(fields + [pa.field(name, knot, nullable=False) for name in self.knot_columns])
+        names = [*self.scalar_columns, *self.knot_columns]
+        return pa.schema([pa.field(name, scalars.get(name, knot), nullable=False) for name in names])
 
 
 def knot_column(k: int, knots: int) -> str:
@@ -94,16 +104,13 @@ class Shard:
         """The sample ids of the rows."""
         return range(self.start, self.start + self.rows)
 
-    def metadata(self, identity: StoreIdentity) -> dict[str, str]:
-        """What the Parquet file says of itself; together with the columns it is all a reader needs."""
-        return {
-            "schema_version": str(SCHEMA_VERSION),
-            "fingerprint": identity.fingerprint(),
-            "guidance": repr(self.guidance),
-            "start": str(self.start),
-            "rows": str(self.rows),
-            "spec": json.dumps(identity.model_dump(mode="json"), sort_keys=True),
-        }
+
+def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
+    """The shards that hold ``ids``, which start at a multiple of ``shard_size``; the last may be short."""
+    return [
+        Shard(guidance, start // shard_size, start, min(shard_size, ids.stop - start))
+        for start in range(ids.start, ids.stop, shard_size)
+    ]
 
 
 def guidance_folder(w: float) -> str:
@@ -124,19 +131,36 @@ def parse_shard_name(name: str) -> tuple[float, int] | None:
     return parsed if parsed and Shard(*parsed, 0, 0).name == name else None
 
 
-def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
-    """The shards that hold ``ids``, which start at a multiple of ``shard_size``; the last may be short."""
-    return [
-        Shard(guidance, start // shard_size, start, min(shard_size, ids.stop - start))
-        for start in range(ids.start, ids.stop, shard_size)
-    ]
+def full_shard(name: str, shard_size: int) -> Shard | None:
+    """The shard of ``shard_size`` rows that a path below the store stands for; None if it is no shard's."""
+    parsed = parse_shard_name(name)
+    return Shard(*parsed, parsed[1] * shard_size, shard_size) if parsed else None
+
+
+def refuse_other(
+    store: str,
+    wanted: StoreIdentity,
+    found: StoreIdentity,
+    advice: str,
+    expected: str = "a new store or one of this identity",
+) -> None:
+    """Refuse a store of another identity.
+
+    Raises:
+        StoreError: the message names the fields that differ.
+    """
+    if found.fingerprint() != wanted.fingerprint():
+        difference = describe_difference(wanted, found)
+        raise StoreError(f"{store}: expected {expected}, found one of another: {difference}: {advice}")
 
 
 def describe_difference(expected: StoreIdentity, found: StoreIdentity) -> str:
     """The fields in which two identities differ, for a refusal."""
-    ours, theirs = expected.model_dump(mode="json"), found.model_dump(mode="json")
+    ours, theirs = flatten(expected.values()), flatten(found.values())
     return ", ".join(
-        f"{name} {_short(ours[name])} (found {_short(theirs[name])})" for name in ours if ours[name] != theirs[name]
+        f"{name} {_short(ours.get(name))} (found {_short(theirs.get(name))})"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
     )
 
 

@@ -1,29 +1,19 @@
 """The manifest: what a finished store is. It is written last; a store without one is unfinished."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from kac import files
-from kac.errors import DistillKacError
 from kac.options import Options
-from pipeline.store.layout import (
-    DATA,
-    MANIFEST,
-    SCHEMA_VERSION,
-    Shard,
-    StoreError,
-    StoreIdentity,
-    parse_shard_name,
-    plan_shards,
-)
-from pipeline.store.shards import Receipt, check_version
+from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
+from pipeline.store.shards import Receipt
+from pipeline.store.versions import SCHEMA_VERSION, parse
 
 IdRange = tuple[int, int]
 """Sample ids from the first up to, not including, the second."""
 
 
-class Contents(Options):
+class Extent(Options):
     """The sample ids that a store holds of one guidance scale."""
 
     guidance: float
@@ -40,41 +30,23 @@ class Manifest(Options):
 
     schema_version: int = SCHEMA_VERSION
     fingerprint: str
-    spec: StoreIdentity
+    identity: StoreIdentity
     teacher: str
-    contents: tuple[Contents, ...]
+    extents: tuple[Extent, ...]
     shards: tuple[Receipt, ...]
 
     @property
     def guidance(self) -> tuple[float, ...]:
         """The guidance scales in the store."""
-        return tuple(part.guidance for part in self.contents)
+        return tuple(extent.guidance for extent in self.extents)
 
     def ids(self, guidance: float) -> tuple[IdRange, ...]:
         """The sample ids held of a guidance scale; empty if it is not in the store."""
-        return next((part.ids for part in self.contents if part.guidance == guidance), ())
+        return next((extent.ids for extent in self.extents if extent.guidance == guidance), ())
 
     def plan(self) -> list[Shard]:
         """Every shard that must be there."""
-        return shards_of(self.contents, self.spec.shard_size)
-
-
-def shards_of(contents: Sequence[Contents], shard_size: int) -> list[Shard]:
-    """Every shard that holds the contents."""
-    return [
-        shard
-        for part in contents
-        for start, stop in part.ids
-        for shard in plan_shards(part.guidance, range(start, stop), shard_size)
-    ]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file below a store."""
-
-    name: str
-    bytes: int
+        return shards_of(self.extents, self.identity.shard_size)
 
 
 def read_manifest(store: str) -> Manifest | None:
@@ -89,19 +61,20 @@ def read_manifest(store: str) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        values = json.loads(raw)
-        check_version(where, int(values["schema_version"]))
-        manifest = Manifest(**values)
-    except StoreError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, DistillKacError) as error:
+        manifest = parse(where, Manifest, raw)
+    except ValueError as error:
         raise StoreError(
-            f"{where}: expected the manifest of a store, found: {' '.join(str(error).split())[:160]}: "
+            f"{where}: expected the manifest of a store, found {error}: "
             "if the shards are whole, delete it and run the rollout again: it adopts them"
         ) from None
-    if manifest.fingerprint != manifest.spec.fingerprint():
+    _check_agreement(where, manifest)
+    return manifest
+
+
+def _check_agreement(where: str, manifest: Manifest) -> None:
+    if manifest.fingerprint != manifest.identity.fingerprint():
         raise StoreError(
-            f"{where}: expected fingerprint {manifest.spec.fingerprint()[:12]}... of its spec, "
+            f"{where}: expected fingerprint {manifest.identity.fingerprint()[:12]}... of its identity, "
             f"found {manifest.fingerprint[:12]}...: the manifest was changed by hand or damaged"
         )
     listed = {receipt.name: receipt.rows for receipt in manifest.shards}
@@ -111,33 +84,51 @@ def read_manifest(store: str) -> Manifest | None:
             f"{where}: expected a receipt for all rows of each planned shard, found none for {without[0]}: "
             "the manifest was changed by hand or damaged"
         )
-    return manifest
 
 
 def write_manifest(store: str, manifest: Manifest) -> None:
     """Publish the manifest whole."""
-    data = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
-    files.write_bytes(files.join(store, MANIFEST), data)
+    values = {**manifest.model_dump(mode="json"), "identity": manifest.identity.values()}
+    files.write_bytes(files.join(store, MANIFEST), json.dumps(values, indent=1).encode())
 
 
-def list_files(store: str) -> list[Entry]:
-    """All files below the store's data folder, by name."""
-    location = files.locate(files.join(store, DATA))
+def list_files(store: str) -> dict[str, int]:
+    """Name and size of every file below the store but its manifest, by name."""
+    location = files.locate(store)
     try:
         with files.naming(store):
             found = location.fs.find(location.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    base = len(location.path.removesuffix(DATA))
-    return sorted((Entry(path[base:], int(info["size"])) for path, info in found.items()), key=lambda entry: entry.name)
+        return {}
+    sizes = {path[len(location.path) + 1 :]: int(info["size"]) for path, info in sorted(found.items())}
+    sizes.pop(MANIFEST, None)
+    return sizes
 
 
 def list_shards(store: str) -> dict[str, int]:
-    """Name and size of every file that is named like a shard."""
-    return {entry.name: entry.bytes for entry in list_files(store) if parse_shard_name(entry.name)}
+    """Those of ``list_files`` that are named like a shard."""
+    return {name: size for name, size in list_files(store).items() if parse_shard_name(name)}
 
 
-def merge_ranges(ranges: list[IdRange]) -> tuple[IdRange, ...]:
+def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
+    """Every shard that holds the extents."""
+    return [
+        shard
+        for extent in extents
+        for start, stop in extent.ids
+        for shard in plan_shards(extent.guidance, range(start, stop), shard_size)
+    ]
+
+
+def unite_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+    """One extent for each guidance scale, ascending."""
+    ids: dict[float, list[IdRange]] = {}
+    for extent in extents:
+        ids.setdefault(extent.guidance, []).extend(extent.ids)
+    return tuple(Extent(guidance=w, ids=merge_ranges(ids[w])) for w in sorted(ids))
+
+
+def merge_ranges(ranges: Sequence[IdRange]) -> tuple[IdRange, ...]:
     """The union of id ranges, sorted, with those that touch or overlap joined."""
     merged: list[IdRange] = []
     for start, stop in sorted(ranges):

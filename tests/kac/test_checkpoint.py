@@ -20,10 +20,11 @@ from kac.checkpoint import (
     ModelConfig,
     load_config,
     load_model,
+    load_teacher_config,
     save_model,
 )
 from kac.errors import CheckpointError
-from kac.networks import NetworkConfig, build_network
+from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 
 ROOT = Path(kac.__file__).parents[1]
@@ -32,9 +33,10 @@ ROOT = Path(kac.__file__).parents[1]
 def config(**changes) -> ModelConfig:
     values = {
         "kind": "student",
-        "network": NetworkConfig(width=8, depth=2),
+        "network": MLPConfig(width=8, depth=2),
         "path": PathConfig(a=25, c=5, clock="quadratic"),
         "data": "digits",
+        "data_sha256": "of the data",
         "sample_shape": (1, 4, 4),
         "num_classes": 3,
         "class_frequencies": (0.5, 0.25, 0.25),
@@ -45,6 +47,14 @@ def config(**changes) -> ModelConfig:
         "store_fingerprint": "of the store",
     }
     return ModelConfig(**{**values, **changes})
+
+
+def test_a_teacher_is_told_from_a_student(tmp_path):
+    for kind in ("teacher", "student"):
+        save_model(str(tmp_path / kind), config(kind=kind), network().state_dict())
+    assert load_teacher_config(str(tmp_path / "teacher")).kind == "teacher"
+    with pytest.raises(CheckpointError, match="student: expected a teacher, found a student: give the folder of its"):
+        load_teacher_config(str(tmp_path / "student"))
 
 
 def network(seed: int = 0) -> torch.nn.Module:
@@ -58,7 +68,7 @@ def network(seed: int = 0) -> torch.nn.Module:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A saved model."""
-    save_model(str(tmp_path / "model"), network(), config(), network().state_dict())
+    save_model(str(tmp_path / "model"), config(), network().state_dict())
     return tmp_path / "model"
 
 
@@ -88,7 +98,7 @@ def replace_weights(folder: Path, data: bytes) -> None:
 
 def test_a_loaded_model_is_the_saved_one_bit_by_bit(tmp_path):
     saved = network()
-    written = save_model(str(tmp_path / "model"), saved, config(), saved.state_dict())
+    written = save_model(str(tmp_path / "model"), config(), saved.state_dict())
     model = load_model(str(tmp_path / "model"))
     for (name, value), (loaded_name, loaded) in zip(
         saved.state_dict().items(), model.network.state_dict().items(), strict=True
@@ -107,21 +117,13 @@ def test_special_values_survive(tmp_path):
     weights = network().state_dict()
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, 3.4028235e38])
     weights["enter.bias"] = torch.cat([special, weights["enter.bias"][6:]])
-    save_model(str(tmp_path), network(), config(), weights)
+    save_model(str(tmp_path), config(), weights)
     loaded = load_model(str(tmp_path)).network.state_dict()["enter.bias"]
     assert torch.equal(loaded.view(torch.int32), weights["enter.bias"].view(torch.int32))
 
 
-def test_the_given_weights_are_saved_not_the_networks(tmp_path):
-    """The network says the shapes, the EMA's state dict the values."""
-    ema = network(seed=1).state_dict()
-    save_model(str(tmp_path), network(seed=0), config(), ema)
-    loaded = load_model(str(tmp_path)).network.state_dict()
-    assert all(torch.equal(loaded[name], ema[name]) for name in ema)
-
-
 def test_weights_are_single_precision_on_disk(tmp_path):
-    save_model(str(tmp_path), network().double(), config(), network().double().state_dict())
+    save_model(str(tmp_path), config(), network().double().state_dict())
     assert {value.dtype for value in safetensors.torch.load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.float32}
 
 
@@ -152,14 +154,14 @@ def test_the_config_is_written_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_bytes", dies_after_the_first)
     with pytest.raises(OSError, match="no space left"):
-        save_model(str(tmp_path), network(), config(), network().state_dict())
+        save_model(str(tmp_path), config(), network().state_dict())
     assert written == [WEIGHTS_FILE]
     refusal(tmp_path, CONFIG_FILE, "found none")
 
 
 def test_saving_again_replaces_the_model(folder):
     other = network(seed=2)
-    save_model(str(folder), other, config(steps=2), other.state_dict())
+    save_model(str(folder), config(steps=2), other.state_dict())
     model = load_model(str(folder))
     assert model.config.steps == 2
     assert all(torch.equal(model.network.state_dict()[name], value) for name, value in other.state_dict().items())
@@ -175,7 +177,7 @@ def test_refuses_to_save_the_weights_of_another_network(tmp_path, change):
     else:
         weights["enter.bias"] = torch.zeros(9)
     with pytest.raises(CheckpointError, match="are not those of the network"):
-        save_model(str(tmp_path / "model"), network(), config(), weights)
+        save_model(str(tmp_path / "model"), config(), weights)
     assert not (tmp_path / "model").exists()
 
 

@@ -1,37 +1,52 @@
-"""Datasets: what the project's own two hold, and the refusal of others."""
+"""Datasets: what the bundled ones hold, how they are split, and what is refused."""
 
 import pytest
 import torch
 
-from kac.data import DATASETS, Dataset, load_dataset
+from kac.data import KINDS, DataConfig, all_rows, open_dataset
+from kac.data.dataset import every_nth_of_each_class, in_memory
+from kac.options import OptionError
+
+DIGITS_SHA256 = "453743eb618751711f3bc7f631f76eb290619dcbf65cfb5cbf7e75c3faaa2e8b"
 
 
-@pytest.mark.parametrize("name", sorted(DATASETS))
-def test_images_are_bounded_and_labels_are_classes(name):
-    data = load_dataset(name)
-    assert data.name == name
-    assert data.images.dtype == torch.float32
-    assert data.labels.dtype == torch.int64
-    assert len(data.images) == len(data.labels)
-    assert data.images.shape[1:] == data.sample_shape
-    assert -1 <= data.images.min().item() < data.images.max().item() <= 1
-    assert data.labels.unique().tolist() == list(range(data.num_classes))
+def whole(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    data = open_dataset(DataConfig(kind=kind))
+    parts = all_rows(data.train), all_rows(data.held_out)
+    return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_images_are_bounded_and_labels_are_classes(kind):
+    described = open_dataset(DataConfig(kind=kind)).description
+    images, labels = whole(kind)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert images.shape == (described.train + described.held_out, *described.sample_shape)
+    assert -1 <= images.min().item() < images.max().item() <= 1
+    assert labels.unique().tolist() == list(range(described.num_classes))
+    assert sum(described.class_frequencies) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_digits_keep_their_hash():
+    """It is in the fingerprint of every teacher of theirs: it must not change."""
+    assert open_dataset(DataConfig(kind="digits")).description.sha256 == DIGITS_SHA256
 
 
 def test_digits_are_those_of_scikit_learn():
-    data = load_dataset("digits")
-    assert (len(data.images), data.sample_shape, data.num_classes) == (1797, (1, 8, 8), 10)
-    assert (data.images.min().item(), data.images.max().item()) == (-1, 1)
-    assert torch.equal(data.images * 8, (data.images * 8).round())  # 17 grey levels, an eighth apart
-    assert torch.bincount(data.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    ink = data.images.mean((1, 2, 3))
-    assert ink[data.labels == 8].mean() > ink[data.labels == 1].mean() > -0.5
+    images, labels = whole("digits")
+    assert images.shape == (1797, 1, 8, 8)
+    assert (images.min().item(), images.max().item()) == (-1, 1)
+    assert torch.equal(images * 8, (images * 8).round())  # 17 grey levels, an eighth apart
+    assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    ink = images.mean((1, 2, 3))
+    assert ink[labels == 8].mean() > ink[labels == 1].mean() > -0.5
 
 
 def test_moons_are_two_crescents():
-    data = load_dataset("moons")
-    assert (len(data.images), data.sample_shape, data.num_classes) == (4096, (2,), 2)
-    upper, lower = data.images[data.labels == 0], data.images[data.labels == 1]
+    images, labels = whole("moons")
+    assert images.shape == (4096, 2)
+    upper, lower = images[labels == 0], images[labels == 1]
     assert len(upper) == len(lower)
     assert upper[:, 1].mean() > 0.1
     assert lower[:, 1].mean() < -0.1
@@ -40,22 +55,62 @@ def test_moons_are_two_crescents():
     assert radius.std().item() == pytest.approx(0.05, abs=0.01)
 
 
-@pytest.mark.parametrize("name", sorted(DATASETS))
-def test_a_dataset_is_the_same_every_time(name):
-    torch.manual_seed(0)
-    first = load_dataset(name)
-    torch.manual_seed(1)
-    second = load_dataset(name)
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.labels, second.labels)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_fifth_of_each_class_is_held_out_and_nothing_is_in_both(kind):
+    data = open_dataset(DataConfig(kind=kind))
+    train, held_out = all_rows(data.train), all_rows(data.held_out)
+    described = data.description
+    assert (len(data.train), len(data.held_out)) == (described.train, described.held_out)
+    for label in range(described.num_classes):
+        shares = [int((part.labels == label).sum()) for part in (train, held_out)]
+        assert shares[1] == sum(shares) // 5
+    both = torch.cat([train.images, held_out.images]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)
 
 
-def test_class_frequencies_are_shares():
-    data = Dataset("some", torch.zeros(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 3, 3]), num_classes=5)
-    assert data.class_frequencies == (0.5, 0.25, 0.0, 0.25, 0.0)
-    assert sum(load_dataset("digits").class_frequencies) == pytest.approx(1, abs=1e-12)
+def test_rows_come_in_the_order_asked_for():
+    data = in_memory(torch.arange(20.0)[:, None] / 20, torch.arange(20) % 2, num_classes=2)
+    images, labels = data.train.rows(torch.tensor([3, 0, 3]))
+    assert images[:, 0].tolist() == [all_rows(data.train).images[i, 0].item() for i in (3, 0, 3)]
+    assert labels.tolist() == [all_rows(data.train).labels[i].item() for i in (3, 0, 3)]
 
 
-def test_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown dataset 'mnist': expected one of \['digits', 'moons'"):
-        load_dataset("mnist")
+def test_the_held_out_ones_are_every_nth_of_their_class():
+    labels = torch.tensor([0, 1, 0, 0, 1, 1, 1, 0, 2])
+    assert torch.nonzero(every_nth_of_each_class(labels, 2)).flatten().tolist() == [2, 4, 6, 7]
+
+
+def test_class_frequencies_are_those_of_the_training_images():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3, 0])
+    held_out = torch.arange(9) == 8
+    data = in_memory(torch.zeros(9, 2), labels, num_classes=5, held_out=held_out)
+    assert data.description.class_frequencies == (0.5, 0.25, 0.0, 0.25, 0.0)
+
+
+def test_the_hash_is_of_images_labels_shape_and_split():
+    images, labels = torch.rand(10, 4), torch.arange(10) % 2
+    none = torch.zeros(10, dtype=torch.bool)
+
+    def sha256(*parts) -> str:
+        return in_memory(parts[0], parts[1], 2, parts[2]).description.sha256
+
+    variants = [
+        (images, labels, none),
+        (images.flip(0), labels, none),
+        (images, 1 - labels, none),
+        (images.reshape(10, 2, 2), labels, none),
+        (images, labels, torch.arange(10) == 3),
+    ]
+    assert len({sha256(*parts) for parts in variants}) == len(variants)
+    assert sha256(*variants[0]) == sha256(*(part.clone() for part in variants[0]))
+
+
+def test_a_dataset_is_opened_once_a_process():
+    assert open_dataset(DataConfig(kind="moons")) is open_dataset(DataConfig(kind="moons"))
+
+
+def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
+    with pytest.raises(OptionError, match=r"--kind: input should be 'digits' or 'moons', found 'mnist'"):
+        DataConfig(kind="mnist")
+    with pytest.raises(OptionError, match=r"--data.root: expected none for digits, found '/data'"):
+        open_dataset(DataConfig(kind="digits", root="/data"))

@@ -120,13 +120,12 @@ def test_remove_tree(place):
     files.remove_tree(files.join(place, "folder"))  # nothing there: nothing to do
 
 
-def test_local_copy_is_there_while_it_is_needed(place):
-    files.write_bytes(files.join(place, "weights.bin"), b"123")
-    with files.local_copy(files.join(place, "weights.bin")) as copy:
-        assert Path(copy).name == "weights.bin"
-        assert Path(copy).read_bytes() == b"123"
-    assert not Path(copy).exists()
-    assert files.exists(files.join(place, "weights.bin"))
+def test_sizes_are_those_of_all_files_below_the_folder(place):
+    for name, data in {"a": b"1", "folder/b/c": b"123", ".hidden": b""}.items():
+        files.write_bytes(files.join(files.join(place, "here"), name), data)
+    files.write_bytes(files.join(place, "here-2"), b"")
+    assert list(files.list_sizes(files.join(place, "here")).items()) == [(".hidden", 0), ("a", 1), ("folder/b/c", 3)]
+    assert files.list_sizes(files.join(place, "nothing")) == {}
 
 
 # Whole or not at all

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kac
 from kac.guidance import guide
-from kac.networks import NetworkConfig, build_network
+from kac.networks import MLPConfig, build_network
 
 ROOT = Path(kac.__file__).parents[1]
 NULL = 7
@@ -80,7 +80,7 @@ def test_given_fixes_the_labels():
 
 def test_a_network_under_guidance_is_its_two_fields_combined():
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=16, depth=2), (2,), NULL).double()
+    network = build_network(MLPConfig(width=16, depth=2), (2,), NULL).double()
     torch.nn.init.normal_(network.leave[1].weight)
     for t in TIMES:
         u, u_null = network(X, t, LABEL), network(X, t, torch.full_like(LABEL, NULL))

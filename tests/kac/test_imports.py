@@ -48,12 +48,13 @@ def test_the_search_sees_late_imports():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_imports_the_others_later_on(name):
-    source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+    path = ROOT / name.replace(".", "/")
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     assert not imported(source) & FOREIGN
 
 
 def test_the_walk_finds_the_modules():
-    assert {path.stem for path in (ROOT / "kac").glob("*.py")} == {
-        "__init__",
-        *(n.removeprefix("kac.") for n in MODULES),
+    there = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in (ROOT / "kac").rglob("*.py")
     }
+    assert {name.removesuffix(".__init__") for name in there} == {"kac", *MODULES}

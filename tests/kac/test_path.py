@@ -138,15 +138,6 @@ def test_ends_of_the_path(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_noise_is_the_path_at_one(path):
-    noise = path.noise((100_000,), seeded(3), dtype=torch.float64)
-    points = path.sample(torch.zeros(100_000, 1, dtype=torch.float64), torch.tensor(1.0), seeded(4)).x_t[:, 0]
-    assert stats.ks_2samp(noise.numpy(), points.numpy(), method="asymp").pvalue > 1e-7
-    assert path.noise((2, 3)).shape == (2, 3)
-    assert path.noise((2, 3)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("t", [0.3, 1.0])
 def test_points_from_uniforms_have_the_law_of_samples(path, t):
     uniforms = torch.rand(path.uniforms_per_coordinate, 100_000, 1, generator=seeded(5), dtype=torch.float64).clamp(
@@ -167,7 +158,6 @@ def test_draws_come_from_the_given_generator_alone(path):
     first, again = path.sample(x_0, t, seeded(7)), path.sample(x_0, t, seeded(7))
     assert torch.equal(first.x_t, again.x_t)
     assert torch.equal(first.target, again.target)
-    assert torch.equal(path.noise((4, 3), seeded(7)), path.noise((4, 3), seeded(7)))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kac.guidance import guide
-from kac.solvers import STEPPERS, solve, uniform_times
+from kac.solvers import GRIDS, STEPPERS, knot_times, solve
 
 METHODS = sorted(STEPPERS)
 ORDER = {"euler": 1, "heun": 2, "ab2": 2}
@@ -110,7 +110,7 @@ def test_nfe_is_the_number_of_calls(method, steps):
         calls.append(t.item())
         return field(x, t)
 
-    solution = solve(counted, START, uniform_times(steps), method)
+    solution = solve(counted, START, knot_times(steps), method)
     assert solution.nfe == len(calls) == CALLS[method] * steps
     assert calls[0] == 1
 
@@ -124,8 +124,8 @@ def test_a_guided_call_counts_twice(method):
             return x * t
 
     label = torch.zeros(3, dtype=torch.int64)
-    assert solve(guide(Model(), 0.0).given(label), START, uniform_times(5), method).nfe == 5 * CALLS[method]
-    assert solve(guide(Model(), 1.5).given(label), START, uniform_times(5), method).nfe == 10 * CALLS[method]
+    assert solve(guide(Model(), 0.0).given(label), START, knot_times(5), method).nfe == 5 * CALLS[method]
+    assert solve(guide(Model(), 1.5).given(label), START, knot_times(5), method).nfe == 10 * CALLS[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,13 +152,13 @@ def test_keep_returns_exactly_these_states_in_that_order(method):
     times = grid([1.0, 2.0], 3)
     states = [START] + [solve(field, START, times[: n + 1], method).x for n in range(1, 7)]
     solution = solve(field, START, times, method, keep=[6, 0, 3, 3])
-    assert torch.equal(solution.knots, torch.stack([states[k] for k in (6, 0, 3, 3)]))
+    assert len(solution.knots) == 4
+    assert all(torch.equal(kept, states[k]) for kept, k in zip(solution.knots, (6, 0, 3, 3), strict=True))
     assert torch.equal(solution.x, states[6])
 
 
 def test_nothing_is_kept_unless_asked_for():
-    assert solve(field, START, uniform_times(3)).knots is None
-    assert solve(field, START, uniform_times(3), keep=[]).knots is None
+    assert solve(field, START, knot_times(3)).knots == []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,44 +171,53 @@ def test_states_on_the_way_are_let_go(method):
         alive.append(sum(state() is not None for state in seen))
         return x * t
 
-    solve(spy, START + 0, uniform_times(50), method)
+    solve(spy, START + 0, knot_times(50), method)
     assert max(alive) <= 3
     seen.clear()
     alive.clear()
-    solve(spy, START + 0, uniform_times(50), method, keep=[0, 10, 20])
+    solve(spy, START + 0, knot_times(50), method, keep=[0, 10, 20])
     assert max(alive) <= 6
 
 
 def test_start_is_left_as_it_was():
     copy = START.clone()
     for method in METHODS:
-        solve(field, START, uniform_times(4), method, keep=[0, 4])
+        solve(field, START, knot_times(4), method, keep=[0, 4])
     assert torch.equal(START, copy)
 
 
 # Grids and refusals
 
 
+@pytest.mark.parametrize("grid_name", sorted(GRIDS))
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 2000), st.floats(0.01, 1), st.floats(-1, 0))
-def test_uniform_times_are_even_and_exact_at_both_ends(steps, start, end):
-    times = uniform_times(steps, start, end)
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_a_grid_falls_from_noise_to_data_and_a_coarser_one_is_part_of_it(grid_name, knots, times_finer):
+    times = knot_times(knots, grid_name)
     assert times.dtype == torch.float64
-    assert len(times) == steps + 1
-    assert (times[0].item(), times[-1].item()) == (start, end)
-    even = [start + (end - start) * k / steps for k in range(steps + 1)]
-    torch.testing.assert_close(times, torch.tensor(even, dtype=torch.float64), rtol=0, atol=1e-14)
+    assert len(times) == knots + 1
+    assert (times[0].item(), times[-1].item()) == (1, 0)
+    assert bool((times.diff() < 0).all())
+    assert torch.equal(times, knot_times(knots * times_finer, grid_name)[::times_finer])
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_refuses_grids_without_steps(steps):
-    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
-        uniform_times(steps)
+def test_the_uniform_grid_is_one_minus_k_over_knots():
+    for knots in (1, 3, 20, 1000):
+        even = [1 - k / knots for k in range(knots + 1)]
+        torch.testing.assert_close(knot_times(knots), torch.tensor(even, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("knots", [0, -1])
+def test_refuses_grids_without_knots(knots):
+    with pytest.raises(ValueError, match=f"knots must be at least 1, got {knots}"):
+        knot_times(knots)
+    with pytest.raises(ValueError, match="unknown grid 'cosine': expected one of"):
+        knot_times(4, "cosine")
 
 
 def test_refuses_an_unknown_method():
     with pytest.raises(ValueError, match=r"unknown solver 'rk4': expected one of \['ab2', 'euler', 'heun'\]"):
-        solve(field, START, uniform_times(2), "rk4")
+        solve(field, START, knot_times(2), "rk4")
 
 
 @pytest.mark.parametrize(
@@ -224,4 +233,4 @@ def test_refuses_grids_that_do_not_decrease(times):
 @pytest.mark.parametrize("keep", [[-1], [0, 4], [7]])
 def test_refuses_to_keep_what_is_not_on_the_grid(keep):
     with pytest.raises(ValueError, match=r"keep must lie within 0\.\.3, got"):
-        solve(field, START, uniform_times(3), keep=keep)
+        solve(field, START, knot_times(3), keep=keep)

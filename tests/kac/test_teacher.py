@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kac.networks import NetworkConfig, build_network
+from kac.networks import MLPConfig, build_network
 from kac.path import GaussianPath, KacPath, PathSample
 from kac.process import KacProcess
 from kac.teacher import flow_matching_loss
@@ -17,6 +17,11 @@ NULL = 10
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def with_null_label(field):
+    field.null_label = NULL
+    return field
 
 
 class Recorded:
@@ -34,6 +39,8 @@ class Recorded:
 class Spy:
     """u(x, t, label) = 0.3 x - t + label / 10, and a record of what it was called with."""
 
+    null_label = NULL
+
     def __call__(self, x, t, label):
         self.x, self.t, self.label = x, t, label
         shape = (-1, *[1] * (x.ndim - 1))
@@ -44,7 +51,7 @@ class Spy:
 def test_loss_is_the_mean_squared_error_to_the_target(path):
     recorded, spy = Recorded(path), Spy()
     x_0, label = torch.rand(64, 1, 3, 3) * 2 - 1, torch.randint(0, 10, (64,))
-    loss = flow_matching_loss(spy, NULL, recorded, x_0, label, seeded(1), label_dropout=0.3)
+    loss = flow_matching_loss(spy, recorded, x_0, label, seeded(1), label_dropout=0.3)
     assert torch.equal(spy.x, recorded.point.x_t)
     assert torch.equal(spy.t, recorded.point.t)
     errors = (Spy()(spy.x, spy.t, spy.label) - recorded.point.target).double()
@@ -55,7 +62,7 @@ def test_loss_is_the_mean_squared_error_to_the_target(path):
 def test_all_draws_come_from_the_generator():
     x_0, label = torch.rand(32, 2), torch.randint(0, 10, (32,))
     state = torch.get_rng_state()
-    losses = [flow_matching_loss(Spy(), NULL, KacPath(), x_0, label, seeded(seed)).item() for seed in (2, 2, 3)]
+    losses = [flow_matching_loss(Spy(), KacPath(), x_0, label, seeded(seed)).item() for seed in (2, 2, 3)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -63,7 +70,7 @@ def test_all_draws_come_from_the_generator():
 def times_of(count: int, generator: torch.Generator) -> Tensor:
     spy = Spy()
     label = torch.zeros(count, dtype=torch.int64)
-    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator)
+    flow_matching_loss(spy, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator)
     return spy.t
 
 
@@ -83,7 +90,7 @@ def test_times_are_uniform_in_even_strata_and_random_order():
 def test_label_dropout_has_its_share_and_touches_nothing_else(share):
     spy = Spy()
     label = torch.arange(10).repeat(2000)
-    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(20_000, 1), label, seeded(5), label_dropout=share)
+    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), label, seeded(5), label_dropout=share)
     dropped = spy.label == NULL
     assert torch.equal(spy.label[~dropped], label[~dropped])
     sigma = math.sqrt(share * (1 - share) * 20_000)
@@ -94,7 +101,7 @@ def test_label_dropout_has_its_share_and_touches_nothing_else(share):
 
 def test_default_dropout_is_a_tenth():
     spy = Spy()
-    flow_matching_loss(spy, NULL, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6))
+    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6))
     assert (spy.label == NULL).double().mean().item() == pytest.approx(0.1, abs=0.012)
 
 
@@ -120,7 +127,7 @@ def test_exact_field_of_a_single_image_has_no_loss():
     x_0 = torch.full((5000, 1), 0.4, dtype=torch.float64)
     path, label = KacPath(KacProcess(3.0, 2.0)), torch.zeros(5000, dtype=torch.int64)
     oracle = kac_oracle(path.process, torch.tensor([0.4], dtype=torch.float64))
-    assert flow_matching_loss(oracle, NULL, path, x_0, label, seeded(7)).item() < 1e-20
+    assert flow_matching_loss(with_null_label(oracle), path, x_0, label, seeded(7)).item() < 1e-20
 
 
 @pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
@@ -132,7 +139,7 @@ def test_conditional_expectation_is_the_minimiser(process):
     oracle, recorded = kac_oracle(process, points), Recorded(KacPath(process))
 
     def loss(field) -> float:
-        return flow_matching_loss(field, NULL, recorded, x_0, label, seeded(8)).item()
+        return flow_matching_loss(with_null_label(field), recorded, x_0, label, seeded(8)).item()
 
     best = loss(oracle)
     x, t = recorded.point.x_t, recorded.point.t
@@ -156,14 +163,14 @@ def test_training_reaches_the_known_minimum():
     The zero field, where training starts, has loss 2.
     """
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=32, depth=1), (2,), NULL)
+    network = build_network(MLPConfig(width=32, depth=1), (2,), NULL)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     generator = seeded(9)
 
     def loss(count: int) -> Tensor:
         x_0 = torch.randn(count, 2, generator=generator)
         label = torch.zeros(count, dtype=torch.int64)
-        return flow_matching_loss(network, NULL, GaussianPath(), x_0, label, generator)
+        return flow_matching_loss(network, GaussianPath(), x_0, label, generator)
 
     with torch.no_grad():
         assert loss(50_000).item() == pytest.approx(2, abs=0.05)

@@ -44,13 +44,13 @@ def assert_same_store(found: str, expected: str) -> None:
     """Both hold the same samples, each once: ids, labels and noise to the bit, what was computed within tolerance."""
     found_manifest, found_rows = read_store(found)
     expected_manifest, expected_rows = read_store(expected)
-    for key in ("schema_version", "fingerprint", "spec", "contents"):
+    for key in ("schema_version", "fingerprint", "identity", "extents"):
         assert found_manifest[key] == expected_manifest[key], key
     assert sorted(found_rows) == sorted(expected_rows)
     for w, theirs in expected_rows.items():
         ours = found_rows[w]
         ids = ours["sample_id"].to_pylist()
-        planned = next(part["ids"] for part in expected_manifest["contents"] if part["guidance"] == w)
+        planned = next(part["ids"] for part in expected_manifest["extents"] if part["guidance"] == w)
         assert ids == [i for start, stop in planned for i in range(start, stop)], _what_is_wrong(ids)
         assert ours.schema.equals(theirs.schema)
         noise = next(name for name in ours.column_names if name.startswith("knot_"))

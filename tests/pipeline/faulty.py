@@ -21,9 +21,10 @@ import ray
 
 from jobs.command import main
 from kac import files
-from pipeline import rollout
 from pipeline.config import RolloutSpec
-from pipeline.store.layout import MANIFEST, StoreIdentity
+from pipeline.rollout import actors, rollout
+from pipeline.rollout.teacher import Rows
+from pipeline.store.layout import MANIFEST
 from pipeline.store.manifest import list_shards
 
 FAULTY_SHARD = 4
@@ -41,68 +42,63 @@ def hung_file(store: str) -> Path:
     return Path(f"{store}.hung")
 
 
-class RaisingRoller(rollout.ShardRoller):
+class RaisingActor(actors.ShardActor):
     """Raises on one shard."""
 
-    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any) -> None:
-        super().__init__(spec, identity, ledger)
-        self.roll = self.roller.roll
-        self.roller.roll = self.roll_with_fault  # type: ignore[method-assign]
+    def __init__(self, spec: RolloutSpec, **others: Any) -> None:
+        super().__init__(spec, **others)
+        self.spec, self.follow = spec, self.maker.teacher.follow
+        self.maker.teacher.follow = self.follow_with_fault  # type: ignore[method-assign]
 
-    def roll_with_fault(self, guidance: float, ids: range) -> rollout.Rows:
-        rows = self.roll(guidance, ids)
-        if (
-            guidance == 0.0
-            and ids.start == FAULTY_SHARD * self.spec.shard_size
-            and fault_file(self.spec.store).exists()
-        ):
-            return self.fault(rows)
-        return rows
+    def follow_with_fault(self, guidance: float, ids: range) -> Rows:
+        rows = self.follow(guidance, ids)
+        is_faulty = guidance == 0.0 and ids.start == FAULTY_SHARD * self.spec.shard_size
+        return self.fault(rows) if is_faulty and fault_file(self.spec.store).exists() else rows
 
-    def fault(self, rows: rollout.Rows) -> rollout.Rows:
+    def fault(self, rows: Rows) -> Rows:
         raise RuntimeError("the card fell off the bus\nwith a second line")
 
 
-class NanRoller(RaisingRoller):
+class NanActor(RaisingActor):
     """Makes NaN of the second and the last sample of one shard."""
 
-    def fault(self, rows: rollout.Rows) -> rollout.Rows:
-        rows.knots[2][[1, -1]] = np.nan
+    def fault(self, rows: Rows) -> Rows:
+        rows["knot_02"][[1, -1]] = np.nan
         return rows
 
 
-class DyingRoller(RaisingRoller):
+class DyingActor(RaisingActor):
     """Dies on one shard, as under the out-of-memory killer."""
 
-    def fault(self, rows: rollout.Rows) -> rollout.Rows:
+    def fault(self, rows: Rows) -> Rows:
         os.kill(os.getpid(), signal.SIGKILL)
         return rows
 
 
-class ImpatientLedger(rollout.Ledger):
+class ImpatientLedger(actors.Ledger):
     """Gives up sooner, so that a test need not wait for ten restarts."""
 
-    def __init__(self, actors: int) -> None:
-        rollout.MAX_ATTEMPTS = QUICK_ATTEMPTS
-        super().__init__(actors)
+    def __init__(self, count: int) -> None:
+        actors.MAX_ATTEMPTS = QUICK_ATTEMPTS
+        super().__init__(count)
 
 
-class ImpatientRoller(rollout.ShardRoller):
+class ImpatientActor(actors.ShardActor):
     """Gives up on S3 sooner, so that a test need not wait for all of the retries."""
 
-    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any) -> None:
+    def __init__(self, *options: Any, **others: Any) -> None:
         import s3fs
 
         files.S3_OPTIONS["config_kwargs"]["retries"]["max_attempts"] = S3_ATTEMPTS
         s3fs.S3FileSystem.retries = S3_ATTEMPTS
-        super().__init__(spec, identity, ledger)
+        super().__init__(*options, **others)
 
 
-class HangingRoller(rollout.ShardRoller):
+class HangingActor(actors.ShardActor):
     """Hangs with its third shard written but not published."""
 
-    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any) -> None:
-        super().__init__(spec, identity, ledger)
+    def __init__(self, spec: RolloutSpec, **others: Any) -> None:
+        super().__init__(spec, **others)
         hang_in_fsync(spec.store, "shard-", 3)
 
 
@@ -133,8 +129,8 @@ def lose_node(spec: RolloutSpec) -> None:
     def remove() -> None:
         while len(list_shards(spec.store)) < 3:
             time.sleep(0.02)
-        actors = ray._private.state.actors().values()
-        homes = {actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "Ledger"}
+        everyone = ray._private.state.actors().values()
+        homes = {actor["Address"]["NodeID"] for actor in everyone if actor["ActorClassName"] == "Ledger"}
         # The node that keeps the count of attempts is the worst one to lose.
         victim = next((node for node in nodes if node.node_id in homes), nodes[0])
         cluster.remove_node(victim, allow_graceful=False)
@@ -144,7 +140,7 @@ def lose_node(spec: RolloutSpec) -> None:
     remover = threading.Thread(target=remove, daemon=True)
     remover.start()
     try:
-        rollout.rollout(spec)
+        rollout(spec)
         remover.join(timeout=60)
     finally:
         ray.shutdown()
@@ -153,14 +149,14 @@ def lose_node(spec: RolloutSpec) -> None:
 
 def hang_in_shard(spec: RolloutSpec) -> None:
     """Roll out with actors that hang in the middle of a write."""
-    rollout.ShardRoller = HangingRoller  # type: ignore[misc]
-    rollout.rollout(spec)
+    actors.ShardActor = HangingActor  # type: ignore[misc]
+    rollout(spec)
 
 
 def hang_in_manifest(spec: RolloutSpec) -> None:
     """Roll out and hang with the manifest written but not published."""
     hang_in_fsync(spec.store, MANIFEST, 1)
-    rollout.rollout(spec)
+    rollout(spec)
 
 
 JOBS = {"hang-in-shard": hang_in_shard, "hang-in-manifest": hang_in_manifest, "lose-node": lose_node}

@@ -36,7 +36,7 @@ def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:
 def command_line(spec: RolloutSpec) -> list[str]:
     """The options of `python -m jobs.rollout` that make this spec."""
     words: list[str] = []
-    for name, value in spec.model_dump(mode="json", exclude_none=True).items():
+    for name, value in spec.model_dump(mode="json", exclude_defaults=True).items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words

@@ -7,26 +7,26 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from kac.checkpoint import ModelConfig, load_config, save_model
-from kac.data import load_dataset
-from kac.networks import NetworkConfig, build_network
+from kac.checkpoint import ModelConfig, save_model
+from kac.data import DataConfig, open_dataset
+from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from pipeline.config import RolloutSpec
-from pipeline.roller import Roller
-from pipeline.rollout import Plan, identify, make_plan, seal
+from pipeline.rollout import Plan, compute_shards, make_plan, rollout
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import Manifest
-from pipeline.store.shards import Receipt, encode, make_table, publish
+from pipeline.store.shards import Receipt
 
 
 def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_config: PathConfig | None = None) -> str:
     """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way."""
-    dataset = load_dataset(data)
+    dataset = open_dataset(DataConfig(kind=data)).description
     config = ModelConfig(
         kind="teacher",
-        network=NetworkConfig(width=8, depth=1),
+        network=MLPConfig(width=8, depth=1),
         path=path_config or PathConfig(),
         data=data,
+        data_sha256=dataset.sha256,
         sample_shape=dataset.sample_shape,
         num_classes=dataset.num_classes,
         class_frequencies=dataset.class_frequencies,
@@ -36,45 +36,38 @@ def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_conf
         network = build_network(config.network, config.sample_shape, config.num_classes)
         # The last layer starts at zero: its velocity would be, too.
         torch.nn.init.normal_(network.leave[1].weight, std=0.5)
-    save_model(str(path), network, config, network.state_dict())
+    save_model(str(path), config, network.state_dict())
     return str(path)
 
 
 def make_spec(path: str | Path, teacher: str, **options: Any) -> RolloutSpec:
-    """A rollout of 100 trajectories of 4 knots in shards of 32: three full ones and one of 4 rows."""
-    defaults: dict[str, Any] = {"trajectories": 100, "knots": 4, "solver_steps": 8, "shard_size": 32}
+    """A rollout in this process: 100 trajectories of 4 knots in shards of 32, three full ones and one of 4 rows."""
+    defaults: dict[str, Any] = {"trajectories": 100, "knots": 4, "solver_steps": 8, "shard_size": 32, "actors": 0}
     return RolloutSpec(store=str(path), teacher=teacher, **{**defaults, **options})
 
 
 def plan_store(spec: RolloutSpec) -> Plan:
     """What a rollout of the spec would do now."""
-    return make_plan(spec, identify(spec, load_config(spec.teacher)))
+    return make_plan(spec)
 
 
-def publish_shards(spec: RolloutSpec, plan: Plan, replace: bool = True) -> list[Receipt]:
+def publish_shards(spec: RolloutSpec, plan: Plan) -> list[Receipt]:
     """Compute and publish what the plan has to do."""
-    roller = Roller(spec, plan.identity)
-
-    def one(shard: Shard) -> Receipt:
-        rows = roller.roll(shard.guidance, shard.ids)
-        table = make_table(plan.identity, shard, rows.label, rows.kinetic_energy, rows.knots, rows.interval)
-        return publish(spec.store, shard, plan.identity, encode(table, spec.compression), replace=replace)
-
-    return [one(shard) for shard in plan.todo]
+    return [outcome.receipt for outcome in compute_shards(spec, plan)]
 
 
 def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
-    """What ``pipeline.rollout.rollout`` does, in this process; without ``is_sealed`` it stops before the manifest."""
-    plan = plan_store(spec)
-    receipts = publish_shards(spec, plan)
-    return seal(spec, plan, receipts) if is_sealed else None
+    """The rollout, in this process; without ``is_sealed`` it stops before the manifest."""
+    spec = spec.model_copy(update={"actors": 0})
+    if is_sealed:
+        return rollout(spec)
+    compute_shards(spec, make_plan(spec))
+    return None
 
 
 def make_store(path: str | Path, teacher: str, **options: Any) -> Manifest:
     """A finished store; options as in ``make_spec``."""
-    manifest = run_rollout(make_spec(path, teacher, **options))
-    assert manifest is not None
-    return manifest
+    return rollout(make_spec(path, teacher, **options))
 
 
 def copy_store(store: str | Path, to: str | Path) -> Path:

@@ -13,15 +13,15 @@ import torch
 from jobs.command import parse
 from kac import files
 from kac.checkpoint import load_config, load_model
-from kac.networks import NetworkConfig
+from kac.networks import MLPConfig
 from kac.options import OptionError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, bare, benchmark, memory, storage
+from pipeline.benchmark import BenchmarkSpec, Measurement, bare, benchmark, bytes_stored, watch
+from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
 from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table
-from pipeline.benchmark.reading import CountingFileSystem, count_bytes, store_bytes
-from pipeline.benchmark.rollout import bare_speed, steady_rate
-from pipeline.benchmark.setting import make_setting, run
-from pipeline.benchmark.spec import CALLS_A_SHARD
+from pipeline.benchmark.rollout_speed import bare_speed, steady_rate
+from pipeline.benchmark.setting import compute_unsealed, make_setting
+from pipeline.benchmark.spec import CALLS_A_SHARD, PARTS
 from pipeline.benchmark.training import OnlineTask, TensorTask, optimizer, store_task, task_speed
 from pipeline.store.shards import adopt, column_array
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
@@ -31,8 +31,8 @@ TINY = BenchmarkSpec(
     batch_size=16,
     repeats=2,
     data="moons",
-    network=NetworkConfig(width=8, depth=1),
-    only=("c", "d", "f"),
+    network=MLPConfig(width=8, depth=1),
+    only=("bytes-read", "bytes-stored", "process-speed"),
 )
 
 
@@ -57,26 +57,24 @@ def counted(path: str) -> str:
 
 
 def test_a_ratio_is_taken_turn_by_turn_and_its_median_is_held_against_the_bar():
-    speeds = Measurement("a", "x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.9))
+    speeds = Measurement("x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.9))
     assert speeds.ratios == (0.9, 2.0, 0.5)
     assert speeds.holds
-    assert not Measurement("a", "x", "rows/s", (9.0, 20.0, 8.0), (10.0, 10.0, 10.0), Bar(">=", 0.91)).holds
-    assert Measurement("c", "x", "bytes", (12.0,), (100.0,), Bar("<=", 0.12)).holds
-    assert not Measurement("c", "x", "bytes", (13.0,), (100.0,), Bar("<=", 0.12)).holds
-    assert Measurement("f", "x", "ns", (13.0,), (100.0,)).holds is None
+    assert not Measurement("x", "rows/s", (9.0, 20.0, 8.0), (10.0, 10.0, 10.0), Bar(">=", 0.91)).holds
+    assert Measurement("x", "bytes", (12.0,), (100.0,), Bar("<=", 0.12)).holds
+    assert not Measurement("x", "bytes", (13.0,), (100.0,), Bar("<=", 0.12)).holds
+    assert Measurement("x", "ns", (13.0,), (100.0,)).holds is None
     with pytest.raises(ValueError, match="as many values"):
-        Measurement("a", "x", "rows/s", (1.0, 2.0), (1.0,))
+        Measurement("x", "rows/s", (1.0, 2.0), (1.0,))
 
 
 def test_the_table_and_the_record_say_the_same():
-    measurement = Measurement(
-        "b", "store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.95)
-    )
+    measurement = Measurement("store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.95))
     record = json.loads(json.dumps(measurement.record()))
     assert (record["median_ratio"], record["min_ratio"], record["max_ratio"]) == (0.9, 0.5, 2.0)
     assert (record["bar"], record["holds"]) == (">= 0.95", False)
-    line = table([measurement]).splitlines()[1]
-    assert " ".join(line.split()) == "(b) store / tensors 10 10 samples/s 0.900 0.500..2.000 3 >= 0.95 missed"
+    line = table({"distill-speed": [measurement]}).splitlines()[1]
+    assert " ".join(line.split()) == "distill-speed store / tensors 10 10 samples/s 0.900 0.500..2.000 3 >= 0.95 missed"
 
 
 def test_sides_take_turns():
@@ -176,18 +174,18 @@ def test_the_count_is_that_of_the_kernel(digits_store: str):
 
 def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     setting = make_setting(TINY, str(tmp_path))
-    monkeypatch.setattr(type(setting), "rolled_store", lambda self: store.open(digits_store))
-    done = {m.what: m for m in storage.bytes_stored(setting)}
-    plain = done["bytes stored, none / bytes of the tensors"]
+    monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
+    done = {m.what: m for m in bytes_stored.measure(setting)}
+    plain = done["stored, none / bytes of the tensors"]
     assert plain.against == (1024 * 21 * 64 * 4,)
     written = next(Path(digits_store).rglob("shard-000000.parquet"))
     assert plain.values == (written.stat().st_size,)
     assert plain.holds
-    assert done["bytes stored, zstd / bytes of the tensors"].ratios < plain.ratios
-    for name in storage.COMPRESSIONS:
+    assert done["stored, zstd / bytes of the tensors"].ratios < plain.ratios
+    for name in bytes_stored.COMPRESSIONS:
         shard = store.open(digits_store).shards[0]
-        copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).spec)[1]
-        original = adopt(digits_store, shard, store.open(digits_store).spec)[1]
+        copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).identity)[1]
+        original = adopt(digits_store, shard, store.open(digits_store).identity)[1]
         for column in original.column_names:
             np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
 
@@ -199,20 +197,20 @@ def test_the_peak_outlives_what_was_freed():
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as held:
         assert held.stdout.readline() == "freed\n"
-        peak, now = memory.memory_of(held.pid, memory.PEAK), memory.memory_of(held.pid, memory.NOW)
+        peak, now = watch.memory_of(held.pid, watch.PEAK), watch.memory_of(held.pid, watch.NOW)
         held.communicate("\n")
     assert 300 <= peak <= 400
     assert now < 100
-    assert memory.memory_of(held.pid, memory.PEAK) == 0
+    assert watch.memory_of(held.pid, watch.PEAK) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs the /proc of Linux")
 def test_the_watch_sees_the_actors_and_the_driver(setting, ray_cluster: None):
-    with memory.watched() as peaks:
-        done = run(setting.rollout_spec("watched", actors=2, trajectories=320))
-    assert sum(outcome.computed_rows for outcome in done.outcomes) == 320
-    assert len(done.finished) == 320 // (CALLS_A_SHARD * TINY.batch_size)
-    assert list(done.finished) == sorted(done.finished)
+    with watch.watched() as peaks:
+        done = compute_unsealed(setting.rollout_spec("watched", actors=2, trajectories=320))
+    assert sum(outcome.computed_rows for outcome in done) == 320
+    assert len(done) == 320 // (CALLS_A_SHARD * TINY.batch_size)
+    assert [outcome.finished for outcome in done] == sorted(outcome.finished for outcome in done)
     # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
     assert 100 < peaks.actor < 4096
     assert 100 < peaks.driver < 4096
@@ -272,8 +270,11 @@ def test_from_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.Captu
     done = benchmark(TINY.model_copy(update={"json_file": str(out), "folder": str(scratch)}))
     printed = capsys.readouterr().out.splitlines()
     record = json.loads(out.read_text())
-    assert [m["part"] for m in record["measurements"]] == ["c"] * 3 + ["d"] * 9 + ["f"] * 2
-    assert len(printed) == 1 + len(done) == 1 + len(record["measurements"])
+    assert [m["part"] for m in record["measurements"]] == (
+        ["bytes-read"] * 3 + ["bytes-stored"] * 9 + ["process-speed"] * 2
+    )
+    assert list(done) == list(TINY.only)
+    assert len(printed) == 1 + len(record["measurements"])
     assert record["machine"]["torch"] == torch.__version__
     assert record["options"]["trajectories"] == TINY.trajectories
     draws = next(m for m in record["measurements"] if m["what"].startswith("exact draw"))
@@ -282,18 +283,19 @@ def test_from_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_json_can_go_to_the_terminal(ray_cluster: None, capsys: pytest.CaptureFixture):
-    benchmark(TINY.model_copy(update={"json_file": "-", "only": ("f",)}))
-    assert [m["part"] for m in json.loads(capsys.readouterr().out)["measurements"]] == ["f", "f"]
+    benchmark(TINY.model_copy(update={"json_file": "-", "only": ("process-speed",)}))
+    figures = json.loads(capsys.readouterr().out)["measurements"]
+    assert [m["part"] for m in figures] == ["process-speed", "process-speed"]
 
 
 def test_options():
     def options(text: str) -> BenchmarkSpec:
         return parse(BenchmarkSpec, text.split(), "python -m jobs.benchmark")
 
-    spec = options("--only c a c --json figures.json --repeats 3")
-    assert (spec.only, spec.json_file, spec.repeats) == (("c", "a"), "figures.json", 3)
-    assert options("").only == tuple("abcdefg")
-    for bad, name in (("--only z", "z"), ("--trajectories 1000", "--trajectories"), ("--repeats 0", "--repeats")):
+    spec = options("--only c rollout-speed c --json figures.json --repeats 3")
+    assert (spec.only, spec.json_file, spec.repeats) == (("rollout-speed", "bytes-read"), "figures.json", 3)
+    assert sorted(options("--only a b c d e f g").only) == sorted(options("").only) == sorted(PARTS)
+    for bad, name in (("--only z", "found z"), ("--trajectories 1000", "--trajectories"), ("--repeats 0", "--repeats")):
         with pytest.raises(OptionError, match=name):
             options(bad)
 

@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from kac import files
-from pipeline import rollout
 from pipeline.config import RolloutSpec
+from pipeline.rollout import RolloutError, actors, compute_shards, make_plan, rollout, seal
 from pipeline.store.manifest import list_shards, read_manifest
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files, read_store
@@ -42,7 +42,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def reference(teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The store of a run that nothing disturbed."""
     store = str(tmp_path_factory.mktemp("reference") / "store")
-    rollout.rollout(spec_of(teacher, store))
+    rollout(spec_of(teacher, store))
     assert len(read_manifest(store).shards) == SHARDS
     return store
 
@@ -68,7 +68,7 @@ def address() -> str:
     return ray.get_runtime_context().gcs_address
 
 
-def actors(name: str) -> list[psutil.Process]:
+def alive(name: str) -> list[psutil.Process]:
     """The processes of the session's cluster that run actors of a class."""
     return named(psutil.Process().children(recursive=True), name)
 
@@ -82,7 +82,7 @@ def finish(spec: RolloutSpec, reference: str, capsys: pytest.CaptureFixture[str]
     """Run the same command again: it takes over what is whole, computes the rest, and leaves nothing else behind."""
     before = published(spec.store)
     capsys.readouterr()
-    rollout.rollout(spec)
+    rollout(spec)
     summary = Summary(capsys.readouterr().out)
     after = published(spec.store)
     assert {name: after[name] for name in before} == before, "a whole shard was written again"
@@ -135,10 +135,10 @@ def test_a_driver_killed_in_the_middle_of_a_write(
 def test_killed_actors_cost_their_shards_only(teacher: str, reference: str, store: str) -> None:
     """Three of them, and the ledger that counts such deaths: the run itself goes on to its end."""
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(rollout.rollout, spec_of(teacher, store))
+        running = thread.submit(rollout, spec_of(teacher, store))
         for shards, victim in ((1, "MapWorker"), (5, "Ledger"), (9, "MapWorker"), (14, "MapWorker")):
-            wait_until(lambda n=shards, name=victim: len(list_shards(store)) >= n and actors(name), running)
-            actors(victim)[0].kill()
+            wait_until(lambda n=shards, name=victim: len(list_shards(store)) >= n and alive(name), running)
+            alive(victim)[0].kill()
         running.result()
     assert_same_store(store, reference)
 
@@ -154,11 +154,11 @@ def test_a_lost_node(teacher: str, reference: str, store: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("roller", "expected"),
+    ("actor", "expected"),
     [
-        (faulty.RaisingRoller, r"RuntimeError: the card fell off the bus with a second line"),
-        (faulty.NanRoller, r"found NaN or infinity in samples 129, 159: nothing of the shard was published"),
-        (faulty.DyingRoller, rf"its process died {faulty.QUICK_ATTEMPTS} times"),
+        (faulty.RaisingActor, r"RuntimeError: the card fell off the bus with a second line"),
+        (faulty.NanActor, r"found NaN or infinity in samples 129, 159: nothing of the shard was published"),
+        (faulty.DyingActor, rf"its process died {faulty.QUICK_ATTEMPTS} times"),
     ],
 )
 def test_a_shard_that_always_fails_is_named(
@@ -167,17 +167,17 @@ def test_a_shard_that_always_fails_is_named(
     store: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    roller: type,
+    actor: type,
     expected: str,
 ) -> None:
     """The retries end, nothing of the shard is published, and without the fault the same command goes on."""
     spec = spec_of(teacher, store)
     name = f"data/guidance=0.0/shard-{faulty.FAULTY_SHARD:06d}.parquet"
     faulty.fault_file(store).touch()
-    monkeypatch.setattr(rollout, "ShardRoller", roller)
-    monkeypatch.setattr(rollout, "Ledger", faulty.ImpatientLedger)
-    with pytest.raises(rollout.RolloutError, match=rf"{name}.*{expected}") as refusal:
-        rollout.rollout(spec)
+    monkeypatch.setattr(actors, "ShardActor", actor)
+    monkeypatch.setattr(actors, "Ledger", faulty.ImpatientLedger)
+    with pytest.raises(RolloutError, match=rf"{name}.*{expected}") as refusal:
+        rollout(spec)
     assert "\n" not in str(refusal.value)
     assert name not in list_shards(store)
     assert read_manifest(store) is None
@@ -204,8 +204,8 @@ def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pyt
     room = sum(receipt.bytes for receipt in read_manifest(reference).shards) // 2
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
-    with pytest.raises(rollout.RolloutError, match=r"data/guidance=.*/shard-\d{6}\.parquet: .*No space left on device"):
-        rollout.rollout(spec)
+    with pytest.raises(RolloutError, match=r"data/guidance=.*/shard-\d{6}\.parquet: .*No space left on device"):
+        rollout(spec)
     there = list_files(spec.store)
     assert 0 < len(there) < SHARDS
     assert there == sorted(list_shards(spec.store))
@@ -228,10 +228,9 @@ def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str)
 def test_two_jobs_that_add_different_scales_lose_nothing(teacher: str, store: str, ray_cluster: None) -> None:
     """Both plan from the same empty store, and both seal it."""
     specs = [spec_of(teacher, store, trajectories=32, guidance=(w,)) for w in (0.0, 1.0)]
-    identity = rollout.identify(specs[0], rollout.load_config(teacher))
-    plans = [rollout.make_plan(spec, identity) for spec in specs]
+    plans = [make_plan(spec) for spec in specs]
     for spec, plan in zip(specs, plans, strict=True):
-        rollout.seal(spec, plan, [outcome.receipt for outcome in rollout.roll_out(spec, plan)])
+        seal(spec, plan, compute_shards(spec, plan))
     manifest, rows = read_store(store)
     assert sorted(rows) == [0.0, 1.0]
-    assert [part["guidance"] for part in manifest["contents"]] == [0.0, 1.0]
+    assert [part["guidance"] for part in manifest["extents"]] == [0.0, 1.0]

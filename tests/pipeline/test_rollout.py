@@ -1,5 +1,7 @@
-"""The rollout on real Ray Data actors: the same rows however the work is split, growth, refusals."""
+"""The rollout on real Ray Data actors and without them: the same rows however the work is split, growth, refusals."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from kac import files, identity
+from kac import files, noise
 from kac.checkpoint import ModelConfig, load_model, save_model
 from kac.errors import DistillKacError
 from kac.guidance import guide
-from kac.solvers import solve, uniform_times
+from kac.solvers import knot_times, solve
 from pipeline import store
 from pipeline.config import RolloutSpec
-from pipeline.rollout import MAX_ATTEMPTS, Ledger, identify, make_plan, rollout
+from pipeline.rollout import make_plan, rollout
+from pipeline.rollout.actors import MAX_ATTEMPTS, Ledger
+from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stores import make_teacher
 
 KNOTS = 4
@@ -27,7 +31,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def spec(teacher: str, path: Path, **options: object) -> RolloutSpec:
-    defaults = {"trajectories": 100, "knots": KNOTS, "solver_steps": 8, "shard_size": 32, "guidance": (0.0, 1.0)}
+    """In this process, unless told otherwise."""
+    sizes = {"trajectories": 100, "knots": KNOTS, "solver_steps": 8, "shard_size": 32}
+    defaults = {**sizes, "guidance": (0.0, 1.0), "actors": 0}
     return RolloutSpec(**{**defaults, **options}, teacher=teacher, store=str(path))  # type: ignore[arg-type]
 
 
@@ -68,26 +74,48 @@ def test_rows_do_not_depend_on_actors_shards_or_batches(teacher: str, reference:
         assert_same_rows(rows(reference, w), rows(tmp_path / "store", w))
 
 
+@pytest.mark.parametrize("source", ["trajectory", "forward"])
+def test_in_one_process_the_store_is_that_of_the_actors(
+    teacher: str, tmp_path: Path, ray_cluster: None, source: str, capsys: pytest.CaptureFixture[str]
+):
+    for name, actors in (("here", 0), ("on actors", 2)):
+        for trajectories in (40, 100):  # a store that grows: its last shard is short, and made longer
+            rollout(spec(teacher, tmp_path / name, source=source, trajectories=trajectories, actors=actors))
+            assert f"{2 * trajectories - (trajectories > 40) * 80} trajectories computed" in capsys.readouterr().out
+    assert_same_store(str(tmp_path / "here"), str(tmp_path / "on actors"))
+
+
+def test_one_process_needs_no_ray(teacher: str, tmp_path: Path, project_root: Path):
+    code = f"""
+import sys
+from pipeline.config import RolloutSpec
+from pipeline.rollout import rollout
+rollout(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, trajectories=40, shard_size=32, actors=0))
+assert "ray" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=project_root, check=True)
+    assert store.open(str(tmp_path / "store")).rows(0.0) == 40
+
+
 def test_rows_are_the_teachers_trajectories_from_the_samples_own_noise(teacher: str, reference: Path):
     model = load_model(teacher)
     path = model.config.path.build()
     ids = range(100)
-    noise = identity.noise(path, 0, ids, model.config.sample_shape)
-    label = identity.labels(0, ids, model.config.class_frequencies)
+    x_1 = noise.noise(path, 0, ids, model.config.sample_shape)
+    label = noise.labels(0, ids, model.config.class_frequencies)
     for w in (0.0, 1.0):
         found = rows(reference, w)
         with torch.inference_mode():
-            way = solve(guide(model.network, w).given(label), noise, uniform_times(8), "ab2", keep=range(0, 9, 2))
-        assert way.knots is not None
+            way = solve(guide(model.network, w).given(label), x_1, knot_times(8), "ab2", keep=range(0, 9, 2))
         np.testing.assert_array_equal(found["sample_id"], np.arange(100))
         np.testing.assert_array_equal(found["label"], label.numpy())
-        np.testing.assert_array_equal(found["knot_00"], noise.numpy())
+        np.testing.assert_array_equal(found["knot_00"], x_1.numpy())
         for k in range(KNOTS + 1):
             np.testing.assert_allclose(found[f"knot_{k:02d}"], way.knots[k].numpy(), atol=1e-5)
         np.testing.assert_allclose(found["kinetic_energy"], way.kinetic_energy.numpy(), rtol=1e-4)
 
 
-def test_another_seed_gives_other_noise(teacher: str, reference: Path, tmp_path: Path, ray_cluster: None):
+def test_another_seed_gives_other_noise(teacher: str, reference: Path, tmp_path: Path):
     rollout(spec(teacher, tmp_path / "store", seed=1, guidance=(0.0,)))
     assert not np.array_equal(rows(tmp_path / "store", 0.0)["knot_00"], rows(reference, 0.0)["knot_00"])
 
@@ -100,7 +128,7 @@ def test_a_complete_store_is_left_as_it_is(teacher: str, reference: Path, capsys
 
 
 def test_a_store_grows_by_the_new_rows_alone(
-    teacher: str, reference: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+    teacher: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "store"
     rollout(spec(teacher, path, trajectories=40, guidance=(0.0,)))
@@ -119,7 +147,7 @@ def test_a_store_grows_by_the_new_rows_alone(
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
 def test_a_bad_shard_is_redone_and_only_that(
-    teacher: str, reference: Path, tmp_path: Path, ray_cluster: None, damage: str, capsys: pytest.CaptureFixture[str]
+    teacher: str, reference: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "store"
     rollout(spec(teacher, path, guidance=(0.0,)))
@@ -140,9 +168,7 @@ def test_a_bad_shard_is_redone_and_only_that(
 
 
 @pytest.mark.parametrize("clock", ["linear", "quadratic"])
-def test_forward_rows_start_on_the_path_and_follow_the_teacher_through_their_interval(
-    tmp_path: Path, ray_cluster: None, clock: str
-):
+def test_forward_rows_start_on_the_path_and_follow_the_teacher_through_their_interval(tmp_path: Path, clock: str):
     from kac.path import PathConfig
 
     teacher = make_teacher(str(tmp_path / "teacher"), data="digits", path_config=PathConfig(clock=clock))
@@ -155,11 +181,11 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher_through_their_int
         start, label = torch.tensor(found["knot_start"][i : i + 1]), torch.tensor(found["label"][i : i + 1]).long()
         with torch.inference_mode():
             field = guide(model.network, 0.5).given(label)
-            end = solve(field, start, uniform_times(2, 1 - k / KNOTS, 1 - (k + 1) / KNOTS), "ab2").x
+            end = solve(field, start, knot_times(8)[2 * k : 2 * k + 3], "ab2").x
         np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
     at_noise = found["interval"] == 0
-    noise = identity.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()
-    np.testing.assert_array_equal(found["knot_start"][at_noise], noise[at_noise])
+    x_1 = noise.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()
+    np.testing.assert_array_equal(found["knot_start"][at_noise], x_1[at_noise])
 
 
 def test_another_spec_is_refused_with_what_differs(teacher: str, reference: Path):
@@ -174,7 +200,7 @@ def test_another_teacher_is_refused(reference: Path, tmp_path: Path):
         rollout(spec(other, reference))
 
 
-def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: Path, ray_cluster: None):
+def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: Path):
     path = tmp_path / "store"
     rollout(spec(teacher, path, guidance=(0.0,)))
     (path / "manifest.json").unlink()
@@ -182,31 +208,40 @@ def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: 
         rollout(spec(teacher, path, solver_steps=16))
 
 
-def test_nan_from_the_teacher_names_shard_and_samples_and_publishes_nothing(tmp_path: Path, ray_cluster: None):
+@pytest.mark.parametrize("actors", [0, 1])
+def test_nan_from_the_teacher_names_shard_and_samples_and_publishes_nothing(
+    tmp_path: Path, ray_cluster: None, actors: int
+):
     broken = make_teacher(str(tmp_path / "teacher"), data="digits")
     model = load_model(broken)
     weights = model.network.state_dict()
     weights["label.weight"][3] = float("nan")
-    save_model(broken, model.network, model.config, weights)
+    save_model(broken, model.config, weights)
     with pytest.raises(DistillKacError, match=r"shard-00000\d.parquet: .* NaN or infinity in samples \d+"):
-        rollout(spec(broken, tmp_path / "store"))
+        rollout(spec(broken, tmp_path / "store", actors=actors))
     assert list((tmp_path / "store").rglob("*.parquet")) == []
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_forward_rollout_refuses_other_data_than_the_teacher_learned(teacher: str, tmp_path: Path):
+    model = load_model(teacher)
+    config = model.config.model_copy(update={"data_sha256": "0" * 64})
+    save_model(str(tmp_path / "teacher"), config, model.network.state_dict())
+    with pytest.raises(DistillKacError, match=r"expected the digits that it learned, 0{12}"):
+        rollout(spec(str(tmp_path / "teacher"), tmp_path / "store", source="forward"))
+    rollout(spec(str(tmp_path / "teacher"), tmp_path / "store"))  # needs no data
 
 
 def test_a_student_is_no_teacher(teacher: str, tmp_path: Path):
     model = load_model(teacher)
     config = ModelConfig(**{**model.config.model_dump(), "kind": "student", "steps": 1, "guidance": 0.0})
-    save_model(str(tmp_path / "student"), model.network, config, model.network.state_dict())
+    save_model(str(tmp_path / "student"), config, model.network.state_dict())
     with pytest.raises(DistillKacError, match="expected a teacher, found a student"):
         rollout(spec(str(tmp_path / "student"), tmp_path / "store"))
 
 
 def test_the_plan_covers_every_row_once(teacher: str, tmp_path: Path):
-    from kac.checkpoint import load_config
-
-    wanted = spec(teacher, tmp_path / "none", trajectories=70, first_sample=64)
-    plan = make_plan(wanted, identify(wanted, load_config(teacher)))
+    plan = make_plan(spec(teacher, tmp_path / "none", trajectories=70, first_sample=64))
     for w in (0.0, 1.0):
         ids = [i for shard in plan.todo if shard.guidance == w for i in shard.ids]
         assert ids == list(range(64, 134))

@@ -16,10 +16,10 @@ import ray
 
 from jobs import command
 from kac import files
-from pipeline import rollout
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
+from pipeline.rollout import RolloutError, actors, rollout
 from pipeline.sample import sample
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import list_shards, read_manifest
@@ -54,7 +54,7 @@ def teacher(bucket: str) -> str:
 @pytest.fixture(scope="module")
 def reference(teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     store = str(tmp_path_factory.mktemp("reference") / "store")
-    rollout.rollout(spec_of(teacher, store))
+    rollout(spec_of(teacher, store))
     return store
 
 
@@ -71,7 +71,7 @@ def test_a_flaky_s3_costs_time_only(teacher: str, reference: str, store: str) ->
         Fault("truncate", ("GET",), probability=0.1),
     ]
     with SERVER.failing(*faults):
-        rollout.rollout(spec_of(teacher, store))
+        rollout(spec_of(teacher, store))
     assert all(fault.injected for fault in faults), faults
     assert_same_store(store, reference)
 
@@ -80,7 +80,7 @@ def test_a_put_whose_answer_is_lost_is_the_shard(teacher: str, reference: str, s
     """S3 has the shard, the writer has not heard of it: the retry meets its own work."""
     fault = Fault("lose_reply", ("PUT",), path="shard-", count=5)
     with SERVER.failing(fault):
-        rollout.rollout(spec_of(teacher, store))
+        rollout(spec_of(teacher, store))
     assert fault.injected == 5
     assert_same_store(store, reference)
 
@@ -93,15 +93,15 @@ def test_an_s3_that_never_takes_a_shard(
     name = Shard(1.0, 3, 96, 32).name
     fault = Fault("slow_down", ("PUT",), path=name.rsplit("=", 1)[-1])
     with monkeypatch.context() as patch, SERVER.failing(fault):
-        patch.setattr(rollout, "ShardRoller", faulty.ImpatientRoller)
-        with pytest.raises(rollout.RolloutError, match=rf"{store}/{name}: .*reduce your request rate"):
-            rollout.rollout(spec)
+        patch.setattr(actors, "ShardActor", faulty.ImpatientActor)
+        with pytest.raises(RolloutError, match=rf"{store}/{name}: .*reduce your request rate"):
+            rollout(spec)
     assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # by each of two actors at the most
     there = list_shards(store)
     assert name not in there
     assert read_manifest(store) is None
     requests = len(SERVER.requests)
-    rollout.rollout(spec)
+    rollout(spec)
     written = {path for method, path in SERVER.requests[requests:] if method == "PUT" and "shard-" in path}
     assert len(written) == SHARDS - len(there)
     assert_same_store(store, reference)
@@ -114,7 +114,7 @@ def test_an_unfinished_upload_is_no_shard(teacher: str, reference: str, store: s
     upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     s3.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half a shard" * 500_000)
     assert list_shards(store) == {}
-    rollout.rollout(spec_of(teacher, store))
+    rollout(spec_of(teacher, store))
     assert_same_store(store, reference)
 
 
@@ -161,7 +161,7 @@ def test_every_stage_on_s3_and_no_key_anywhere(
     made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")}
     quick = OptimizerConfig(updates=20, batch_size=32)
     teach(TeachSpec(data="digits", out=made["teacher"], optimizer=quick, workers=0))
-    rollout.rollout(
+    rollout(
         RolloutSpec(
             teacher=made["teacher"], store=made["store"], trajectories=96, shard_size=32, solver_steps=20, actors=1
         )
@@ -207,7 +207,7 @@ def _refusal(*options: str) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(complaint):
         patch.setattr(sys, "argv", ["jobs.rollout", *options])
         with pytest.raises(SystemExit) as stop:
-            command.main(RolloutSpec, rollout.rollout)
+            command.main(RolloutSpec, rollout)
     assert stop.value.code == 1
     return complaint.getvalue()
 

@@ -57,9 +57,12 @@ def test_a_run_and_its_nested_run_reach_the_server(server: str, tmp_path: Path):
     from mlflow import MlflowClient
 
     spec = SampleSpec(model="m", out="o.png")
-    with start_run("sweep", "outer", spec, "f1", {}, str(tmp_path)) as outer:
+    where = {"spec": spec, "output": str(tmp_path)}
+    with start_run(stage="sweep", run_name="outer", fingerprint="f1", inputs={}, **where) as outer:
         assert outer.tracking_uri == server
-        with start_run("distill", "inner", spec, "f2", {"rollout": "f0"}, str(tmp_path), outer) as inner:
+        with start_run(
+            stage="distill", run_name="inner", fingerprint="f2", inputs={"rollout": "f0"}, parent=outer, **where
+        ) as inner:
             inner.metrics({"loss": 0.5}, step=1)
             inner.metrics({"loss": 0.25}, step=2)
             inner.artifact("samples.png", b"\x89PNG")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kac.errors import DistillKacError
+from kac.precision import Precision
 from pipeline import training
 from pipeline.config import OptimizerConfig
-from pipeline.teach import epoch_rows
 from pipeline.tracking import TrackedRun
+from pipeline.training.learner import TrainedNetwork, learning_rate_factor
+from pipeline.training.loop import run_updates
 
 
 class NoTracking(TrackedRun):
@@ -25,6 +27,7 @@ class NoTracking(TrackedRun):
 
 
 UNTRACKED = NoTracking("", "")
+HERE = training.Worker(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,32 @@ class Regression:
     mark: str = ""
     poison_at: int = -1
 
-    def build(self, worker: training.Worker) -> tuple[nn.Module, training.Loss]:
+    def build(self, worker: training.Worker) -> training.Learner:
         points = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
         target = points @ torch.arange(10.0).reshape(5, 2)
         torch.manual_seed(0)
-        network = nn.Linear(5, 2)
 
-        def loss(model: nn.Module, update: int) -> torch.Tensor:
+        def losses(network: nn.Module, update: int) -> dict[str, Tensor]:
             if update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
                 Path(self.mark).touch()
                 os._exit(1)
             rows = slice(worker.rank, None, worker.world_size)
-            value = (model(points[rows]) - target[rows]).square().mean()
-            return value * float("nan") if update == self.poison_at else value
+            value = (network(points[rows], None, None) - target[rows]).square().mean()
+            return {"regression": value * float("nan") if update == self.poison_at else value}
 
-        return network, loss
+        return training.NetworkLearner(Linear(), losses, self.optimizer, worker)
+
+
+class Linear(nn.Linear):
+    """As a velocity network is called."""
+
+    null_label = 0
+
+    def __init__(self) -> None:
+        super().__init__(5, 2)
+
+    def forward(self, x: Tensor, t: None, label: None) -> Tensor:
+        return super().forward(x)
 
 
 def job(out: Path, task: Regression, checkpoint_updates: int = 10) -> training.Job:
@@ -68,9 +82,9 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
 
 def test_it_learns_and_returns_the_average(tmp_path: Path):
     weights = training.train(job(tmp_path, Regression(OPTIONS)), workers=0)
-    state = training.loop(job(tmp_path, Regression(OPTIONS)), training.Worker(0, 1, torch.device("cpu")), _ignore, None)
-    trained = torch.load(io.BytesIO(state), weights_only=True)
-    assert_same(weights, trained["ema"])
+    state = run_updates(job(tmp_path, Regression(OPTIONS)), HERE, _ignore, None)
+    trained = torch.load(io.BytesIO(state), weights_only=True)["learner"]
+    assert_same(weights, trained["average"])
     assert not torch.equal(weights["weight"], trained["network"]["weight"])
     error = (trained["network"]["weight"] - torch.arange(10.0).reshape(5, 2).T).abs().max()
     assert error < (nn.Linear(5, 2).weight - torch.arange(10.0).reshape(5, 2).T).abs().max() / 2
@@ -93,7 +107,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
 
     stopped = job(tmp_path / "stopped", Regression(OPTIONS))
     with pytest.raises(Stopped):
-        training.train_here(stopped, stop)
+        training.train(stopped, workers=0, report=stop)
     assert_same(whole, training.train(stopped, workers=0))
 
 
@@ -120,7 +134,7 @@ def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_c
 
 
 def test_learning_rate_warms_up_and_falls_to_nothing():
-    factors = [training.learning_rate_factor(update, OPTIONS) for update in range(OPTIONS.updates)]
+    factors = [learning_rate_factor(update, OPTIONS) for update in range(OPTIONS.updates)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
     assert 0 < factors[-1] < 0.01
@@ -128,11 +142,26 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 20), (5, 5)])
 def test_every_row_is_drawn_once_an_epoch(count: int, batch: int):
-    drawn = torch.cat([epoch_rows(3, update, batch, count) for update in range(30)])
+    order = training.EpochOrder(3, count, batch)
+    drawn = torch.cat([order.batch(update) for update in range(30)])
     for epoch in range(len(drawn) // count):
         rows = drawn[epoch * count : (epoch + 1) * count]
         assert sorted(rows.tolist()) == list(range(count))
-    assert not torch.equal(drawn[:count], drawn[count : 2 * count]) or count < 3
+    assert not torch.equal(drawn[:count], drawn[count : 2 * count])
+    resumed = training.EpochOrder(3, count, batch)
+    assert torch.equal(torch.cat([resumed.batch(update) for update in range(13, 30)]), drawn[13 * batch :])
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch):
+    shuffled = []
+    real = training.EpochOrder._shuffle
+    monkeypatch.setattr(
+        training.EpochOrder, "_shuffle", lambda self, epoch: shuffled.append(epoch) or real(self, epoch)
+    )
+    order = training.EpochOrder(0, 10, 4)
+    for update in range(10):
+        order.batch(update)
+    assert shuffled == [0, 1, 2, 3]
 
 
 def test_random_numbers_differ_by_seed_update_and_rank():
@@ -141,3 +170,67 @@ def test_random_numbers_differ_by_seed_update_and_rank():
     draws = [torch.rand(4, generator=training.generator(*key)).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(keys)
     assert torch.rand(4, generator=training.generator(*keys[0])).tolist() == draws[0]
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A task whose learner has two networks with an optimizer each, as a second stage has."""
+
+    optimizer: OptimizerConfig
+
+    def build(self, worker: training.Worker) -> training.Learner:
+        return DuelLearner(self.optimizer, worker)
+
+
+class DuelLearner:
+    """Two networks that approach each other; the first becomes the model."""
+
+    def __init__(self, options: OptimizerConfig, worker: training.Worker) -> None:
+        torch.manual_seed(0)
+        self.student, self.critic = (TrainedNetwork(Linear(), options, worker) for _ in range(2))
+
+    def update(self, number: int) -> dict[str, Tensor]:
+        distance = (self.student.network.weight - self.critic.network.weight.detach()).square().mean()
+        self.student.descend(distance, number)
+        other = (self.critic.network.weight - self.student.network.weight.detach()).square().mean()
+        self.critic.descend(other, number)
+        return {"student": distance.detach(), "critic": other.detach()}
+
+    def learning_rate(self) -> float:
+        return self.student.learning_rate()
+
+    def state_dict(self) -> dict:
+        return {**self.student.state_dict(), "critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.student.load_state_dict(state)
+        self.critic.load_state_dict(state["critic"])
+
+
+def test_a_learner_of_two_networks_resumes_and_logs_its_parts_by_name(tmp_path: Path):
+    logged: list[dict[str, float]] = []
+
+    class Kept(TrackedRun):
+        def metrics(self, values: dict[str, float], step: int = 0) -> None:
+            logged.append(values)
+
+    def duel(folder: str) -> training.Job:
+        return training.Job(Duel(OPTIONS), "duel", str(tmp_path / folder), Kept("", ""), 10)
+
+    whole = training.train(duel("whole"), workers=0)
+    for values in logged:
+        assert values["loss"] == pytest.approx(values["loss/student"] + values["loss/critic"])
+    state: list[bytes] = []
+    run_updates(duel("part"), HERE, lambda metrics, saved: state.append(saved), None)
+    resumed = run_updates(duel("part"), HERE, _ignore, state[2])
+    assert_same(whole, torch.load(io.BytesIO(resumed), weights_only=True)["learner"]["average"])
+
+
+def test_a_network_trains_in_bfloat16(tmp_path: Path):
+    learner = TrainedNetwork(Linear(), OPTIONS, HERE, Precision(dtype="bfloat16"))
+    x = torch.randn(8, 5)
+    assert learner.forward(x, None, None).dtype == torch.float32
+    before = learner.network.weight.clone()
+    learner.descend(learner.forward(x, None, None).square().mean(), 10)
+    assert learner.network.weight.dtype == torch.float32
+    assert not torch.equal(before, learner.network.weight)

@@ -1,0 +1,25 @@
+"""Small datasets that come with scikit-learn."""
+
+import numpy as np
+import torch
+
+from kac.data.dataset import Dataset, in_memory
+
+
+def digits() -> Dataset:
+    """1,797 handwritten digits, 8x8 in 17 grey levels."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = torch.tensor(source.images / 8 - 1, dtype=torch.float32)[:, None]
+    return in_memory(images, torch.tensor(source.target, dtype=torch.int64), num_classes=10)
+
+
+def moons() -> Dataset:
+    """Two interleaving half circles in the plane: samples of shape [2], for quick and very large runs."""
+    from sklearn.datasets import make_moons
+
+    points, labels = make_moons(4096, noise=0.05, random_state=0)
+    centred = (points - np.array([0.5, 0.25])) / 2
+    images = torch.tensor(centred, dtype=torch.float32).clamp(-1, 1)
+    return in_memory(images, torch.tensor(labels, dtype=torch.int64), num_classes=2)

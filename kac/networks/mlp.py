@@ -1,0 +1,63 @@
+"""A residual MLP over the flattened sample, for small samples."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from kac.networks.network import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
+
+CONDITION_WIDTH = 64
+"""Width of the embedding of time and class: as good as the stream's own width, and a quarter cheaper."""
+
+
+class MLPConfig(NetworkOptions):
+    """A residual MLP over the flattened sample, for small samples."""
+
+    kind: Literal["mlp"] = Field("mlp", description="mlp: residual MLP over the flattened sample, for small samples")
+    width: PositiveInt = Field(192, description="width of the residual stream")
+    depth: PositiveInt = Field(3, description="number of residual blocks")
+
+
+class ResidualMLP(NetworkModule):
+    """A residual MLP whose blocks are scaled and shifted by time and class (adaLN)."""
+
+    def __init__(self, config: MLPConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.null_label = num_classes
+        size = math.prod(sample_shape)
+        self.time = nn.Sequential(
+            FourierFeatures(CONDITION_WIDTH), nn.Linear(CONDITION_WIDTH, CONDITION_WIDTH), nn.SiLU()
+        )
+        self.label = nn.Embedding(num_classes + 1, CONDITION_WIDTH)
+        self.enter = nn.Linear(size, config.width)
+        self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.depth))
+        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, size))
+        self.conditions = ConditionEmbedding(config.conditions, CONDITION_WIDTH)
+        nn.init.normal_(self.label.weight, std=0.5)
+        nn.init.zeros_(self.leave[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        """x [batch, *sample_shape], t scalar or [batch] in [0, 1], label [batch] in 0 .. null_label -> like x."""
+        embedding = self.time(t.to(x.dtype).reshape(-1)) + self.label(label)
+        condition = nn.functional.silu(self.conditions(embedding, conditions))
+        hidden = self.enter(x.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, condition)
+        velocity: Tensor = self.leave(hidden).reshape(x.shape)
+        return velocity
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = nn.Linear(CONDITION_WIDTH, 2 * width)
+        self.net = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulate(condition).chunk(2, dim=1)
+        out: Tensor = hidden + self.net(self.norm(hidden) * (1 + scale) + shift)
+        return out

@@ -1,0 +1,76 @@
+"""Bytes that a student's training asks of the filesystem, against the bytes of the whole store."""
+
+import tempfile
+import threading
+from typing import Any, ClassVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
+
+from kac import files
+from kac.objectives import EndpointObjective
+from pipeline import store
+from pipeline.benchmark.measurement import Bar, Measurement
+from pipeline.benchmark.setting import STUDENT_STEPS, Setting
+from pipeline.store.layout import MANIFEST
+from pipeline.store.manifest import list_shards
+
+ONE_STEP_BAR = 0.12
+
+
+def measure(setting: Setting) -> list[Measurement]:
+    """For students of 1, a few and all steps; the figure does not depend on the machine."""
+    source = setting.store()
+    fsspec.register_implementation(CountingFileSystem.protocol, CountingFileSystem, clobber=True)
+    with tempfile.TemporaryDirectory() as folder:
+        location = files.locate(source.path)
+        location.fs.get(location.path, f"{folder}/store", recursive=True)
+        path = f"{CountingFileSystem.protocol}://{folder}/store"
+        whole = store_bytes(path)
+        return [
+            Measurement(
+                f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store",
+                "bytes",
+                (float(count_bytes(path, steps)),),
+                (float(whole),),
+                Bar("<=", ONE_STEP_BAR) if steps == 1 else None,
+            )
+            for steps in (1, STUDENT_STEPS, source.identity.knots)
+        ]
+
+
+def store_bytes(path: str) -> int:
+    """The sizes of all shards and of the manifest."""
+    return sum(list_shards(path).values()) + len(files.read_bytes(files.join(path, MANIFEST)))
+
+
+def count_bytes(path: str, steps: int) -> int:
+    """Bytes that opening the store and loading all rows for a student of ``steps`` steps ask of the filesystem."""
+    before = CountingFileSystem.bytes_read
+    next(store.open(path).interval_batches(1, EndpointObjective(steps)))
+    return CountingFileSystem.bytes_read - before
+
+
+class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """Local files under ``counted://`` that count the bytes asked of them, which are those of an S3 range request.
+
+    The count is the class's: fsspec makes an instance for every thread.
+    """
+
+    protocol = "counted"
+    bytes_read: ClassVar[int] = 0
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> "CountingFile":
+        return CountingFile(self._strip_protocol(path), mode, fs=self, **options)
+
+
+class CountingFile(LocalFileOpener):  # type: ignore[misc]
+    """An open file of a ``CountingFileSystem``."""
+
+    def read(self, *size: int) -> bytes:
+        """Bytes from here on, counted."""
+        data: bytes = super().read(*size)
+        with CountingFileSystem.lock:
+            CountingFileSystem.bytes_read += len(data)
+        return data

@@ -1,0 +1,38 @@
+"""The Kac process: cost of a draw and of a velocity, against a normal draw."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from kac.process import KacProcess
+from pipeline.benchmark.measurement import Measurement, interleave, one_thread
+from pipeline.benchmark.setting import Setting
+
+ELEMENTS = 1_000_000
+UNIT = "ns/element"
+
+
+def measure(setting: Setting) -> list[Measurement]:
+    """On one thread, a = 9, c = 3, times uniform in (0, 1), float32."""
+    process = KacProcess(a=9.0, c=3.0)
+    generator = torch.Generator().manual_seed(0)
+    t = torch.rand(ELEMENTS, generator=generator).clamp(min=1e-6)
+    noise = process.sample(t, generator)
+    with one_thread():
+        normal, sample, velocity = interleave(
+            setting.spec.repeats,
+            lambda: _nanoseconds(lambda: torch.randn(ELEMENTS, generator=generator)),
+            lambda: _nanoseconds(lambda: process.sample(t, generator)),
+            lambda: _nanoseconds(lambda: process.velocity(noise.displacement, t, noise.is_atom)),
+        )
+    return [
+        Measurement("exact draw of the process / a normal draw", UNIT, sample, normal),
+        Measurement("velocity of the process / a normal draw", UNIT, velocity, normal),
+    ]
+
+
+def _nanoseconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) / ELEMENTS * 1e9

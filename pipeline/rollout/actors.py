@@ -1,0 +1,178 @@
+"""The shards of a rollout on an actor pool of Ray Data.
+
+What Ray does by default, and what is done about it (Ray 2.60):
+- Actors of a pool restart and retry for ever (max_restarts = max_task_retries = -1; passing others through map_batches
+  is deprecated). That is right for a lost node and wrong for a shard that kills its process: the ``Ledger`` counts
+  attempts outside the processes that die, and ends the job with the shard's name.
+- ``max_errored_blocks`` would drop blocks in silence: it stays 0.
+- ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
+- ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
+- A write stage behind a pool that takes every CPU starves; actors that publish by themselves need none. They take two
+  shards at a time, so that the upload of one runs while the other is computed.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kac.errors import one_line
+from pipeline import cluster
+from pipeline.config import RolloutSpec
+from pipeline.ray_data import numbered
+from pipeline.rollout.plan import Plan
+from pipeline.rollout.shards import Outcome, ShardMaker
+from pipeline.rollout.teacher import RolloutError
+from pipeline.store.layout import Shard, StoreIdentity
+from pipeline.store.shards import Receipt
+
+MAX_ATTEMPTS = 10
+"""How often a shard may take its process down with it, and actors in a row may die without finishing any."""
+
+SHARDS_IN_FLIGHT = 2
+PAUSE_SECONDS = 0.1
+
+
+def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
+    """Compute or adopt every shard that is to be done, each as it is published.
+
+    Raises:
+        RolloutError: a shard failed; the message names it.
+    """
+    resources = cluster.connect()
+    on_gpu = bool(resources.gpus) if spec.gpu is None else spec.gpu
+    actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
+    ledger = _start_ledger(actors)
+    made = numbered(
+        len(plan.todo),
+        ShardActor,
+        pause_seconds=PAUSE_SECONDS,
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
+        num_cpus=0 if on_gpu else 1,
+        num_gpus=1 if on_gpu else 0,
+    )
+    rows = made.iter_rows()
+    try:
+        for row in rows:
+            receipt = Receipt.model_validate_json(row["receipt"])
+            yield Outcome(receipt, int(row["computed_rows"]), float(row["finished"]))
+    except ray.exceptions.RayError as error:
+        failure = _reason(ledger, error)
+    else:
+        return
+    # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever
+    # kept the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
+    del made, rows
+    raise RolloutError(failure)
+
+
+def _start_ledger(actors: int) -> Any:
+    """The ledger, on the driver's node: if that goes, so does the job. Restarted, it begins to count anew, and a shard
+    that kills its process is given up later."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Ledger).options(**lasting).remote(actors)
+
+
+def _reason(ledger: Any, error: BaseException) -> str:
+    """The one line that the failing actor left in the ledger, or Ray's own."""
+    try:
+        noted: str | None = ray.get(ledger.failure.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        noted = None
+    return noted or f"the rollout failed in Ray: {one_line(str(error)[-300:])}"
+
+
+class Ledger:
+    """Counts attempts where a dying actor cannot take the count along; keeps the first failure's message."""
+
+    def __init__(self, actors: int) -> None:
+        self.actors = actors
+        self.begun: set[str] = set()
+        self.attempts: dict[str, int] = {}
+        self.starts_since_progress = 0
+        self.first_failure: str | None = None
+
+    def started(self) -> str | None:
+        """An actor started. Returns why it must not, if too many died in a row."""
+        self.starts_since_progress += 1
+        if self.starts_since_progress > self.actors + MAX_ATTEMPTS * max(1, self.actors):
+            tried = ", ".join(sorted(self.begun)) or "any shard was begun"
+            return self.fail(
+                f"{self.starts_since_progress} actors died in a row without finishing a shard (last tried: {tried}): "
+                "see the logs of the workers, often memory"
+            )
+        return None
+
+    def begin(self, shard: str) -> bool:
+        """An actor takes a shard. Returns whether it is suspect: it was in a process that died."""
+        is_suspect = shard in self.begun
+        self.begun.add(shard)
+        return is_suspect
+
+    def begin_alone(self, shard: str) -> str | None:
+        """A suspect is begun while no other suspect is. Returns why it must not, if it took too many processes down."""
+        self.attempts[shard] = self.attempts.get(shard, 0) + 1
+        if self.attempts[shard] > MAX_ATTEMPTS:
+            return self.fail(
+                f"{shard}: its process died {MAX_ATTEMPTS} times: see the logs of the workers, often memory"
+            )
+        return None
+
+    def finish(self, shard: str) -> None:
+        """A shard is published."""
+        self.begun.discard(shard)
+        self.attempts.pop(shard, None)
+        self.starts_since_progress = 0
+
+    def fail(self, message: str) -> str:
+        """Note why the rollout cannot go on; the first reason is kept."""
+        self.first_failure = self.first_failure or message
+        return message
+
+    def failure(self) -> str | None:
+        """The first reason."""
+        return self.first_failure
+
+
+class ShardActor:
+    """An actor: loads the frozen teacher once, then makes one planned shard a call. Two calls may run at once."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, shards: Sequence[Shard], ledger: Any) -> None:
+        refusal = ray.get(ledger.started.remote())
+        if refusal:
+            raise RolloutError(refusal)
+        self.shards, self.ledger = shards, ledger
+        self.maker = ShardMaker(spec, identity)
+        self.alone = threading.Lock()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """The number of a planned shard in, its receipt out."""
+        shard = self.shards[int(batch["item"][0])]
+        is_suspect = ray.get(self.ledger.begin.remote(shard.name))
+        # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
+        with self.alone if is_suspect else contextlib.nullcontext():
+            refusal = ray.get(self.ledger.begin_alone.remote(shard.name)) if is_suspect else None
+            if refusal:
+                raise RolloutError(refusal)
+            try:
+                outcome = self.maker.make(shard)
+            except RolloutError as error:
+                ray.get(self.ledger.fail.remote(str(error)))
+                raise
+            ray.get(self.ledger.finish.remote(shard.name))
+        return {
+            "receipt": [outcome.receipt.model_dump_json()],
+            "computed_rows": [outcome.computed_rows],
+            "finished": [outcome.finished],
+        }

@@ -1,0 +1,65 @@
+"""Seal a store: once every planned shard has its receipt, write the manifest."""
+
+from collections.abc import Iterable, Sequence
+
+from kac import files
+from pipeline.config import RolloutSpec
+from pipeline.rollout.plan import Plan, refuse_other_store
+from pipeline.rollout.shards import Outcome
+from pipeline.rollout.teacher import RolloutError
+from pipeline.store.layout import guidance_folder
+from pipeline.store.manifest import Manifest, read_manifest, shards_of, unite_extents, write_manifest
+from pipeline.store.shards import Receipt
+
+ATTEMPTS = 3
+
+
+def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[Outcome]) -> Manifest:
+    """Write the manifest, then remove what dead writers left.
+
+    Another job may seal other scales of the same store meanwhile: the manifest is united with the one that is there,
+    and read back.
+
+    Raises:
+        RolloutError: a planned shard has no receipt.
+    """
+    receipts = (*plan.finished, *(outcome.receipt for outcome in outcomes))
+    planned = {shard.name for shard in shards_of(plan.extents, plan.identity.shard_size)}
+    missing = planned - {receipt.name for receipt in receipts}
+    if missing:
+        raise RolloutError(
+            f"{spec.store}: expected a receipt of every shard, found none of {min(missing)}: run it again"
+        )
+    manifest = _unite(spec, plan, receipts)
+    for _ in range(ATTEMPTS):
+        write_manifest(spec.store, manifest)
+        united = _unite(spec, plan, receipts)
+        if united == manifest:
+            break
+        manifest = united
+    remove_orphans(spec.store, manifest.guidance)
+    return manifest
+
+
+def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
+    """The manifest of what this job did and what the store's manifest says by now."""
+    now = read_manifest(spec.store)
+    refuse_other_store(spec.store, plan.identity, now)
+    longest: dict[str, Receipt] = {}
+    for receipt in (*(now.shards if now else ()), *receipts):
+        if receipt.name not in longest or receipt.rows >= longest[receipt.name].rows:
+            longest[receipt.name] = receipt
+    extents = unite_extents([*(now.extents if now else ()), *plan.extents])
+    return Manifest(
+        fingerprint=plan.identity.fingerprint(),
+        identity=plan.identity,
+        teacher=spec.teacher,
+        extents=extents,
+        shards=tuple(longest[shard.name] for shard in shards_of(extents, plan.identity.shard_size)),
+    )
+
+
+def remove_orphans(store: str, scales: Sequence[float]) -> None:
+    """Remove the temporary files that writers on this machine left when they died."""
+    for folder in (store, *(files.join(store, guidance_folder(w)) for w in scales)):
+        files.remove_orphans(folder)

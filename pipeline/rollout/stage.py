@@ -1,0 +1,91 @@
+"""The stage: plan the shards, drop the finished ones, compute the others, seal the store, report."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from kac import files
+from kac.checkpoint import load_model
+from pipeline import cluster, tracking
+from pipeline.config import RolloutSpec
+from pipeline.rollout.plan import Plan, make_plan
+from pipeline.rollout.seal import remove_orphans, seal
+from pipeline.rollout.shards import Outcome, ShardMaker
+from pipeline.store.manifest import Manifest
+
+
+def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest:
+    """Bring the store of ``spec`` to what it asks for; what is there already is not computed again.
+
+    Raises:
+        DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
+    """
+    spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
+    plan = make_plan(spec)
+    if plan.is_done and plan.manifest is not None:
+        remove_orphans(spec.store, plan.manifest.guidance)
+        print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
+        return plan.manifest
+    teacher = load_model(spec.teacher).config
+    files.check_writable(spec.store)
+    with tracking.start_run(
+        stage="rollout",
+        run_name=f"rollout-{teacher.data.kind}",
+        spec=spec,
+        fingerprint=plan.identity.fingerprint(),
+        inputs={"teacher": teacher.weights_sha256},
+        output=spec.store,
+        parent=parent,
+    ) as run:
+        started = time.perf_counter()
+        outcomes = compute_shards(spec, plan)
+        manifest = seal(spec, plan, outcomes)
+        _report(run, spec, plan, outcomes, time.perf_counter() - started)
+    return manifest
+
+
+def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
+    """Compute or adopt every shard that is to be done; returns when all are published.
+
+    Raises:
+        RolloutError: a shard failed; the message names it.
+    """
+    from tqdm import tqdm
+
+    if not plan.todo:
+        return []
+    if spec.actors == 0:
+        made: Iterable[Outcome] = map(ShardMaker(spec, plan.identity).make, plan.todo)
+    else:
+        from pipeline.rollout.actors import compute_on_actors
+
+        made = compute_on_actors(spec, plan)
+    outcomes, total = [], sum(shard.rows for shard in plan.todo)
+    with tqdm(desc="rollout", total=total, unit="trajectory", mininterval=1.0) as bar:
+        for outcome in made:
+            outcomes.append(outcome)
+            bar.update(outcome.receipt.rows)
+    return outcomes
+
+
+def _report(
+    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float
+) -> None:
+    computed = sum(outcome.computed_rows for outcome in outcomes)
+    reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
+    size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))
+    run.metrics(
+        {
+            "trajectories": computed + reused,
+            "trajectories_reused": reused,
+            "trajectories_per_second": computed / seconds,
+            "store_bytes": size,
+        }
+    )
+    run.tags({"distillkac.path": spec.store})
+    shards_computed = sum(1 for outcome in outcomes if outcome.computed_rows)
+    print(
+        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, "
+        f"{reused:,} reused in {len(plan.finished) + len(outcomes) - shards_computed} shards, "
+        f"{size / 2**20:.1f} MiB, {seconds:.0f} s",
+        flush=True,
+    )

@@ -1,0 +1,77 @@
+"""Batches: rows of loaded columns, as a reader hands them out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kac.objectives import Interval
+from pipeline.store.columns import Columns
+
+Piece = tuple[Columns, Tensor]
+"""Loaded columns, and which of their rows in which order."""
+
+
+class Batch(NamedTuple):
+    """Rows of a store."""
+
+    sample_id: Tensor  # [batch], int64
+    label: Tensor  # [batch], int64
+    knots: Tensor  # [batch, len(knots), *sample], float32
+    interval: Tensor | None  # [batch], int64: which interval a forward row spans
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, Interval)
+
+
+def whole_rows(pieces: Sequence[Piece]) -> Batch:
+    """The rows with all that was loaded of them."""
+    return _join(
+        [
+            Batch(
+                columns.sample_id[rows],
+                columns.label[rows],
+                columns.knots[rows],
+                None if columns.interval is None else columns.interval[rows],
+            )
+            for columns, rows in pieces
+        ]
+    )
+
+
+def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: Tensor) -> Interval:
+    """Of each row the interval between two of its loaded knots.
+
+    Args:
+        times: [knots], of the loaded knots. start, end: [batch], places among them.
+    """
+    sizes = [len(rows) for _, rows in pieces]
+    return _join(
+        [
+            Interval(columns.knots[rows, i], columns.knots[rows, j], times[i], times[j], columns.label[rows])
+            for (columns, rows), i, j in zip(pieces, torch.split(start, sizes), torch.split(end, sizes), strict=True)
+        ]
+    )
+
+
+def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
+    """Of each row of a forward store the interval that it spans.
+
+    Args:
+        times: [knots], of all knots of the store.
+    """
+    intervals = []
+    for columns, rows in pieces:
+        assert columns.interval is not None
+        k = columns.interval[rows]
+        knots = columns.knots[rows]
+        intervals.append(Interval(knots[:, 0], knots[:, 1], times[k], times[k + 1], columns.label[rows]))
+    return _join(intervals)
+
+
+def _join(parts: Sequence[AnyBatch]) -> AnyBatch:
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]

@@ -1,0 +1,116 @@
+"""Columns: what is wanted of some shards, as Arrow tables and as tensors."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from kac import files
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard
+from pipeline.store.selection import Selection
+from pipeline.store.shards import UNREADABLE, column_array, read_metadata, reason
+from pipeline.store.threads import in_threads
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Loaded rows."""
+
+    sample_id: Tensor  # [rows]
+    label: Tensor  # [rows]
+    knots: Tensor  # [rows, knots, *sample]
+    interval: Tensor | None  # [rows], of forward stores
+
+
+def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
+    """The shard that is under this name, with the rows of its footer.
+
+    Raises:
+        StoreError: it is damaged, or of another store or place; the message names it.
+    """
+    shard = full_shard(name, identity.shard_size)
+    assert shard is not None
+    with open_shard(store, identity, shard) as file:
+        return replace(shard, rows=file.metadata.num_rows)
+
+
+def read_group(selection: Selection, group: Sequence[Shard]) -> pa.Table:
+    """The selected columns of some shards, read at once, in the order given.
+
+    Raises:
+        StoreError: as ``read_rows``.
+    """
+    names = [*selection.scalars, *selection.knots]
+    return pa.concat_tables(
+        in_threads(lambda shard: read_rows(selection.store, selection.identity, shard, names), group)
+    )
+
+
+def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
+    """The columns of these names of the rows that the shard is planned to have.
+
+    Raises:
+        StoreError: the shard is missing, damaged or of another store; the message names it.
+    """
+    with open_shard(store, identity, shard) as file:
+        table = file.read(list(names))
+    if table.num_rows < shard.rows:
+        raise StoreError(
+            f"{store}/{shard.name}: expected {shard.rows} rows, found {table.num_rows}: "
+            "run the rollout again to redo it"
+        )
+    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
+    return table.select(list(names)).slice(0, shard.rows)
+
+
+@contextmanager
+def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
+    """A shard's Parquet file, if it is the one that its name promises; errors while it is read name it too.
+
+    Raises:
+        StoreError: it is missing, damaged, of another store or place, or of a newer version.
+    """
+    where, advice = f"{store}/{shard.name}", f"python -m jobs.store verify {store} --repair, then run the rollout again"
+    location = files.locate(files.join(store, shard.name))
+    try:
+        with location.fs.open(location.path, "rb") as handle:
+            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
+            metadata = read_metadata(where, file.schema_arrow)
+            place = metadata["fingerprint"], float(metadata["guidance"]), int(metadata["start"])
+            if place != (identity.fingerprint(), shard.guidance, shard.start):
+                raise StoreError(
+                    f"{where}: expected guidance {shard.guidance:g} from sample {shard.start} on of this store, "
+                    f"found another shard: {advice}"
+                )
+            # A column that is not there is left out by Arrow without a word.
+            if not file.schema_arrow.remove_metadata().equals(identity.arrow_schema()):
+                raise ValueError(f"the columns {file.schema_arrow.names}")
+            yield file
+    except FileNotFoundError:
+        raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
+    except UNREADABLE as error:
+        raise StoreError(f"{where}: expected a whole shard, found: {reason(error)}: {advice}") from None
+
+
+def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
+    """The selected columns of some shards as tensors; ``tables`` hold them in this order, several in one."""
+    ids = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
+    knots = torch.empty((len(ids), len(selection.knots), *selection.identity.sample_shape))
+    scalars = {name: torch.empty_like(ids) for name in selection.scalars}
+    start = 0
+    for table in tables:
+        here = slice(start, start + table.num_rows)
+        for name, target in scalars.items():
+            target[here] = _tensor(table, name)
+        for i, name in enumerate(selection.knots):
+            knots[here, i] = _tensor(table, name)
+        start += table.num_rows
+    return Columns(ids, scalars[LABEL], knots, scalars.get(INTERVAL))
+
+
+def _tensor(table: pa.Table, name: str) -> Tensor:
+    return torch.from_numpy(column_array(table[name]).copy())

@@ -1,0 +1,159 @@
+"""Examine: every Parquet file of a store is read to its last byte and compared with what it must be.
+
+A shard that the manifest lists must have the sha256 of its receipt, so that no flipped bit goes unseen. One
+difference is no damage: a short last shard that a rollout at work has replaced by a longer one. Without a manifest
+there are no receipts: then the CRC of every page, the ids and the values are what is checked.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kac import files
+from kac.errors import one_line
+from pipeline import cluster
+from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, full_shard
+from pipeline.store.manifest import Manifest
+from pipeline.store.shards import (
+    UNREADABLE,
+    DamagedShard,
+    ForeignShard,
+    NotFiniteShard,
+    Receipt,
+    check,
+    identity_in,
+    read_metadata,
+)
+from pipeline.store.versions import NewerVersion
+
+NOT_OURS = "no file of this store: left alone"
+PAUSE_SECONDS = 0.1
+
+Kind = Literal[
+    "missing",  # planned, and not there
+    "damaged",  # not the bytes that were published
+    "not finite",  # rows with NaN or infinity
+    "foreign",  # of another store, or of another place in this one
+    "duplicated",  # a copy of a shard under another name
+    "unplanned",  # sample ids that the manifest does not plan
+    "newer",  # written by a newer version
+    "unreadable",  # there, but the filesystem does not hand it out
+    "unfinished",  # no manifest
+    "leftover",  # a temporary file
+    "extra",  # no file of this project
+    "",  # nothing is wrong
+]
+
+
+class Finding(NamedTuple):
+    """What was found in one file."""
+
+    name: str
+    kind: Kind
+    detail: str
+    belongs_to: str = ""  # the shard of this store that the footer claims to be; empty: none
+    sha256: str = ""
+    rows: int = 0
+    bytes: int = 0
+
+
+def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, names: Sequence[str]) -> list[Finding]:
+    """Examine the files on all cores of the cluster (Ray Data).
+
+    Raises:
+        StoreError: the work failed in Ray.
+    """
+    if not names:
+        return []
+    import ray
+    from tqdm import tqdm
+
+    from pipeline.ray_data import numbered
+
+    cluster.connect()
+    receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
+
+    def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        name = names[int(batch["item"][0])]
+        finding = examine(store, identity, name, receipts.get(name))
+        return {field: [value] for field, value in finding._asdict().items()}
+
+    found = numbered(len(names), examine_one, pause_seconds=PAUSE_SECONDS)
+    bar = tqdm(found.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
+    try:
+        return sorted(Finding(**row) for row in bar)
+    except ray.exceptions.RayError as error:
+        raise StoreError(f"{store}: the check failed in Ray: {one_line(error, 10**6)[-300:]}") from error
+
+
+def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | None) -> Finding:
+    """Examine one Parquet file of the store.
+
+    Args:
+        receipt: what the manifest knows of it; None if it is not listed.
+    """
+    try:
+        data = files.read_bytes(files.join(store, name))
+    except FileNotFoundError:
+        return Finding(name, "missing", "expected a file, found none: it vanished meanwhile")
+    except OSError as error:
+        return Finding(name, "unreadable", f"expected a file that can be read, found: {one_line(error, 160)}")
+    belongs_to, sha256 = _claimed_place(identity, data), hashlib.sha256(data).hexdigest()
+    shard, rows = full_shard(name, identity.shard_size), 0
+    kind: Kind
+    if shard is not None:
+        kind, detail, rows = _judge(store, identity, shard, receipt, data, sha256)
+    elif belongs_to:
+        kind, detail = "duplicated", f"expected no shard under this name, found one that is {belongs_to}"
+    else:
+        kind, detail = "extra", NOT_OURS
+    if kind == "foreign" and belongs_to:
+        kind = "damaged" if belongs_to == name else "duplicated"
+    return Finding(name, kind, detail.removeprefix(f"{store}/{name}: "), belongs_to, sha256, rows, len(data))
+
+
+def _claimed_place(identity: StoreIdentity, data: bytes) -> str:
+    """The name of the shard of this store that a footer claims; empty if it claims none."""
+    try:
+        metadata = read_metadata("", pq.read_schema(pa.BufferReader(data)))
+        claimed = identity_in("", metadata)
+        guidance, start = float(metadata["guidance"]), int(metadata["start"])
+    except (*UNREADABLE, NewerVersion):
+        return ""
+    is_ours = claimed.fingerprint() == identity.fingerprint()
+    return Shard(guidance, start // identity.shard_size, start, 0).name if is_ours else ""
+
+
+def _judge(
+    store: str, identity: StoreIdentity, shard: Shard, receipt: Receipt | None, data: bytes, sha256: str
+) -> tuple[Kind, str, int]:
+    """What is wrong with a shard, in a word and in a sentence, and how many rows count."""
+    kinds: dict[type[StoreError], Kind] = {
+        ForeignShard: "foreign",
+        NotFiniteShard: "not finite",
+        DamagedShard: "damaged",
+        # What a manifest of this version lists was written by this version: another number in it is damage.
+        NewerVersion: "damaged" if receipt else "newer",
+    }
+    try:
+        rows = check(store, shard, identity, data).num_rows
+    except StoreError as error:
+        return kinds[type(error)], str(error), 0
+    damage = _differs(receipt, sha256, rows, identity.shard_size)
+    return ("damaged", damage, 0) if damage else ("", "", rows)
+
+
+def _differs(receipt: Receipt | None, sha256: str, rows: int, shard_size: int) -> str:
+    """Why a shard that passes its own checks is not the one that was published; empty if it is."""
+    if rows > shard_size:
+        return f"expected at most {shard_size} rows, found {rows}"
+    # A rollout that adds trajectories replaces a short shard by a longer one before the manifest counts its new rows.
+    if receipt is None or sha256 == receipt.sha256 or rows > receipt.rows:
+        return ""
+    if rows < receipt.rows:
+        return f"expected {receipt.rows} rows, found {rows}"
+    return f"expected sha256 {receipt.sha256[:12]}... as {MANIFEST} says, found {sha256[:12]}..."

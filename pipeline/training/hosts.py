@@ -1,0 +1,113 @@
+"""Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kac import files
+from kac.device import default_device
+from kac.errors import DistillKacError
+from pipeline import cluster
+from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.training.learner import Worker
+from pipeline.training.loop import Job, Report, averaged_weights, run_updates
+
+MAX_FAILURES = 3
+"""A worker group that fails more often is a fault to be seen, not to be retried."""
+
+
+def choose_workers(asked: int | None, gpu: bool | None) -> tuple[int, bool]:
+    """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process.
+
+    A cluster that scales from nothing has no GPU yet: there both must be asked for.
+    """
+    if asked == 0:
+        return 0, False
+    gpus = cluster.connect().gpus
+    return (gpus if asked is None else asked), (gpus > 0 if gpu is None else gpu)
+
+
+def train(job: Job, workers: int, use_gpu: bool = False, report: Report | None = None) -> dict[str, Tensor]:
+    """Run the loop and return the averaged weights.
+
+    Args:
+        workers: 0 runs it in this process; more run under Ray Train, data-parallel.
+        report: called at every checkpoint of a loop in this process.
+
+    Raises:
+        DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
+    """
+    if workers and job.task.optimizer.batch_size % workers:
+        raise DistillKacError(
+            f"--workers: expected a divisor of the batch size {job.task.optimizer.batch_size}, found {workers}"
+        )
+    return averaged_weights(_train_on_ray(job, workers, use_gpu) if workers else _train_here(job, report))
+
+
+def _train_here(job: Job, report: Report | None) -> bytes:
+    path = files.join(files.join(job.out, TRAINING_FOLDER), STATE_FILE)
+    resume = files.read_bytes(path) if files.exists(path) else None
+
+    def keep(metrics: dict[str, float], state: bytes | None) -> None:
+        if state is not None:
+            files.write_bytes(path, state)
+        if report is not None:
+            report(metrics, state)
+
+    return run_updates(job, Worker(0, 1, default_device()), keep, resume)
+
+
+def _train_on_ray(job: Job, workers: int, use_gpu: bool) -> bytes:
+    import pyarrow.fs
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    location = files.locate(job.out)
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            # The same name in the same folder resumes: the folder belongs to one spec.
+            name=TRAINING_FOLDER,
+            storage_path=location.path,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise DistillKacError(f"{job.out}: training failed: {cluster.innermost(error)}") from error
+    if result.checkpoint is None:
+        raise DistillKacError(f"{job.out}: training ended without a checkpoint")
+    return _state_in(result.checkpoint)
+
+
+def _ray_worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+    def report(metrics: dict[str, float], state: bytes | None) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if state is not None and worker.rank == 0:
+                Path(folder, STATE_FILE).write_bytes(state)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+    latest = ray.train.get_checkpoint()
+    run_updates(job, worker, report, None if latest is None else _state_in(latest))
+
+
+def _state_in(checkpoint: Any) -> bytes:
+    """The training state in a checkpoint of Ray Train."""
+    with checkpoint.as_directory() as folder:
+        return Path(folder, STATE_FILE).read_bytes()

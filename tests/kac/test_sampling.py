@@ -1,0 +1,108 @@
+"""Sampling: how teachers and students are sampled, and from which noise."""
+
+import pytest
+import torch
+
+from kac import noise as noises
+from kac.checkpoint import ModelConfig
+from kac.errors import DistillKacError
+from kac.networks import MLPConfig, build_network
+from kac.objectives import Interval, endpoint_loss
+from kac.path import KacPath, PathConfig
+from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+
+
+def config(**changes) -> ModelConfig:
+    values = {
+        "kind": "student",
+        "network": MLPConfig(width=8, depth=1),
+        "path": PathConfig(),
+        "data": "digits",
+        "data_sha256": "of the data",
+        "sample_shape": (1, 3, 3),
+        "num_classes": 4,
+        "class_frequencies": (0.25, 0.25, 0.25, 0.25),
+        "steps": 4,
+        "guidance": 1.5,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def sample(network, x_1: torch.Tensor, label: torch.Tensor, steps: int):
+    """As a student of ``steps`` is sampled."""
+    return generate(network, x_1, label, student_sampling(config(steps=steps)))
+
+
+def test_a_teacher_is_sampled_as_one_likes_and_a_student_in_euler_steps_of_its_own():
+    assert teacher_sampling() == Sampling(0.0, 100, "ab2", "uniform")
+    assert teacher_sampling(2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
+    assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
+
+
+def test_noise_and_labels_are_those_of_the_numbers():
+    x_1, label = initial_noise(config(), 5, range(10, 14))
+    assert torch.equal(x_1, noises.noise(KacPath(), 5, range(10, 14), (1, 3, 3)))
+    assert torch.equal(label, noises.labels(5, range(10, 14), [0.25] * 4))
+    assert initial_noise(config(), 5, range(1, 6), (3, 0))[1].tolist() == [0, 3, 0, 3, 0]
+    for labels in ((4,), ()):
+        with pytest.raises(DistillKacError, match=r"--labels: expected classes 0 .. 3, found"):
+            initial_noise(config(), 5, range(3), labels)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 20])
+def test_sampling_is_euler_in_macro_steps(steps):
+    torch.manual_seed(0)
+    network = build_network(MLPConfig(width=16, depth=1), (1, 3, 3), 4)
+    torch.nn.init.normal_(network.leave[1].weight)
+    noise, label = torch.randn(6, 1, 3, 3), torch.tensor([0, 1, 2, 3, 4, 0])
+    solution = sample(network, noise, label, steps)
+    x = noise
+    with torch.no_grad():
+        for k in range(steps):
+            x = x - network(x, torch.tensor(1 - k / steps), label) / steps
+    torch.testing.assert_close(solution.x, x)
+    assert solution.nfe == steps
+    assert solution.knots == []
+
+
+def test_sampling_calls_the_student_once_a_step_with_its_labels_and_no_graph():
+    calls = []
+
+    class Model:
+        null_label = 4
+
+        def __call__(self, x, t, label):
+            calls.append((t.item(), label.tolist(), x.shape, torch.is_grad_enabled()))
+            return x
+
+    noise = torch.randn(3, 2, requires_grad=True)
+    assert not sample(Model(), noise, torch.tensor([2, 0, 1]), 4).x.requires_grad
+    assert calls == [(t, [2, 0, 1], (3, 2), False) for t in (1.0, 0.75, 0.5, 0.25)]
+
+
+def test_a_student_without_loss_lands_where_the_teacher_does():
+    """Loss and sampler share one convention: the velocities that make the loss zero carry the noise to the end."""
+    knots = torch.randn(
+        5, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )  # the teacher's, t = 1 first
+
+    class Student:
+        null_label = 0
+
+        def __call__(self, x, t, label):
+            k = round(4 * (1 - float(t.flatten()[0])))
+            return (knots[k] - knots[k + 1]) * 4
+
+    for k in range(4):
+        t_start, t_end = torch.full((3,), 1 - k / 4), torch.full((3,), 1 - (k + 1) / 4)
+        loss = endpoint_loss(
+            Student(), Interval(knots[k], knots[k + 1], t_start.double(), t_end.double(), torch.zeros(3))
+        )
+        assert loss.item() < 1e-24
+    torch.testing.assert_close(sample(Student(), knots[0], torch.zeros(3), 4).x, knots[4])
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_refuses_to_sample_without_steps(steps):
+    with pytest.raises(ValueError, match="knots must be at least 1"):
+        sample(lambda x, t, label: x, torch.zeros(1, 2), torch.zeros(1), steps)

@@ -1,0 +1,48 @@
+"""Small runs of the stages for tests, and what MLflow knows of them."""
+
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from kac.networks import MLPConfig
+from pipeline import tracking
+from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
+
+FEW = OptimizerConfig(updates=60, batch_size=64, learning_rate=3e-3, warmup_updates=5, ema_decay=0.9)
+DIVERGING = OptimizerConfig(updates=60, learning_rate=1e30, warmup_updates=0, max_gradient_norm=1e30)
+SMALL = MLPConfig(width=16, depth=1)
+
+
+def teach_spec(out: Path, **options: Any) -> TeachSpec:
+    """A teacher of the moons in 60 updates, in this process."""
+    return TeachSpec(**{"data": "moons", "network": SMALL, "optimizer": FEW, "workers": 0, **options}, out=str(out))
+
+
+def distill_spec(store: str, out: Path, **options: Any) -> DistillSpec:
+    """A student of two steps in 60 updates, in this process."""
+    return DistillSpec(**{"optimizer": FEW, "workers": 0, "steps": 2, **options}, store=store, out=str(out))
+
+
+def weights(path: str | Path) -> bytes:
+    """The weights of a model folder, as they lie there."""
+    return (Path(path) / "model.safetensors").read_bytes()
+
+
+def runs_of(stage: str) -> list[Any]:
+    """The stage's runs in this session's MLflow."""
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], f"tags.`{tracking.STAGE_TAG}` = '{stage}'", max_results=1000)
+    return list(found)
+
+
+def run_of(stage: str, fingerprint: str) -> Any:
+    """The run of the stage that made what has this fingerprint."""
+    return next(run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint)
+
+
+def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
+    """The history of a metric."""
+    return list(MlflowClient().get_metric_history(run_of(stage, fingerprint).info.run_id, name))

@@ -1,0 +1,48 @@
+"""A small store, and a count of the bytes that are read."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kac import files
+from pipeline import store as endpoint_store
+from pipeline.store.reader import Store
+from tests.pipeline.store.reading import KNOTS, ROWS, SCALES, CountingFileSystem
+from tests.pipeline.stores import make_store, make_teacher
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="session")
+def teacher(folder: Path) -> str:
+    return make_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="session")
+def path(folder: Path, teacher: str) -> Path:
+    """300 rows a scale: nine shards of 32 and one of 12."""
+    make_store(folder / "store", teacher, trajectories=ROWS, knots=KNOTS, guidance=SCALES)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(path: Path, ray_cluster: None) -> Store:
+    return endpoint_store.open(str(path))
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes read of each file from now on."""
+    counts: Counter[str] = Counter()
+    locate = files.locate
+
+    def counting(path: str) -> files.Location:
+        location = locate(path)
+        return files.Location(CountingFileSystem(location.fs, counts), location.path)
+
+    monkeypatch.setattr(files, "locate", counting)
+    return counts

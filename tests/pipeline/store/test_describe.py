@@ -1,0 +1,116 @@
+"""describe says what a store is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import store as job
+from pipeline.store.describe import DescribeSpec, describe
+from pipeline.store.layout import StoreError
+from pipeline.store.manifest import read_manifest
+from pipeline.store.shards import column_array
+from tests.pipeline.stores import (
+    copy_store,
+    flip,
+    last_value,
+    make_spec,
+    make_store,
+    make_teacher,
+    plan_store,
+    run_rollout,
+    shard_file,
+)
+
+SCALES = (0.0, 1.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> str:
+    return make_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, teacher: str) -> Path:
+    """200 rows a scale in shards of 32: six full ones and one of 8 rows."""
+    make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
+    return folder / "whole"
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["store", *arguments])
+    try:
+        job.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_a_description_counts_what_is_there(whole: Path, teacher: str) -> None:
+    description = describe(DescribeSpec(store=str(whole)))
+    manifest = read_manifest(str(whole))
+    assert description.is_finished
+    assert description.fingerprint == manifest.fingerprint
+    assert description.identity == manifest.identity.values()
+    assert description.teacher == teacher
+    assert (description.rows, description.shards) == (400, 14)
+    assert description.bytes == sum(receipt.bytes for receipt in manifest.shards)
+    assert description.tensor_bytes == 400 * 5 * 2 * 4
+    assert [scale.guidance for scale in description.scales] == list(SCALES)
+    for scale in description.scales:
+        assert (scale.rows, scale.shards, scale.ids) == (200, 7, ((0, 200),))
+        tables = [pq.read_table(shard_file(whole, index, scale.guidance), partitioning=None) for index in range(7)]
+        energies = np.concatenate([column_array(table["kinetic_energy"]) for table in tables])
+        for label, share in {"0%": 0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "100%": 1}.items():
+            assert scale.kinetic_energy[label] == pytest.approx(np.quantile(energies, share), rel=1e-6)
+        assert scale.kinetic_energy["0%"] > 0
+
+
+def test_an_unfinished_store_is_described_from_its_shards(tmp_path: Path, teacher: str) -> None:
+    spec = make_spec(tmp_path / "begun", teacher, guidance=SCALES)
+    run_rollout(spec, is_sealed=False)
+    shard_file(spec.store, 1, 1.5).unlink()
+    description = describe(DescribeSpec(store=spec.store))
+    assert not description.is_finished
+    assert description.teacher is None
+    assert [scale.ids for scale in description.scales] == [((0, 100),), ((0, 32), (64, 100))]
+    assert description.fingerprint == plan_store(spec).identity.fingerprint()
+
+
+def test_a_store_that_is_being_grown_is_described_as_the_manifest_says(tmp_path: Path, teacher: str) -> None:
+    make_store(tmp_path / "store", teacher, trajectories=40)
+    run_rollout(make_spec(tmp_path / "store", teacher, trajectories=100), is_sealed=False)
+    (scale,) = describe(DescribeSpec(store=str(tmp_path / "store"))).scales
+    assert (scale.rows, scale.ids, scale.shards) == (40, ((0, 40),), 2)
+
+
+def test_the_job_describes_as_text_and_as_json(whole: Path, project_root: Path, monkeypatch, capsys) -> None:
+    command = [sys.executable, "-m", "jobs.store", "describe", str(whole)]
+    text = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)
+    assert (text.returncode, text.stderr) == (0, "")
+    manifest = read_manifest(str(whole))
+    for fact in (manifest.fingerprint, manifest.teacher, "finished", "400 in 14 shards", "samples 0 .. 199", "50%"):
+        assert fact in text.stdout
+    for field in type(manifest.identity).model_fields:
+        assert field in text.stdout
+    assert run_job(monkeypatch, "describe", str(whole), "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["fingerprint"] == manifest.fingerprint
+    assert values["identity"]["shard_size"] == 32
+    assert [scale["rows"] for scale in values["scales"]] == [200, 200]
+
+
+def test_a_damaged_shard_is_named_by_describe(whole: Path, tmp_path: Path) -> None:
+    bad = copy_store(whole, tmp_path / "bad")
+    flip(shard_file(bad, 3), last_value(shard_file(bad, 3), "kinetic_energy"))
+    with pytest.raises(StoreError, match=r"bad/data/guidance=0.0/shard-000003.parquet: expected a whole shard"):
+        describe(DescribeSpec(store=str(bad)))

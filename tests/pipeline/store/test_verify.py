@@ -1,0 +1,332 @@
+"""verify names every kind of damage; --repair removes what must be redone, and nothing else."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import store as job
+from pipeline.store.examine import examine
+from pipeline.store.layout import Shard, StoreError
+from pipeline.store.manifest import read_manifest
+from pipeline.store.shards import check, column_array, encode, make_table, publish
+from pipeline.store.verify import Report, VerifySpec, verify
+from tests.pipeline.stores import (
+    copy_store,
+    flip,
+    last_value,
+    make_spec,
+    make_store,
+    make_teacher,
+    plan_store,
+    run_rollout,
+    shard_file,
+)
+
+SCALES = (0.0, 1.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> str:
+    return make_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, teacher: str) -> Path:
+    """200 rows a scale in shards of 32: six full ones and one of 8 rows."""
+    make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
+    return folder / "whole"
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path, ray_cluster: None) -> Path:
+    return copy_store(whole, tmp_path / "store")
+
+
+def kinds(report: Report) -> dict[str, str]:
+    return {problem.name: problem.kind for problem in report.problems}
+
+
+def details(report: Report) -> dict[str, str]:
+    return {problem.name: problem.detail for problem in report.problems}
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def name(index: int, guidance: float = 0.0) -> str:
+    return Shard(guidance, index, 0, 0).name
+
+
+def rewrite(store: Path, index: int, column: str, rows: list[int], value: float) -> None:
+    """A shard like the one that is there, but for one value in some rows: whole to its own CRCs."""
+    identity, file = read_manifest(str(store)).identity, shard_file(store, index)
+    shard = Shard(0.0, index, index * 32, 32)
+    table = check(str(store), shard, identity, file.read_bytes())
+    columns = {key: np.array(column_array(table[key])) for key in table.column_names}
+    columns[column][rows] = value
+    knots = [columns[key] for key in identity.knot_columns]
+    changed = make_table(identity, shard, columns["label"], columns["kinetic_energy"], knots)
+    publish(str(store), shard, identity, encode(changed), replace=True)
+
+
+def test_a_finished_store_is_whole(store: Path) -> None:
+    before = contents(store)
+    report = verify(VerifySpec(store=str(store), repair=True))
+    assert report.is_whole
+    assert report.problems == ()
+    assert (report.shards, report.rows) == (14, 400)
+    assert report.bytes == sum(len(data) for key, data in before.items() if key.endswith(".parquet"))
+    assert contents(store) == before
+
+
+def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_that(
+    store: Path, folder: Path, teacher: str
+) -> None:
+    good = contents(store)
+    other = folder / "other"
+    make_store(other, teacher, trajectories=200, guidance=SCALES, seed=9)
+    shard_file(store, 0).unlink()
+    flip(shard_file(store, 1), last_value(shard_file(store, 1), "knot_02"))
+    shard_file(store, 2).write_bytes(shard_file(store, 2).read_bytes()[:-100])
+    shard_file(store, 3).write_bytes(b"")
+    rewrite(store, 4, "knot_03", [3, 7], np.nan)
+    rewrite(store, 5, "kinetic_energy", [1], 0.25)  # finite, and not what was published
+    shard_file(store, 6).write_bytes(shard_file(other, 6).read_bytes())
+    shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # the right one is there
+    shard_file(store, 5, 1.5).write_bytes(shard_file(store, 2, 1.5).read_bytes())
+    shard_file(store, 2, 1.5).unlink()  # now only there under another name
+    shard_file(store, 40).write_bytes(good[name(3, 1.5)])  # beyond the plan
+    shard_file(store, 41).write_bytes(shard_file(other, 0).read_bytes())
+    (store / "data/guidance=1.5/shard-000003 (copy).parquet").write_bytes(good[name(3, 1.5)])
+    (store / "data/guidance=1.5/mine.parquet").write_bytes(b"not even Parquet")
+    (store / "data/guidance=1.5/shard-000003.parquet.bak").write_bytes(good[name(3, 1.5)])
+    (store / "notes.txt").write_text("my notes")
+    (store / "data/guidance=0.0/.shard-000000.parquet.elsewhere.1.abcdef01.tmp").write_bytes(b"PAR1")
+    expected = {
+        name(0): "missing",
+        name(1): "damaged",
+        name(2): "damaged",
+        name(3): "damaged",
+        name(4): "not finite",
+        name(5): "damaged",
+        name(6): "foreign",
+        name(0, 1.5): "duplicated",
+        name(2, 1.5): "missing",
+        name(5, 1.5): "foreign",
+        name(40): "duplicated",
+        name(41): "foreign",
+        "data/guidance=1.5/shard-000003 (copy).parquet": "duplicated",
+        "data/guidance=1.5/mine.parquet": "extra",
+        "data/guidance=1.5/shard-000003.parquet.bak": "extra",
+        "notes.txt": "extra",
+        "data/guidance=0.0/.shard-000000.parquet.elsewhere.1.abcdef01.tmp": "leftover",
+    }
+    before = contents(store)
+    report = verify(VerifySpec(store=str(store)))
+    assert kinds(report) == expected
+    assert not report.is_whole
+    assert report.removed == ()
+    assert contents(store) == before
+    said = details(report)
+    assert said[name(0)] == "expected samples 0 .. 31, found no file"
+    assert "CRC" in said[name(1)]
+    assert said[name(4)] == "expected finite values, found NaN or infinity in samples 131, 135 (knot_03)"
+    assert "expected sha256" in said[name(5)]
+    assert "seed 0 (found 9)" in said[name(6)]
+    assert name(2, 1.5) in said[name(5, 1.5)]
+    assert all("\n" not in detail and str(store) not in detail for detail in said.values())
+
+    repaired = verify(VerifySpec(store=str(store), repair=True))
+    assert kinds(repaired) == expected
+    bad = {key for key, kind in expected.items() if kind not in ("missing", "extra", "leftover")}
+    assert set(repaired.removed) == bad
+    assert contents(store) == {key: data for key, data in before.items() if key not in bad}
+
+    spec = make_spec(store, teacher, trajectories=200, guidance=SCALES)
+    redo = {name(index) for index in range(7)} | {name(0, 1.5), name(2, 1.5), name(5, 1.5)}
+    assert {shard.name for shard in plan_store(spec).todo} == redo
+    run_rollout(spec)
+    again = verify(VerifySpec(store=str(store)))
+    assert again.is_whole
+    assert set(kinds(again).values()) == {"extra", "leftover"}
+    assert {key: data for key, data in contents(store).items() if key in good} == good
+
+
+def test_a_flipped_bit_in_the_values_of_an_unfinished_store_is_found(tmp_path: Path, teacher: str, ray_cluster) -> None:
+    spec = make_spec(tmp_path / "begun", teacher, compression="zstd")
+    run_rollout(spec, is_sealed=False)
+    identity = plan_store(spec).identity
+    for index in range(3):
+        file = shard_file(spec.store, index)
+        good = file.read_bytes()
+        for column in ("sample_id", "label", "kinetic_energy", *identity.knot_columns):
+            flip(file, last_value(file, column))
+            assert examine(spec.store, identity, name(index), None).kind == "damaged", column
+            file.write_bytes(good)
+    flip(shard_file(spec.store, 1), last_value(shard_file(spec.store, 1), "knot_00"))
+    report = verify(VerifySpec(store=spec.store, repair=True))
+    assert kinds(report) == {"manifest.json": "unfinished", name(1): "damaged"}
+    assert not report.is_whole
+    assert report.removed == (name(1),)
+    assert report.shards == 3
+    assert "expected the manifest of a finished store, found none" in details(report)["manifest.json"]
+    run_rollout(spec)
+    assert verify(VerifySpec(store=spec.store)).is_whole
+
+
+def test_nothing_foreign_is_removed_from_an_unfinished_store(tmp_path: Path, teacher: str, ray_cluster) -> None:
+    """Without a manifest it is anyone's guess which spec is the store's: here the first shards are the strangers."""
+    spec = make_spec(tmp_path / "begun", teacher, trajectories=160)
+    run_rollout(spec, is_sealed=False)
+    run_rollout(make_spec(tmp_path / "other", teacher, seed=9), is_sealed=False)
+    for index in range(2):
+        shard_file(spec.store, index).write_bytes(shard_file(tmp_path / "other", index).read_bytes())
+    before = contents(Path(spec.store))
+    report = verify(VerifySpec(store=spec.store, repair=True))
+    assert kinds(report) == {"manifest.json": "unfinished", name(0): "foreign", name(1): "foreign"}
+    assert report.removed == ()
+    assert contents(Path(spec.store)) == before
+
+
+def test_a_store_that_is_being_grown_is_not_damaged(store: Path, teacher: str) -> None:
+    run_rollout(make_spec(store, teacher, trajectories=230, guidance=SCALES), is_sealed=False)
+    before = contents(store)
+    report = verify(VerifySpec(store=str(store), repair=True))
+    assert kinds(report) == {name(7): "unplanned", name(7, 1.5): "unplanned"}
+    assert "6 rows that manifest.json does not plan: run the rollout that made them again" in details(report)[name(7)]
+    assert contents(store) == before
+    assert report.rows == 2 * (6 * 32 + 32 + 6)
+    flip(shard_file(store, 6), last_value(shard_file(store, 6), "knot_01"))
+    assert kinds(verify(VerifySpec(store=str(store))))[name(6)] == "damaged"
+
+
+def test_a_shard_that_lost_rows_is_damaged(store: Path, folder: Path, teacher: str) -> None:
+    make_store(folder / "short", teacher, trajectories=40)
+    shard_file(store, 1).write_bytes(shard_file(folder / "short", 1).read_bytes())
+    report = verify(VerifySpec(store=str(store)))
+    assert kinds(report) == {name(1): "damaged"}
+    assert details(report)[name(1)] == "expected 32 rows, found 8"
+
+
+def test_a_file_that_changed_since_it_was_read_is_not_removed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout at work may mend a shard between the check and the repair."""
+    from pipeline.store import verify as module
+
+    good = shard_file(store, 2).read_bytes()
+    flip(shard_file(store, 2), 50)
+    examine_all = module.examine_all
+
+    def mended_meanwhile(*arguments):
+        findings = examine_all(*arguments)
+        shard_file(store, 2).write_bytes(good)
+        return findings
+
+    monkeypatch.setattr(module, "examine_all", mended_meanwhile)
+    report = verify(VerifySpec(store=str(store), repair=True))
+    assert kinds(report) == {name(2): "damaged"}
+    assert report.removed == ()
+    assert shard_file(store, 2).read_bytes() == good
+
+
+def test_a_newer_shard_is_named_and_left_alone(tmp_path: Path, teacher: str, ray_cluster: None) -> None:
+    spec = make_spec(tmp_path / "begun", teacher)
+    run_rollout(spec, is_sealed=False)
+    file = shard_file(spec.store, 1)
+    table = pq.read_table(file, partitioning=None)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"schema_version": b"2"}), file)
+    report = verify(VerifySpec(store=spec.store, repair=True))
+    assert kinds(report) == {"manifest.json": "unfinished", name(1): "newer"}
+    assert file.exists()
+
+
+def test_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a store")
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(StoreError, match="expected an endpoint store, found none"):
+            verify(VerifySpec(store=str(path)))
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["store", *arguments])
+    try:
+        job.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_job_says_one_line_a_problem_and_exits_1(store: Path, monkeypatch, capsys) -> None:
+    assert run_job(monkeypatch, "verify", str(store)) == 0
+    out, err = capsys.readouterr()
+    assert f"verify: {store}: 14 whole shards, 400 rows" in out
+    assert "error" not in err
+    (store / "notes.txt").write_text("my notes")
+    assert run_job(monkeypatch, "verify", str(store)) == 0
+    assert "verify: extra: notes.txt: no file of this store: left alone" in capsys.readouterr().out
+    shard_file(store, 3).unlink()
+    flip(shard_file(store, 4), 100)
+    assert run_job(monkeypatch, "verify", str(store)) == 1
+    out, err = capsys.readouterr()
+    assert f"verify: missing: {name(3)}: expected samples 96 .. 127, found no file" in out.splitlines()
+    assert sum(line.startswith(f"verify: damaged: {name(4)}: ") for line in out.splitlines()) == 1
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert line == (
+        f"python -m jobs.store verify: error: {store}: expected a finished and whole store, "
+        f"found 1 damaged, 1 missing: "
+        f"python -m jobs.store verify {store} --repair, then run the rollout again to redo what is missing"
+    )
+    assert run_job(monkeypatch, "verify", str(store), "--repair") == 1
+    out, err = capsys.readouterr()
+    assert any(
+        line.startswith(f"verify: damaged: {name(4)}") and line.endswith(": removed") for line in out.splitlines()
+    )
+    assert "found 1 damaged, 1 missing: run the rollout again to redo what is missing" in err
+    assert not shard_file(store, 4).exists()
+
+
+def test_a_newer_store_and_wrong_options_are_one_line(whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    newer = copy_store(whole, tmp_path / "newer")
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 7}))
+    for arguments, code, says in [
+        (("verify", str(newer)), 1, "expected store schema version 1 or older, found 7: use a newer distillkac"),
+        (("describe", str(newer)), 1, "expected store schema version 1 or older, found 7: use a newer distillkac"),
+        (("describe", str(tmp_path / "none")), 1, "expected an endpoint store, found none"),
+        (("verify", str(newer), "--mend"), 2, "--mend"),
+        (("merge", "--into", str(tmp_path / "into")), 2, "expected STORES, found none"),
+        (("verify",), 2, "STORE"),
+        (("destroy", str(newer)), 2, "describe, verify, merge"),
+        ((), 2, "describe, verify, merge"),
+    ]:
+        assert run_job(monkeypatch, *arguments) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        assert line.startswith("python -m jobs.store")
+        assert "error: " in line
+        assert says in line
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ((), ["describe", "verify", "merge"]),
+        (("describe",), ["STORE", "--json"]),
+        (("verify",), ["STORE", "--repair"]),
+        (("merge",), ["STORE [STORE ...]", "--into"]),
+    ],
+)
+def test_help_explains(monkeypatch, capsys, command: tuple[str, ...], says: list[str]) -> None:
+    assert run_job(monkeypatch, *command, "--help") == 0
+    out, _ = capsys.readouterr()
+    assert all(word in out for word in says)

@@ -1,0 +1,98 @@
+"""Distill: what a student learns, where it starts, what is refused before anything is written."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kac.checkpoint import load_config, load_model
+from kac.errors import DistillKacError
+from pipeline import store
+from pipeline.distill import distill
+from tests.pipeline.stages import FEW, distill_spec
+from tests.pipeline.stores import make_store, make_teacher
+
+
+def test_a_student_lands_nearer_than_its_teachers_own_euler_steps(small_store: str, teacher: str, tmp_path: Path):
+    longer = FEW.model_copy(update={"updates": 600})
+    distill(distill_spec(small_store, tmp_path / "student", steps=1, optimizer=longer))
+    batch = next(store.open(small_store).batches(400, 0.0, [0, 4]))
+    errors = {}
+    for name, path in (("teacher", teacher), ("student", str(tmp_path / "student"))):
+        network = load_model(path).network
+        with torch.inference_mode():
+            x = batch.knots[:, 0] - network(batch.knots[:, 0], torch.ones(400), batch.label)
+        errors[name] = float((x - batch.knots[:, 1]).square().mean())
+    assert errors["student"] < 0.5 * errors["teacher"]
+
+
+def test_a_student_names_its_store_and_teacher(student: str, small_store: str, teacher: str):
+    config, manifest = load_config(student), store.read_manifest(small_store)
+    assert manifest is not None
+    assert (config.kind, config.steps, config.guidance) == ("student", 2, 0.0)
+    assert config.store_fingerprint == manifest.fingerprint
+    assert config.teacher_sha256 == load_config(teacher).weights_sha256
+
+
+def test_students_can_start_from_the_previous_one(student: str, small_store: str, tmp_path: Path):
+    none = FEW.model_copy(update={"updates": 1, "learning_rate": 1e-12, "warmup_updates": 0})
+    distill(distill_spec(small_store, tmp_path / "one", steps=1, init=student, optimizer=none))
+    config = load_config(str(tmp_path / "one"))
+    assert (config.steps, config.teacher_sha256) == (1, load_config(student).teacher_sha256)
+    for name, value in load_model(str(tmp_path / "one")).network.state_dict().items():
+        torch.testing.assert_close(value, load_model(student).network.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, r"--steps: expected a divisor of the store's 4 knots \[1, 2, 4\], found 3"),
+        ({"guidance": 2.0}, r"--guidance: expected one of the store's scales \[0.0, 1.0\], found 2.0"),
+        ({"guidance": 1.0, "init": "STUDENT"}, "expected a student of guidance 1.0, found one of 0.0"),
+        ({"init": "OTHER"}, "expected the store's teacher"),
+        ({"teacher": "OTHER"}, "expected the store's teacher"),
+        ({"init": "no/such/model"}, "expected a model folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    options: dict[str, Any], message: str, small_store: str, student: str, tmp_path: Path
+):
+    folders = {"STUDENT": student, "OTHER": make_teacher(tmp_path / "other", seed=9)}
+    options = {name: folders.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(DistillKacError, match=message):
+        distill(distill_spec(small_store, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_store_is_refused(small_store: str, tmp_path: Path):
+    shutil.copytree(small_store, tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(DistillKacError, match="expected a finished store, found 8 shards and no manifest"):
+        distill(distill_spec(str(tmp_path / "store"), tmp_path / "out"))
+
+
+def test_a_grown_store_makes_another_student(teacher: str, tmp_path: Path):
+    path = str(tmp_path / "store")
+    make_store(path, teacher)
+    distill(distill_spec(path, tmp_path / "out"))
+    make_store(path, teacher, trajectories=200)
+    with pytest.raises(DistillKacError, match="sample-ids"):
+        distill(distill_spec(path, tmp_path / "out"))
+
+
+def test_forward_stores_distill_too(teacher: str, tmp_path: Path):
+    path = str(tmp_path / "store")
+    make_store(path, teacher, source="forward", trajectories=200)
+    distill(distill_spec(path, tmp_path / "out", steps=4))
+    assert load_config(str(tmp_path / "out")).steps == 4
+    with pytest.raises(DistillKacError, match="--steps: expected 4"):
+        distill(distill_spec(path, tmp_path / "two", steps=2))
+
+
+def test_workers_that_hold_every_cpu_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
+    """The tasks that read for them must not wait for a CPU."""
+    make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
+    distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
+    assert load_config(str(tmp_path / "out")).steps == 2

@@ -1,0 +1,83 @@
+"""Outputs: a folder belongs to one spec, is finished or gone on with, and refuses another spec."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kac.checkpoint import load_config
+from kac.errors import DistillKacError
+from pipeline import outputs
+from pipeline.distill import distill
+from pipeline.teach import teach
+from tests.pipeline.stages import DIVERGING, FEW, distill_spec, teach_spec, weights
+
+
+@pytest.mark.parametrize("stage", ["teach", "distill"])
+def test_a_complete_folder_is_left_alone_and_another_spec_refused(
+    stage: str, tmp_path: Path, small_store: str, capsys: pytest.CaptureFixture[str]
+):
+    makers: dict[str, Callable[..., Any]] = {
+        "teach": lambda **options: teach(teach_spec(tmp_path / "out", **options)),
+        "distill": lambda **options: distill(distill_spec(small_store, tmp_path / "out", **options)),
+    }
+    makers[stage]()
+    before = weights(tmp_path / "out")
+    makers[stage]()
+    assert "is complete: nothing to do" in capsys.readouterr().out
+    with pytest.raises(DistillKacError, match=r"found one of another spec .*seed is 0, not 1"):
+        makers[stage](seed=1)
+    assert weights(tmp_path / "out") == before
+
+
+def test_after_a_divergence_the_advice_of_its_message_can_be_followed(tmp_path: Path):
+    """The folder holds no checkpoint: a gentler spec may have it."""
+    with pytest.raises(DistillKacError, match=r"expected a finite loss.*: lower --optimizer.learning-rate"):
+        teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
+    gentler = teach_spec(tmp_path / "out")
+    assert teach(gentler).fingerprint == load_config(str(tmp_path / "out")).fingerprint
+    assert json.loads((tmp_path / "out" / "spec.json").read_text())["options"]["optimizer"]["learning_rate"] == 3e-3
+
+
+def test_after_a_divergence_on_workers_too(tmp_path: Path, ray_cluster: None):
+    """Ray Train keeps records of a run without a checkpoint, and a run of the same name goes on with them."""
+    with pytest.raises(DistillKacError, match="expected a finite loss"):
+        teach(teach_spec(tmp_path / "out", optimizer=DIVERGING, workers=1))
+    teach(teach_spec(tmp_path / "out", workers=1))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "spec.json",
+    ]
+
+
+@pytest.mark.parametrize("left", ["training/state.pt", "training/checkpoint_0/state.pt", "model.safetensors"])
+def test_a_folder_in_which_another_spec_has_left_work_is_refused(left: str, tmp_path: Path):
+    spec = teach_spec(tmp_path)
+    assert outputs.begin(str(tmp_path), spec, "config.json")
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_bytes(b"work")
+    assert outputs.begin(str(tmp_path), spec, "config.json")
+    with pytest.raises(DistillKacError, match=r"found one of another spec \(seed is 0, not 3\): choose another --out"):
+        outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
+    assert (tmp_path / left).read_bytes() == b"work"
+
+
+def test_a_job_does_not_write_into_a_folder_that_another_has_taken(tmp_path: Path):
+    slow = teach_spec(tmp_path)
+    outputs.begin(str(tmp_path), slow, "config.json")
+    outputs.check_owner(str(tmp_path), slow.fingerprint())
+    outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
+    with pytest.raises(DistillKacError, match="another has taken it meanwhile"):
+        outputs.check_owner(str(tmp_path), slow.fingerprint())
+
+
+def test_where_and_how_fast_is_free_to_change(tmp_path: Path):
+    spec = teach_spec(tmp_path / "out")
+    teach(spec)
+    before = weights(tmp_path / "out")
+    teach(spec.model_copy(update={"checkpoint_updates": 7}))
+    assert weights(tmp_path / "out") == before
+    assert FEW.updates == 60

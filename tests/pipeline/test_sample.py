@@ -1,0 +1,43 @@
+"""Sample: images of a model folder, and what a student cannot be asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kac.errors import DistillKacError
+from pipeline.config import SampleSpec
+from pipeline.sample import sample
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_samples_are_the_models_images_of_the_labels_asked_for(kind: str, teacher: str, student: str, tmp_path: Path):
+    model, out = {"teacher": teacher, "student": student}[kind], tmp_path / "samples.npz"
+    sample(SampleSpec(model=model, out=str(out), count=5, labels=(1, 0)))
+    with np.load(out) as made:
+        assert made["labels"].tolist() == [1, 0, 1, 0, 1]
+        assert made["images"].shape == (5, 2)
+        assert made["images"].dtype == np.float32
+        assert np.abs(made["images"]).max() <= 1
+        first = made["images"][:2]
+    sample(SampleSpec(model=model, out=str(tmp_path / "more.npz"), count=700, labels=(1, 0)))
+    with np.load(tmp_path / "more.npz") as made:
+        np.testing.assert_allclose(made["images"][:2], first, atol=1e-5)
+    sample(SampleSpec(model=model, out=str(tmp_path / "sheet.png"), count=3))
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": (2,)}, "--labels: expected classes 0 .. 1"),
+        ({"steps": 3}, "--steps: expected 2"),
+        ({"guidance": 1.0}, "--guidance: expected 0"),
+    ],
+)
+def test_samples_that_a_student_cannot_make_are_refused(
+    options: dict[str, Any], message: str, student: str, tmp_path: Path
+):
+    with pytest.raises(DistillKacError, match=message):
+        sample(SampleSpec(model=student, out=str(tmp_path / "x.npz"), **options))
