@@ -10,6 +10,9 @@ from jobs.parsing import SpecType, parse
 from kac.errors import DistillKacError, one_line
 from pipeline.config import Spec
 
+Command = tuple[type[Spec], Callable[[Any], object]]
+"""The options of a command, and what it runs."""
+
 
 def main(
     spec_type: type[SpecType], stage: Callable[[SpecType], object], prog: str = "", arguments: list[str] | None = None
@@ -29,7 +32,7 @@ def main(
         fail(prog, "interrupted: run the same command again to go on", 130)
 
 
-def main_of(commands: Mapping[str, tuple[type[Spec], Callable[[Any], object]]], prog: str, description: str) -> None:
+def main_of(commands: Mapping[str, Command], prog: str, description: str) -> None:
     """The same for a job with several commands."""
     name, *arguments = sys.argv[1:] or ["nothing"]
     if name in {"-h", "--help"}:

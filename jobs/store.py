@@ -1,20 +1,14 @@
 """`python -m jobs.store --help`"""
 
-from functools import partial
-
-from jobs.command import main_of
+from jobs.command import Command, main_of
 from pipeline.store import describe, merge, verify
 
-main = partial(
-    main_of,
-    {
-        "describe": (describe.DescribeSpec, describe.run),
-        "verify": (verify.VerifySpec, verify.run),
-        "merge": (merge.MergeSpec, merge.merge),
-    },
-    "python -m jobs.store",
-    "Look after endpoint stores: say what one is, check every byte of it, join several.",
-)
+COMMANDS: dict[str, Command] = {
+    "describe": (describe.DescribeSpec, describe.run),
+    "verify": (verify.VerifySpec, verify.run),
+    "merge": (merge.MergeSpec, merge.merge),
+}
 
 if __name__ == "__main__":
-    main()
+    about = "Look after endpoint stores: say what one is, check every byte of it, join several."
+    main_of(COMMANDS, "python -m jobs.store", about)

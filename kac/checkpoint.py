@@ -1,7 +1,6 @@
-"""Model folders: ``model.safetensors`` (the EMA weights are the model) and ``config.json``, written last.
+"""Model folders: ``model.safetensors``, the EMA weights in float32, and ``config.json``, written last.
 
-MODEL/model.safetensors   weights, float32
-MODEL/config.json         ModelConfig: all that is needed to build, sample and trace the model
+The config is all that is needed to build, sample and trace the model.
 """
 
 import hashlib
@@ -13,8 +12,9 @@ import torch
 from pydantic import Field, PositiveInt
 
 from kac import files
-from kac.data import DataConfig
+from kac.data import DataConfig, open_dataset
 from kac.errors import CheckpointError, one_line
+from kac.fingerprint import with_neutral_values
 from kac.networks import NetworkConfig, NetworkModule, build_network
 from kac.options import OptionError, Options
 from kac.path import PathConfig
@@ -46,6 +46,22 @@ class ModelConfig(Options):
     store_fingerprint: str | None = Field(None, description="the store a student was made from")
 
 
+def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, fingerprint: str = "") -> ModelConfig:
+    """The config of a teacher, with the facts of its dataset; raises as ``open_dataset``."""
+    found = open_dataset(data).description
+    return ModelConfig(
+        kind="teacher",
+        network=network,
+        path=path,
+        data=data,
+        data_sha256=found.sha256,
+        sample_shape=found.sample_shape,
+        num_classes=found.num_classes,
+        class_frequencies=found.class_frequencies,
+        fingerprint=fingerprint,
+    )
+
+
 class Model(NamedTuple):
     """A loaded model."""
 
@@ -54,22 +70,17 @@ class Model(NamedTuple):
 
 
 def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
-    """Write the folder ``path`` (local or s3://): the weights first, then the config that makes them a model.
+    """Write the folder ``path`` (local or s3://); returns the config as written, with the weights' sha256.
 
     Args:
         weights: the network's state dict to be saved, which is the EMA's.
-
-    Returns:
-        The config as written, with the weights' sha256.
 
     Raises:
         CheckpointError: the weights are not those of the config's network.
     """
     with torch.device("meta"):
-        network = build_network(config.network, config.sample_shape, config.num_classes)
-    expected = {name: value.shape for name, value in network.state_dict().items()}
-    found = {name: value.shape for name, value in weights.items()}
-    if expected != found:
+        expected = build_network(config.network, config.sample_shape, config.num_classes).state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise CheckpointError(f"{path}: the weights to be saved are not those of the network")
     data = safetensors.torch.save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
@@ -87,20 +98,18 @@ def load_config(path: str) -> ModelConfig:
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise CheckpointError(
-            f"{path}: expected a model folder with {CONFIG_FILE}, found none: train one, or mend the path"
-        ) from None
+        message = f"{path}: expected a model folder with {CONFIG_FILE}, found none: train one, or mend the path"
+        raise CheckpointError(message) from None
     try:
         values: dict[str, Any] = json.loads(raw)
         version = values.get("schema_version")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a JSON object, found {error}") from None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path}: expected schema version {SCHEMA_VERSION} or older, found {version}: use a newer distillkac"
-        )
+        expected = f"expected schema version {SCHEMA_VERSION} or older"
+        raise CheckpointError(f"{path}: {expected}, found {version}: use a newer distillkac")
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**with_neutral_values(ModelConfig, values))
     except OptionError as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a config of this project, found {error}") from None
 
@@ -139,7 +148,6 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     try:
         network.load_state_dict(safetensors.torch.load(data))
     except (RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {one_line(error)}"
-        ) from None
+        message = f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {one_line(error)}"
+        raise CheckpointError(message) from None
     return Model(network.eval().requires_grad_(False).to(device), config)

@@ -1,6 +1,7 @@
 """Local folders and ``s3://`` prefixes behind one door, and files that are published whole or not at all.
 
-S3 endpoint and keys come from the standard AWS_* variables alone; nothing here reads or prints them.
+S3 endpoint and keys come from the standard AWS_* variables (or what else botocore finds, such as a node's role): no
+option holds them and nothing here prints them. ``pipeline/sweep.py`` keeps them out of Ray Tune's logs.
 """
 
 import os
@@ -44,7 +45,7 @@ class Location(NamedTuple):
     path: str
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.fs, f"{self.path.rstrip('/')}/{name}")
+        return Location(self.fs, join(self.path, name))
 
 
 def locate(path: str) -> Location:
@@ -70,11 +71,7 @@ def join(path: str, name: str) -> str:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Errors of S3 say neither where nor what to do; those of the local disk do.
-
-    Raises:
-        DistillKacError: S3 refused, or did not answer.
-    """
+    """Raise ``DistillKacError`` for errors of S3, which say neither where nor what to do; the local disk's do."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
@@ -117,15 +114,12 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
-    """Publish ``data`` under ``path``: readers see all of it or nothing.
+    """Publish ``data`` under ``path``: readers see all of it or nothing. Returns whether it was written.
 
     Locally a temporary file is synced and renamed; on S3 it is one PUT or a completed multipart upload.
 
     Args:
         if_absent: leave a file that is already there as it is.
-
-    Returns:
-        False if ``if_absent`` and there was one.
     """
     with naming(path):
         return _write(locate(path), data, if_absent)
@@ -139,7 +133,8 @@ def _write(location: Location, data: bytes, if_absent: bool) -> bool:
     try:
         location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
     except OSError:
-        # S3s word a lost race in different ways, and a PUT that is repeated because its answer was lost meets itself.
+        # S3 servers report a lost race in different ways; and a PUT that is retried because its answer was lost finds
+        # its own first copy.
         if if_absent and location.fs.exists(location.path):
             return False
         raise
@@ -171,9 +166,8 @@ def check_writable(path: str) -> None:
 def temporary_name(path: str) -> str:
     """A hidden name beside ``path`` that says which process writes it."""
     folder, name = os.path.split(path)
-    return os.path.join(
-        folder, f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
-    )
+    writer = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return os.path.join(folder, f".{name}.{writer}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(name: str) -> bool:
@@ -182,8 +176,7 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_orphans(folder: str) -> int:
-    """Remove what dead writers left in a local folder; returns how many. On S3 there is nothing to remove:
-    an unfinished upload is no object."""
+    """Remove what dead writers left in a local folder; returns how many. On S3 an unfinished upload is no object."""
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
@@ -192,7 +185,7 @@ def remove_orphans(folder: str) -> int:
 
 
 def _unlink(path: str) -> bool:
-    """Remove a file, unless another process was quicker."""
+    """Remove a file; whether it was there."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -213,16 +206,13 @@ def _is_orphan(entry: "os.DirEntry[str]") -> bool:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's refuses the signal
     return True
 
 
 def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -234,8 +224,7 @@ def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
         os.replace(temporary, path)
         return True
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        _unlink(temporary)
 
 
 def _link(temporary: str, path: str) -> bool:

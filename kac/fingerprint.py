@@ -14,6 +14,8 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from kac.options import nested_models
+
 
 def fingerprint(values: dict[str, Any]) -> str:
     """sha256 of the values as canonical JSON."""
@@ -21,37 +23,44 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 
 def unhashed(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that changes where, how fast or how much is made, but nothing of what one sample of it is."""
+    """A field that says where, how fast or how much is made, and changes no sample of it."""
     return Field(default, description=description, json_schema_extra={"unhashed": True}, **constraints)
 
 
 def hashed_fields(model: BaseModel) -> dict[str, Any]:
     """Every field that can enter a fingerprint with its value, those at their neutral values too, as plain values."""
-    names = [name for name, field in type(model).model_fields.items() if not _extra(field).get("unhashed")]
-    values = {name: getattr(model, name) for name in names}
-    return {
-        name: hashed_fields(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
-        for name, value in values.items()
-    }
+    fields = type(model).model_fields.items()
+    return {name: _plain(getattr(model, name)) for name, field in fields if not _extra(field).get("unhashed")}
 
 
 def hashed_values(model: BaseModel) -> dict[str, Any]:
     """What of a model enters its fingerprint, as plain values."""
-    values = hashed_fields(model)
-    entering = [
-        name for name in values if name == "kind" or not _is_neutral(type(model).model_fields[name], values[name])
-    ]
-    nested = {name: getattr(model, name) for name in entering}
-    return {
-        name: hashed_values(value) if isinstance(value, BaseModel) else values[name] for name, value in nested.items()
-    }
+    entering = {}
+    for name, plain in hashed_fields(model).items():
+        if name == "kind" or not _is_neutral(type(model).model_fields[name], plain):
+            value = getattr(model, name)
+            entering[name] = hashed_values(value) if isinstance(value, BaseModel) else plain
+    return entering
 
 
-def _is_neutral(field: FieldInfo, value: Any) -> bool:
+def with_neutral_values(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Values that were written before some fields were added, with these at their neutral values (not defaults)."""
+    filled = dict(values)
+    for name, field in model.model_fields.items():
+        if name not in values and "neutral" in _extra(field):
+            filled[name] = _extra(field)["neutral"]
+        elif isinstance(values.get(name), dict) and len(nested := nested_models(field)) == 1:
+            filled[name] = with_neutral_values(nested[0], values[name])
+    return filled
+
+
+def _plain(value: Any) -> Any:
+    return hashed_fields(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
+
+
+def _is_neutral(field: FieldInfo, plain: Any) -> bool:
     neutral = _extra(field).get("neutral", field.get_default(call_default_factory=True))
-    if neutral is PydanticUndefined:  # a field without a default
-        return False
-    return bool(value == (hashed_fields(neutral) if isinstance(neutral, BaseModel) else to_jsonable_python(neutral)))
+    return neutral is not PydanticUndefined and bool(plain == _plain(neutral))
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:

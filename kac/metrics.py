@@ -3,7 +3,8 @@ plots take it from there.
 """
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -24,6 +25,7 @@ class Metric:
     heading: str = ""  # of its column in the table; empty: it has none
     format: str = ".4f"
     better: Literal["lower", "higher", ""] = ""
+    is_plotted: bool = False  # against network evaluations; then it must apply to teachers and students
 
 
 class Reference:
@@ -61,7 +63,7 @@ class Judged:
 class QualityMetric(Metric):
     """A metric of samples."""
 
-    compute: Callable[[Judged], float | None] = lambda judged: None
+    compute: Callable[[Judged], float | None] = field(kw_only=True)
 
 
 def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module | None = None) -> float:
@@ -72,7 +74,7 @@ def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module | None = No
         features: a module [batch, *sample] -> [batch, num_features] with that attribute; None: the pixels.
     """
     # A copy: set_dtype below reaches the features too.
-    network = copy.deepcopy(features) or Pixels(tuple(real.shape[1:]))
+    network = copy.deepcopy(features) or Pixels(real.shape[1:])
     metric = FrechetInceptionDistance(feature=network, normalize=True)
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
@@ -107,20 +109,28 @@ def _endpoint_error_of(judged: Judged) -> float | None:
     return endpoint_error(judged.images, judged.teacher.images) if judged.teacher else None
 
 
+def _nfe_of(judged: Judged) -> float:
+    return judged.nfe
+
+
+def _speed_of(judged: Judged) -> float:
+    return judged.speed
+
+
 FRECHET = "Frechet distance of the samples to the training images"
 RATIO = "a student's Frechet distance over its teacher's at the same guidance scale"
 AGREEMENT = "share of the samples that a classifier of the training images gives the label they were made for"
-ERROR = "root mean squared difference a coordinate from the teacher's image"
+ERROR = "root mean squared difference per coordinate from the teacher's image"
 
 QUALITY: dict[str, QualityMetric] = {
     metric.name: metric
     for metric in (
-        QualityMetric("nfe", "network evaluations an image", "NFE", ",.0f", "lower", lambda judged: judged.nfe),
-        QualityMetric("frechet_distance", FRECHET, "Frechet", ".4f", "lower", _frechet_of),
-        QualityMetric("frechet_ratio", RATIO, "ratio", ".3f", "lower", _ratio_of),
-        QualityMetric("label_agreement", AGREEMENT, "label agr.", ".4f", "higher", _agreement_of),
-        QualityMetric("endpoint_error", ERROR, "endpoint err.", ".4f", "lower", _endpoint_error_of),
-        QualityMetric("images_per_second", "sampling speed", "images/s", ",.0f", "higher", lambda judged: judged.speed),
+        QualityMetric("nfe", "network evaluations per image", "NFE", ",.0f", "lower", compute=_nfe_of),
+        QualityMetric("frechet_distance", FRECHET, "Frechet", ".4f", "lower", True, compute=_frechet_of),
+        QualityMetric("frechet_ratio", RATIO, "ratio", ".3f", "lower", compute=_ratio_of),
+        QualityMetric("label_agreement", AGREEMENT, "label agr.", ".4f", "higher", True, compute=_agreement_of),
+        QualityMetric("endpoint_error", ERROR, "endpoint err.", ".4f", "lower", compute=_endpoint_error_of),
+        QualityMetric("images_per_second", "sampling speed", "images/s", ",.0f", "higher", compute=_speed_of),
     )
 }
 """Every metric of samples by its name, in the order of the table's columns."""
@@ -138,11 +148,11 @@ def fit_classifier(data: LabelledImages) -> Classifier:
 
 
 class Pixels(nn.Module):
-    """The identity as a feature map: the flattened sample itself."""
+    """The flattened sample itself as its features."""
 
-    def __init__(self, sample_shape: tuple[int, ...]) -> None:
+    def __init__(self, sample_shape: Sequence[int]) -> None:
         super().__init__()
-        self.num_features = int(torch.Size(sample_shape).numel())
+        self.num_features = math.prod(sample_shape)
 
     def forward(self, images: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, num_features]."""

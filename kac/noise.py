@@ -1,8 +1,8 @@
 """Noise and labels by counter: what sample i starts from depends on (seed, i) alone.
 
 A counter-based generator (Philox, from numpy, whose raw stream is stable across versions and platforms) gives every
-sample its own stretch of random numbers, so the result is the same for any batch, shard, process or machine. All is
-drawn on the CPU in float64 and rounded once at the end.
+sample its own stretch of random numbers, so the result is the same for any batch, shard, process or machine. Everything
+is drawn on the CPU in float64 and rounded once at the end.
 """
 
 import math
@@ -15,8 +15,7 @@ from torch import Tensor
 from kac.path import Path
 
 NOISE_STREAM, LABEL_STREAM, DATA_STREAM = 0, 1, 2
-WORDS_PER_COUNT = 4
-"""64-bit numbers that Philox4x64 makes from one value of its counter."""
+WORDS_PER_COUNT = 4  # 64-bit numbers that Philox4x64 makes from one value of its counter
 
 
 def uniforms(seed: int, stream: int, ids: range, width: int) -> Tensor:

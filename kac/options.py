@@ -70,9 +70,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_NAMED_VALUES = "input should be named values"
+_WORDS = {"model_type": _NAMED_VALUES, "model_attributes_type": _NAMED_VALUES, "tuple_type": "input should be a list"}
+"""In place of what pydantic says of Python's types."""
+
+
 def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
     where = ".".join(_names(model, entry["loc"])).replace("_", "-")
-    message: str = entry["msg"].removeprefix("Value error, ")
+    message: str = _WORDS.get(entry["type"], entry["msg"].removeprefix("Value error, "))
     found = entry["input"]
     if entry["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         where, message = f"{where}.kind", f"input should be {entry['ctx'].get('expected_tags')}"

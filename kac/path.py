@@ -1,9 +1,5 @@
-"""Paths between data (t = 0) and noise (t = 1): where a point is at time t, and the velocity to be learned.
+"""Paths between data (t = 0) and noise (t = 1): where a point is at time t, and the velocity to be learned."""
 
-A schedule returns its value together with its derivative, so that the two cannot drift apart.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -11,35 +7,10 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from kac.clocks import CLOCKS, SIGNALS, ClockName, SignalName
+from kac.errors import check_known
 from kac.options import Kinded
 from kac.process import KacProcess
-
-
-class ScheduleValue(NamedTuple):
-    """A schedule at some times, with its slope there."""
-
-    value: Tensor
-    derivative: Tensor
-
-
-class Schedule(NamedTuple):
-    """A scalar function of t on [0, 1], and the supremum of its slope's absolute value there."""
-
-    at: Callable[[Tensor], ScheduleValue]  # t in [0, 1], any shape
-    slope_bound: float
-
-
-SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
-"""f(t), the share of the data: f(0) = 1, f(1) = 0."""
-
-CLOCKS = {
-    "linear": Schedule(lambda t: ScheduleValue(t, torch.ones_like(t)), 1.0),
-    "quadratic": Schedule(lambda t: ScheduleValue(t * t, 2 * t), 2.0),
-}
-"""g(t), the time of the Kac process at time t of the path: g(0) = 0."""
-
-SignalName = Literal["linear"]
-ClockName = Literal["linear", "quadratic"]
 
 
 class PathSample(NamedTuple):
@@ -64,8 +35,8 @@ class KacPath:
     uniforms_per_coordinate: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        _known("signal", self.signal, SIGNALS)
-        _known("clock", self.clock, CLOCKS)
+        check_known("signal", self.signal, SIGNALS)
+        check_known("clock", self.clock, CLOCKS)
 
     def sample(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> PathSample:
         """Noise ``x_0`` [batch, *sample] to the times ``t`` [batch] in [0, 1].
@@ -77,9 +48,8 @@ class KacPath:
         elapsed = clock.value.expand(x_0.shape)
         k = self.process.sample(elapsed, generator)
         v = self.process.velocity(k.displacement, elapsed, k.is_atom)
-        return PathSample(
-            signal.value * x_0 + k.displacement, signal.derivative * x_0 + clock.derivative * v, t.expand(len(x_0))
-        )
+        target = signal.derivative * x_0 + clock.derivative * v
+        return PathSample(signal.value * x_0 + k.displacement, target, t.expand(len(x_0)))
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time, from uniforms [3, *shape] in (0, 1) (float64): reproducible sample by sample."""
@@ -106,8 +76,7 @@ class GaussianPath:
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time, from uniforms [1, *shape] in (0, 1) (float64): reproducible sample by sample."""
-        eps: Tensor = torch.special.ndtri(uniforms[0])
-        return (1 - t) * x_0 + t * eps
+        return (1 - t) * x_0 + t * torch.special.ndtri(uniforms[0])  # type: ignore[no-any-return]
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
         """Infinite: Gaussian noise has no bound."""
@@ -136,12 +105,6 @@ class PathConfig(Kinded):
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-        raise ValueError(
-            f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}, got {list(t.shape)}"
-        )
+        expected = f"t must be a scalar or of shape [{len(x)}] for x of shape {list(x.shape)}"
+        raise ValueError(f"{expected}, got {list(t.shape)}")
     return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-
-
-def _known(what: str, name: str, table: dict[str, Schedule]) -> None:
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}: expected one of {sorted(table)}")

@@ -26,13 +26,12 @@ class Precision(Options):
 
 class _Wrapped:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
-        self.null_label: int = getattr(network, "module", network).null_label  # type: ignore[assignment]
+        plain: Any = getattr(network, "module", network)  # of a data-parallel one
+        self.null_label, self.takes = plain.null_label, getattr(plain, "takes", ())
         self.dtype = getattr(torch, precision.dtype)
-        self.memory_format = {
-            "contiguous": torch.contiguous_format,
-            "channels_last": torch.channels_last,
-        }[precision.memory_format]
+        self.memory_format = torch.contiguous_format
         if precision.memory_format == "channels_last":
+            self.memory_format = torch.channels_last
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.call: Any = torch.compile(network) if precision.compile else network
 

@@ -8,14 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SERIES_LIMIT = 0.25
 """Below this z^2 the Bessel functions are taken from their power series: their ratios have a root at z = 0."""
 
-CDF_NODES = 96
-CDF_REACH = 12.0
+CDF_NODES, CDF_REACH = 96, 12.0
 """The cdf integrates the density over at most this many standard deviations: the rest is below 1e-30."""
 
 
@@ -59,9 +59,8 @@ class KacProcess:
         if not bool(((t >= 0) & (t < math.inf)).all()):
             raise ValueError("KacProcess.sample: times must be finite and >= 0")
         reversals = torch.poisson(self.a * t, generator=generator)
-        draw = {"generator": generator, "dtype": t.dtype, "device": t.device}
-        u = torch.rand(t.shape, **draw)  # type: ignore[arg-type]
-        angle = torch.rand(t.shape, **draw).mul_(2 * math.pi)  # type: ignore[arg-type]
+        u = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+        angle = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device).mul_(2 * math.pi)
         is_atom = reversals == 0
         # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; what an atom gets is not used.
         exponent = reversals.clamp_(min=1).add_(1).div_(2, rounding_mode="floor").mul_(2).sub_(1)
@@ -72,8 +71,7 @@ class KacProcess:
     def from_uniforms(self, uniforms: Tensor, t: float) -> Tensor:
         """K_t at one common time from three uniforms a particle: the same number for the same uniforms, anywhere.
 
-        ``sample`` consumes as many random numbers as it needs; here each particle has its own three, which a
-        counter-based generator can produce for any particle alone.
+        Each particle has its own three, which a counter-based generator can produce for any particle alone.
 
         Args:
             uniforms: [3, *shape] in (0, 1), float64: they choose the reversals, the radius and the angle.
@@ -132,10 +130,8 @@ class KacProcess:
         reach = torch.minimum(torch.minimum(x.abs(), self.c * t), CDF_REACH * self.variance(t).sqrt())
         t_nodes = torch.broadcast_to(t, reach.shape)[..., None]
         half_mass = (self.density(reach[..., None] * nodes, t_nodes) * weights).sum(-1) * reach
-        inside = 0.5 + torch.sign(x) * half_mass
-        edge = self.c * t
-        lower_atom = 0.5 * torch.exp(-self.a * t)
-        inside = torch.where(x == -edge, lower_atom, inside)
+        edge, lower_atom = self.c * t, 0.5 * torch.exp(-self.a * t)
+        inside = torch.where(x == -edge, lower_atom, 0.5 + torch.sign(x) * half_mass)
         return torch.where(x >= edge, 1.0, torch.where(x < -edge, 0.0, inside)).to(x.dtype)
 
     def variance(self, t: Tensor | float) -> Tensor:
@@ -169,7 +165,5 @@ def _h(z_squared: Tensor) -> Tensor:
 
 def _gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1]."""
-    import numpy as np
-
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy((nodes + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)

@@ -1,15 +1,17 @@
 """Images from a model, teacher or student: how it is sampled, from which noise, and the sampling itself."""
 
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kac import noise
-from kac.checkpoint import ModelConfig
+from kac.checkpoint import Model, ModelConfig
 from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.networks import VelocityNetwork
+from kac.precision import Precision
 from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
 
 TEACHER_STEPS = 100
@@ -25,21 +27,71 @@ class Sampling(NamedTuple):
 
 
 def teacher_sampling(guidance: float | None = None, steps: int | None = None, solver: Method = "ab2") -> Sampling:
-    """A teacher is sampled as one likes: by default without guidance, in 100 steps."""
+    """How to sample a teacher: as the caller chooses; by default without guidance, in 100 steps."""
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
 def student_sampling(config: ModelConfig) -> Sampling:
-    """The law of a student: one Euler step on each interval of its own grid; its guidance is built in."""
+    """How to sample a student: one Euler step on each interval of its own grid; its guidance is built in."""
     assert config.steps is not None and config.guidance is not None
     return Sampling(0.0, config.steps, "euler", config.knot_grid)
 
 
+class Samples(NamedTuple):
+    """What was drawn from a model."""
+
+    images: Tensor  # [count, *sample], on the CPU
+    label: Tensor  # [count]
+    nfe: int  # network evaluations an image
+    seconds: float  # of the network at work
+
+
+def draw(
+    model: Model,
+    sampling: Sampling,
+    precision: Precision,
+    seed: int,
+    count: int,
+    batch_size: int,
+    labels: tuple[int, ...] | None = None,
+) -> Samples:
+    """The samples 0 .. count - 1 of a seed, on the model's device, ``batch_size`` a network call.
+
+    Raises:
+        DistillKacError: as ``initial_noise``, or values that are not finite.
+    """
+    device, network = next(model.network.parameters()).device, precision.wrap(model.network)
+    images, classes, nfe, seconds = [], [], 0, 0.0
+    for first in range(0, count, batch_size):
+        x_1, label = initial_noise(model.config, seed, range(first, min(first + batch_size, count)), labels)
+        x_1, given = x_1.to(device), label.to(device)
+        started = time.perf_counter()
+        solution = generate(network, x_1, given, sampling)
+        images.append(solution.x.cpu())
+        seconds += time.perf_counter() - started
+        classes.append(label)
+        nfe = solution.nfe
+    if not all(torch.isfinite(made).all() for made in images):
+        raise DistillKacError("expected finite images of the model, found NaN or infinity: it has diverged")
+    return Samples(torch.cat(images), torch.cat(classes), nfe, seconds)
+
+
 @torch.inference_mode()
 def generate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
-    """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample]."""
-    velocity = guide(network, sampling.guidance).given(label)
-    return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
+    """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample].
+
+    A network that takes the end time of a step, or the guidance scale, is given it.
+    """
+    times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
+    rounded = times.to(x_1.dtype)
+    next_time = dict(zip(rounded.tolist(), rounded[1:].tolist(), strict=False))
+
+    def conditions(t: Tensor) -> dict[str, Tensor]:
+        given = {name: next_time[t.item()] if name == "end_time" else sampling.guidance for name in takes}
+        return {name: torch.tensor(value, dtype=x_1.dtype, device=x_1.device) for name, value in given.items()}
+
+    velocity = guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
+    return solve(velocity, x_1, times, sampling.solver)
 
 
 def initial_noise(
@@ -55,5 +107,5 @@ def initial_noise(
         return x_1, noise.labels(seed, ids, config.class_frequencies)
     unknown = [label for label in labels if label >= config.num_classes]
     if unknown or not labels:
-        raise DistillKacError(f"--labels: expected classes 0 .. {config.num_classes - 1}, found {list(unknown)}")
+        raise DistillKacError(f"--labels: expected classes 0 .. {config.num_classes - 1}, found {unknown}")
     return x_1, torch.tensor([labels[i % len(labels)] for i in ids])

@@ -1,7 +1,4 @@
-"""Solvers of dx/dt = u(x, t) from noise to data: one signature, any decreasing grid.
-
-``steps`` are solver steps, ``nfe`` network evaluations.
-"""
+"""Solvers of dx/dt = u(x, t) from noise to data: one signature, any decreasing grid; ``nfe``: network evaluations."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +6,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kac.errors import check_known
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [batch, *sample], t scalar) -> velocity [batch, *sample]; ``nfe_per_call`` tells what a call costs (default 1)."""
@@ -33,16 +32,14 @@ class Solution(NamedTuple):
 def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
     """The times t_0 = 1 > t_1 > ... > t_knots = 0 of the knots 0 .. knots: [knots + 1], float64, exact at both ends.
 
-    The only grid: of the stored knots, of the macro steps of a student, and of the solver steps between knots. A grid
-    of fewer knots is part of one of more: ``knot_times(m) == knot_times(m * n)[::n]``.
+    The only grid: of stored knots, a student's steps and solver steps. ``knot_times(m) == knot_times(m * n)[::n]``.
 
     Raises:
         ValueError: less than one knot, or an unknown grid.
     """
     if knots < 1:
         raise ValueError(f"knots must be at least 1, got {knots}")
-    if grid not in GRIDS:
-        raise ValueError(f"unknown grid {grid!r}: expected one of {sorted(GRIDS)}")
+    check_known("grid", grid, GRIDS)
     return GRIDS[grid](torch.arange(knots, -1, -1, dtype=torch.float64) / knots)
 
 
@@ -61,22 +58,16 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
     Raises:
         ValueError: an unknown method, a grid that does not decrease, or a kept index outside it.
     """
-    if method not in STEPPERS:
-        raise ValueError(f"unknown solver {method!r}: expected one of {sorted(STEPPERS)}")
+    check_known("solver", method, STEPPERS)
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError("times must be a strictly decreasing vector of at least 2 entries")
     if not all(0 <= k < len(times) for k in keep):
         raise ValueError(f"keep must lie within 0..{len(times) - 1}, got {list(keep)}")
-    kept: dict[int, Tensor] = {}
-    energy = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    wanted = set(keep)
-    if 0 in wanted:
-        kept[0] = x
-    calls = 0
+    kept = {0: x}
+    energy, calls = torch.zeros(len(x), dtype=x.dtype, device=x.device), 0
     for n, step in enumerate(STEPPERS[method](velocity, x, times.tolist()), start=1):
-        x, calls = step.x, calls + step.calls
-        energy = energy + step.kinetic_energy
-        if n in wanted:
+        x, energy, calls = step.x, energy + step.kinetic_energy, calls + step.calls
+        if n in keep:
             kept[n] = x
     return Solution(x, calls * getattr(velocity, "nfe_per_call", 1), [kept[k] for k in keep], energy)
 
@@ -118,11 +109,9 @@ def _ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
         u_prev, h_prev = u, h
 
 
-STEPPERS: dict[str, Callable[[Velocity, Tensor, list[float]], Iterator[_Step]]] = {
-    "euler": _euler,
-    "heun": _heun,
-    "ab2": _ab2,
-}
+Stepper = Callable[[Velocity, Tensor, list[float]], Iterator[_Step]]
+
+STEPPERS: dict[Method, Stepper] = {"euler": _euler, "heun": _heun, "ab2": _ab2}
 
 
 def _scalar(t: float, x: Tensor) -> Tensor:

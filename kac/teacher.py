@@ -8,12 +8,7 @@ from kac.path import Path
 
 
 def flow_matching_loss(
-    network: VelocityNetwork,
-    path: Path,
-    x_0: Tensor,
-    label: Tensor,
-    generator: torch.Generator,
-    label_dropout: float = 0.1,
+    network: VelocityNetwork, path: Path, x_0: Tensor, label: Tensor, generator: torch.Generator, label_dropout: float
 ) -> Tensor:
     """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate, t uniform in (0, 1); a scalar.
 

@@ -26,8 +26,8 @@ def connect() -> Resources:
         # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
         # Without an address Ray would join whatever cluster was last started on this machine.
         local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": True}
-        # By default Ray ends what is idle for a second beyond one worker a CPU, and a new one takes four seconds to
-        # start: tasks that read ahead of a training loop are idle most of the time.
+        # By default Ray keeps one idle worker per CPU and ends the others after a second; a new one takes four seconds
+        # to start, and tasks that read ahead of a training loop are idle most of the time.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         ray.init(logging_level=logging.WARNING, **local)
     _quiet("ray.data", "ray.train", "ray.tune")

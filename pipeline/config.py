@@ -1,7 +1,8 @@
 """One frozen spec a stage: what a job's command line, a YAML file and a fingerprint are made of.
 
-A field decides what one sample is, and enters the fingerprint, or it does not (``unhashed``): where and how fast the
-work is done, and how much of it. Inputs enter a fingerprint by content, never by path: see ``Spec.fingerprint``.
+Most fields decide what comes out and enter the fingerprint. The others (``unhashed``) say where and how fast the work
+is done, and how much of it. Inputs enter a fingerprint by content, never by path: see ``Spec.fingerprint``. Whoever
+changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -41,9 +42,6 @@ class OptimizerConfig(Options):
     max_gradient_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay an update of the averaged weights, which are saved")
 
-
-DISTILL_OPTIMIZER = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
-"""A student starts from trained weights: it needs fewer updates, and gentler ones."""
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
@@ -106,7 +104,7 @@ class RolloutSpec(RolloutRecipe, Spec):
         (0.0,), "guidance scales w; 0 is none; others may be added later", min_length=1
     )
     compression: Literal["none", "zstd", "lz4"] = unhashed(
-        "lz4", "Parquet compression of the knots, bytes split by place"
+        "lz4", "Parquet compression of the knots (byte-stream split)"
     )
     batch_size: PositiveInt = unhashed(512, "trajectories a network call")
     actors: int | None = unhashed(
@@ -128,46 +126,42 @@ class RolloutSpec(RolloutRecipe, Spec):
         return self
 
 
-class DistillSpec(Spec):
-    """Distill a student of a few macro steps from an endpoint store (Ray Train)."""
+class StudentOptions(Options):
+    """What a student and a whole sweep of students have in common."""
 
-    stage = "distill"
     store: str = unhashed(..., "endpoint store: a path or s3:// URI")
-    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
-    guidance: float = Field(0.0, description="guidance scale of the store to learn")
-    steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
     objective: ObjectiveConfig = EndpointConfig()
     init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
     teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
-    optimizer: OptimizerConfig = DISTILL_OPTIMIZER
+    optimizer: OptimizerConfig = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
     precision: Precision = Precision()
     seed: int = SEED
+    checkpoint_updates: int = CHECKPOINT_UPDATES
+    memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded by each worker; larger ones stream")
+
+
+class DistillSpec(StudentOptions, Spec):
+    """Distill a student of a few macro steps from an endpoint store (Ray Train)."""
+
+    stage = "distill"
+    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
+    guidance: float = Field(0.0, description="guidance scale of the store to learn")
+    steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
     workers: int | None = WORKERS
     gpu: bool | None = GPU
-    checkpoint_updates: int = CHECKPOINT_UPDATES
-    memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded once a worker; larger ones stream")
 
 
-class SweepSpec(Spec):
+class SweepSpec(StudentOptions, Spec):
     """Distill a student for every combination of step count and guidance scale (Ray Tune)."""
 
     stage = "sweep"
-    store: str = unhashed(..., "endpoint store: a path or s3:// URI")
     out: str = unhashed(..., "folder to write: one student folder a trial below it")
     steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "macro step counts", min_length=1)
     guidance: tuple[float, ...] = unhashed((0.0,), "guidance scales", min_length=1)
     grid: tuple[str, ...] = unhashed((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
-    objective: ObjectiveConfig = EndpointConfig()
-    init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
-    teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
-    optimizer: OptimizerConfig = DISTILL_OPTIMIZER
-    precision: Precision = Precision()
-    seed: int = SEED
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
     cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial")
     gpus_per_trial: float | None = unhashed(None, "GPUs a trial; default: 1 where the cluster has some, else 0", ge=0)
-    checkpoint_updates: int = CHECKPOINT_UPDATES
-    memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded once a trial; larger ones stream")
 
 
 class EvaluateSpec(Spec):
@@ -176,7 +170,7 @@ class EvaluateSpec(Spec):
     stage = "evaluate"
     teacher: str = unhashed(..., "model folder of the teacher")
     students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
-    out: str = unhashed(..., "folder to write: evaluation.json, samples.png, frechet_by_nfe.png")
+    out: str = unhashed(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples a model")
     solver: Method = Field("ab2", description="solver of the teacher")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")

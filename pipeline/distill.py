@@ -1,6 +1,6 @@
 """Distill: train a student of a few macro steps on a store's trajectories."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,12 @@ class DistillTask:
 
     Attributes:
         init: model folder of the first weights, those of a teacher or of another student.
+        batch: makes the intervals of an update, on the worker's device; by default they are read from the store.
     """
 
     spec: DistillSpec
     init: str
+    batch: Callable[[int], Interval] | None = None
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -38,10 +40,10 @@ class DistillTask:
         config = student_network(first.config, objective)
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
-        intervals = _Intervals(spec, objective, worker)
+        batch = self.batch or _Intervals(spec, objective, worker).batch
 
         def losses(network: VelocityNetwork, update: int) -> dict[str, Tensor]:
-            return objective.losses(network, intervals.batch(update))
+            return objective.losses(network, batch(update))
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
 
@@ -74,12 +76,12 @@ class _Intervals:
 
 
 def distill(
-    spec: DistillSpec, parent: tracking.TrackedRun | None = None, report: training.Report | None = None
+    spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_checkpoint: training.OnCheckpoint | None = None
 ) -> ModelConfig:
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
-        report: called at every checkpoint of a training in this process.
+        on_checkpoint: called at every checkpoint of a training in this process.
 
     Raises:
         DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
@@ -90,18 +92,15 @@ def distill(
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
     workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
+    inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
+    name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
     with tracking.start_run(
-        run_name=f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
-        spec=spec,
-        fingerprint=plan.student.fingerprint,
-        inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
-        output=spec.out,
-        parent=parent,
+        spec=spec, fingerprint=plan.student.fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
     ) as run:
         title = f"distill {spec.steps} steps, guidance {spec.guidance:g}"
         job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates)
-        weights = training.train(job, workers, use_gpu, report)
-        config = training.write_model(spec.out, plan.student, weights, run)
+        weights = training.train(job, workers, use_gpu, on_checkpoint)
+        config = outputs.write_model(spec.out, plan.student, weights, run)
     print(f"distill: wrote {spec.out} ({spec.steps} steps, guidance {spec.guidance:g})", flush=True)
     return config
 

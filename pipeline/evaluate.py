@@ -1,10 +1,7 @@
 """Evaluate: the teacher and its students from the same noise, in one table, one picture and one curve."""
 
 import json
-import time
 from typing import Any, NamedTuple
-
-import torch
 
 from kac import files
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model, load_teacher_config
@@ -13,13 +10,13 @@ from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.metrics import QUALITY, Judged, Reference
 from kac.options import Options
-from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster, outputs, pictures, tracking
 from pipeline.config import EvaluateSpec
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_PICTURE = "samples.png"
-CURVE_PICTURE = "frechet_by_nfe.png"
+CURVE_PICTURE = "quality_by_nfe.png"
 SHOWN = 12
 """Images a row of the picture."""
 
@@ -69,9 +66,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         return scores
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
-    with tracking.start_run(
-        run_name="evaluate", spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent
-    ) as run:
+    with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent) as run:
         judged = _judge(spec, candidates)
         scores = [_score(candidate, samples) for candidate, samples in zip(candidates, judged, strict=True)]
         _write(spec, run, fingerprint, judged, scores)
@@ -135,15 +130,11 @@ def _student_folders(path: str) -> list[str]:
     """A student's folder, or those below a sweep's."""
     if files.exists(files.join(path, CONFIG_FILE)):
         return [path]
-    location = files.locate(path)
-    if location.fs.isdir(location.path):
-        names = sorted(
-            str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in location.fs.ls(location.path, detail=False)
-        )
-        found = [folder for name in names if files.exists(files.join(folder := files.join(path, name), CONFIG_FILE))]
-        if found:
-            return found
-    raise DistillKacError(f"{path}: expected a student's folder or a sweep's, found no {CONFIG_FILE} there")
+    below = (name.split("/") for name in files.list_sizes(path))
+    found = [files.join(path, parts[0]) for parts in below if parts[1:] == [CONFIG_FILE]]
+    if not found:
+        raise DistillKacError(f"{path}: expected a student's folder or a sweep's, found no {CONFIG_FILE} there")
+    return found
 
 
 def _judge(spec: EvaluateSpec, candidates: list[Candidate]) -> list[Judged]:
@@ -152,29 +143,12 @@ def _judge(spec: EvaluateSpec, candidates: list[Candidate]) -> list[Judged]:
     teachers: dict[float, Judged] = {}
     judged = []
     for candidate in candidates:
-        samples = _draw(spec, candidate, reference, teachers.get(candidate.guidance))
-        teachers.setdefault(candidate.guidance, samples)
-        judged.append(samples)
+        model = load_model(candidate.path, default_device())
+        made = draw(model, candidate.sampling, spec.precision, spec.seed, spec.samples, spec.batch_size)
+        speed, teacher = spec.samples / made.seconds, teachers.get(candidate.guidance)
+        judged.append(Judged(made.images, made.label, made.nfe, speed, reference, teacher))
+        teachers.setdefault(candidate.guidance, judged[-1])
     return judged
-
-
-def _draw(spec: EvaluateSpec, candidate: Candidate, reference: Reference, teacher: Judged | None) -> Judged:
-    device, config = default_device(), candidate.config
-    network = spec.precision.wrap(load_model(candidate.path, device).network)
-    images, labels, nfe, seconds = [], [], 0, 0.0
-    for first in range(0, spec.samples, spec.batch_size):
-        x_1, label = initial_noise(config, spec.seed, range(first, min(first + spec.batch_size, spec.samples)))
-        x_1, given = x_1.to(device), label.to(device)
-        started = time.perf_counter()
-        solution = generate(network, x_1, given, candidate.sampling)
-        images.append(solution.x.cpu())
-        seconds += time.perf_counter() - started
-        labels.append(label)
-        nfe = solution.nfe
-    made = torch.cat(images)
-    if not torch.isfinite(made).all():
-        raise DistillKacError(f"{candidate.path}: expected finite images, found NaN or infinity: the model diverged")
-    return Judged(made, torch.cat(labels), nfe, spec.samples / seconds, reference, teacher)
 
 
 def _score(candidate: Candidate, samples: Judged) -> Score:
@@ -193,10 +167,14 @@ def _write(
     spec: EvaluateSpec, run: tracking.TrackedRun, fingerprint: str, judged: list[Judged], scores: list[Score]
 ) -> None:
     rows = [(score.name, made.images[:SHOWN].numpy()) for score, made in zip(scores, judged, strict=True)]
-    curve = [pictures.Point(s.kind, s.guidance, s.metrics["nfe"], s.metrics["frechet_distance"]) for s in scores]
+    panels = [
+        (metric, [(s.kind, s.guidance, s.metrics["nfe"], s.metrics[metric.name]) for s in scores])
+        for metric in QUALITY.values()
+        if metric.is_plotted
+    ]
     images = {
         SAMPLES_PICTURE: pictures.comparison(rows),
-        CURVE_PICTURE: pictures.quality_by_nfe(QUALITY["frechet_distance"], curve),
+        CURVE_PICTURE: pictures.quality_by_nfe(panels),
     }
     for name, data in images.items():
         files.write_bytes(files.join(spec.out, name), data)
@@ -218,7 +196,7 @@ def _track_model(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, pic
     """A nested run a model, so that MLflow compares any two side by side."""
     with tracking.start_run(
         stage="evaluate-model",
-        run_name=score.name,
+        name=score.name,
         spec=spec,
         fingerprint=score.fingerprint,
         inputs={score.kind: score.fingerprint},

@@ -1,4 +1,4 @@
-"""Idempotent outputs: a folder belongs to one spec, is finished or is gone on with, and refuses another spec.
+"""Idempotent outputs: a folder belongs to one spec; work in it is finished or resumed, and another spec is refused.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
 OUT/training/      what a stopped training goes on from
@@ -8,11 +8,15 @@ OUT/<result>       written last; with the same fingerprint it says that the work
 import json
 from typing import Any
 
+from torch import Tensor
+
 from kac import files
+from kac.checkpoint import ModelConfig, save_model
 from kac.errors import DistillKacError
 from kac.fingerprint import hashed_fields
 from kac.options import flatten
 from pipeline.config import Spec
+from pipeline.tracking import TrackedRun
 
 SPEC_FILE = "spec.json"
 TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
@@ -64,6 +68,19 @@ def check_owner(out: str, fingerprint: str) -> None:
         raise DistillKacError(
             f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another --out"
         )
+
+
+def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
+    """Write the model folder ``out``, tag its run, and remove what the training would have gone on from.
+
+    Raises:
+        DistillKacError: another job has taken the folder meanwhile.
+    """
+    check_owner(out, config.fingerprint)
+    config = save_model(out, config, weights)
+    run.tags({"distillkac.weights_sha256": config.weights_sha256, "distillkac.path": out})
+    files.remove_tree(files.join(out, TRAINING_FOLDER))
+    return config
 
 
 def _holds_work(out: str) -> bool:

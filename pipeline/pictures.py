@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,38 +11,38 @@ from kac.metrics import Metric
 
 def sheet(images: np.ndarray, columns: int = 10) -> bytes:
     """Images [count, *sample] in [-1, 1] as a grid, row by row."""
-    rows = -(-len(images) // columns)
-    figure, axes = _figure(rows, columns, scale=0.6)
-    _fill(axes, [images[i * columns : (i + 1) * columns] for i in range(rows)])
+    return comparison([("", images[i : i + columns]) for i in range(0, len(images), columns)], margin=0.0)
+
+
+def comparison(rows: Sequence[tuple[str, np.ndarray]], margin: float = 2.4) -> bytes:
+    """One titled row of images a model, the same noise in each column; the titles are in a margin of so many inches."""
+    figure, axes = _figure(len(rows), max(len(images) for _, images in rows), scale=0.6, margin=margin)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (title, images) in zip(axes, rows, strict=True):
+        row[0].text(-0.2, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+        for axis, image in zip(row, images, strict=False):
+            _draw(axis, image)
     return _png(figure)
 
 
-def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
-    """One titled row of images a model, the same noise in each column."""
-    figure, axes = _figure(len(rows), len(rows[0][1]), scale=0.6, margin=2.4)
-    _fill(axes, [images for _, images in rows])
-    for axis, (title, _) in zip(axes[:, 0], rows, strict=True):
-        axis.text(-0.2, 0.5, title, transform=axis.transAxes, ha="right", va="center", fontsize=9)
-    return _png(figure)
-
-
-class Point(NamedTuple):
-    """A model in a curve of quality against cost."""
-
-    kind: str
-    guidance: float
-    nfe: float
-    value: float
-
-
-def quality_by_nfe(metric: Metric, points: Sequence[Point]) -> bytes:
-    """A metric against network evaluations, one point a model."""
+def quality_by_nfe(panels: Sequence[tuple[Metric, Sequence[tuple[str, float, float, float]]]]) -> bytes:
+    """Metrics against network evaluations, one panel each: a (kind, guidance, nfe, value) for every model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.add_subplot()
-    for number, w in enumerate(sorted({point.guidance for point in points})):
-        here = sorted((p.kind, p.nfe, p.value) for p in points if p.guidance == w)
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axis, (metric, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_curve(axis, points)
+        axis.set(ylabel=metric.heading, title=metric.meaning)
+        axis.title.set_size(8)
+        if metric.better == "lower":
+            axis.set_ylim(0, 1.1 * max(point[3] for point in points))
+    return _png(figure)
+
+
+def _draw_curve(axis: Any, points: Sequence[tuple[str, float, float, float]]) -> None:
+    for number, w in enumerate(sorted({point[1] for point in points})):
+        here = sorted((kind, nfe, value) for kind, scale, nfe, value in points if scale == w)
         students = [(nfe, value) for kind, nfe, value in here if kind == "student"]
         colour = f"C{number}"
         if students:
@@ -50,13 +50,11 @@ def quality_by_nfe(metric: Metric, points: Sequence[Point]) -> bytes:
         for nfe, value in [(nfe, value) for kind, nfe, value in here if kind == "teacher"]:
             axis.plot([nfe], [value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
             axis.axhline(value, color=colour, linewidth=0.8, linestyle=":")
-    axis.set(xscale="log", xlabel="network evaluations (NFE) an image", ylabel=metric.meaning)
-    axis.set_ylim(0, 1.1 * max(point.value for point in points))
-    axis.set_xticks(sorted({point.nfe for point in points}))
+    axis.set(xscale="log", xlabel="network evaluations (NFE) per image")
+    axis.set_xticks(sorted({point[2] for point in points}))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.legend()
-    return _png(figure)
 
 
 def _figure(rows: int, columns: int, scale: float, margin: float = 0.0) -> tuple[Any, Any]:
@@ -66,14 +64,6 @@ def _figure(rows: int, columns: int, scale: float, margin: float = 0.0) -> tuple
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=margin / (columns * scale + margin), right=1, top=1, bottom=0, wspace=0.05, hspace=0.05)
     return figure, axes
-
-
-def _fill(axes: Any, rows: Sequence[np.ndarray]) -> None:
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, images in zip(axes, rows, strict=True):
-        for axis, image in zip(row, images, strict=False):
-            _draw(axis, image)
 
 
 def _draw(axis: Any, image: np.ndarray) -> None:

@@ -22,9 +22,7 @@ def quickstart(spec: QuickstartSpec) -> None:
     teacher, store, students, evaluation = (
         files.join(out, name) for name in ("teacher", "store", "students", "evaluation")
     )
-    with tracking.start_run(
-        run_name="quickstart", spec=spec, fingerprint=spec.fingerprint(), inputs={}, output=out
-    ) as run:
+    with tracking.start_run(spec=spec, fingerprint=spec.fingerprint(), inputs={}, output=out) as run:
         teach(TeachSpec(out=teacher, seed=spec.seed, workers=0), run)
         rollout(RolloutSpec(teacher=teacher, store=store, seed=spec.seed, trajectories=spec.trajectories), run)
         trials = sweep(SweepSpec(store=store, out=students, steps=spec.steps, seed=spec.seed), run)

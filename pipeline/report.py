@@ -31,7 +31,7 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 {table}
 <h2>Samples</h2><p>The same noise in each column.</p>
 <img alt="samples of every model" src="{samples_picture}">
-<h2>Quality against cost</h2><img alt="Frechet distance by network evaluations" src="{curve_picture}">
+<h2>Quality against cost</h2><img alt="quality by network evaluations" src="{curve_picture}">
 <h2>Compare the runs in MLflow</h2><pre>{mlflow}</pre>
 <h2>Options</h2>{options}
 </body></html>

@@ -3,13 +3,12 @@
 import io
 
 import numpy as np
-import torch
 
 from kac import files
 from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
-from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
 from pipeline.pictures import sheet
@@ -26,25 +25,19 @@ def sample(spec: SampleSpec) -> None:
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
         raise DistillKacError(f"--out: expected a .png or .npz file, found {spec.out}")
-    device = default_device()
-    model = load_model(cluster.absolute(spec.model), device)
-    config, network = model.config, spec.precision.wrap(model.network)
-    sampling = _sampling(spec, config)
+    model = load_model(cluster.absolute(spec.model), default_device())
+    sampling = _sampling(spec, model.config)
     files.check_writable(out.rsplit("/", 1)[0])
-    images, labels = [], []
-    for first in range(0, spec.count, BATCH_SIZE):
-        x_1, label = initial_noise(config, spec.seed, range(first, min(first + BATCH_SIZE, spec.count)), spec.labels)
-        images.append(generate(network, x_1.to(device), label.to(device), sampling).x.cpu())
-        labels.append(label)
-    pixels, classes = torch.cat(images).clamp(-1, 1).numpy(), torch.cat(labels).numpy()
+    made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, spec.labels)
+    pixels = made.images.clamp(-1, 1).numpy()
     if out.endswith(".png"):
         data = sheet(pixels)
     else:
         sink = io.BytesIO()
-        np.savez(sink, images=pixels.astype(np.float32), labels=classes)
+        np.savez(sink, images=pixels.astype(np.float32), labels=made.label.numpy())
         data = sink.getvalue()
     files.write_bytes(out, data)
-    guidance = sampling.guidance if config.guidance is None else config.guidance
+    guidance = model.config.guidance or sampling.guidance
     print(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}", flush=True)
 
 
@@ -56,10 +49,8 @@ def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
     """
     if config.kind == "teacher":
         return teacher_sampling(spec.guidance, spec.steps, spec.solver)
-    for option, asked, built_in in (
-        ("steps", spec.steps, config.steps),
-        ("guidance", spec.guidance, config.guidance),
-    ):
+    for option in ("steps", "guidance"):
+        asked, built_in = getattr(spec, option), getattr(config, option)
         if asked is not None and asked != built_in:
             raise DistillKacError(
                 f"--{option}: expected {built_in}, which is built into the student {spec.model}, found {asked}"

@@ -15,7 +15,7 @@ from kac.errors import DistillKacError
 from kac.fingerprint import fingerprint
 from kac.options import OptionError
 from pipeline import cluster, distill, outputs, tracking
-from pipeline.config import DistillSpec, SweepSpec
+from pipeline.config import DistillSpec, StudentOptions, SweepSpec
 
 SWEEP_FILE = "sweep.json"
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
@@ -49,16 +49,12 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         return trials
     made = fingerprint({trial.name: plan.student.fingerprint for trial, plan in zip(trials, plans, strict=True)})
     inputs = {"rollout": plans[0].content["store"]}
-    with tracking.start_run(
-        run_name="sweep", spec=spec, fingerprint=made, inputs=inputs, output=out, parent=parent
-    ) as run:
+    with tracking.start_run(spec=spec, fingerprint=made, inputs=inputs, output=out, parent=parent) as run:
         _run_trials(spec, open_trials, run)
     listing = {"fingerprint": made, "students": [trial.name for trial in trials]}
     files.write_bytes(files.join(out, SWEEP_FILE), json.dumps(listing, indent=2).encode())
-    print(
-        f"sweep: wrote {len(open_trials)} students to {out} ({len(trials) - len(open_trials)} were complete)",
-        flush=True,
-    )
+    complete = len(trials) - len(open_trials)
+    print(f"sweep: wrote {len(open_trials)} students to {out} ({complete} were complete)", flush=True)
     return trials
 
 
@@ -69,8 +65,7 @@ def plan_trials(spec: SweepSpec) -> list[Trial]:
         OptionError: an axis of ``--grid`` that is no field of a student's spec.
     """
     axes = [_parse_axis(text) for text in spec.grid]
-    same_in_all = set(DistillSpec.model_fields) & set(SweepSpec.model_fields) - {"out", "steps", "guidance", "workers"}
-    shared = {name: getattr(spec, name) for name in sorted(same_in_all)}
+    shared = {name: getattr(spec, name) for name in StudentOptions.model_fields}
     trials = []
     for w, steps, *values in itertools.product(spec.guidance, spec.steps, *(values for _, values in axes)):
         name = f"steps-{steps}-guidance-{float(w)!r}"
@@ -147,4 +142,4 @@ def _trial(config: dict[str, Any], trials: list[Trial], run: tracking.TrackedRun
     from ray import tune
 
     spec = next(trial.spec for trial in trials if trial.name == config["trial"])
-    distill.distill(spec, run, report=lambda metrics, _: tune.report(metrics))
+    distill.distill(spec, run, on_checkpoint=lambda metrics, _: tune.report(metrics))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config
+from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.data import open_dataset
 from kac.networks import VelocityNetwork, build_network
 from kac.teacher import flow_matching_loss
@@ -52,7 +52,10 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     Raises:
         DistillKacError: the folder belongs to another spec or cannot be written, or training diverged.
     """
-    spec = spec.model_copy(update={"out": cluster.absolute(spec.out)})
+    root = spec.data.root and cluster.absolute(spec.data.root)
+    spec = spec.model_copy(
+        update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
+    )
     data = open_dataset(spec.data).description
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
@@ -60,27 +63,13 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         return load_config(spec.out)
     workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
     fingerprint = spec.fingerprint(**content)
+    inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     with tracking.start_run(
-        run_name=f"teach-{spec.data.kind}",
-        spec=spec,
-        fingerprint=fingerprint,
-        inputs={"data": data.sha256},
-        output=spec.out,
-        parent=parent,
+        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
     ) as run:
         job = training.Job(TeachTask(spec), "teach", spec.out, run, spec.checkpoint_updates)
         weights = training.train(job, workers, use_gpu)
-        config = ModelConfig(
-            kind="teacher",
-            network=spec.network,
-            path=spec.path,
-            data=spec.data,
-            data_sha256=data.sha256,
-            sample_shape=data.sample_shape,
-            num_classes=data.num_classes,
-            class_frequencies=data.class_frequencies,
-            fingerprint=fingerprint,
-        )
-        config = training.write_model(spec.out, config, weights, run)
+        config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
+        config = outputs.write_model(spec.out, config, weights, run)
     print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]})", flush=True)
     return config

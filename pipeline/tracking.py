@@ -18,20 +18,17 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "distillkac"
 
-_PROGRESS = (
-    Metric("loss", "training loss, the mean of the last updates", better="lower"),
-    Metric("learning_rate", "learning rate of the last update"),
-    Metric("samples_per_second", "training samples a second", better="higher"),
-    Metric("trajectories", "trajectories in the store"),
-    Metric("trajectories_reused", "trajectories that an earlier run had finished"),
-    Metric("trajectories_per_second", "rollout speed, steady state", better="higher"),
-    Metric("store_bytes", "bytes of all shards", better="lower"),
-)
-
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_PROGRESS, *QUALITY.values())}
-"""Every metric in MLflow; beside them ``loss/<part>``, the parts of a loss that has several."""
+METRICS: dict[str, Metric] = dict(QUALITY)
+"""Every metric in MLflow by its name: those of samples, and those that ``declare`` adds where they are computed."""
 
 PART_PREFIX = "loss/"
+"""``loss/<part>``: the parts of a loss, which need no declaration."""
+
+
+def declare(*metrics: Metric) -> None:
+    """Add metrics to the table."""
+    METRICS.update({metric.name: metric for metric in metrics})
+
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 
@@ -93,27 +90,29 @@ def tracking_uri(beside: str) -> str:
 @contextmanager
 def start_run(
     *,
-    run_name: str,
     spec: Spec,
     fingerprint: str,
     inputs: dict[str, str],
     output: str,
     parent: TrackedRun | None = None,
+    name: str | None = None,
     stage: str | None = None,
 ) -> Iterator[TrackedRun]:
-    """A run of a stage, ended as FINISHED, or as FAILED if the block raises.
+    """A run of the spec's stage, ended as FINISHED, or as FAILED if the block raises.
 
     Args:
         fingerprint: of what the stage makes. inputs: fingerprints of what it is made from, by stage.
-        output: where the stage writes. parent: the run to nest this one under. stage: other than the spec's.
+        output: where the stage writes. parent: the run to nest this one under.
+        name: what the run is called in MLflow; default: the stage. stage: another than the spec's.
     """
     from mlflow import MlflowClient
 
     uri = parent.tracking_uri if parent else tracking_uri(output)
     client = MlflowClient(uri)
+    stage = stage or spec.stage
     tags = {
-        "mlflow.runName": run_name,
-        STAGE_TAG: stage or spec.stage,
+        "mlflow.runName": name or stage,
+        STAGE_TAG: stage,
         FINGERPRINT_TAG: fingerprint,
         **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
     }

@@ -1,11 +1,8 @@
-"""Velocity networks by kind.
+"""Velocity networks: a protocol, a config by kind, and what builds them."""
 
-A new kind is one module with its config and its ``nn.Module``, and a line in ``NETWORKS``. Once there are several,
-``NetworkConfig`` is their union, told apart by ``kind``: command line, YAML and a model's config.json take all of them.
-"""
-
-from kac.networks.mlp import MLPConfig, ResidualMLP
-from kac.networks.network import Condition, NetworkModule, VelocityNetwork, load_weights
+from kac.networks.mlp import MLPConfig
+from kac.networks.network import NetworkConfig, build_network
+from kac.networks.velocity import Condition, NetworkModule, VelocityNetwork, load_weights
 
 __all__ = [
     "Condition",
@@ -16,12 +13,3 @@ __all__ = [
     "build_network",
     "load_weights",
 ]
-
-NetworkConfig = MLPConfig
-
-NETWORKS = {"mlp": ResidualMLP}
-
-
-def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
-    """A freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1."""
-    return NETWORKS[config.kind](config, sample_shape, num_classes)

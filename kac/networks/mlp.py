@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from kac.networks.network import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
+from kac.networks.velocity import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
 
 CONDITION_WIDTH = 64
-"""Width of the embedding of time and class: as good as the stream's own width, and a quarter cheaper."""
+"""Width of the embedding of time and class: as good as the width of the residual stream, and a quarter cheaper."""
 
 
 class MLPConfig(NetworkOptions):
@@ -25,16 +25,14 @@ class ResidualMLP(NetworkModule):
 
     def __init__(self, config: MLPConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.null_label = num_classes
-        size = math.prod(sample_shape)
-        self.time = nn.Sequential(
-            FourierFeatures(CONDITION_WIDTH), nn.Linear(CONDITION_WIDTH, CONDITION_WIDTH), nn.SiLU()
-        )
-        self.label = nn.Embedding(num_classes + 1, CONDITION_WIDTH)
-        self.enter = nn.Linear(size, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.depth))
-        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, size))
-        self.conditions = ConditionEmbedding(config.conditions, CONDITION_WIDTH)
+        self.null_label, self.takes = num_classes, config.conditions
+        size, width, inner = math.prod(sample_shape), config.width, CONDITION_WIDTH
+        self.time = nn.Sequential(FourierFeatures(inner), nn.Linear(inner, inner), nn.SiLU())
+        self.label = nn.Embedding(num_classes + 1, inner)
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(config.depth))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size))
+        self.conditions = ConditionEmbedding(config.conditions, inner)
         nn.init.normal_(self.label.weight, std=0.5)
         nn.init.zeros_(self.leave[1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
@@ -46,8 +44,7 @@ class ResidualMLP(NetworkModule):
         hidden = self.enter(x.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, condition)
-        velocity: Tensor = self.leave(hidden).reshape(x.shape)
-        return velocity
+        return self.leave(hidden).reshape(x.shape)  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
@@ -59,5 +56,4 @@ class _Block(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulate(condition).chunk(2, dim=1)
-        out: Tensor = hidden + self.net(self.norm(hidden) * (1 + scale) + shift)
-        return out
+        return hidden + self.net(self.norm(hidden) * (1 + scale) + shift)  # type: ignore[no-any-return]

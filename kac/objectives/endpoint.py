@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kac.networks import Condition, VelocityNetwork
-from kac.objectives.objective import Interval
+from kac.objectives.protocol import Interval
 from kac.options import Kinded, OptionError
 
 
@@ -32,13 +32,12 @@ class EndpointObjective:
         """
         if self.steps < 1 or stored % self.steps:
             divisors = [m for m in range(1, stored + 1) if stored % m == 0]
-            raise OptionError(
-                f"--steps: expected a divisor of the store's {stored} knots {divisors}, found {self.steps}"
-            )
+            expected = f"expected a divisor of the store's {stored} knots {divisors}"
+            raise OptionError(f"--steps: {expected}, found {self.steps}")
         return range(0, stored + 1, stored // self.steps)
 
     def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """One of the ``steps`` intervals, each as likely: [batch, 2] -> k and k + 1."""
+        """One of the ``steps`` intervals, equally likely: [batch, 2] -> k and k + 1."""
         k = (uniforms[:, 0] * self.steps).long()
         return k, k + 1
 

@@ -1,46 +1,14 @@
-"""What an objective is: which knots it reads, which intervals between them, and the parts of its loss."""
+"""Objectives by kind. A new kind is one module with its config and its ``Objective``, and a line in ``OBJECTIVES``."""
 
-from typing import NamedTuple, Protocol
+from kac.objectives.endpoint import EndpointConfig, EndpointObjective
+from kac.objectives.protocol import Objective
 
-from torch import Tensor
+ObjectiveConfig = EndpointConfig
+"""The config of any kind; with several it is their union, told apart by ``kind``: see ``networks.network``."""
 
-from kac.networks import Condition, VelocityNetwork
-
-
-class Interval(NamedTuple):
-    """A batch of pairs of states on the teacher's trajectories, each pair from one trajectory."""
-
-    x_start: Tensor  # [batch, *sample], float32
-    x_end: Tensor  # [batch, *sample]
-    t_start: Tensor  # [batch], float32
-    t_end: Tensor  # [batch], below t_start
-    label: Tensor  # [batch], int64
+OBJECTIVES = {"endpoint": EndpointObjective}
 
 
-class Objective(Protocol):
-    """What a student learns."""
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """What the student's network must take in beside time and label."""
-        ...
-
-    def knots(self, stored: int) -> range:
-        """Which of the store's knots 0 .. ``stored`` it reads.
-
-        Raises:
-            OptionError: the store has no such knots.
-        """
-        ...
-
-    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Random intervals: from which of the knots it reads to which, as places in ``knots``, each [batch] int64.
-
-        Args:
-            uniforms: [batch, 2] in (0, 1), float64.
-        """
-        ...
-
-    def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
-        """The parts of the loss by name, scalars; what is minimised is their sum."""
-        ...
+def build_objective(config: ObjectiveConfig, steps: int) -> Objective:
+    """What a student of ``steps`` macro steps learns."""
+    return OBJECTIVES[config.kind](steps)

@@ -15,7 +15,7 @@ from pipeline.benchmark.setting import STUDENT_STEPS, Setting
 from pipeline.store.layout import MANIFEST
 from pipeline.store.manifest import list_shards
 
-ONE_STEP_BAR = 0.12
+ONE_STEP_BAR = Bar("<=", 0.12)
 
 
 def measure(setting: Setting) -> list[Measurement]:
@@ -26,17 +26,13 @@ def measure(setting: Setting) -> list[Measurement]:
         location = files.locate(source.path)
         location.fs.get(location.path, f"{folder}/store", recursive=True)
         path = f"{CountingFileSystem.protocol}://{folder}/store"
-        whole = store_bytes(path)
-        return [
-            Measurement(
-                f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store",
-                "bytes",
-                (float(count_bytes(path, steps)),),
-                (float(whole),),
-                Bar("<=", ONE_STEP_BAR) if steps == 1 else None,
-            )
-            for steps in (1, STUDENT_STEPS, source.identity.knots)
-        ]
+        whole = float(store_bytes(path))
+        done = []
+        for steps in (1, STUDENT_STEPS, source.identity.knots):
+            what = f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store"
+            bar = ONE_STEP_BAR if steps == 1 else None
+            done.append(Measurement(what, "bytes", (float(count_bytes(path, steps)),), (whole,), bar))
+        return done
 
 
 def store_bytes(path: str) -> int:
@@ -61,8 +57,8 @@ class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
     bytes_read: ClassVar[int] = 0
     lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> "CountingFile":
-        return CountingFile(self._strip_protocol(path), mode, fs=self, **options)
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> "CountingFile":
+        return CountingFile(path, mode, fs=self, **options)
 
 
 class CountingFile(LocalFileOpener):  # type: ignore[misc]

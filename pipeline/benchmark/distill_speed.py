@@ -1,9 +1,27 @@
 """Distillation from the store, loaded once or streamed, against the same loop over tensors in memory."""
 
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kac import files
+from kac.device import default_device
+from kac.objectives import Interval
+from kac.solvers import knot_times
+from pipeline import training
 from pipeline.benchmark.measurement import Bar, Measurement, interleave, one_thread
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting
-from pipeline.benchmark.training import UNIT, TensorTask, optimizer, store_task, task_speed, updates_of
+from pipeline.config import DistillSpec, OptimizerConfig
+from pipeline.distill import DistillTask
+from pipeline.tracking import TrackedRun
+from pipeline.training.loop import LOG_UPDATES, run_updates
 
+UNIT = "samples/s"
 LOADED_BAR, STREAMED_BAR = 0.95, 0.6
 STREAMED_SHARE = 4
 """How many times larger than its memory budget the streamed store is."""
@@ -15,15 +33,78 @@ def measure(setting: Setting) -> list[Measurement]:
     every = source.identity.knots // STUDENT_STEPS
     whole = next(source.batches(source.rows(0.0), knots=range(0, source.identity.knots + 1, every)))
     updates = updates_of(setting, len(whole.label))
-    budget = whole.knots.nbytes / STREAMED_SHARE / 2**30
+    batch = tensor_batches(whole.knots, whole.label, setting.spec.batch_size)
     with one_thread():
         tensors, loaded, streamed = interleave(
             setting.spec.repeats,
-            lambda: task_speed(TensorTask(optimizer(setting, updates), setting.teacher, whole.knots, whole.label)),
-            lambda: task_speed(store_task(setting, source.path, updates)),
-            lambda: task_speed(store_task(setting, source.path, updates, memory_gib=budget)),
+            lambda: speed(setting, updates, batch=batch),
+            lambda: speed(setting, updates),
+            lambda: speed(setting, updates, memory_gib=whole.knots.nbytes / STREAMED_SHARE / 2**30),
         )
     return [
         Measurement("store, loaded once / tensors in memory", UNIT, loaded, tensors, Bar(">=", LOADED_BAR)),
         Measurement("store, streamed / tensors in memory", UNIT, streamed, tensors, Bar(">=", STREAMED_BAR)),
     ]
+
+
+def updates_of(setting: Setting, rows: int) -> int:
+    """A window of the loop to warm up, and at least one epoch of ``rows``."""
+    epoch = rows / setting.spec.batch_size
+    return LOG_UPDATES * (1 + math.ceil(epoch / LOG_UPDATES))
+
+
+def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Callable[[int], Interval]:
+    """Random intervals of the rows in shuffled epochs: what a loop without a store would do.
+
+    Args:
+        knots: [rows, STUDENT_STEPS + 1, *sample]. label: [rows]. size: rows a batch.
+    """
+    times, device = knot_times(STUDENT_STEPS).float(), default_device()
+
+    def shuffled() -> Iterator[Tensor]:
+        while True:
+            yield from torch.split(torch.randperm(len(label))[: len(label) // size * size], size)
+
+    rows = shuffled()
+
+    def batch(update: int) -> Interval:
+        row = next(rows)
+        k = torch.randint(STUDENT_STEPS, row.shape)
+        parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row])
+        return Interval(*(part.to(device) for part in parts))
+
+    return batch
+
+
+def distill_task(
+    setting: Setting, updates: int, memory_gib: float = 4.0, batch: Callable[[int], Interval] | None = None
+) -> DistillTask:
+    """What ``jobs.distill`` trains; with ``batch``, on what that makes instead of the store's rows."""
+    optimizer = OptimizerConfig(updates=updates, batch_size=setting.spec.batch_size)
+    place = {"store": setting.rollout_spec("store").store, "out": files.join(setting.folder, "student")}
+    spec = DistillSpec(**place, steps=STUDENT_STEPS, optimizer=optimizer, memory_gib=memory_gib)
+    return DistillTask(spec, setting.teacher, batch)
+
+
+@dataclass(frozen=True)
+class Windows(TrackedRun):
+    """In the place of an MLflow run: keeps the loop's own speed of each window of ``LOG_UPDATES`` updates."""
+
+    speeds: list[float] = field(default_factory=list)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Keep the speed."""
+        self.speeds.append(values["samples_per_second"])
+
+
+def speed(setting: Setting, updates: int, **options: Any) -> float:
+    """Samples a second of the training loop in this process, without its first window, in which the rows are loaded.
+
+    Args:
+        options: of ``distill_task``.
+    """
+    run = Windows("", "")
+    task = distill_task(setting, updates, **options)
+    job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
+    run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
+    return statistics.harmonic_mean(run.speeds[1:] or run.speeds)

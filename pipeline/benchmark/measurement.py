@@ -21,6 +21,10 @@ class Bar(NamedTuple):
     sign: Literal[">=", "<="]
     limit: float
 
+    def holds(self, ratio: float) -> bool:
+        """Whether the ratio is on the right side."""
+        return ratio >= self.limit if self.sign == ">=" else ratio <= self.limit
+
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:g}"
 
@@ -45,22 +49,23 @@ class Measurement:
         return tuple(a / b for a, b in zip(self.values, self.against, strict=False))
 
     @property
+    def median_ratio(self) -> float | None:
+        """Of all turns; None without a comparison."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
     def holds(self) -> bool | None:
         """Whether the median ratio keeps to the bar; None without one."""
-        if self.bar is None or not self.ratios:
-            return None
-        median = statistics.median(self.ratios)
-        return median >= self.bar.limit if self.bar.sign == ">=" else median <= self.bar.limit
+        return self.bar.holds(self.median_ratio) if self.bar and self.median_ratio is not None else None
 
     def record(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        ratios = self.ratios
         return {
             **dataclasses.asdict(self),
-            "ratios": list(ratios),
-            "median_ratio": statistics.median(ratios) if ratios else None,
-            "min_ratio": min(ratios, default=None),
-            "max_ratio": max(ratios, default=None),
+            "ratios": self.ratios,
+            "median_ratio": self.median_ratio,
+            "min_ratio": min(self.ratios, default=None),
+            "max_ratio": max(self.ratios, default=None),
             "bar": str(self.bar) if self.bar else None,
             "holds": self.holds,
         }
@@ -110,38 +115,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+LINE = "{:14} {:54} {:>9} {:>9} {:14} {:>6} {:>16} {:>5} {:>7} {}"
 HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
-LEFT_ALIGNED = (0, 1, 4, 9)
 
 
 def table(done: Mapping[str, Sequence[Measurement]]) -> str:
     """The measurements of all parts as text, medians of all turns: one a line."""
     rows = [HEAD, *(_row(part, measurement) for part in done for measurement in done[part])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in LEFT_ALIGNED else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(LINE.format(*row).rstrip() for row in rows)
 
 
-def _row(part: str, m: Measurement) -> tuple[str, ...]:
-    ratios = m.ratios
-    spread = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else f"{_short(min(m.values))}..{_short(max(m.values))}"
-    return (
-        part,
-        m.what,
-        _short(statistics.median(m.values)),
-        _short(statistics.median(m.against)) if m.against else "",
-        m.unit,
-        f"{statistics.median(ratios):.3f}" if ratios else "",
-        spread,
-        str(len(m.values)),
-        str(m.bar or ""),
-        {True: "holds", False: "missed", None: ""}[m.holds],
-    )
+def _row(part: str, m: Measurement) -> tuple[object, ...]:
+    value, against = _short(statistics.median(m.values)), _short(statistics.median(m.against)) if m.against else ""
+    ratio, spread = "", f"{_short(min(m.values))}..{_short(max(m.values))}"
+    if m.ratios:
+        ratio, spread = f"{m.median_ratio:.3f}", f"{min(m.ratios):.3f}..{max(m.ratios):.3f}"
+    verdict = {True: "holds", False: "missed", None: ""}[m.holds]
+    return part, m.what, value, against, m.unit, ratio, spread, len(m.values), str(m.bar or ""), verdict
 
 
 def _short(value: float) -> str:

@@ -1,20 +1,56 @@
 """Distillation from the store against one without a store, with the teacher in the training loop."""
 
-from pipeline.benchmark.measurement import Measurement, interleave, one_thread
-from pipeline.benchmark.setting import Setting
-from pipeline.benchmark.training import UNIT, OnlineTask, optimizer, store_task, task_speed, updates_of
+from collections.abc import Callable
 
-ONLINE_UPDATES = 20
+import torch
+from torch import Tensor
+
+from kac.checkpoint import Model, load_model
+from kac.data import open_dataset
+from kac.device import default_device
+from kac.guidance import guide
+from kac.objectives import Interval
+from kac.solvers import Method, knot_times, solve
+from pipeline.benchmark.distill_speed import UNIT, speed, updates_of
+from pipeline.benchmark.measurement import Measurement, interleave, one_thread
+from pipeline.benchmark.setting import STUDENT_STEPS, Setting
+
+ONLINE_UPDATES, SOLVER_STEPS = 20, 100
 
 
 def measure(setting: Setting) -> list[Measurement]:
     """The store against a teacher inside the training loop."""
-    source = setting.store()
-    updates = updates_of(setting, source.rows(0.0))
+    updates, batch = updates_of(setting, setting.store().rows(0.0)), online_batches(setting)
     with one_thread():
         loaded, online = interleave(
             setting.spec.repeats,
-            lambda: task_speed(store_task(setting, source.path, updates)),
-            lambda: task_speed(OnlineTask(optimizer(setting, ONLINE_UPDATES), setting.teacher)),
+            lambda: speed(setting, updates),
+            lambda: speed(setting, ONLINE_UPDATES, batch=batch),
         )
     return [Measurement("store, loaded once / the teacher in the training loop", UNIT, loaded, online)]
+
+
+def online_batches(setting: Setting) -> Callable[[int], Interval]:
+    """Noise data points to the start of an interval, and follow the teacher through it (arXiv 2509.21513, Algorithm 1,
+    with one interval a batch)."""
+    size, device = setting.spec.batch_size, default_device()
+    teacher = load_model(setting.teacher, device)
+    data, path = open_dataset(teacher.config.data).train, teacher.config.path.build()
+    times = knot_times(STUDENT_STEPS).float()
+
+    def batch(update: int) -> Interval:
+        k = update % STUDENT_STEPS
+        images, label = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
+        t_start, t_end = (times[i].expand(size).to(device) for i in (k, k + 1))
+        x_start = path.sample(images, t_start).x_t
+        return Interval(x_start, endpoint(teacher, x_start, label, k), t_start, t_end, label)
+
+    return batch
+
+
+@torch.no_grad()
+def endpoint(teacher: Model, x_start: Tensor, label: Tensor, k: int, solver: Method = "ab2") -> Tensor:
+    """Where the teacher's solver steps on the student's k-th interval end: [batch, *sample]."""
+    every = SOLVER_STEPS // STUDENT_STEPS
+    times = knot_times(SOLVER_STEPS)[k * every : (k + 1) * every + 1]
+    return solve(guide(teacher.network, 0.0, label), x_start, times, solver).x

@@ -1,49 +1,65 @@
 """Peak memory of a rollout actor and of the driver, against the number of trajectories and the size of a shard."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kac import files
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
 from pipeline.benchmark.spec import CALLS_A_SHARD
-from pipeline.benchmark.watch import Peaks, watched
+from pipeline.rollout.shards import peak_memory
 
 UNIT = "MiB"
-GROWTH_BAR = 1.1
+GROWTH_BAR = Bar("<=", 1.1)
 MAX_TURNS = 2
-"""Memory repeats itself where time does not, and a turn needs three rollouts with new actors."""
+"""Memory varies less than time, and a turn needs three rollouts with new actors."""
 
 TRAJECTORIES_FACTOR, SHARD_FACTOR = 10, 4
+RESET_FILE = Path("/proc/self/clear_refs")
+
+
+class Peaks(NamedTuple):
+    """Peak resident memory during a rollout, MiB."""
+
+    actor: float
+    driver: float
 
 
 def measure(setting: Setting) -> list[Measurement]:
     """A rollout of ten times the trajectories, and one with shards of four times the rows, against a plain one."""
-    if not Path("/proc/self/status").exists():
-        print("benchmark: peak-memory is not measured: it needs the /proc of Linux", file=sys.stderr, flush=True)
+    if not os.access(RESET_FILE, os.W_OK):
+        print(f"benchmark: peak-memory is not measured: it needs Linux's {RESET_FILE}", file=sys.stderr, flush=True)
         return []
     rows, size = setting.spec.trajectories, CALLS_A_SHARD * setting.spec.batch_size
-
-    def peaks(**options: Any) -> Peaks:
-        # One solver step a knot: the memory is that of the full number, in a fifth of the time.
-        spec = setting.rollout_spec("memory", actors=1, solver_steps=20, **options)
-        with watched() as peaks:
-            compute_unsealed(spec)
-        files.remove_tree(spec.store)
-        return peaks
-
     plain, longer, larger = interleave(
         min(setting.spec.repeats, MAX_TURNS),
-        peaks,
-        lambda: peaks(trajectories=TRAJECTORIES_FACTOR * rows),
-        lambda: peaks(trajectories=SHARD_FACTOR * rows, shard_size=SHARD_FACTOR * size),
+        lambda: rollout_peaks(setting),
+        lambda: rollout_peaks(setting, trajectories=TRAJECTORIES_FACTOR * rows),
+        lambda: rollout_peaks(setting, trajectories=SHARD_FACTOR * rows, shard_size=SHARD_FACTOR * size),
     )
-    bar = Bar("<=", GROWTH_BAR)
     ten, four = f"{TRAJECTORIES_FACTOR} x the trajectories / once", f"shards of {SHARD_FACTOR} x the rows / once"
-    actor, driver = tuple(p.actor for p in plain), tuple(p.driver for p in plain)
+    actor, driver = zip(*plain, strict=True)
+    longer_actor, longer_driver = zip(*longer, strict=True)
     return [
-        Measurement(f"peak of an actor, {ten}", UNIT, tuple(p.actor for p in longer), actor, bar),
-        Measurement(f"peak of the driver, {ten}", UNIT, tuple(p.driver for p in longer), driver, bar),
-        Measurement(f"peak of an actor, {four}", UNIT, tuple(p.actor for p in larger), actor),
+        Measurement(f"peak of an actor, {ten}", UNIT, longer_actor, actor, GROWTH_BAR),
+        Measurement(f"peak of the driver, {ten}", UNIT, longer_driver, driver, GROWTH_BAR),
+        Measurement(f"peak of an actor, {four}", UNIT, tuple(peaks.actor for peaks in larger), actor),
     ]
+
+
+def rollout_peaks(setting: Setting, **options: Any) -> Peaks:
+    """The peaks of a rollout on one actor."""
+    # One solver step a knot: the memory is that of the full number, in a fifth of the time.
+    spec = setting.rollout_spec("memory", actors=1, solver_steps=20, **options)
+    reset_peak()
+    outcomes = compute_unsealed(spec)
+    peaks = Peaks(max(outcome.peak_memory for outcome in outcomes) / 1024, peak_memory() / 1024)
+    files.remove_tree(spec.store)
+    return peaks
+
+
+def reset_peak() -> None:
+    """Make the kernel forget how much memory this process held earlier (5: see proc_pid_clear_refs(5))."""
+    RESET_FILE.write_text("5")

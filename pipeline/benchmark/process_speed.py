@@ -1,12 +1,11 @@
 """The Kac process: cost of a draw and of a velocity, against a normal draw."""
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from kac.process import KacProcess
-from pipeline.benchmark.measurement import Measurement, interleave, one_thread
+from pipeline.benchmark.measurement import Measurement, interleave, one_thread, seconds_a_call
 from pipeline.benchmark.setting import Setting
 
 ELEMENTS = 1_000_000
@@ -33,6 +32,4 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def _nanoseconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) / ELEMENTS * 1e9
+    return seconds_a_call(work) / ELEMENTS * 1e9

@@ -1,18 +1,22 @@
 """Rollout speed in steady state: an actor against a bare loop, and more actors against one."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from torch import Tensor
 
 from kac import files
-from kac.errors import DistillKacError
+from kac.checkpoint import Model, load_model
+from kac.device import default_device
+from kac.sampling import Sampling, generate, initial_noise
 from pipeline import cluster
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
+from pipeline.config import RolloutSpec
 from pipeline.rollout.actors import SHARDS_IN_FLIGHT
 
 UNIT = "trajectories/s"
@@ -56,11 +60,11 @@ def actor_speed(setting: Setting, actors: int) -> float:
 
 
 def steady_rate(finished: Sequence[float], actors: int) -> float:
-    """Shards a second between two moments at which every actor is warm and at work.
+    """Shards a second while every actor is warm and at work.
 
-    The actors are up before the first of them begins, and each takes shard after shard, some at a time. Those first
-    ones are slow, so the time begins when as many are finished; and until ``actors`` are left, none is idle. Between
-    the two lie whole rounds of all actors, whether they finish together or in turns.
+    The clock starts when the first, slow shards of all actors are finished, and stops when ``actors`` shards are left:
+    until then no actor is idle. Between the two lie whole rounds of all actors, whether they finish together or in
+    turns.
 
     Args:
         finished: when each shard was published, ascending, seconds.
@@ -76,21 +80,41 @@ def steady_rate(finished: Sequence[float], actors: int) -> float:
 
 
 def bare_speed(setting: Setting, loops: int = 1) -> float:
-    """Trajectories a second of ``loops`` bare loops at once, each in a fresh process with the one thread of an actor.
-
-    Raises:
-        DistillKacError: a process failed.
-    """
-    spec = setting.rollout_spec("bare").model_dump_json()
-    with ThreadPoolExecutor(loops) as pool:
-        return sum(pool.map(_bare_lap, [spec] * loops))
+    """Trajectories a second of ``loops`` bare loops at once, each in a new process with the one thread of an actor."""
+    spec, spawn = setting.rollout_spec("bare"), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(loops, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return sum(pool.map(loop_speed, [spec] * loops))
 
 
-def _bare_lap(spec: str) -> float:
-    command, environment = [sys.executable, "-m", "pipeline.benchmark.bare"], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input=spec, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DistillKacError(f"the bare loop: expected exit code 0, found {done.returncode}: {reason}")
-    lap = json.loads(done.stdout)
-    return float(lap["rows"] / lap["seconds"])
+def loop_speed(spec: RolloutSpec) -> float:
+    """Trajectories a second of the teacher on the batches of a rollout, without Ray or a store; one batch warms up."""
+    model = load_model(spec.teacher, default_device())
+    batches = prepare(spec, model)
+    follow(spec, model, *batches[0])
+    _wait()
+    started = time.perf_counter()
+    for x_1, label in batches:
+        follow(spec, model, x_1, label)
+    _wait()
+    return spec.trajectories / (time.perf_counter() - started)
+
+
+def prepare(spec: RolloutSpec, model: Model) -> list[tuple[Tensor, Tensor]]:
+    """Noise and labels of every batch of the rollout, on the device."""
+    stop, device = spec.first_sample + spec.trajectories, default_device()
+    batches = []
+    for start in range(spec.first_sample, stop, spec.batch_size):
+        x_1, label = initial_noise(model.config, spec.seed, range(start, min(start + spec.batch_size, stop)))
+        batches.append((x_1.to(device), label.to(device)))
+    return batches
+
+
+def follow(spec: RolloutSpec, model: Model, x_1: Tensor, label: Tensor) -> Tensor:
+    """Where the teacher takes noise ``x_1`` [batch, *sample]."""
+    sampling = Sampling(spec.guidance[0], spec.solver_steps, spec.solver, spec.knot_grid)
+    return generate(spec.precision.wrap(model.network), x_1, label, sampling).x
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -7,15 +7,13 @@ import ray
 import torch
 
 from kac import files
-from kac.checkpoint import ModelConfig, load_config, save_model
-from kac.data import open_dataset
+from kac.checkpoint import load_config, save_model, teacher_config
 from kac.networks import build_network
 from kac.path import PathConfig
 from pipeline import cluster, store
 from pipeline.benchmark.spec import CALLS_A_SHARD, BenchmarkSpec
 from pipeline.config import RolloutSpec
 from pipeline.rollout import Outcome, compute_shards, make_plan, seal
-from pipeline.store.layout import MANIFEST
 
 ACTOR_START_SECONDS = 600
 STORE_FACTOR = 3
@@ -32,21 +30,20 @@ class Setting:
 
     def rollout_spec(self, name: str, **options: Any) -> RolloutSpec:
         """A rollout into the store ``name`` of this run; shards of some network calls unless told otherwise."""
-        size = self.spec.batch_size
-        shard_size = CALLS_A_SHARD * size
-        values = {"batch_size": size, "shard_size": shard_size, "trajectories": self.spec.trajectories, **options}
-        return RolloutSpec(teacher=self.teacher, store=files.join(self.folder, name), **values)
+        size = {"trajectories": self.spec.trajectories, "shard_size": CALLS_A_SHARD * self.spec.batch_size}
+        place = {"teacher": self.teacher, "store": files.join(self.folder, name)}
+        return RolloutSpec(**place, batch_size=self.spec.batch_size, **{**size, **options})
 
     def store(self) -> store.Store:
-        """The store of ``STORE_FACTOR`` times the trajectories; made once.
+        """The store of ``STORE_FACTOR`` times the trajectories, in shards of the default size; made once.
 
-        Shards of the default size, and one solver step a knot: how the rows came about does not matter to their
-        readers.
+        One solver step a knot: its readers take as long whatever the rows are.
         """
-        trajectories, shard_size = STORE_FACTOR * self.spec.trajectories, RolloutSpec.model_fields["shard_size"].default
-        spec = self.rollout_spec("store", trajectories=trajectories, solver_steps=20, shard_size=shard_size)
-        if not files.exists(files.join(spec.store, MANIFEST)):
-            plan = make_plan(spec)
+        shard_size = RolloutSpec.model_fields["shard_size"].default
+        size = {"trajectories": STORE_FACTOR * self.spec.trajectories, "shard_size": shard_size}
+        spec = self.rollout_spec("store", solver_steps=20, **size)
+        plan = make_plan(spec)
+        if not plan.is_done:
             seal(spec, plan, compute_shards(spec, plan))
         return store.open(spec.store)
 
@@ -66,26 +63,18 @@ def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
     return Setting(spec, folder, teacher)
 
 
-def save_untrained(path: str, spec: BenchmarkSpec) -> ModelConfig:
-    """A teacher as slow as a trained one. Its last layer, which starts at 0, is drawn: a flow that stands still would
-    store the same numbers in every knot."""
-    data = open_dataset(spec.data).description
+def save_untrained(path: str, spec: BenchmarkSpec) -> None:
+    """Write an untrained teacher: it takes as long as a trained one.
+
+    Its last layer, which starts at 0, is drawn: if nothing moved, every knot would hold the same numbers.
+    """
+    config = teacher_config(spec.network, PathConfig(), spec.data)
     torch.manual_seed(0)
-    network = build_network(spec.network, data.sample_shape, data.num_classes)
+    network = build_network(config.network, config.sample_shape, config.num_classes)
     for parameter in network.parameters():
-        if not bool(parameter.any()):
+        if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    config = ModelConfig(
-        kind="teacher",
-        network=spec.network,
-        path=PathConfig(),
-        data=spec.data,
-        data_sha256=data.sha256,
-        sample_shape=data.sample_shape,
-        num_classes=data.num_classes,
-        class_frequencies=data.class_frequencies,
-    )
-    return save_model(path, config, network.state_dict())
+    save_model(path, config, network.state_dict())
 
 
 def compute_unsealed(spec: RolloutSpec) -> list[Outcome]:

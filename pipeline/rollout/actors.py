@@ -28,7 +28,6 @@ from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity
-from pipeline.store.shards import Receipt
 
 MAX_ATTEMPTS = 10
 """How often a shard may take its process down with it, and actors in a row may die without finishing any."""
@@ -64,8 +63,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     rows = made.iter_rows()
     try:
         for row in rows:
-            receipt = Receipt.model_validate_json(row["receipt"])
-            yield Outcome(receipt, int(row["computed_rows"]), float(row["finished"]))
+            yield Outcome.model_validate_json(row["outcome"])
     except ray.exceptions.RayError as error:
         failure = _reason(ledger, error)
     else:
@@ -156,8 +154,8 @@ class ShardActor:
         self.maker = ShardMaker(spec, identity)
         self.alone = threading.Lock()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """The number of a planned shard in, its receipt out."""
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """The number of a planned shard in, its ``Outcome`` out."""
         shard = self.shards[int(batch["item"][0])]
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
         # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
@@ -171,8 +169,4 @@ class ShardActor:
                 ray.get(self.ledger.fail.remote(str(error)))
                 raise
             ray.get(self.ledger.finish.remote(shard.name))
-        return {
-            "receipt": [outcome.receipt.model_dump_json()],
-            "computed_rows": [outcome.computed_rows],
-            "finished": [outcome.finished],
-        }
+        return {"outcome": [outcome.model_dump_json()]}

@@ -1,22 +1,36 @@
 """One shard: adopt it if it is there, else compute and publish it. The same in this process and in an actor."""
 
+import resource
 import threading
 import time
-from typing import NamedTuple
+
+import pyarrow as pa
 
 from kac.errors import DistillKacError, one_line
+from kac.options import Options
 from pipeline.config import RolloutSpec
-from pipeline.rollout.teacher import FrozenTeacher, RolloutError, check_finite, join
-from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, Shard, StoreIdentity
-from pipeline.store.shards import DamagedShard, Receipt, adopt, column_array, encode, make_table, publish
+from pipeline.rollout.teacher import FrozenTeacher, RolloutError, Rows, join
+from pipeline.store.layout import Shard, StoreIdentity
+from pipeline.store.shards import (
+    DamagedShard,
+    NotFiniteShard,
+    Receipt,
+    adopt,
+    check_rows,
+    column_array,
+    encode,
+    make_table,
+    publish,
+)
 
 
-class Outcome(NamedTuple):
+class Outcome(Options):
     """What became of a planned shard."""
 
     receipt: Receipt
     computed_rows: int
     finished: float  # when it was there, seconds since the epoch
+    peak_memory: int  # of the process that made it, as of then
 
 
 class ShardMaker:
@@ -46,7 +60,7 @@ class ShardMaker:
         try:
             receipt, there = adopt(self.spec.store, shard, self.identity)
             if receipt.rows >= shard.rows:
-                return Outcome(receipt, 0, time.time())
+                return _outcome(receipt, 0)
         except FileNotFoundError:
             pass  # the usual case: the shard has yet to be made
         except DamagedShard as damage:
@@ -58,9 +72,25 @@ class ShardMaker:
             rows = self.teacher.follow(shard.guidance, missing)
             if there is not None:
                 rows = join([{name: column_array(there[name]) for name in rows}, rows])
-            check_finite(self.spec.store, shard, rows)
-            knots = [rows[name] for name in self.identity.knot_columns]
-            table = make_table(self.identity, shard, rows[LABEL], rows[KINETIC_ENERGY], knots, rows.get(INTERVAL))
-            data = encode(table, self.spec.compression)
+            data = encode(self._finite_table(shard, rows), self.spec.compression)
         receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or there is not None)
-        return Outcome(receipt, len(missing), time.time())
+        return _outcome(receipt, len(missing))
+
+    def _finite_table(self, shard: Shard, rows: Rows) -> pa.Table:
+        """The rows as a table; NaN or infinity is refused before anything of the shard is published."""
+        table = make_table(self.identity, shard, rows)
+        try:
+            check_rows(f"{self.spec.store}/{shard.name}", shard, self.identity, table)
+        except NotFiniteShard as error:
+            advice = "check the teacher's weights, the solver steps and --dtype"
+            raise RolloutError(f"{error}: nothing of the shard was published; {advice}") from None
+        return table
+
+
+def _outcome(receipt: Receipt, computed_rows: int) -> Outcome:
+    return Outcome(receipt=receipt, computed_rows=computed_rows, finished=time.time(), peak_memory=peak_memory())
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process has held, KiB (on Linux; macOS counts bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,12 +5,20 @@ from collections.abc import Iterable, Sequence
 
 from kac import files
 from kac.checkpoint import load_model
+from kac.metrics import Metric
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan, make_plan
 from pipeline.rollout.seal import remove_orphans, seal
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.store.manifest import Manifest
+
+tracking.declare(
+    Metric("trajectories", "trajectories in the store"),
+    Metric("trajectories_reused", "trajectories that an earlier run had finished"),
+    Metric("trajectories_per_second", "rollout speed, its start included", better="higher"),
+    Metric("store_bytes", "bytes of all shards", better="lower"),
+)
 
 
 def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest:
@@ -28,8 +36,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     teacher = load_model(spec.teacher).config
     files.check_writable(spec.store)
     with tracking.start_run(
-        stage="rollout",
-        run_name=f"rollout-{teacher.data.kind}",
+        name=f"rollout-{teacher.data.kind}",
         spec=spec,
         fingerprint=plan.identity.fingerprint(),
         inputs={"teacher": teacher.weights_sha256},
@@ -39,7 +46,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         started = time.perf_counter()
         outcomes = compute_shards(spec, plan)
         manifest = seal(spec, plan, outcomes)
-        _report(run, spec, plan, outcomes, time.perf_counter() - started)
+        _log(run, spec, plan, outcomes, time.perf_counter() - started)
     return manifest
 
 
@@ -67,9 +74,7 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     return outcomes
 
 
-def _report(
-    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float
-) -> None:
+def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> None:
     computed = sum(outcome.computed_rows for outcome in outcomes)
     reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
     size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))

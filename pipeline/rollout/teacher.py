@@ -13,8 +13,7 @@ from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.solvers import knot_times, solve
 from pipeline.config import RolloutSpec
-from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, Shard, StoreIdentity
-from pipeline.store.shards import name_ids
+from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, StoreIdentity
 
 
 class RolloutError(DistillKacError):
@@ -60,7 +59,7 @@ class FrozenTeacher:
         label = noise.labels(identity.seed, ids, identity.class_frequencies)
         x_1 = noise.noise(self.path, identity.seed, ids, identity.sample_shape)
         solution = solve(
-            guide(self.network, guidance).given(label.to(self.device)),
+            guide(self.network, guidance, label.to(self.device)),
             x_1.to(self.device),
             self.times,
             identity.solver,
@@ -77,13 +76,13 @@ class FrozenTeacher:
         uniforms = noise.noise_uniforms(self.path, identity.seed, ids, identity.sample_shape)
         start = torch.empty((len(ids), *identity.sample_shape))
         end, energy = torch.empty_like(start), torch.empty(len(ids))
-        velocity = guide(self.network, guidance)
         for k in sorted(set(interval.tolist())):
             rows = interval == k
             times = self.times[k * self.steps_a_knot : (k + 1) * self.steps_a_knot + 1]
             start[rows] = self.path.point(images[rows], times[0].item(), uniforms[:, rows]).float()
             at_start = start[rows].to(self.device)
-            solution = solve(velocity.given(label[rows].to(self.device)), at_start, times, identity.solver)
+            velocity = guide(self.network, guidance, label[rows].to(self.device))
+            solution = solve(velocity, at_start, times, identity.solver)
             end[rows], energy[rows] = solution.x.cpu(), solution.kinetic_energy.cpu()
         return {INTERVAL: interval.numpy(), **self._rows(label, energy, [start, end])}
 
@@ -95,19 +94,3 @@ class FrozenTeacher:
             KINETIC_ENERGY: energy.cpu().numpy(),
             **dict(zip(self.identity.knot_columns, stored, strict=True)),
         }
-
-
-def check_finite(store: str, shard: Shard, rows: Rows) -> None:
-    """Refuse a shard with NaN or infinity before anything of it is published.
-
-    Raises:
-        RolloutError: names the shard and the samples.
-    """
-    finite = np.all([np.isfinite(column).reshape(len(column), -1).all(axis=1) for column in rows.values()], axis=0)
-    if not finite.all():
-        bad = np.arange(shard.start, shard.ids.stop)[~finite]
-        raise RolloutError(
-            f"{store}/{shard.name}: expected finite states from the teacher, found NaN or infinity in samples "
-            f"{name_ids(bad)}: nothing of the shard was published; "
-            "check the teacher's weights, the solver steps and --dtype"
-        )

@@ -1,5 +1,9 @@
-"""Columns: what is wanted of some shards, as Arrow tables and as tensors."""
+"""Columns: what is wanted of some shards, as Arrow tables and as tensors.
 
+Whose turn it is and in which order is no part of it: see ``order``.
+"""
+
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,10 +14,29 @@ import torch
 from torch import Tensor
 
 from kac import files
-from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard
-from pipeline.store.selection import Selection
-from pipeline.store.shards import UNREADABLE, column_array, read_metadata, reason
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard, knot_column
+from pipeline.store.shards import UNREADABLE, check_footer, column_array, reason
 from pipeline.store.threads import in_threads
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some knots of some shards; once loaded, they serve every equal selection."""
+
+    store: str
+    identity: StoreIdentity
+    shards: tuple[Shard, ...]
+    knots: tuple[str, ...]  # columns
+
+    @property
+    def scalars(self) -> list[str]:
+        """The other columns that are read."""
+        return [name for name in self.identity.scalar_columns if name in (LABEL, INTERVAL)]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes as tensors."""
+        return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,22 @@ class Columns:
     label: Tensor  # [rows]
     knots: Tensor  # [rows, knots, *sample]
     interval: Tensor | None  # [rows], of forward stores
+
+
+def columns_of_knots(identity: StoreIdentity, knots: Sequence[int] | None) -> tuple[str, ...]:
+    """The columns of the knots of these indices; None: of all.
+
+    Raises:
+        StoreError: no knots, the same one twice, one that is not stored, or a choice of a forward store's.
+    """
+    if knots is None:
+        return tuple(identity.knot_columns)
+    if identity.source == "forward":
+        raise StoreError("knots: expected None for a forward store: its rows have one interval each")
+    outside = [k for k in knots if not 0 <= k <= identity.knots]
+    if outside or not knots or len(set(knots)) < len(knots):
+        raise StoreError(f"knots: expected different indices 0 .. {identity.knots}, found {list(knots)}")
+    return tuple(knot_column(k, identity.knots) for k in knots)
 
 
 def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
@@ -44,10 +83,8 @@ def read_group(selection: Selection, group: Sequence[Shard]) -> pa.Table:
     Raises:
         StoreError: as ``read_rows``.
     """
-    names = [*selection.scalars, *selection.knots]
-    return pa.concat_tables(
-        in_threads(lambda shard: read_rows(selection.store, selection.identity, shard, names), group)
-    )
+    store, identity, names = selection.store, selection.identity, [*selection.scalars, *selection.knots]
+    return pa.concat_tables(in_threads(lambda shard: read_rows(store, identity, shard, names), group))
 
 
 def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
@@ -59,10 +96,8 @@ def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence
     with open_shard(store, identity, shard) as file:
         table = file.read(list(names))
     if table.num_rows < shard.rows:
-        raise StoreError(
-            f"{store}/{shard.name}: expected {shard.rows} rows, found {table.num_rows}: "
-            "run the rollout again to redo it"
-        )
+        where, found = f"{store}/{shard.name}", table.num_rows
+        raise StoreError(f"{where}: expected {shard.rows} rows, found {found}: run the rollout again to redo it")
     # A shard that grows is replaced by a longer one before the manifest counts its new rows.
     return table.select(list(names)).slice(0, shard.rows)
 
@@ -79,16 +114,7 @@ def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq
     try:
         with location.fs.open(location.path, "rb") as handle:
             file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
-            metadata = read_metadata(where, file.schema_arrow)
-            place = metadata["fingerprint"], float(metadata["guidance"]), int(metadata["start"])
-            if place != (identity.fingerprint(), shard.guidance, shard.start):
-                raise StoreError(
-                    f"{where}: expected guidance {shard.guidance:g} from sample {shard.start} on of this store, "
-                    f"found another shard: {advice}"
-                )
-            # A column that is not there is left out by Arrow without a word.
-            if not file.schema_arrow.remove_metadata().equals(identity.arrow_schema()):
-                raise ValueError(f"the columns {file.schema_arrow.names}")
+            check_footer(where, shard, identity, file.schema_arrow)
             yield file
     except FileNotFoundError:
         raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None

@@ -5,7 +5,6 @@ difference is no damage: a short last shard that a rollout at work has replaced 
 there are no receipts: then the CRC of every page, the ids and the values are what is checked.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,18 +15,9 @@ import pyarrow.parquet as pq
 from kac import files
 from kac.errors import one_line
 from pipeline import cluster
-from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, full_shard
+from pipeline.store import shards
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, full_shard
 from pipeline.store.manifest import Manifest
-from pipeline.store.shards import (
-    UNREADABLE,
-    DamagedShard,
-    ForeignShard,
-    NotFiniteShard,
-    Receipt,
-    check,
-    identity_in,
-    read_metadata,
-)
 from pipeline.store.versions import NewerVersion
 
 NOT_OURS = "no file of this store: left alone"
@@ -90,7 +80,7 @@ def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, 
         raise StoreError(f"{store}: the check failed in Ray: {one_line(error, 10**6)[-300:]}") from error
 
 
-def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | None) -> Finding:
+def examine(store: str, identity: StoreIdentity, name: str, receipt: shards.Receipt | None) -> Finding:
     """Examine one Parquet file of the store.
 
     Args:
@@ -102,15 +92,14 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
         return Finding(name, "missing", "expected a file, found none: it vanished meanwhile")
     except OSError as error:
         return Finding(name, "unreadable", f"expected a file that can be read, found: {one_line(error, 160)}")
-    belongs_to, sha256 = _claimed_place(identity, data), hashlib.sha256(data).hexdigest()
+    belongs_to, sha256 = _claimed_place(identity, data), shards.sha256_of(data)
     shard, rows = full_shard(name, identity.shard_size), 0
-    kind: Kind
+    kind: Kind = "extra"
+    detail = NOT_OURS
     if shard is not None:
-        kind, detail, rows = _judge(store, identity, shard, receipt, data, sha256)
+        kind, detail, rows = _judge(store, identity, shard, receipt, data)
     elif belongs_to:
         kind, detail = "duplicated", f"expected no shard under this name, found one that is {belongs_to}"
-    else:
-        kind, detail = "extra", NOT_OURS
     if kind == "foreign" and belongs_to:
         kind = "damaged" if belongs_to == name else "duplicated"
     return Finding(name, kind, detail.removeprefix(f"{store}/{name}: "), belongs_to, sha256, rows, len(data))
@@ -119,41 +108,27 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
 def _claimed_place(identity: StoreIdentity, data: bytes) -> str:
     """The name of the shard of this store that a footer claims; empty if it claims none."""
     try:
-        metadata = read_metadata("", pq.read_schema(pa.BufferReader(data)))
-        claimed = identity_in("", metadata)
+        metadata = shards.read_metadata("", pq.read_schema(pa.BufferReader(data)))
+        claimed = shards.identity_in("", metadata)
         guidance, start = float(metadata["guidance"]), int(metadata["start"])
-    except (*UNREADABLE, NewerVersion):
+    except (*shards.UNREADABLE, NewerVersion):
         return ""
     is_ours = claimed.fingerprint() == identity.fingerprint()
     return Shard(guidance, start // identity.shard_size, start, 0).name if is_ours else ""
 
 
 def _judge(
-    store: str, identity: StoreIdentity, shard: Shard, receipt: Receipt | None, data: bytes, sha256: str
+    store: str, identity: StoreIdentity, shard: Shard, receipt: shards.Receipt | None, data: bytes
 ) -> tuple[Kind, str, int]:
     """What is wrong with a shard, in a word and in a sentence, and how many rows count."""
     kinds: dict[type[StoreError], Kind] = {
-        ForeignShard: "foreign",
-        NotFiniteShard: "not finite",
-        DamagedShard: "damaged",
+        shards.ForeignShard: "foreign",
+        shards.NotFiniteShard: "not finite",
+        shards.DamagedShard: "damaged",
         # What a manifest of this version lists was written by this version: another number in it is damage.
         NewerVersion: "damaged" if receipt else "newer",
     }
     try:
-        rows = check(store, shard, identity, data).num_rows
+        return "", "", shards.confirm(store, shard, identity, data, receipt).rows
     except StoreError as error:
         return kinds[type(error)], str(error), 0
-    damage = _differs(receipt, sha256, rows, identity.shard_size)
-    return ("damaged", damage, 0) if damage else ("", "", rows)
-
-
-def _differs(receipt: Receipt | None, sha256: str, rows: int, shard_size: int) -> str:
-    """Why a shard that passes its own checks is not the one that was published; empty if it is."""
-    if rows > shard_size:
-        return f"expected at most {shard_size} rows, found {rows}"
-    # A rollout that adds trajectories replaces a short shard by a longer one before the manifest counts its new rows.
-    if receipt is None or sha256 == receipt.sha256 or rows > receipt.rows:
-        return ""
-    if rows < receipt.rows:
-        return f"expected {receipt.rows} rows, found {rows}"
-    return f"expected sha256 {receipt.sha256[:12]}... as {MANIFEST} says, found {sha256[:12]}..."

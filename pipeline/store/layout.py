@@ -62,6 +62,12 @@ class StoreIdentity(RolloutRecipe):
         """What of it decides the rows, as plain values: for files and for people."""
         return hashed_fields(self)
 
+    def difference(self, found: "StoreIdentity") -> str:
+        """The fields in which another identity differs from this one, for a refusal."""
+        ours, theirs = flatten(self.values()), flatten(found.values())
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        return ", ".join(f"{name} {_short(ours.get(name))} (found {_short(theirs.get(name))})" for name in names)
+
     @property
     def knot_columns(self) -> list[str]:
         """The columns that hold states: one a knot, or the two ends of a forward interval."""
@@ -137,31 +143,19 @@ def full_shard(name: str, shard_size: int) -> Shard | None:
     return Shard(*parsed, parsed[1] * shard_size, shard_size) if parsed else None
 
 
-def refuse_other(
-    store: str,
-    wanted: StoreIdentity,
-    found: StoreIdentity,
-    advice: str,
-    expected: str = "a new store or one of this identity",
-) -> None:
+def refuse_other(store: str, wanted: StoreIdentity, found: StoreIdentity, advice: str, expected: str = "") -> None:
     """Refuse a store of another identity.
+
+    Args:
+        expected: in words; empty: a new store, or one of the wanted identity.
 
     Raises:
         StoreError: the message names the fields that differ.
     """
+    expected = expected or "a new store or one of this identity"
     if found.fingerprint() != wanted.fingerprint():
-        difference = describe_difference(wanted, found)
+        difference = wanted.difference(found)
         raise StoreError(f"{store}: expected {expected}, found one of another: {difference}: {advice}")
-
-
-def describe_difference(expected: StoreIdentity, found: StoreIdentity) -> str:
-    """The fields in which two identities differ, for a refusal."""
-    ours, theirs = flatten(expected.values()), flatten(found.values())
-    return ", ".join(
-        f"{name} {_short(ours.get(name))} (found {_short(theirs.get(name))})"
-        for name in {**ours, **theirs}
-        if ours.get(name) != theirs.get(name)
-    )
 
 
 def _short(value: Any) -> str:

@@ -94,15 +94,7 @@ def write_manifest(store: str, manifest: Manifest) -> None:
 
 def list_files(store: str) -> dict[str, int]:
     """Name and size of every file below the store but its manifest, by name."""
-    location = files.locate(store)
-    try:
-        with files.naming(store):
-            found = location.fs.find(location.path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    sizes = {path[len(location.path) + 1 :]: int(info["size"]) for path, info in sorted(found.items())}
-    sizes.pop(MANIFEST, None)
-    return sizes
+    return {name: size for name, size in files.list_sizes(store).items() if name != MANIFEST}
 
 
 def list_shards(store: str) -> dict[str, int]:

@@ -5,8 +5,6 @@ was stopped is finished by the same command.
 """
 
 import contextlib
-import hashlib
-import itertools
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -20,7 +18,7 @@ from pipeline.config import Spec
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, refuse_other
 from pipeline.store.manifest import Extent, Manifest, list_shards, read_manifest, unite_extents, write_manifest
 from pipeline.store.reader import open_store
-from pipeline.store.shards import Receipt, check, whole_identity
+from pipeline.store.shards import Receipt, confirm, sha256_of, whole_identity
 from pipeline.store.threads import in_threads
 
 StorePaths = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="STORE [STORE ...]")]
@@ -43,13 +41,6 @@ class MergeSpec(Spec):
         return stores
 
 
-class Source(NamedTuple):
-    """A store to be joined."""
-
-    path: str
-    manifest: Manifest
-
-
 class Move(NamedTuple):
     """A shard to be copied."""
 
@@ -67,21 +58,21 @@ def merge(spec: MergeSpec) -> Manifest:
         DistillKacError: the target cannot be written to.
     """
     into = cluster.absolute(spec.into)
-    sources = [_open(cluster.absolute(store)) for store in spec.stores]
-    first, identity = sources[0], sources[0].manifest.identity
-    for path, manifest in sources[1:]:
-        same = f"a store of the same identity as {first.path}"
-        refuse_other(path, identity, manifest.identity, "only stores of one identity can be joined", same)
-    _refuse_overlaps(sources)
-    extents = unite_extents(extent for source in sources for extent in source.manifest.extents)
+    sources = [(path, _open(path)) for path in map(cluster.absolute, spec.stores)]
+    first, manifest = sources[0]
+    identity, teacher = manifest.identity, manifest.teacher
+    for path, other in sources[1:]:
+        same = f"a store of the same identity as {first}"
+        refuse_other(path, identity, other.identity, "only stores of one identity can be joined", same)
     moves = _moves(sources)
+    extents = unite_extents(extent for _, manifest in sources for extent in manifest.extents)
     finished = _check_target(into, identity, extents, moves)
     files.check_writable(into)
     copied = in_threads(lambda move: _copy(into, identity, move, finished.get(move.shard.name)), moves, "copy")
     manifest = Manifest(
         fingerprint=identity.fingerprint(),
         identity=identity,
-        teacher=first.manifest.teacher,
+        teacher=teacher,
         extents=extents,
         shards=tuple(receipt for receipt, _ in copied),
     )
@@ -92,39 +83,29 @@ def merge(spec: MergeSpec) -> Manifest:
     return manifest
 
 
-def _open(path: str) -> Source:
+def _open(path: str) -> Manifest:
     manifest = open_store(path).manifest
     assert manifest is not None  # or it would have been refused as unfinished
-    return Source(path, manifest)
+    return manifest
 
 
-def _refuse_overlaps(sources: Sequence[Source]) -> None:
-    held = sorted(
-        (extent.guidance, ids, source.path)
-        for source in sources
-        for extent in source.manifest.extents
-        for ids in extent.ids
-    )
-    for (w, (_, stop), one), (other_w, (start, other_stop), other) in itertools.pairwise(held):
-        if w == other_w and start < stop:
-            raise StoreError(
-                f"{other}: expected sample ids that no other store holds, found {start} .. {min(stop, other_stop) - 1} "
-                f"of guidance {w:g} in {one} too: roll one of them out with another --first-sample"
-            )
+def _moves(sources: Sequence[tuple[str, Manifest]]) -> list[Move]:
+    """Every shard to be copied, in the order of the joined manifest.
 
-
-def _moves(sources: Sequence[Source]) -> list[Move]:
-    """Every shard to be copied, in the order of the joined manifest."""
+    Raises:
+        StoreError: two stores hold the same sample ids, and so a shard of the same name: ids start with a shard.
+    """
     moves: dict[str, Move] = {}
-    for source in sources:
-        receipts = {receipt.name: receipt for receipt in source.manifest.shards}
-        for shard in source.manifest.plan():
+    for path, manifest in sources:
+        receipts = {receipt.name: receipt for receipt in manifest.shards}
+        for shard in manifest.plan():
             if shard.name in moves:
                 raise StoreError(
-                    f"{source.path}: expected shards that no other store has, found {shard.name} in "
-                    f"{moves[shard.name].source} too: its ids must start at a multiple of the shard size"
+                    f"{path}: expected sample ids that no other store holds, found those from {shard.start} on of "
+                    f"guidance {shard.guidance:g} in {moves[shard.name].source} too: "
+                    "roll one of them out with another --first-sample"
                 )
-            moves[shard.name] = Move(source.path, shard, receipts[shard.name])
+            moves[shard.name] = Move(path, shard, receipts[shard.name])
     return sorted(moves.values(), key=lambda move: move.shard)
 
 
@@ -160,38 +141,21 @@ def _copy(into: str, identity: StoreIdentity, move: Move, finished: Receipt | No
     target = files.join(into, move.shard.name)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if _sha256(files.read_bytes(target)) == move.receipt.sha256:
+            if sha256_of(files.read_bytes(target)) == move.receipt.sha256:
                 return move.receipt, True
         data = files.read_bytes(files.join(move.source, move.shard.name))
-        receipt = receipt_for(move, identity, data)
+        receipt = _receipt(move, identity, data)
         files.write_bytes(target, data)
     except OSError as error:
         raise StoreError(f"{move.source}/{move.shard.name}: expected to copy it to {into}, found: {error}") from None
     return receipt, False
 
 
-def receipt_for(move: Move, identity: StoreIdentity, data: bytes) -> Receipt:
-    """The receipt for a shard's bytes as they were read: the manifest's, or that of a longer shard that a rollout at
-    work has put in the place of a short one.
-
-    Raises:
-        StoreError: the bytes are not what was published.
-    """
-    sha256 = _sha256(data)
-    if sha256 == move.receipt.sha256:
+def _receipt(move: Move, identity: StoreIdentity, data: bytes) -> Receipt:
+    if sha256_of(data) == move.receipt.sha256:
         return move.receipt
-    advice = f"python -m jobs.store verify {move.source} --repair, then run its rollout again"
     try:
-        rows = check(move.source, move.shard, identity, data).num_rows
+        return confirm(move.source, move.shard, identity, data, move.receipt)
     except StoreError as error:
+        advice = f"python -m jobs.store verify {move.source} --repair, then run its rollout again"
         raise StoreError(f"{error}: {advice}") from None
-    if not move.receipt.rows < rows <= identity.shard_size:
-        raise StoreError(
-            f"{move.source}/{move.shard.name}: expected sha256 {move.receipt.sha256[:12]}... as the manifest says, "
-            f"found {sha256[:12]}...: {advice}"
-        )
-    return move.receipt.model_copy(update={"rows": rows, "bytes": len(data), "sha256": sha256})
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -50,24 +50,16 @@ def check_position(name: str, value: int) -> None:
         raise StoreError(f"{name}: expected 0 .. 2^63 - 1, found {value}")
 
 
-class Window(NamedTuple):
-    """Shards that are loaded and shuffled together."""
-
-    epoch: int
-    number: int  # within the epoch
-    shards: Sequence[Shard]
-
-
-def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -> list[Window]:
+def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -> list[list[Shard]]:
     """An epoch of a rank: its shards in shuffled order, in windows of up to ``most_rows`` rows.
 
-    With room for two windows in memory, the next is read while one is used.
+    The rows of a window are loaded and shuffled together. With room for two, the next is read while one is used.
     """
     # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last one,
     # and a resume could not tell which epoch it is in.
     own = order.share(shards)
     shuffled = [own[i] for i in order.permutation(len(own), epoch).tolist()]
-    return [Window(epoch, number, group) for number, group in enumerate(grouped(shuffled, most_rows))]
+    return grouped(shuffled, most_rows)
 
 
 def grouped(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:

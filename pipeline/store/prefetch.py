@@ -7,9 +7,8 @@ import pyarrow as pa
 import torch
 
 from pipeline import cluster
-from pipeline.store.columns import read_group
+from pipeline.store.columns import Selection, read_group
 from pipeline.store.layout import Shard, StoreError
-from pipeline.store.selection import Selection
 
 GROUP_BYTES = 64 << 20
 """What a task reads in one go; a larger shard is read whole."""

@@ -7,22 +7,22 @@ read ahead by Ray Data tasks and shuffled within windows that fit the budget.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from kac import noise
 from kac.objectives import Interval, Objective
 from kac.solvers import knot_times
 from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows
-from pipeline.store.columns import Columns, read_group, shard_at, to_columns
+from pipeline.store.columns import Columns, Selection, columns_of_knots, read_group, shard_at, to_columns
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.order import Order, check_position, cut, grouped, rows_of, windows
 from pipeline.store.prefetch import GROUP_BYTES, read_ahead
-from pipeline.store.selection import Selection, columns_of_knots
 from pipeline.store.shards import identity_of_shard
-from pipeline.store.torch_dataset import EndpointDataset
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
@@ -152,7 +152,7 @@ class Store:
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM + rank, positions, 2)
                 yield drawn_intervals(pieces, times, *objective.draw(uniforms))
 
-    def dataset(self, batch_size: int, **options: Any) -> EndpointDataset:
+    def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
         """The store as a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
 
         Takes the options of ``batches``.
@@ -200,8 +200,23 @@ class Store:
         return Selection(self.path, self.identity, self._shards_of(guidance), knots)
 
 
-def _fits(selection: Selection, memory_bytes: int) -> bool:
-    return rows_of(selection.shards) * selection.row_bytes <= memory_bytes
+class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
+    """A store's batches for a PyTorch ``DataLoader``, whose worker processes share the rows of this rank."""
+
+    def __init__(self, batches: Callable[..., Iterator[Batch]], options: dict[str, Any]) -> None:
+        self.batches, self.options, self.epoch = batches, options, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        options = {"epoch": self.epoch, "rank": 0, "world_size": 1, **self.options}
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            options["rank"] = options["rank"] * worker.num_workers + worker.id
+            options["world_size"] *= worker.num_workers
+        return self.batches(**options)
 
 
 @dataclass(frozen=True)
@@ -213,14 +228,19 @@ class _Reading:
     order: Order
     memory_bytes: int
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the selection fits the budget."""
+        return rows_of(self.selection.shards) * self.selection.row_bytes <= self.memory_bytes
+
     def rows_an_epoch(self) -> int:
         """This rank's rows; where one rank would have none, all refuse: the others would wait for ever."""
-        is_in_memory, shards = _fits(self.selection, self.memory_bytes), self.selection.shards
-        found, what = (rows_of(shards), "rows") if is_in_memory else (len(shards), "shards to stream")
+        shards = self.selection.shards
+        found, what = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if found < self.order.world_size:
             at_least = f"at least {self.order.world_size} {what} for as many workers"
             raise StoreError(f"{self.store.path}: expected {at_least}, found {found}")
-        return len(self.order.share(range(found))) if is_in_memory else rows_of(self.order.share(shards))
+        return len(self.order.share(range(found))) if self.is_in_memory else rows_of(self.order.share(shards))
 
     def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
         """Epoch after epoch. A Ray Data pipeline takes a second to start: small stores get several epochs from one."""
@@ -230,7 +250,7 @@ class _Reading:
 
     def pieces(self, epochs: range, skip: int) -> Iterator[Piece]:
         """The rows of some epochs in their order, but for the first ``skip``."""
-        if not _fits(self.selection, self.memory_bytes):
+        if not self.is_in_memory:
             yield from self._stream(epochs, skip)
             return
         columns = self.store.load(self.selection)
@@ -242,15 +262,15 @@ class _Reading:
     def _stream(self, epochs: range, skip: int) -> Iterator[Piece]:
         selection, half = self.selection, self.memory_bytes // 2
         todo = deque(
-            window
-            for epoch in epochs
-            for window in windows(selection.shards, self.order, epoch, half // selection.row_bytes)
+            (epoch, part, shards)
+            for epoch in epochs  # the order of its shards is part 0 of its shuffle
+            for part, shards in enumerate(windows(selection.shards, self.order, epoch, half // selection.row_bytes), 1)
         )
-        while todo and skip >= rows_of(todo[0].shards):
-            skip -= rows_of(todo.popleft().shards)
-        groups = [grouped(window.shards, GROUP_BYTES // selection.row_bytes) for window in todo]
+        while todo and skip >= rows_of(todo[0][2]):
+            skip -= rows_of(todo.popleft()[2])
+        groups = [grouped(shards, GROUP_BYTES // selection.row_bytes) for _, _, shards in todo]
         tables = read_ahead(selection, list(itertools.chain.from_iterable(groups)), half)
-        for window, own in zip(todo, groups, strict=True):
-            columns = to_columns(selection, window.shards, itertools.islice(tables, len(own)))
-            yield columns, self.order.permutation(len(columns.label), window.epoch, window.number + 1)[skip:]
+        for (epoch, part, shards), own in zip(todo, groups, strict=True):
+            columns = to_columns(selection, shards, itertools.islice(tables, len(own)))
+            yield columns, self.order.permutation(len(columns.label), epoch, part)[skip:]
             skip = 0

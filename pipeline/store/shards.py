@@ -6,7 +6,7 @@ Every page carries a CRC, and the manifest holds the file's sha256: no flipped b
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +15,7 @@ import pyarrow.parquet as pq
 from kac import files
 from kac.errors import one_line
 from kac.options import Options
-from pipeline.store.layout import (
-    INTERVAL,
-    KINETIC_ENERGY,
-    LABEL,
-    SAMPLE_ID,
-    Shard,
-    StoreError,
-    StoreIdentity,
-    describe_difference,
-)
+from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, SAMPLE_ID, Shard, StoreError, StoreIdentity
 from pipeline.store.versions import SCHEMA_VERSION, check_version, parse
 
 CONTENT_SHA256 = "content_sha256"
@@ -56,33 +47,15 @@ class ForeignShard(StoreError):
     """A whole shard that belongs to another store: it must not be overwritten."""
 
 
-def make_table(
-    identity: StoreIdentity,
-    shard: Shard,
-    label: np.ndarray,
-    kinetic_energy: np.ndarray,
-    knots: Sequence[np.ndarray],
-    interval: np.ndarray | None = None,
-) -> pa.Table:
+def make_table(identity: StoreIdentity, shard: Shard, columns: Mapping[str, np.ndarray]) -> pa.Table:
     """The rows of a shard as an Arrow table, whose metadata say all that a reader needs to know besides.
 
     Args:
-        label, kinetic_energy, interval: [rows]. knots: one array [rows, *sample_shape] a knot column.
+        columns: all but the sample ids, by name: [rows], or [rows, *sample_shape] for a knot.
     """
     schema = identity.arrow_schema()
-    columns: dict[str, pa.Array] = {
-        SAMPLE_ID: pa.array(np.arange(shard.start, shard.start + shard.rows), pa.int64()),
-        LABEL: pa.array(label.astype(np.int32)),
-        KINETIC_ENERGY: pa.array(kinetic_energy.astype(np.float32)),
-    }
-    if interval is not None:
-        columns[INTERVAL] = pa.array(interval.astype(np.int32))
-    for name, knot in zip(identity.knot_columns, knots, strict=True):
-        flat = pa.array(np.ascontiguousarray(knot, dtype=identity.dtype).reshape(-1))
-        tensor_type = schema.field(name).type
-        storage = pa.FixedSizeListArray.from_arrays(flat, type=tensor_type.storage_type)
-        columns[name] = pa.ExtensionArray.from_storage(tensor_type, storage)
-    table = pa.table([columns[field.name] for field in schema], schema=schema)
+    columns = {**columns, SAMPLE_ID: np.asarray(shard.ids)}
+    table = pa.table([_to_arrow(columns[field.name], field.type) for field in schema], schema=schema)
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "fingerprint": identity.fingerprint(),
@@ -92,6 +65,14 @@ def make_table(
         "identity": json.dumps(identity.values(), sort_keys=True),
     }
     return table.replace_schema_metadata({**metadata, CONTENT_SHA256: _content_sha256(table, metadata)})
+
+
+def _to_arrow(values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
+    if not isinstance(arrow_type, pa.FixedShapeTensorType):
+        return pa.array(values.astype(arrow_type.to_pandas_dtype()))
+    flat = np.ascontiguousarray(values, dtype=arrow_type.value_type.to_pandas_dtype()).reshape(-1)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat), type=arrow_type.storage_type)
+    return pa.ExtensionArray.from_storage(arrow_type, storage)
 
 
 def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
@@ -151,11 +132,34 @@ def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, p
     return _receipt(shard, data, table.num_rows), table
 
 
+def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, listed: Receipt | None) -> Receipt:
+    """The receipt for a shard's bytes as they were read; they must be those that the manifest lists, if it does.
+
+    A longer shard will do too: a rollout that adds trajectories replaces a short last one before the manifest is.
+
+    Raises:
+        StoreError: as ``check``. DamagedShard: another file than the one that was published, or too many rows.
+    """
+    found = _receipt(shard, data, check(store, shard, identity, data).num_rows)
+    where = f"{store}/{shard.name}"
+    if found.rows > identity.shard_size:
+        raise DamagedShard(f"{where}: expected at most {identity.shard_size} rows, found {found.rows}")
+    if listed and found.rows < listed.rows:
+        raise DamagedShard(f"{where}: expected {listed.rows} rows, found {found.rows}")
+    if listed and found.rows == listed.rows and found.sha256 != listed.sha256:
+        expected = f"sha256 {listed.sha256[:12]}... as the manifest says"
+        raise DamagedShard(f"{where}: expected {expected}, found {found.sha256[:12]}...")
+    return found
+
+
 def _receipt(shard: Shard, data: bytes, rows: int) -> Receipt:
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Receipt(
-        name=shard.name, guidance=shard.guidance, start=shard.start, rows=rows, bytes=len(data), sha256=sha256
-    )
+    place = {"name": shard.name, "guidance": shard.guidance, "start": shard.start}
+    return Receipt(**place, rows=rows, bytes=len(data), sha256=sha256_of(data))
+
+
+def sha256_of(data: bytes) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.Table:
@@ -169,33 +173,43 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
     where = f"{store}/{shard.name}"
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        schema = file.schema_arrow
-        metadata = read_metadata(where, schema)
+        metadata = read_metadata(where, file.schema_arrow)
         table = file.read()
         if _content_sha256(table, metadata) != metadata[CONTENT_SHA256]:
             raise ValueError(f"values that do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of its footer")
-        _check_place(where, shard, identity, metadata)
+        check_footer(where, shard, identity, file.schema_arrow)
     except UNREADABLE as error:
         raise DamagedShard(f"{where}: expected a whole Parquet shard, found: {reason(error)}") from None
-    expected = identity.arrow_schema()
-    if not schema.remove_metadata().equals(expected):
-        raise DamagedShard(f"{where}: expected the columns {expected.names}, found {schema.names}")
-    _check_rows(where, shard, identity, table)
+    check_rows(where, shard, identity, table)
     return table
 
 
-def _check_place(where: str, shard: Shard, identity: StoreIdentity, metadata: dict[str, str]) -> None:
+def check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
+    """Compare the store, the place and the columns that a shard's footer names with what they must be.
+
+    Raises:
+        ForeignShard: of another store or place. NewerVersion: a newer version wrote it. One of ``UNREADABLE``: damaged.
+    """
+    metadata = read_metadata(where, schema)
     if metadata["fingerprint"] != identity.fingerprint():
-        difference = describe_difference(identity, identity_in(where, metadata))
+        difference = identity.difference(identity_in(where, metadata))
         raise ForeignShard(f"{where}: expected a shard with {difference}: it belongs to another store; move it away")
     if (float(metadata["guidance"]), int(metadata["start"])) != (shard.guidance, shard.start):
         raise ForeignShard(
             f"{where}: expected guidance {shard.guidance} from sample {shard.start}, found guidance "
             f"{metadata['guidance']} from sample {metadata['start']}: a copy under another name; move it away"
         )
+    # A column that is not there is left out by Arrow without a word.
+    if not schema.remove_metadata().equals(identity.arrow_schema()):
+        raise ValueError(f"the columns {schema.names}")
 
 
-def _check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
+def check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
+    """Refuse ids that are not the shard's, and NaN or infinity.
+
+    Raises:
+        DamagedShard: the ids. NotFiniteShard: names the samples and the columns.
+    """
     ids = table[SAMPLE_ID].to_numpy()
     if len(ids) == 0 or not np.array_equal(ids, np.arange(shard.start, shard.start + len(ids))):
         raise DamagedShard(f"{where}: expected the sample ids from {shard.start} on, one after the other")
@@ -238,9 +252,8 @@ def read_metadata(where: str, schema: pa.Schema) -> dict[str, str]:
     Raises:
         NewerVersion: a newer version wrote it. One of ``UNREADABLE``: it is damaged.
     """
-    metadata = {
-        key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key != b"ARROW:schema"
-    }
+    pairs = (schema.metadata or {}).items()
+    metadata = {key.decode(): value.decode() for key, value in pairs if key != b"ARROW:schema"}
     check_version(where, int(metadata["schema_version"]))
     return metadata
 

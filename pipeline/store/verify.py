@@ -1,8 +1,7 @@
 """Verify: say what is wrong with a store, file by file, and remove what must be redone."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kac import files
@@ -13,12 +12,18 @@ from pipeline.store.describe import StorePath
 from pipeline.store.examine import NOT_OURS, Finding, Kind, examine_all
 from pipeline.store.layout import MANIFEST, StoreError, StoreIdentity, parse_shard_name
 from pipeline.store.manifest import Manifest, list_files, read_manifest
-from pipeline.store.shards import identity_of_shard
+from pipeline.store.shards import identity_of_shard, sha256_of
 from pipeline.store.threads import in_threads
 from pipeline.store.versions import NewerVersion
 
 HARMLESS: tuple[Kind, ...] = ("leftover", "extra")
 """Reported and left alone: readers of the store do not look at them."""
+
+REDONE: tuple[Kind, ...] = ("damaged", "not finite", "foreign", "duplicated")
+"""Removed by --repair; what was foreign in an unfinished store stays."""
+
+WHOLE: tuple[Kind, ...] = ("", "unplanned")
+"""All that can be wrong with such a shard is that the manifest has no use for it."""
 
 
 class VerifySpec(Spec):
@@ -58,11 +63,8 @@ def run(spec: VerifySpec) -> None:
     for problem in report.problems:
         removed = ": removed" if problem.name in report.removed else ""
         print(f"verify: {problem.kind}: {problem.name}: {problem.detail}{removed}", flush=True)
-    print(
-        f"verify: {report.store}: {report.shards:,} whole shards, {report.rows:,} rows, "
-        f"{report.bytes / 2**20:.1f} MiB read",
-        flush=True,
-    )
+    whole, read = f"{report.shards:,} whole shards, {report.rows:,} rows", f"{report.bytes / 2**20:.1f} MiB read"
+    print(f"verify: {report.store}: {whole}, {read}", flush=True)
     if not report.is_whole:
         raise StoreError(_verdict(report))
 
@@ -72,7 +74,7 @@ def _verdict(report: Report) -> str:
     counts = Counter(problem.kind for problem in report.problems if problem.kind not in HARMLESS)
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     advice = "run the rollout again to redo what is missing"
-    if not report.removed and counts.keys() & {"damaged", "not finite", "foreign", "duplicated"}:
+    if not report.removed and counts.keys() & set(REDONE):
         advice = f"python -m jobs.store verify {report.store} --repair, then {advice}"
     return f"{report.store}: expected a finished and whole store, found {found}: {advice}"
 
@@ -87,17 +89,18 @@ def verify(spec: VerifySpec) -> Report:
     manifest = read_manifest(store)
     names = list_files(store)
     identity = manifest.identity if manifest else identity_by_majority(store, names)
-    findings = examine_all(store, identity, manifest, [name for name in names if name.endswith(".parquet")])
-    problems = [*_problems_of_findings(manifest, findings), *_problems_of_files(manifest, names)]
-    removed = _repair(store, manifest is not None, findings, problems) if spec.repair else ()
-    whole = [finding for finding in findings if not finding.kind]
+    parquet = [name for name in names if name.endswith(".parquet")]
+    planned = {shard.name for shard in manifest.plan()} if manifest else None
+    findings = [_in_context(finding, names, planned) for finding in examine_all(store, identity, manifest, parquet)]
+    problems = [finding for finding in findings if finding.kind]
+    whole = [finding for finding in findings if finding.kind in WHOLE]
     return Report(
         store=store,
         shards=len(whole),
         rows=sum(finding.rows for finding in whole),
         bytes=sum(finding.bytes for finding in findings),
-        problems=tuple(sorted(problems)),
-        removed=removed,
+        problems=tuple(sorted([*problems, *_problems_of_names(manifest, names)])),
+        removed=_repair(store, manifest is not None, findings) if spec.repair else (),
     )
 
 
@@ -125,64 +128,51 @@ def identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
     raise StoreError(f"{store}: expected an endpoint store, found {found}: make one with python -m jobs.rollout")
 
 
-def _problems_of_findings(manifest: Manifest | None, findings: Sequence[Finding]) -> list[Finding]:
-    there = {finding.name for finding in findings}
-    planned = {shard.name: shard for shard in manifest.plan()} if manifest else {}
-    problems = []
-    for finding in findings:
-        kind, detail = finding.kind, finding.detail
-        if kind == "duplicated" and finding.belongs_to not in there:
-            kind, detail = "foreign", f"expected another shard, found {finding.belongs_to}, which is not in its place"
-        if not kind and manifest and finding.name not in planned:
-            kind, again = "unplanned", "run the rollout that made them again, or move it away"
-            detail = f"{finding.rows} rows that {MANIFEST} does not plan: {again}"
-        if not kind and manifest and finding.rows < planned[finding.name].rows:
-            kind, detail = "damaged", f"expected {planned[finding.name].rows} rows, found {finding.rows}"
-        if kind:
-            problems.append(finding._replace(kind=kind, detail=detail))
-    return problems
+def _in_context(finding: Finding, names: Collection[str], planned: Collection[str] | None) -> Finding:
+    """The finding in the light of what else there is."""
+    if finding.kind == "duplicated" and finding.belongs_to not in names:
+        detail = f"expected another shard, found {finding.belongs_to}, which is not in its place"
+        return finding._replace(kind="foreign", detail=detail)
+    if not finding.kind and planned is not None and finding.name not in planned:
+        again = "run the rollout that made them again, or move it away"
+        detail = f"{finding.rows} rows that {MANIFEST} does not plan: {again}"
+        return finding._replace(kind="unplanned", detail=detail)
+    return finding
 
 
-def _problems_of_files(manifest: Manifest | None, names: Collection[str]) -> list[Finding]:
-    problems = [
-        Finding(shard.name, "missing", f"expected samples {shard.start} .. {shard.ids.stop - 1}, found no file")
-        for shard in (manifest.plan() if manifest else [])
-        if shard.name not in names
-    ]
+def _problems_of_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[Finding]:
+    if manifest is None:
+        yield Finding(MANIFEST, "unfinished", "expected the manifest of a finished store, found none")
+    for shard in manifest.plan() if manifest else ():
+        if shard.name not in names:
+            samples = f"{shard.start} .. {shard.ids.stop - 1}"
+            yield Finding(shard.name, "missing", f"expected samples {samples}, found no file")
     for name in names:
         if files.is_temporary(name.rsplit("/", 1)[-1]):
-            problems.append(
-                Finding(name, "leftover", "a temporary file of a writer that died or is at work: left alone")
-            )
+            yield Finding(name, "leftover", "a temporary file of a writer that died or is at work: left alone")
         elif not name.endswith(".parquet"):
-            problems.append(Finding(name, "extra", NOT_OURS))
-    if manifest is None:
-        problems.append(Finding(MANIFEST, "unfinished", "expected the manifest of a finished store, found none"))
-    return problems
+            yield Finding(name, "extra", NOT_OURS)
 
 
-def _repair(store: str, is_finished: bool, findings: Sequence[Finding], problems: Sequence[Finding]) -> tuple[str, ...]:
+def _repair(store: str, is_finished: bool, findings: Sequence[Finding]) -> tuple[str, ...]:
     """Remove the shards that must be redone, and copies of whole ones; returns their names."""
-    kinds = {problem.name: problem.kind for problem in problems}
-    whole = {(finding.name, finding.sha256) for finding in findings if not finding.kind}
-    removed = []
-    for finding in findings:
-        kind = kinds.get(finding.name)
-        if parse_shard_name(finding.name):
-            # Nothing says which of the identities in an unfinished store is the right one.
-            is_bad = kind in ("damaged", "not finite", "duplicated") or (kind == "foreign" and is_finished)
-        else:
+    whole = {(finding.name, finding.sha256) for finding in findings if finding.kind in WHOLE}
+
+    def is_bad(finding: Finding) -> bool:
+        if not parse_shard_name(finding.name):
             # A name of the user's choice: only what is certainly there a second time.
-            is_bad = kind == "duplicated" and (finding.belongs_to, finding.sha256) in whole
-        if is_bad and _remove(files.join(store, finding.name), finding.sha256):
-            removed.append(finding.name)
-    return tuple(removed)
+            return finding.kind == "duplicated" and (finding.belongs_to, finding.sha256) in whole
+        # Nothing says which of the identities in an unfinished store is the right one.
+        return finding.kind in REDONE and (finding.kind != "foreign" or is_finished)
+
+    bad = [finding for finding in findings if is_bad(finding)]
+    return tuple(finding.name for finding in bad if _remove(files.join(store, finding.name), finding.sha256))
 
 
 def _remove(path: str, sha256: str) -> bool:
     """Remove a file unless it has changed since it was read: a rollout at work may have mended it."""
     try:
-        if hashlib.sha256(files.read_bytes(path)).hexdigest() != sha256:
+        if sha256_of(files.read_bytes(path)) != sha256:
             return False
         location = files.locate(path)
         location.fs.rm_file(location.path)

@@ -12,7 +12,7 @@ from kac.errors import DistillKacError
 from pipeline import cluster
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training.learner import Worker
-from pipeline.training.loop import Job, Report, averaged_weights, run_updates
+from pipeline.training.loop import Job, OnCheckpoint, averaged_weights, run_updates
 
 MAX_FAILURES = 3
 """A worker group that fails more often is a fault to be seen, not to be retried."""
@@ -29,12 +29,14 @@ def choose_workers(asked: int | None, gpu: bool | None) -> tuple[int, bool]:
     return (gpus if asked is None else asked), (gpus > 0 if gpu is None else gpu)
 
 
-def train(job: Job, workers: int, use_gpu: bool = False, report: Report | None = None) -> dict[str, Tensor]:
+def train(
+    job: Job, workers: int, use_gpu: bool = False, on_checkpoint: OnCheckpoint | None = None
+) -> dict[str, Tensor]:
     """Run the loop and return the averaged weights.
 
     Args:
         workers: 0 runs it in this process; more run under Ray Train, data-parallel.
-        report: called at every checkpoint of a loop in this process.
+        on_checkpoint: called at every checkpoint of a loop in this process.
 
     Raises:
         DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
@@ -43,18 +45,18 @@ def train(job: Job, workers: int, use_gpu: bool = False, report: Report | None =
         raise DistillKacError(
             f"--workers: expected a divisor of the batch size {job.task.optimizer.batch_size}, found {workers}"
         )
-    return averaged_weights(_train_on_ray(job, workers, use_gpu) if workers else _train_here(job, report))
+    return averaged_weights(_train_on_ray(job, workers, use_gpu) if workers else _train_here(job, on_checkpoint))
 
 
-def _train_here(job: Job, report: Report | None) -> bytes:
+def _train_here(job: Job, on_checkpoint: OnCheckpoint | None) -> bytes:
     path = files.join(files.join(job.out, TRAINING_FOLDER), STATE_FILE)
     resume = files.read_bytes(path) if files.exists(path) else None
 
     def keep(metrics: dict[str, float], state: bytes | None) -> None:
         if state is not None:
             files.write_bytes(path, state)
-        if report is not None:
-            report(metrics, state)
+        if on_checkpoint is not None:
+            on_checkpoint(metrics, state)
 
     return run_updates(job, Worker(0, 1, default_device()), keep, resume)
 

@@ -1,9 +1,10 @@
-"""What is trained: networks, each with its optimizer and its average, and what one update does to them."""
+"""What is trained: networks, each with its optimizer and its average; the batches and random numbers of an update."""
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Learner(Protocol):
         ...
 
     def learning_rate(self) -> float:
-        """That of the last update."""
+        """The learning rate of the last update."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class TrainedNetwork:
         self.average.update_parameters(self.network)
 
     def learning_rate(self) -> float:
-        """That of the last update."""
+        """The learning rate of the last update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +123,43 @@ class NetworkLearner(TrainedNetwork):
         parts = self.losses(self.forward, number)
         self.descend(torch.stack(list(parts.values())).sum(), number)
         return {name: part.detach() for name, part in parts.items()}
+
+
+# Random numbers: functions of (seed, update, rank) alone, so that no random state needs to be saved.
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on the whole ``key``."""
+    word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def generator(seed: int, update: int, worker: Worker) -> torch.Generator:
+    """The random numbers of one worker's update, on its device."""
+    on_cpu = seeded(seed, update, worker.rank)
+    if worker.device.type == "cpu":
+        return on_cpu
+    return torch.Generator(worker.device).manual_seed(on_cpu.initial_seed())
+
+
+class EpochOrder:
+    """Endless shuffled epochs over ``count`` rows, cut into batches; an epoch is shuffled once, when it begins."""
+
+    def __init__(self, seed: int, count: int, batch_size: int) -> None:
+        self.seed, self.count, self.batch_size = seed, count, batch_size
+        self._shuffled: dict[int, Tensor] = {}
+
+    def batch(self, update: int) -> Tensor:
+        """The rows of an update's batch: [batch_size], int64."""
+        first, last = update * self.batch_size, (update + 1) * self.batch_size
+        epochs = range(first // self.count, (last - 1) // self.count + 1)
+        known = self._shuffled
+        self._shuffled = {epoch: known[epoch] if epoch in known else self._shuffle(epoch) for epoch in epochs}
+        order = torch.cat(list(self._shuffled.values())) if len(epochs) > 1 else self._shuffled[epochs.start]
+        return order[first - epochs.start * self.count :][: self.batch_size]
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        return torch.randperm(self.count, generator=seeded(self.seed, epoch))
 
 
 def learning_rate_factor(update: int, options: OptimizerConfig) -> float:

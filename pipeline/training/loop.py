@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from kac.errors import DistillKacError
+from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
-from pipeline.tracking import TrackedRun
+from pipeline.tracking import PART_PREFIX, TrackedRun, declare
 from pipeline.training.learner import AVERAGE, Learner, Worker
 
 LOG_UPDATES = 50
 
-Report = Callable[[dict[str, float], bytes | None], None]
+declare(
+    Metric("loss", "training loss, the mean of the last updates", better="lower"),
+    Metric("learning_rate", "learning rate of the last update"),
+    Metric("samples_per_second", "training samples a second", better="higher"),
+)
+
+OnCheckpoint = Callable[[dict[str, float], bytes | None], None]
 """(metrics, training state or None): called equally often by every worker."""
 
 
@@ -40,7 +47,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A task, and how its run is kept."""
+    """A task, where its results go, and how often it is saved."""
 
     task: Task
     title: str
@@ -49,7 +56,7 @@ class Job:
     checkpoint_updates: int
 
 
-def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
+def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: bytes | None) -> bytes:
     """Train from ``resume`` (or the start) to the last update; returns the final state.
 
     Raises:
@@ -73,7 +80,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
         if done % job.checkpoint_updates == 0 or is_last:
             _check_finite(job, window.last_loss(), done)
             state = _save(learner, done)
-            report({"update": float(done), "loss": window.last_loss()}, state)
+            on_checkpoint({"update": float(done), "loss": window.last_loss()}, state)
     bar.close()
     return state or _save(learner, first)
 
@@ -98,7 +105,7 @@ class _Window:
         self.last = parts
 
     def last_loss(self) -> float:
-        """That of the last update."""
+        """The loss of the last update."""
         return float(sum(part.item() for part in self.last.values()))
 
     def close(self) -> dict[str, float]:
@@ -107,7 +114,7 @@ class _Window:
         means = {name: _mean([parts[name] for parts in self.parts if name in parts]) for name in names}
         metrics = {
             "loss": sum(means.values()),
-            **({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}),
+            **{f"{PART_PREFIX}{name}": mean for name, mean in means.items()},
             "learning_rate": self.learner.learning_rate(),
             "samples_per_second": len(self.parts) * self.batch_size / (time.perf_counter() - self.started),
         }

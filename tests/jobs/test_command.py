@@ -96,6 +96,7 @@ def test_an_error_of_the_options_has_another_code_and_runs_nothing(capsys: pytes
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_says_how_it_is_called(job: str, monkeypatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", [job, "--help"])
+    monkeypatch.delitem(sys.modules, f"jobs.{job}", raising=False)
     with contextlib.suppress(SystemExit):
         runpy.run_module(f"jobs.{job}", run_name="__main__")
     out, err = capsys.readouterr()

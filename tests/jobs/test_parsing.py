@@ -177,6 +177,14 @@ def test_another_kind_replaces_that_of_the_file_with_its_options(write):
     assert options(f"--config {write('{out: o, network: grid}')} --network.patch-size 5").network == Grid(patch_size=5)
 
 
+def test_an_option_of_the_file_that_the_kind_does_not_have_is_refused(write):
+    file = write("{out: o, network: {width: 4}}")
+    assert options(f"--config {file}").network == Dense(width=4)
+    assert refusal(f"--config {file} --network grid") == (
+        f"--config {file}: --network.width: unknown option: see --help"
+    )
+
+
 def test_the_last_one_wins_and_an_equals_sign_takes_any_word():
     assert options("--out a --out b").out == "b"
     assert options("--out=--b --solver=euler").out == "--b"

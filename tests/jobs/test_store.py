@@ -17,10 +17,10 @@ def run_job(monkeypatch: pytest.MonkeyPatch):
 
     def run(*words: str) -> tuple[int, Any]:
         seen: list[Any] = []
-        commands = {name: (spec_type, seen.append) for name, (spec_type, _) in store.main.args[0].items()}
+        commands = {name: (spec_type, seen.append) for name, (spec_type, _) in store.COMMANDS.items()}
         monkeypatch.setattr(sys, "argv", ["store", *words])
         try:
-            command.main_of(commands, *store.main.args[1:])
+            command.main_of(commands, "python -m jobs.store", "Look after stores.")
         except SystemExit as stop:
             return int(stop.code or 0), None
         return 0, seen[0] if seen else None

@@ -39,8 +39,8 @@ TIMES = [torch.tensor(0.25, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "batch"])
 def test_without_guidance_the_network_is_called_once_with_the_plain_batch(t):
     spy = Spy()
-    guided = guide(spy, 0.0)
-    u = guided(X, t, LABEL)
+    guided = guide(spy, 0.0, LABEL)
+    u = guided(X, t)
     assert guided.nfe_per_call == 1
     ((x, t_seen, label),) = spy.calls
     assert torch.equal(x, X)
@@ -53,8 +53,8 @@ def test_without_guidance_the_network_is_called_once_with_the_plain_batch(t):
 @given(WEIGHTS, st.sampled_from(TIMES))
 def test_guidance_is_one_call_on_a_doubled_batch(w, t):
     spy = Spy()
-    guided = guide(spy, w)
-    u = guided(X, t, LABEL)
+    guided = guide(spy, w, LABEL)
+    u = guided(X, t)
     assert guided.nfe_per_call == 2
     ((x, t_seen, label),) = spy.calls
     assert torch.equal(x, torch.cat([X, X]))
@@ -67,15 +67,18 @@ def test_guidance_is_one_call_on_a_doubled_batch(w, t):
 def test_values_by_hand():
     """t + label = 2.25 and t + null = 7.25: at w = 1, x (2 * 2.25 - 7.25); at w = -1, the null field alone."""
     x, label, t = torch.tensor([[1.0]]), torch.tensor([2]), torch.tensor(0.25)
-    assert guide(Spy(), 1.0)(x, t, label).item() == -2.75
-    assert guide(Spy(), -1.0)(x, t, label).item() == 7.25
+    assert guide(Spy(), 1.0, label)(x, t).item() == -2.75
+    assert guide(Spy(), -1.0, label)(x, t).item() == 7.25
 
 
-def test_given_fixes_the_labels():
-    field = guide(Spy(), 1.5).given(LABEL)
-    assert torch.equal(field(X, TIMES[0]), guide(Spy(), 1.5)(X, TIMES[0], LABEL))
-    assert field.nfe_per_call == 2
-    assert guide(Spy(), 0.0).given(LABEL).nfe_per_call == 1
+def test_conditions_reach_the_network_with_and_without_guidance():
+    class Taking(Spy):
+        def __call__(self, x, t, label, end_time):
+            return super().__call__(x, t, label) + end_time
+
+    for w in (0.0, 1.5):
+        field = guide(Taking(), w, LABEL, lambda t: {"end_time": t / 2})
+        torch.testing.assert_close(field(X, TIMES[0]), guide(Spy(), w, LABEL)(X, TIMES[0]) + TIMES[0] / 2)
 
 
 def test_a_network_under_guidance_is_its_two_fields_combined():
@@ -85,7 +88,7 @@ def test_a_network_under_guidance_is_its_two_fields_combined():
     for t in TIMES:
         u, u_null = network(X, t, LABEL), network(X, t, torch.full_like(LABEL, NULL))
         assert not torch.allclose(u, u_null)
-        torch.testing.assert_close(guide(network, 2.0)(X, t, LABEL), 3 * u - 2 * u_null)
+        torch.testing.assert_close(guide(network, 2.0, LABEL)(X, t), 3 * u - 2 * u_null)
 
 
 # The only copy

@@ -5,7 +5,7 @@ import torch
 
 from kac.errors import CheckpointError
 from kac.networks import MLPConfig, build_network, load_weights
-from kac.networks.network import FourierFeatures, NetworkModule
+from kac.networks.velocity import FourierFeatures, NetworkModule
 from kac.options import OptionError
 
 

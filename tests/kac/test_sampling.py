@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from kac import noise as noises
-from kac.checkpoint import ModelConfig
+from kac.checkpoint import Model, ModelConfig
 from kac.errors import DistillKacError
 from kac.networks import MLPConfig, build_network
-from kac.objectives import Interval, endpoint_loss
+from kac.objectives import Interval
+from kac.objectives.endpoint import endpoint_loss
 from kac.path import KacPath, PathConfig
-from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+from kac.precision import Precision
+from kac.sampling import Sampling, draw, generate, initial_noise, student_sampling, teacher_sampling
 
 
 def config(**changes) -> ModelConfig:
@@ -106,3 +108,31 @@ def test_a_student_without_loss_lands_where_the_teacher_does():
 def test_refuses_to_sample_without_steps(steps):
     with pytest.raises(ValueError, match="knots must be at least 1"):
         sample(lambda x, t, label: x, torch.zeros(1, 2), torch.zeros(1), steps)
+
+
+def test_a_network_that_takes_the_end_of_a_step_and_the_guidance_scale_is_given_them():
+    """As a student of any step count does, whose velocity leads straight to the end of each step."""
+    seen = []
+
+    class Student:
+        null_label, takes = 4, ("end_time", "guidance")
+
+        def __call__(self, x, t, label, end_time, guidance):
+            seen.append((t.item(), end_time.item(), guidance.item()))
+            return torch.zeros_like(x)
+
+    noise, label = torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
+    solution = generate(Student(), noise, label, Sampling(2.5, 4, "euler"))
+    assert seen == [(1.0, 0.75, 2.5), (0.75, 0.5, 2.5), (0.5, 0.25, 2.5), (0.25, 0.0, 2.5)]
+    assert solution.nfe == 4  # the scale is an input: no second evaluation
+
+
+def test_a_network_with_conditions_is_sampled_from_its_model(tmp_path):
+    network = build_network(MLPConfig(width=8, depth=1, conditions=("end_time",)), (1, 3, 3), 4)
+    torch.nn.init.normal_(network.leave[1].weight)
+    torch.nn.init.normal_(network.conditions.end_time[3].weight)
+    model = Model(network, config())
+    made = draw(model, Sampling(0.0, 3, "euler"), Precision(), seed=0, count=5, batch_size=2)
+    assert made.images.shape == (5, 1, 3, 3)
+    two = draw(model, Sampling(0.0, 3, "euler"), Precision(dtype="bfloat16"), seed=0, count=5, batch_size=5)
+    torch.testing.assert_close(made.images, two.images, rtol=0.1, atol=0.5)

@@ -124,8 +124,8 @@ def test_a_guided_call_counts_twice(method):
             return x * t
 
     label = torch.zeros(3, dtype=torch.int64)
-    assert solve(guide(Model(), 0.0).given(label), START, knot_times(5), method).nfe == 5 * CALLS[method]
-    assert solve(guide(Model(), 1.5).given(label), START, knot_times(5), method).nfe == 10 * CALLS[method]
+    assert solve(guide(Model(), 0.0, label), START, knot_times(5), method).nfe == 5 * CALLS[method]
+    assert solve(guide(Model(), 1.5, label), START, knot_times(5), method).nfe == 10 * CALLS[method]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -62,7 +62,7 @@ def test_loss_is_the_mean_squared_error_to_the_target(path):
 def test_all_draws_come_from_the_generator():
     x_0, label = torch.rand(32, 2), torch.randint(0, 10, (32,))
     state = torch.get_rng_state()
-    losses = [flow_matching_loss(Spy(), KacPath(), x_0, label, seeded(seed)).item() for seed in (2, 2, 3)]
+    losses = [flow_matching_loss(Spy(), KacPath(), x_0, label, seeded(seed), 0.1).item() for seed in (2, 2, 3)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -70,7 +70,7 @@ def test_all_draws_come_from_the_generator():
 def times_of(count: int, generator: torch.Generator) -> Tensor:
     spy = Spy()
     label = torch.zeros(count, dtype=torch.int64)
-    flow_matching_loss(spy, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator)
+    flow_matching_loss(spy, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator, 0.1)
     return spy.t
 
 
@@ -101,7 +101,7 @@ def test_label_dropout_has_its_share_and_touches_nothing_else(share):
 
 def test_default_dropout_is_a_tenth():
     spy = Spy()
-    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6))
+    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6), 0.1)
     assert (spy.label == NULL).double().mean().item() == pytest.approx(0.1, abs=0.012)
 
 
@@ -127,7 +127,7 @@ def test_exact_field_of_a_single_image_has_no_loss():
     x_0 = torch.full((5000, 1), 0.4, dtype=torch.float64)
     path, label = KacPath(KacProcess(3.0, 2.0)), torch.zeros(5000, dtype=torch.int64)
     oracle = kac_oracle(path.process, torch.tensor([0.4], dtype=torch.float64))
-    assert flow_matching_loss(with_null_label(oracle), path, x_0, label, seeded(7)).item() < 1e-20
+    assert flow_matching_loss(with_null_label(oracle), path, x_0, label, seeded(7), 0.1).item() < 1e-20
 
 
 @pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
@@ -139,7 +139,7 @@ def test_conditional_expectation_is_the_minimiser(process):
     oracle, recorded = kac_oracle(process, points), Recorded(KacPath(process))
 
     def loss(field) -> float:
-        return flow_matching_loss(with_null_label(field), recorded, x_0, label, seeded(8)).item()
+        return flow_matching_loss(with_null_label(field), recorded, x_0, label, seeded(8), 0.1).item()
 
     best = loss(oracle)
     x, t = recorded.point.x_t, recorded.point.t
@@ -170,7 +170,7 @@ def test_training_reaches_the_known_minimum():
     def loss(count: int) -> Tensor:
         x_0 = torch.randn(count, 2, generator=generator)
         label = torch.zeros(count, dtype=torch.int64)
-        return flow_matching_loss(network, GaussianPath(), x_0, label, generator)
+        return flow_matching_loss(network, GaussianPath(), x_0, label, generator, 0.1)
 
     with torch.no_grad():
         assert loss(50_000).item() == pytest.approx(2, abs=0.05)

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from kac.checkpoint import ModelConfig, save_model
-from kac.data import DataConfig, open_dataset
+from kac.checkpoint import save_model, teacher_config
+from kac.data import DataConfig
 from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from pipeline.config import RolloutSpec
@@ -20,17 +20,7 @@ from pipeline.store.shards import Receipt
 
 def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_config: PathConfig | None = None) -> str:
     """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way."""
-    dataset = open_dataset(DataConfig(kind=data)).description
-    config = ModelConfig(
-        kind="teacher",
-        network=MLPConfig(width=8, depth=1),
-        path=path_config or PathConfig(),
-        data=data,
-        data_sha256=dataset.sha256,
-        sample_shape=dataset.sample_shape,
-        num_classes=dataset.num_classes,
-        class_frequencies=dataset.class_frequencies,
-    )
+    config = teacher_config(MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_network(config.network, config.sample_shape, config.num_classes)

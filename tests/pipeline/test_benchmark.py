@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.command import parse
+from jobs.parsing import parse
 from kac import files
 from kac.checkpoint import load_config, load_model
 from kac.networks import MLPConfig
 from kac.options import OptionError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, bare, benchmark, bytes_stored, watch
+from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
+from pipeline.benchmark.distill_speed import distill_task, speed, tensor_batches
 from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table
-from pipeline.benchmark.rollout_speed import bare_speed, steady_rate
+from pipeline.benchmark.online_speed import endpoint, online_batches
+from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, prepare, steady_rate
 from pipeline.benchmark.setting import compute_unsealed, make_setting
 from pipeline.benchmark.spec import CALLS_A_SHARD, PARTS
-from pipeline.benchmark.training import OnlineTask, TensorTask, optimizer, store_task, task_speed
+from pipeline.config import RolloutSpec
 from pipeline.store.shards import adopt, column_array
+from pipeline.training.loop import LOG_UPDATES
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
 
 TINY = BenchmarkSpec(
@@ -108,8 +111,8 @@ def test_the_bare_loop_ends_where_the_stored_trajectories_end(setting):
     spec = setting.rollout_spec("store", trajectories=40, shard_size=32)
     run_rollout(spec)
     model = load_model(spec.teacher)
-    batches = bare.prepare(spec, model)
-    found = torch.cat([bare.follow(spec, model, *batch) for batch in batches])
+    batches = prepare(spec, model)
+    found = torch.cat([follow(spec, model, *batch) for batch in batches])
     rows = next(store.open(spec.store).batches(40, knots=[0, 20]))
     assert torch.equal(torch.cat([noise for noise, _ in batches]), rows.knots[:, 0])
     assert torch.equal(torch.cat([label for _, label in batches]), rows.label)
@@ -117,22 +120,15 @@ def test_the_bare_loop_ends_where_the_stored_trajectories_end(setting):
     assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "a flow that stands still shows nothing"
 
 
-def test_the_bare_loop_runs_in_a_process_of_one_thread(setting, tmp_path: Path):
-    spec = setting.rollout_spec("bare")
-    code = "import torch; from pipeline.benchmark import bare; bare.main(); print(torch.get_num_threads())"
-    lines = subprocess.run(
-        [sys.executable, "-c", code],
-        input=spec.model_dump_json(),
-        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    lap = json.loads(lines[0])
-    assert lap["rows"] == TINY.trajectories and lap["seconds"] > 0
-    assert lines[1] == "1"
-    assert bare_speed(setting) > 0
+def test_the_bare_loop_runs_in_processes_of_one_thread(setting, monkeypatch: pytest.MonkeyPatch):
+    assert loop_speed(setting.rollout_spec("bare")) > 0
     assert bare_speed(setting, loops=2) > 0
+    monkeypatch.setattr("pipeline.benchmark.rollout_speed.loop_speed", threads)
+    assert bare_speed(setting, loops=2) == 2
+
+
+def threads(spec: RolloutSpec) -> int:
+    return torch.get_num_threads()
 
 
 def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
@@ -190,30 +186,42 @@ def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, 
             np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs the /proc of Linux")
-def test_the_peak_outlives_what_was_freed():
-    code = "x = bytearray(300 << 20); x = None; print('freed', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as held:
-        assert held.stdout.readline() == "freed\n"
-        peak, now = watch.memory_of(held.pid, watch.PEAK), watch.memory_of(held.pid, watch.NOW)
-        held.communicate("\n")
-    assert 300 <= peak <= 400
-    assert now < 100
-    assert watch.memory_of(held.pid, watch.PEAK) == 0
+needs_clear_refs = pytest.mark.skipif(
+    not peak_memory.RESET_FILE.exists(), reason="peak memory needs the /proc of Linux"
+)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory needs the /proc of Linux")
-def test_the_watch_sees_the_actors_and_the_driver(setting, ray_cluster: None):
-    with watch.watched() as peaks:
-        done = compute_unsealed(setting.rollout_spec("watched", actors=2, trajectories=320))
-    assert sum(outcome.computed_rows for outcome in done) == 320
-    assert len(done) == 320 // (CALLS_A_SHARD * TINY.batch_size)
-    assert [outcome.finished for outcome in done] == sorted(outcome.finished for outcome in done)
+@needs_clear_refs
+def test_the_peak_outlives_what_was_freed_until_it_is_forgotten():
+    code = """
+from pipeline.benchmark.peak_memory import peak_memory, reset_peak
+reset_peak()
+before = peak_memory()
+x = bytearray(300 << 20)
+x = None
+print(peak_memory() - before)
+reset_peak()
+print(peak_memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=True)
+    held, forgotten = (int(line) / 1024 for line in done.stdout.split())
+    assert 290 <= held <= 310
+    assert abs(forgotten) < 20
+
+
+@needs_clear_refs
+def test_the_peaks_of_the_actor_and_the_driver(setting, ray_cluster: None):
+    peaks = peak_memory.rollout_peaks(setting)
     # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
     assert 100 < peaks.actor < 4096
     assert 100 < peaks.driver < 4096
+
+
+def test_shards_come_in_the_order_in_which_they_were_finished(setting, ray_cluster: None):
+    done = compute_unsealed(setting.rollout_spec("unsealed", actors=2, trajectories=320))
+    assert sum(outcome.computed_rows for outcome in done) == 320
+    assert len(done) == 320 // (CALLS_A_SHARD * TINY.batch_size)
+    assert [outcome.finished for outcome in done] == sorted(outcome.finished for outcome in done)
 
 
 def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
@@ -223,45 +231,44 @@ def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
     source = store.open(spec.store)
     whole = next(source.batches(320, knots=[0, 5, 10, 15, 20]))
     worker = training.Worker(0, 1, torch.device("cpu"))
-    held = (optimizer(setting, 100), setting.teacher)
 
     def mean_loss(task: training.Task) -> float:
         torch.manual_seed(0)
-        network, loss = task.build(worker)
+        learner = task.build(worker)
         with torch.no_grad():
-            return float(torch.stack([loss(network, update) for update in range(400)]).mean())
+            losses = [learner.losses(learner.forward, update)["endpoint"] for update in range(400)]
+        return float(torch.stack(losses).mean())
 
-    expected = mean_loss(store_task(setting, spec.store, 100))
-    assert mean_loss(TensorTask(*held, whole.knots, whole.label)) == pytest.approx(expected, rel=0.05)
-    assert mean_loss(store_task(setting, spec.store, 100)) == expected
+    expected = mean_loss(distill_task(setting, 100))
+    batch = tensor_batches(whole.knots, whole.label, TINY.batch_size)
+    assert mean_loss(distill_task(setting, 100, batch=batch)) == pytest.approx(expected, rel=0.05)
+    assert mean_loss(distill_task(setting, 100)) == expected
 
 
 def test_the_online_teacher_lands_where_the_stored_interval_ends(setting):
     spec = setting.rollout_spec("store", trajectories=16, solver="euler", solver_steps=100)
     run_rollout(spec)
     rows = next(store.open(spec.store).batches(16, knots=[0, 5, 10, 15, 20]))
-    endpoints = OnlineTask(optimizer(setting, 1), setting.teacher, solver="euler").endpoints(
-        load_model(setting.teacher)
-    )
+    teacher = load_model(setting.teacher)
     for k in range(4):
-        torch.testing.assert_close(endpoints(rows.knots[:, k], rows.label, k), rows.knots[:, k + 1])
+        found = endpoint(teacher, rows.knots[:, k], rows.label, k, solver="euler")
+        torch.testing.assert_close(found, rows.knots[:, k + 1])
 
 
 def test_the_first_window_is_not_part_of_a_speed(setting, monkeypatch: pytest.MonkeyPatch):
     def loop(job: training.Job, *_: object) -> None:
-        for speed in (1.0, 100.0, 300.0):
-            job.run.metrics({"samples_per_second": speed})
+        for samples_per_second in (1.0, 100.0, 300.0):
+            job.run.metrics({"samples_per_second": samples_per_second})
 
-    monkeypatch.setattr(training, "loop", loop)
+    monkeypatch.setattr("pipeline.benchmark.distill_speed.run_updates", loop)
     # Two windows of the same number of samples: the harmonic mean.
-    assert task_speed(OnlineTask(optimizer(setting, 150), setting.teacher)) == pytest.approx(150.0)
+    assert speed(setting, 150) == pytest.approx(150.0)
 
 
 def test_training_speed_is_measured_on_the_loop_itself(setting):
-    spec = setting.rollout_spec("store", trajectories=64)
-    run_rollout(spec)
-    assert task_speed(store_task(setting, spec.store, 2 * training.LOG_UPDATES)) > 0
-    assert task_speed(OnlineTask(optimizer(setting, 2), setting.teacher)) > 0
+    run_rollout(setting.rollout_spec("store", trajectories=64))
+    assert speed(setting, 2 * LOG_UPDATES) > 0
+    assert speed(setting, 2, batch=online_batches(setting)) > 0
 
 
 def test_from_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture):

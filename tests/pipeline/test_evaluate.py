@@ -42,7 +42,7 @@ def test_an_evaluation_scores_teacher_and_students(evaluation: Path, teacher: st
     assert scores[1]["metrics"]["frechet_ratio"] == pytest.approx(by_hand["student"] / by_hand["teacher"], rel=1e-3)
     assert set(scores[0]["metrics"]) == set(QUALITY) - {"frechet_ratio", "endpoint_error"}
     assert set(scores[1]["metrics"]) == set(QUALITY)
-    for picture in ("samples.png", "frechet_by_nfe.png"):
+    for picture in ("samples.png", "quality_by_nfe.png"):
         assert (evaluation / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -51,7 +51,7 @@ def _frechet_by_hand(path: str, steps: int, method: str) -> float:
     noise = noises.noise(model.config.path.build(), 1_000_003, range(300), (2,))
     label = noises.labels(1_000_003, range(300), data.description.class_frequencies)
     with torch.inference_mode():
-        made = solve(guide(model.network, 0.0).given(label), noise, knot_times(steps), method).x.double().numpy()
+        made = solve(guide(model.network, 0.0, label), noise, knot_times(steps), method).x.double().numpy()
     real = all_rows(data.train).images.double().numpy()
     root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(made.T)).real
     gap = real.mean(0) - made.mean(0)
@@ -93,7 +93,7 @@ def test_a_new_metric_is_one_line_for_table_log_and_report(
     teacher: str, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     brightness = QualityMetric(
-        "brightness", "mean of all values", "bright", "+.5f", "", lambda judged: float(judged.images.mean())
+        "brightness", "mean of all values", "bright", "+.5f", "", True, compute=lambda made: float(made.images.mean())
     )
     monkeypatch.setitem(QUALITY, "brightness", brightness)
     monkeypatch.setattr("pipeline.evaluate.COLUMNS", [*QUALITY.values()])

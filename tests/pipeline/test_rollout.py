@@ -106,7 +106,7 @@ def test_rows_are_the_teachers_trajectories_from_the_samples_own_noise(teacher: 
     for w in (0.0, 1.0):
         found = rows(reference, w)
         with torch.inference_mode():
-            way = solve(guide(model.network, w).given(label), x_1, knot_times(8), "ab2", keep=range(0, 9, 2))
+            way = solve(guide(model.network, w, label), x_1, knot_times(8), "ab2", keep=range(0, 9, 2))
         np.testing.assert_array_equal(found["sample_id"], np.arange(100))
         np.testing.assert_array_equal(found["label"], label.numpy())
         np.testing.assert_array_equal(found["knot_00"], x_1.numpy())
@@ -180,7 +180,7 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher_through_their_int
         k = int(found["interval"][i])
         start, label = torch.tensor(found["knot_start"][i : i + 1]), torch.tensor(found["label"][i : i + 1]).long()
         with torch.inference_mode():
-            field = guide(model.network, 0.5).given(label)
+            field = guide(model.network, 0.5, label)
             end = solve(field, start, knot_times(8)[2 * k : 2 * k + 3], "ab2").x
         np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
     at_noise = found["interval"] == 0

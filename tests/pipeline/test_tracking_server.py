@@ -57,12 +57,11 @@ def test_a_run_and_its_nested_run_reach_the_server(server: str, tmp_path: Path):
     from mlflow import MlflowClient
 
     spec = SampleSpec(model="m", out="o.png")
-    where = {"spec": spec, "output": str(tmp_path)}
-    with start_run(stage="sweep", run_name="outer", fingerprint="f1", inputs={}, **where) as outer:
+    outer_run = {"spec": spec, "output": str(tmp_path), "fingerprint": "f1", "inputs": {}, "name": "outer"}
+    inner_run = {**outer_run, "fingerprint": "f2", "inputs": {"rollout": "f0"}, "name": "inner", "stage": "distill"}
+    with start_run(**outer_run) as outer:
         assert outer.tracking_uri == server
-        with start_run(
-            stage="distill", run_name="inner", fingerprint="f2", inputs={"rollout": "f0"}, parent=outer, **where
-        ) as inner:
+        with start_run(**inner_run, parent=outer) as inner:
             inner.metrics({"loss": 0.5}, step=1)
             inner.metrics({"loss": 0.25}, step=2)
             inner.artifact("samples.png", b"\x89PNG")

@@ -23,7 +23,7 @@ class NoTracking(TrackedRun):
     """A run that keeps its metrics to itself."""
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        assert set(values) == {"loss", "learning_rate", "samples_per_second"}
+        assert set(values) == {"loss", "loss/regression", "learning_rate", "samples_per_second"}
 
 
 UNTRACKED = NoTracking("", "")
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
 
     stopped = job(tmp_path / "stopped", Regression(OPTIONS))
     with pytest.raises(Stopped):
-        training.train(stopped, workers=0, report=stop)
+        training.train(stopped, workers=0, on_checkpoint=stop)
     assert_same(whole, training.train(stopped, workers=0))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kac.objectives import EndpointConfig, EndpointObjective, Interval, build_objective
-from kac.objectives import endpoint_loss as loss_of_interval
+from kac.objectives.endpoint import endpoint_loss as loss_of_interval
 from kac.options import OptionError
 from kac.solvers import knot_times
 

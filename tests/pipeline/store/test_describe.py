@@ -1,6 +1,7 @@
 """describe says what a store is."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import store as job
 from pipeline.store.describe import DescribeSpec, describe
 from pipeline.store.layout import StoreError
 from pipeline.store.manifest import read_manifest
@@ -49,7 +49,7 @@ def whole(folder: Path, teacher: str) -> Path:
 def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["store", *arguments])
     try:
-        job.main()
+        runpy.run_module("jobs.store", run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -11,7 +11,6 @@ from pipeline.config import RolloutRecipe, RolloutSpec
 from pipeline.store.layout import (
     Shard,
     StoreIdentity,
-    describe_difference,
     knot_column,
     parse_shard_name,
     plan_shards,
@@ -57,8 +56,8 @@ def test_there_is_an_other_value_for_every_field_of_the_identity() -> None:
 def test_every_field_of_the_identity_changes_the_fingerprint_and_is_named_in_a_difference(field: str) -> None:
     one, other = StoreIdentity(**IDENTITY), StoreIdentity(**{**IDENTITY, field: OTHERS[field]})
     assert one.fingerprint() != other.fingerprint()
-    assert describe_difference(one, other).startswith((f"{field} ", f"{field}."))
-    assert describe_difference(one, other).count("(found ") == 1
+    assert one.difference(other).startswith((f"{field} ", f"{field}."))
+    assert one.difference(other).count("(found ") == 1
 
 
 def test_the_fingerprint_is_the_content_alone() -> None:

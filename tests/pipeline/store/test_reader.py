@@ -11,10 +11,9 @@ import torch
 from kac.objectives import EndpointObjective
 from pipeline import store as endpoint_store
 from pipeline.store import reader
-from pipeline.store.columns import Columns
+from pipeline.store.columns import Columns, Selection
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.reader import Store
-from pipeline.store.selection import Selection
 from pipeline.store.shards import adopt
 from tests.pipeline.store.reading import KNOTS, ROWS, SCALES, STREAM, WINDOWS, Modes, ids, read_all, same
 from tests.pipeline.stores import copy_store, flip, last_value, make_spec, make_store, run_rollout, shard_file

@@ -47,13 +47,12 @@ def make_identity(shape: tuple[int, ...] = (2,), dtype: str = "float32", source:
 
 def make_rows(identity: StoreIdentity, shard: Shard = SHARD, seed: int = 0) -> pa.Table:
     random = np.random.default_rng(seed)
-    knots = [
-        random.standard_normal((shard.rows, *identity.sample_shape)).astype(identity.dtype)
-        for _ in identity.knot_columns
-    ]
-    interval = random.integers(0, 4, shard.rows) if identity.source == "forward" else None
-    labels, energy = random.integers(0, 2, shard.rows), random.random(shard.rows)
-    return make_table(identity, shard, labels, energy, knots, interval)
+    size = (shard.rows, *identity.sample_shape)
+    columns = {name: random.standard_normal(size).astype(identity.dtype) for name in identity.knot_columns}
+    if identity.source == "forward":
+        columns["interval"] = random.integers(0, 4, shard.rows)
+    columns["label"], columns["kinetic_energy"] = random.integers(0, 2, shard.rows), random.random(shard.rows)
+    return make_table(identity, shard, columns)
 
 
 def replaced(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
@@ -166,13 +165,7 @@ def test_values_that_are_not_finite_are_named(value: float, name: str) -> None:
 
 def resealed(identity: StoreIdentity, table: pa.Table) -> pa.Table:
     """The table as ``make_table`` would have made it from its own columns."""
-    return make_table(
-        identity,
-        SHARD,
-        column_array(table["label"]),
-        column_array(table["kinetic_energy"]),
-        [column_array(table[name]) for name in identity.knot_columns],
-    )
+    return make_table(identity, SHARD, {name: column_array(table[name]) for name in table.column_names})
 
 
 def test_ids_that_are_not_the_shards_are_damage() -> None:

@@ -1,0 +1,101 @@
+"""What every velocity network has: a null label, declared conditions, and weights that can be taken over."""
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kac.errors import CheckpointError
+from kac.options import Kinded
+
+Condition = Literal["end_time", "guidance"]
+"""Inputs that a network may have beside time and label: the end time of a step, and the guidance scale."""
+
+CONDITION_MODULE = "conditions"
+"""The submodule of every network that embeds them; weights from a network without a condition lack that part."""
+
+
+class NetworkOptions(Kinded):
+    """What the config of every kind of network has."""
+
+    conditions: tuple[Condition, ...] = Field((), description="inputs beside time and label: end_time, guidance")
+
+
+class VelocityNetwork(Protocol):
+    """A class-conditional velocity field u(x, t, label) with a null label for guidance."""
+
+    null_label: int
+    takes: tuple[Condition, ...]
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        """x [batch, *sample], t scalar or [batch], label [batch] -> velocity [batch, *sample].
+
+        ``conditions``: those that the network ``takes``, each a scalar or [batch].
+        """
+        ...
+
+
+class NetworkModule(nn.Module):
+    """A velocity network that is trained here; its forward is that of ``VelocityNetwork``."""
+
+    null_label: int  # stands for "no class": num_classes
+    takes: tuple[Condition, ...]  # as its config declares
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load the weights of a network of the same shape, which may have fewer conditions: new ones start without effect.
+
+    Raises:
+        CheckpointError: the weights do not fit otherwise.
+    """
+    own = network.state_dict()
+    missing = [name for name in own if name not in weights and not name.startswith(f"{CONDITION_MODULE}.")]
+    unfit = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
+    if missing or unfit:
+        names = ", ".join((missing + unfit)[:3])
+        raise CheckpointError(f"expected the weights of this network, found {names} missing or of another shape")
+    network.load_state_dict(weights, strict=False)
+
+
+class FourierFeatures(nn.Module):
+    """Scalars to ``width`` sines and cosines with frequencies from 1/4 to 64 turns."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        turns = torch.logspace(-2, 6, width // 2, base=2.0)
+        self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
+        self.width = width
+
+    def forward(self, value: Tensor) -> Tensor:
+        """[batch] -> [batch, width]."""
+        angle = value[:, None] * self.frequencies
+        return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
+
+
+class ConditionEmbedding(nn.Module):
+    """The declared conditions as one vector to be added to the embedding of time and label; 0 before training."""
+
+    def __init__(self, conditions: tuple[Condition, ...], width: int) -> None:
+        super().__init__()
+        self.names = conditions
+        for name in conditions:
+            last = nn.Linear(width, width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.add_module(name, nn.Sequential(FourierFeatures(width), nn.Linear(width, width), nn.SiLU(), last))
+
+    def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """``embedding`` [batch, width] with the conditions added, each a scalar or [batch].
+
+        Raises:
+            ValueError: other conditions than those declared.
+        """
+        if sorted(given) != sorted(self.names):
+            raise ValueError(f"expected the conditions {sorted(self.names)} of the config, got {sorted(given)}")
+        for name in self.names:
+            embedding = embedding + self.get_submodule(name)(given[name].to(embedding.dtype).reshape(-1))
+        return embedding

@@ -1,0 +1,46 @@
+"""What an objective is: which knots it reads, which intervals between them, and the parts of its loss."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from kac.networks import Condition, VelocityNetwork
+
+
+class Interval(NamedTuple):
+    """A batch of pairs of states on the teacher's trajectories, each pair from one trajectory."""
+
+    x_start: Tensor  # [batch, *sample], float32
+    x_end: Tensor  # [batch, *sample]
+    t_start: Tensor  # [batch], float32
+    t_end: Tensor  # [batch], below t_start
+    label: Tensor  # [batch], int64
+
+
+class Objective(Protocol):
+    """What a student learns."""
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the student's network must take in beside time and label."""
+        ...
+
+    def knots(self, stored: int) -> range:
+        """Which of the store's knots 0 .. ``stored`` it reads.
+
+        Raises:
+            OptionError: the store has no such knots.
+        """
+        ...
+
+    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Random intervals: where they start and end, as positions in ``knots``, each [batch] int64.
+
+        Args:
+            uniforms: [batch, 2] in (0, 1), float64.
+        """
+        ...
+
+    def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
+        """The parts of the loss by name, scalars; what is minimised is their sum."""
+        ...

@@ -1,0 +1,161 @@
+"""Specs: every option explained, and fingerprints that must never change again."""
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, create_model
+
+from kac.fingerprint import hashed_fields, hashed_values
+from kac.options import Options
+from kac.path import PathConfig
+from pipeline import config
+from pipeline.benchmark import BenchmarkSpec
+from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
+from pipeline.store import StoreIdentity
+
+IDENTITY: dict[str, Any] = {
+    "teacher_sha256": "t" * 64,
+    "path": PathConfig(),
+    "sample_shape": (1, 8, 8),
+    "class_frequencies": (0.5, 0.5),
+}
+
+WRITTEN: dict[str, tuple[Any, str]] = {
+    "teach": (TeachSpec(out="o"), "6489defee6af942208d7fb384f04d68b280ea99dffafd4bd485def9c1dca9efa"),
+    "teach, other options": (
+        TeachSpec(
+            out="o",
+            data="moons",
+            path={"kind": "kac", "a": 25.0, "c": 2.0, "clock": "quadratic"},
+            network={"kind": "mlp", "width": 32, "depth": 1},
+            optimizer={"updates": 10, "beta2": 0.95},
+            label_dropout=0.2,
+            seed=3,
+        ),
+        "ba04fd9ae77023cbf7f670b29e9ab4f57bd2aa02e06c5e007e2785c7841b40dc",
+    ),
+    "distill": (DistillSpec(store="s", out="o"), "eff105f6efb7a7bdb533782eaa24bf8803e33e75bfb54444ffac9384b338b988"),
+    "distill, other options": (
+        DistillSpec(store="s", out="o", steps=1, guidance=1.5, optimizer=OptimizerConfig()),
+        "7877541f76781fccd6a0576bb202670becd4117cbc809e91fb91f28df802c277",
+    ),
+    "evaluate": (
+        EvaluateSpec(teacher="t", out="o"),
+        "24a670777623d9d1e8ccee397bdc2a7653a02a9c0b245057f364bd571031c67a",
+    ),
+    "store": (StoreIdentity(**IDENTITY), "3976d4d3a9ecff3dc2c33fc6bf72784c192ecc917762132bbcd13d69d5e301db"),
+    "store, other options": (
+        StoreIdentity(
+            **{**IDENTITY, "path": PathConfig(kind="gaussian")},
+            source="forward",
+            knots=4,
+            solver="heun",
+            solver_steps=8,
+            seed=7,
+            shard_size=32,
+            dtype="float16",
+            precision={"dtype": "bfloat16"},
+            data_sha256="d" * 64,
+        ),
+        "530b91491e311ccf31b782174e549dbb2c86176997a035959a5304c2503f5ff8",
+    ),
+}
+"""Fingerprints of outputs that people keep: whoever changes one makes all of them unreadable."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_fingerprint_that_was_written_never_changes(name: str):
+    made, written = WRITTEN[name]
+    assert made.fingerprint() == written
+
+
+def test_neutral_values_never_change():
+    """A default may change, its neutral value may not: ``Field(new, json_schema_extra={"neutral": old})``."""
+    explicit = {
+        "source": "trajectory",
+        "knots": 20,
+        "knot_grid": "uniform",
+        "solver": "ab2",
+        "solver_steps": 100,
+        "precision": {"dtype": "float32"},
+        "seed": 0,
+        "shard_size": 1024,
+        "dtype": "float32",
+    }
+    assert hashed_values(StoreIdentity(**IDENTITY, **explicit)).keys() == IDENTITY.keys()
+    teach = {
+        "data": {"kind": "digits"},
+        "path": {"kind": "kac", "a": 9.0, "c": 3.0, "signal": "linear", "clock": "linear"},
+        "network": {"kind": "mlp", "conditions": (), "width": 192, "depth": 3},
+        "optimizer": {
+            "updates": 3000,
+            "batch_size": 256,
+            "learning_rate": 4e-3,
+            "warmup_updates": 100,
+            "beta2": 0.99,
+            "weight_decay": 0.0,
+            "max_gradient_norm": 1.0,
+            "ema_decay": 0.999,
+        },
+        "precision": {"dtype": "float32"},
+        "label_dropout": 0.1,
+        "seed": 0,
+    }
+    assert hashed_values(TeachSpec(out="o", **teach)) == {}
+    distill = {
+        "guidance": 0.0,
+        "steps": 4,
+        "objective": {"kind": "endpoint"},
+        "optimizer": {**teach["optimizer"], "updates": 2000, "learning_rate": 3e-3, "warmup_updates": 50},
+        "precision": {"dtype": "float32"},
+        "seed": 0,
+    }
+    assert hashed_values(DistillSpec(store="s", out="o", **distill)) == {}
+
+
+def models() -> list[type[BaseModel]]:
+    """Every model of options that a spec or a store's identity is made of."""
+    specs = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, Options)]
+    return [*(spec for spec in specs if spec not in (Options, Spec)), StoreIdentity, BenchmarkSpec]
+
+
+MINIMAL: dict[str, dict[str, Any]] = {
+    "TeachSpec": {"out": "o"},
+    "RolloutSpec": {"teacher": "t", "store": "s"},
+    "DistillSpec": {"store": "s", "out": "o"},
+    "StudentOptions": {"store": "s"},
+    "SweepSpec": {"store": "s", "out": "o"},
+    "EvaluateSpec": {"teacher": "t", "out": "o"},
+    "SampleSpec": {"model": "m", "out": "o"},
+    "QuickstartSpec": {"out": "o"},
+    "StoreIdentity": IDENTITY,
+}
+
+
+@pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
+def test_an_option_added_later_changes_no_fingerprint(model: type[BaseModel]):
+    values = MINIMAL.get(model.__name__, {})
+    later = create_model(model.__name__, __base__=model, added_later=(float, 0.5))
+    assert "added_later" in hashed_fields(later(**values))
+    assert hashed_values(later(**values)) == hashed_values(model(**values))
+    if hasattr(model, "fingerprint"):
+        assert later(**values).fingerprint() == model(**values).fingerprint()
+        assert later(**values, added_later=0.6).fingerprint() != model(**values).fingerprint()
+
+
+def test_a_rollouts_options_that_decide_its_rows_are_those_of_the_stores_identity():
+    decides = set(hashed_fields(RolloutSpec(teacher="t", store="s")))
+    assert decides == set(config.RolloutRecipe.model_fields)
+    assert decides < set(StoreIdentity.model_fields)
+
+
+def test_every_field_of_every_spec_has_a_description():
+    missing = [
+        f"{model.__name__}.{name}"
+        for model in models()
+        for name, field in model.model_fields.items()
+        if model is not StoreIdentity
+        and not field.description
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    ]
+    assert missing == []
