@@ -26,7 +26,7 @@ def main(
     try:
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
-        # What the disk or S3 refuses is the person's to mend as well; anything else is a bug and keeps its traceback.
+        # What the disk or S3 refuses is for the user to mend as well; anything else is a bug and keeps its traceback.
         fail(prog, error, 1)
     except KeyboardInterrupt:
         fail(prog, "interrupted: run the same command again to go on", 130)

@@ -32,13 +32,13 @@ POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
     """The spec that the arguments describe; ``--config FILE.yaml`` gives values that options override.
 
-    Options that are told apart by a kind are those of the kind that is given: ``--network unet --network.width 64``.
+    Where there are several kinds, the options are those of the chosen kind: ``--network unet --network.width 64``.
 
     Raises:
         OptionError: unknown, missing or invalid options, on the command line or in the file.
     """
     if sum(word.partition("=")[0] == "--config" for word in arguments) > 1:
-        raise OptionError("--config: expected one YAML file, found several: unite them")
+        raise OptionError("--config: expected one YAML file, found several: put all options into one")
     first, _ = _read(_mirror([spec_type], _filled(spec_type, {})), arguments, add_help=False)
     path = first.get("config")
     file = {} if path is None else _read_yaml(path)
@@ -92,7 +92,7 @@ def _filled(model: type[BaseModel], asked: Values) -> Values:
 
 
 def _of_kind(models: list[type[BaseModel]], values: Values) -> type[BaseModel]:
-    """The model of the kind of the values; the first one if they have none, or one that there is not."""
+    """The model of the kind of the values; the first one if they have none, or an unknown one."""
     return next((model for model in models if values.get("kind") in _kinds_of(model)), models[0])
 
 

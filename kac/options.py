@@ -19,7 +19,7 @@ class OptionError(DistillKacError):
 
 
 class UnknownOption(OptionError):
-    """An option that there is not; in a file, one that a newer version has."""
+    """An option that does not exist here; a newer version may have it."""
 
 
 class Options(BaseModel):
@@ -43,7 +43,7 @@ class Options(BaseModel):
 
 
 class Kinded(Options):
-    """Options that are told apart by their field ``kind``; where the rest may stay as it is, the kind alone will do."""
+    """Options told apart by their field ``kind``; if the rest may stay at its defaults, the kind alone is enough."""
 
     @model_validator(mode="before")
     @classmethod

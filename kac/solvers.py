@@ -17,11 +17,11 @@ Method = Literal["euler", "heun", "ab2"]
 KnotGrid = Literal["uniform"]
 
 GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
-"""Share of the knots that are still to come, 1 .. 0, to time: increasing, 0 to 0 and 1 to 1."""
+"""The share of the knots still to come (1 at the noise, 0 at the image) to time: increasing, 0 to 0 and 1 to 1."""
 
 
 class Solution(NamedTuple):
-    """Where the flow ended, and what was asked for of the way."""
+    """Where the flow ended, and the states on the way that were asked for."""
 
     x: Tensor  # [batch, *sample], at times[-1]
     nfe: int

@@ -11,25 +11,19 @@ MAX_BLOCKS = 1000
 
 
 def numbered(
-    count: int,
-    work: Callable[..., Any],
-    *,
-    pause_seconds: float,
-    blocks: int | None = None,
-    compute: Any = None,
-    **map_options: Any,
+    count: int, work: Callable[..., Any], *, pause_seconds: float, blocks: int | None = None, **map_options: Any
 ) -> "ray.data.Dataset":
     """What ``work`` makes of the items 0 .. count - 1, in a lazy ``ray.data.Dataset``.
 
     Args:
         work: a function, or a class for actors; it takes one item a call, as ``batch["item"][0]``.
-        pause_seconds: see ``_pause``. compute, map_options: as of ``ray.data.Dataset.map_batches``.
+        pause_seconds: see ``_pause``. map_options: of ``ray.data.Dataset.map_batches``.
         blocks: into how many the items are cut; default: one an item, ``MAX_BLOCKS`` at most.
     """
     import ray
 
     items = ray.data.from_items(list(range(count)), override_num_blocks=blocks or min(count, MAX_BLOCKS))
-    done = items.map_batches(work, batch_size=1, batch_format="numpy", compute=compute, **map_options)
+    done = items.map_batches(work, batch_size=1, batch_format="numpy", **map_options)
     done.context.enable_progress_bars = False
     done.context.max_errored_blocks = 0  # more would drop blocks in silence
     done.context.custom_execution_callback_classes = [_pause(pause_seconds)]
@@ -39,9 +33,9 @@ def numbered(
 def _pause(seconds: float) -> type:
     """A rest of Ray Data's loop, in the process that consumes the rows, after each of its rounds.
 
-    The loop waits for tasks alone, at most a tenth of a second. With none at work, as when enough is read ahead, it
-    goes round as fast as it can, and a training loop in the same process is left with a fifth of its speed; and while
-    tasks take long, ten rounds a second cost 4 % of a core (Ray 2.60).
+    The loop waits for nothing but tasks, at most a tenth of a second. When none is running, because enough is read
+    ahead, it spins, which leaves a training loop in the same process a fifth of its speed; while tasks take long, its
+    ten rounds a second cost 4 % of a core (Ray 2.60).
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 

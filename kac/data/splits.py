@@ -32,7 +32,7 @@ class LabelledImages(NamedTuple):
 
 
 class Split(Protocol):
-    """The images of one purpose: to be trained on, or never."""
+    """The images for one purpose: training, or evaluation only."""
 
     def __len__(self) -> int: ...
 

@@ -26,12 +26,11 @@ def measure(setting: Setting) -> list[Measurement]:
         location = files.locate(source.path)
         location.fs.get(location.path, f"{folder}/store", recursive=True)
         path = f"{CountingFileSystem.protocol}://{folder}/store"
-        whole = float(store_bytes(path))
-        done = []
+        done, whole = [], store_bytes(path)
         for steps in (1, STUDENT_STEPS, source.identity.knots):
             what = f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store"
             bar = ONE_STEP_BAR if steps == 1 else None
-            done.append(Measurement(what, "bytes", (float(count_bytes(path, steps)),), (whole,), bar))
+            done.append(Measurement(what, "bytes", (count_bytes(path, steps),), (whole,), bar))
         return done
 
 

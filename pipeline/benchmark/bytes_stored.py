@@ -9,7 +9,7 @@ from pipeline.store.columns import read_rows
 from pipeline.store.shards import adopt, column_array, encode, publish
 
 COMPRESSIONS = ("none", "zstd", "lz4")
-UNCOMPRESSED_BAR = 1.03
+UNCOMPRESSED_BAR = Bar("<=", 1.03)
 MEGABYTE = 1e6
 
 
@@ -18,9 +18,9 @@ def measure(setting: Setting) -> list[Measurement]:
     source = setting.store()
     identity, shard = source.identity, source.shards[0]
     table = adopt(source.path, shard, identity)[1]
-    raw = float(sum(column_array(table[name]).nbytes for name in identity.knot_columns))
+    raw = sum(column_array(table[name]).nbytes for name in identity.knot_columns)
     stores = {name: files.join(setting.folder, f"compressed-{name}") for name in COMPRESSIONS}
-    sizes = {name: float(publish(stores[name], shard, identity, encode(table, name)).bytes) for name in COMPRESSIONS}
+    sizes = {name: publish(stores[name], shard, identity, encode(table, name)).bytes for name in COMPRESSIONS}
 
     def encode_speed(compression: str) -> float:
         return raw / MEGABYTE / seconds_a_call(lambda: encode(table, compression))
@@ -35,7 +35,7 @@ def measure(setting: Setting) -> list[Measurement]:
     done = []
     for name, encodes, reads in zip(COMPRESSIONS, encoded, read, strict=True):
         is_plain = name == "none"
-        bar = Bar("<=", UNCOMPRESSED_BAR) if is_plain else None
+        bar = UNCOMPRESSED_BAR if is_plain else None
         done += [
             Measurement(f"stored, {name} / bytes of the tensors", "bytes", (sizes[name],), (raw,), bar),
             Measurement(f"encode, {name} / none", "MB/s", encodes, () if is_plain else encoded[0]),

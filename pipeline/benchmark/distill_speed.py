@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.tracking import TrackedRun
 from pipeline.training.loop import LOG_UPDATES, run_updates
 
 UNIT = "samples/s"
-LOADED_BAR, STREAMED_BAR = 0.95, 0.6
+LOADED_BAR, STREAMED_BAR = Bar(">=", 0.95), Bar(">=", 0.6)
 STREAMED_SHARE = 4
 """How many times larger than its memory budget the streamed store is."""
 
@@ -42,8 +42,8 @@ def measure(setting: Setting) -> list[Measurement]:
             lambda: speed(setting, updates, memory_gib=whole.knots.nbytes / STREAMED_SHARE / 2**30),
         )
     return [
-        Measurement("store, loaded once / tensors in memory", UNIT, loaded, tensors, Bar(">=", LOADED_BAR)),
-        Measurement("store, streamed / tensors in memory", UNIT, streamed, tensors, Bar(">=", STREAMED_BAR)),
+        Measurement("store, loaded once / tensors in memory", UNIT, loaded, tensors, LOADED_BAR),
+        Measurement("store, streamed / tensors in memory", UNIT, streamed, tensors, STREAMED_BAR),
     ]
 
 
@@ -54,22 +54,15 @@ def updates_of(setting: Setting, rows: int) -> int:
 
 
 def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Callable[[int], Interval]:
-    """Random intervals of the rows in shuffled epochs: what a loop without a store would do.
+    """Random intervals of random rows: what a loop without a store would do.
 
     Args:
         knots: [rows, STUDENT_STEPS + 1, *sample]. label: [rows]. size: rows a batch.
     """
     times, device = knot_times(STUDENT_STEPS).float(), default_device()
 
-    def shuffled() -> Iterator[Tensor]:
-        while True:
-            yield from torch.split(torch.randperm(len(label))[: len(label) // size * size], size)
-
-    rows = shuffled()
-
     def batch(update: int) -> Interval:
-        row = next(rows)
-        k = torch.randint(STUDENT_STEPS, row.shape)
+        row, k = torch.randint(len(label), (size,)), torch.randint(STUDENT_STEPS, (size,))
         parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row])
         return Interval(*(part.to(device) for part in parts))
 
@@ -98,13 +91,9 @@ class Windows(TrackedRun):
 
 
 def speed(setting: Setting, updates: int, **options: Any) -> float:
-    """Samples a second of the training loop in this process, without its first window, in which the rows are loaded.
-
-    Args:
-        options: of ``distill_task``.
-    """
-    run = Windows("", "")
-    task = distill_task(setting, updates, **options)
+    """Samples a second of the training loop of a ``distill_task`` in this process, without its first window, in which
+    the rows are loaded."""
+    run, task = Windows("", ""), distill_task(setting, updates, **options)
     job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
     run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
     return statistics.harmonic_mean(run.speeds[1:] or run.speeds)

@@ -109,9 +109,7 @@ def machine() -> dict[str, Any]:
         "cluster": {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")},
         "nodes": len(ray.nodes()),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "pyarrow": pyarrow.__version__,
+        **{package.__name__: package.__version__ for package in (torch, ray, pyarrow)},
     }
 
 

@@ -55,9 +55,9 @@ def rollout_peaks(setting: Setting, **options: Any) -> Peaks:
     spec = setting.rollout_spec("memory", actors=1, solver_steps=20, **options)
     reset_peak()
     outcomes = compute_unsealed(spec)
-    peaks = Peaks(max(outcome.peak_memory for outcome in outcomes) / 1024, peak_memory() / 1024)
+    actor, driver = max(outcome.peak_memory or 0 for outcome in outcomes), peak_memory() or 0
     files.remove_tree(spec.store)
-    return peaks
+    return Peaks(actor / 1024, driver / 1024)
 
 
 def reset_peak() -> None:

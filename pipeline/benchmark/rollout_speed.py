@@ -62,15 +62,14 @@ def actor_speed(setting: Setting, actors: int) -> float:
 def steady_rate(finished: Sequence[float], actors: int) -> float:
     """Shards a second while every actor is warm and at work.
 
-    The clock starts when the first, slow shards of all actors are finished, and stops when ``actors`` shards are left:
-    until then no actor is idle. Between the two lie whole rounds of all actors, whether they finish together or in
-    turns.
+    The clock starts when every actor has finished its first, slow shards, and stops when ``actors`` shards are left:
+    until then no actor is idle. In between, all actors do the same number of shards, together or in turns.
 
     Args:
         finished: when each shard was published, ascending, seconds.
 
     Raises:
-        ValueError: too few shards an actor for that.
+        ValueError: too few shards for that.
     """
     slow = SHARDS_IN_FLIGHT * actors
     if len(finished) < slow + 2 * actors:
@@ -101,12 +100,9 @@ def loop_speed(spec: RolloutSpec) -> float:
 
 def prepare(spec: RolloutSpec, model: Model) -> list[tuple[Tensor, Tensor]]:
     """Noise and labels of every batch of the rollout, on the device."""
-    stop, device = spec.first_sample + spec.trajectories, default_device()
-    batches = []
-    for start in range(spec.first_sample, stop, spec.batch_size):
-        x_1, label = initial_noise(model.config, spec.seed, range(start, min(start + spec.batch_size, stop)))
-        batches.append((x_1.to(device), label.to(device)))
-    return batches
+    ids = range(spec.first_sample, spec.first_sample + spec.trajectories)
+    x_1, label = (part.to(default_device()) for part in initial_noise(model.config, spec.seed, ids))
+    return list(zip(torch.split(x_1, spec.batch_size), torch.split(label, spec.batch_size), strict=True))
 
 
 def follow(spec: RolloutSpec, model: Model, x_1: Tensor, label: Tensor) -> Tensor:

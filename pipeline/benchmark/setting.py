@@ -49,17 +49,11 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Find or make the teacher.
-
-    Raises:
-        CheckpointError: ``--teacher`` is no model folder.
-    """
-    if spec.teacher is not None:
-        teacher = cluster.absolute(spec.teacher)
-        load_config(teacher)
-    else:
-        teacher = files.join(folder, "teacher")
+    """Find or make the teacher; raises a CheckpointError if ``--teacher`` is no model folder."""
+    teacher = cluster.absolute(spec.teacher) if spec.teacher is not None else files.join(folder, "teacher")
+    if spec.teacher is None:
         save_untrained(teacher, spec)
+    load_config(teacher)
     return Setting(spec, folder, teacher)
 
 

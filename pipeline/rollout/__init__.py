@@ -1,11 +1,11 @@
 """Rollout: follow the frozen teacher and publish its trajectories, shard by shard, into an endpoint store.
 
-``stage`` is the whole story on one screen; ``plan``, ``shards`` (with ``teacher``) and ``seal`` are its steps, and
-``actors`` does the middle one on Ray.
+``stage`` is the whole of it; ``plan``, ``shards`` (with ``teacher``) and ``seal`` are its steps; ``actors`` does the
+second on Ray.
 
-What makes it exactly-once. The shard is the unit of work and its name is fixed by the plan. Whoever computes a shard
-also publishes it, whole or not at all, and only then returns its receipt; a shard that is found published is checked
-from end to end and adopted. The manifest, written last, lists receipts alone.
+Exactly once: the plan fixes the name of every shard. Whoever computes a shard also publishes it, whole or not at all,
+and only then returns its receipt; a shard that is there is checked from end to end and adopted. The manifest, written
+last, lists receipts alone.
 """
 
 from pipeline.rollout.plan import Plan, identify, make_plan

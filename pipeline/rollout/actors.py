@@ -1,14 +1,14 @@
 """The shards of a rollout on an actor pool of Ray Data.
 
 What Ray does by default, and what is done about it (Ray 2.60):
-- Actors of a pool restart and retry for ever (max_restarts = max_task_retries = -1; passing others through map_batches
-  is deprecated). That is right for a lost node and wrong for a shard that kills its process: the ``Ledger`` counts
-  attempts outside the processes that die, and ends the job with the shard's name.
+- Actors of a pool restart and retry for ever (max_restarts = max_task_retries = -1; map_batches deprecates others).
+  That suits a lost node, not a shard that kills its process: the ``Ledger`` counts attempts outside the processes that
+  die, and ends the job with the shard's name.
 - ``max_errored_blocks`` would drop blocks in silence: it stays 0.
 - ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
 - ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
-- A write stage behind a pool that takes every CPU starves; actors that publish by themselves need none. They take two
-  shards at a time, so that the upload of one runs while the other is computed.
+- A write stage behind a pool that takes every CPU starves: actors publish by themselves. They take two shards at a
+  time, so that the upload of one runs while the other is computed.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity
 
 MAX_ATTEMPTS = 10
-"""How often a shard may take its process down with it, and actors in a row may die without finishing any."""
+"""How many processes one shard may kill, and how many actors in a row may die before any shard is finished."""
 
+ADVICE = "see the logs of the workers, often memory"
 SHARDS_IN_FLIGHT = 2
 PAUSE_SECONDS = 0.1
 
@@ -45,17 +46,22 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     resources = cluster.connect()
     on_gpu = bool(resources.gpus) if spec.gpu is None else spec.gpu
     actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
-    ledger = _start_ledger(actors)
+    # On the driver's node: if that goes, so does the job. A restarted ledger counts anew: a shard that kills its
+    # process is given up later.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    ledger = ray.remote(Ledger).options(**lasting).remote(actors)
+    pool = ray.data.ActorPoolStrategy(
+        size=actors,
+        max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+        max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+        enable_true_multi_threading=True,
+    )
     made = numbered(
         len(plan.todo),
         ShardActor,
         pause_seconds=PAUSE_SECONDS,
-        compute=ray.data.ActorPoolStrategy(
-            size=actors,
-            max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
-            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
-            enable_true_multi_threading=True,
-        ),
+        compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
         num_cpus=0 if on_gpu else 1,
         num_gpus=1 if on_gpu else 0,
@@ -64,30 +70,20 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     try:
         for row in rows:
             yield Outcome.model_validate_json(row["outcome"])
+        return
     except ray.exceptions.RayError as error:
         failure = _reason(ledger, error)
-    else:
-        return
-    # Ray Data frees the actors when nothing refers to the pipeline, and a raised error refers to this frame: whoever
-    # kept the error would keep the CPUs, and the next rollout in this process would wait for them for ever.
+    # Ray Data frees the actors once nothing refers to the pipeline. A raised error refers to this frame: if
+    # the caller kept it, the CPUs would stay taken, and the next rollout in this process would wait for them for ever.
     del made, rows
     raise RolloutError(failure)
 
 
-def _start_ledger(actors: int) -> Any:
-    """The ledger, on the driver's node: if that goes, so does the job. Restarted, it begins to count anew, and a shard
-    that kills its process is given up later."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Ledger).options(**lasting).remote(actors)
-
-
 def _reason(ledger: Any, error: BaseException) -> str:
     """The one line that the failing actor left in the ledger, or Ray's own."""
-    try:
-        noted: str | None = ray.get(ledger.failure.remote(), timeout=10)
-    except ray.exceptions.RayError:
-        noted = None
+    noted = None
+    with contextlib.suppress(ray.exceptions.RayError):
+        noted = ray.get(ledger.failure.remote(), timeout=10)
     return noted or f"the rollout failed in Ray: {one_line(str(error)[-300:])}"
 
 
@@ -104,12 +100,10 @@ class Ledger:
     def started(self) -> str | None:
         """An actor started. Returns why it must not, if too many died in a row."""
         self.starts_since_progress += 1
-        if self.starts_since_progress > self.actors + MAX_ATTEMPTS * max(1, self.actors):
+        if self.starts_since_progress > (1 + MAX_ATTEMPTS) * self.actors:
             tried = ", ".join(sorted(self.begun)) or "any shard was begun"
-            return self.fail(
-                f"{self.starts_since_progress} actors died in a row without finishing a shard (last tried: {tried}): "
-                "see the logs of the workers, often memory"
-            )
+            died = f"{self.starts_since_progress} actors died in a row without finishing a shard"
+            return self.fail(f"{died} (last tried: {tried}): {ADVICE}")
         return None
 
     def begin(self, shard: str) -> bool:
@@ -122,9 +116,7 @@ class Ledger:
         """A suspect is begun while no other suspect is. Returns why it must not, if it took too many processes down."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] > MAX_ATTEMPTS:
-            return self.fail(
-                f"{shard}: its process died {MAX_ATTEMPTS} times: see the logs of the workers, often memory"
-            )
+            return self.fail(f"{shard}: its process died {MAX_ATTEMPTS} times: {ADVICE}")
         return None
 
     def finish(self, shard: str) -> None:

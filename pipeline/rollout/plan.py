@@ -66,18 +66,15 @@ def identify(spec: RolloutSpec) -> StoreIdentity:
     if spec.source == "forward":
         found = open_dataset(teacher.data).description.sha256
         if found != teacher.data_sha256:
-            raise RolloutError(
-                f"{spec.teacher}: expected the {teacher.data.kind} that it learned, {teacher.data_sha256[:12]}..., "
-                f"found {found[:12]}...: the data changed; train a teacher on these"
-            )
+            expected = f"expected the {teacher.data.kind} that it learned, {teacher.data_sha256[:12]}..."
+            found = f"found {found[:12]}...: the data changed; train a teacher on these"
+            raise RolloutError(f"{spec.teacher}: {expected}, {found}")
     return StoreIdentity.of(spec, teacher)
 
 
 def refuse_other_store(store: str, wanted: StoreIdentity, manifest: Manifest | None, found: Iterable[str] = ()) -> None:
     """Refuse a store of another identity: that of its manifest or, without one, of the first shard that is whole."""
-    if manifest is not None:
-        here: StoreIdentity | None = manifest.identity
-    else:
-        here = next(filter(None, (whole_identity(store, name) for name in itertools.islice(found, 8))), None)
+    of_shards = (whole_identity(store, name) for name in itertools.islice(found, 8))
+    here = manifest.identity if manifest else next(filter(None, of_shards), None)
     if here is not None:
         refuse_other(store, wanted, here, "choose another --store, or the options of this one")

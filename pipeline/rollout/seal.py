@@ -27,16 +27,13 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[Outcome]) -> Manifest
     planned = {shard.name for shard in shards_of(plan.extents, plan.identity.shard_size)}
     missing = planned - {receipt.name for receipt in receipts}
     if missing:
-        raise RolloutError(
-            f"{spec.store}: expected a receipt of every shard, found none of {min(missing)}: run it again"
-        )
-    manifest = _unite(spec, plan, receipts)
+        found = f"found none of {min(missing)}: run it again"
+        raise RolloutError(f"{spec.store}: expected a receipt of every shard, {found}")
     for _ in range(ATTEMPTS):
+        manifest = _unite(spec, plan, receipts)
         write_manifest(spec.store, manifest)
-        united = _unite(spec, plan, receipts)
-        if united == manifest:
+        if _unite(spec, plan, receipts) == manifest:
             break
-        manifest = united
     remove_orphans(spec.store, manifest.guidance)
     return manifest
 
@@ -45,11 +42,9 @@ def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manife
     """The manifest of what this job did and what the store's manifest says by now."""
     now = read_manifest(spec.store)
     refuse_other_store(spec.store, plan.identity, now)
-    longest: dict[str, Receipt] = {}
-    for receipt in (*(now.shards if now else ()), *receipts):
-        if receipt.name not in longest or receipt.rows >= longest[receipt.name].rows:
-            longest[receipt.name] = receipt
-    extents = unite_extents([*(now.extents if now else ()), *plan.extents])
+    shards, extents = (now.shards, now.extents) if now else ((), ())
+    longest = {receipt.name: receipt for receipt in sorted((*shards, *receipts), key=lambda receipt: receipt.rows)}
+    extents = unite_extents([*extents, *plan.extents])
     return Manifest(
         fingerprint=plan.identity.fingerprint(),
         identity=plan.identity,

@@ -1,15 +1,14 @@
 """One shard: adopt it if it is there, else compute and publish it. The same in this process and in an actor."""
 
-import resource
+import re
 import threading
 import time
-
-import pyarrow as pa
+from pathlib import Path
 
 from kac.errors import DistillKacError, one_line
 from kac.options import Options
 from pipeline.config import RolloutSpec
-from pipeline.rollout.teacher import FrozenTeacher, RolloutError, Rows, join
+from pipeline.rollout.teacher import FrozenTeacher, RolloutError, join
 from pipeline.store.layout import Shard, StoreIdentity
 from pipeline.store.shards import (
     DamagedShard,
@@ -30,7 +29,7 @@ class Outcome(Options):
     receipt: Receipt
     computed_rows: int
     finished: float  # when it was there, seconds since the epoch
-    peak_memory: int  # of the process that made it, as of then
+    peak_memory: int | None  # of the process that made it, as of then
 
 
 class ShardMaker:
@@ -48,19 +47,24 @@ class ShardMaker:
             RolloutError: it cannot be; the message names it.
         """
         try:
-            return self._adopt_or_compute(shard)
+            receipt, computed = self._adopt_or_compute(shard)
+        except NotFiniteShard as error:
+            advice = "check the teacher's weights, the solver steps and --dtype"
+            raise RolloutError(f"{error}: nothing of the shard was published; {advice}") from error
         except DistillKacError as error:
             raise RolloutError(str(error)) from error
         except Exception as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise RolloutError(f"{self.spec.store}/{shard.name}: {reason}") from error
+        return Outcome(receipt=receipt, computed_rows=computed, finished=time.time(), peak_memory=peak_memory())
 
-    def _adopt_or_compute(self, shard: Shard) -> Outcome:
+    def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int]:
+        """The receipt, and how many rows were computed. Nothing is published of a shard with NaN or infinity."""
         there, is_damaged = None, False
         try:
             receipt, there = adopt(self.spec.store, shard, self.identity)
             if receipt.rows >= shard.rows:
-                return _outcome(receipt, 0)
+                return receipt, 0
         except FileNotFoundError:
             pass  # the usual case: the shard has yet to be made
         except DamagedShard as damage:
@@ -72,25 +76,15 @@ class ShardMaker:
             rows = self.teacher.follow(shard.guidance, missing)
             if there is not None:
                 rows = join([{name: column_array(there[name]) for name in rows}, rows])
-            data = encode(self._finite_table(shard, rows), self.spec.compression)
-        receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or there is not None)
-        return _outcome(receipt, len(missing))
-
-    def _finite_table(self, shard: Shard, rows: Rows) -> pa.Table:
-        """The rows as a table; NaN or infinity is refused before anything of the shard is published."""
-        table = make_table(self.identity, shard, rows)
-        try:
+            table = make_table(self.identity, shard, rows)
             check_rows(f"{self.spec.store}/{shard.name}", shard, self.identity, table)
-        except NotFiniteShard as error:
-            advice = "check the teacher's weights, the solver steps and --dtype"
-            raise RolloutError(f"{error}: nothing of the shard was published; {advice}") from None
-        return table
+            data = encode(table, self.spec.compression)
+        receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or there is not None)
+        return receipt, len(missing)
 
 
-def _outcome(receipt: Receipt, computed_rows: int) -> Outcome:
-    return Outcome(receipt=receipt, computed_rows=computed_rows, finished=time.time(), peak_memory=peak_memory())
-
-
-def peak_memory() -> int:
-    """The most resident memory that this process has held, KiB (on Linux; macOS counts bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_memory() -> int | None:
+    """The most resident memory that this process has held, KiB; None where Linux's /proc is missing."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) if found else None

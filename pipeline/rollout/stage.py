@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterable, Sequence
 
+from tqdm import tqdm
+
 from kac import files
 from kac.checkpoint import load_model
 from kac.metrics import Metric
@@ -56,8 +58,6 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     Raises:
         RolloutError: a shard failed; the message names it.
     """
-    from tqdm import tqdm
-
     if not plan.todo:
         return []
     if spec.actors == 0:
@@ -78,14 +78,8 @@ def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequ
     computed = sum(outcome.computed_rows for outcome in outcomes)
     reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
     size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))
-    run.metrics(
-        {
-            "trajectories": computed + reused,
-            "trajectories_reused": reused,
-            "trajectories_per_second": computed / seconds,
-            "store_bytes": size,
-        }
-    )
+    counts = {"trajectories": computed + reused, "trajectories_reused": reused, "store_bytes": size}
+    run.metrics({**counts, "trajectories_per_second": computed / seconds})
     run.tags({"distillkac.path": spec.store})
     shards_computed = sum(1 for outcome in outcomes if outcome.computed_rows)
     print(

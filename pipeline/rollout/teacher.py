@@ -36,11 +36,10 @@ class FrozenTeacher:
         self.identity, self.batch_size = identity, spec.batch_size
         self.device = default_device()
         network, self.config = load_model(spec.teacher, self.device)
-        if self.config.weights_sha256 != identity.teacher_sha256:
-            raise RolloutError(
-                f"{spec.teacher}: expected weights {identity.teacher_sha256[:12]}..., "
-                f"found {self.config.weights_sha256[:12]}...: the teacher changed while the rollout ran"
-            )
+        expected, found = identity.teacher_sha256, self.config.weights_sha256
+        if found != expected:
+            changed = f"expected weights {expected[:12]}..., found {found[:12]}...: the teacher changed"
+            raise RolloutError(f"{spec.teacher}: {changed} while the rollout ran")
         self.network = spec.precision.wrap(network)
         self.path = identity.path.build()
         self.times = knot_times(identity.solver_steps, identity.knot_grid)
@@ -58,13 +57,9 @@ class FrozenTeacher:
         identity = self.identity
         label = noise.labels(identity.seed, ids, identity.class_frequencies)
         x_1 = noise.noise(self.path, identity.seed, ids, identity.sample_shape)
-        solution = solve(
-            guide(self.network, guidance, label.to(self.device)),
-            x_1.to(self.device),
-            self.times,
-            identity.solver,
-            keep=range(0, identity.solver_steps + 1, self.steps_a_knot),
-        )
+        velocity = guide(self.network, guidance, label.to(self.device))
+        keep = range(0, identity.solver_steps + 1, self.steps_a_knot)
+        solution = solve(velocity, x_1.to(self.device), self.times, identity.solver, keep=keep)
         return self._rows(label, solution.kinetic_energy, solution.knots)
 
     @torch.inference_mode()
@@ -88,9 +83,6 @@ class FrozenTeacher:
 
     def _rows(self, label: torch.Tensor, energy: torch.Tensor, knots: Sequence[torch.Tensor]) -> Rows:
         dtype = getattr(torch, self.identity.dtype)
-        stored = [knot.to(dtype).cpu().numpy() for knot in knots]
-        return {
-            LABEL: label.numpy(),
-            KINETIC_ENERGY: energy.cpu().numpy(),
-            **dict(zip(self.identity.knot_columns, stored, strict=True)),
-        }
+        named = zip(self.identity.knot_columns, knots, strict=True)
+        stored = {name: knot.to(dtype).cpu().numpy() for name, knot in named}
+        return {LABEL: label.numpy(), KINETIC_ENERGY: energy.cpu().numpy(), **stored}

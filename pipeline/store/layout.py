@@ -59,7 +59,7 @@ class StoreIdentity(RolloutRecipe):
         return fingerprint({"stage": "rollout", **hashed_values(self)})
 
     def values(self) -> dict[str, Any]:
-        """What of it decides the rows, as plain values: for files and for people."""
+        """The fields that decide the rows, as plain values: for files and for messages."""
         return hashed_fields(self)
 
     def difference(self, found: "StoreIdentity") -> str:

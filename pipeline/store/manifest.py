@@ -93,7 +93,7 @@ def write_manifest(store: str, manifest: Manifest) -> None:
 
 
 def list_files(store: str) -> dict[str, int]:
-    """Name and size of every file below the store but its manifest, by name."""
+    """Name and size of every file below the store except its manifest, sorted by name."""
     return {name: size for name, size in files.list_sizes(store).items() if name != MANIFEST}
 
 

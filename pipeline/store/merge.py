@@ -25,7 +25,7 @@ StorePaths = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(meta
 
 
 class MergeSpec(Spec):
-    """Join finished stores of one identity, with sample ids of their own each, into one."""
+    """Join finished stores of one identity, which have no sample ids in common, into one."""
 
     stage = "merge"
     stores: StorePaths = unhashed(..., "endpoint stores to join: paths or s3:// URIs")

@@ -42,7 +42,7 @@ class Order:
 
 
 def check_position(name: str, value: int) -> None:
-    """Refuse a place in the order of rows that does not exist: a negative start would read other rows in silence.
+    """Refuse a place in the order of rows that does not exist: a negative start would silently read other rows.
 
     numpy passes the numbers of a key from 2^63 on through float64, where two seeds may become one.
     """

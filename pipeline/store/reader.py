@@ -26,7 +26,7 @@ from pipeline.store.shards import identity_of_shard
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
-"""Shards that one pipeline of an endless streaming reader is planned for, at least an epoch."""
+"""How many shards one Ray Data pipeline of an endless streaming reader covers; one epoch at least."""
 
 INTERVAL_STREAM = 4
 
@@ -234,7 +234,7 @@ class _Reading:
         return rows_of(self.selection.shards) * self.selection.row_bytes <= self.memory_bytes
 
     def rows_an_epoch(self) -> int:
-        """This rank's rows; where one rank would have none, all refuse: the others would wait for ever."""
+        """This rank's rows. If any rank would have none, every rank refuses: the others would wait for ever."""
         shards = self.selection.shards
         found, what = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if found < self.order.world_size:

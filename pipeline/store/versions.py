@@ -1,12 +1,13 @@
-"""What other versions of this project wrote: read where that is possible, and else refused as what it is.
+"""What other versions of this project wrote: read where that is possible, and otherwise refused for the right reason.
 
-Older: a field that it did not have yet is at its default. Newer: nothing is damaged, a newer distillkac will read it.
+Older: a field that it did not have yet is at its neutral value. Newer: nothing is damaged, a newer distillkac reads it.
 """
 
 import json
 from typing import Any, TypeVar
 
 from kac.errors import one_line
+from kac.fingerprint import with_neutral_values
 from kac.options import OptionError, Options, UnknownOption
 from pipeline.store.layout import StoreError
 
@@ -26,7 +27,7 @@ def check_version(where: str, version: Any) -> None:
         NewerVersion: it did. ValueError: this is no version.
     """
     if not isinstance(version, int):
-        raise ValueError("no whole number as its schema_version")
+        raise ValueError("a schema_version that is not a whole number")
     if version > SCHEMA_VERSION:
         raise NewerVersion(
             f"{where}: expected store schema version {SCHEMA_VERSION} or older, found {version}: use a newer distillkac"
@@ -44,7 +45,7 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     if "schema_version" in model.model_fields:
         check_version(where, values.get("schema_version"))
     try:
-        return model(**values)
+        return model(**with_neutral_values(model, values))
     except OptionError as error:
         found = one_line(str(error).removeprefix("--").removesuffix(": see --help"), 160)
         # A newer version writes all fields of this one too: where one is missing, its name was damaged.

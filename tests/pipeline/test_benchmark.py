@@ -16,7 +16,7 @@ from kac.checkpoint import load_config, load_model
 from kac.networks import MLPConfig
 from kac.options import OptionError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored
+from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
 from pipeline.benchmark.distill_speed import distill_task, speed, tensor_batches
 from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table

@@ -53,9 +53,9 @@ def test_a_changed_manifest_is_refused(path: Path, tmp_path: Path) -> None:
         ("true", "found a truth value in place of a JSON object"),
         ('"manifest"', "found a string in place of a JSON object"),
         ("1.5", "found a number in place of a JSON object"),
-        ("{}", "found no whole number as its schema_version"),
-        ('{"schema_version": "1"}', "found no whole number as its schema_version"),
-        ('{"schema_version": null}', "found no whole number as its schema_version"),
+        ("{}", "found a schema_version that is not a whole number"),
+        ('{"schema_version": "1"}', "found a schema_version that is not a whole number"),
+        ('{"schema_version": null}', "found a schema_version that is not a whole number"),
         ('{"schema_version": 1}', "found fingerprint: expected a value, found none"),
     ],
 )
