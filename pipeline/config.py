@@ -65,6 +65,13 @@ class TeachSpec(Spec):
     gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
 
+    @field_validator("network")
+    @classmethod
+    def _takes_time_and_label_alone(cls, network: NetworkConfig) -> NetworkConfig:
+        if network.conditions:
+            raise ValueError("a teacher takes time and label alone: leave --network.conditions out")
+        return network
+
 
 class RolloutRecipe(Options):
     """The options of a rollout that decide its rows; with the teacher's own facts they are a store's identity."""

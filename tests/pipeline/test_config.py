@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, create_model
 
 from kac.fingerprint import hashed_fields, hashed_values
-from kac.options import Options
+from kac.options import OptionError, Options
 from kac.path import PathConfig
 from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
@@ -159,3 +159,8 @@ def test_every_field_of_every_spec_has_a_description():
         and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
     ]
     assert missing == []
+
+
+def test_a_teacher_with_conditions_is_refused():
+    with pytest.raises(OptionError, match=r"--network: a teacher takes time and label alone"):
+        TeachSpec(out="o", network={"kind": "mlp", "conditions": ("end_time",)})
