@@ -32,9 +32,13 @@ def teacher_sampling(guidance: float | None = None, steps: int | None = None, so
 
 
 def student_sampling(config: ModelConfig) -> Sampling:
-    """How to sample a student: one Euler step on each interval of its own grid; its guidance is built in."""
+    """How to sample a student: one Euler step on each interval of its own grid.
+
+    Its guidance scale is built into its weights, unless its network takes the scale as an input.
+    """
     assert config.steps is not None and config.guidance is not None
-    return Sampling(0.0, config.steps, "euler", config.knot_grid)
+    guidance = config.guidance if "guidance" in config.network.conditions else 0.0
+    return Sampling(guidance, config.steps, "euler", config.knot_grid)
 
 
 class Samples(NamedTuple):

@@ -74,7 +74,10 @@ class TeachSpec(Spec):
 
 
 class RolloutRecipe(Options):
-    """The options of a rollout that decide its rows; with the teacher's own facts they are a store's identity."""
+    """The options of a rollout that decide its rows and how they are cut into shards.
+
+    Together with the teacher's own facts they are a store's identity.
+    """
 
     source: Literal["trajectory", "forward"] = Field(
         "trajectory",

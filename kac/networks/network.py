@@ -1,4 +1,4 @@
-"""Networks by kind. A new kind is one module with its config and its ``NetworkModule``, and a line in ``NETWORKS``."""
+"""Networks by kind. A new kind is one module with its config and ``NetworkModule``, both of which are entered here."""
 
 from kac.networks.mlp import MLPConfig, ResidualMLP
 from kac.networks.velocity import NetworkModule

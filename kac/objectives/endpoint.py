@@ -16,6 +16,10 @@ class EndpointConfig(Kinded):
 
     kind: Literal["endpoint"] = Field("endpoint", description="endpoint: land where the teacher lands, on each step")
 
+    def build(self, steps: int) -> "EndpointObjective":
+        """The objective of a student of ``steps`` macro steps."""
+        return EndpointObjective(steps)
+
 
 @dataclass(frozen=True)
 class EndpointObjective:

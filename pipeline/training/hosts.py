@@ -52,9 +52,8 @@ def _train_here(job: Job, on_checkpoint: OnCheckpoint | None) -> bytes:
     path = files.join(files.join(job.out, TRAINING_FOLDER), STATE_FILE)
     resume = files.read_bytes(path) if files.exists(path) else None
 
-    def keep(metrics: dict[str, float], state: bytes | None) -> None:
-        if state is not None:
-            files.write_bytes(path, state)
+    def keep(metrics: dict[str, float], state: bytes) -> None:
+        files.write_bytes(path, state)
         if on_checkpoint is not None:
             on_checkpoint(metrics, state)
 
@@ -97,10 +96,10 @@ def _ray_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
-    def report(metrics: dict[str, float], state: bytes | None) -> None:
+    def report(metrics: dict[str, float], state: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
-            if state is not None and worker.rank == 0:
+            if worker.rank == 0:
                 Path(folder, STATE_FILE).write_bytes(state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)

@@ -28,8 +28,8 @@ declare(
     Metric("samples_per_second", "training samples a second", better="higher"),
 )
 
-OnCheckpoint = Callable[[dict[str, float], bytes | None], None]
-"""(metrics, training state or None): called equally often by every worker."""
+OnCheckpoint = Callable[[dict[str, float], bytes], None]
+"""(metrics, training state): called equally often by every worker."""
 
 
 class Task(Protocol):

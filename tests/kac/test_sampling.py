@@ -39,6 +39,8 @@ def test_a_teacher_is_sampled_as_one_likes_and_a_student_in_euler_steps_of_its_o
     assert teacher_sampling() == Sampling(0.0, 100, "ab2", "uniform")
     assert teacher_sampling(2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
     assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
+    taking = config(guidance=3.0, network=MLPConfig(conditions=("guidance",)))
+    assert student_sampling(taking) == Sampling(3.0, 4, "euler", "uniform")
 
 
 def test_noise_and_labels_are_those_of_the_numbers():

@@ -90,7 +90,7 @@ def test_it_learns_and_returns_the_average(tmp_path: Path):
     assert error < (nn.Linear(5, 2).weight - torch.arange(10.0).reshape(5, 2).T).abs().max() / 2
 
 
-def _ignore(metrics: dict[str, float], state: bytes | None) -> None:
+def _ignore(metrics: dict[str, float], state: bytes) -> None:
     """A report function that keeps nothing."""
 
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
     class Stopped(Exception):
         pass
 
-    def stop(metrics: dict[str, float], state: bytes | None) -> None:
+    def stop(metrics: dict[str, float], state: bytes) -> None:
         if metrics["update"] == stop_after:
             raise Stopped
 
