@@ -208,7 +208,7 @@ def test_the_last_one_wins_and_an_equals_sign_takes_any_word():
         ("--out o --gpu", "--gpu: expected a value, found none: see --help"),
         ("--out o --config", "--config: expected a value, found none: see --help"),
         ("--out o --config --gpu True", "--config: expected a value, found none: see --help"),
-        ("--out o --config a.yaml --config=b.yaml", "--config: expected one YAML file, found several: put all options into one"),
+        ("--out o --config a.yaml --config=b.yaml", "--config: expected one YAML file, found several"),
         ("--out o p", "expected an option, found 'p': see --help"),
         ("--out o --colour red", "--colour: unknown option: see --help"),
         ("--out o -x", "-x: unknown option: see --help"),
