@@ -35,17 +35,17 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     """
     mine = {**hashed_fields(spec), **content}
     done, begun = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
-    is_free = done is None and not _holds_work(out)
-    for found in (done, begun):
-        if found is not None and found.get("fingerprint") != spec.fingerprint(**content) and not is_free:
-            raise DistillKacError(
-                f"{out}: expected a new folder or one of this spec, found one of another spec"
-                f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another --out, or remove it"
-            )
+    found = [record.get("fingerprint") for record in (done, begun) if record is not None]
+    is_anothers = any(fingerprint != spec.fingerprint(**content) for fingerprint in found)
+    if is_anothers and (done is not None or _holds_work(out)):
+        raise DistillKacError(
+            f"{out}: expected a new folder or one of this spec, found one of another spec"
+            f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another --out, or remove it"
+        )
     if done is not None:
         return False
     files.check_writable(out)
-    if is_free:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
+    if is_anothers:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     record = {
         "stage": spec.stage,

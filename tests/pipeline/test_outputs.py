@@ -81,3 +81,15 @@ def test_where_and_how_fast_is_free_to_change(tmp_path: Path):
     teach(spec.model_copy(update={"checkpoint_updates": 7}))
     assert weights(tmp_path / "out") == before
     assert FEW.updates == 60
+
+
+def test_a_second_start_of_one_spec_leaves_the_first_ones_records_alone(tmp_path: Path):
+    """The first may be at work and not yet at its first checkpoint."""
+    spec = teach_spec(tmp_path)
+    outputs.begin(str(tmp_path), spec, "config.json")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "records.json").write_bytes(b"of Ray Train")
+    assert outputs.begin(str(tmp_path), spec, "config.json")
+    assert (tmp_path / "training" / "records.json").exists()
+    assert outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
+    assert not (tmp_path / "training").exists()

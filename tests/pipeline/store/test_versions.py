@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import Field, create_model
 
+from kac.options import Options
 from kac.precision import Precision
 from pipeline import store as endpoint_store
 from pipeline.store.describe import DescribeSpec, describe
@@ -111,3 +113,10 @@ def test_an_unknown_name_in_the_place_of_a_known_one_is_damage(path: Path) -> No
     identity["knot_grie"] = identity.pop("knot_grid")
     with pytest.raises(ValueError, match=r"^knot-grie: unknown option$"):
         parse("here", StoreIdentity, json.dumps(identity))
+
+
+def test_a_file_without_a_field_is_read_with_its_neutral_value_not_with_todays_default():
+    neutral = {"json_schema_extra": {"neutral": "uniform"}}
+    later = create_model("Later", __base__=Options, knots=(int, 20), grid=(str, Field("cosine", **neutral)))
+    assert parse("here", later, '{"knots": 4}').grid == "uniform"
+    assert parse("here", later, '{"knots": 4, "grid": "cosine"}').grid == "cosine"
