@@ -28,6 +28,14 @@ def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         os.environ["MLFLOW_TRACKING_URI"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILLKAC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tracking_database: str) -> Iterator[None]:
     """An embedded Ray with two CPUs, shared by all tests that need one."""
