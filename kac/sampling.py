@@ -10,6 +10,7 @@ from kac import noise
 from kac.checkpoint import Model, ModelConfig
 from kac.errors import DistillKacError
 from kac.guidance import guide
+from kac.images import delivered
 from kac.networks import VelocityNetwork
 from kac.precision import Precision
 from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
@@ -44,7 +45,7 @@ def student_sampling(config: ModelConfig) -> Sampling:
 class Samples(NamedTuple):
     """What was drawn from a model."""
 
-    images: Tensor  # [count, *sample], on the CPU
+    images: Tensor  # [count, *sample], float32, on the CPU
     label: Tensor  # [count]
     nfe: int  # network evaluations an image
     seconds: float  # of the network at work
@@ -58,16 +59,22 @@ def draw(
     count: int,
     batch_size: int,
     labels: tuple[int, ...] | None = None,
+    *,
+    first: int = 0,
+    raw: bool = False,
 ) -> Samples:
-    """The samples 0 .. count - 1 of a seed, on the model's device, ``batch_size`` a network call.
+    """The samples first .. first + count - 1 of a seed as they are delivered, ``batch_size`` a network call.
+
+    Args:
+        raw: the network's own values instead, as far out of range as they are.
 
     Raises:
         DistillKacError: as ``initial_noise``, or values that are not finite.
     """
     device, network = next(model.network.parameters()).device, precision.wrap(model.network)
     images, classes, nfe, seconds = [], [], 0, 0.0
-    for first in range(0, count, batch_size):
-        x_1, label = initial_noise(model.config, seed, range(first, min(first + batch_size, count)), labels)
+    for start in range(first, first + count, batch_size):
+        x_1, label = initial_noise(model.config, seed, range(start, min(start + batch_size, first + count)), labels)
         x_1, given = x_1.to(device), label.to(device)
         started = time.perf_counter()
         solution = generate(network, x_1, given, sampling)
@@ -77,7 +84,8 @@ def draw(
         nfe = solution.nfe
     if not all(torch.isfinite(made).all() for made in images):
         raise DistillKacError("expected finite images of the model, found NaN or infinity: it has diverged")
-    return Samples(torch.cat(images), torch.cat(classes), nfe, seconds)
+    outputs = torch.cat(images)
+    return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 
 
 @torch.inference_mode()

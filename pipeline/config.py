@@ -195,6 +195,7 @@ class SampleSpec(Spec):
     stage = "sample"
     model: str = unhashed(..., "model folder")
     out: str = unhashed(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
+    raw: bool = Field(False, description="the network's own values, neither clipped nor rounded to 8 bits; .npz only")
     count: PositiveInt = Field(100, description="number of images")
     labels: tuple[NonNegativeInt, ...] | None = Field(
         None, description="classes, repeated in turn; default: the data's class frequencies"

@@ -5,25 +5,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from kac.images import to_bytes
 from kac.metrics import Metric
+
+CELL, GAP, FONT_SIZE = 64, 3, 14
+"""Pixels: the width that small images are enlarged to, the gap between images, the titles."""
 
 
 def sheet(images: np.ndarray, columns: int = 10) -> bytes:
-    """Images [count, *sample] in [-1, 1] as a grid, row by row."""
-    return comparison([("", images[i : i + columns]) for i in range(0, len(images), columns)], margin=0.0)
+    """Delivered samples [count, *sample] as a grid, row by row."""
+    return _png(_grid([images[i : i + columns] for i in range(0, len(images), columns)]))
 
 
-def comparison(rows: Sequence[tuple[str, np.ndarray]], margin: float = 2.4) -> bytes:
-    """One titled row of images a model, the same noise in each column; the titles are in a margin of so many inches."""
-    figure, axes = _figure(len(rows), max(len(images) for _, images in rows), scale=0.6, margin=margin)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (title, images) in zip(axes, rows, strict=True):
-        row[0].text(-0.2, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
-        for axis, image in zip(row, images, strict=False):
-            _draw(axis, image)
-    return _png(figure)
+def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
+    """One titled row of delivered samples [count, *sample] a model, the same noise in each column."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = 2 * FONT_SIZE + int(max(font.getlength(title) for title, _ in rows))
+    grid = Image.fromarray(_grid([images for _, images in rows]))
+    page = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    page.paste(grid, (margin, 0))
+    pen, height = ImageDraw.Draw(page), grid.height / len(rows)
+    for row, (title, _) in enumerate(rows):
+        pen.text((margin - FONT_SIZE, (row + 0.5) * height), title, fill="black", font=font, anchor="rm")
+    return _png(np.asarray(page))
 
 
 def quality_by_nfe(panels: Sequence[tuple[Metric, Sequence[tuple[str, float, float, float]]]]) -> bytes:
@@ -37,7 +45,9 @@ def quality_by_nfe(panels: Sequence[tuple[Metric, Sequence[tuple[str, float, flo
         axis.title.set_size(8)
         if metric.better == "lower":
             axis.set_ylim(0, 1.1 * max(point[3] for point in points))
-    return _png(figure)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=120)
+    return sink.getvalue()
 
 
 def _draw_curve(axis: Any, points: Sequence[tuple[str, float, float, float]]) -> None:
@@ -57,28 +67,33 @@ def _draw_curve(axis: Any, points: Sequence[tuple[str, float, float, float]]) ->
     axis.legend()
 
 
-def _figure(rows: int, columns: int, scale: float, margin: float = 0.0) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(columns * scale + margin, rows * scale))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(left=margin / (columns * scale + margin), right=1, top=1, bottom=0, wspace=0.05, hspace=0.05)
-    return figure, axes
-
-
-def _draw(axis: Any, image: np.ndarray) -> None:
-    if image.ndim == 1:  # a point of the plane
-        axis.plot(image[:1], image[1:2], ".", color="black")
-        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-        return
-    pixels = np.clip((image + 1) / 2, 0, 1)
-    if pixels.shape[0] == 3:
-        axis.imshow(np.moveaxis(pixels, 0, -1), interpolation="nearest")
-    else:
-        axis.imshow(pixels[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of samples in one picture [height, width, 3], uint8; small images are enlarged by a whole factor."""
+    cells = [[_cell(sample) for sample in row] for row in rows]
+    height, width = cells[0][0].shape[:2]
+    factor, columns = max(1, CELL // width), max(map(len, cells))
+    picture = np.full((len(cells), columns, height * factor + GAP, width * factor + GAP, 3), 255, np.uint8)
+    for place, row in zip(picture, cells, strict=True):
+        for cell, image in zip(place, row, strict=False):
+            cell[: height * factor, : width * factor] = image.repeat(factor, 0).repeat(factor, 1)
+    return picture.swapaxes(1, 2).reshape(len(cells) * (height * factor + GAP), -1, 3)
 
 
-def _png(figure: Any) -> bytes:
+def _cell(sample: np.ndarray) -> np.ndarray:
+    """A sample as an image [height, width, 3], uint8; a point of the plane as a dot between -1.2 and 1.2."""
+    if sample.ndim == 3:
+        pixels = to_bytes(torch.from_numpy(sample[None]))[0].numpy()
+        colours = pixels if len(pixels) == 3 else pixels[:1]
+        return np.moveaxis(np.broadcast_to(colours, (3, *colours.shape[1:])), 0, -1)
+    board = np.full((CELL, CELL, 3), 255, np.uint8)
+    x, y = (np.clip(sample[:2] / 2.4 + 0.5, 0, 1) * (CELL - 4)).astype(int)
+    board[CELL - 4 - y : CELL - y, x : x + 4] = 0
+    return board
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
     sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=120)
+    Image.fromarray(pixels).save(sink, format="png")
     return sink.getvalue()

@@ -8,7 +8,7 @@ from kac import files
 from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
-from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
+from kac.sampling import Samples, Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
 from pipeline.pictures import sheet
@@ -19,26 +19,32 @@ BATCH_SIZE = 500
 def sample(spec: SampleSpec) -> None:
     """Write ``spec.count`` images: a sheet as .png, or ``images`` (float32 in [-1, 1]) and ``labels`` as .npz.
 
+    Images are on the 8-bit grid, as they are delivered; with ``spec.raw`` they are what the network made.
+
     Raises:
         DistillKacError: no such model, labels it does not know, another kind of file, a place that cannot be written.
     """
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
         raise DistillKacError(f"--out: expected a .png or .npz file, found {spec.out}")
+    if spec.raw and out.endswith(".png"):
+        raise DistillKacError(f"--raw: expected an .npz file as --out, since a picture has 8 bits, found {spec.out}")
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
     files.check_writable(out.rsplit("/", 1)[0])
-    made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, spec.labels)
-    pixels = made.images.clamp(-1, 1).numpy()
-    if out.endswith(".png"):
-        data = sheet(pixels)
-    else:
-        sink = io.BytesIO()
-        np.savez(sink, images=pixels.astype(np.float32), labels=made.label.numpy())
-        data = sink.getvalue()
-    files.write_bytes(out, data)
+    made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, spec.labels, raw=spec.raw)
+    files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made))
     guidance = model.config.guidance or sampling.guidance
-    print(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}", flush=True)
+    values = ", raw values" if spec.raw else ""
+    print(
+        f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}{values}", flush=True
+    )
+
+
+def _npz(made: Samples) -> bytes:
+    sink = io.BytesIO()
+    np.savez(sink, images=made.images.numpy(), labels=made.label.numpy())
+    return sink.getvalue()
 
 
 def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:

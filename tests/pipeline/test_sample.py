@@ -9,6 +9,7 @@ import pytest
 from kac.errors import DistillKacError
 from pipeline.config import SampleSpec
 from pipeline.sample import sample
+from tests.pipeline.stores import make_teacher
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -19,7 +20,6 @@ def test_samples_are_the_models_images_of_the_labels_asked_for(kind: str, teache
         assert made["labels"].tolist() == [1, 0, 1, 0, 1]
         assert made["images"].shape == (5, 2)
         assert made["images"].dtype == np.float32
-        assert np.abs(made["images"]).max() <= 1
         first = made["images"][:2]
     sample(SampleSpec(model=model, out=str(tmp_path / "more.npz"), count=700, labels=(1, 0)))
     with np.load(tmp_path / "more.npz") as made:
@@ -41,3 +41,17 @@ def test_samples_that_a_student_cannot_make_are_refused(
 ):
     with pytest.raises(DistillKacError, match=message):
         sample(SampleSpec(model=student, out=str(tmp_path / "x.npz"), **options))
+
+
+def test_images_are_delivered_in_8_bits_and_raw_values_on_request(tmp_path: Path):
+    model = make_teacher(tmp_path / "digits", "digits")
+    made = {}
+    for raw in (False, True):
+        out = str(tmp_path / f"{raw}.npz")
+        sample(SampleSpec(model=model, out=out, count=20, steps=4, raw=raw))
+        with np.load(out) as found:
+            made[raw] = found["images"]
+    assert np.abs(made[True]).max() > 1
+    np.testing.assert_array_equal(made[False], np.floor(made[True] * 127.5 + 128).clip(0, 255) / np.float32(127.5) - 1)
+    with pytest.raises(DistillKacError, match=r"--raw: expected an .npz file as --out"):
+        sample(SampleSpec(model=model, out=str(tmp_path / "x.png"), raw=True))

@@ -1,0 +1,30 @@
+"""Pictures: what is pasted where."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from pipeline.pictures import CELL, GAP, comparison, sheet
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def test_a_sheet_shows_the_bytes_that_are_delivered():
+    images = np.linspace(-1, 1, 12 * 3 * 8 * 8, dtype=np.float32).reshape(12, 3, 8, 8)
+    shown, side = pixels(sheet(images)), CELL + GAP
+    assert shown.shape == (2 * side, 10 * side, 3)
+    tenth = shown[side : side + CELL : CELL // 8, side : side + CELL : CELL // 8]
+    assert (tenth == np.floor(np.moveaxis(images[11], 0, -1) * 127.5 + 128).clip(0, 255)).all()
+    assert (shown[side:, 2 * side :] == 255).all()
+
+
+def test_grey_images_and_points_have_rows_under_their_titles():
+    for samples in (np.full((4, 1, 28, 28), -1, np.float32), np.zeros((4, 2), np.float32)):
+        rows = [("real images", samples), ("teacher w=0", samples[:2])]
+        shown = pixels(comparison(rows))
+        dark = (shown < 128).all(-1)
+        half = len(shown) // 2
+        assert dark[:half].sum() > dark[half:].sum() > 0
