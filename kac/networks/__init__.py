@@ -1,14 +1,18 @@
 """Velocity networks: a protocol, a config by kind, and what builds them."""
 
+from kac.networks.dit import DiTConfig
 from kac.networks.mlp import MLPConfig
 from kac.networks.network import NetworkConfig, build_network
+from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Condition, NetworkModule, VelocityNetwork, load_weights
 
 __all__ = [
     "Condition",
+    "DiTConfig",
     "MLPConfig",
     "NetworkConfig",
     "NetworkModule",
+    "UNetConfig",
     "VelocityNetwork",
     "build_network",
     "load_weights",

@@ -1,15 +1,30 @@
 """Networks by kind. A new kind is one module with its config and ``NetworkModule``, both of which are entered here."""
 
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from kac.networks.dit import DiT, DiTConfig
 from kac.networks.mlp import MLPConfig, ResidualMLP
+from kac.networks.unet import UNet, UNetConfig
 from kac.networks.velocity import NetworkModule
+from kac.options import kind_alone
 
-NetworkConfig = MLPConfig
-"""The config of any kind; with several it is ``Annotated[A | B, Field(discriminator="kind"),
-BeforeValidator(kind_alone)]``, which the command line, YAML and a model's config.json all take."""
+NetworkConfig = Annotated[MLPConfig | UNetConfig | DiTConfig, Field(discriminator="kind"), BeforeValidator(kind_alone)]
+"""The config of any kind, as the command line, YAML and a model's config.json all take it."""
 
-NETWORKS = {"mlp": ResidualMLP}
+NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
+    "mlp": ResidualMLP,
+    "unet": UNet,
+    "dit": DiT,
+}
 
 
 def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
-    """A freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1."""
+    """A freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1.
+
+    Raises:
+        OptionError: samples that this kind, or these options of it, do not fit.
+    """
     return NETWORKS[config.kind](config, sample_shape, num_classes)

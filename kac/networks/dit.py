@@ -1,0 +1,64 @@
+"""diffusers' class-conditional diffusion transformer (DiT, arXiv 2212.09748) for images."""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
+from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
+
+
+class DiTConfig(NetworkOptions):
+    """diffusers' DiTTransformer2DModel, class-conditional."""
+
+    kind: Literal["dit"] = Field("dit", description="dit: diffusers' DiTTransformer2DModel, for images")
+    heads: PositiveInt = Field(6, description="attention heads")
+    head_channels: PositiveInt = Field(64, description="channels of an attention head")
+    depth: PositiveInt = Field(12, description="transformer blocks")
+    patch: PositiveInt = Field(2, description="a token is a patch of so many pixels squared")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the blocks")
+    time_scale: PositiveFloat = Field(1000.0, description="times are given to the time embedding times this")
+
+
+class DiT(NetworkModule):
+    """diffusers' DiTTransformer2DModel behind the interface of a velocity network."""
+
+    diffusers_name = "transformer"
+
+    def __init__(self, config: DiTConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        folded_shape(config.patch, sample_shape)
+        self.null_label, self.takes, self.time_scale = num_classes, config.conditions, config.time_scale
+        self.width = config.heads * config.head_channels
+        self.transformer: Any = DiTTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_channels,
+            in_channels=sample_shape[0],
+            num_layers=config.depth,
+            dropout=config.dropout,
+            sample_size=sample_shape[1],
+            patch_size=config.patch,
+            num_embeds_ada_norm=num_classes,
+        )
+        self.conditions = ConditionEmbedding(config.conditions, self.width)
+        for block in self.transformer.transformer_blocks:
+            labels = block.norm1.emb.class_embedder
+            labels.dropout_prob = 0.0  # labels are dropped by the teacher's loss, for all kinds of networks alike
+            labels.embedding_table = ConditionedLabels(num_classes + 1, self.width)
+            nn.init.normal_(labels.embedding_table.weight, std=0.02)
+        self._start_as_identity()
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        """x [batch, channels, height, width], t scalar or [batch], label [batch] in 0 .. null_label -> like x."""
+        given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
+        return self.transformer(x, diffusers_time(x, t, self.time_scale), given).sample  # type: ignore[no-any-return]
+
+    def _start_as_identity(self) -> None:
+        """Every block adds nothing at first, and the velocity is 0 (adaLN-Zero), which diffusers leaves to us."""
+        gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
+        for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)

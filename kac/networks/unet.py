@@ -1,0 +1,85 @@
+"""diffusers' U-Net for images, where a small machine wants it behind a space-to-depth step: several times faster."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
+from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
+from kac.options import OptionError
+
+
+class UNetConfig(NetworkOptions):
+    """diffusers' UNet2DModel, class-conditional."""
+
+    kind: Literal["unet"] = Field("unet", description="unet: diffusers' UNet2DModel, for images")
+    channels: tuple[PositiveInt, ...] = Field((64, 128), description="channels of each level", min_length=1)
+    blocks: PositiveInt = Field(2, description="residual blocks a level")
+    attention: tuple[PositiveInt, ...] = Field((), description="levels with attention, by their width in pixels")
+    head_channels: PositiveInt | None = Field(None, description="channels of an attention head; default: one head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the residual blocks")
+    scale_shift: bool = Field(False, description="time and class scale and shift the norms, instead of being added")
+    patch: PositiveInt = Field(1, description="patches of so many pixels squared become channels (space to depth)")
+    groups: PositiveInt = Field(32, description="groups of the group norms; divides every level's channels")
+    time_scale: PositiveFloat = Field(1000.0, description="times are given to the time embedding times this")
+
+    @model_validator(mode="after")
+    def _groups_divide_channels(self) -> Self:
+        if any(width % self.groups for width in self.channels):
+            raise ValueError(f"--groups: expected a divisor of the channels {self.channels}, found {self.groups}")
+        return self
+
+
+class UNet(NetworkModule):
+    """diffusers' UNet2DModel behind the interface of a velocity network."""
+
+    diffusers_name = "unet"
+
+    def __init__(self, config: UNetConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.null_label, self.takes = num_classes, config.conditions
+        self.patch, self.time_scale = config.patch, config.time_scale
+        self.unet: Any = UNet2DModel(**_arguments(config, sample_shape, num_classes))
+        width = 4 * config.channels[0]  # of the embedding of time and class in diffusers
+        self.unet.class_embedding = ConditionedLabels(num_classes + 1, width)
+        self.conditions = ConditionEmbedding(config.conditions, width)
+        self.width = width
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        """x [batch, channels, height, width], t scalar or [batch], label [batch] in 0 .. null_label -> like x."""
+        given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
+        folded = nn.functional.pixel_unshuffle(x, self.patch)
+        velocity = self.unet(folded, diffusers_time(x, t, self.time_scale), given).sample
+        return nn.functional.pixel_shuffle(velocity, self.patch)
+
+
+def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    channels, size = folded_shape(config.patch, sample_shape)
+    widths = [size // 2**level for level in range(len(config.channels))]
+    if size % 2 ** (len(config.channels) - 1):
+        most = 1 + (size & -size).bit_length() - 1
+        raise OptionError(
+            f"--network.channels: expected at most {most} levels for images {size} wide, found {config.channels}"
+        )
+    if unknown := [width for width in config.attention if width not in widths]:
+        raise OptionError(f"--network.attention: expected widths of the levels, {widths}, found {unknown}")
+    has_attention = [width in config.attention for width in widths]
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.blocks,
+        "down_block_types": tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in has_attention),
+        "up_block_types": tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(has_attention)),
+        "attention_head_dim": config.head_channels,
+        "dropout": config.dropout,
+        "norm_num_groups": config.groups,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        "num_class_embeds": num_classes + 1,
+    }
