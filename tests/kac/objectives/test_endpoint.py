@@ -122,3 +122,39 @@ def test_its_loss_has_one_part():
     losses = EndpointObjective(2).losses(lambda x, t, label: x, interval)
     assert {name: value.item() for name, value in losses.items()} == {"endpoint": 1.0}
     assert EndpointObjective(2).conditions == ()
+
+
+def losses_of(error: torch.Tensor, **options) -> float:
+    """The endpoint loss of a student whose velocity is off by ``error``."""
+    start = torch.zeros_like(error)
+    interval = Interval(start, start, torch.ones(len(error)), torch.zeros(len(error)), torch.zeros(len(error)))
+    objective = EndpointConfig(**options).build(1)
+    return objective.losses(lambda x, t, label: error, interval)["endpoint"].item()
+
+
+def test_huber_is_quadratic_near_zero_and_grows_with_the_norm_far_from_it():
+    error = torch.randn(1, 1, 4, 4, generator=seeded(0))
+    error /= error.square().mean().sqrt()
+    assert losses_of(error * 1e3, loss="huber") == pytest.approx(1e3, rel=1e-3)
+    small = losses_of(error * 1e-3, loss="huber")
+    assert losses_of(error * 2e-3, loss="huber") == pytest.approx(4 * small, rel=1e-2)
+
+
+def test_an_outlier_weighs_less_under_huber():
+    error = torch.ones(10, 1, 4, 4)
+    with_outlier = torch.cat([error, 10 * error[:1]])
+    ratio = {loss: losses_of(with_outlier, loss=loss) / losses_of(error, loss=loss) for loss in ("mse", "huber")}
+    assert ratio["huber"] < 2 < 9 < ratio["mse"]
+
+
+def test_scales_average_the_loss_of_ever_smaller_images():
+    checkers = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)[None, None]
+    assert losses_of(checkers, scales=1) == pytest.approx(1)
+    assert losses_of(checkers, scales=2) == pytest.approx(1 / 2)  # nothing is left of it at half the size
+    assert losses_of(torch.ones(2, 3, 8, 8), scales=4) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2,)])
+def test_more_scales_than_halvings_are_refused(shape):
+    with pytest.raises(OptionError, match="scales"):
+        losses_of(torch.ones(2, *shape), scales=4)
