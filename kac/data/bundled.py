@@ -4,12 +4,10 @@ import numpy as np
 import torch
 
 from kac.data.splits import Dataset, in_memory
-from kac.options import OptionError
 
 
-def digits(root: str | None = None) -> Dataset:
+def digits() -> Dataset:
     """1,797 handwritten digits, 8x8 in 17 grey levels."""
-    _refuse_root(root)
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -17,17 +15,11 @@ def digits(root: str | None = None) -> Dataset:
     return in_memory(images, torch.tensor(source.target, dtype=torch.int64), num_classes=10)
 
 
-def moons(root: str | None = None) -> Dataset:
+def moons() -> Dataset:
     """Two interleaving half circles in the plane: samples of shape [2], for quick and very large runs."""
-    _refuse_root(root)
     from sklearn.datasets import make_moons
 
     points, labels = make_moons(4096, noise=0.05, random_state=0)
     centred = (points - np.array([0.5, 0.25])) / 2
     images = torch.tensor(centred, dtype=torch.float32).clamp(-1, 1)
     return in_memory(images, torch.tensor(labels, dtype=torch.int64), num_classes=2)
-
-
-def _refuse_root(root: str | None) -> None:
-    if root is not None:
-        raise OptionError(f"--data.root: expected none, since this dataset comes with scikit-learn, found {root!r}")

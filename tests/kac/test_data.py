@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.data.dataset import KINDS
+from kac.data.dataset import BUNDLED
 from kac.data.splits import every_nth_of_each_class, in_memory
 from kac.options import OptionError
 
@@ -17,7 +17,7 @@ def whole(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(BUNDLED))
 def test_images_are_bounded_and_labels_are_classes(kind):
     described = open_dataset(DataConfig(kind=kind)).description
     images, labels = whole(kind)
@@ -56,7 +56,7 @@ def test_moons_are_two_crescents():
     assert radius.std().item() == pytest.approx(0.05, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(BUNDLED))
 def test_a_fifth_of_each_class_is_held_out_and_nothing_is_in_both(kind):
     data = open_dataset(DataConfig(kind=kind))
     train, held_out = all_rows(data.train), all_rows(data.held_out)
@@ -111,7 +111,9 @@ def test_a_dataset_is_opened_once_a_process():
 
 
 def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
-    with pytest.raises(OptionError, match=r"--kind: input should be 'digits' or 'moons', found 'mnist'"):
+    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons' or 'idx', found 'mnist'"):
         DataConfig(kind="mnist")
-    with pytest.raises(OptionError, match=r"--data.root: expected none, .* found '/data'"):
-        open_dataset(DataConfig(kind="digits", root="/data"))
+    with pytest.raises(OptionError, match=r"--root: expected none, .* found '/data'"):
+        DataConfig(kind="digits", root="/data")
+    with pytest.raises(OptionError, match=r"--root: expected the folder of the files of idx, found none"):
+        DataConfig(kind="idx")
