@@ -8,34 +8,83 @@ from torch import Tensor, nn
 
 from kac.fingerprint import unhashed
 from kac.networks import VelocityNetwork
-from kac.options import Options
+from kac.options import OptionError, Options
 
 
 class Precision(Options):
     """How a network is called. The weights, and what goes in and out, stay float32."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type that the network computes in (autocast)")
-    compile: bool = unhashed(False, "compile the network with torch.compile")
-    memory_format: Literal["contiguous", "channels_last"] = unhashed("contiguous", "layout of images in the network")
+    dtype: Literal["float32", "tf32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="type that the network computes in; tf32: float32 in the tensor cores of a GPU; "
+        "auto: bfloat16 on GPUs, else float32",
+    )
+    compile: bool | None = unhashed(None, "compile the network with torch.compile; default: on a GPU")
+    memory_format: Literal["auto", "contiguous", "channels_last"] = unhashed(
+        "auto", "layout of images in the network; auto: channels_last for convolutions on a GPU"
+    )
+
+    def settled(self, on_gpu: bool) -> "Precision":
+        """With the type that ``auto`` stands for: fingerprints are made of that.
+
+        Raises:
+            OptionError: a type that this device does not have.
+        """
+        if self.dtype == "tf32" and not on_gpu:
+            raise OptionError("--precision.dtype: expected float32, bfloat16 or auto without a GPU, found tf32")
+        dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
+        return self.model_copy(update={"dtype": dtype})
+
+    def on(self, gpu: bool, convolutions: bool = True) -> "Precision":
+        """With every choice made: on a GPU or not, for a network with convolutions or without."""
+        automatic = "channels_last" if gpu and convolutions else "contiguous"
+        return Precision(
+            dtype=self.settled(gpu).dtype,
+            compile=gpu if self.compile is None else self.compile,
+            memory_format=automatic if self.memory_format == "auto" else self.memory_format,
+        )
+
+    def chosen(self, network: nn.Module) -> "Precision":
+        """With every choice made for a network where it is."""
+        parameters = list(network.parameters())
+        gpu = any(parameter.is_cuda for parameter in parameters)
+        return self.on(gpu, convolutions=any(parameter.ndim == 4 for parameter in parameters))
+
+    def lay_out(self, network: nn.Module) -> None:
+        """Put the weights into their memory format: before anything copies them or keeps numbers beside them."""
+        if self.chosen(network).memory_format == "channels_last":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
         """``network`` in this precision, with the same signature, null label, parameters and gradients."""
-        is_plain = self == Precision() and hasattr(network, "null_label")
-        return network if is_plain else _Wrapped(network, self)  # type: ignore[return-value]
+        self.lay_out(network)
+        chosen = self.chosen(network)
+        plain = Precision(dtype="float32", compile=False, memory_format="contiguous")
+        # On a GPU even float32 needs a wrapper: by default PyTorch's convolutions there compute in tf32.
+        on_cpu = not any(parameter.is_cuda for parameter in network.parameters())
+        is_plain = chosen == plain and on_cpu and hasattr(network, "null_label")
+        return network if is_plain else _Wrapped(network, chosen)  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        """In words, of one that is ``chosen``."""
+        return f"{self.dtype}, {self.memory_format}, {'compiled' if self.compile else 'not compiled'}"
 
 
 class _Wrapped:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         plain: Any = getattr(network, "module", network)  # of a data-parallel one
         self.null_label, self.takes = plain.null_label, getattr(plain, "takes", ())
-        self.dtype = getattr(torch, precision.dtype)
-        self.memory_format = torch.contiguous_format
-        if precision.memory_format == "channels_last":
-            self.memory_format = torch.channels_last
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
+        self.tf32 = precision.dtype == "tf32"
+        self.memory_format = getattr(
+            torch, "channels_last" if precision.memory_format == "channels_last" else "contiguous_format"
+        )
         self.call: Any = torch.compile(network) if precision.compile else network
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        if x.is_cuda:
+            # Set at every call and left so: the backward pass comes after it, and another network may differ.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):

@@ -1,4 +1,4 @@
-"""The teacher's flow-matching loss (design: arXiv 2509.21513, section on conditional flow matching)."""
+"""The teacher's flow-matching loss (design: arXiv 2509.21513, section on conditional flow matching), and its draws."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,32 @@ from kac.path import Path
 
 
 def flow_matching_loss(
-    network: VelocityNetwork, path: Path, x_0: Tensor, label: Tensor, generator: torch.Generator, label_dropout: float
+    network: VelocityNetwork, path: Path, x_0: Tensor, t: Tensor, label: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate, t uniform in (0, 1); a scalar.
+    """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate; a scalar.
 
     Args:
-        x_0: [batch, *sample] in [-1, 1]. label: [batch].
-        label_dropout: the share of labels replaced by the null label, which guidance needs.
+        x_0: [batch, *sample] in [-1, 1]. t: [batch] in [0, 1], uniform. label: [batch], some dropped.
+        generator: of the path's noise, on the device of ``x_0``.
     """
-    count, device = len(x_0), x_0.device
-    # Even strata under one random offset each: t is uniform, and its spread over a batch adds nothing to the noise.
-    strata = torch.randperm(count, generator=generator, device=device)
-    t = (strata + torch.rand(count, generator=generator, device=device)) / count
     point = path.sample(x_0, t, generator)
-    dropped = torch.rand(count, generator=generator, device=device) < label_dropout
-    given = torch.where(dropped, torch.full_like(label, network.null_label), label)
-    return (network(point.x_t, t, given) - point.target).square().mean()
+    return (network(point.x_t, t, label) - point.target).square().mean()
+
+
+def even_times(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform times in (0, 1), one in each of ``count`` even strata, in random order: [count].
+
+    Each is uniform, and their spread over a batch adds nothing to the noise of the loss.
+    """
+    strata = torch.randperm(count, generator=generator)
+    return (strata + torch.rand(count, generator=generator)) / count
+
+
+def drop_labels(label: Tensor, is_dropped: Tensor, null_label: int) -> Tensor:
+    """``label`` [batch] with the null label, which guidance needs, where ``is_dropped`` [batch] says so."""
+    return torch.where(is_dropped, torch.full_like(label, null_label), label)
+
+
+def flip(images: Tensor, is_flipped: Tensor) -> Tensor:
+    """Images [batch, channels, height, width], mirrored left to right where ``is_flipped`` [batch] says so."""
+    return torch.where(is_flipped[:, None, None, None], images.flip(-1), images)

@@ -5,6 +5,7 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -27,7 +28,21 @@ class Spec(Options):
 
     def fingerprint(self, **content: Any) -> str:
         """The name of what this spec makes from inputs of this ``content`` (their hashes)."""
+        precision = getattr(self, "precision", None)
+        assert precision is None or precision.dtype != "auto", "a fingerprint is of a spec that is settled"
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
+
+
+    def settled(self, on_gpu: Callable[[], bool]) -> Self:
+        """With the type that ``--precision.dtype auto`` stands for: whatever runs or names a spec begins with this.
+
+        Args:
+            on_gpu: whether the work runs on GPUs; asked for only if that matters, since it may start Ray.
+        """
+        precision: Precision = self.precision  # type: ignore[attr-defined]
+        if precision.dtype != "auto":
+            return self
+        return self.model_copy(update={"precision": precision.settled(on_gpu())})
 
 
 class OptimizerConfig(Options):
@@ -36,15 +51,36 @@ class OptimizerConfig(Options):
     updates: PositiveInt = Field(3000, description="optimizer updates")
     batch_size: PositiveInt = Field(256, description="samples an update, over all workers")
     learning_rate: PositiveFloat = Field(4e-3, description="peak learning rate of AdamW")
-    warmup_updates: NonNegativeInt = Field(100, description="updates of linear warm-up; then a cosine down to 0")
+    warmup_updates: NonNegativeInt = Field(100, description="updates of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up: half a cosine down to 0, or constant"
+    )
+    accumulation: PositiveInt = Field(
+        1, description="passes an update on each worker, whose gradients add up; times the workers it divides the batch"
+    )
     beta2: float = Field(0.99, gt=0, lt=1, description="decay of AdamW's squared gradients")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_gradient_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this norm")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay an update of the averaged weights, which are saved")
+    ema_decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay an update of the averaged weights, which are saved; at first less, (1 + n) / (10 + n)",
+    )
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"--accumulation: expected a divisor of the batch size {self.batch_size}, found {self.accumulation}"
+            )
+        return self
 
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
+SAMPLE_UPDATES = unhashed(None, "updates between sheets of samples in MLflow; default: none is drawn", gt=0)
+DRY_RUN = unhashed(False, "say what the work takes, and stop before anything is written")
 GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluster has some now")
 WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 
@@ -64,6 +100,8 @@ class TeachSpec(Spec):
     workers: int | None = WORKERS
     gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
+    sample_updates: int | None = SAMPLE_UPDATES
+    dry_run: bool = DRY_RUN
 
     @field_validator("network")
     @classmethod
@@ -121,6 +159,8 @@ class RolloutSpec(RolloutRecipe, Spec):
         None, "rollout actors; 0: in this process, without Ray; default: one a GPU, or one a CPU without GPUs", ge=0
     )
     gpu: bool | None = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
+    gpus_per_actor: float = unhashed(1.0, "share of a GPU that an actor takes, where it takes any", gt=0, le=1)
+    dry_run: bool = DRY_RUN
 
     @field_validator("guidance")
     @classmethod
@@ -147,6 +187,7 @@ class StudentOptions(Options):
     precision: Precision = Precision()
     seed: int = SEED
     checkpoint_updates: int = CHECKPOINT_UPDATES
+    sample_updates: int | None = SAMPLE_UPDATES
     memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded by each worker; larger ones stream")
 
 
@@ -159,6 +200,7 @@ class DistillSpec(StudentOptions, Spec):
     steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
     workers: int | None = WORKERS
     gpu: bool | None = GPU
+    dry_run: bool = DRY_RUN
 
 
 class SweepSpec(StudentOptions, Spec):

@@ -1,5 +1,6 @@
 """Distill: train a student of a few macro steps on a store's trajectories."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class DistillTask:
 
     Attributes:
         init: model folder of the first weights, those of a teacher or of another student.
-        batch: makes the intervals of an update, on the worker's device; by default they are read from the store.
+        batch: makes the intervals of an update, a worker's own, on its device; by default they are read from the store.
     """
 
     spec: DistillSpec
@@ -40,10 +41,13 @@ class DistillTask:
         config = student_network(first.config, objective)
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
-        batch = self.batch or _Intervals(spec, objective, worker).batch
+        # The workers' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
+        batch = functools.lru_cache(maxsize=1)(self.batch or _Intervals(spec, objective, worker).batch)
 
-        def losses(network: VelocityNetwork, update: int) -> dict[str, Tensor]:
-            return objective.losses(network, batch(update))
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+            training.seed_dropout(spec.seed, micro)
+            parts = (part[micro.number :: micro.accumulation] for part in batch(micro.update))
+            return objective.losses(network, Interval(*parts))
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
 
@@ -71,35 +75,47 @@ class _Intervals:
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
         self.next_update = update + 1
-        parts: Iterator[Tensor] = iter(next(self.batches))
-        return Interval(*(part.to(self.worker.device, non_blocking=True) for part in parts))
+        # The store's reader reads ahead by itself: all that is left to do here is to copy without waiting.
+        device = self.worker.device
+        return training.on_device(training.pinned(next(self.batches), device), device)
 
 
 def distill(
     spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_checkpoint: training.OnCheckpoint | None = None
-) -> ModelConfig:
+) -> ModelConfig | None:
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
         on_checkpoint: called at every checkpoint of a training in this process.
+
+    Returns:
+        The config of the student; None after a dry run.
 
     Raises:
         DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
     """
     spec = resolve(spec)
     plan = check(spec)
+    network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
+    cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows)}"
+    if spec.dry_run:
+        print(cost, flush=True)
+        return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
+    place = training.choose_place(spec.workers, spec.gpu)
+    print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
     with tracking.start_run(
         spec=spec, fingerprint=plan.student.fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
     ) as run:
         title = f"distill {spec.steps} steps, guidance {spec.guidance:g}"
-        job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates)
-        weights = training.train(job, workers, use_gpu, on_checkpoint)
+        training.log_cost(run, *network)
+        sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
+        job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates, sheets)
+        weights = training.train(job, place, on_checkpoint)
         config = outputs.write_model(spec.out, plan.student, weights, run)
     print(f"distill: wrote {spec.out} ({spec.steps} steps, guidance {spec.guidance:g})", flush=True)
     return config
@@ -112,17 +128,19 @@ class DistillPlan:
     content: dict[str, str]  # fingerprints of the inputs: they are part of the student's own
     init: str  # model folder of the first weights
     student: ModelConfig  # as it will be written
+    rows: int  # of the store that it learns from
 
 
 def resolve(spec: DistillSpec) -> DistillSpec:
-    """The spec with paths that every process of the cluster understands."""
+    """The spec with paths that every process of the cluster understands, and its choices made."""
     paths = {name: getattr(spec, name) for name in ("store", "out", "teacher", "init")}
     absolute = {
         name: cluster.absolute(path)
         for name, path in paths.items()
         if path is not None and not (name == "init" and path == "teacher")
     }
-    return spec.model_copy(update=absolute)
+    settled = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+    return settled.model_copy(update=absolute)
 
 
 def check(spec: DistillSpec) -> DistillPlan:
@@ -156,7 +174,7 @@ def check(spec: DistillSpec) -> DistillPlan:
             "store_fingerprint": source.manifest.fingerprint,
         }
     )
-    return DistillPlan(content, init, student)
+    return DistillPlan(content, init, student, source.rows(spec.guidance))
 
 
 def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:

@@ -36,7 +36,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         DistillKacError: a point of the grid does not fit the store (before any trial starts), or trials failed.
     """
     out = cluster.absolute(spec.out)
-    spec = spec.model_copy(update={"out": out})
+    spec = spec.settled(lambda: _gpus_a_trial(spec, cluster.connect()) > 0).model_copy(update={"out": out})
     trials = plan_trials(spec)
     plans = [distill.check(trial.spec) for trial in trials]
     open_trials = [
@@ -104,7 +104,7 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
     # Tune's tables would bury the trials' progress bars; verbose=0 silences only its older reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     resources = cluster.connect()
-    gpus = spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)
+    gpus = _gpus_a_trial(spec, resources)
     # A trial that starts Ray Train workers reserves next to nothing itself, or it would wait for what it holds.
     needs = {"CPU": 0.01} if spec.workers else {"CPU": spec.cpus_per_trial, "GPU": gpus}
     side_by_side = max(1, (resources.gpus or resources.cpus) // spec.workers) if spec.workers else None
@@ -124,6 +124,10 @@ def _run_trials(spec: SweepSpec, trials: list[Trial], run: tracking.TrackedRun) 
             f"{spec.out}: {len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}: "
             "run the same command again to go on with them"
         )
+
+
+def _gpus_a_trial(spec: SweepSpec, resources: cluster.Resources) -> float:
+    return spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """Teach: train a Kac-flow teacher by flow matching."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
-from kac.data import open_dataset
+from kac.data import Dataset, open_dataset
 from kac.networks import VelocityNetwork, build_network
-from kac.teacher import flow_matching_loss
+from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
 from pipeline import cluster, outputs, tracking, training
 from pipeline.config import OptimizerConfig, TeachSpec
 
@@ -28,26 +30,48 @@ class TeachTask:
         spec, data = self.spec, open_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
         network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path = spec.path.build()
-        order = training.EpochOrder(spec.seed, len(data.train), spec.optimizer.batch_size)
+        path, batch = spec.path.build(), training.Ahead(_Batches(spec, data))
 
-        def losses(network: VelocityNetwork, update: int) -> dict[str, torch.Tensor]:
-            images, labels = data.train.rows(order.batch(update)[worker.rank :: worker.world_size])
-            loss = flow_matching_loss(
-                network,
-                path,
-                images.to(worker.device, non_blocking=True),
-                labels.to(worker.device, non_blocking=True),
-                training.generator(spec.seed, update, worker),
-                spec.label_dropout,
-            )
-            return {"flow_matching": loss}
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+            training.seed_dropout(spec.seed, micro)
+            noise = training.slot_generator(spec.seed, micro)
+            return {"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)}
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
 
 
-def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:
+class TrainingBatch(NamedTuple):
+    """What the loss takes."""
+
+    x_0: Tensor  # [rows, *sample]
+    t: Tensor  # [rows]
+    label: Tensor  # [rows], some dropped
+
+
+class _Batches:
+    """The batches of a training. Only the rows of a micro-batch are read, and nothing is kept of them."""
+
+    def __init__(self, spec: TeachSpec, data: Dataset) -> None:
+        self.spec, self.data = spec, data
+        self.order = training.EpochOrder(spec.seed, len(data.train), spec.optimizer.batch_size)
+
+    def __call__(self, micro: training.MicroBatch) -> TrainingBatch:
+        """Its share of what is drawn for the update as a whole, so that it is the same however the batch is split."""
+        spec, size = self.spec, self.spec.optimizer.batch_size
+        draws = training.update_generator(spec.seed, micro.update)
+        t, drop_coin, flip_coin = even_times(size, draws), *torch.rand(2, size, generator=draws)
+        images, label = self.data.train.rows(micro.share(self.order.batch(micro.update)))
+        label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, self.data.description.num_classes)
+        if getattr(spec.data, "horizontal_flip", False):
+            images = flip(images, micro.share(flip_coin) < 0.5)
+        return TrainingBatch(images, micro.share(t), label)
+
+
+def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig | None:
     """Train the teacher of ``spec`` and write its model folder; a complete one is returned as it is.
+
+    Returns:
+        The config of the teacher; None after a dry run.
 
     Raises:
         DistillKacError: the folder belongs to another spec or cannot be written, or training diverged.
@@ -56,20 +80,27 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     spec = spec.model_copy(
         update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
     )
+    spec = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
     data = open_dataset(spec.data).description
+    network = (spec.network, data.sample_shape, data.num_classes)
+    cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
+    if spec.dry_run:
+        print(cost, flush=True)
+        return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    workers, use_gpu = training.choose_workers(spec.workers, spec.gpu)
-    fingerprint = spec.fingerprint(**content)
+    place, fingerprint = training.choose_place(spec.workers, spec.gpu), spec.fingerprint(**content)
+    print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     with tracking.start_run(
         spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
     ) as run:
-        job = training.Job(TeachTask(spec), "teach", spec.out, run, spec.checkpoint_updates)
-        weights = training.train(job, workers, use_gpu)
+        training.log_cost(run, *network)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
-        config = outputs.write_model(spec.out, config, weights, run)
+        sheets = training.Sheets(spec.sample_updates, config, spec.precision)
+        job = training.Job(TeachTask(spec), "teach", spec.out, run, spec.checkpoint_updates, sheets)
+        config = outputs.write_model(spec.out, config, training.train(job, place), run)
     print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]})", flush=True)
     return config

@@ -1,5 +1,6 @@
 """MLflow: one experiment, one run a stage, the chain teacher -> store -> student -> evaluation by fingerprint tags."""
 
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,16 @@ class TrackedRun:
             path = Path(folder) / name
             path.write_bytes(data)
             self._client().log_artifact(self.run_id, str(path))
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Add a picture to the series ``name``."""
+        from PIL import Image
+
+        self._client().log_image(self.run_id, Image.open(io.BytesIO(png)), key=name, step=step, synchronous=True)
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters beside the spec's own."""
+        _log_values(self._client(), self.run_id, values)
 
     def _client(self) -> "MlflowClient":
         from mlflow import MlflowClient
@@ -140,7 +151,10 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
 
 
 def _log_params(client: "MlflowClient", run_id: str, spec: Spec) -> None:
+    _log_values(client, run_id, flatten(spec.model_dump(mode="json")))
+
+
+def _log_values(client: "MlflowClient", run_id: str, values: dict[str, Any]) -> None:
     from mlflow.entities import Param
 
-    values: dict[str, Any] = flatten(spec.model_dump(mode="json"))
     client.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in values.items()])

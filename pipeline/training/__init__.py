@@ -1,19 +1,45 @@
 """Training, written once: a task builds a learner, a loop calls it, and a host runs the loop."""
 
-from pipeline.training.hosts import choose_workers, train
-from pipeline.training.learner import EpochOrder, Learner, NetworkLearner, TrainedNetwork, Worker, generator
+from pipeline.training.ahead import Ahead, on_device, pinned
+from pipeline.training.cost import describe_cost, describe_place, log_cost
+from pipeline.training.hosts import Place, choose_place, train
+from pipeline.training.learner import (
+    EpochOrder,
+    Learner,
+    MicroBatch,
+    NetworkLearner,
+    Progress,
+    TrainedNetwork,
+    Worker,
+    seed_dropout,
+    slot_generator,
+    update_generator,
+)
 from pipeline.training.loop import Job, OnCheckpoint, Task
+from pipeline.training.sheets import Sheets
 
 __all__ = [
+    "Ahead",
     "EpochOrder",
     "Job",
     "Learner",
+    "MicroBatch",
     "NetworkLearner",
     "OnCheckpoint",
+    "Place",
+    "Progress",
+    "Sheets",
     "Task",
     "TrainedNetwork",
     "Worker",
-    "choose_workers",
-    "generator",
+    "choose_place",
+    "describe_cost",
+    "describe_place",
+    "log_cost",
+    "on_device",
+    "pinned",
+    "seed_dropout",
+    "slot_generator",
     "train",
+    "update_generator",
 ]

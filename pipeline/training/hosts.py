@@ -2,8 +2,9 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kac import files
@@ -18,34 +19,51 @@ MAX_FAILURES = 3
 """A worker group that fails more often is a fault to be seen, not to be retried."""
 
 
-def choose_workers(asked: int | None, gpu: bool | None) -> tuple[int, bool]:
+class Place(NamedTuple):
+    """Where a training runs."""
+
+    workers: int  # of Ray Train; 0: this process
+    use_gpu: bool  # whether each of them takes a GPU
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on GPUs."""
+        return self.use_gpu if self.workers else torch.cuda.is_available()
+
+    def __str__(self) -> str:
+        device = "GPU" if self.on_gpu else "CPU"
+        if not self.workers:
+            return f"in this process on the {device}"
+        return f"on {self.workers} worker{'s' * (self.workers > 1)} with a {device} each"
+
+
+def choose_place(asked: int | None, gpu: bool | None) -> Place:
     """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process.
 
     A cluster that scales from nothing has no GPU yet: there both must be asked for.
     """
     if asked == 0:
-        return 0, False
+        return Place(0, False)
     gpus = cluster.connect().gpus
-    return (gpus if asked is None else asked), (gpus > 0 if gpu is None else gpu)
+    return Place(gpus if asked is None else asked, gpus > 0 if gpu is None else gpu)
 
 
-def train(
-    job: Job, workers: int, use_gpu: bool = False, on_checkpoint: OnCheckpoint | None = None
-) -> dict[str, Tensor]:
+def train(job: Job, place: Place, on_checkpoint: OnCheckpoint | None = None) -> dict[str, Tensor]:
     """Run the loop and return the averaged weights.
 
     Args:
-        workers: 0 runs it in this process; more run under Ray Train, data-parallel.
+        place: Ray Train's workers are data-parallel.
         on_checkpoint: called at every checkpoint of a loop in this process.
 
     Raises:
         DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
     """
-    if workers and job.task.optimizer.batch_size % workers:
-        raise DistillKacError(
-            f"--workers: expected a divisor of the batch size {job.task.optimizer.batch_size}, found {workers}"
-        )
-    return averaged_weights(_train_on_ray(job, workers, use_gpu) if workers else _train_here(job, on_checkpoint))
+    batch, parts = job.task.optimizer.batch_size, job.task.optimizer.accumulation
+    if place.workers and batch % (place.workers * parts):
+        passes = f", of {parts} passes an update each" * (parts > 1)
+        raise DistillKacError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {place.workers}")
+    done = _train_on_ray(job, place) if place.workers else _train_here(job, on_checkpoint)
+    return averaged_weights(done)
 
 
 def _train_here(job: Job, on_checkpoint: OnCheckpoint | None) -> bytes:
@@ -60,7 +78,7 @@ def _train_here(job: Job, on_checkpoint: OnCheckpoint | None) -> bytes:
     return run_updates(job, Worker(0, 1, default_device()), keep, resume)
 
 
-def _train_on_ray(job: Job, workers: int, use_gpu: bool) -> bytes:
+def _train_on_ray(job: Job, place: Place) -> bytes:
     import pyarrow.fs
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -69,7 +87,7 @@ def _train_on_ray(job: Job, workers: int, use_gpu: bool) -> bytes:
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.use_gpu),
         run_config=RunConfig(
             # The same name in the same folder resumes: the folder belongs to one spec.
             name=TRAINING_FOLDER,

@@ -1,31 +1,38 @@
 """The training loop: update after update, with metrics, checkpoints and a progress bar; it knows no host.
 
 What one update does is a function of (task, update, rank, world size) alone: a resumed run goes on as if it had not
-been stopped.
+been stopped. What is logged is the mean over all workers.
 """
 
 import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kac.errors import DistillKacError
 from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
+from pipeline.memory import peak_bytes
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
-from pipeline.training.learner import AVERAGE, Learner, Worker
+from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
+from pipeline.training.sheets import Sheets
 
 LOG_UPDATES = 50
+SLOW_UPDATES = 10
+"""The first ones, which also load, compile and warm up, are left out of the estimate of the time that is left."""
 
 declare(
     Metric("loss", "training loss, the mean of the last updates", better="lower"),
     Metric("learning_rate", "learning rate of the last update"),
+    Metric("gradient_norm", "norm of the gradient before it is scaled down, the mean of the last updates"),
     Metric("samples_per_second", "training samples a second", better="higher"),
+    Metric("peak_memory_bytes", "most memory held so far: of tensors on a GPU, of the process without", better="lower"),
 )
 
 OnCheckpoint = Callable[[dict[str, float], bytes], None]
@@ -47,13 +54,14 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A task, where its results go, and how often it is saved."""
+    """A task, where its results go, how often it is saved, and which samples are drawn on the way."""
 
     task: Task
     title: str
     out: str
     run: TrackedRun
     checkpoint_updates: int
+    sheets: Sheets = field(default_factory=Sheets)
 
 
 def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: bytes | None) -> bytes:
@@ -65,22 +73,27 @@ def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: b
     total = job.task.optimizer.updates
     learner = job.task.build(worker)
     first = _restore(learner, resume)
-    window = _Window(learner, job.task.optimizer.batch_size)
-    bar = _progress_bar(job.title, first, total, worker)
+    window = _Window(learner, job.task.optimizer.batch_size, worker)
+    bar, remaining = _progress_bar(job.title, first, total, worker), _Remaining(job.title, first, total)
     state = resume
     for done in range(first + 1, total + 1):
         window.add(learner.update(done - 1))
         is_last = done == total
         if done % LOG_UPDATES == 0 or is_last:
-            bar.update(len(window.parts))
+            bar.update(len(window.updates))
             metrics = window.close()
             _check_finite(job, metrics["loss"], done)
             if worker.rank == 0:
                 job.run.metrics(metrics, step=done)
+        if worker.rank == 0:
+            remaining.done(done)
+            if job.sheets.are_due(done):
+                job.run.image("samples", job.sheets.draw(learner.averaged()), step=done)
         if done % job.checkpoint_updates == 0 or is_last:
-            _check_finite(job, window.last_loss(), done)
+            loss = window.last_loss()
+            _check_finite(job, loss, done)
             state = _save(learner, done)
-            on_checkpoint({"update": float(done), "loss": window.last_loss()}, state)
+            on_checkpoint({"update": float(done), "loss": loss}, state)
     bar.close()
     return state or _save(learner, first)
 
@@ -91,39 +104,72 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
 
 
 class _Window:
-    """The updates since metrics were last logged."""
+    """The updates since metrics were last logged, on all workers."""
 
-    def __init__(self, learner: Learner, batch_size: int) -> None:
-        self.learner, self.batch_size = learner, batch_size
-        self.parts: list[dict[str, Tensor]] = []
-        self.last: dict[str, Tensor] = {}
+    def __init__(self, learner: Learner, batch_size: int, worker: Worker) -> None:
+        self.learner, self.batch_size, self.worker = learner, batch_size, worker
+        self.updates: list[Progress] = []
+        self.last = Progress({}, {})
         self.started = time.perf_counter()
 
-    def add(self, parts: dict[str, Tensor]) -> None:
-        """The parts of one update's loss."""
-        self.parts.append(parts)
-        self.last = parts
+    def add(self, update: Progress) -> None:
+        """What an update says of itself."""
+        self.updates.append(update)
+        self.last = update
 
     def last_loss(self) -> float:
         """The loss of the last update."""
-        return float(sum(part.item() for part in self.last.values()))
+        return sum(_means([self.last.losses]).values())
 
     def close(self) -> dict[str, float]:
         """The metrics of the window; a new one begins."""
-        names = dict.fromkeys(name for parts in self.parts for name in parts)
-        means = {name: _mean([parts[name] for parts in self.parts if name in parts]) for name in names}
+        losses = _means([update.losses for update in self.updates])
         metrics = {
-            "loss": sum(means.values()),
-            **{f"{PART_PREFIX}{name}": mean for name, mean in means.items()},
+            "loss": sum(losses.values()),
+            **{f"{PART_PREFIX}{name}": mean for name, mean in losses.items()},
+            **_means([update.diagnostics for update in self.updates]),
             "learning_rate": self.learner.learning_rate(),
-            "samples_per_second": len(self.parts) * self.batch_size / (time.perf_counter() - self.started),
+            "samples_per_second": len(self.updates) * self.batch_size / (time.perf_counter() - self.started),
+            "peak_memory_bytes": float(peak_bytes(self.worker.device)),
         }
-        self.parts, self.started = [], time.perf_counter()
+        self.updates, self.started = [], time.perf_counter()
         return metrics
 
 
-def _mean(values: list[Tensor]) -> float:
-    return float(torch.stack(values).mean())
+def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each scalar over updates and workers; every worker must ask for the same ones."""
+    names = list(dict.fromkeys(name for each in scalars for name in each))
+    if not names:
+        return {}
+    means = torch.stack([torch.stack([each[name] for each in scalars if name in each]).mean() for name in names])
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+class _Remaining:
+    """Says once how long a training will go on, when that can be known."""
+
+    def __init__(self, title: str, first: int, total: int) -> None:
+        self.title, self.first, self.total = title, first, total
+        self.started = time.perf_counter()
+
+    def done(self, update: int) -> None:
+        """So many updates are done."""
+        if update == self.first + SLOW_UPDATES:
+            self.started = time.perf_counter()
+        if update == self.first + LOG_UPDATES and update < self.total:
+            seconds = (time.perf_counter() - self.started) / (LOG_UPDATES - SLOW_UPDATES)
+            print(f"{self.title}: about {hours(seconds * (self.total - update))} left", flush=True)
+
+
+def hours(seconds: float) -> str:
+    """A duration for people: 2.5 hours, 12 minutes, 40 seconds."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _check_finite(job: Job, loss: float, update: int) -> None:

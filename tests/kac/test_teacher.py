@@ -10,7 +10,7 @@ from torch import Tensor
 from kac.networks import MLPConfig, build_network
 from kac.path import GaussianPath, KacPath, PathSample
 from kac.process import KacProcess
-from kac.teacher import flow_matching_loss
+from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
 
 NULL = 10
 
@@ -50,8 +50,8 @@ class Spy:
 @pytest.mark.parametrize("path", [KacPath(), KacPath(clock="quadratic"), GaussianPath()], ids=str)
 def test_loss_is_the_mean_squared_error_to_the_target(path):
     recorded, spy = Recorded(path), Spy()
-    x_0, label = torch.rand(64, 1, 3, 3) * 2 - 1, torch.randint(0, 10, (64,))
-    loss = flow_matching_loss(spy, recorded, x_0, label, seeded(1), label_dropout=0.3)
+    x_0, t, label = torch.rand(64, 1, 3, 3) * 2 - 1, torch.rand(64), torch.randint(0, 10, (64,))
+    loss = flow_matching_loss(spy, recorded, x_0, t, label, seeded(1))
     assert torch.equal(spy.x, recorded.point.x_t)
     assert torch.equal(spy.t, recorded.point.t)
     errors = (Spy()(spy.x, spy.t, spy.label) - recorded.point.target).double()
@@ -60,49 +60,32 @@ def test_loss_is_the_mean_squared_error_to_the_target(path):
 
 
 def test_all_draws_come_from_the_generator():
-    x_0, label = torch.rand(32, 2), torch.randint(0, 10, (32,))
+    x_0, t, label = torch.rand(32, 2), torch.rand(32), torch.randint(0, 10, (32,))
     state = torch.get_rng_state()
-    losses = [flow_matching_loss(Spy(), KacPath(), x_0, label, seeded(seed), 0.1).item() for seed in (2, 2, 3)]
+    losses = [flow_matching_loss(Spy(), KacPath(), x_0, t, label, seeded(seed)).item() for seed in (2, 2, 3)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def times_of(count: int, generator: torch.Generator) -> Tensor:
-    spy = Spy()
-    label = torch.zeros(count, dtype=torch.int64)
-    flow_matching_loss(spy, KacPath(), torch.zeros(count, 1, dtype=torch.float64), label, generator, 0.1)
-    return spy.t
 
 
 def test_times_are_uniform_in_even_strata_and_random_order():
     generator = seeded(4)
     for count in (1, 7, 256):
-        t = times_of(count, generator)
+        t = even_times(count, generator)
         assert 0 <= t.min().item() <= t.max().item() <= 1
         assert torch.equal((t.sort().values * count).floor().long(), torch.arange(count))
-    within = torch.cat([times_of(256, generator) * 256 % 1 for _ in range(20)])
+    within = torch.cat([even_times(256, generator) * 256 % 1 for _ in range(20)])
     assert stats.kstest(within.numpy(), "uniform").pvalue > 1e-7
-    first = torch.stack([times_of(16, generator)[0] for _ in range(500)])
+    first = torch.stack([even_times(16, generator)[0] for _ in range(500)])
     assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-7  # the first row's time is no fixed stratum
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 1.0])
-def test_label_dropout_has_its_share_and_touches_nothing_else(share):
-    spy = Spy()
-    label = torch.arange(10).repeat(2000)
-    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), label, seeded(5), label_dropout=share)
-    dropped = spy.label == NULL
-    assert torch.equal(spy.label[~dropped], label[~dropped])
-    sigma = math.sqrt(share * (1 - share) * 20_000)
-    assert int(dropped.sum()) == pytest.approx(share * 20_000, abs=5.5 * sigma)
-    for late in (spy.t > 0.5, spy.t <= 0.5):  # dropped whatever the time
-        assert dropped[late].double().mean().item() == pytest.approx(share, abs=5.5 * sigma / 10_000)
-
-
-def test_default_dropout_is_a_tenth():
-    spy = Spy()
-    flow_matching_loss(spy, KacPath(), torch.zeros(20_000, 1), torch.zeros(20_000).long(), seeded(6), 0.1)
-    assert (spy.label == NULL).double().mean().item() == pytest.approx(0.1, abs=0.012)
+def test_dropped_labels_and_flipped_images_are_those_that_are_said_to_be():
+    which = torch.tensor([True, False, True])
+    assert drop_labels(torch.tensor([4, 5, 6]), which, NULL).tolist() == [NULL, 5, NULL]
+    images = torch.arange(18.0).reshape(3, 1, 2, 3)
+    flipped = flip(images, which)
+    assert flipped[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert torch.equal(flipped[1], images[1])
 
 
 # The known minimum
@@ -127,7 +110,8 @@ def test_exact_field_of_a_single_image_has_no_loss():
     x_0 = torch.full((5000, 1), 0.4, dtype=torch.float64)
     path, label = KacPath(KacProcess(3.0, 2.0)), torch.zeros(5000, dtype=torch.int64)
     oracle = kac_oracle(path.process, torch.tensor([0.4], dtype=torch.float64))
-    assert flow_matching_loss(with_null_label(oracle), path, x_0, label, seeded(7), 0.1).item() < 1e-20
+    t = even_times(5000, seeded(7))
+    assert flow_matching_loss(with_null_label(oracle), path, x_0, t, label, seeded(7)).item() < 1e-20
 
 
 @pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
@@ -139,7 +123,8 @@ def test_conditional_expectation_is_the_minimiser(process):
     oracle, recorded = kac_oracle(process, points), Recorded(KacPath(process))
 
     def loss(field) -> float:
-        return flow_matching_loss(with_null_label(field), recorded, x_0, label, seeded(8), 0.1).item()
+        t = even_times(len(x_0), seeded(7))
+        return flow_matching_loss(with_null_label(field), recorded, x_0, t, label, seeded(8)).item()
 
     best = loss(oracle)
     x, t = recorded.point.x_t, recorded.point.t
@@ -170,7 +155,7 @@ def test_training_reaches_the_known_minimum():
     def loss(count: int) -> Tensor:
         x_0 = torch.randn(count, 2, generator=generator)
         label = torch.zeros(count, dtype=torch.int64)
-        return flow_matching_loss(network, GaussianPath(), x_0, label, generator, 0.1)
+        return flow_matching_loss(network, GaussianPath(), x_0, even_times(count, generator), label, generator)
 
     with torch.no_grad():
         assert loss(50_000).item() == pytest.approx(2, abs=0.05)

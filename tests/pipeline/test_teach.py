@@ -1,16 +1,20 @@
 """Teach: a teacher is a function of its spec, and a folder belongs to one spec."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from kac.checkpoint import load_config
+from kac.checkpoint import load_config, load_model
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.errors import DistillKacError
+from kac.networks import UNetConfig
 from pipeline import training
 from pipeline.teach import TeachTask, teach
-from tests.pipeline.stages import DIVERGING, FEW, metrics_of, runs_of, teach_spec, weights
+from pipeline.tracking import TrackedRun
+from tests.pipeline.stages import DIVERGING, FEW, metrics_of, run_of, runs_of, teach_spec, weights
 
 
 def test_a_teacher_is_a_function_of_its_spec(tmp_path: Path):
@@ -44,9 +48,9 @@ def test_nothing_held_out_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monk
     held_out = {tuple(image.tolist()) for image in all_rows(data.held_out).images}
     seen = []
 
-    def spy(network, path, x_0, *rest):
+    def spy(network, path, x_0, t, label, *rest):
         seen.extend(tuple(image.tolist()) for image in x_0)
-        return (network(x_0, torch.rand(len(x_0)), torch.zeros(len(x_0)).long()) - x_0).square().mean()
+        return (network(x_0, t, label) - x_0).square().mean()
 
     monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
     teach(teach_spec(tmp_path / "out"))
@@ -55,17 +59,105 @@ def test_nothing_held_out_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert not held_out & set(seen)
 
 
-def test_two_workers_share_the_batches_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    batches: dict[int, list[torch.Tensor]] = {1: [], 2: []}
-    for world_size in (1, 2):
+def test_what_is_drawn_for_an_update_does_not_depend_on_how_the_batch_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows, times and dropped labels of the whole batch are shared out; the path's noise is by slot."""
+    found: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = {}
+    for workers, accumulation in ((1, 1), (1, 4), (2, 2), (4, 1)):
+        drawn = found.setdefault((workers, accumulation), [])
 
-        def spy(network, path, x_0, *rest, to=batches[world_size]):
-            to.append(x_0)
-            return network(x_0, torch.rand(len(x_0)), torch.zeros(len(x_0)).long()).sum()
+        def spy(network, path, x_0, t, label, noise, to=drawn):
+            to.append((x_0, t, label, torch.rand(3, generator=noise)))
+            return network(x_0, t, label).sum()
 
         monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
-        for rank in range(world_size):
-            learner = TeachTask(teach_spec(tmp_path)).build(training.Worker(rank, world_size, torch.device("cpu")))
-            learner.update(3)
-    both = torch.stack(batches[2], dim=1).flatten(0, 1)
-    assert torch.equal(both, batches[1][0])
+        optimizer = FEW.model_copy(update={"accumulation": accumulation})
+        for rank in range(workers):
+            task = TeachTask(teach_spec(tmp_path, optimizer=optimizer))
+            task.build(training.Worker(rank, workers, torch.device("cpu"))).update(3)
+    whole, parts = found.pop((1, 1)), found.pop((1, 4))
+    for other in found.values():
+        assert all(torch.equal(a, b) for p, q in zip(parts, other, strict=True) for a, b in zip(p, q, strict=True))
+    for k in range(3):
+        assert torch.equal(torch.stack([part[k] for part in parts], dim=1).flatten(0, 1), whole[0][k])
+    assert len({tuple(noise.tolist()) for *_, noise in parts}) == 4
+
+
+def test_a_tenth_of_the_labels_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labels = []
+
+    def spy(network, path, x_0, t, label, noise):
+        labels.append(label)
+        return network(x_0, t, label).sum()
+
+    monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
+    learner = TeachTask(teach_spec(tmp_path)).build(training.Worker(0, 1, torch.device("cpu")))
+    for update in range(100):
+        learner.update(update)
+    assert (torch.cat(labels) == 2).double().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def curve(out: Path) -> list[float]:
+    return [metric.value for metric in metrics_of("teach", load_config(str(out)).fingerprint, "loss")]
+
+
+def test_two_workers_have_the_loss_curve_of_one(tmp_path: Path, ray_cluster: None):
+    """To rounding, of one that takes the batch in two passes; up to other noise, of one that takes it whole."""
+    optimizer = FEW.model_copy(update={"updates": 200, "batch_size": 256})
+    in_passes = optimizer.model_copy(update={"accumulation": 2})
+    teach(teach_spec(tmp_path / "two workers", optimizer=optimizer, seed=5, workers=2))
+    teach(teach_spec(tmp_path / "two passes", optimizer=in_passes, seed=5))
+    two_workers = curve(tmp_path / "two workers")
+    teach(teach_spec(tmp_path / "whole", optimizer=optimizer.model_copy(update={"beta2": 0.9901}), seed=5))
+    assert len(two_workers) == 4
+    assert two_workers == pytest.approx(curve(tmp_path / "two passes"), rel=1e-4)
+    assert two_workers == pytest.approx(curve(tmp_path / "whole"), rel=0.05)
+
+
+def test_dropout_is_the_same_after_a_stop(tmp_path: Path):
+    class Stopped(Exception):
+        pass
+
+    def stop(metrics, state):
+        raise Stopped
+
+    unet = UNetConfig(channels=(8,), blocks=1, groups=4, dropout=0.5)
+    few = FEW.model_copy(update={"updates": 4, "batch_size": 4, "warmup_updates": 0})
+    made = []
+    for name in ("whole", "stopped"):
+        spec = teach_spec(tmp_path / name, data="digits", network=unet, optimizer=few)
+        job = training.Job(TeachTask(spec), "test", spec.out, Untracked("", ""), 2)
+        if name == "stopped":
+            with pytest.raises(Stopped):
+                training.train(job, training.Place(0, use_gpu=False), stop)
+        made.append(training.train(job, training.Place(0, use_gpu=False)))
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+class Untracked(TrackedRun):
+    def metrics(self, values, step=0):
+        pass
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = len(runs_of("teach"))
+    assert teach(teach_spec(tmp_path / "out", dry_run=True, data="digits")) is None
+    assert list(tmp_path.iterdir()) == []
+    assert len(runs_of("teach")) == before
+    said = capsys.readouterr().out
+    assert "60 updates of 64 samples, 3,840 in all: 2.7 epochs of 1,442" in said
+    assert re.search(r"[\d.]+ k parameters, [\d.]+ kFLOP a call, about [\d.]+ MFLOP in all", said)
+
+
+def test_samples_are_drawn_while_it_trains(tmp_path: Path):
+    spec = teach_spec(tmp_path / "out", sample_updates=25)
+    teach(spec)
+    run = run_of("teach", load_config(spec.out).fingerprint)
+    found = [
+        file.path for file in MlflowClient().list_artifacts(run.info.run_id, "images") if file.path.endswith("png")
+    ]
+    assert sorted(re.search(r"samples.step.(\d+)\D", path)[1] for path in found) == ["25", "50"]
+    assert run.data.params["parameters"] == str(sum(p.numel() for p in load_model(spec.out).network.parameters()))
+    assert int(run.data.params["flops_per_call"]) > 1000
+    assert run.data.metrics.keys() >= {"gradient_norm", "peak_memory_bytes"}

@@ -1,10 +1,13 @@
 """The training loop: what it computes, how it resumes, what it refuses."""
 
+import gc
 import io
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,19 +18,24 @@ from kac.precision import Precision
 from pipeline import training
 from pipeline.config import OptimizerConfig
 from pipeline.tracking import TrackedRun
+from pipeline.training.ahead import BATCHES_AHEAD
 from pipeline.training.learner import TrainedNetwork, learning_rate_factor
 from pipeline.training.loop import run_updates
+
+DIAGNOSTICS = {"learning_rate", "gradient_norm", "samples_per_second", "peak_memory_bytes"}
 
 
 class NoTracking(TrackedRun):
     """A run that keeps its metrics to itself."""
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        assert set(values) == {"loss", "loss/regression", "learning_rate", "samples_per_second"}
+        assert set(values) == {"loss", "loss/regression", *DIAGNOSTICS}
+        assert values["peak_memory_bytes"] > 1e6
 
 
 UNTRACKED = NoTracking("", "")
 HERE = training.Worker(0, 1, torch.device("cpu"))
+HERE_ALONE = training.Place(0, use_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,13 @@ class Regression:
         target = points @ torch.arange(10.0).reshape(5, 2)
         torch.manual_seed(0)
 
-        def losses(network: nn.Module, update: int) -> dict[str, Tensor]:
+        def losses(network: nn.Module, micro: training.MicroBatch) -> dict[str, Tensor]:
+            update = micro.update
             if update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
                 Path(self.mark).touch()
                 os._exit(1)
-            rows = slice(worker.rank, None, worker.world_size)
-            value = (network(points[rows], None, None) - target[rows]).square().mean()
+            x, y = micro.share(points), micro.share(target)
+            value = (network(x, None, None) - y).square().mean()
             return {"regression": value * float("nan") if update == self.poison_at else value}
 
         return training.NetworkLearner(Linear(), losses, self.optimizer, worker)
@@ -81,7 +90,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
 
 
 def test_it_learns_and_returns_the_average(tmp_path: Path):
-    weights = training.train(job(tmp_path, Regression(OPTIONS)), workers=0)
+    weights = training.train(job(tmp_path, Regression(OPTIONS)), HERE_ALONE)
     state = run_updates(job(tmp_path, Regression(OPTIONS)), HERE, _ignore, None)
     trained = torch.load(io.BytesIO(state), weights_only=True)["learner"]
     assert_same(weights, trained["average"])
@@ -96,7 +105,7 @@ def _ignore(metrics: dict[str, float], state: bytes) -> None:
 
 @pytest.mark.parametrize("stop_after", [10, 30, 50])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_after: int):
-    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), workers=0)
+    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), HERE_ALONE)
 
     class Stopped(Exception):
         pass
@@ -107,27 +116,28 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
 
     stopped = job(tmp_path / "stopped", Regression(OPTIONS))
     with pytest.raises(Stopped):
-        training.train(stopped, workers=0, on_checkpoint=stop)
-    assert_same(whole, training.train(stopped, workers=0))
+        training.train(stopped, HERE_ALONE, on_checkpoint=stop)
+    assert_same(whole, training.train(stopped, HERE_ALONE))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path):
     poisoned = job(tmp_path, Regression(OPTIONS, poison_at=9))
     with pytest.raises(DistillKacError, match="expected a finite loss, found nan by update 10"):
-        training.train(poisoned, workers=0)
+        training.train(poisoned, HERE_ALONE)
     assert not (tmp_path / "training" / "state.pt").exists()
 
 
 def test_a_batch_that_the_workers_cannot_share_is_refused(tmp_path: Path):
     with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, found 3"):
-        training.train(job(tmp_path, Regression(OPTIONS)), workers=3)
+        training.train(job(tmp_path, Regression(OPTIONS)), training.Place(3, use_gpu=False))
 
 
 def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_cluster: None):
-    alone = training.train(job(tmp_path / "alone", Regression(OPTIONS)), workers=0)
+    alone = training.train(job(tmp_path / "alone", Regression(OPTIONS)), HERE_ALONE)
     mark = tmp_path / "killed"
     together = training.train(
-        job(tmp_path / "together", Regression(OPTIONS, dies_at=35, mark=str(mark)), checkpoint_updates=10), workers=2
+        job(tmp_path / "together", Regression(OPTIONS, dies_at=35, mark=str(mark)), checkpoint_updates=10),
+        training.Place(2, use_gpu=False),
     )
     assert mark.exists()
     assert_same(alone, together, tolerance=1e-5)
@@ -138,6 +148,8 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
     assert 0 < factors[-1] < 0.01
+    constant = OPTIONS.model_copy(update={"schedule": "constant"})
+    assert [learning_rate_factor(update, constant) for update in (0, 4, 5, 59)] == pytest.approx([0.2, 1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 20), (5, 5)])
@@ -165,11 +177,103 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_random_numbers_differ_by_seed_update_and_rank():
-    worker = training.Worker(0, 2, torch.device("cpu"))
-    keys = [(0, 0, worker), (0, 1, worker), (1, 0, worker), (0, 0, worker._replace(rank=1))]
-    draws = [torch.rand(4, generator=training.generator(*key)).tolist() for key in keys]
-    assert len({tuple(draw) for draw in draws}) == len(keys)
-    assert torch.rand(4, generator=training.generator(*keys[0])).tolist() == draws[0]
+    first = training.MicroBatch(0, 0, 2, training.Worker(0, 2, torch.device("cpu")))
+    keys = [(0, first), (0, first.next()), (0, first.next().next()), (1, first)]
+    keys.append((0, first._replace(worker=first.worker._replace(rank=1))))
+    draws = [torch.rand(4, generator=training.slot_generator(*key)).tolist() for key in keys]
+    draws += [torch.rand(4, generator=training.update_generator(*key)).tolist() for key in ((0, 0), (0, 1), (1, 0))]
+    assert len({tuple(draw) for draw in draws}) == 8
+    assert torch.rand(4, generator=training.slot_generator(*keys[0])).tolist() == draws[0]
+
+
+def test_every_row_is_in_one_slot_however_the_batch_is_split():
+    rows = torch.arange(24)
+    splits = [(1, 6), (2, 3), (3, 2), (6, 1)]
+    found = []
+    for workers, accumulation in splits:
+        micro = [
+            training.MicroBatch(0, n, accumulation, training.Worker(rank, workers, torch.device("cpu")))
+            for rank in range(workers)
+            for n in range(accumulation)
+        ]
+        found.append({each.slot: each.share(rows).tolist() for each in micro})
+    assert all(each == found[0] for each in found)
+    assert sorted(row for slot in found[0].values() for row in slot) == rows.tolist()
+
+
+def test_accumulated_passes_are_one_batch(tmp_path: Path):
+    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), HERE_ALONE)
+    options = OPTIONS.model_copy(update={"accumulation": 4})
+    assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), HERE_ALONE), tolerance=1e-5)
+    with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, of 4 passes"):
+        training.train(job(tmp_path, Regression(options)), training.Place(32, use_gpu=False))
+    with pytest.raises(DistillKacError, match="--accumulation: expected a divisor of the batch size 64, found 3"):
+        OptimizerConfig(batch_size=64, accumulation=3)
+
+
+class Row(NamedTuple):
+    """A batch of one number."""
+
+    value: Tensor
+
+
+def test_batches_made_ahead_are_those_that_were_asked_for():
+    made = []
+
+    def make(micro: training.MicroBatch) -> Row:
+        made.append(micro)
+        if micro.update == 9:
+            raise DistillKacError("update 9 is damaged")
+        return Row(torch.tensor([micro.update, micro.number]))
+
+    ahead, micro = training.Ahead(make), training.MicroBatch(3, 0, 2, HERE)
+    for update in (3, 4):
+        for number in (0, 1):
+            assert ahead(micro).value.tolist() == [update, number]
+            micro = micro.next()
+    ahead.thread.shutdown()
+    assert len(made) <= 4 + BATCHES_AHEAD
+    ahead = training.Ahead(make)
+    micro = micro._replace(update=8, number=1)
+    assert ahead(micro).value.tolist() == [8, 1]
+    with pytest.raises(DistillKacError, match="update 9 is damaged"):
+        ahead(micro.next())
+    assert ahead(micro._replace(update=1)).value.tolist() == [1, 1]  # and it can begin anew elsewhere
+
+
+def test_its_thread_ends_with_it():
+    ahead = training.Ahead(lambda micro: Row(torch.zeros(1)))
+    ahead(training.MicroBatch(0, 0, 1, HERE))
+    (thread,) = ahead.thread._threads
+    del ahead
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_loop_says_once_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    training.train(job(tmp_path, Regression(OPTIONS)), HERE_ALONE)
+    assert len(re.findall(r"test: about \d+ seconds left", capsys.readouterr().out)) == 1
+
+
+def test_a_state_of_another_memory_format_goes_on(tmp_path: Path):
+    """The fused optimizer reads memory in its order."""
+    results = []
+    for formats in (("contiguous", "contiguous"), ("channels_last", "contiguous"), ("contiguous", "channels_last")):
+        torch.manual_seed(0)
+        networks = [nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)]
+        x, state = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), None
+        for network, memory_format in zip(networks, formats, strict=True):
+            network.null_label = 0
+            trained = TrainedNetwork(network, OPTIONS, HERE, Precision(memory_format=memory_format))
+            if state is not None:
+                trained.load_state_dict(state)
+            for update in range(10, 13):
+                trained.descend(trained.network(x).square().mean(), update)
+            state = trained.state_dict()
+        results.append(trained.network.weight.detach())
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -189,12 +293,12 @@ class DuelLearner:
         torch.manual_seed(0)
         self.student, self.critic = (TrainedNetwork(Linear(), options, worker) for _ in range(2))
 
-    def update(self, number: int) -> dict[str, Tensor]:
+    def update(self, number: int) -> training.Progress:
         distance = (self.student.network.weight - self.critic.network.weight.detach()).square().mean()
         self.student.descend(distance, number)
         other = (self.critic.network.weight - self.student.network.weight.detach()).square().mean()
         self.critic.descend(other, number)
-        return {"student": distance.detach(), "critic": other.detach()}
+        return training.Progress({"student": distance.detach(), "critic": other.detach()}, {})
 
     def learning_rate(self) -> float:
         return self.student.learning_rate()
@@ -217,7 +321,7 @@ def test_a_learner_of_two_networks_resumes_and_logs_its_parts_by_name(tmp_path: 
     def duel(folder: str) -> training.Job:
         return training.Job(Duel(OPTIONS), "duel", str(tmp_path / folder), Kept("", ""), 10)
 
-    whole = training.train(duel("whole"), workers=0)
+    whole = training.train(duel("whole"), HERE_ALONE)
     for values in logged:
         assert values["loss"] == pytest.approx(values["loss/student"] + values["loss/critic"])
     state: list[bytes] = []
