@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from kac.data import DataConfig
 from kac.fingerprint import fingerprint, hashed_values, unhashed
+from kac.metrics.features import check_names
 from kac.networks import MLPConfig, NetworkConfig
 from kac.objectives import EndpointConfig, ObjectiveConfig
 from kac.options import Options
@@ -228,7 +229,24 @@ class EvaluateSpec(Spec):
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")
     precision: Precision = Precision()
     seed: int = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise, other than the store's")
+    seeds: PositiveInt = Field(1, description="noise seeds, from --seed on; with several the table has means +- 95 %")
+    features: tuple[str, ...] = Field(
+        ("pixels", "classifier"),
+        min_length=1,
+        description="feature spaces: pixels; classifier (trained here on the data's labels, cached); lite0 and "
+        "inception (ImageNet's, extras of this package); FILE.pt (TorchScript); package.module:factory",
+    )
     batch_size: PositiveInt = Field(500, description="samples a network call")
+    actors: int | None = unhashed(
+        None, "actors that draw; 0: in this process, without Ray; default: one a GPU, or one a CPU without GPUs", ge=0
+    )
+    gpu: bool | None = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
+
+    @field_validator("features")
+    @classmethod
+    def _are_feature_spaces(cls, features: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(features)
+        return features
 
 
 class SampleSpec(Spec):

@@ -1,35 +1,35 @@
-"""Evaluate: the teacher and its students from the same noise, in one table, one picture and one curve."""
+"""Evaluate: real images, the teacher and its students from the same noise, in one table, one picture and one curve."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from kac import files
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model, load_teacher_config
+from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_teacher_config
 from kac.data import open_dataset
-from kac.device import default_device
 from kac.errors import DistillKacError
-from kac.metrics import QUALITY, Judged, Reference
-from kac.options import Options
-from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
+from kac.metrics import Judged, quality_metrics
+from kac.metrics.features import FeatureSpace, open_space, space_identity
+from kac.metrics.quality import PIXELS
+from kac.metrics.statistics import KEPT_ROWS
+from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import cluster, outputs, pictures, tracking
 from pipeline.config import EvaluateSpec
+from pipeline.evaluation.actors import draws_on_gpu, make_chunks, open_spaces
+from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
+from pipeline.evaluation.scores import EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
+from pipeline.evaluation.sources import CHUNK_ROWS, ModelSamples, RealImages, chunks, unfinished
 
-EVALUATION_FILE = "evaluation.json"
 SAMPLES_PICTURE = "samples.png"
 CURVE_PICTURE = "quality_by_nfe.png"
 SHOWN = 12
 """Images a row of the picture."""
 
-
-class Score(Options):
-    """One row of the table."""
-
-    name: str
-    kind: str
-    steps: int
-    guidance: float
-    metrics: dict[str, float]  # of ``QUALITY``, those that apply
-    fingerprint: str
+tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
 
 class Candidate(NamedTuple):
@@ -42,13 +42,35 @@ class Candidate(NamedTuple):
     sampling: Sampling
 
 
-def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
-    """Score every model, print the table and write ``evaluation.json`` and the pictures.
+class Comparison(NamedTuple):
+    """What is compared, and in which features."""
 
-    Each student is compared with the teacher at the student's own guidance scale.
+    spec: EvaluateSpec
+    candidates: list[Candidate]
+    spaces: list[FeatureSpace]
+    train: RealImages
+    held_out: RealImages
+
+    def source(self, candidate: Candidate, seed: int) -> ModelSamples:
+        """A candidate's samples of a noise seed."""
+        _, path, config, _, sampling = candidate
+        return ModelSamples(path, config, sampling, self.spec.precision, seed, self.spec.samples, self.spec.batch_size)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The noise seeds."""
+        return tuple(range(self.spec.seed, self.spec.seed + self.spec.seeds))
+
+
+def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
+    """Score held-out images and every model, print the table and write ``evaluation.json`` and the pictures.
+
+    Each student is compared with the teacher at the student's own guidance scale. What is drawn stays in the cache: a
+    stopped evaluation goes on from there, and another one of the same teacher draws its students alone.
 
     Raises:
-        DistillKacError: a model is missing, or a student is of another teacher.
+        DistillKacError: a model is missing, a student is of another teacher, the data are not the teacher's, or a
+            feature space cannot be had.
     """
     spec = spec.model_copy(
         update={
@@ -57,49 +79,42 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
             "students": tuple(cluster.absolute(path) for path in spec.students),
         }
     )
+    spec = spec.settled(lambda: draws_on_gpu(spec))
     candidates = _candidates(spec)
-    content = {"models": {candidate.name: candidate.config.weights_sha256 for candidate in candidates}}
+    content = _content(spec, candidates)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
         print(f"evaluate: {spec.out} is complete: nothing to do", flush=True)
-        scores = read_scores(spec.out)
-        print(table(scores), flush=True)
-        return scores
+        record = read_record(spec.out)
+        print(table(record), flush=True)
+        return list(record.scores)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent) as run:
-        judged = _judge(spec, candidates)
-        scores = [_score(candidate, samples) for candidate, samples in zip(candidates, judged, strict=True)]
-        _write(spec, run, fingerprint, judged, scores)
-    print(table(scores), flush=True)
-    print(f"evaluate: wrote {spec.out}", flush=True)
-    return scores
+        compared = _draw(spec, candidates)
+        record = _judge(compared, fingerprint)
+        _write(compared, run, record)
+    print(table(record), flush=True)
+    return list(record.scores)
+
+
+def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
+    """What the fingerprint of an evaluation says of its inputs: models, and the features that are files."""
+    config = candidates[0].config
+    data = open_dataset(config.data)
+    if data.description.sha256 != config.data_sha256:
+        raise DistillKacError(
+            f"{spec.teacher}: expected the data {config.data_sha256[:12]}... that the teacher learned, found "
+            f"{data.description.sha256[:12]}...: the files of the data set have changed"
+        )
+    identities = [space_identity(given, data) for given in spec.features]
+    files_used = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
+    models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
+    return {"models": models, "images": "delivered", **({"feature_files": files_used} if files_used else {})}
 
 
 def read_scores(out: str) -> list[Score]:
-    """The scores in a finished evaluation's folder."""
-    record = json.loads(files.read_bytes(files.join(out, EVALUATION_FILE)))
-    return [Score(**score) for score in record["scores"]]
-
-
-COLUMNS = [metric for metric in QUALITY.values() if metric.heading]
-TABLE_HEAD = ["model", "steps", "w", *(metric.heading for metric in COLUMNS)]
-
-
-def table_row(score: Score) -> list[str]:
-    """The cells of a score under ``TABLE_HEAD``."""
-    cells = [format(score.metrics[m.name], m.format) if m.name in score.metrics else "" for m in COLUMNS]
-    return [score.name, str(score.steps), f"{score.guidance:g}", *cells]
-
-
-def table(scores: list[Score]) -> str:
-    """The scores as text, one line a model."""
-    rows = [TABLE_HEAD, *(table_row(score) for score in scores)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # names left, numbers right
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """The scores in an evaluation's folder; raises as ``read_record``."""
+    return list(read_record(out).scores)
 
 
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
@@ -137,63 +152,125 @@ def _student_folders(path: str) -> list[str]:
     return found
 
 
-def _judge(spec: EvaluateSpec, candidates: list[Candidate]) -> list[Judged]:
-    """Samples of every candidate, those of the teachers first."""
-    reference = Reference(open_dataset(candidates[0].config.data))
-    teachers: dict[float, Judged] = {}
-    judged = []
-    for candidate in candidates:
-        model = load_model(candidate.path, default_device())
-        made = draw(model, candidate.sampling, spec.precision, spec.seed, spec.samples, spec.batch_size)
-        speed, teacher = spec.samples / made.seconds, teachers.get(candidate.guidance)
-        judged.append(Judged(made.images, made.label, made.nfe, speed, reference, teacher))
-        teachers.setdefault(candidate.guidance, judged[-1])
-    return judged
+def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
+    """Bring all samples and features into the cache, those of real images too."""
+    data = candidates[0].config.data
+    spaces = open_spaces(spec.features, data)
+    for space in spaces:
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
+        if told:
+            print(f"evaluate: features of the {space.name}: {told}", flush=True)
+    compared = Comparison(spec, candidates, spaces, *real_images(data, spec.samples))
+    todo = [
+        *unfinished(compared.train, unfinished_reference(compared.train, spaces)),
+        *unfinished(compared.held_out, spaces),
+    ]
+    for seed, candidate in itertools.product(compared.seeds, candidates):
+        todo += unfinished(compared.source(candidate, seed), spaces)
+    make_chunks(spec, data, spaces, todo)
+    return compared
 
 
-def _score(candidate: Candidate, samples: Judged) -> Score:
-    scores = {name: samples.score(name) for name in QUALITY}
+def _judge(compared: Comparison, fingerprint: str) -> Record:
+    """The scores of real images and of every candidate, teachers first; one set of samples in memory at a time."""
+    spec, data = compared.spec, open_dataset(compared.train.data)
+    spaces = with_pixels(compared.spaces, open_space(PIXELS, data))
+    reference = reference_of(compared.train, compared.held_out, spaces, spec.samples)
+    record = Record(
+        fingerprint=fingerprint,
+        samples=spec.samples,
+        seeds=compared.seeds,
+        features=tuple(space.name for space in compared.spaces),
+        facts={space.name: space.facts for space in compared.spaces if space.facts},
+        real={"kind": compared.train.data.kind, **data.description.model_dump(include={"train", "held_out", "sha256"})},
+        floor_count=reference.floor_count,
+        kept_rows=KEPT_ROWS,
+        scores=(),
+    )
+    real = Candidate("real images", "", compared.candidates[0].config, 0.0, Sampling(0.0, 0, "euler"))
+    scores = [_score(record, real, gather(compared.held_out, spaces, reference), compared.held_out)]
+    by_seed: dict[str, list[Score]] = {candidate.name: [] for candidate in compared.candidates}
+    for seed in compared.seeds:
+        teachers: dict[float, tuple[ModelSamples, dict[str, float]]] = {}
+        for candidate in compared.candidates:
+            source = compared.source(candidate, seed)
+            judged = gather(source, spaces, reference, *teachers.get(candidate.guidance, ()))
+            by_seed[candidate.name].append(_score(record, candidate, judged, source))
+            teachers.setdefault(candidate.guidance, (source, by_seed[candidate.name][-1].metrics))
+    scores += [mean_score(found) for found in by_seed.values()]
+    return record.model_copy(update={"scores": tuple(scores)})
+
+
+def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSamples | RealImages) -> Score:
+    computed = {name: metric.compute(judged) for name, metric in record.metrics().items()}
+    is_model = isinstance(source, ModelSamples)
     return Score(
         name=candidate.name,
-        kind=candidate.config.kind,
-        steps=candidate.sampling.steps,
-        guidance=candidate.guidance,
-        metrics={name: value for name, value in scores.items() if value is not None},
-        fingerprint=candidate.config.fingerprint,
+        kind=candidate.config.kind if is_model else REAL,
+        steps=candidate.sampling.steps if is_model else None,
+        guidance=candidate.guidance if is_model else None,
+        count=source.count,
+        metrics={name: value for name, value in computed.items() if value is not None},
+        fingerprint=candidate.config.fingerprint if is_model else candidate.config.data_sha256,
     )
 
 
-def _write(
-    spec: EvaluateSpec, run: tracking.TrackedRun, fingerprint: str, judged: list[Judged], scores: list[Score]
-) -> None:
-    rows = [(score.name, made.images[:SHOWN].numpy()) for score, made in zip(scores, judged, strict=True)]
-    panels = [
-        (metric, [(s.kind, s.guidance, s.metrics["nfe"], s.metrics[metric.name]) for s in scores])
-        for metric in QUALITY.values()
-        if metric.is_plotted
-    ]
+def _write(compared: Comparison, run: tracking.TrackedRun, record: Record) -> None:
+    spec, scores = compared.spec, record.scores
+    tracking.declare(*record.metrics().values())
+    rows = list(zip([score.name for score in scores], _shown(compared), strict=True))
     images = {
         SAMPLES_PICTURE: pictures.comparison(rows),
-        CURVE_PICTURE: pictures.quality_by_nfe(panels),
+        CURVE_PICTURE: pictures.quality_by_nfe(_panels(record)),
     }
     for name, data in images.items():
         files.write_bytes(files.join(spec.out, name), data)
         run.artifact(name, data)
     for score, (_, shown) in zip(scores, rows, strict=True):
         _track_model(spec, run, score, pictures.sheet(shown, SHOWN))
-    record: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "samples": spec.samples,
-        "scores": [score.model_dump(mode="json") for score in scores],
-    }
-    text = json.dumps(record, indent=2).encode()
+    text = json.dumps(record.model_dump(mode="json"), indent=2).encode()
     run.artifact(EVALUATION_FILE, text)
-    outputs.check_owner(spec.out, fingerprint)
+    outputs.check_owner(spec.out, record.fingerprint)
     files.write_bytes(files.join(spec.out, EVALUATION_FILE), text)
 
 
+def _shown(compared: Comparison) -> list[np.ndarray]:
+    """The first samples of every row of the table; held-out images are of the same labels where there are such."""
+    made = [
+        compared.source(candidate, compared.seeds[0]).rows(chunks(compared.source(candidate, compared.seeds[0]))[0].ids)
+        for candidate in compared.candidates
+    ]
+    real = compared.held_out.rows(range(min(CHUNK_ROWS, compared.held_out.count)))
+    places = _matching(made[0].label[:SHOWN].tolist(), real.label.tolist())
+    return [real.images[places].numpy(), *(rows.images[:SHOWN].numpy() for rows in made)]
+
+
+def _matching(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:
+    """For each wanted label the place of one of ``labels`` that is that, or else of any, each place at most once."""
+    free = list(range(len(labels)))
+    places = []
+    for label in wanted[: len(labels)]:
+        place = next((place for place in free if labels[place] == label), free[0])
+        free.remove(place)
+        places.append(place)
+    return torch.tensor(places)
+
+
+def _panels(record: Record) -> list[pictures.Panel]:
+    models, (real,) = record.scores[1:], record.scores[:1]
+    return [
+        pictures.Panel(
+            metric,
+            [(s.kind, s.guidance or 0.0, s.metrics["nfe"], s.metrics[metric.name]) for s in models],
+            real.metrics.get(metric.name),
+        )
+        for metric in record.metrics().values()
+        if metric.is_plotted and all(metric.name in score.metrics for score in models)
+    ]
+
+
 def _track_model(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, picture: bytes) -> None:
-    """A nested run a model, so that MLflow compares any two side by side."""
+    """A nested run a row of the table, so that MLflow compares any two side by side."""
     with tracking.start_run(
         stage="evaluate-model",
         name=score.name,
@@ -204,5 +281,7 @@ def _track_model(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, pic
         parent=run,
     ) as nested:
         nested.metrics(score.metrics)
-        nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
+        nested.tags({f"distillkac.half_width.{name}": f"{value:.3g}" for name, value in score.half_widths.items()})
+        if score.kind != REAL:
+            nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
         nested.artifact(SAMPLES_PICTURE, picture)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,12 +34,22 @@ def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
     return _png(np.asarray(page))
 
 
-def quality_by_nfe(panels: Sequence[tuple[Metric, Sequence[tuple[str, float, float, float]]]]) -> bytes:
-    """Metrics against network evaluations, one panel each: a (kind, guidance, nfe, value) for every model."""
+class Panel(NamedTuple):
+    """A metric against network evaluations."""
+
+    metric: Metric
+    points: Sequence[tuple[str, float, float, float]]  # (kind, guidance, nfe, value) of every model
+    real: float | None  # of held-out images
+
+
+def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
+    """The panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for axis, (metric, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axis, (metric, points, real) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        if real is not None:
+            axis.axhline(real, color="black", linewidth=0.8, label="real images")
         _draw_curve(axis, points)
         axis.set(ylabel=metric.heading, title=metric.meaning)
         axis.title.set_size(8)

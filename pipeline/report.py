@@ -6,16 +6,8 @@ import json
 
 from kac import files
 from kac.metrics import Metric
-from pipeline.evaluate import (
-    COLUMNS,
-    CURVE_PICTURE,
-    EVALUATION_FILE,
-    SAMPLES_PICTURE,
-    TABLE_HEAD,
-    Score,
-    read_scores,
-    table_row,
-)
+from pipeline.evaluate import CURVE_PICTURE, SAMPLES_PICTURE
+from pipeline.evaluation.scores import Record, head, provenance, read_record, row
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>DistillKac: {title}</title>
@@ -27,11 +19,14 @@ th:first-child, td:first-child {{ text-align: left }} img {{ max-width: 100% }}
 pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 </style></head><body>
 <h1>DistillKac: {title}</h1>
-<p>{samples:,} samples a model, all from the same noise; w is the guidance scale. {meanings}</p>
+<p>The first row is held-out real images: what a perfect model would show. Samples of all models are from the same
+noise; w is the guidance scale.</p>
 {table}
-<h2>Samples</h2><p>The same noise in each column.</p>
+<p>{provenance}</p>
+<h2>Samples</h2><p>The same noise and label in each column; real images of that label on top.</p>
 <img alt="samples of every model" src="{samples_picture}">
 <h2>Quality against cost</h2><img alt="quality by network evaluations" src="{curve_picture}">
+<h2>Every metric</h2>{metrics}
 <h2>Compare the runs in MLflow</h2><pre>{mlflow}</pre>
 <h2>Options</h2>{options}
 </body></html>
@@ -50,12 +45,12 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         specs: heading -> JSON file with the options of a stage.
         tracking_uri: where the runs are.
     """
-    record = json.loads(files.read_bytes(files.join(evaluation, EVALUATION_FILE)))
+    record = read_record(evaluation)
     page = PAGE.format(
         title=html.escape(title),
-        samples=record["samples"],
-        meanings=html.escape(" ".join(f"{m.heading}: {m.meaning}{_direction(m)}." for m in COLUMNS)),
-        table=_table(read_scores(evaluation)),
+        table=_table(head(record), [row(record, score) for score in record.scores]),
+        provenance="<br>".join(map(html.escape, provenance(record))),
+        metrics=_metrics(record),
         samples_picture=_inline(files.join(evaluation, SAMPLES_PICTURE)),
         curve_picture=_inline(files.join(evaluation, CURVE_PICTURE)),
         mlflow=html.escape(mlflow_command(tracking_uri)),
@@ -68,10 +63,19 @@ def _direction(metric: Metric) -> str:
     return f" ({metric.better} is better)" if metric.better else ""
 
 
-def _table(scores: list[Score]) -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in TABLE_HEAD)
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in table_row(score)) for score in scores]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    cells = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in heads)}</tr>"]
+    cells += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _metrics(record: Record) -> str:
+    """One line a metric, with its meaning and every row's value."""
+    lines = []
+    for name, metric in record.metrics().items():
+        values = [format(s.metrics[name], metric.format) if name in s.metrics else "" for s in record.scores]
+        lines.append([name, f"{metric.meaning}{_direction(metric)}", *values])
+    return _table(["metric", "meaning", *(score.name for score in record.scores)], lines)
 
 
 def _inline(path: str) -> str:

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import torch
 
 from kac import files
 from kac.checkpoint import ModelConfig, load_model
@@ -29,6 +30,7 @@ def sample(spec: SampleSpec) -> None:
         raise DistillKacError(f"--out: expected a .png or .npz file, found {spec.out}")
     if spec.raw and out.endswith(".png"):
         raise DistillKacError(f"--raw: expected an .npz file as --out, since a picture has 8 bits, found {spec.out}")
+    spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
     files.check_writable(out.rsplit("/", 1)[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kac.metrics import QUALITY, Metric
+from kac.metrics import Metric
 from kac.options import flatten
 from pipeline.cluster import in_job_copy
 from pipeline.config import Spec
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "distillkac"
 
-METRICS: dict[str, Metric] = dict(QUALITY)
-"""Every metric in MLflow by its name: those of samples, and those that ``declare`` adds where they are computed."""
+METRICS: dict[str, Metric] = {}
+"""Every metric in MLflow by its name; ``declare`` adds them where they are computed."""
 
 PART_PREFIX = "loss/"
 """``loss/<part>``: the parts of a loss, which need no declaration."""

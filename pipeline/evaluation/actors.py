@@ -1,0 +1,94 @@
+"""Chunks made where there is room: in this process, or on Ray actors as the rollout's.
+
+Plain actors suffice here: a chunk is small, and what is made lies in the cache, where the next run finds it. An actor
+that dies is started again ``MAX_RESTARTS`` times, and its chunk is made again.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kac.data import DataConfig, open_dataset
+from kac.device import default_device
+from kac.errors import DistillKacError, one_line
+from kac.metrics.features import FeatureSpace, open_space
+from pipeline import cluster
+from pipeline.config import EvaluateSpec
+from pipeline.evaluation.sources import Chunk, make
+
+MAX_RESTARTS = 3
+
+
+def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
+    """Bring every chunk's samples and features into the cache.
+
+    Raises:
+        DistillKacError: a model made values that are not finite, an actor sees another cache, or Ray gave up.
+    """
+    if not todo:
+        return
+    expected = [space.fingerprint for space in spaces]
+    finished = _here(spec, data, todo) if spec.actors == 0 else _on_actors(spec, data, expected, todo)
+    with tqdm(desc="evaluate", total=sum(len(chunk.ids) for chunk in todo), unit="image", mininterval=1.0) as bar:
+        for rows in finished:
+            bar.update(rows)
+
+
+def draws_on_gpu(spec: EvaluateSpec) -> bool:
+    """Whether the samples are drawn on GPUs; asks Ray for its resources if the options do not say it."""
+    if spec.actors == 0:
+        return torch.cuda.is_available()
+    return bool(cluster.connect().gpus) if spec.gpu is None else spec.gpu
+
+
+class ChunkActor:
+    """Opens the feature spaces once, then makes one chunk a call."""
+
+    def __init__(self, names: Sequence[str], data: DataConfig, expected: Sequence[str]) -> None:
+        self.spaces = open_spaces(names, data)
+        if [space.fingerprint for space in self.spaces] != list(expected):
+            raise DistillKacError(
+                "expected the feature networks of the job's own process, found others: on several nodes "
+                "DISTILLKAC_CACHE must be a folder that all of them share, or an s3:// prefix"
+            )
+
+    def make(self, chunk: Chunk) -> int:
+        """Make a chunk; returns its rows."""
+        make(chunk, self.spaces)
+        return len(chunk.ids)
+
+
+def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
+    """The feature spaces, on this process's device."""
+    dataset, device = open_dataset(data), default_device()
+    return [open_space(name, dataset, device) for name in names]
+
+
+def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Iterator[int]:
+    spaces = open_spaces(spec.features, data)
+    for chunk in todo:
+        make(chunk, spaces)
+        yield len(chunk.ids)
+
+
+def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Iterator[int]:
+    import ray
+    from ray.util import ActorPool
+
+    resources = cluster.connect()
+    on_gpu = draws_on_gpu(spec)
+    count = min(spec.actors or resources.gpus or resources.cpus, len(todo))
+    options = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_restarts": MAX_RESTARTS}
+    actor: Any = ray.remote(ChunkActor).options(**options, max_task_retries=MAX_RESTARTS)
+    actors = [actor.remote(spec.features, data, expected) for _ in range(count)]
+    try:
+        yield from ActorPool(actors).map_unordered(lambda idle, chunk: idle.make.remote(chunk), todo)
+    except ray.exceptions.RayTaskError as error:
+        raise DistillKacError(one_line(error.cause)) from None
+    except ray.exceptions.RayError as error:
+        raise DistillKacError(f"evaluate: the actors failed in Ray: {cluster.innermost(error)}") from None
+    finally:
+        for one in actors:
+            ray.kill(one)
