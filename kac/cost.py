@@ -32,6 +32,14 @@ def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_class
     return NetworkCost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops())
 
 
+def duration(seconds: float) -> str:
+    """A duration for people: 2.5 hours, 12 minutes, 40 seconds."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def short(number: float, unit: str = "") -> str:
     """A large number for people: 1.05 M, 3.2 T; with a unit 1.05 MFLOP."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

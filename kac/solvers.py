@@ -115,7 +115,8 @@ STEPPERS: dict[Method, Stepper] = {"euler": _euler, "heun": _heun, "ab2": _ab2}
 
 
 def _scalar(t: float, x: Tensor) -> Tensor:
-    return torch.tensor(t, dtype=x.dtype, device=x.device)
+    # Filled on the device: for a copy of a number the host would wait until a GPU has done all that is before it.
+    return torch.full((), t, dtype=x.dtype, device=x.device)
 
 
 def _square_norm(u: Tensor) -> Tensor:

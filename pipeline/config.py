@@ -33,7 +33,6 @@ class Spec(Options):
         assert precision is None or precision.dtype != "auto", "a fingerprint is of a spec that is settled"
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
 
-
     def settled(self, on_gpu: Callable[[], bool]) -> Self:
         """With the type that ``--precision.dtype auto`` stands for: whatever runs or names a spec begins with this.
 

@@ -9,7 +9,7 @@ from kac import files
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
 from pipeline.benchmark.spec import CALLS_A_SHARD
-from pipeline.rollout.shards import peak_memory
+from pipeline.memory import peak_memory
 
 UNIT = "MiB"
 GROWTH_BAR = Bar("<=", 1.1)

@@ -24,9 +24,10 @@ from kac.errors import one_line
 from pipeline import cluster
 from pipeline.config import RolloutSpec
 from pipeline.ray_data import numbered
+from pipeline.rollout.place import Place, choose_place
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
-from pipeline.rollout.teacher import RolloutError
+from pipeline.rollout.teacher import RolloutError, endpoint_rms
 from pipeline.store.layout import Shard, StoreIdentity
 
 MAX_ATTEMPTS = 10
@@ -43,9 +44,8 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     Raises:
         RolloutError: a shard failed; the message names it.
     """
-    resources = cluster.connect()
-    on_gpu = bool(resources.gpus) if spec.gpu is None else spec.gpu
-    actors = min(spec.actors or resources.gpus or resources.cpus, len(plan.todo))
+    place = choose_place(spec)
+    actors = min(place.actors, len(plan.todo))
     # On the driver's node: if that goes, so does the job. A restarted ledger counts anew: a shard that kills its
     # process is given up later.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -63,8 +63,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         pause_seconds=PAUSE_SECONDS,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
-        num_cpus=0 if on_gpu else 1,
-        num_gpus=1 if on_gpu else 0,
+        **resources_of(place),
     )
     rows = made.iter_rows()
     try:
@@ -77,6 +76,24 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     # the caller kept it, the CPUs would stay taken, and the next rollout in this process would wait for them for ever.
     del made, rows
     raise RolloutError(failure)
+
+
+def resources_of(place: Place) -> dict[str, Any]:
+    """What Ray is to give to an actor."""
+    return {"num_cpus": 0, "num_gpus": place.gpus_per_actor} if place.on_gpu else {"num_cpus": 1, "num_gpus": 0}
+
+
+def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
+    """``endpoint_rms`` where the actors will run: the driver may have no GPU.
+
+    Raises:
+        RolloutError: it failed.
+    """
+    task = ray.remote(endpoint_rms).options(**resources_of(choose_place(spec)))
+    try:
+        return float(ray.get(task.remote(spec, plan.identity)))
+    except ray.exceptions.RayError as error:
+        raise RolloutError(f"the comparison with float32 failed: {cluster.innermost(error)}") from error
 
 
 def _reason(ledger: Any, error: BaseException) -> str:

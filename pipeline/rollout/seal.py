@@ -14,11 +14,14 @@ from pipeline.store.shards import Receipt
 ATTEMPTS = 3
 
 
-def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[Outcome]) -> Manifest:
+def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[Outcome], moved: float | None = None) -> Manifest:
     """Write the manifest, then remove what dead writers left.
 
     Another job may seal other scales of the same store meanwhile: the manifest is united with the one that is there,
     and read back.
+
+    Args:
+        moved: the ``endpoint_rms`` of a rollout in another precision than float32.
 
     Raises:
         RolloutError: a planned shard has no receipt.
@@ -30,15 +33,15 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[Outcome]) -> Manifest
         found = f"found none of {min(missing)}: run it again"
         raise RolloutError(f"{spec.store}: expected a receipt of every shard, {found}")
     for _ in range(ATTEMPTS):
-        manifest = _unite(spec, plan, receipts)
+        manifest = _unite(spec, plan, receipts, moved)
         write_manifest(spec.store, manifest)
-        if _unite(spec, plan, receipts) == manifest:
+        if _unite(spec, plan, receipts, moved) == manifest:
             break
     remove_orphans(spec.store, manifest.guidance)
     return manifest
 
 
-def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manifest:
+def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt], moved: float | None) -> Manifest:
     """The manifest of what this job did and what the store's manifest says by now."""
     now = read_manifest(spec.store)
     refuse_other_store(spec.store, plan.identity, now)
@@ -50,6 +53,7 @@ def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt]) -> Manife
         identity=plan.identity,
         teacher=spec.teacher,
         extents=extents,
+        endpoint_rms=now.endpoint_rms if now and now.endpoint_rms is not None else moved,
         shards=tuple(longest[shard.name] for shard in shards_of(extents, plan.identity.shard_size)),
     )
 

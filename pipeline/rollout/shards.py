@@ -1,13 +1,13 @@
 """One shard: adopt it if it is there, else compute and publish it. The same in this process and in an actor."""
 
-import re
+import contextlib
 import threading
 import time
-from pathlib import Path
 
 from kac.errors import DistillKacError, one_line
 from kac.options import Options
 from pipeline.config import RolloutSpec
+from pipeline.memory import peak_memory
 from pipeline.rollout.teacher import FrozenTeacher, RolloutError, join
 from pipeline.store.layout import Shard, StoreIdentity
 from pipeline.store.shards import (
@@ -28,6 +28,7 @@ class Outcome(Options):
 
     receipt: Receipt
     computed_rows: int
+    compute_seconds: float  # that the teacher took
     finished: float  # when it was there, seconds since the epoch
     peak_memory: int | None  # of the process that made it, as of then
 
@@ -47,7 +48,7 @@ class ShardMaker:
             RolloutError: it cannot be; the message names it.
         """
         try:
-            receipt, computed = self._adopt_or_compute(shard)
+            receipt, computed, seconds = self._adopt_or_compute(shard)
         except NotFiniteShard as error:
             advice = "check the teacher's weights, the solver steps and --dtype"
             raise RolloutError(f"{error}: nothing of the shard was published; {advice}") from error
@@ -56,35 +57,43 @@ class ShardMaker:
         except Exception as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise RolloutError(f"{self.spec.store}/{shard.name}: {reason}") from error
-        return Outcome(receipt=receipt, computed_rows=computed, finished=time.time(), peak_memory=peak_memory())
+        return Outcome(
+            receipt=receipt,
+            computed_rows=computed,
+            compute_seconds=seconds,
+            finished=time.time(),
+            peak_memory=peak_memory(),
+        )
 
-    def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int]:
-        """The receipt, and how many rows were computed. Nothing is published of a shard with NaN or infinity."""
+    def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int, float]:
+        """The receipt, how many rows were computed, and the seconds that took.
+
+        Nothing is published of a shard with NaN or infinity.
+        """
         there, is_damaged = None, False
         try:
             receipt, there = adopt(self.spec.store, shard, self.identity)
             if receipt.rows >= shard.rows:
-                return receipt, 0
+                return receipt, 0, 0.0
         except FileNotFoundError:
             pass  # the usual case: the shard has yet to be made
         except DamagedShard as damage:
             print(f"rollout: {damage}: redoing it", flush=True)
             is_damaged = True
-        # Encoded under the lock as well: two threads that both need Python's own lock only get in each other's way.
-        with self.computing:
+        with contextlib.ExitStack() as at_work:
+            at_work.enter_context(self.computing)
+            started = time.perf_counter()
             missing = shard.ids if there is None else range(shard.start + there.num_rows, shard.ids.stop)
             rows = self.teacher.follow(shard.guidance, missing)
+            seconds = time.perf_counter() - started
+            # A GPU goes on with the other thread's shard while this one is encoded. Without, two threads that both need
+            # the same core, and Python's own lock, would only get in each other's way.
+            if self.teacher.on_gpu:
+                at_work.close()
             if there is not None:
                 rows = join([{name: column_array(there[name]) for name in rows}, rows])
             table = make_table(self.identity, shard, rows)
             check_rows(f"{self.spec.store}/{shard.name}", shard, self.identity, table)
             data = encode(table, self.spec.compression)
         receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or there is not None)
-        return receipt, len(missing)
-
-
-def peak_memory() -> int | None:
-    """The most resident memory that this process has held, KiB; None where Linux's /proc is missing."""
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) if found else None
+        return receipt, len(missing), seconds

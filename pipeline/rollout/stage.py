@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from kac import files
-from kac.checkpoint import load_model
+from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
+from pipeline.rollout.cost import describe_cost, describe_remaining
+from pipeline.rollout.place import choose_place
 from pipeline.rollout.plan import Plan, make_plan
 from pipeline.rollout.seal import remove_orphans, seal
 from pipeline.rollout.shards import Outcome, ShardMaker
+from pipeline.rollout.teacher import endpoint_rms
 from pipeline.store.manifest import Manifest
 
 tracking.declare(
@@ -23,20 +26,30 @@ tracking.declare(
 )
 
 
-def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest:
+def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest | None:
     """Bring the store of ``spec`` to what it asks for; what is there already is not computed again.
+
+    Returns:
+        The manifest of the store; None after a dry run.
 
     Raises:
         DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
     """
     spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
+    spec = spec.settled(lambda: choose_place(spec).on_gpu)
     plan = make_plan(spec)
+    cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"
+    if spec.dry_run:
+        print(cost, flush=True)
+        return None
     if plan.is_done and plan.manifest is not None:
         remove_orphans(spec.store, plan.manifest.guidance)
         print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
         return plan.manifest
     teacher = load_model(spec.teacher).config
     files.check_writable(spec.store)
+    place = choose_place(spec)
+    print(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}", flush=True)
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",
         spec=spec,
@@ -46,10 +59,31 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         parent=parent,
     ) as run:
         started = time.perf_counter()
+        moved = compare_with_float32(spec, plan)
         outcomes = compute_shards(spec, plan)
-        manifest = seal(spec, plan, outcomes)
+        manifest = seal(spec, plan, outcomes, moved)
         _log(run, spec, plan, outcomes, time.perf_counter() - started)
     return manifest
+
+
+def compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
+    """``endpoint_rms`` of a rollout in another precision than float32, unless its store says it already.
+
+    Raises:
+        RolloutError: it cannot be computed.
+    """
+    if spec.precision.dtype == "float32" or not plan.todo or (plan.manifest and plan.manifest.endpoint_rms is not None):
+        return None
+    if spec.actors == 0:
+        moved = endpoint_rms(spec, plan.identity)
+    else:
+        from pipeline.rollout.actors import endpoint_rms_on_ray
+
+        moved = endpoint_rms_on_ray(spec, plan)
+    print(
+        f"rollout: {spec.precision.dtype} moves endpoints by {moved:.2g} from float32's (root mean square)", flush=True
+    )
+    return moved
 
 
 def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
@@ -66,11 +100,15 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
         from pipeline.rollout.actors import compute_on_actors
 
         made = compute_on_actors(spec, plan)
-    outcomes, total = [], sum(shard.rows for shard in plan.todo)
+    outcomes: list[Outcome] = []
+    total = sum(shard.rows for shard in plan.todo)
     with tqdm(desc="rollout", total=total, unit="trajectory", mininterval=1.0) as bar:
         for outcome in made:
+            is_first = outcome.computed_rows > 0 and not any(known.computed_rows for known in outcomes)
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
+            if is_first and bar.n < total:
+                bar.write(f"rollout: {describe_remaining(outcome, total - bar.n, choose_place(spec).actors)}")
     return outcomes
 
 

@@ -11,6 +11,7 @@ from kac.data import open_dataset
 from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.guidance import guide
+from kac.precision import Precision
 from kac.solvers import knot_times, solve
 from pipeline.config import RolloutSpec
 from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, StoreIdentity
@@ -45,44 +46,108 @@ class FrozenTeacher:
         self.times = knot_times(identity.solver_steps, identity.knot_grid)
         self.steps_a_knot = identity.solver_steps // identity.knots
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device.type == "cuda"
+
     def follow(self, guidance: float, ids: range) -> Rows:
-        """The rows of the samples ``ids``, in batches."""
+        """The rows of the samples ``ids``, in batches: those of one leave the device while the next is computed."""
         size = self.batch_size
         batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
-        sources = {"trajectory": self._trajectories, "forward": self._forward}
-        return join([sources[self.identity.source](guidance, batch) for batch in batches])
+        source = {"trajectory": self._trajectories, "forward": self._forward}[self.identity.source]
+        parts, leaving = [], source(guidance, batches[0])
+        for batch in batches[1:]:
+            following = source(guidance, batch)
+            parts.append(leaving.rows())
+            leaving = following
+        return join([*parts, leaving.rows()])
 
     @torch.inference_mode()
-    def _trajectories(self, guidance: float, ids: range) -> Rows:
+    def _trajectories(self, guidance: float, ids: range) -> "_Leaving":
         identity = self.identity
         label = noise.labels(identity.seed, ids, identity.class_frequencies)
         x_1 = noise.noise(self.path, identity.seed, ids, identity.sample_shape)
-        velocity = guide(self.network, guidance, label.to(self.device))
+        velocity = guide(self.network, guidance, self._on_device(label))
         keep = range(0, identity.solver_steps + 1, self.steps_a_knot)
-        solution = solve(velocity, x_1.to(self.device), self.times, identity.solver, keep=keep)
-        return self._rows(label, solution.kinetic_energy, solution.knots)
+        solution = solve(velocity, self._on_device(x_1), self.times, identity.solver, keep=keep)
+        return self._leave(label, solution.kinetic_energy, solution.knots)
 
     @torch.inference_mode()
-    def _forward(self, guidance: float, ids: range) -> Rows:
+    def _forward(self, guidance: float, ids: range) -> "_Leaving":
         """Noise a data point to the start of an interval, follow the teacher to its end (2509.21513, Alg. 1)."""
         identity, data = self.identity, open_dataset(self.config.data).train
         point, interval = noise.data_points(identity.seed, ids, len(data), identity.knots)
         images, label = data.rows(point)
         uniforms = noise.noise_uniforms(self.path, identity.seed, ids, identity.sample_shape)
         start = torch.empty((len(ids), *identity.sample_shape))
-        end, energy = torch.empty_like(start), torch.empty(len(ids))
+        end = torch.empty(start.shape, device=self.device)
+        energy = torch.empty(len(ids), device=self.device)
         for k in sorted(set(interval.tolist())):
-            rows = interval == k
+            rows = torch.nonzero(interval == k)[:, 0]
             times = self.times[k * self.steps_a_knot : (k + 1) * self.steps_a_knot + 1]
             start[rows] = self.path.point(images[rows], times[0].item(), uniforms[:, rows]).float()
-            at_start = start[rows].to(self.device)
-            velocity = guide(self.network, guidance, label[rows].to(self.device))
-            solution = solve(velocity, at_start, times, identity.solver)
-            end[rows], energy[rows] = solution.x.cpu(), solution.kinetic_energy.cpu()
-        return {INTERVAL: interval.numpy(), **self._rows(label, energy, [start, end])}
+            velocity = guide(self.network, guidance, self._on_device(label[rows]))
+            solution = solve(velocity, self._on_device(start[rows]), times, identity.solver)
+            there = self._on_device(rows)
+            end[there], energy[there] = solution.x, solution.kinetic_energy
+        return self._leave(label, energy, [start, end], interval)
 
-    def _rows(self, label: torch.Tensor, energy: torch.Tensor, knots: Sequence[torch.Tensor]) -> Rows:
+    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy that nobody waits for."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else values
+
+    def _leave(
+        self,
+        label: torch.Tensor,
+        energy: torch.Tensor,
+        knots: Sequence[torch.Tensor],
+        interval: torch.Tensor | None = None,
+    ) -> "_Leaving":
         dtype = getattr(torch, self.identity.dtype)
         named = zip(self.identity.knot_columns, knots, strict=True)
-        stored = {name: knot.to(dtype).cpu().numpy() for name, knot in named}
-        return {LABEL: label.numpy(), KINETIC_ENERGY: energy.cpu().numpy(), **stored}
+        first = {} if interval is None else {INTERVAL: interval}
+        return _Leaving(
+            {**first, LABEL: label, KINETIC_ENERGY: energy, **{name: knot.to(dtype) for name, knot in named}}
+        )
+
+
+class _Leaving:
+    """Tensors on their way from the device to memory; the device goes on meanwhile."""
+
+    def __init__(self, columns: dict[str, torch.Tensor]) -> None:
+        self.columns = {name: self._begin(values) for name, values in columns.items()}
+        self.arrived = None
+        if any(values.is_cuda for values in columns.values()):
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def rows(self) -> Rows:
+        """All of them, once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return {name: values.numpy() for name, values in self.columns.items()}
+
+    @staticmethod
+    def _begin(values: torch.Tensor) -> torch.Tensor:
+        if not values.is_cuda:
+            return values
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+CHECKED_TRAJECTORIES = 64
+
+
+def endpoint_rms(spec: RolloutSpec, identity: StoreIdentity) -> float:
+    """How far the rollout's precision moves the ends of trajectories: the root mean square difference to float32.
+
+    Of the first samples that the seed has, at the largest of the guidance scales.
+    """
+    ids, w = range(min(CHECKED_TRAJECTORIES, spec.trajectories)), max(spec.guidance, key=abs)
+    unrounded = identity.model_copy(update={"dtype": "float32"})
+    ends = []
+    for dtype in (spec.precision.dtype, "float32"):
+        precision = Precision(dtype=dtype, compile=False)
+        teacher = FrozenTeacher(spec.model_copy(update={"precision": precision}), unrounded)
+        ends.append(teacher.follow(w, ids)[identity.knot_columns[-1]].astype(np.float64))
+    return float(np.sqrt(np.square(ends[0] - ends[1]).mean()))

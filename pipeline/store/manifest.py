@@ -32,6 +32,7 @@ class Manifest(Options):
     fingerprint: str
     identity: StoreIdentity
     teacher: str
+    endpoint_rms: float | None = None  # how far another precision than float32 moves the ends of trajectories
     extents: tuple[Extent, ...]
     shards: tuple[Receipt, ...]
 
@@ -89,6 +90,8 @@ def _check_agreement(where: str, manifest: Manifest) -> None:
 def write_manifest(store: str, manifest: Manifest) -> None:
     """Publish the manifest whole."""
     values = {**manifest.model_dump(mode="json"), "identity": manifest.identity.values()}
+    if manifest.endpoint_rms is None:  # versions that do not know it read the rest
+        del values["endpoint_rms"]
     files.write_bytes(files.join(store, MANIFEST), json.dumps(values, indent=1).encode())
 
 

@@ -73,6 +73,7 @@ def merge(spec: MergeSpec) -> Manifest:
         fingerprint=identity.fingerprint(),
         identity=identity,
         teacher=teacher,
+        endpoint_rms=sources[0][1].endpoint_rms,
         extents=extents,
         shards=tuple(receipt for receipt, _ in copied),
     )

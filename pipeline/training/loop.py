@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kac.cost import duration
 from kac.errors import DistillKacError
 from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
@@ -161,15 +162,7 @@ class _Remaining:
             self.started = time.perf_counter()
         if update == self.first + LOG_UPDATES and update < self.total:
             seconds = (time.perf_counter() - self.started) / (LOG_UPDATES - SLOW_UPDATES)
-            print(f"{self.title}: about {hours(seconds * (self.total - update))} left", flush=True)
-
-
-def hours(seconds: float) -> str:
-    """A duration for people: 2.5 hours, 12 minutes, 40 seconds."""
-    for size, unit in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} seconds"
+            print(f"{self.title}: about {duration(seconds * (self.total - update))} left", flush=True)
 
 
 def _check_finite(job: Job, loss: float, update: int) -> None:

@@ -1,15 +1,21 @@
 """Precision: bf16, channels_last and compiled calls agree with plain float32 within stated tolerances."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from kac.fingerprint import hashed_values
-from kac.networks import MLPConfig, build_network
+from kac.networks import MLPConfig, UNetConfig, build_network
+from kac.options import OptionError
 from kac.precision import Precision
 
 BFLOAT16_TOLERANCE = 0.05
 """Of the velocity's own size: bfloat16 keeps 8 bits, and the errors of four layers add up."""
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
 class Convolution(nn.Module):
@@ -69,6 +75,7 @@ def test_channels_last_agrees_and_reaches_the_network():
     assert network.conv[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_compiler
 def test_a_compiled_network_agrees():
     network, (x, t, label) = mlp(), inputs((1, 8, 8))
     wrapped = Precision(compile=True).wrap(network)
@@ -84,6 +91,58 @@ def test_gradients_pass_through():
     Precision(dtype="bfloat16").wrap(network)(x, t, label).square().mean().backward()
     for found, expected in zip((p.grad for p in network.parameters()), exact, strict=True):
         assert relative_error(found, expected) < 2 * BFLOAT16_TOLERANCE or expected.norm() < 1e-6
+
+
+def unet():
+    torch.manual_seed(0)
+    network = build_network(UNetConfig(channels=(16, 32), blocks=1, attention=(4,), groups=8), (3, 8, 8), 2)
+    nn.init.normal_(network.unet.conv_out.weight, std=0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [
+        (Precision(memory_format="channels_last"), 1e-5),
+        (Precision(dtype="bfloat16"), BFLOAT16_TOLERANCE),
+        (Precision(dtype="bfloat16", memory_format="channels_last"), BFLOAT16_TOLERANCE),
+    ],
+    ids=str,
+)
+def test_a_unet_agrees(precision: Precision, tolerance: float):
+    """Group norms and attention under autocast too, forward and backward."""
+    x, t, label = inputs()
+    results = []
+    for each in (Precision(), precision):
+        network = unet()
+        velocity = each.wrap(network)(x, t, label)
+        velocity.square().mean().backward()
+        results.append((velocity.detach(), network.unet.conv_in.weight.grad))
+    (exact, exact_gradient), (found, gradient) = results
+    assert relative_error(found, exact) < tolerance
+    assert relative_error(gradient, exact_gradient) < 2 * tolerance
+
+
+@needs_compiler
+def test_a_compiled_unet_agrees():
+    network, (x, t, label) = unet(), inputs()
+    with torch.no_grad():
+        found = Precision(compile=True, memory_format="channels_last").wrap(network)(x, t, label)
+        assert relative_error(found, network(x, t, label)) < 1e-5
+
+
+def test_choices_are_made_by_the_device():
+    here = Precision(dtype="auto").on(gpu=False)
+    assert (here.dtype, here.compile, here.memory_format) == ("float32", False, "contiguous")
+    there = Precision(dtype="auto").on(gpu=True)
+    assert (there.dtype, there.compile, there.memory_format) == ("bfloat16", True, "channels_last")
+    assert Precision().on(gpu=True, convolutions=False).memory_format == "contiguous"
+    assert Precision(compile=False, memory_format="contiguous").on(gpu=True) == Precision(
+        compile=False, memory_format="contiguous"
+    )
+    assert str(there) == "bfloat16, channels_last, compiled"
+    with pytest.raises(OptionError, match="expected float32, bfloat16 or auto without a GPU, found tf32"):
+        Precision(dtype="tf32").wrap(mlp())
 
 
 def test_only_the_type_decides_what_is_made():

@@ -66,6 +66,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_passes_make_the_student_of_one(student: str, small_store: str, tmp_path: Path):
+    distill(distill_spec(small_store, tmp_path / "out", optimizer=FEW.model_copy(update={"accumulation": 2})))
+    for name, value in load_model(str(tmp_path / "out")).network.state_dict().items():
+        torch.testing.assert_close(value, load_model(student).network.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    small_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert distill(distill_spec(small_store, tmp_path / "out", dry_run=True)) is None
+    assert list(tmp_path.iterdir()) == []
+    assert "distill: 60 updates of 64 samples, 3,840 in all: 9.6 epochs of 400" in capsys.readouterr().out
+
+
 def test_an_unfinished_store_is_refused(small_store: str, tmp_path: Path):
     shutil.copytree(small_store, tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()

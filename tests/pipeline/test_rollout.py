@@ -16,9 +16,11 @@ from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.solvers import knot_times, solve
 from pipeline import store
+from pipeline.cluster import Resources
 from pipeline.config import RolloutSpec
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout.actors import MAX_ATTEMPTS, Ledger
+from pipeline.rollout.place import Place, choose_place
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stores import make_teacher
 
@@ -113,6 +115,56 @@ def test_rows_are_the_teachers_trajectories_from_the_samples_own_noise(teacher: 
         for k in range(KNOTS + 1):
             np.testing.assert_allclose(found[f"knot_{k:02d}"], way.knots[k].numpy(), atol=1e-5)
         np.testing.assert_allclose(found["kinetic_energy"], way.kinetic_energy.numpy(), rtol=1e-4)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert rollout(spec(teacher, tmp_path / "store", dry_run=True, solver="heun")) is None
+    assert list(tmp_path.iterdir()) == []
+    said = capsys.readouterr().out
+    # 8 steps of two calls, three times: without guidance, and guided, which is two.
+    assert "rollout: 200 trajectories, 4,800 network calls" in said
+    size = 200 * (5 * 64 * 4 + 8 + 4 + 4)
+    assert f"{size / 1e3:.3g} kB before compression in 8 shards (0 are there already)" in said
+
+
+def test_what_is_left_is_said_after_the_first_shard(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rollout(spec(teacher, tmp_path / "store"))
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("seconds left") == 1
+    assert "rollout: in this process on the CPU, float32, contiguous, not compiled" in captured.out
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_another_precision_says_what_it_costs(
+    teacher: str, tmp_path: Path, ray_cluster: None, actors: int, capsys: pytest.CaptureFixture[str]
+):
+    exact, rough = tmp_path / "exact", tmp_path / "rough"
+    options = {"guidance": (1.0,), "trajectories": 64, "actors": actors}
+    assert rollout(spec(teacher, exact, **options)).endpoint_rms is None
+    assert "endpoint_rms" not in (exact / "manifest.json").read_text()
+    manifest = rollout(spec(teacher, rough, precision={"dtype": "bfloat16"}, **options))
+    ends = [rows(path, 1.0)["knot_04"].astype(np.float64) for path in (exact, rough)]
+    assert manifest.endpoint_rms == pytest.approx(np.sqrt(np.square(ends[0] - ends[1]).mean()), rel=0.01)
+    assert "rollout: bfloat16 moves endpoints by" in capsys.readouterr().out
+    grown = rollout(spec(teacher, rough, precision={"dtype": "bfloat16"}, **{**options, "trajectories": 96}))
+    assert grown.endpoint_rms == manifest.endpoint_rms
+    assert "moves endpoints" not in capsys.readouterr().out
+
+
+def test_fractions_of_a_gpu_make_more_actors(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def place(gpus: int, **options: object) -> Place:
+        monkeypatch.setattr("pipeline.cluster.connect", lambda: Resources(cpus=8, gpus=gpus))
+        return choose_place(spec(teacher, tmp_path, **{"actors": None, **options}))
+
+    assert place(0) == Place(8, 0)
+    assert place(2) == Place(2, 1.0)
+    assert place(2, gpus_per_actor=0.25) == Place(8, 0.25)
+    assert place(3, gpus_per_actor=0.1) == Place(30, 0.1)
+    assert place(2, gpu=False) == Place(8, 0)
+    assert place(0, gpu=True, actors=5) == Place(5, 1.0)
+    assert str(place(2, gpus_per_actor=0.25)) == "on 8 actors with 0.25 GPU each"
 
 
 def test_another_seed_gives_other_noise(teacher: str, reference: Path, tmp_path: Path):

@@ -1,0 +1,44 @@
+"""What a network costs, counted without computing anything."""
+
+import pytest
+import torch
+
+from kac.cost import duration, network_cost, short
+from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MLPConfig(width=16, depth=1, conditions=("end_time",)),
+        UNetConfig(channels=(8,), blocks=1, groups=4),
+        DiTConfig(heads=2, head_channels=8, depth=1, patch=4),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_parameters_are_those_of_the_network(config):
+    network = build_network(config, (1, 8, 8), 10)
+    assert network_cost(config, (1, 8, 8), 10).parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_operations_of_an_mlp_by_hand():
+    cost = network_cost(MLPConfig(width=16, depth=1), (1, 8, 8), 10)
+    products = 64 * 64 + 64 * 16 + 64 * 32 + 16 * 32 + 32 * 16 + 16 * 64  # time, enter, modulate, block, leave
+    assert cost.flops_per_call == 2 * products
+
+
+def test_the_unet_of_the_literature():
+    """OpenAI's for CIFAR-10: 6.1 G multiplications an image, by its authors' count (here an addition counts too)."""
+    cost = network_cost(UNetConfig(channels=(128, 256, 256, 256), attention=(16,)), (3, 32, 32), 10)
+    assert cost.flops_per_call == pytest.approx(12.3e9, rel=0.1)
+
+
+def test_it_leaves_no_trace_of_the_meta_device():
+    network_cost(MLPConfig(width=16, depth=1), (2,), 2)
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_numbers_for_people():
+    assert [short(n) for n in (3, 1050, 1.05e6, 2.5e12)] == ["3", "1.05 k", "1.05 M", "2.5 T"]
+    assert short(12.4e9, "FLOP") == "12.4 GFLOP"
+    assert [duration(s) for s in (40, 600, 9000)] == ["40 seconds", "10 minutes", "2.5 hours"]
