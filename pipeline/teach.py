@@ -30,7 +30,7 @@ class TeachTask:
         spec, data = self.spec, open_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
         network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path, batch = spec.path.build(), training.Ahead(_Batches(spec, data))
+        path, batch = spec.path.build(), training.made_ahead(_Batches(spec, data), worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
             training.seed_dropout(spec.seed, micro)

@@ -11,7 +11,11 @@ from kac.networks.unet import UNet, UNetConfig
 from kac.networks.velocity import NetworkModule
 from kac.options import kind_alone
 
-NetworkConfig = Annotated[MLPConfig | UNetConfig | DiTConfig, Field(discriminator="kind"), BeforeValidator(kind_alone)]
+NetworkConfig = Annotated[
+    MLPConfig | UNetConfig | DiTConfig,
+    Field(discriminator="kind", description="kind of the velocity network, and its options"),
+    BeforeValidator(kind_alone),
+]
 """The config of any kind, as the command line, YAML and a model's config.json all take it."""
 
 NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {

@@ -1,6 +1,6 @@
 """Training, written once: a task builds a learner, a loop calls it, and a host runs the loop."""
 
-from pipeline.training.ahead import Ahead, on_device, pinned
+from pipeline.training.ahead import made_ahead, on_device, pinned
 from pipeline.training.cost import describe_cost, describe_place, log_cost
 from pipeline.training.hosts import Place, choose_place, train
 from pipeline.training.learner import (
@@ -19,7 +19,6 @@ from pipeline.training.loop import Job, OnCheckpoint, Task
 from pipeline.training.sheets import Sheets
 
 __all__ = [
-    "Ahead",
     "EpochOrder",
     "Job",
     "Learner",
@@ -36,6 +35,7 @@ __all__ = [
     "describe_cost",
     "describe_place",
     "log_cost",
+    "made_ahead",
     "on_device",
     "pinned",
     "seed_dropout",

@@ -16,6 +16,14 @@ Batch = TypeVar("Batch", bound=tuple[Any, ...])
 """A named tuple of tensors."""
 
 
+def made_ahead(make: Callable[[MicroBatch], Batch], device: torch.device) -> Callable[[MicroBatch], Batch]:
+    """What makes a worker's batches on its device: ahead where that is a GPU.
+
+    On the CPU a second thread would only take the cores of the first: a small network trained at half its speed.
+    """
+    return Ahead(make) if device.type == "cuda" else make
+
+
 class Ahead(Generic[Batch]):
     """What ``make`` makes of a worker's micro-batches in their order, from the first that is asked for.
 

@@ -18,7 +18,7 @@ from kac.precision import Precision
 from pipeline import training
 from pipeline.config import OptimizerConfig
 from pipeline.tracking import TrackedRun
-from pipeline.training.ahead import BATCHES_AHEAD
+from pipeline.training.ahead import BATCHES_AHEAD, Ahead, made_ahead
 from pipeline.training.learner import TrainedNetwork, learning_rate_factor
 from pipeline.training.loop import run_updates
 
@@ -226,14 +226,14 @@ def test_batches_made_ahead_are_those_that_were_asked_for():
             raise DistillKacError("update 9 is damaged")
         return Row(torch.tensor([micro.update, micro.number]))
 
-    ahead, micro = training.Ahead(make), training.MicroBatch(3, 0, 2, HERE)
+    ahead, micro = Ahead(make), training.MicroBatch(3, 0, 2, HERE)
     for update in (3, 4):
         for number in (0, 1):
             assert ahead(micro).value.tolist() == [update, number]
             micro = micro.next()
     ahead.thread.shutdown()
     assert len(made) <= 4 + BATCHES_AHEAD
-    ahead = training.Ahead(make)
+    ahead = Ahead(make)
     micro = micro._replace(update=8, number=1)
     assert ahead(micro).value.tolist() == [8, 1]
     with pytest.raises(DistillKacError, match="update 9 is damaged"):
@@ -241,8 +241,16 @@ def test_batches_made_ahead_are_those_that_were_asked_for():
     assert ahead(micro._replace(update=1)).value.tolist() == [1, 1]  # and it can begin anew elsewhere
 
 
+def test_they_are_made_ahead_for_a_gpu_alone():
+    def make(micro: training.MicroBatch) -> Row:
+        return Row(torch.zeros(1))
+
+    assert made_ahead(make, torch.device("cpu")) is make
+    assert isinstance(made_ahead(make, torch.device("cuda")), Ahead)
+
+
 def test_its_thread_ends_with_it():
-    ahead = training.Ahead(lambda micro: Row(torch.zeros(1)))
+    ahead = Ahead(lambda micro: Row(torch.zeros(1)))
     ahead(training.MicroBatch(0, 0, 1, HERE))
     (thread,) = ahead.thread._threads
     del ahead
