@@ -148,7 +148,7 @@ SLICED = "squared sliced 2-Wasserstein distance of the pixels to the training im
 MEMORISATION = "distance to the nearest training image over that of held-out images; well below 1: memorised"
 AGREEMENT = "share of the samples that the classifier gives the label they were made for"
 ERROR = "root mean squared difference per coordinate from the teacher's image; a diagnostic"
-SPEED = "sampling speed of one process when the samples were drawn"
+SPEED = "sampling speed of one process when the samples were drawn, the median over chunks"
 
 QUALITY: list[QualityMetric] = [
     QualityMetric("frechet_distance_{space}", FRECHET, "FD {space}", ".4f", "lower", True, compute=_frechet_of),

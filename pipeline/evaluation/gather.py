@@ -1,6 +1,7 @@
 """From chunks in the cache to what metrics need: statistics of features that stream by, and sums over samples."""
 
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 from torch import Tensor
 
@@ -71,10 +72,11 @@ def gather(
     """
     statistics: dict[str, Statistics] = {}
     classifiers = {space.name: space.network for space in spaces if isinstance(space.network, Classifier)}
-    right, squares, values, seconds, nfe = 0, 0.0, 0, 0.0, 0
+    right, squares, values, nfe, speeds = 0, 0.0, 0, 0, []
     for chunk in chunks(source):
         rows = source.rows(chunk.ids)
-        nfe, seconds = rows.nfe, seconds + rows.seconds
+        nfe = rows.nfe
+        speeds += [len(chunk.ids) / rows.seconds] if rows.seconds else []
         for space in spaces:
             made = features(chunk, space, rows.images)
             statistics.setdefault(space.name, Statistics(made.shape[1], reference.floor_count or 0)).add(made)
@@ -90,7 +92,7 @@ def gather(
         label_agreement=right / source.count if classifiers else None,
         endpoint_error=(squares / values) ** 0.5 if values else None,
         nfe=nfe if is_model else None,
-        speed=source.count / seconds if is_model else None,
+        speed=median(speeds) if is_model else None,  # the first chunk of a process may wait for the compiler
         teacher=teacher_metrics,
     )
 

@@ -200,6 +200,7 @@ def _read(path: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _model(path: str, weights_sha256: str) -> Model:
+    torch.compiler.reset()  # of what was compiled PyTorch keeps a few; here they are all of the model before
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
         raise DistillKacError(f"{path}: expected weights {weights_sha256[:12]}..., found others: it changed meanwhile")

@@ -1,6 +1,7 @@
 """Evaluate: scores against figures by hand, what is drawn once, and one table of metrics behind everything."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from kac.data import DataConfig, all_rows, open_dataset
 from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.metrics import QUALITY, QualityMetric
+from kac.precision import Precision
+from kac.sampling import teacher_sampling
 from kac.solvers import knot_times, solve
 from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
 from pipeline.evaluate import evaluate, read_scores
-from pipeline.evaluation import sources
+from pipeline.evaluation import actors, sources
 from pipeline.evaluation.scores import Score, mean_score, read_record, table
 from pipeline.report import write_report
 from pipeline.sample import sample
@@ -215,16 +218,41 @@ def test_one_seed_has_no_interval():
     assert mean_score([score]) == score
 
 
+class Falling(actors.ChunkActor):
+    """The first one that is asked for a chunk takes its process down."""
+
+    def make(self, chunk: sources.Chunk) -> int:
+        fallen = Path(os.environ["DISTILLKAC_CACHE"]) / "fallen"
+        if not fallen.exists():
+            fallen.touch()
+            os._exit(1)
+        return super().make(chunk)
+
+
 def test_actors_draw_what_this_process_does(
     teacher: str, student: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    here = evaluate(small(teacher, tmp_path / "here", samples=1100, students=(student,)))
+    """Though one of them dies on the way."""
+    monkeypatch.setattr(actors, "ChunkActor", Falling)
+    halves = "tests.kac.test_features:Halves"
+    spec = {"samples": 1100, "seed": 5, "students": (student,), "features": ("pixels", halves)}
+    there = evaluate(small(teacher, tmp_path / "there", actors=2, **spec))
+    assert (Path(os.environ["DISTILLKAC_CACHE"]) / "fallen").exists()
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
-    # The workers of the shared Ray have the environment of its start: they are told of the other cache by the spec's
-    # actors alone, which see another one and refuse.
-    with pytest.raises(DistillKacError, match="DISTILLKAC_CACHE must be a folder that all of them share"):
-        evaluate(small(teacher, tmp_path / "there", samples=1100, students=(student,), actors=2))
-    assert len(here) == 3
+    here = evaluate(small(teacher, tmp_path / "here", **spec))
+    for a, b in zip(there, here, strict=True):
+        of_both = set(a.metrics) - {"images_per_second"}
+        assert {n: a.metrics[n] for n in of_both} == pytest.approx({n: b.metrics[n] for n in of_both}, rel=1e-3)
+
+
+def test_a_cache_that_actors_do_not_share_is_told_in_one_line(teacher: str, tmp_path: Path):
+    told = "DISTILLKAC_CACHE must be a folder that all of them share"
+    with pytest.raises(DistillKacError, match=told):
+        actors.ChunkActor(["pixels"], DataConfig(kind="moons"), ["another network's"])
+    sampling = teacher_sampling(0.0, 8)
+    never_made = sources.ModelSamples(teacher, load_config(teacher), sampling, Precision(), 77, 10, 10)
+    with pytest.raises(DistillKacError, match=told):
+        never_made.rows(range(10))
 
 
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path):
