@@ -48,8 +48,10 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
         return model(**with_neutral_values(model, values))
     except OptionError as error:
         found = one_line(str(error).removeprefix("--").removesuffix(": see --help"), 160)
-        # A newer version writes all fields of this one too: where one is missing, its name was damaged.
-        if isinstance(error, UnknownOption) and model.model_fields.keys() <= values.keys():
+        # A newer version writes all fields of this one too, but for those that are None: where one is missing, its name
+        # was damaged.
+        written = {name for name, field in model.model_fields.items() if field.default is not None}
+        if isinstance(error, UnknownOption) and written <= values.keys():
             field = found.partition(":")[0]
             raise NewerVersion(
                 f"{where}: expected fields that this version knows, found {field}: a newer version wrote it: "

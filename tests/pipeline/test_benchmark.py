@@ -232,11 +232,14 @@ def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
     whole = next(source.batches(320, knots=[0, 5, 10, 15, 20]))
     worker = training.Worker(0, 1, torch.device("cpu"))
 
+    def part(update: int) -> training.MicroBatch:
+        return training.MicroBatch(update, 0, 1, worker)
+
     def mean_loss(task: training.Task) -> float:
         torch.manual_seed(0)
         learner = task.build(worker)
         with torch.no_grad():
-            losses = [learner.losses(learner.forward, update)["endpoint"] for update in range(400)]
+            losses = [learner.losses(learner.forward, part(update))["endpoint"] for update in range(400)]
         return float(torch.stack(losses).mean())
 
     expected = mean_loss(distill_task(setting, 100))
