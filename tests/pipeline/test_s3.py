@@ -153,6 +153,21 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
     assert files.read_bytes(path) == b"first"
 
 
+def test_an_evaluation_keeps_what_it_has_drawn_on_s3(
+    bucket: str, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLKAC_CACHE", f"s3://{bucket}/cache")
+    first, again = (
+        EvaluateSpec(teacher=teacher, out=f"s3://{bucket}/{name}", samples=40, solver_steps=4, actors=0)
+        for name in ("first", "again")
+    )
+    scores = evaluate(first)
+    there = list_files(f"s3://{bucket}/cache")
+    assert {name.split("/")[0] for name in there} == {"classifiers", "features", "reference", "samples"}
+    assert evaluate(again) == scores
+    assert list_files(f"s3://{bucket}/cache") == there
+
+
 def test_every_stage_on_s3_and_no_key_anywhere(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
