@@ -1,8 +1,16 @@
-"""Model folders: ``model.safetensors``, the EMA weights in float32, and ``config.json``, written last.
+"""Model folders: the EMA weights in float32, and ``config.json``, written last.
 
-The config is all that is needed to build, sample and trace the model.
+MODEL/config.json         all that is needed to build, sample and trace the model
+MODEL/model.safetensors   the weights of a network of our own
+
+A network around a model of diffusers has in place of the last one what that model's ``from_pretrained(MODEL,
+subfolder="unet")`` takes, or ``"transformer"``:
+
+MODEL/unet/diffusion_pytorch_model.safetensors   the weights, under the names that diffusers has for them
+MODEL/unet/config.json                           the config of diffusers
 """
 
+import contextlib
 import hashlib
 import json
 from typing import Any, Literal, NamedTuple
@@ -21,6 +29,7 @@ from kac.path import PathConfig
 from kac.solvers import KnotGrid
 
 WEIGHTS_FILE = "model.safetensors"
+DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 
@@ -79,12 +88,20 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
         CheckpointError: the weights are not those of the config's network.
     """
     with torch.device("meta"):
-        expected = build_network(config.network, config.sample_shape, config.num_classes).state_dict()
+        network = build_network(config.network, config.sample_shape, config.num_classes)
+    expected = network.state_dict()
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise CheckpointError(f"{path}: the weights to be saved are not those of the network")
-    data = safetensors.torch.save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
+    prefix = _prefix(network)
+    tensors = {
+        name.removeprefix(prefix): value.detach().float().cpu().contiguous() for name, value in weights.items()
+    }
+    data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
-    files.write_bytes(files.join(path, WEIGHTS_FILE), data)
+    files.write_bytes(files.join(path, _weights_file(network)), data)
+    if network.diffusers_name:
+        described: Any = network.get_submodule(network.diffusers_name)
+        files.write_bytes(f"{files.join(path, network.diffusers_name)}/config.json", described.to_json_string().encode())
     files.write_bytes(files.join(path, CONFIG_FILE), json.dumps(config.model_dump(mode="json"), indent=2).encode())
     return config
 
@@ -133,21 +150,43 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
         CheckpointError: a missing, damaged or foreign folder; the message says which file and why.
     """
     config = load_config(path)
-    weights_path = files.join(path, WEIGHTS_FILE)
     try:
-        data = files.read_bytes(weights_path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise CheckpointError(f"{path}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, found none") from None
+        network = build_network(config.network, config.sample_shape, config.num_classes)
+    except OptionError as error:
+        raise CheckpointError(f"{path}/{CONFIG_FILE}: {error}") from None
+    weights_path, data = _read_weights(path, network)
     found = hashlib.sha256(data).hexdigest()
     if found != config.weights_sha256:
         raise CheckpointError(
             f"{weights_path}: expected sha256 {config.weights_sha256[:12]}... as {CONFIG_FILE} says, "
             f"found {found[:12]}...: the weights are damaged or of another model"
         )
-    network = build_network(config.network, config.sample_shape, config.num_classes)
     try:
-        network.load_state_dict(safetensors.torch.load(data))
+        network.load_state_dict(_our_names(network, safetensors.torch.load(data)))
     except (RuntimeError, safetensors.SafetensorError) as error:
         message = f"{weights_path}: the weights do not fit the network in {CONFIG_FILE}: {one_line(error)}"
         raise CheckpointError(message) from None
     return Model(network.eval().requires_grad_(False).to(device), config)
+
+
+def _prefix(network: NetworkModule) -> str:
+    """What our names of weights have before those of diffusers."""
+    return f"{network.diffusers_name}." if network.diffusers_name else ""
+
+
+def _weights_file(network: NetworkModule) -> str:
+    return f"{network.diffusers_name}/{DIFFUSERS_WEIGHTS_FILE}" if network.diffusers_name else WEIGHTS_FILE
+
+
+def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
+    """The path of the weights, and what is there."""
+    # Folders from before networks had folders for diffusers hold all weights in one file, under our names.
+    for name in dict.fromkeys((_weights_file(network), WEIGHTS_FILE)):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            return files.join(path, name), files.read_bytes(files.join(path, name))
+    raise CheckpointError(f"{path}: expected {_weights_file(network)} beside {CONFIG_FILE}, found none")
+
+
+def _our_names(network: NetworkModule, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    own, prefix = network.state_dict(), _prefix(network)
+    return {name if name in own else prefix + name: value for name, value in weights.items()}

@@ -5,6 +5,7 @@ option holds them and nothing here prints them. ``pipeline/sweep.py`` keeps them
 """
 
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -102,6 +103,62 @@ def list_sizes(folder: str) -> dict[str, int]:
     return {path[start:]: int(info["size"]) for path, info in sorted(found.items())}
 
 
+class Stamp(NamedTuple):
+    """A file, and what changes when its content does."""
+
+    path: str  # below the folder that was walked; empty if that is the file itself
+    size: int  # in bytes
+    version: str
+
+
+def walk(path: str) -> Iterator[Stamp]:
+    """A file, or every file below a folder, sorted by the parts of its path; hidden ones are left out.
+
+    A local folder without any is given as its path with a slash at the end.
+
+    Raises:
+        DistillKacError: there is nothing.
+    """
+    location = locate(path)
+    if not isinstance(location.fs, LocalFileSystem):
+        yield from _walk_remote(path, location)
+    elif os.path.isdir(location.path):
+        yield from _walk_local(location.path, "")
+    elif os.path.exists(location.path):
+        yield _local_stamp("", os.stat(location.path))
+    else:
+        raise DistillKacError(f"{path}: expected a file or folder, found none")
+
+
+def _walk_remote(path: str, location: Location) -> Iterator[Stamp]:
+    with naming(path):
+        found = location.fs.find(location.path, detail=True)
+    if not found:
+        raise DistillKacError(f"{path}: expected a file or folder, found none")
+    names = {name: name.removeprefix(location.path).lstrip("/").split("/") for name in found}
+    for name in sorted(names, key=lambda name: names[name]):
+        if not any(part.startswith(".") for part in names[name]):
+            info = found[name]
+            version = info.get("ETag") or info.get("LastModified") or ""
+            yield Stamp("/".join(names[name]), int(info["size"]), str(version))
+
+
+def _walk_local(folder: str, below: str) -> Iterator[Stamp]:
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk_local(entry.path, f"{below}{entry.name}/")
+        else:
+            yield _local_stamp(f"{below}{entry.name}", entry.stat())
+    if not entries and below:
+        yield Stamp(below, 0, "")
+
+
+def _local_stamp(path: str, status: os.stat_result) -> Stamp:
+    return Stamp(path, status.st_size, str(status.st_mtime_ns))
+
+
 def read_bytes(path: str) -> bytes:
     """The whole file.
 
@@ -180,8 +237,13 @@ def remove_orphans(folder: str) -> int:
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
-    orphans = [entry.path for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
-    return sum(_unlink(path) for path in orphans)
+    orphans = [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
+    return sum(_remove_folder(entry.path) if entry.is_dir() else _unlink(entry.path) for entry in orphans)
+
+
+def _remove_folder(path: str) -> bool:
+    shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
+    return not os.path.exists(path)
 
 
 def _unlink(path: str) -> bool:

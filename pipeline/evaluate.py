@@ -263,6 +263,7 @@ def _panels(record: Record) -> list[pictures.Panel]:
             metric,
             [(s.kind, s.guidance or 0.0, s.metrics["nfe"], s.metrics[metric.name]) for s in models],
             real.metrics.get(metric.name),
+            real.count,
         )
         for metric in record.metrics().values()
         if metric.is_plotted and all(metric.name in score.metrics for score in models)

@@ -40,6 +40,7 @@ class Panel(NamedTuple):
     metric: Metric
     points: Sequence[tuple[str, float, float, float]]  # (kind, guidance, nfe, value) of every model
     real: float | None  # of held-out images
+    real_count: int  # how many there were
 
 
 def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
@@ -47,9 +48,11 @@ def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for axis, (metric, points, real) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axis, (metric, points, real, count) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         if real is not None:
-            axis.axhline(real, color="black", linewidth=0.8, label="real images")
+            axis.axhline(real, color="black", linewidth=0.8, label=f"real images ({count:,})")
         _draw_curve(axis, points)
         axis.set(ylabel=metric.heading, title=metric.meaning)
         axis.title.set_size(8)

@@ -4,12 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kac.fingerprint import fingerprint
-from kac.images import from_bytes
 from kac.options import Options
 
 HELD_OUT_EVERY = 5  # of each class, where a dataset has no split of its own
@@ -65,21 +63,6 @@ class InMemorySplit(NamedTuple):
         return LabelledImages(self.data.images[ids], self.data.labels[ids])
 
 
-class ByteSplit(NamedTuple):
-    """A split of 8-bit images; only the rows that are asked for become floats."""
-
-    images: np.ndarray  # [count, channels, height, width], uint8
-    labels: np.ndarray  # [count], int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, ids: Tensor) -> LabelledImages:
-        """The rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given."""
-        chosen = ids.numpy()
-        return LabelledImages(from_bytes(torch.from_numpy(self.images[chosen])), torch.from_numpy(self.labels[chosen]))
-
-
 def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor | None = None) -> Dataset:
     """A dataset that fits into memory.
 
@@ -99,32 +82,6 @@ def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor
         sha256=_content_sha256(images, labels, held_out),
     )
     return Dataset(description, train, rest)
-
-
-def of_bytes(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]) -> Dataset:
-    """A dataset of 8-bit images [count, channels, height, width] and labels [count] int64, split already."""
-    splits = ByteSplit(*train), ByteSplit(*held_out)
-    num_classes = 1 + max(int(split.labels.max()) for split in splits)
-    counts = np.bincount(splits[0].labels, minlength=num_classes)
-    shape = splits[0].images.shape[1:]
-    description = DataDescription(
-        sample_shape=shape,
-        num_classes=num_classes,
-        class_frequencies=tuple((counts / counts.sum()).tolist()),
-        train=len(splits[0]),
-        held_out=len(splits[1]),
-        sha256=_bytes_sha256(splits, shape),
-    )
-    return Dataset(description, *splits)
-
-
-def _bytes_sha256(splits: tuple[ByteSplit, ByteSplit], shape: tuple[int, ...]) -> str:
-    digest = hashlib.sha256()
-    for split in splits:
-        digest.update(np.ascontiguousarray(split.images).data)
-        digest.update(np.ascontiguousarray(split.labels, np.int64).data)
-    counts = [len(split) for split in splits]
-    return fingerprint({"content": digest.hexdigest(), "sample_shape": list(shape), "counts": counts})
 
 
 def every_nth_of_each_class(labels: Tensor, n: int) -> Tensor:

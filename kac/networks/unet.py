@@ -30,6 +30,14 @@ class UNetConfig(NetworkOptions):
             raise ValueError(f"--groups: expected a divisor of the channels {self.channels}, found {self.groups}")
         return self
 
+    def heads_divide(self, channels: tuple[int, ...]) -> None:
+        """Raise ``OptionError`` unless the levels with these channels can have attention."""
+        if any(width % (self.head_channels or width) for width in channels):
+            raise OptionError(
+                f"--network.head-channels: expected a divisor of {sorted(set(channels))}, the channels of the levels "
+                f"with attention (the last one always has some), found {self.head_channels}"
+            )
+
 
 class UNet(NetworkModule):
     """diffusers' UNet2DModel behind the interface of a velocity network."""
@@ -69,6 +77,8 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     if unknown := [width for width in config.attention if width not in widths]:
         raise OptionError(f"--network.attention: expected widths of the levels, {widths}, found {unknown}")
     has_attention = [width in config.attention for width in widths]
+    attending = zip(config.channels, has_attention[:-1] + [True], strict=True)
+    config.heads_divide(tuple(width for width, here in attending if here))
     return {
         "sample_size": size,
         "in_channels": channels,
@@ -80,6 +90,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         "attention_head_dim": config.head_channels,
         "dropout": config.dropout,
         "norm_num_groups": config.groups,
+        "attn_norm_num_groups": config.groups,  # or scale_shift would leave the middle's attention without a norm
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "num_class_embeds": num_classes + 1,
     }

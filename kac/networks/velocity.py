@@ -42,6 +42,7 @@ class NetworkModule(nn.Module):
 
     null_label: int  # stands for "no class": num_classes
     takes: tuple[Condition, ...]  # as its config declares
+    diffusers_name: str | None = None  # its submodule that is a model of diffusers, and that model's folder
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:

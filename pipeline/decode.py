@@ -1,0 +1,72 @@
+"""Decode a dataset into the cache by Ray Data: what ``open_dataset`` would do alone, on all CPUs of the cluster.
+
+The unit of work is a piece: some encoded images, and where they belong. Each task writes its images straight to their
+in the cache; only their number comes back.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from kac.data import DataConfig, begin_decoding
+from kac.data.decoded import Piece, Writer
+from kac.errors import DistillKacError, one_line
+from pipeline import cluster
+from pipeline.ray_data import numbered
+
+FROM_IMAGES = 20_000
+"""Fewer are decoded by this process: Ray and its workers need ten seconds to start."""
+
+PAUSE_SECONDS = 0.1
+
+
+def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
+    """Bring a dataset into the cache; what is there already is not decoded again.
+
+    Args:
+        from_images: datasets of so many are decoded by Ray, smaller ones by this process.
+
+    Raises:
+        DistillKacError: files are missing or damaged, or do not fit together.
+    """
+    begun = begin_decoding(config)
+    if begun is None:
+        return
+    with begun as work:
+        total = sum(len(piece.held_out) for piece in work.pieces)
+        decode = _on_cluster if total >= from_images and len(work.pieces) > 1 else _here
+        with tqdm(desc="decode", total=total, unit="image", mininterval=1.0) as bar:
+            for images in decode(work.writer, work.pieces):
+                bar.update(images)
+        work.finish()
+
+
+def _here(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
+    return map(writer.write, pieces)
+
+
+def _on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
+    """How many images each piece had, as it is written."""
+    import ray
+
+    cluster.connect()
+    # A task fetches its own piece: the names of all files together may be many.
+    places = [ray.put(piece) for piece in pieces]
+
+    def write(batch: dict[str, Any]) -> dict[str, Any]:
+        images, refusal = 0, ""
+        try:
+            images = writer.write(ray.get(places[int(batch["item"][0])]))
+        except DistillKacError as error:
+            refusal = str(error)
+        return {"images": [images], "refusal": [refusal]}
+
+    written = numbered(len(pieces), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
+    try:
+        for row in written.iter_rows():
+            if row["refusal"]:
+                raise DistillKacError(row["refusal"])
+            yield int(row["images"])
+    except ray.exceptions.RayError as error:
+        raise DistillKacError(f"decoding failed in Ray: {one_line(str(error)[-300:])}") from error

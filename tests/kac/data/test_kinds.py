@@ -1,0 +1,180 @@
+"""Datasets in files: what is read is what was written, split as it should be."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from kac.data import DataConfig, Dataset, all_rows, open_dataset
+from kac.data.encoded import Decoder
+from kac.images import from_bytes, to_bytes
+from tests.kac.data import making
+
+PAIRS = np.arange(60) % 2
+"""Labels: two classes in turn."""
+
+EVERY_FIFTH = np.isin(np.arange(60), [8, 9, 18, 19, 28, 29, 38, 39, 48, 49, 58, 59])
+"""Of each class of PAIRS."""
+
+
+def as_written(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Bytes of the images, and labels, of the two splits."""
+    parts = all_rows(data.train), all_rows(data.held_out)
+    return [to_bytes(part.images).numpy() for part in parts], [part.labels.numpy() for part in parts]
+
+
+def check(config: DataConfig, images: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> Dataset:
+    """The dataset holds these images and labels, in their order."""
+    data = open_dataset(config)
+    found_images, found_labels = as_written(data)
+    for i, which in enumerate((~held_out, held_out)):
+        assert np.array_equal(found_images[i], images[which])
+        assert np.array_equal(found_labels[i], labels[which])
+    described = data.description
+    assert described.sample_shape == images.shape[1:]
+    assert (described.train, described.held_out) == ((~held_out).sum(), held_out.sum())
+    assert (len(data.train), len(data.held_out)) == (described.train, described.held_out)
+    counts = np.bincount(labels[~held_out], minlength=described.num_classes)
+    assert described.class_frequencies == tuple((counts / counts.sum()).tolist())
+    return data
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files(tmp_path: Path, packed: bool):
+    images, labels = making.pixels(60, 1, 6), np.arange(60) % 3
+    making.write_idx(tmp_path, images, labels, held_out=12, packed=packed)
+    data = check(DataConfig(kind="idx", root=str(tmp_path)), images, labels, np.arange(60) >= 48)
+    assert data.description.num_classes == 3
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_the_archive_of_cifar10_and_its_extracted_folder(tmp_path: Path, protocol: int):
+    images, labels = making.pixels(120, 3, 32), np.arange(120) % 10
+    batches = making.cifar_batches(images, labels, protocol)
+    archive = making.write_archive(tmp_path / "cifar-10-python.tar.gz", batches)
+    extracted = tmp_path / "extracted" / "cifar-10-batches-py"
+    extracted.mkdir(parents=True)
+    for name, content in batches.items():
+        (extracted / name).write_bytes(content)
+    held_out = np.arange(120) >= 100
+    roots = (archive, tmp_path, extracted, extracted.parent)
+    hashes = {
+        check(DataConfig(kind="cifar10", root=str(root)), images, labels, held_out).description.sha256 for root in roots
+    }
+    assert len(hashes) == 1
+
+
+def test_a_folder_of_classes(tmp_path: Path):
+    images = making.pixels(60)
+    making.write_folder(tmp_path, images, PAIRS, names="ba")  # class 1 sorts first
+    (tmp_path / ".hidden").write_text("no image")
+    order = np.argsort(1 - PAIRS, kind="stable")  # a, then b
+    held_out = np.arange(60) % 5 == 4
+    check(DataConfig(kind="folder", root=str(tmp_path)), images[order], 1 - PAIRS[order], held_out)
+
+
+def test_a_folder_with_train_and_test(tmp_path: Path):
+    images = making.pixels(60, 1)
+    making.write_folder(tmp_path / "test", images[:20], [0] * 20)
+    making.write_folder(tmp_path / "train", images[20:], [0] * 30 + [1] * 10)
+    labels = np.repeat([0, 1], [50, 10])
+    check(DataConfig(kind="folder", root=str(tmp_path)), images, labels, np.arange(60) < 20)
+
+
+def test_parquet_of_one_set(tmp_path: Path):
+    images = making.pixels(60)
+    making.write_parquet(tmp_path / "data.parquet", images, PAIRS.tolist(), rows=7)
+    check(DataConfig(kind="parquet", root=str(tmp_path / "data.parquet")), images, PAIRS, EVERY_FIFTH)
+
+
+def test_parquet_with_train_and_test_and_binary_columns_of_other_names(tmp_path: Path):
+    images = making.pixels(60)
+    named = {"picture": pa.array([making.encoded(image) for image in images]), "class": pa.array(PAIRS, pa.int32())}
+    table = pa.table(named)
+    pq.write_table(table.slice(0, 10), tmp_path / "test-00000-of-00001.parquet")
+    pq.write_table(table.slice(10, 30), tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(table.slice(40), tmp_path / "train-00001-of-00002.parquet")
+    config = DataConfig(kind="parquet", root=str(tmp_path), image_column="picture", label_column="class")
+    check(config, images, PAIRS, np.arange(60) < 10)
+
+
+def test_parquet_without_labels_is_of_one_class(tmp_path: Path):
+    images = making.pixels(60)
+    making.write_parquet(tmp_path / "data.parquet", images, None)
+    config = DataConfig(kind="parquet", root=str(tmp_path), label_column=None)
+    assert check(config, images, 0 * PAIRS, np.arange(60) % 5 == 4).description.num_classes == 1
+
+
+def test_the_same_images_have_the_same_hash_in_every_format(tmp_path: Path):
+    images = making.pixels(60, 1)
+    making.write_folder(tmp_path / "folder" / "train", images[:48], PAIRS[:48])
+    making.write_folder(tmp_path / "folder" / "test", images[48:], PAIRS[48:])
+    data = open_dataset(DataConfig(kind="folder", root=str(tmp_path / "folder")))
+    (train, held_out), (train_labels, held_out_labels) = as_written(data)
+    both, labels = np.concatenate([train, held_out]), np.concatenate([train_labels, held_out_labels])
+    making.write_idx(tmp_path / "idx", both, labels, held_out=12)
+    assert open_dataset(DataConfig(kind="idx", root=str(tmp_path / "idx"))).description.sha256 == data.description.sha256
+
+
+def test_the_hash_of_bytes_never_changes(tmp_path: Path):
+    """It is in the fingerprint of every teacher of such images."""
+    images, labels = np.arange(20 * 4).reshape(20, 1, 2, 2), np.arange(20) % 2
+    making.write_idx(tmp_path, images, labels, held_out=4)
+    data = open_dataset(DataConfig(kind="idx", root=str(tmp_path)))
+    assert data.description.sha256 == "TO BE FILLED IN"
+
+
+def test_images_are_cropped_and_resized_alike(tmp_path: Path):
+    for i, (height, width) in enumerate([(32, 48), (40, 33), (64, 64), (16, 20), (90, 31)] * 2):
+        image = np.zeros((3, height, width), np.uint8)
+        left, top = (width - min(height, width)) // 2, (height - min(height, width)) // 2
+        image[0, top : top + min(height, width), left : left + min(height, width)] = 200
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c" / f"{i}.png").write_bytes(making.encoded(image))
+    data = open_dataset(DataConfig(kind="folder", root=str(tmp_path), size=16))
+    assert data.description.sample_shape == (3, 16, 16)
+    inner = to_bytes(all_rows(data.train).images)[:, 0, 2:-2, 2:-2]
+    assert (inner.int() - 200).abs().max() <= 6  # the bicubic filter rings by a few grey levels
+
+
+def test_large_images_are_halved_by_averages_before_the_bicubic_filter():
+    image = making.pixels(1, 1, 64)[0]
+    averages = image.reshape(1, 16, 4, 16, 4).astype(float).mean((2, 4))
+    resized = Decoder(size=16).decode(making.encoded(image), "i", (1, 16, 16))
+    assert np.abs(resized - averages).max() <= 1  # each of two halvings rounds
+
+
+def test_channels_are_converted_where_that_is_asked_for(tmp_path: Path):
+    grey, colour = making.pixels(5, 1), making.pixels(5, 3, seed=1)
+    making.write_folder(tmp_path / "train", grey, [0] * 5)
+    making.write_folder(tmp_path / "test", colour, [0] * 5)
+    rgb = open_dataset(DataConfig(kind="folder", root=str(tmp_path), channels=3))
+    (train, held_out), _ = as_written(rgb)
+    assert np.array_equal(train, grey.repeat(3, 1))
+    assert np.array_equal(held_out, colour)
+    (train, held_out), _ = as_written(open_dataset(DataConfig(kind="folder", root=str(tmp_path), channels=1)))
+    assert np.array_equal(train, grey)
+    luma = (colour * np.array([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdims=True)
+    assert np.abs(held_out - luma).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "bmp", "gif"])
+def test_other_formats_are_read(ending: str):
+    image = np.full((3, 8, 8), 100, np.uint8)
+    decoded = Decoder(channels=3).decode(making.encoded(image, ending), "i", (3, 8, 8))
+    assert np.abs(decoded.astype(int) - 100).max() <= 2
+
+
+def test_rows_come_in_the_order_asked_for_and_only_in_range(tmp_path: Path):
+    images, labels = making.pixels(60, 1), np.arange(60) % 2
+    making.write_idx(tmp_path, images, labels, held_out=12)
+    split = open_dataset(DataConfig(kind="idx", root=str(tmp_path))).train
+    rows = split.rows(torch.tensor([5, 0, 5, 47]))
+    assert torch.equal(rows.images, from_bytes(torch.from_numpy(images[[5, 0, 5, 47]])))
+    assert rows.images.dtype == torch.float32
+    assert rows.labels.tolist() == [1, 0, 1, 1]
+    with pytest.raises(IndexError):
+        split.rows(torch.tensor([48]))
