@@ -47,6 +47,7 @@ class Classifier(nn.Module):
         features: Tensor = self.body(averaged_down(samples))
         return features
 
+    @torch.no_grad()
     def labels(self, features: Tensor) -> Tensor:
         """[batch, FEATURES] -> [batch], the likeliest class."""
         return self.head(features.to(self.head.weight.device)).argmax(1).cpu()  # type: ignore[no-any-return]
