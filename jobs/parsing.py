@@ -178,17 +178,19 @@ def _mirror(models: list[type[BaseModel]], values: Values, prefix: str = "--") -
 
 
 def _leaf(kind: Any, default: Any, *metadata: Any, is_flag: bool = False) -> Any:
-    """An option whose value is the word or words that follow it."""
+    """An option whose value is the word or words that follow it; a truth value alone, without a word, is True."""
     parts = typing.get_args(kind)
     is_tuple = any(typing.get_origin(part) is tuple for part in (kind, *parts))
 
     def value(words: list[str]) -> Any:
+        if kind is bool and not words:
+            return True
         if is_flag or (words == ["None"] and NoneType in parts):
             return is_flag or None
         return words[0] if len(words) == 1 and not is_tuple else words
 
     words: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-        nargs=0 if is_flag else "*" if is_tuple or POSITIONAL in metadata else 1,
+        nargs=0 if is_flag else (0, 1) if kind is bool else "*" if is_tuple or POSITIONAL in metadata else 1,
         metavar="" if is_flag else _metavar(kind),
         instance_from_str=value,
         is_instance=lambda _: True,

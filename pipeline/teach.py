@@ -62,7 +62,7 @@ class _Batches:
         t, drop_coin, flip_coin = even_times(size, draws), *torch.rand(2, size, generator=draws)
         images, label = self.data.train.rows(micro.share(self.order.batch(micro.update)))
         label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, self.data.description.num_classes)
-        if getattr(spec.data, "horizontal_flip", False):
+        if spec.data.horizontal_flip:
             images = flip(images, micro.share(flip_coin) < 0.5)
         return TrainingBatch(images, micro.share(t), label)
 

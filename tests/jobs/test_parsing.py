@@ -15,7 +15,7 @@ from jobs.parsing import parse
 from kac.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
 from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import Spec
+from pipeline.config import Spec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec
@@ -406,3 +406,9 @@ class Everything(TrainSpec):
 
 def test_an_option_can_have_another_name_than_its_field():
     assert options("--out o --json y", Everything).as_json == "y"
+
+
+def test_a_truth_value_may_stand_alone():
+    for words in (["--dry-run"], ["--dry-run", "True"], ["--dry-run", "--seed", "3"]):
+        assert parse(TeachSpec, ["--out", "o", *words], "prog").dry_run is True
+    assert parse(TeachSpec, ["--out", "o", "--dry-run", "False"], "prog").dry_run is False

@@ -1,6 +1,7 @@
 """Teach: a teacher is a function of its spec, and a folder belongs to one spec."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,42 @@ def test_a_tenth_of_the_labels_is_dropped(tmp_path: Path, monkeypatch: pytest.Mo
     for update in range(100):
         learner.update(update)
     assert (torch.cat(labels) == 2).double().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_half_of_the_images_are_flipped_and_only_what_a_pass_takes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing that a training reads or keeps grows with the data."""
+    digits, asked, seen = open_dataset(DataConfig(kind="digits")), [], []
+
+    class Watched:
+        def __len__(self):
+            return len(digits.train)
+
+        def rows(self, ids):
+            asked.append(len(ids))
+            seen.append(digits.train.rows(ids).images)
+            return digits.train.rows(ids)
+
+    given = []
+
+    def spy(network, path, x_0, t, label, noise):
+        given.append(x_0)
+        return network(x_0, t, label).sum()
+
+    monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
+    monkeypatch.setattr("pipeline.teach.open_dataset", lambda config: replace(digits, train=Watched()))
+    flipping = DataConfig.model_construct(kind="digits", horizontal_flip=True)
+    spec = teach_spec(tmp_path, data="digits", optimizer=FEW.model_copy(update={"accumulation": 2}))
+    spec = spec.model_copy(update={"data": flipping})
+    learner = TeachTask(spec).build(training.Worker(0, 1, torch.device("cpu")))
+    for update in range(20):
+        learner.update(update)
+    assert asked == [FEW.batch_size // 2] * 40
+    images, found = torch.cat(seen), torch.cat(given)
+    is_same, is_flipped = ((found == other).flatten(1).all(1) for other in (images, images.flip(-1)))
+    assert (is_same | is_flipped).all()
+    assert is_flipped.double().mean().item() == pytest.approx(0.5, abs=0.06)
 
 
 def curve(out: Path) -> list[float]:
