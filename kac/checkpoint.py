@@ -93,15 +93,15 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise CheckpointError(f"{path}: the weights to be saved are not those of the network")
     prefix = _prefix(network)
-    tensors = {
-        name.removeprefix(prefix): value.detach().float().cpu().contiguous() for name, value in weights.items()
-    }
+    tensors = {name.removeprefix(prefix): value.detach().float().cpu().contiguous() for name, value in weights.items()}
     data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     files.write_bytes(files.join(path, _weights_file(network)), data)
     if network.diffusers_name:
         described: Any = network.get_submodule(network.diffusers_name)
-        files.write_bytes(f"{files.join(path, network.diffusers_name)}/config.json", described.to_json_string().encode())
+        files.write_bytes(
+            f"{files.join(path, network.diffusers_name)}/config.json", described.to_json_string().encode()
+        )
     files.write_bytes(files.join(path, CONFIG_FILE), json.dumps(config.model_dump(mode="json"), indent=2).encode())
     return config
 

@@ -77,7 +77,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     if unknown := [width for width in config.attention if width not in widths]:
         raise OptionError(f"--network.attention: expected widths of the levels, {widths}, found {unknown}")
     has_attention = [width in config.attention for width in widths]
-    attending = zip(config.channels, has_attention[:-1] + [True], strict=True)
+    attending = zip(config.channels, [*has_attention[:-1], True], strict=True)
     config.heads_divide(tuple(width for width, here in attending if here))
     return {
         "sample_size": size,
