@@ -19,7 +19,7 @@ def delivered(samples: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images [batch, channels, height, width] of any values to uint8: -1 is 0 and 1 is 255, what is beyond is clipped."""
+    """Images [batch, channels, height, width] of any values to uint8: -1 is 0, 1 is 255, what is beyond is clipped."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
