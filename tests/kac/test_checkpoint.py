@@ -352,9 +352,12 @@ def test_the_search_knows_what_does_not(source):
     assert not any(unpickles(node) for node in ast.walk(ast.parse(source)))
 
 
+RESTRICTED = ROOT / "kac/data/cifar10.py"  # an unpickler that knows arrays alone: tests/kac/data/test_bad_data.py
+
+
 @pytest.mark.parametrize("package", ["kac", "pipeline", "jobs"])
 def test_nothing_unpickles_what_it_is_given(package):
-    sources = sorted((ROOT / package).rglob("*.py"))
+    sources = sorted(set((ROOT / package).rglob("*.py")) - {RESTRICTED})
     assert sources
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -111,7 +111,7 @@ def test_a_dataset_is_opened_once_a_process():
 
 
 def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
-    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons' or 'idx', found 'mnist'"):
+    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons', .* found 'mnist'"):
         DataConfig(kind="mnist")
     with pytest.raises(OptionError, match=r"--root: expected none, .* found '/data'"):
         DataConfig(kind="digits", root="/data")
