@@ -125,7 +125,7 @@ def test_the_hash_of_bytes_never_changes(tmp_path: Path):
     images, labels = np.arange(20 * 4).reshape(20, 1, 2, 2), np.arange(20) % 2
     making.write_idx(tmp_path, images, labels, held_out=4)
     data = open_dataset(DataConfig(kind="idx", root=str(tmp_path)))
-    assert data.description.sha256 == "TO BE FILLED IN"
+    assert data.description.sha256 == "277c5971be02137627aa7a4bcb87601e5c4a39b8e21e38edac7c55c1679f3646"
 
 
 def test_images_are_cropped_and_resized_alike(tmp_path: Path):
@@ -145,7 +145,7 @@ def test_large_images_are_halved_by_averages_before_the_bicubic_filter():
     image = making.pixels(1, 1, 64)[0]
     averages = image.reshape(1, 16, 4, 16, 4).astype(float).mean((2, 4))
     resized = Decoder(size=16).decode(making.encoded(image), "i", (1, 16, 16))
-    assert np.abs(resized - averages).max() <= 1  # each of two halvings rounds
+    assert np.abs(resized - averages).max() <= 2  # each of two halvings rounds twice, along rows and columns
 
 
 def test_channels_are_converted_where_that_is_asked_for(tmp_path: Path):
