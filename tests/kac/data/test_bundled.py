@@ -115,5 +115,5 @@ def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
         DataConfig(kind="mnist")
     with pytest.raises(OptionError, match=r"--root: expected none, .* found '/data'"):
         DataConfig(kind="digits", root="/data")
-    with pytest.raises(OptionError, match=r"--root: expected the folder of the files of idx, found none"):
+    with pytest.raises(OptionError, match=r"--root: expected where the files of idx are, .* found none"):
         DataConfig(kind="idx")
