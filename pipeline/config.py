@@ -80,7 +80,9 @@ class OptimizerConfig(Options):
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
 SAMPLE_UPDATES = unhashed(None, "updates between sheets of samples in MLflow; default: none is drawn", gt=0)
-DRY_RUN = unhashed(False, "say what the work takes, and stop before anything is written")
+DRY_RUN = unhashed(
+    False, "say what the work takes, and stop before anything is written but decoded data into the cache"
+)
 GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluster has some now")
 WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 

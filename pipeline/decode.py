@@ -1,7 +1,7 @@
 """Decode a dataset into the cache by Ray Data: what ``open_dataset`` would do alone, on all CPUs of the cluster.
 
 The unit of work is a piece: some encoded images, and where they belong. Each task writes its images straight to their
-in the cache; only their number comes back.
+place in the cache; only their number comes back.
 """
 
 from collections.abc import Iterator

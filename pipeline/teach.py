@@ -10,7 +10,7 @@ from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.data import Dataset, open_dataset
 from kac.networks import VelocityNetwork, build_network
 from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
-from pipeline import cluster, outputs, tracking, training
+from pipeline import cluster, decode, outputs, tracking, training
 from pipeline.config import OptimizerConfig, TeachSpec
 
 
@@ -74,13 +74,15 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         The config of the teacher; None after a dry run.
 
     Raises:
-        DistillKacError: the folder belongs to another spec or cannot be written, or training diverged.
+        DistillKacError: the data do not hold together, the folder belongs to another spec or cannot be written, or
+            training diverged.
     """
     root = spec.data.root and cluster.absolute(spec.data.root)
     spec = spec.model_copy(
         update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
     )
     spec = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+    decode.prepare(spec.data)
     data = open_dataset(spec.data).description
     network = (spec.network, data.sample_shape, data.num_classes)
     cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
