@@ -11,7 +11,9 @@ Where several nodes draw, the cache must be a place that all of them see: a shar
 import functools
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,7 +26,7 @@ from kac.cache import VARIABLE, cache_folder
 from kac.checkpoint import Model, ModelConfig, load_model
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.device import default_device
-from kac.errors import DistillKacError
+from kac.errors import DistillKacError, one_line
 from kac.fingerprint import fingerprint, hashed_values
 from kac.images import delivered, from_bytes, is_image, to_bytes
 from kac.metrics.features import FeatureSpace
@@ -83,7 +85,8 @@ class ModelSamples:
         Raises:
             DistillKacError: they are not in the cache, or damaged there.
         """
-        with np.load(io.BytesIO(_read(files.join(self.folder, _file(ids, "npz")))), allow_pickle=False) as found:
+        path = files.join(self.folder, _file(ids, "npz"))
+        with _reading(path) as data, np.load(data, allow_pickle=False) as found:
             images, label = (torch.from_numpy(found[name]) for name in ("images", "labels"))
             nfe, seconds = int(found["nfe"]), float(found["seconds"])
         return Rows(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
@@ -166,7 +169,8 @@ def features(chunk: Chunk, space: FeatureSpace, images: Tensor) -> Tensor:
     if space.is_cheap:
         return space(images)
     path = files.join(_features_folder(chunk.source, space), _file(chunk.ids, "npy"))
-    return torch.from_numpy(np.load(io.BytesIO(_read(path)), allow_pickle=False))
+    with _reading(path) as data:
+        return torch.from_numpy(np.load(data, allow_pickle=False))
 
 
 def images_in_parts(data: Dataset) -> Iterator[Tensor]:
@@ -183,19 +187,21 @@ def _file(ids: range, ending: str) -> str:
     return f"{ids.start:08d}-{ids.stop - 1:08d}.{ending}"
 
 
-def _read(path: str) -> bytes:
+@contextmanager
+def _reading(path: str) -> Iterator[io.BytesIO]:
+    """The content of a file that actors have made, for numpy; what numpy raises of damage is for a person to read."""
     try:
-        data = files.read_bytes(path)
+        yield io.BytesIO(files.read_bytes(path))
     except FileNotFoundError:
         raise DistillKacError(
             f"{path}: expected what the actors have made, found nothing: on several nodes {VARIABLE} must be a folder "
             "that all of them share, or an s3:// prefix"
         ) from None
-    if not (path.endswith(".npy") or zipfile.is_zipfile(io.BytesIO(data))):
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DistillKacError(
-            f"{path}: expected samples, found a damaged file: remove it and run the same command again"
-        )
-    return data
+            f"{path}: expected what the actors have made, found a damaged file ({one_line(error, 80)}): remove it and "
+            "run the same command again"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)

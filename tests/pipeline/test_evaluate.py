@@ -264,3 +264,17 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path):
     save_model(model, config, weights)
     with pytest.raises(DistillKacError, match="expected finite images of the model"):
         evaluate(small(model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["samples", "features"])
+def test_a_damaged_file_of_the_cache_is_named(kind: str, teacher: str, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
+    evaluate(small(teacher, tmp_path / "first"))
+    whole = {path: path.read_bytes() for path in (tmp_path / "cache" / kind).rglob("*.np*")}
+    assert whole
+    for n, damage in enumerate((lambda d: d[:-40], lambda d: b"", lambda d: d[:90] + b"\xff" * 8 + d[98:])):
+        for path, data in whole.items():
+            path.write_bytes(damage(data))
+        with pytest.raises(DistillKacError, match=r"damaged file .*: remove it and run the same command") as caught:
+            evaluate(small(teacher, tmp_path / f"again-{n}", batch_size=300))
+        assert "\n" not in str(caught.value)
