@@ -14,7 +14,7 @@ from kac.data import open_dataset
 from kac.errors import DistillKacError
 from kac.metrics import Judged, quality_metrics
 from kac.metrics.features import FeatureSpace, open_space, space_identity
-from kac.metrics.quality import PIXELS
+from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import cluster, outputs, pictures, tracking
@@ -257,7 +257,9 @@ def _matching(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:
 
 
 def _panels(record: Record) -> list[pictures.Panel]:
-    models, (real,) = record.scores[1:], record.scores[:1]
+    """The plotted metrics; a Frechet distance, which depends on the count, is shown at that of the real images."""
+    models, (real,), metrics = record.scores[1:], record.scores[:1], record.metrics()
+    shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
     return [
         pictures.Panel(
             metric,
@@ -265,8 +267,8 @@ def _panels(record: Record) -> list[pictures.Panel]:
             real.metrics.get(metric.name),
             real.count,
         )
-        for metric in record.metrics().values()
-        if metric.is_plotted and all(metric.name in score.metrics for score in models)
+        for metric in shown
+        if all(metric.name in score.metrics for score in models)
     ]
 
 

@@ -11,9 +11,12 @@ from pipeline.store.layout import MANIFEST
 from pipeline.sweep import sweep
 from pipeline.teach import teach
 
-TEACHER = OptimizerConfig(updates=1500, batch_size=1024, learning_rate=8e-3)
-"""Twice the images in half the updates: in the same time as the defaults of teach they bring the teacher's Frechet
-distances down from 0.28 to 0.18 (pixels) and from 9.0 to 4.8 (classifier), 5,000 delivered samples, seed 0."""
+TEACHER = OptimizerConfig(updates=1400, batch_size=1024, learning_rate=8e-3)
+"""In the time of teach's defaults, large batches bring the teacher's Frechet distances far further down: with 1,500
+updates of them from 0.28 to 0.18 (pixels) and from 9.0 to 4.8 (classifier), 5,000 delivered samples, seed 0."""
+
+STUDENTS = OptimizerConfig(updates=1700, learning_rate=3e-3, warmup_updates=50)
+"""A little less than the defaults: the whole takes less than five minutes on two cores."""
 
 
 def quickstart(spec: QuickstartSpec) -> None:
@@ -29,7 +32,7 @@ def quickstart(spec: QuickstartSpec) -> None:
     with tracking.start_run(spec=spec, fingerprint=spec.fingerprint(), inputs={}, output=out) as run:
         teach(TeachSpec(out=teacher, seed=spec.seed, optimizer=TEACHER, workers=0), run)
         rollout(RolloutSpec(teacher=teacher, store=store, seed=spec.seed, trajectories=spec.trajectories), run)
-        trials = sweep(SweepSpec(store=store, out=students, steps=spec.steps, seed=spec.seed), run)
+        trials = sweep(SweepSpec(store=store, out=students, steps=spec.steps, optimizer=STUDENTS, seed=spec.seed), run)
         paths = tuple(trial.spec.out for trial in trials)
         evaluate(EvaluateSpec(teacher=teacher, students=paths, out=evaluation), run)
     uri = tracking.tracking_uri(out)

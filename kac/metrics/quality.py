@@ -139,7 +139,10 @@ def _memorisation_of(judged: Judged) -> float | None:
 PIXELS = "pixels"
 
 FRECHET = "Frechet distance of the samples to the training images, in features: {space}"
-AT_FLOOR = "the same at the held-out images' count, {count}: the mean over disjoint blocks, to compare with their row"
+AT_FLOOR = (
+    "Frechet distance at the held-out images' count, {count}, the mean over disjoint blocks: to be compared with their "
+    "row; in features: {space}"
+)
 RATIO = "a student's Frechet distance over its teacher's at the same guidance scale, in features: {space}"
 KERNEL = "kernel distance (KID) of the samples to the training images, in features: {space}"
 PRECISION = "share of the samples among the training images (3 nearest neighbours), in features: {space}"
@@ -152,7 +155,14 @@ SPEED = "sampling speed of one process when the samples were drawn, the median o
 
 QUALITY: list[QualityMetric] = [
     QualityMetric("frechet_distance_{space}", FRECHET, "FD {space}", ".4f", "lower", True, compute=_frechet_of),
-    QualityMetric("frechet_distance_{space}_at_floor_count", AT_FLOOR, "FD @{count}", compute=_frechet_at_floor_count),
+    QualityMetric(
+        "frechet_distance_{space}_at_floor_count",
+        AT_FLOOR,
+        "FD @{count}",
+        ".4f",
+        "lower",
+        compute=_frechet_at_floor_count,
+    ),
     QualityMetric("frechet_ratio_{space}", RATIO, "ratio", ".3f", "lower", compute=_ratio_of),
     QualityMetric("kid_{space}", KERNEL, "", ".5f", "lower", compute=_kernel_distance_of),
     QualityMetric(
@@ -169,6 +179,11 @@ QUALITY: list[QualityMetric] = [
     QualityMetric("images_per_second", SPEED, "images /s", ",.0f", "higher", compute=lambda made: made.speed),
 ]
 """Every metric of samples, in the order of the table's columns; those of one space stand together."""
+
+
+def at_floor_count(name: str) -> str:
+    """The metric that is metric ``name`` at the held-out images' count, where these are fewer than the samples."""
+    return f"{name}_at_floor_count"
 
 
 def quality_metrics(spaces: Sequence[str], floor_count: int | None = None) -> dict[str, QualityMetric]:

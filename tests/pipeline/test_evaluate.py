@@ -22,7 +22,7 @@ from kac.sampling import teacher_sampling
 from kac.solvers import knot_times, solve
 from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
-from pipeline.evaluate import evaluate, read_scores
+from pipeline.evaluate import _panels, evaluate, read_scores
 from pipeline.evaluation import actors, sources
 from pipeline.evaluation.scores import Score, mean_score, read_record, table
 from pipeline.report import write_report
@@ -31,6 +31,7 @@ from tests.pipeline.stages import runs_of
 from tests.pipeline.stores import make_teacher
 
 SEED = 1_000_003
+FLOOR = "frechet_distance_pixels_at_floor_count"
 
 
 def small(teacher: str, out: Path, **options: Any) -> EvaluateSpec:
@@ -278,3 +279,21 @@ def test_a_damaged_file_of_the_cache_is_named(kind: str, teacher: str, monkeypat
         with pytest.raises(DistillKacError, match=r"damaged file .*: remove it and run the same command") as caught:
             evaluate(small(teacher, tmp_path / f"again-{n}", batch_size=300))
         assert "\n" not in str(caught.value)
+
+
+def test_the_curve_compares_with_real_images_at_their_own_count(evaluation: Path):
+    record = read_record(str(evaluation))
+    assert [panel.metric.name for panel in _panels(record)][:2] == [f"frechet_distance_{s}" for s in record.features]
+    real, *models = record.scores
+    fewer = record.model_copy(
+        update={
+            "floor_count": 100,
+            "scores": (
+                real.model_copy(update={"count": 100, "metrics": {**real.metrics, FLOOR: 0.5}}),
+                *(score.model_copy(update={"metrics": {**score.metrics, FLOOR: 0.75}}) for score in models),
+            ),
+        }
+    )
+    panel = _panels(fewer)[0]
+    assert (panel.metric.name, panel.real, panel.real_count) == (FLOOR, 0.5, 100)
+    assert [point[3] for point in panel.points] == [0.75] * len(models)
