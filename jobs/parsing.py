@@ -1,4 +1,4 @@
-"""A spec from the words of a command line and a YAML file.
+"""A spec from the words of a command line and a file of options.
 
 tyro splits the words and draws the help but judges nothing: what it reads are mirrors of the option models, where every
 option may be left out and any word will do. The words and the file's values then go to pydantic together. So a wrong
@@ -14,23 +14,22 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import tyro
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from tyro.constructors import PrimitiveConstructorSpec
 
-from kac.errors import one_line
+from jobs.config_files import Values, read_options, recipe_names
 from kac.options import OptionError, UnknownOption, kind_alone, nested_models
 from pipeline.config import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
-Values = dict[str, Any]
 
+_CONFIG_HELP = f"a recipe ({', '.join(recipe_names())}) or a file of options, which those of the command line override"
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 
 
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
-    """The spec that the arguments describe; ``--config FILE.yaml`` gives values that options override.
+    """The spec that the arguments describe; ``--config`` gives values that options override.
 
     Where there are several kinds, the options are those of the chosen kind: ``--network unet --network.width 64``.
 
@@ -38,10 +37,10 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
         OptionError: unknown, missing or invalid options, on the command line or in the file.
     """
     if sum(word.partition("=")[0] == "--config" for word in arguments) > 1:
-        raise OptionError("--config: expected one YAML file, found several: put all options into one")
+        raise OptionError("--config: expected one recipe or YAML file, found several: put all options into one")
     first, _ = _read(_mirror([spec_type], _filled(spec_type, {})), arguments, add_help=False)
     path = first.get("config")
-    file = {} if path is None else _read_yaml(path)
+    file = {} if path is None else read_options(path, spec_type.stage)
     mirror = _mirror([spec_type], _filled(spec_type, _over(file, _kinds(first))))
     given, unknown = _read(mirror, arguments, prog=prog, description=spec_type.__doc__)
     if unknown:
@@ -101,22 +100,6 @@ def _kinds_of(*models: type[BaseModel]) -> tuple[str, ...]:
     return tuple(kind for field in fields for kind in typing.get_args(field.annotation))
 
 
-def _read_yaml(path: str) -> Values:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--config {path}: expected a YAML file, found: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise OptionError(f"--config {path}: expected a mapping of options, found {type(values).__name__}")
-    return _as_fields(values)
-
-
-def _as_fields(values: Values) -> Values:
-    named = {str(key).replace("-", "_"): value for key, value in values.items()}
-    return {name: _as_fields(value) if isinstance(value, dict) else value for name, value in named.items()}
-
-
 def _read(mirror: Any, arguments: list[str], **how: Any) -> tuple[Values, list[str]]:
     """The values that are given, nested as in the models, and the words that belong to no option."""
     takes_one = {option for option, count in _options(mirror) if count == 1}
@@ -169,7 +152,7 @@ def _mirror(models: list[type[BaseModel]], values: Values, prefix: str = "--") -
             about = tyro.conf.arg(help=field.description)
             hints[name] = _leaf(field.annotation, value, about, *field.metadata, is_flag=is_flag)
     if prefix == "--":
-        about = tyro.conf.arg(help="a file of options, which those of the command line override", metavar="FILE.yaml")
+        about = tyro.conf.arg(help=_CONFIG_HELP, metavar="RECIPE|FILE.yaml")
         hints["config"] = _leaf(str, None, about)
     make: Any = TypedDict
     mirror = make(model.__name__, hints, total=False)
@@ -180,17 +163,17 @@ def _mirror(models: list[type[BaseModel]], values: Values, prefix: str = "--") -
 def _leaf(kind: Any, default: Any, *metadata: Any, is_flag: bool = False) -> Any:
     """An option whose value is the word or words that follow it; a truth value alone, without a word, is True."""
     parts = typing.get_args(kind)
-    is_tuple = any(typing.get_origin(part) is tuple for part in (kind, *parts))
+    takes_many = any(typing.get_origin(part) in {tuple, dict} for part in (kind, *parts))
 
     def value(words: list[str]) -> Any:
         if kind is bool and not words:
             return True
         if is_flag or (words == ["None"] and NoneType in parts):
             return is_flag or None
-        return words[0] if len(words) == 1 and not is_tuple else words
+        return words[0] if len(words) == 1 and not takes_many else words
 
     words: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-        nargs=0 if is_flag else (0, 1) if kind is bool else "*" if is_tuple or POSITIONAL in metadata else 1,
+        nargs=0 if is_flag else (0, 1) if kind is bool else "*" if takes_many or POSITIONAL in metadata else 1,
         metavar="" if is_flag else _metavar(kind),
         instance_from_str=value,
         is_instance=lambda _: True,
@@ -208,6 +191,8 @@ def _metavar(kind: Any) -> str:
         return _metavar(parts[0])
     if origin is tuple:
         return f"[{_metavar(parts[0])} ...]"
+    if origin is dict:
+        return "[NAME=VALUE ...]"
     if origin is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
     if parts:

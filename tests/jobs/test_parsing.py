@@ -208,7 +208,7 @@ def test_the_last_one_wins_and_an_equals_sign_takes_any_word():
         ("--out o --gpu", "--gpu: expected a value, found none: see --help"),
         ("--out o --config", "--config: expected a value, found none: see --help"),
         ("--out o --config --gpu True", "--config: expected a value, found none: see --help"),
-        ("--out o --config a.yaml --config=b.yaml", "--config: expected one YAML file, found several"),
+        ("--out o --config a.yaml --config=b.yaml", "--config: expected one recipe or YAML file, found several"),
         ("--out o p", "expected an option, found 'p': see --help"),
         ("--out o --colour red", "--colour: unknown option: see --help"),
         ("--out o -x", "-x: unknown option: see --help"),
@@ -310,7 +310,7 @@ def leaves(models: list[type[Any]], where: str = "--"):
 def test_the_help_has_every_option_with_its_description(spec_type: type[Spec], capsys: pytest.CaptureFixture):
     text = help_of("", spec_type, capsys)
     assert " ".join(spec_type.__doc__.split()) in text
-    assert "--config FILE.yaml a file of options" in text
+    assert "--config RECIPE|FILE.yaml a recipe (celeba64, " in text
     for option, field in leaves([spec_type]):
         assert field.description, f"{option} has no description"
         if parsing.POSITIONAL in field.metadata:

@@ -1,0 +1,141 @@
+"""Every recipe goes through every stage, its sizes cut by options."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from jobs import config_files
+from jobs.config_files import RECIPES, recipe_names
+from jobs.parsing import parse
+from kac.checkpoint import load_model
+from kac.options import OptionError
+from pipeline import quickstart, store
+from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
+from pipeline.distill import distill
+from pipeline.rollout import rollout
+from pipeline.sample import sample
+from pipeline.teach import teach
+from tests.kac.data.making import cifar_batches, pixels, write_archive, write_folder, write_idx
+
+FLOAT32 = "--precision.dtype float32"
+ONE_UPDATE = f"--optimizer.updates 1 --optimizer.batch-size 2 --optimizer.accumulation 1 --workers 0 {FLOAT32}"
+ONE_SHARD = f"--trajectories 2 --shard-size 2 --knots 4 --solver-steps 4 --actors 0 {FLOAT32}"
+CUT = {
+    "digits": "--network.width 16",
+    "fashion-mnist": "--network.channels 8 16",
+    "cifar10-duong": "--network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 16",
+    "cifar10-han": "--network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 8",
+    "celeba64": "--data.size 32 --network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 8",
+    "lsun256": "--data.size 64 --network.channels 32 32 32 32 32 64 --network.blocks 1 --network.head-channels 32",
+    "dit-s-2": "--network.heads 2 --network.head-channels 8 --network.depth 2",
+}
+"""Options that make the network of each recipe small; what it looks like stays."""
+
+STAGES = {
+    "teach": TeachSpec,
+    "rollout": RolloutSpec,
+    "distill": DistillSpec,
+    "sweep": SweepSpec,
+    "evaluate": EvaluateSpec,
+    "sample": SampleSpec,
+}
+REQUIRED = {
+    "teach": "--out o",
+    "rollout": "--teacher t --store s",
+    "distill": "--store s --out o",
+    "sweep": "--store s --out o",
+    "evaluate": "--teacher t --out o",
+    "sample": "--model m --out o.png",
+}
+
+
+def root_of(recipe: str, folder: Path) -> str:
+    """The option for a few images of the recipe's kind and size."""
+    labels = [0, 1] * 5
+    if recipe == "digits":
+        return ""
+    if recipe == "fashion-mnist":
+        root = write_idx(folder / "idx", pixels(10, 1, 28), np.array(labels, np.uint8), held_out=2)
+    elif recipe in {"celeba64", "lsun256"}:
+        root = write_folder(folder / "images", pixels(10, 3, 72), labels)
+    else:
+        root = write_archive(folder / "cifar-10-python.tar.gz", cifar_batches(pixels(60, 3, 32), [*range(10)] * 6))
+    return f"--data.root {root}"
+
+
+def options(spec_type: type, words: str):
+    return parse(spec_type, words.split(), "job")
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_goes_through_every_stage(recipe: str, tmp_path: Path):
+    teacher, made, student, images = (tmp_path / name for name in ("teacher", "store", "student", "images.npz"))
+    cut = f"{ONE_UPDATE} {CUT[recipe]} {root_of(recipe, tmp_path)}"
+    taught = teach(options(TeachSpec, f"--config {recipe} {cut} --out {teacher}"))
+    assert taught is not None
+    rollout(options(RolloutSpec, f"--config {recipe} {ONE_SHARD} --teacher {teacher} --store {made}"))
+    assert store.open(str(made)).identity.sample_shape == taught.sample_shape
+    distilled = distill(
+        options(DistillSpec, f"--config {recipe} {ONE_UPDATE} --store {made} --steps 2 --out {student}")
+    )
+    network, loaded = load_model(str(student))
+    assert loaded == distilled
+    assert loaded.network == taught.network
+    assert all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values())
+    sample(options(SampleSpec, f"--model {student} --count 2 --out {images}"))
+    delivered = np.load(images)["images"]
+    assert delivered.shape == (2, *taught.sample_shape)
+    assert np.abs(delivered).max() <= 1
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_section_of_a_recipe_is_one_of_a_stage(recipe: str):
+    sections = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    assert {"teach", "rollout", "distill", "sweep", "evaluate"} <= set(sections)
+    for stage in sections:
+        if stage in STAGES:
+            data = "--data.root somewhere" if stage == "teach" and recipe != "digits" else ""
+            options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
+
+
+def test_the_recipe_of_the_digits_is_the_demo():
+    assert options(TeachSpec, "--config digits --out o") == TeachSpec(out="o", optimizer=quickstart.TEACHER)
+    swept = options(SweepSpec, "--config digits --store s --out o")
+    assert swept == SweepSpec(store="s", out="o", optimizer=quickstart.STUDENTS)
+    distilled = options(DistillSpec, "--config digits --store s --out o")
+    assert distilled == DistillSpec(store="s", out="o", optimizer=quickstart.STUDENTS)
+    assert options(RolloutSpec, "--config digits --teacher t --store s") == RolloutSpec(teacher="t", store="s")
+    assert options(EvaluateSpec, "--config digits --teacher t --out o") == EvaluateSpec(teacher="t", out="o")
+
+
+def test_a_file_of_ones_own_may_have_sections(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("teach: {out: there, optimizer: {updates: 7, batch-size: 8}}\nsample: {model: m, out: o.png}\n")
+    spec = options(TeachSpec, f"--config {file} --optimizer.updates 9")
+    assert spec == TeachSpec(out="there", optimizer=OptimizerConfig(updates=9, batch_size=8))
+    assert options(SampleSpec, f"--config {file}").model == "m"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("no-such", f"expected a YAML file, or one of the recipes {', '.join(recipe_names())}, found neither"),
+        ("{file}", "expected a section for rollout, found teach"),
+        ("{mixed}", "expected sections of options for teach, convert, rollout"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(config: str, message: str, tmp_path: Path):
+    (tmp_path / "file.yaml").write_text("teach: {out: there}")
+    (tmp_path / "mixed.yaml").write_text("teach: {out: there}\nupdates: 7")
+    path = config.format(file=tmp_path / "file.yaml", mixed=tmp_path / "mixed.yaml")
+    with pytest.raises(OptionError, match="--config") as refused:
+        options(RolloutSpec, f"--config {path}")
+    assert str(refused.value).startswith(f"--config {path}: {message}")
+
+
+def test_the_sections_are_named_as_the_stages_are():
+    assert set(STAGES) <= set(config_files.STAGES)
+    assert all(spec.stage == name for name, spec in STAGES.items())
