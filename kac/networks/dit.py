@@ -1,8 +1,8 @@
 """diffusers' class-conditional diffusion transformer (DiT, arXiv 2212.09748) for images."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
@@ -19,6 +19,13 @@ class DiTConfig(NetworkOptions):
     patch: PositiveInt = Field(2, description="a token is a patch of so many pixels squared")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the blocks")
     time_scale: PositiveFloat = Field(1000.0, description="times are given to the time embedding times this")
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> Self:
+        if self.heads * self.head_channels % 4:  # a sine and a cosine of either coordinate
+            found = f"{self.heads} x {self.head_channels}"
+            raise ValueError(f"--head-channels: expected a multiple of 4 from heads x head channels, found {found}")
+        return self
 
 
 class DiT(NetworkModule):
