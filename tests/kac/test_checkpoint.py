@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from torch import Tensor, nn
 
 import kac
 from kac import files
 from kac.checkpoint import (
     CONFIG_FILE,
+    DIFFUSERS_WEIGHTS_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,
     ModelConfig,
@@ -24,7 +27,7 @@ from kac.checkpoint import (
     save_model,
 )
 from kac.errors import CheckpointError
-from kac.networks import MLPConfig, build_network
+from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
 from kac.path import PathConfig
 
 ROOT = Path(kac.__file__).parents[1]
@@ -179,6 +182,154 @@ def test_refuses_to_save_the_weights_of_another_network(tmp_path, change):
     with pytest.raises(CheckpointError, match="are not those of the network"):
         save_model(str(tmp_path / "model"), config(), weights)
     assert not (tmp_path / "model").exists()
+
+
+# The networks of diffusers lie in folders that diffusers alone can load
+
+UNET = UNetConfig(channels=(8, 16), blocks=1, groups=8)
+DIT = DiTConfig(heads=2, head_channels=16, depth=2, patch=2)
+IMAGES, CLASSES = (3, 16, 16), 3
+
+backbones = pytest.mark.parametrize(
+    "network_config",
+    [
+        UNET,
+        UNetConfig(channels=(8, 16), blocks=1, groups=8, patch=2, time_scale=1),
+        UNetConfig(channels=(8, 16), blocks=2, groups=4, attention=(16, 8), head_channels=8, dropout=0.1),
+        UNetConfig(channels=(8, 16), blocks=1, groups=8, attention=(16,), scale_shift=True),
+        DIT,
+        DiTConfig(heads=1, head_channels=32, depth=1, patch=4, dropout=0.1, time_scale=1),
+    ],
+    ids=["unet", "unet patches", "unet attention", "unet scale shift", "dit", "dit patches"],
+)
+
+
+def backbone(network_config: NetworkConfig) -> NetworkModule:
+    """A network none of whose weights are the first ones, in evaluation mode."""
+    torch.manual_seed(0)
+    made = build_network(network_config, IMAGES, CLASSES)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return made.eval()
+
+
+def save_backbone(folder: Path, network_config: NetworkConfig, weights: dict[str, Tensor]) -> ModelConfig:
+    described = config(network=network_config, sample_shape=IMAGES, num_classes=CLASSES)
+    return save_model(str(folder), described, weights)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Images, times, and every label with the null label."""
+    generator = torch.Generator().manual_seed(1)
+    t = torch.rand(CLASSES + 1, generator=generator)
+    return torch.randn(CLASSES + 1, *IMAGES, generator=generator), t, torch.arange(CLASSES + 1)
+
+
+def loaded_by_diffusers(folder: Path, network_config: NetworkConfig) -> tuple[nn.Module, dict[str, list[str]]]:
+    """The model, and the names of the weights that did not fit."""
+    kind, subfolder = (UNet2DModel, "unet") if network_config.kind == "unet" else (DiTTransformer2DModel, "transformer")
+    return kind.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
+
+
+@torch.no_grad()
+def assert_same_velocity(found: Tensor | nn.Module, network: nn.Module, **given: Tensor) -> None:
+    """Up to rounding: the same weights may meet other kernels where no gradient is wanted."""
+    velocity = found(*inputs(), **given) if isinstance(found, nn.Module) else found
+    torch.testing.assert_close(velocity, network(*inputs(), **given), rtol=1e-4, atol=1e-5)
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@torch.no_grad()
+def called_by_hand(model: nn.Module, network_config: NetworkConfig) -> Tensor:
+    """What a user of diffusers calls: times scaled, and a U-Net's patches folded into channels."""
+    (x, t, label), patch = inputs(), network_config.patch if network_config.kind == "unet" else 1
+    folded = nn.functional.pixel_unshuffle(x, patch)
+    velocity = model(folded, network_config.time_scale * t, class_labels=label).sample
+    return nn.functional.pixel_shuffle(velocity, patch)
+
+
+@backbones
+def test_diffusers_loads_what_is_written(tmp_path, network_config):
+    saved = backbone(network_config)
+    save_backbone(tmp_path, network_config, saved.state_dict())
+    model, unfit = loaded_by_diffusers(tmp_path, network_config)
+    assert not any(unfit.values()), unfit
+    assert_same_weights(model.state_dict(), saved.get_submodule(saved.diffusers_name).state_dict())
+    velocity = called_by_hand(model, network_config)
+    assert_same_velocity(velocity, saved)
+    assert velocity.abs().max() > 0.01
+    assert len(torch.unique(velocity, dim=0)) == CLASSES + 1
+
+
+@backbones
+def test_a_loaded_network_of_diffusers_is_the_saved_one(tmp_path, network_config):
+    saved = backbone(network_config)
+    written = save_backbone(tmp_path, network_config, saved.state_dict())
+    model = load_model(str(tmp_path))
+    assert model.config == written
+    assert_same_weights(model.network.state_dict(), saved.state_dict())
+    assert_same_velocity(model.network, saved)
+
+
+@pytest.mark.parametrize("network_config", [UNET, DIT], ids=["unet", "dit"])
+def test_diffusers_leaves_out_conditions(tmp_path, network_config):
+    """What it loads is the network before any condition is added."""
+    conditioned = network_config.model_copy(update={"conditions": ("end_time", "guidance")})
+    saved = backbone(conditioned)
+    save_backbone(tmp_path, conditioned, saved.state_dict())
+    model, unfit = loaded_by_diffusers(tmp_path, network_config)
+    unexpected = unfit.pop("unexpected_keys")
+    assert not any(unfit.values()), unfit
+    assert set(unexpected) == {name for name in saved.state_dict() if name.startswith("conditions.")} != set()
+    plain = build_network(network_config, IMAGES, CLASSES).eval()
+    plain.load_state_dict(saved.state_dict(), strict=False)
+    assert_same_velocity(called_by_hand(model, network_config), plain)
+    given = {"end_time": torch.tensor(0.2), "guidance": torch.tensor(1.5)}
+    ours = load_model(str(tmp_path)).network
+    assert_same_velocity(ours, saved, **given)
+    assert not torch.allclose(ours(*inputs(), **given), plain(*inputs()), rtol=0.01)
+
+
+@pytest.mark.parametrize(("network_config", "subfolder"), [(UNET, "unet"), (DIT, "transformer")], ids=["unet", "dit"])
+def test_a_folder_of_diffusers_has_its_names(tmp_path, network_config, subfolder):
+    save_backbone(tmp_path, network_config, backbone(network_config).state_dict())
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    weights = f"{subfolder}/{DIFFUSERS_WEIGHTS_FILE}"
+    assert found == sorted([CONFIG_FILE, f"{subfolder}/config.json", weights])
+    with safetensors.safe_open(tmp_path / weights, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    data = bytearray((tmp_path / weights).read_bytes())
+    assert load_config(str(tmp_path)).weights_sha256 == hashlib.sha256(data).hexdigest()
+    data[-1] ^= 1
+    (tmp_path / weights).write_bytes(data)
+    refusal(tmp_path, weights, "damaged")
+    (tmp_path / weights).unlink()
+    refusal(tmp_path, weights, "found none")
+
+
+def test_a_memory_format_leaves_no_trace_in_a_folder(tmp_path):
+    saved = backbone(UNET)
+    written = [save_backbone(tmp_path / "a", UNET, saved.state_dict())]
+    saved.to(memory_format=torch.channels_last)
+    written.append(save_backbone(tmp_path / "b", UNET, saved.state_dict()))
+    assert written[0].weights_sha256 == written[1].weights_sha256
+
+
+@pytest.mark.parametrize("network_config", [UNET, DIT], ids=["unet", "dit"])
+def test_folders_with_all_weights_in_one_file_are_still_read(tmp_path, network_config):
+    """As they were written before diffusers could load them: under our names."""
+    saved = backbone(network_config)
+    written = save_backbone(tmp_path, network_config, saved.state_dict())
+    (tmp_path / (saved.diffusers_name or "") / DIFFUSERS_WEIGHTS_FILE).unlink()
+    replace_weights(tmp_path, safetensors.torch.save(saved.state_dict()))
+    model = load_model(str(tmp_path))
+    assert model.config.weights_sha256 != written.weights_sha256
+    assert_same_weights(model.network.state_dict(), saved.state_dict())
 
 
 # Refusals

@@ -1,12 +1,18 @@
-"""Velocity networks: shapes, the null class, times for one and for all, the same network from the same config."""
+"""Velocity networks: shapes, the null class, times for one and for all, the same network from the same config.
+
+First the MLP, then the networks of diffusers.
+"""
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from jobs.parsing import parse
 from kac.errors import CheckpointError
-from kac.networks import MLPConfig, build_network, load_weights
+from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
 from kac.options import OptionError
+from pipeline.config import TeachSpec
 
 
 def awake(
@@ -106,7 +112,7 @@ def test_config_refuses_what_cannot_be_built(bad):
         MLPConfig(**bad)
 
 
-# Conditions
+# The MLP's conditions
 
 
 def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -153,3 +159,332 @@ def test_weights_that_do_not_fit_are_not_taken_over(change):
     network = awake((2,), conditions=() if change == "more" else ("end_time",))
     with pytest.raises(CheckpointError, match="expected the weights of this network, found"):
         load_weights(network, weights)
+
+
+# The networks of diffusers
+
+SHAPE, CLASSES = (3, 16, 16), 5
+UNET = UNetConfig(channels=(16, 32), blocks=1, groups=8, attention=(8,), head_channels=8)
+DIT = DiTConfig(heads=2, head_channels=16, depth=2, patch=4)
+CONDITIONS = ("end_time", "guidance")
+
+both = pytest.mark.parametrize("config", [UNET, DIT], ids=lambda config: config.kind)
+
+
+def with_options(config: NetworkConfig, **options: object) -> NetworkConfig:
+    return type(config)(**{**config.model_dump(), **options})
+
+
+def trained(config: NetworkConfig, sample_shape: tuple[int, ...] = SHAPE) -> NetworkModule:
+    """A network as after some training, but for its conditions, which have their first weights."""
+    torch.manual_seed(0)
+    network = build_network(config, sample_shape, CLASSES)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if not name.startswith("conditions."):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return network.eval()
+
+
+def images(count: int = 6, sample_shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, times and labels, with the null label among them."""
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(count, *sample_shape, generator=generator), torch.rand(count, generator=generator)
+    return x, t, torch.arange(count) % (CLASSES + 1)
+
+
+def class_embeddings(network: NetworkModule) -> list[nn.Parameter]:
+    """One in a U-Net, one in every block of a DiT."""
+    return [p for name, p in network.named_parameters() if name.endswith(("class_embedding.weight", "_table.weight"))]
+
+
+@pytest.mark.parametrize(
+    ("config", "sample_shape"),
+    [
+        (UNET, (3, 16, 16)),
+        (UNET, (1, 8, 8)),
+        (UNetConfig(channels=(8,), blocks=1, groups=4), (3, 7, 7)),
+        (UNetConfig(channels=(8, 16, 24), blocks=2, groups=8, scale_shift=True, patch=2), (1, 8, 8)),
+        (DIT, (3, 16, 16)),
+        (DIT, (1, 8, 8)),
+        (DiTConfig(heads=1, head_channels=8, depth=1, patch=1), (4, 3, 3)),
+        (DiTConfig(heads=1, head_channels=8, depth=1, patch=8), (1, 8, 8)),
+    ],
+)
+def test_images_in_images_out(config, sample_shape):
+    network = trained(config, sample_shape)
+    for count in (1, 6):
+        x, t, label = images(count, sample_shape)
+        velocity = network(x, t, label)
+        assert velocity.shape == x.shape
+        assert velocity.dtype == torch.float32
+        assert bool(velocity.isfinite().all())
+        assert velocity.abs().max() > 0.01
+
+
+@both
+def test_a_fresh_network_of_diffusers_is_the_zero_field(config):
+    x, t, label = images()
+    network = build_network(config, SHAPE, CLASSES)
+    assert torch.equal(network(x, t, label), torch.zeros_like(x))
+    network(x, t, label).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())  # data-parallel training needs that
+
+
+@both
+def test_the_null_label_is_the_class_after_the_last(config):
+    network, (x, t, _) = trained(config), images()
+    assert network.null_label == CLASSES
+    fields = network(x[:1].expand(6, -1, -1, -1), t[:1], torch.arange(6))
+    assert len(torch.unique(fields, dim=0)) == 6
+    with pytest.raises(IndexError):
+        network(x[:1], t[:1], torch.tensor([CLASSES + 1]))
+
+
+@both
+@pytest.mark.parametrize("label", [0, CLASSES])
+def test_a_label_teaches_its_own_embedding_alone(config, label):
+    network, (x, t, _) = trained(config), images()
+    network(x, t, torch.full((6,), label)).square().sum().backward()
+    tables = class_embeddings(network)
+    assert len(tables) == (1 if config.kind == "unet" else config.depth)
+    for table in tables:
+        assert table.shape[0] == CLASSES + 1
+        assert table.grad.any(1).nonzero().flatten().tolist() == [label]
+
+
+@both
+@pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.3]), torch.tensor(0.3, dtype=torch.float64)])
+def test_one_time_serves_all_images(config, t):
+    network, (x, _, label) = trained(config), images()
+    torch.testing.assert_close(network(x, t, label), network(x, torch.full((6,), 0.3), label))
+
+
+@both
+def test_each_image_has_its_own_time_and_class(config):
+    network, (x, t, label) = trained(config), images()
+    together = network(x, t, label)
+    for i in range(6):
+        alone = network(x[i : i + 1], t[i : i + 1], label[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(network(x, 1 - t, label)[0], together[0])
+    assert not torch.allclose(network(x, t, label.flip(0))[0], together[0])
+
+
+@both
+@pytest.mark.parametrize("time_scale", [1.0, 250.0, 1000.0])
+def test_diffusers_is_given_scaled_times(config, time_scale):
+    network, (x, t, label) = trained(with_options(config, time_scale=time_scale)), images()
+    inside = network.get_submodule(network.diffusers_name)
+    velocity = network(x, t, label)
+    assert torch.equal(velocity, inside(x, time_scale * t, class_labels=label).sample)
+    assert not torch.allclose(velocity, inside(x, 2 * time_scale * t, class_labels=label).sample)
+
+
+@both
+def test_times_are_not_rounded(config):
+    """Scaled times are no whole numbers, which is what diffusers is mostly given."""
+    network, (x, _, label) = trained(config), images()
+    near, far = (network(x, torch.tensor(t), label) for t in (0.5001, 0.5009))
+    assert not torch.allclose(near, far, rtol=1e-4)
+
+
+@both
+def test_nothing_is_random_without_dropout(config):
+    """diffusers' DiT drops labels in training on its own, which must not add to what the teacher's loss drops."""
+    network, (x, t, label) = trained(config), images()
+    exact = network(x, t, label)
+    torch.testing.assert_close(network.train()(x, t, label), exact, rtol=1e-4, atol=1e-5)
+    network = trained(with_options(config, dropout=0.5))
+    assert torch.equal(network(x, t, label), exact)
+    assert not torch.allclose(network.train()(x, t, label), exact, rtol=0.01, atol=0.01)
+
+
+@both
+def test_all_of_it_learns(config):
+    network, (x, t, label) = trained(with_options(config, conditions=CONDITIONS)), images()
+    for name, parameter in network.named_parameters():
+        if name.startswith("conditions."):
+            nn.init.normal_(parameter)
+    network(x, t, label, end_time=t / 2, guidance=3 * t).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()), name
+
+
+@both
+def test_new_conditions_have_no_effect_and_are_learned(config):
+    teacher, (x, t, label) = trained(config), images()
+    student = build_network(with_options(config, conditions=CONDITIONS), SHAPE, CLASSES).eval()
+    load_weights(student, teacher.state_dict())
+    given = {"end_time": t / 2, "guidance": torch.tensor(3.0)}
+    assert torch.equal(student(x, t, label, **given), teacher(x, t, label))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    student(x, t, label, **given).square().mean().backward()
+    optimizer.step()
+    field = student(x, t, label, **given)
+    for name in CONDITIONS:
+        other = student(x, t, label, **{**given, name: given[name] + 0.5})
+        assert not torch.allclose(other, field, rtol=1e-4), name
+
+
+@both
+def test_a_condition_may_be_one_for_all_images(config):
+    network, (x, t, label) = trained(with_options(config, conditions=("end_time",))), images()
+    for parameter in network.get_submodule("conditions").parameters():
+        nn.init.normal_(parameter, std=0.3)
+    together = network(x, t, label, end_time=torch.tensor(0.25))
+    torch.testing.assert_close(together, network(x, t, label, end_time=torch.full((6,), 0.25)))
+
+
+@both
+@pytest.mark.parametrize("given", [{}, {"guidance": 1.0}, {"end_time": 0.0, "guidance": 1.0}])
+def test_diffusers_networks_refuse_other_conditions(config, given):
+    network = trained(with_options(config, conditions=("end_time",)))
+    with pytest.raises(ValueError, match=r"expected the conditions \['end_time'\] of the config, got"):
+        network(*images(), **{name: torch.tensor(value) for name, value in given.items()})
+
+
+@pytest.mark.parametrize("config", [UNET, with_options(UNET, patch=2, conditions=CONDITIONS, attention=()), DIT])
+def test_a_network_without_memory_has_the_same_weights(config):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_network(config, SHAPE, CLASSES).state_dict().items()}
+    built = build_network(config, SHAPE, CLASSES).state_dict()
+    assert shapes == {name: value.shape for name, value in built.items()}
+    assert all(value.device.type == "cpu" for value in built.values())
+
+
+@both
+def test_a_seed_decides_the_first_weights(config):
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(build_network(config, SHAPE, CLASSES).state_dict())
+    first, same, other = states
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    whole, (x, t, label) = trained(with_options(UNET, patch=2, attention=(4,))), images()
+    inside = build_network(with_options(UNET, attention=(4,)), (12, 8, 8), CLASSES).eval()
+    inside.load_state_dict(whole.state_dict())
+    folded = inside(nn.functional.pixel_unshuffle(x, 2), t, label)
+    assert torch.equal(whole(x, t, label), nn.functional.pixel_shuffle(folded, 2))
+
+
+def test_attention_is_where_it_is_asked_for():
+    """By the width in pixels, after folding; the middle, at the last width, always has some."""
+
+    def blocks_with_attention(attention: tuple[int, ...], patch: int = 1) -> tuple[list[bool], list[bool]]:
+        config = with_options(UNET, channels=(8, 16, 16), attention=attention, patch=patch)
+        unet = build_network(config, SHAPE, CLASSES).get_submodule("unet")
+        return tuple([hasattr(block, "attentions") for block in part] for part in (unet.down_blocks, unet.up_blocks))
+
+    assert blocks_with_attention(()) == ([False, False, False], [False, False, False])
+    assert blocks_with_attention((16,)) == ([True, False, False], [False, False, True])
+    assert blocks_with_attention((8, 4)) == ([False, True, True], [True, True, False])
+    assert blocks_with_attention((8,), patch=2) == ([True, False, False], [False, False, True])
+
+
+# What the networks of diffusers refuse, in one line of the option's name, what was expected and what was found
+
+
+def refusal(words: str, sample_shape: tuple[int, ...] = SHAPE) -> str:
+    """What is said of these words of a command line and samples of this shape."""
+    with pytest.raises(OptionError) as error:
+        spec = parse(TeachSpec, ["--out", "o", *words.split()], "teach")
+        build_network(spec.network, sample_shape, CLASSES)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("words", "sample_shape", "message"),
+    [
+        ("--network unet", (3, 16, 8), "--network: expected square images [channels, width, width] for this kind"),
+        ("--network unet", (2,), "found samples of shape [2]: use --network mlp"),
+        ("--network dit", (3, 16, 8), "found samples of shape [3, 16, 8]: use --network mlp"),
+        ("--network dit", (64,), "found samples of shape [64]: use --network mlp"),
+        ("--network unet --network.patch 3", SHAPE, "--network.patch: expected a divisor of the image width 16, found"),
+        ("--network dit --network.patch 32", SHAPE, "--network.patch: expected a divisor of the image width 16, found"),
+        (
+            "--network unet --network.channels 32 32 32 32 --network.patch 4",
+            SHAPE,
+            "--network.channels: expected at most 3 levels for images 4 wide, found (32, 32, 32, 32)",
+        ),
+        (
+            "--network unet --network.channels 32 32",
+            (1, 7, 7),
+            "--network.channels: expected at most 1 levels for images 7 wide, found (32, 32)",
+        ),
+        (
+            "--network unet --network.attention 8 5",
+            SHAPE,
+            "--network.attention: expected widths of the levels, [16, 8], found [5]",
+        ),
+        (
+            "--network unet --network.attention 16 --network.patch 2",
+            SHAPE,
+            "--network.attention: expected widths of the levels, [8, 4], found [16]",
+        ),
+        (
+            "--network unet --network.channels 32 64 --network.head-channels 48",
+            SHAPE,
+            "--network.head-channels: expected a divisor of [64], the channels of the levels with attention",
+        ),
+        (
+            "--network unet --network.channels 32 64 --network.attention 16 --network.head-channels 64",
+            SHAPE,
+            "--network.head-channels: expected a divisor of [32, 64], the channels of the levels with attention",
+        ),
+        (
+            "--network unet --network.channels 32 48",
+            SHAPE,
+            "--network.groups: expected a divisor of the channels (32, 48), found 32",
+        ),
+        ("--network unet --network.channels 32 0", SHAPE, "--network.channels: input should be greater than 0, found"),
+        ("--network unet --network.channels", SHAPE, "--network.channels: "),
+        ("--network unet --network.dropout 1", SHAPE, "--network.dropout: input should be less than 1, found '1'"),
+        ("--network unet --network.time-scale 0", SHAPE, "--network.time-scale: input should be greater than 0"),
+        ("--network unet --network.heads 3", SHAPE, "--network.heads: unknown option"),
+        ("--network dit --network.channels 3", SHAPE, "--network.channels: unknown option"),
+        ("--network dit --network.heads 0", SHAPE, "--network.heads: input should be greater than 0"),
+        (
+            "--network dit --network.heads 3 --network.head-channels 6",
+            SHAPE,
+            "--network.head-channels: expected a multiple of 4 from heads x head channels, found 3 x 6",
+        ),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(words, sample_shape, message):
+    assert message in refusal(words, sample_shape)
+
+
+# The networks of the recipes, by the numbers of their papers
+
+
+def parameters(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_network(config, sample_shape, num_classes).parameters())
+
+
+def test_the_unet_for_cifar10_is_openais():
+    """Built by torchcfm, whose model of flow matching on CIFAR-10 it is, OpenAI's U-Net has exactly as many."""
+    config = UNetConfig(
+        channels=(128, 256, 256, 256), blocks=2, attention=(16,), head_channels=64, dropout=0.1, time_scale=1
+    )
+    without_classes, width = 35_746_307, 4 * 128
+    assert parameters(config, (3, 32, 32), 10) == without_classes + 11 * width == 35_751_939
+
+
+def test_dit_s_2_is_the_papers_but_for_what_its_blocks_share():
+    """DiT-S/2 for 32 x 32 latents of ImageNet's 1000 classes: 33 M in the paper's table 1."""
+    width, depth = 384, 12
+    paper = 32_963_360
+    embeddings = (256 + 1) * width + (width + 1) * width + 1001 * width  # of time and class
+    own_embeddings = (depth - 1) * embeddings  # in diffusers every block has its own; the paper's share one
+    positions = 256 * width  # the paper counts the table of 256 tokens, which is not trained
+    variances = (width + 1) * 2 * 2 * 4  # the paper's last layer has a second half, for the variance of the noise
+    assert parameters(DiTConfig(), (4, 32, 32), 1000) == paper + own_embeddings - positions - variances == 39_798_928
