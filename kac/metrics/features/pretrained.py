@@ -1,6 +1,5 @@
 """Feature networks that others trained: EfficientNet-Lite0, Inception, a TorchScript file, an import path."""
 
-import importlib
 import io
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from kac import files
 from kac.errors import one_line
 from kac.images import to_bytes
+from kac.imported import find_factory, make_module
 from kac.options import OptionError
 
 LITE0_SIDE = 64
@@ -116,11 +116,4 @@ def imported(given: str) -> nn.Module:
     Raises:
         OptionError: nothing can be imported there, or it makes no module.
     """
-    module, _, factory = given.partition(":")
-    try:
-        network = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise OptionError(f"--features {given}: expected package.module:factory, found {one_line(error)}") from None
-    if not isinstance(network, nn.Module):
-        raise OptionError(f"--features {given}: expected an nn.Module of it, found {type(network).__name__}")
-    return network
+    return make_module("--features", given, find_factory("--features", given))

@@ -12,6 +12,7 @@ from kac import files
 from kac.data import Dataset
 from kac.fingerprint import fingerprint
 from kac.images import is_image
+from kac.imported import IMPORT_PATH
 from kac.options import OptionError
 
 BATCH_SIZE = 250
@@ -103,7 +104,7 @@ def check_names(features: Sequence[str]) -> None:
         ValueError: an unknown name, or one that is there twice.
     """
     for given in features:
-        if given not in KINDS and not given.endswith(TORCHSCRIPT) and not re.fullmatch(r"[\w.]+:\w+", given):
+        if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
             raise ValueError(f"expected {', '.join(KINDS)}, FILE.pt or package.module:factory, found {given!r}")
     names = [space_name(given) for given in features]
     if len(set(names)) < len(names):
