@@ -23,7 +23,7 @@ from kac import files
 from kac.data import DataConfig, open_dataset
 from kac.errors import CheckpointError, one_line
 from kac.fingerprint import with_neutral_values
-from kac.networks import NetworkConfig, NetworkModule, build_network
+from kac.networks import NetworkConfig, NetworkModule, build_network, outline_network
 from kac.options import OptionError, Options
 from kac.path import PathConfig
 from kac.solvers import KnotGrid
@@ -87,13 +87,12 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
     Raises:
         CheckpointError: the weights are not those of the config's network.
     """
-    with torch.device("meta"):
-        network = build_network(config.network, config.sample_shape, config.num_classes)
+    network = outline_network(config.network, config.sample_shape, config.num_classes)
     expected = network.state_dict()
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
         raise CheckpointError(f"{path}: the weights to be saved are not those of the network")
     prefix = _prefix(network)
-    tensors = {name.removeprefix(prefix): value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    tensors = {name.removeprefix(prefix): _single_precision(value) for name, value in weights.items()}
     data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     files.write_bytes(files.join(path, _weights_file(network)), data)
@@ -172,6 +171,12 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
 def _prefix(network: NetworkModule) -> str:
     """What our names of weights have before those of diffusers."""
     return f"{network.diffusers_name}." if network.diffusers_name else ""
+
+
+def _single_precision(value: torch.Tensor) -> torch.Tensor:
+    """A copy as it is saved: weights that a module has twice, under two names, are two."""
+    kept = value.detach().float() if value.is_floating_point() else value.detach()
+    return kept.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _weights_file(network: NetworkModule) -> str:

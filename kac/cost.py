@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kac.networks import NetworkConfig, build_network
+from kac.networks import NetworkConfig, outline_network
 
 
 class NetworkCost(NamedTuple):
@@ -18,16 +19,19 @@ class NetworkCost(NamedTuple):
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
     """The cost of a network for samples of ``sample_shape``; nothing is computed, nothing is allocated.
 
+    A module from outside is built, and computes that one sample.
+
     Matrix products, convolutions and attention are counted; what works element by element is not.
 
     Raises:
         OptionError: as ``build_network``.
     """
-    with torch.device("meta"):
-        network = build_network(config, sample_shape, num_classes)
+    network = outline_network(config, sample_shape, num_classes)
+    with torch.device(next(network.parameters()).device):
         one = {name: torch.zeros(()) for name in config.conditions}
         sample, t, label = torch.zeros(1, *sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Fused attention is not counted on CPUs, and without gradients PyTorch has a fused one for nn.MultiheadAttention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         network.eval()(sample, t, label, **one)
     return NetworkCost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops())
 

@@ -9,6 +9,7 @@ from kac import files
 from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
+from kac.guidance import check_guidance
 from kac.sampling import Samples, Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
@@ -53,9 +54,11 @@ def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
     """How the model is to be sampled.
 
     Raises:
-        DistillKacError: steps or guidance given for a student that was made for others.
+        DistillKacError: steps or guidance given for a student that was made for others, or guidance of a teacher that
+            has no null label.
     """
     if config.kind == "teacher":
+        check_guidance(config.network, [spec.guidance or 0.0])
         return teacher_sampling(spec.guidance, spec.steps, spec.solver)
     for option in ("steps", "guidance"):
         asked, built_in = getattr(spec, option), getattr(config, option)

@@ -2,7 +2,8 @@
 
 from kac.networks.dit import DiTConfig
 from kac.networks.mlp import MLPConfig
-from kac.networks.network import NetworkConfig, build_network
+from kac.networks.network import NetworkConfig, build_network, outline_network
+from kac.networks.outside import OutsideConfig
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Condition, NetworkModule, VelocityNetwork, load_weights
 
@@ -12,8 +13,10 @@ __all__ = [
     "MLPConfig",
     "NetworkConfig",
     "NetworkModule",
+    "OutsideConfig",
     "UNetConfig",
     "VelocityNetwork",
     "build_network",
     "load_weights",
+    "outline_network",
 ]

@@ -1,7 +1,7 @@
 """What every velocity network has: a null label, declared conditions, and weights that can be taken over."""
 
 import math
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -20,13 +20,21 @@ CONDITION_MODULE = "conditions"
 class NetworkOptions(Kinded):
     """What the config of every kind of network has."""
 
+    builds_on_meta: ClassVar[bool] = True
+    """Whether the network can be built on PyTorch's meta device, where weights have shapes and no numbers."""
+
     conditions: tuple[Condition, ...] = Field((), description="inputs beside time and label: end_time, guidance")
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the network knows the label "no class", which guidance takes."""
+        return True
 
 
 class VelocityNetwork(Protocol):
     """A class-conditional velocity field u(x, t, label) with a null label for guidance."""
 
-    null_label: int
+    null_label: int | None
     takes: tuple[Condition, ...]
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
@@ -40,7 +48,7 @@ class VelocityNetwork(Protocol):
 class NetworkModule(nn.Module):
     """A velocity network that is trained here; its forward is that of ``VelocityNetwork``."""
 
-    null_label: int  # stands for "no class": num_classes
+    null_label: int | None  # stands for "no class": num_classes; None: the network knows classes alone
     takes: tuple[Condition, ...]  # as its config declares
     diffusers_name: str | None = None  # its submodule that is a model of diffusers, and that model's folder
 

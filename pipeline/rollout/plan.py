@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kac.checkpoint import load_teacher_config
 from kac.data import open_dataset
+from kac.guidance import check_guidance
 from pipeline.config import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity, refuse_other
@@ -60,9 +61,11 @@ def identify(spec: RolloutSpec) -> StoreIdentity:
     """All that the rows of the store depend on.
 
     Raises:
-        DistillKacError: no teacher, or one whose data, which a forward rollout starts from, have changed.
+        DistillKacError: no teacher, one whose data, which a forward rollout starts from, have changed, or guidance of
+            one that has no null label.
     """
     teacher = load_teacher_config(spec.teacher)
+    check_guidance(teacher.network, spec.guidance)
     if spec.source == "forward":
         found = open_dataset(teacher.data).description.sha256
         if found != teacher.data_sha256:
