@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from kac.data import DataConfig
 from kac.fingerprint import fingerprint, hashed_values, unhashed
 from kac.metrics.features import check_names
-from kac.networks import MLPConfig, NetworkConfig
+from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.objectives import EndpointConfig, ObjectiveConfig
 from kac.options import Options
 from kac.path import PathConfig
@@ -87,6 +87,13 @@ GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluste
 WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
 
 
+def as_teacher(network: NetworkConfig) -> NetworkConfig:
+    """The network, if it can be a teacher's; raises ``ValueError``."""
+    if network.conditions:
+        raise ValueError("a teacher takes time and label alone: leave --network.conditions out")
+    return network
+
+
 class TeachSpec(Spec):
     """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
 
@@ -108,9 +115,37 @@ class TeachSpec(Spec):
     @field_validator("network")
     @classmethod
     def _takes_time_and_label_alone(cls, network: NetworkConfig) -> NetworkConfig:
-        if network.conditions:
-            raise ValueError("a teacher takes time and label alone: leave --network.conditions out")
-        return network
+        return as_teacher(network)
+
+    @model_validator(mode="after")
+    def _drops_labels_for_a_null_label(self) -> Self:
+        if self.label_dropout and not self.network.has_null_label:
+            raise ValueError(
+                "--label-dropout: expected 0, since this network has no null label (it knows classes alone), found "
+                f"{self.label_dropout}"
+            )
+        return self
+
+
+class ConvertSpec(Spec):
+    """Make a teacher of weights that others trained: a U-Net of OpenAI or diffusers, or any module."""
+
+    stage = "convert"
+    checkpoint: str = unhashed(..., "file of weights: .safetensors, or one of torch.save; a path or s3:// URI")
+    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
+    data: DataConfig
+    path: PathConfig = PathConfig()
+    network: NetworkConfig = UNetConfig(
+        channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
+    )
+    key: str | None = Field(
+        None, description="entry of the file that has the weights; default: the file, its only state dict, or its EMA"
+    )
+
+    @field_validator("network")
+    @classmethod
+    def _takes_time_and_label_alone(cls, network: NetworkConfig) -> NetworkConfig:
+        return as_teacher(network)
 
 
 class RolloutRecipe(Options):

@@ -296,12 +296,12 @@ SPECS.remove(Spec)
 
 
 def leaves(models: list[type[Any]], where: str = "--"):
-    """Every option of the first model with its field, and of several models the kinds."""
+    """Every option of the first model with its field, and of several models the kinds and the default one's."""
     for name, field in models[0].model_fields.items():
         option = where + name.replace("_", "-")
         nested = nested_models(field)
         if nested:
-            yield from leaves(nested, f"{option}.")
+            yield from leaves([type(field.default)] if isinstance(field.default, Options) else nested, f"{option}.")
         else:
             yield option, field
 
@@ -356,6 +356,7 @@ def test_the_help_shows_defaults_those_of_the_file_too(capsys: pytest.CaptureFix
 def required(spec_type: type[Spec]) -> dict[str, Any]:
     fields = {name: field for name, field in spec_type.model_fields.items() if field.is_required()}
     values = {name: ("s",) if typing.get_origin(field.annotation) is tuple else "s" for name, field in fields.items()}
+    values |= {name: nested_models(field)[0]() for name, field in fields.items() if nested_models(field)}
     return values | ({"network": Grid(), "training": Training()} if spec_type is RequiredSpec else {})
 
 

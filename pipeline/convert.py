@@ -1,0 +1,62 @@
+"""Convert: make a teacher's model folder of weights that others trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
+from kac.cost import network_cost, short
+from kac.data import open_dataset
+from kac.errors import CheckpointError
+from kac.networks import build_network
+from kac.networks.adopt import adopt, try_out
+from kac.state_dict import read_state_dict
+from pipeline import cluster, decode, outputs, tracking
+from pipeline.config import ConvertSpec
+
+
+def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:
+    """Write the model folder of the teacher that ``spec`` describes; a complete one is returned as it is.
+
+    Raises:
+        DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network gives no
+            velocity, or the folder belongs to another spec or cannot be written.
+    """
+    root = spec.data.root and cluster.absolute(spec.data.root)
+    paths = {"out": cluster.absolute(spec.out), "checkpoint": cluster.absolute(spec.checkpoint)}
+    spec = spec.model_copy(update={**paths, "data": spec.data.model_copy(update={"root": root})})
+    decode.prepare(spec.data)
+    data = open_dataset(spec.data).description
+    of_samples = (data.sample_shape, data.num_classes)
+    found, network = read_state_dict(spec.checkpoint, spec.key), build_network(spec.network, *of_samples)
+    with _naming(spec.checkpoint):
+        told = adopt(network, spec.network, data.sample_shape, found.weights)
+        try_out(network, spec.network, *of_samples)
+    content = {"data_sha256": data.sha256, "checkpoint_sha256": found.sha256}
+    if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
+        print(f"convert: {spec.out} is complete: nothing to do", flush=True)
+        return load_config(spec.out)
+    cost, fingerprint = network_cost(spec.network, *of_samples), spec.fingerprint(**content)
+    inputs, name = {"data": data.sha256, "checkpoint": found.sha256}, f"convert-{spec.data.kind}"
+    with tracking.start_run(
+        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
+    ) as run:
+        run.params(cost._asdict())
+        config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
+        config = outputs.write_model(spec.out, config, network.state_dict(), run)
+    where = f", {found.key}" if found.key else ""
+    print(
+        f"convert: {spec.checkpoint}{where} (sha256 {found.sha256[:12]}): {told}\n"
+        f"convert: wrote {spec.out}: {spec.network.kind} of {short(cost.parameters)} parameters, "
+        f"{short(cost.flops_per_call, 'FLOP')} a call (weights sha256 {config.weights_sha256[:12]})",
+        flush=True,
+    )
+    return config
+
+
+@contextmanager
+def _naming(checkpoint: str) -> Iterator[None]:
+    """Say of which file it is that its weights do not fit."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error

@@ -1,0 +1,229 @@
+"""U-Nets of OpenAI: converted weights give the outputs of the network that they were trained in."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kac.errors import CheckpointError, DistillKacError
+from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
+from kac.networks.adopt import adopt, try_out
+from kac.networks.velocity import NetworkModule
+from tests.kac.openai_unet import OpenAIUNet, randomised
+
+SHAPE, CLASSES = (3, 16, 16), 4
+
+
+def unet(**options: Any) -> UNetConfig:
+    return UNetConfig(**{"channels": (32, 64), "blocks": 1, "time_scale": 1.0, **options})
+
+
+def reference(config: UNetConfig, classes: int | None = None) -> OpenAIUNet:
+    options = (config.channels, config.blocks, config.attention, config.head_channels, config.scale_shift)
+    return randomised(OpenAIUNet(*options, SHAPE, classes))
+
+
+def adopted(weights: dict[str, Tensor], config: UNetConfig) -> tuple[NetworkModule, str]:
+    network = build_network(config, SHAPE, CLASSES)
+    told = adopt(network, config, SHAPE, weights)
+    return network.eval().requires_grad_(False), told
+
+
+def refusal(weights: dict[str, Tensor], config: Any, shape: tuple[int, ...] = SHAPE) -> str:
+    with pytest.raises(DistillKacError) as error:
+        adopt(build_network(config, shape, CLASSES), config, shape, weights)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def difference(network: NetworkModule, theirs: OpenAIUNet, t: float = 0.3) -> float:
+    """The largest one of outputs that are of the size of 1."""
+    x, label = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2, 3])
+    expected = theirs(x, torch.full((3,), t), label)
+    assert 0.1 < expected.std().item() < 10
+    return (network(x, torch.tensor(t), label) - expected).abs().max().item()
+
+
+CONFIGS = {
+    "as the authors', cut small": unet(channels=(32, 64, 64, 64), blocks=2, attention=(8,), head_channels=32),
+    "no attention but in the middle": unet(),
+    "attention at two levels": unet(channels=(32, 64, 64), attention=(16, 4), head_channels=16),
+    "attention at the first level, one head": unet(attention=(16,)),
+    "attention at all levels": unet(attention=(16, 8), head_channels=8, blocks=2),
+    "one level": unet(channels=(32,), blocks=3, attention=(16,), head_channels=8),
+    "scale and shift": unet(attention=(8,), head_channels=16, scale_shift=True),
+    "channels that shrink": unet(channels=(64, 32, 96), attention=(8,), head_channels=32),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_outputs_are_those_of_the_original(config: UNetConfig, t: float):
+    theirs = reference(config)
+    network, _ = adopted(theirs.state_dict(), config)
+    assert difference(network, theirs, t) < 1e-5
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("rows", [CLASSES, CLASSES + 1], ids=["no null label", "null label"])
+def test_classes_are_those_of_the_original(scale_shift: bool, rows: int):
+    config = unet(scale_shift=scale_shift, attention=(8,), head_channels=32)
+    theirs = reference(config, rows)
+    network, told = adopted(theirs.state_dict(), config)
+    for t in (0.0, 0.3, 1.0):
+        assert difference(network, theirs, t) < 1e-5
+    row = network.unet.class_embedding.weight[CLASSES]
+    if rows == CLASSES:
+        assert not row.any()
+        assert "4 classes and no null label: it has not learned guidance" in told
+    else:
+        assert torch.equal(row, theirs.label_emb.weight[CLASSES])
+        assert "4 classes and a null label" in told
+
+
+def test_without_classes_every_label_is_the_same():
+    config = unet()
+    network, told = adopted(reference(config).state_dict(), config)
+    fields = network(torch.randn(1, *SHAPE).expand(CLASSES + 1, *SHAPE), torch.tensor(0.5), torch.arange(CLASSES + 1))
+    assert (fields - fields[:1]).abs().max() < 1e-5
+    assert "without classes" in told
+    assert "one head in attention, which its weights do not show" in told
+
+
+def test_the_number_of_heads_matters():
+    """So the comparison above does see the layout of queries, keys and values."""
+    config = unet(attention=(16, 8), head_channels=16)
+    theirs = reference(config)
+    for head_channels in (8, 32):
+        network, told = adopted(theirs.state_dict(), unet(attention=(16, 8), head_channels=head_channels))
+        assert difference(network, theirs) > 1e-3
+        assert f"{head_channels} channels a head" in told
+
+
+def test_wrappers_and_other_types_do_not_matter():
+    config = unet()
+    theirs = reference(config)
+    for wrapped in (
+        nn.DataParallel(theirs).state_dict(),
+        torch.optim.swa_utils.AveragedModel(theirs).state_dict(),
+        {f"module._orig_mod.{name}": value for name, value in theirs.state_dict().items()},
+        {name: value.double() for name, value in theirs.state_dict().items()},
+    ):
+        network, _ = adopted(wrapped, config)
+        assert difference(network, theirs) < 1e-5
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"channels": (32, 64, 64)}, r"input_blocks\.4\.0\.op\.weight missing, .* in all"),
+        ({"channels": (32, 96)}, r"input_blocks\.3\.0\.in_layers\.2\.weight of shape \[64, 32, 3, 3\], not \[96, 32"),
+        ({"blocks": 2}, r"input_blocks\.2\.0\.in_layers\.0\.weight missing"),
+        ({"attention": ()}, r"input_blocks\.3\.1\.norm\.weight left over"),
+        ({"attention": (8, 16)}, r"input_blocks\.1\.1\.norm\.weight missing"),
+        ({"scale_shift": True}, r"input_blocks\.1\.0\.emb_layers\.1\.weight of shape \[32, 128\], not \[64, 128\]"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_the_originals_are_refused(options: dict[str, Any], found: str):
+    weights = reference(unet(attention=(8,))).state_dict()
+    message = refusal(weights, unet(**{"attention": (8,), **options}))
+    assert message.startswith("expected the weights of this U-Net, found ")
+    assert re.search(found, message), message
+    for option in ("channels", "blocks", "attention", "scale-shift"):
+        assert f"--network.{option}" in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"time_scale": 1000}, "--network.time-scale: expected 1 for a U-Net of OpenAI, since it embeds t as it is"),
+        ({"groups": 16}, "--network.groups: expected 32 for a U-Net of OpenAI, since all its norms have so many"),
+        ({"patch": 2}, "--network.patch: expected 1 for a U-Net of OpenAI, since it takes images as they are"),
+    ],
+)
+def test_what_the_weights_do_not_show_is_checked(options: dict[str, Any], message: str):
+    assert refusal(reference(unet()).state_dict(), unet(**options)).startswith(message)
+
+
+def test_resblock_updown_is_named():
+    weights = reference(unet()).state_dict()
+    weights["output_blocks.1.1.in_layers.0.weight"] = torch.zeros(64)
+    assert "found one of resblock_updown=True" in refusal(weights, unet())
+
+
+def test_another_number_of_classes_is_refused():
+    weights = reference(unet(), classes=10).state_dict()
+    assert "expected 4 classes, as --data has, with a null label or without, found 10" in refusal(weights, unet())
+
+
+# Other weights than OpenAI's
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        unet(attention=(8,), head_channels=16, groups=16, time_scale=1000, patch=2),
+        DiTConfig(heads=2, head_channels=8, depth=1),
+        MLPConfig(width=8, depth=1),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_our_own_names_and_those_of_diffusers_are_taken_as_they_are(config):
+    theirs = randomised(build_network(config, SHAPE, CLASSES))
+    name = theirs.diffusers_name
+    for weights in (theirs.state_dict(), *([theirs.get_submodule(name).state_dict()] if name else [])):
+        network = build_network(config, SHAPE, CLASSES)
+        adopt(network, config, SHAPE, weights)
+        x, t, label = torch.randn(2, *SHAPE), torch.rand(2), torch.tensor([1, CLASSES])
+        assert torch.equal(network.eval()(x, t, label), theirs(x, t, label))
+    weights = dict(theirs.state_dict())
+    removed = next(name for name in weights if name.endswith("bias"))
+    del weights[removed]
+    message = refusal({**weights, f"{removed.split('.')[0]}.more": torch.zeros(1)}, config)
+    assert message.startswith(f"expected the weights of this {config.kind}, found ")
+    assert removed.removeprefix(f"{name}.") + " missing" in message
+    assert "more left over" in message
+
+
+def test_a_unet_that_diffusers_trained_without_classes_is_taken():
+    from diffusers import UNet2DModel
+
+    config = unet()
+    theirs = randomised(
+        UNet2DModel(
+            sample_size=16,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+        )
+    )
+    network, told = adopted(theirs.state_dict(), config)
+    x = torch.randn(2, *SHAPE)
+    expected = theirs(x, torch.full((2,), 0.3)).sample
+    assert torch.allclose(network(x, torch.tensor(0.3), torch.tensor([0, CLASSES])), expected, atol=1e-6)
+    assert told.startswith("without classes")
+
+
+# A converted network is tried before it is written
+
+
+def test_values_that_are_not_finite_are_refused():
+    config = unet()
+    network = build_network(config, SHAPE, CLASSES)
+    try_out(network, config, SHAPE, CLASSES)
+    weights = reference(config).state_dict()
+    weights["out.2.bias"][0] = torch.nan
+    network, _ = adopted(weights, config)
+    with pytest.raises(
+        CheckpointError, match=r"expected finite velocities of shape \[2, 3, 16, 16\], found NaN or inf"
+    ):
+        try_out(network, config, SHAPE, CLASSES)
