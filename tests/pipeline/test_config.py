@@ -10,7 +10,7 @@ from kac.options import OptionError, Options
 from kac.path import PathConfig
 from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
+from pipeline.config import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
 from pipeline.store import StoreIdentity
 
 IDENTITY: dict[str, Any] = {
@@ -33,6 +33,16 @@ WRITTEN: dict[str, tuple[Any, str]] = {
             seed=3,
         ),
         "ba04fd9ae77023cbf7f670b29e9ab4f57bd2aa02e06c5e007e2785c7841b40dc",
+    ),
+    "convert": (
+        ConvertSpec(
+            checkpoint="c",
+            out="o",
+            data="digits",
+            network={"kind": "outside", "module": "a:b", "arguments": {"width": 8}},
+            key="ema",
+        ),
+        "aefacd6c1062954fdaf867f142f5a46d55b51d253fbb7f349be91648f2e76f64",
     ),
     "distill": (DistillSpec(store="s", out="o"), "eff105f6efb7a7bdb533782eaa24bf8803e33e75bfb54444ffac9384b338b988"),
     "distill, other options": (
@@ -121,6 +131,7 @@ def models() -> list[type[BaseModel]]:
 
 MINIMAL: dict[str, dict[str, Any]] = {
     "TeachSpec": {"out": "o"},
+    "ConvertSpec": {"checkpoint": "c", "out": "o", "data": "digits"},
     "RolloutSpec": {"teacher": "t", "store": "s"},
     "DistillSpec": {"store": "s", "out": "o"},
     "StudentOptions": {"store": "s"},
