@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kac.fingerprint import hashed_values
-from kac.networks import MLPConfig, UNetConfig, build_network
+from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
 from kac.options import OptionError
 from kac.precision import Precision
 
@@ -93,13 +93,40 @@ def test_gradients_pass_through():
         assert relative_error(found, expected) < 2 * BFLOAT16_TOLERANCE or expected.norm() < 1e-6
 
 
-def unet():
+UNET = UNetConfig(channels=(16, 32), blocks=1, attention=(4,), groups=8)
+DIT = DiTConfig(heads=2, head_channels=16, depth=2, patch=2)
+
+both = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
+
+
+def backbone(config: NetworkConfig) -> NetworkModule:
+    """A network of diffusers in training, all of whose layers take part."""
     torch.manual_seed(0)
-    network = build_network(UNetConfig(channels=(16, 32), blocks=1, attention=(4,), groups=8), (3, 8, 8), 2)
-    nn.init.normal_(network.unet.conv_out.weight, std=0.1)
-    return network.eval()
+    network = build_network(config, (3, 8, 8), 2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return network
 
 
+def velocity_and_gradient(config: NetworkConfig, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """The velocity [4, 3, 8, 8], and the gradient of its square in all weights as one vector."""
+    network = backbone(config)
+    velocity = precision.wrap(network)(*inputs())
+    velocity.square().mean().backward()
+    assert {p.dtype for p in network.parameters()} == {velocity.dtype} == {torch.float32}
+    return velocity.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def assert_agrees(config: NetworkConfig, precision: Precision, tolerance: float) -> None:
+    """With plain float32, relative to the size of the whole; the gradient within twice the tolerance."""
+    exact, exact_gradient = velocity_and_gradient(config, Precision())
+    found, gradient = velocity_and_gradient(config, precision)
+    assert relative_error(found, exact) < tolerance
+    assert relative_error(gradient, exact_gradient) < 2 * tolerance
+
+
+@both
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
     [
@@ -109,23 +136,19 @@ def unet():
     ],
     ids=str,
 )
-def test_a_unet_agrees(precision: Precision, tolerance: float):
-    """Group norms and attention under autocast too, forward and backward."""
-    x, t, label = inputs()
-    results = []
-    for each in (Precision(), precision):
-        network = unet()
-        velocity = each.wrap(network)(x, t, label)
-        velocity.square().mean().backward()
-        results.append((velocity.detach(), network.unet.conv_in.weight.grad))
-    (exact, exact_gradient), (found, gradient) = results
-    assert relative_error(found, exact) < tolerance
-    assert relative_error(gradient, exact_gradient) < 2 * tolerance
+def test_the_networks_of_diffusers_agree(config: NetworkConfig, precision: Precision, tolerance: float):
+    """Norms and attention under autocast too, forward and backward."""
+    assert_agrees(config, precision, tolerance)
 
 
 @needs_compiler
-def test_a_compiled_unet_agrees():
-    network, (x, t, label) = unet(), inputs()
+@pytest.mark.parametrize(
+    "config",
+    [UNetConfig(channels=(8,), blocks=1, groups=8), DiTConfig(heads=2, head_channels=8, depth=1, patch=4)],
+    ids=["unet", "dit"],
+)
+def test_the_compiled_networks_of_diffusers_agree(config: NetworkConfig):
+    network, (x, t, label) = backbone(config).eval(), inputs()
     with torch.no_grad():
         found = Precision(compile=True, memory_format="channels_last").wrap(network)(x, t, label)
         assert relative_error(found, network(x, t, label)) < 1e-5
