@@ -1,7 +1,8 @@
 """Teach: a teacher is a function of its spec, and a folder belongs to one spec."""
 
+import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,47 @@ def test_dropout_is_the_same_after_a_stop(tmp_path: Path):
                 training.train(job, training.Place(0, use_gpu=False), stop)
         made.append(training.train(job, training.Place(0, use_gpu=False)))
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+@dataclass(frozen=True)
+class DyingTask(TeachTask):
+    """One whose second worker dies once, in the middle of update ``dies_at``."""
+
+    dies_at: int = -1
+    mark: str = ""
+
+    def build(self, worker: training.Worker) -> training.Learner:
+        learner = super().build(worker)
+        lasting = learner.losses
+
+        def losses(network, micro):
+            if micro.update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
+                Path(self.mark).touch()
+                os._exit(1)
+            return lasting(network, micro)
+
+        learner.losses = losses
+        return learner
+
+
+def test_a_unet_on_two_workers_one_killed_is_that_of_one_process(tmp_path: Path, ray_cluster: None):
+    """With its dropout, and up to rounding: of the process that takes the batch in two passes and is not stopped."""
+    unet = UNetConfig(channels=(8, 16), blocks=1, groups=4, dropout=0.1)
+    few = FEW.model_copy(update={"updates": 6, "batch_size": 8, "warmup_updates": 0})
+    spec = teach_spec(tmp_path / "alone", data="digits", network=unet, optimizer=few)
+    in_passes = spec.model_copy(update={"optimizer": few.model_copy(update={"accumulation": 2})})
+    here = training.Job(TeachTask(in_passes), "test", spec.out, Untracked("", ""), 2)
+    alone = training.train(here, training.Place(0, use_gpu=False))
+    mark = tmp_path / "killed"
+    dying = DyingTask(spec, dies_at=3, mark=str(mark))
+    there = training.Job(dying, "test", str(tmp_path / "together"), Untracked("", ""), 2)
+    together = training.train(there, training.Place(2, use_gpu=False))
+    assert mark.exists()
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        # Attention is blind to the bias of its keys: their gradient is rounding alone, which Adam makes large.
+        if not name.endswith("to_k.bias"):
+            torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-4)
 
 
 class Untracked(TrackedRun):
