@@ -13,7 +13,16 @@ from jobs.parsing import parse
 from kac.checkpoint import load_model
 from kac.options import OptionError
 from pipeline import quickstart, store
-from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
+from pipeline.config import (
+    ConvertSpec,
+    DistillSpec,
+    EvaluateSpec,
+    OptimizerConfig,
+    RolloutSpec,
+    SampleSpec,
+    SweepSpec,
+    TeachSpec,
+)
 from pipeline.distill import distill
 from pipeline.rollout import rollout
 from pipeline.sample import sample
@@ -36,6 +45,7 @@ CUT = {
 
 STAGES = {
     "teach": TeachSpec,
+    "convert": ConvertSpec,
     "rollout": RolloutSpec,
     "distill": DistillSpec,
     "sweep": SweepSpec,
@@ -44,6 +54,7 @@ STAGES = {
 }
 REQUIRED = {
     "teach": "--out o",
+    "convert": "--checkpoint c.pt --out o",
     "rollout": "--teacher t --store s",
     "distill": "--store s --out o",
     "sweep": "--store s --out o",
@@ -96,9 +107,8 @@ def test_every_section_of_a_recipe_is_one_of_a_stage(recipe: str):
     sections = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     assert {"teach", "rollout", "distill", "sweep", "evaluate"} <= set(sections)
     for stage in sections:
-        if stage in STAGES:
-            data = "--data.root somewhere" if stage == "teach" and recipe != "digits" else ""
-            options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
+        data = "--data.root somewhere" if stage in {"teach", "convert"} and recipe != "digits" else ""
+        options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
 
 
 def test_the_recipe_of_the_digits_is_the_demo():
@@ -137,5 +147,5 @@ def test_what_is_no_recipe_is_refused(config: str, message: str, tmp_path: Path)
 
 
 def test_the_sections_are_named_as_the_stages_are():
-    assert set(STAGES) <= set(config_files.STAGES)
+    assert set(STAGES) == set(config_files.STAGES)
     assert all(spec.stage == name for name, spec in STAGES.items())
