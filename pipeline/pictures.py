@@ -1,6 +1,7 @@
 """Pictures: sheets of samples and the curve of quality against cost, as PNG bytes."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,10 @@ class Panel(NamedTuple):
     real_count: int  # how many there were
 
 
+TITLE_WIDTH = 80
+"""Letters a line above a panel."""
+
+
 def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
     """The panels side by side."""
     from matplotlib.figure import Figure
@@ -54,7 +59,7 @@ def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
         if real is not None:
             axis.axhline(real, color="black", linewidth=0.8, label=f"real images ({count:,})")
         _draw_curve(axis, points)
-        axis.set(ylabel=metric.heading, title=metric.meaning)
+        axis.set(ylabel=metric.heading, title=textwrap.fill(metric.meaning, TITLE_WIDTH))
         axis.title.set_size(8)
         if metric.better == "lower":
             axis.set_ylim(0, 1.1 * max(point[3] for point in points))
