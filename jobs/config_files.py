@@ -42,6 +42,7 @@ def read_options(name: str, stage: str) -> Values:
         raise OptionError(f"--config {name}: expected a mapping of options, found {type(values).__name__}")
     if not any(key in STAGES for key in values):
         return _as_fields(values)
+    values = {key: {} if value is None else value for key, value in values.items()}  # a section may be empty
     if others := [str(key) for key, value in values.items() if key not in STAGES or not isinstance(value, dict)]:
         raise OptionError(
             f"--config {name}: expected sections of options for {', '.join(STAGES)} alone, since it has some, "

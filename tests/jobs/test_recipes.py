@@ -127,6 +127,8 @@ def test_a_file_of_ones_own_may_have_sections(tmp_path: Path):
     spec = options(TeachSpec, f"--config {file} --optimizer.updates 9")
     assert spec == TeachSpec(out="there", optimizer=OptimizerConfig(updates=9, batch_size=8))
     assert options(SampleSpec, f"--config {file}").model == "m"
+    file.write_text("teach:\nrollout: {knots: 4}\n")
+    assert options(TeachSpec, f"--config {file} --out o") == TeachSpec(out="o")
 
 
 @pytest.mark.parametrize(
