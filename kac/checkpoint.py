@@ -46,13 +46,20 @@ class ModelConfig(Options):
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
-    steps: int | None = Field(None, description="macro steps of a student; None for a teacher")
+    steps: int | None = Field(
+        None, description="macro steps of a student, by default if it takes any; None for a teacher"
+    )
     knot_grid: KnotGrid = Field("uniform", description="grid of a student's steps")
     guidance: float | None = Field(None, description="guidance scale built into a student; None for a teacher")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that made the model")
     teacher_sha256: str | None = Field(None, description="a student's teacher, by its weights")
     store_fingerprint: str | None = Field(None, description="the store a student was made from")
+
+    @property
+    def is_any_step(self) -> bool:
+        """Whether it is a student for every step count: its network is told where a step ends."""
+        return self.kind == "student" and "end_time" in self.network.conditions
 
 
 def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, fingerprint: str = "") -> ModelConfig:

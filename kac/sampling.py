@@ -12,6 +12,7 @@ from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.images import delivered
 from kac.networks import VelocityNetwork
+from kac.options import OptionError
 from kac.precision import Precision
 from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
 
@@ -32,14 +33,22 @@ def teacher_sampling(guidance: float | None = None, steps: int | None = None, so
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
-def student_sampling(config: ModelConfig) -> Sampling:
+def student_sampling(config: ModelConfig, steps: int | None = None) -> Sampling:
     """How to sample a student: one Euler step on each interval of its own grid.
 
     Its guidance scale is built into its weights, unless its network takes the scale as an input.
+
+    Args:
+        steps: other than its own, for a student that takes any.
+
+    Raises:
+        OptionError: other steps than those that are built into it.
     """
     assert config.steps is not None and config.guidance is not None
+    if steps not in {None, config.steps} and not config.is_any_step:
+        raise OptionError(f"--steps: expected {config.steps}, which is built into this student, found {steps}")
     guidance = config.guidance if "guidance" in config.network.conditions else 0.0
-    return Sampling(guidance, config.steps, "euler", config.knot_grid)
+    return Sampling(guidance, steps or config.steps, "euler", config.knot_grid)
 
 
 class Samples(NamedTuple):
@@ -90,6 +99,11 @@ def draw(
 
 @torch.inference_mode()
 def generate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
+    """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample], without gradients."""
+    return carry(network, x_1, label, sampling)
+
+
+def carry(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
     """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample].
 
     A network that takes the end time of a step, or the guidance scale, is given it.

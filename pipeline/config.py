@@ -18,6 +18,7 @@ from kac.objectives import EndpointConfig, ObjectiveConfig
 from kac.options import Options
 from kac.path import PathConfig
 from kac.precision import Precision
+from kac.refinement import NoRefinementConfig, RefinementConfig
 from kac.sampling import TEACHER_STEPS
 from kac.solvers import KnotGrid, Method
 
@@ -218,6 +219,7 @@ class StudentOptions(Options):
 
     store: str = unhashed(..., "endpoint store: a path or s3:// URI")
     objective: ObjectiveConfig = EndpointConfig()
+    refine: RefinementConfig = NoRefinementConfig()
     init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
     teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
     optimizer: OptimizerConfig = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
@@ -234,7 +236,9 @@ class DistillSpec(StudentOptions, Spec):
     stage = "distill"
     out: str = unhashed(..., "model folder to write: a path or s3:// URI")
     guidance: float = Field(0.0, description="guidance scale of the store to learn")
-    steps: PositiveInt = Field(4, description="macro steps of the student; divides the store's knots")
+    steps: PositiveInt = Field(
+        4, description="macro steps of the student, a divisor of the store's knots; of an any-step student its default"
+    )
     workers: int | None = WORKERS
     gpu: bool | None = GPU
     dry_run: bool = DRY_RUN
@@ -261,6 +265,9 @@ class EvaluateSpec(Spec):
     students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
     out: str = unhashed(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples a model")
+    steps: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4, 20), min_length=1, description="step counts at which any-step students are judged"
+    )
     solver: Method = Field("ab2", description="solver of the teacher")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")
     precision: Precision = Precision()
@@ -297,7 +304,9 @@ class SampleSpec(Spec):
         None, description="classes, repeated in turn; default: the data's class frequencies"
     )
     guidance: float | None = Field(None, description="guidance scale, of a teacher only (default 0)")
-    steps: PositiveInt | None = Field(None, description="solver steps, of a teacher only (default 100)")
+    steps: PositiveInt | None = Field(
+        None, description="solver steps of a teacher (default 100), or steps of an any-step student (default its own)"
+    )
     solver: Method = Field("ab2", description="solver of a teacher")
     precision: Precision = Precision()
     seed: int = SEED

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model
+from kac.data import open_dataset
 from kac.errors import CheckpointError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
+from kac.refinement import SPACES, DataRefinementConfig, refinement_loss, straight_through
+from kac.sampling import Sampling, carry
 from pipeline import cluster, outputs, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig
 
@@ -44,12 +47,53 @@ class DistillTask:
         # The workers' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
         batch = functools.lru_cache(maxsize=1)(self.batch or _Intervals(spec, objective, worker).batch)
 
+        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, first.config)
+
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
             training.seed_dropout(spec.seed, micro)
             parts = (part[micro.number :: micro.accumulation] for part in batch(micro.update))
-            return objective.losses(network, Interval(*parts))
+            followed = objective.losses(network, Interval(*parts))
+            return followed if refine is None else refine.losses(network, micro, followed)
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
+
+
+class _Refinement:
+    """The energy distance of a student's images to the training images, and the objective as its anchor."""
+
+    def __init__(self, spec: DistillSpec, options: DataRefinementConfig, model: ModelConfig) -> None:
+        self.spec, self.options, self.model = spec, options, model
+        self.path, self.data = model.path.build(), open_dataset(model.data).train
+        self.spaces = [SPACES[name]() for name in options.spaces]
+        self.knot_grid = store.open(spec.store).identity.knot_grid
+        self.frequencies = torch.tensor(model.class_frequencies)
+
+    def losses(
+        self, network: VelocityNetwork, micro: training.MicroBatch, followed: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The anchor's parts and ``energy``, of samples and real images that are new in every update."""
+        spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
+        rows = spec.optimizer.batch_size // micro.slots
+        draws = training.update_generator(spec.seed, micro.update)
+        real_rows = micro.share(torch.randint(len(self.data), (spec.optimizer.batch_size,), generator=draws))
+        real, real_label = self.data.rows(real_rows)
+        label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
+        noise = training.slot_generator(spec.seed, micro)
+        x_1 = self.path.sample(
+            torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
+        ).x_t
+        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
+        made = carry(network, x_1, label.to(device), Sampling(0.0, steps, "euler", self.knot_grid))
+        energy = refinement_loss(
+            straight_through(made.x),
+            label.to(device),
+            real.to(device),
+            real_label.to(device),
+            self.spaces,
+            options.class_weight,
+            model.num_classes,
+        )
+        return {**{name: options.anchor * loss for name, loss in followed.items()}, "energy": energy}
 
 
 class _Intervals:
@@ -161,6 +205,7 @@ def check(spec: DistillSpec) -> DistillPlan:
         "store": source.manifest.fingerprint,
         "init_sha256": first.weights_sha256,
         "sample_ids": str([list(ids) for ids in source.manifest.ids(spec.guidance)]),
+        **({"data": first.data_sha256} if spec.refine.kind == "data" else {}),
     }
     student = first.model_copy(
         update={

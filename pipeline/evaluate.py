@@ -119,7 +119,8 @@ def read_scores(out: str) -> list[Score]:
 
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     teacher = load_teacher_config(spec.teacher)
-    students = [_student(spec, teacher, path) for given in spec.students for path in _student_folders(given)]
+    folders = [path for given in spec.students for path in _student_folders(given)]
+    students = [student for path in folders for student in _students(spec, teacher, path)]
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
         Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, teacher_sampling(w, spec.solver_steps, spec.solver))
@@ -128,7 +129,8 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     return [*teachers, *students]
 
 
-def _student(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> Candidate:
+def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candidate]:
+    """The student in a folder; one that takes any step count is several candidates."""
     config = load_config(path)
     if config.kind != "student":
         raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
@@ -138,7 +140,11 @@ def _student(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> Candidate:
             f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
         )
     assert config.guidance is not None
-    return Candidate(path.rsplit("/", 1)[-1], path, config, config.guidance, student_sampling(config))
+    name, guidance = path.rsplit("/", 1)[-1], config.guidance
+    if not config.is_any_step:
+        return [Candidate(name, path, config, guidance, student_sampling(config))]
+    counts = sorted(set(spec.steps), reverse=True)
+    return [Candidate(f"{name}@{m}", path, config, guidance, student_sampling(config, m)) for m in counts]
 
 
 def _student_folders(path: str) -> list[str]:

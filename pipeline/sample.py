@@ -60,10 +60,9 @@ def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
     if config.kind == "teacher":
         check_guidance(config.network, [spec.guidance or 0.0])
         return teacher_sampling(spec.guidance, spec.steps, spec.solver)
-    for option in ("steps", "guidance"):
-        asked, built_in = getattr(spec, option), getattr(config, option)
-        if asked is not None and asked != built_in:
-            raise DistillKacError(
-                f"--{option}: expected {built_in}, which is built into the student {spec.model}, found {asked}"
-            )
-    return student_sampling(config)
+    if spec.guidance not in {None, config.guidance}:
+        raise DistillKacError(
+            f"--guidance: expected {config.guidance}, which is built into the student {spec.model}, found "
+            f"{spec.guidance}"
+        )
+    return student_sampling(config, spec.steps)

@@ -1,11 +1,20 @@
 """Objectives by kind. A new kind is one module with its config and ``Objective``; the config joins the union here."""
 
-from kac.objectives.endpoint import EndpointConfig
-from kac.objectives.protocol import Objective
+from typing import Annotated
 
-ObjectiveConfig = EndpointConfig
-"""The config of any kind; with several it is ``Annotated[A | B, Field(discriminator="kind"),
-BeforeValidator(kind_alone)]``, which the command line, YAML and Python all take."""
+from pydantic import BeforeValidator, Field
+
+from kac.objectives.endpoint import EndpointConfig
+from kac.objectives.flow_map import FlowMapConfig
+from kac.objectives.protocol import Objective
+from kac.options import kind_alone
+
+ObjectiveConfig = Annotated[
+    EndpointConfig | FlowMapConfig,
+    Field(discriminator="kind", description="what the student learns, and its options"),
+    BeforeValidator(kind_alone),
+]
+"""The config of any kind, as the command line, YAML and Python all take it."""
 
 
 def build_objective(config: ObjectiveConfig, steps: int) -> Objective:

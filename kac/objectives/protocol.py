@@ -16,6 +16,11 @@ class Interval(NamedTuple):
     t_end: Tensor  # [batch], below t_start
     label: Tensor  # [batch], int64
 
+    def mean_velocity(self) -> Tensor:
+        """(x_start - x_end) / (t_start - t_end), [batch, *sample]: the velocity that lands in one step."""
+        h = (self.t_start - self.t_end).reshape(-1, *[1] * (self.x_start.ndim - 1))
+        return (self.x_start - self.x_end) / h
+
 
 class Objective(Protocol):
     """What a student learns."""
@@ -33,11 +38,12 @@ class Objective(Protocol):
         """
         ...
 
-    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Random intervals: where they start and end, as positions in ``knots``, each [batch] int64.
 
         Args:
             uniforms: [batch, 2] in (0, 1), float64.
+            stored: the store has the knots 0 .. ``stored``.
         """
         ...
 

@@ -150,7 +150,7 @@ class Store:
             else:
                 positions = range(n * batch_size, (n + 1) * batch_size)
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM + rank, positions, 2)
-                yield drawn_intervals(pieces, times, *objective.draw(uniforms))
+                yield drawn_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
         """The store as a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.

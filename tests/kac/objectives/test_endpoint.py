@@ -106,10 +106,10 @@ def test_refuses_steps_that_do_not_divide_the_knots(steps):
 
 def test_it_draws_each_of_its_intervals_as_often():
     uniforms = torch.rand(40_000, 2, generator=seeded(1), dtype=torch.float64)
-    start, end = EndpointObjective(4).draw(uniforms)
+    start, end = EndpointObjective(4).draw(uniforms, 20)
     assert torch.equal(end, start + 1)
     assert torch.bincount(start).tolist() == pytest.approx([10_000] * 4, rel=0.05)
-    assert EndpointObjective(4).draw(torch.tensor([[0.0, 0], [0.2499, 0], [0.25, 0], [0.9999, 0]]))[0].tolist() == [
+    assert EndpointObjective(4).draw(torch.tensor([[0.0, 0], [0.2499, 0], [0.25, 0], [0.9999, 0]]), 20)[0].tolist() == [
         0,
         0,
         1,
