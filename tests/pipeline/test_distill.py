@@ -4,14 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
+from kac.sampling import Sampling, generate, student_sampling
 from pipeline import store
+from pipeline.config import SampleSpec
 from pipeline.distill import distill
-from tests.pipeline.stages import FEW, distill_spec
+from pipeline.sample import sample
+from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 
 
@@ -110,3 +114,53 @@ def test_workers_that_hold_every_cpu_stream_a_store(teacher: str, tmp_path: Path
     make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
     distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
     assert load_config(str(tmp_path / "out")).steps == 2
+
+
+@pytest.fixture(scope="module")
+def any_step_student(small_store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A flow map of the moons."""
+    out = tmp_path_factory.mktemp("any-step") / "student"
+    longer = FEW.model_copy(update={"updates": 600})
+    distill(distill_spec(small_store, out, objective={"kind": "flow-map", "grids": (1, 2, 4)}, optimizer=longer))
+    return str(out)
+
+
+def test_one_flow_map_lands_near_the_teacher_from_any_knot_in_any_number_of_steps(
+    any_step_student: str, small_store: str, teacher: str
+):
+    model = load_model(any_step_student)
+    assert model.config.is_any_step
+    batch = next(store.open(small_store).batches(400, 0.0))
+    euler = load_model(teacher).network
+    for steps in (1, 2, 3, 4):
+        made = generate(model.network, batch.knots[:, 0], batch.label, student_sampling(model.config, steps))
+        plain = generate(euler, batch.knots[:, 0], batch.label, Sampling(0.0, steps, "euler"))
+        assert made.nfe == steps
+        errors = [float((x - batch.knots[:, -1]).square().mean()) for x in (made.x, plain.x)]
+        assert errors[0] < 0.5 * errors[1]
+
+
+def test_an_any_step_student_is_sampled_with_the_steps_asked_for(any_step_student: str, tmp_path: Path):
+    made = {}
+    for steps in (None, 2, 3):
+        out = str(tmp_path / f"{steps}.npz")
+        sample(SampleSpec(model=any_step_student, out=out, count=4, steps=steps))
+        with np.load(out) as found:
+            made[steps] = found["images"]
+    np.testing.assert_array_equal(made[None], made[2])
+    assert np.abs(made[3] - made[2]).max() > 1e-4
+
+
+def test_a_refined_student_is_nearer_to_the_data_and_its_anchor_is_logged(
+    any_step_student: str, small_store: str, tmp_path: Path
+):
+    refine = {"kind": "data", "steps": (1, 2)}
+    options = {"objective": {"kind": "flow-map", "grids": (1, 2, 4)}, "init": any_step_student, "refine": refine}
+    config = distill(distill_spec(small_store, tmp_path / "refined", **options))
+    assert config is not None
+    assert config.is_any_step
+    names = run_of("distill", config.fingerprint).data.metrics
+    assert {"loss/flow_map", "loss/energy"} <= set(names)
+    plain = distill(distill_spec(small_store, tmp_path / "plain", **{**options, "refine": "none"}))
+    assert plain is not None
+    assert plain.weights_sha256 != config.weights_sha256
