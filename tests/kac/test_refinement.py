@@ -31,8 +31,8 @@ def test_it_is_zero_on_average_for_one_law_and_positive_for_two():
     assert shifted.item() > 0.3
 
 
-def loss_of(samples, label, real, real_label, weight=0.5, spaces=(Pixels(),)):
-    return refinement_loss(samples, label, real, real_label, spaces, weight, 2)
+def loss_of(samples, label, real, real_label, weight=0.5, spaces=None):
+    return refinement_loss(samples, label, real, real_label, spaces or [Pixels()], weight, 2)
 
 
 def test_classes_that_are_mixed_up_cost_even_where_the_images_together_are_right():
