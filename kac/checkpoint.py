@@ -50,7 +50,11 @@ class ModelConfig(Options):
         None, description="macro steps of a student, by default if it takes any; None for a teacher"
     )
     knot_grid: KnotGrid = Field("uniform", description="grid of a student's steps")
-    guidance: float | None = Field(None, description="guidance scale built into a student; None for a teacher")
+    guidance: float | None = Field(
+        None, description="guidance scale built into a student, by default if it takes any; None for a teacher"
+    )
+    guidance_scales: tuple[float, ...] = Field((), description="those that a student of all scales has learned")
+    refined_in: tuple[str, ...] = Field((), description="spaces in which a student was brought to the data")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that made the model")
     teacher_sha256: str | None = Field(None, description="a student's teacher, by its weights")
@@ -60,6 +64,11 @@ class ModelConfig(Options):
     def is_any_step(self) -> bool:
         """Whether it is a student for every step count: its network is told where a step ends."""
         return self.kind == "student" and "end_time" in self.network.conditions
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether it is a student of all guidance scales: its network is told which."""
+        return self.kind == "student" and "guidance" in self.network.conditions
 
 
 def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, fingerprint: str = "") -> ModelConfig:

@@ -33,22 +33,31 @@ def teacher_sampling(guidance: float | None = None, steps: int | None = None, so
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
-def student_sampling(config: ModelConfig, steps: int | None = None) -> Sampling:
+def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
     """How to sample a student: one Euler step on each interval of its own grid.
 
     Its guidance scale is built into its weights, unless its network takes the scale as an input.
 
     Args:
         steps: other than its own, for a student that takes any.
+        guidance: other than its own, for a student that has learned all scales of a store.
 
     Raises:
-        OptionError: other steps than those that are built into it.
+        OptionError: other steps or another scale than those that are built into it, or a scale beyond those learned.
     """
     assert config.steps is not None and config.guidance is not None
     if steps not in {None, config.steps} and not config.is_any_step:
         raise OptionError(f"--steps: expected {config.steps}, which is built into this student, found {steps}")
-    guidance = config.guidance if "guidance" in config.network.conditions else 0.0
-    return Sampling(guidance, steps or config.steps, "euler", config.knot_grid)
+    scales = config.guidance_scales or (config.guidance,)
+    if guidance is not None and not min(scales) <= guidance <= max(scales):
+        expected = f"{scales[0]}, which is built into this student" if len(scales) == 1 else _range_of(scales)
+        raise OptionError(f"--guidance: expected {expected}, found {guidance}")
+    given = config.guidance if guidance is None else guidance
+    return Sampling(given if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
+
+
+def _range_of(scales: tuple[float, ...]) -> str:
+    return f"{min(scales)} .. {max(scales)}, since this student has learned {list(scales)}"
 
 
 class Samples(NamedTuple):

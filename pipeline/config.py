@@ -235,7 +235,9 @@ class DistillSpec(StudentOptions, Spec):
 
     stage = "distill"
     out: str = unhashed(..., "model folder to write: a path or s3:// URI")
-    guidance: float = Field(0.0, description="guidance scale of the store to learn")
+    guidance: float | Literal["all"] = Field(
+        0.0, description="guidance scale of the store to learn; all: every one, and the network is told which"
+    )
     steps: PositiveInt = Field(
         4, description="macro steps of the student, a divisor of the store's knots; of an any-step student its default"
     )
@@ -243,14 +245,25 @@ class DistillSpec(StudentOptions, Spec):
     gpu: bool | None = GPU
     dry_run: bool = DRY_RUN
 
+    @model_validator(mode="after")
+    def _refines_one_scale(self) -> Self:
+        if self.refine.kind == "data" and self.guidance == "all":
+            raise ValueError(
+                "--refine data: expected one --guidance, since the data would bring all scales to the same images, "
+                "found all"
+            )
+        return self
+
 
 class SweepSpec(StudentOptions, Spec):
     """Distill a student for every combination of step count and guidance scale (Ray Tune)."""
 
     stage = "sweep"
     out: str = unhashed(..., "folder to write: one student folder a trial below it")
-    steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "macro step counts", min_length=1)
-    guidance: tuple[float, ...] = unhashed((0.0,), "guidance scales", min_length=1)
+    steps: tuple[PositiveInt, ...] = unhashed(
+        (1, 2, 4, 20), "macro step counts; a flow map is one student for all of them", min_length=1
+    )
+    guidance: tuple[float | Literal["all"], ...] = unhashed((0.0,), "guidance scales; all: one for all", min_length=1)
     grid: tuple[str, ...] = unhashed((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
     cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial")
@@ -267,6 +280,9 @@ class EvaluateSpec(Spec):
     samples: int = Field(5000, ge=2, description="samples a model")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 2, 4, 20), min_length=1, description="step counts at which any-step students are judged"
+    )
+    guidance: tuple[float, ...] = Field(
+        (), description="scales at which students of all scales are judged; default: those that they have learned"
     )
     solver: Method = Field("ab2", description="solver of the teacher")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")
@@ -303,7 +319,9 @@ class SampleSpec(Spec):
     labels: tuple[NonNegativeInt, ...] | None = Field(
         None, description="classes, repeated in turn; default: the data's class frequencies"
     )
-    guidance: float | None = Field(None, description="guidance scale, of a teacher only (default 0)")
+    guidance: float | None = Field(
+        None, description="guidance scale, of a teacher (default 0) or of a student that has learned all scales"
+    )
     steps: PositiveInt | None = Field(
         None, description="solver steps of a teacher (default 100), or steps of an any-step student (default its own)"
     )

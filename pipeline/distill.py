@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kac.data import open_dataset
 from kac.errors import CheckpointError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
-from kac.refinement import SPACES, DataRefinementConfig, refinement_loss, straight_through
+from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
 from pipeline import cluster, outputs, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig
@@ -39,7 +40,7 @@ class DistillTask:
     def build(self, worker: training.Worker) -> training.Learner:
         """The student with its first weights."""
         spec, first = self.spec, load_model(self.init)
-        objective = build_objective(spec.objective, spec.steps)
+        objective = objective_of(spec)
         torch.manual_seed(spec.seed)
         config = student_network(first.config, objective)
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
@@ -47,7 +48,7 @@ class DistillTask:
         # The workers' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
         batch = functools.lru_cache(maxsize=1)(self.batch or _Intervals(spec, objective, worker).batch)
 
-        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, first.config)
+        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, first.config, worker)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
             training.seed_dropout(spec.seed, micro)
@@ -61,10 +62,13 @@ class DistillTask:
 class _Refinement:
     """The energy distance of a student's images to the training images, and the objective as its anchor."""
 
-    def __init__(self, spec: DistillSpec, options: DataRefinementConfig, model: ModelConfig) -> None:
+    def __init__(
+        self, spec: DistillSpec, options: DataRefinementConfig, model: ModelConfig, worker: training.Worker
+    ) -> None:
         self.spec, self.options, self.model = spec, options, model
-        self.path, self.data = model.path.build(), open_dataset(model.data).train
-        self.spaces = [SPACES[name]() for name in options.spaces]
+        data = open_dataset(model.data)
+        self.path, self.data = model.path.build(), data.train
+        self.spaces = open_spaces(options.spaces, data, worker.device)
         self.knot_grid = store.open(spec.store).identity.knot_grid
         self.frequencies = torch.tensor(model.class_frequencies)
 
@@ -92,6 +96,7 @@ class _Refinement:
             self.spaces,
             options.class_weight,
             model.num_classes,
+            micro.update,
         )
         return {**{name: options.anchor * loss for name, loss in followed.items()}, "energy": energy}
 
@@ -101,6 +106,7 @@ class _Intervals:
 
     def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
         self.spec, self.objective, self.worker = spec, objective, worker
+        self.source = store.open(spec.store)
         self.next_update = -1
         self.batches: Iterator[Interval] = iter(())
 
@@ -108,10 +114,10 @@ class _Intervals:
         """The batch of an update, on the worker's device."""
         if update != self.next_update:
             spec, worker = self.spec, self.worker
-            self.batches = store.open(spec.store).interval_batches(
+            self.batches = self.source.interval_batches(
                 spec.optimizer.batch_size // worker.world_size,
                 self.objective,
-                spec.guidance,
+                self.source.guidance if spec.guidance == "all" else spec.guidance,
                 rank=worker.rank,
                 world_size=worker.world_size,
                 seed=spec.seed,
@@ -155,14 +161,19 @@ def distill(
     with tracking.start_run(
         spec=spec, fingerprint=plan.student.fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
     ) as run:
-        title = f"distill {spec.steps} steps, guidance {spec.guidance:g}"
+        title = f"distill {_told(spec)}"
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
         job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates, sheets)
         weights = training.train(job, place, on_checkpoint)
         config = outputs.write_model(spec.out, plan.student, weights, run)
-    print(f"distill: wrote {spec.out} ({spec.steps} steps, guidance {spec.guidance:g})", flush=True)
+    print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
+
+
+def _told(spec: DistillSpec) -> str:
+    steps = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
+    return f"{steps}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
 
 
 @dataclass(frozen=True)
@@ -194,17 +205,19 @@ def check(spec: DistillSpec) -> DistillPlan:
         DistillKacError: the first thing that does not fit.
     """
     source = store.open(spec.store)
-    objective = build_objective(spec.objective, spec.steps)
+    objective = objective_of(spec)
     source.check_objective(objective)
-    source.check_guidance(spec.guidance)
+    scales = _scales(spec, source)
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
     first = load_model(init).config
     _check_init(spec, source.identity, init, first)
+    if spec.refine.kind == "data":
+        check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
     content = {
         "store": source.manifest.fingerprint,
         "init_sha256": first.weights_sha256,
-        "sample_ids": str([list(ids) for ids in source.manifest.ids(spec.guidance)]),
+        "sample_ids": str(_sample_ids(source.manifest, scales)),
         **({"data": first.data_sha256} if spec.refine.kind == "data" else {}),
     }
     student = first.model_copy(
@@ -213,13 +226,37 @@ def check(spec: DistillSpec) -> DistillPlan:
             "network": student_network(first, objective),
             "steps": spec.steps,
             "knot_grid": source.identity.knot_grid,
-            "guidance": spec.guidance,
+            "guidance": scales[0],
+            "guidance_scales": scales if spec.guidance == "all" else (),
+            "refined_in": tuple(dict.fromkeys((*first.refined_in, *getattr(spec.refine, "spaces", ())))),
             "fingerprint": spec.fingerprint(**content),
             "teacher_sha256": source.identity.teacher_sha256,
             "store_fingerprint": source.manifest.fingerprint,
         }
     )
-    return DistillPlan(content, init, student, source.rows(spec.guidance))
+    return DistillPlan(content, init, student, source.rows(scales))
+
+
+def objective_of(spec: DistillSpec) -> Objective:
+    """What the student of a spec learns."""
+    return build_objective(spec.objective, spec.steps, ("guidance",) if spec.guidance == "all" else ())
+
+
+def _scales(spec: DistillSpec, source: store.Store) -> tuple[float, ...]:
+    """The guidance scales of the store that the student learns, ascending.
+
+    Raises:
+        StoreError: the store does not have them.
+    """
+    if spec.guidance == "all":
+        return source.guidance
+    source.check_guidance(spec.guidance)
+    return (spec.guidance,)
+
+
+def _sample_ids(manifest: store.Manifest, scales: tuple[float, ...]) -> Any:
+    ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
+    return ids if len(ids) > 1 else ids[scales[0]]
 
 
 def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:
@@ -235,8 +272,8 @@ def _check_init(spec: DistillSpec, identity: store.StoreIdentity, init: str, fir
             f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
             "or roll this teacher out into a store of its own"
         )
-    if first.kind == "student" and first.guidance != spec.guidance:
+    known = "all" if first.takes_guidance else first.guidance
+    if first.kind == "student" and known != spec.guidance:
         raise CheckpointError(
-            f"{init}: expected a student of guidance {spec.guidance}, found one of {first.guidance}: "
-            "choose another --init"
+            f"{init}: expected a student of guidance {spec.guidance}, found one of {known}: choose another --init"
         )

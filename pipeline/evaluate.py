@@ -130,7 +130,7 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
 
 
 def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candidate]:
-    """The student in a folder; one that takes any step count is several candidates."""
+    """The student in a folder; one that takes any step count or guidance scale is several candidates."""
     config = load_config(path)
     if config.kind != "student":
         raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
@@ -140,11 +140,14 @@ def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candi
             f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
         )
     assert config.guidance is not None
-    name, guidance = path.rsplit("/", 1)[-1], config.guidance
-    if not config.is_any_step:
-        return [Candidate(name, path, config, guidance, student_sampling(config))]
-    counts = sorted(set(spec.steps), reverse=True)
-    return [Candidate(f"{name}@{m}", path, config, guidance, student_sampling(config, m)) for m in counts]
+    bare = path.rsplit("/", 1)[-1]
+    counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
+    scales = sorted(set(spec.guidance or config.guidance_scales)) if config.takes_guidance else [config.guidance]
+    found = []
+    for m, w in itertools.product(counts, scales):
+        name = bare + (f"@{m}" if config.is_any_step else "") + (f" w={w:g}" if config.takes_guidance else "")
+        found.append(Candidate(name, path, config, w, student_sampling(config, m, w)))
+    return found
 
 
 def _student_folders(path: str) -> list[str]:
@@ -215,6 +218,7 @@ def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSa
         kind=candidate.config.kind if is_model else REAL,
         steps=candidate.sampling.steps if is_model else None,
         guidance=candidate.guidance if is_model else None,
+        refined_in=candidate.config.refined_in if is_model else (),
         count=source.count,
         metrics={name: value for name, value in computed.items() if value is not None},
         fingerprint=candidate.config.fingerprint if is_model else candidate.config.data_sha256,

@@ -67,8 +67,10 @@ def plan_trials(spec: SweepSpec) -> list[Trial]:
     axes = [_parse_axis(text) for text in spec.grid]
     shared = {name: getattr(spec, name) for name in StudentOptions.model_fields}
     trials = []
-    for w, steps, *values in itertools.product(spec.guidance, spec.steps, *(values for _, values in axes)):
-        name = f"steps-{steps}-guidance-{float(w)!r}"
+    is_any_step = spec.objective.kind == "flow-map"
+    counts = spec.steps[:1] if is_any_step else spec.steps
+    for w, steps, *values in itertools.product(spec.guidance, counts, *(values for _, values in axes)):
+        name = f"{'any-steps' if is_any_step else f'steps-{steps}'}-guidance-{w}"
         options = {**shared, "guidance": w, "steps": steps, "workers": spec.workers or 0}
         for (field, _), value in zip(axes, values, strict=True):
             name += f"-{field.replace('.', '-').replace('_', '-')}-{value}"

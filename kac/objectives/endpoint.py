@@ -17,9 +17,9 @@ class EndpointConfig(VelocityErrorOptions):
 
     kind: Literal["endpoint"] = Field("endpoint", description="endpoint: land where the teacher lands, on each step")
 
-    def build(self, steps: int) -> "EndpointObjective":
-        """The objective of a student of ``steps`` macro steps."""
-        return EndpointObjective(steps, loss=self.loss, scales=self.scales)
+    def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "EndpointObjective":
+        """The objective of a student of ``steps`` macro steps that is told ``takes``."""
+        return EndpointObjective(steps, takes, self.loss, self.scales)
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,21 @@ class EndpointObjective:
         Raises:
             OptionError: more scales than the images can be halved.
         """
-        return {"endpoint": endpoint_loss(network, interval, self.loss, self.scales)}
+        return {"endpoint": endpoint_loss(network, interval, self.loss, self.scales, self.conditions)}
 
 
-def endpoint_loss(network: VelocityNetwork, interval: Interval, loss: LossName = "mse", scales: int = 1) -> Tensor:
+def endpoint_loss(
+    network: VelocityNetwork,
+    interval: Interval,
+    loss: LossName = "mse",
+    scales: int = 1,
+    conditions: tuple[Condition, ...] = (),
+) -> Tensor:
     """|| x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
 
     Divided by the squared step length it is a velocity error: one scale for all intervals and step counts.
     ``loss`` and ``scales`` are those of ``velocity_loss``.
     """
-    error = network(interval.x_start, interval.t_start, interval.label) - interval.mean_velocity()
+    given = interval.conditions(conditions)
+    error = network(interval.x_start, interval.t_start, interval.label, **given) - interval.mean_velocity()
     return velocity_loss(error, loss, scales)

@@ -38,9 +38,9 @@ class FlowMapConfig(VelocityErrorOptions):
         (1, 2, 4, 20), min_length=1, description="step counts that matter most; each divides the store's knots"
     )
 
-    def build(self, steps: int) -> "FlowMapObjective":
-        """The objective; it is the same for all step counts."""
-        return FlowMapObjective(self.pairs, self.grids, loss=self.loss, scales=self.scales)
+    def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "FlowMapObjective":
+        """The objective of a student that is told where a step ends, and ``takes``; the same for all step counts."""
+        return FlowMapObjective(self.pairs, self.grids, ("end_time", *takes), self.loss, self.scales)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class FlowMapObjective:
         Raises:
             OptionError: more scales than the images can be halved.
         """
-        u = network(interval.x_start, interval.t_start, interval.label, end_time=interval.t_end)
+        given = interval.conditions(self.conditions)
+        u = network(interval.x_start, interval.t_start, interval.label, **given)
         return {"flow_map": velocity_loss(u - interval.mean_velocity(), self.loss, self.scales)}
 
 

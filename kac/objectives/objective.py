@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from kac.networks import Condition
 from kac.objectives.endpoint import EndpointConfig
 from kac.objectives.flow_map import FlowMapConfig
 from kac.objectives.protocol import Objective
@@ -17,6 +18,10 @@ ObjectiveConfig = Annotated[
 """The config of any kind, as the command line, YAML and Python all take it."""
 
 
-def build_objective(config: ObjectiveConfig, steps: int) -> Objective:
-    """What a student of ``steps`` macro steps learns."""
-    return config.build(steps)
+def build_objective(config: ObjectiveConfig, steps: int, takes: tuple[Condition, ...] = ()) -> Objective:
+    """What a student of ``steps`` macro steps learns.
+
+    Args:
+        takes: what its network takes beside time and label whatever the objective is: ``guidance`` for all scales.
+    """
+    return config.build(steps, takes)

@@ -1,5 +1,6 @@
 """What an objective is: which knots it reads, which intervals between them, and the parts of its loss."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,11 +16,17 @@ class Interval(NamedTuple):
     t_start: Tensor  # [batch], float32
     t_end: Tensor  # [batch], below t_start
     label: Tensor  # [batch], int64
+    guidance: Tensor  # [batch], float32: the scale at which the teacher made each pair
 
     def mean_velocity(self) -> Tensor:
         """(x_start - x_end) / (t_start - t_end), [batch, *sample]: the velocity that lands in one step."""
         h = (self.t_start - self.t_end).reshape(-1, *[1] * (self.x_start.ndim - 1))
         return (self.x_start - self.x_end) / h
+
+    def conditions(self, names: Sequence[Condition]) -> dict[str, Tensor]:
+        """What a network that takes these beside time and label is given for the step: [batch] each."""
+        known: dict[Condition, Tensor] = {"end_time": self.t_end, "guidance": self.guidance}
+        return {name: known[name] for name in names}
 
 
 class Objective(Protocol):

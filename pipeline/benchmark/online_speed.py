@@ -43,7 +43,7 @@ def online_batches(setting: Setting) -> Callable[[int], Interval]:
         images, label = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
         t_start, t_end = (times[i].expand(size).to(device) for i in (k, k + 1))
         x_start = path.sample(images, t_start).x_t
-        return Interval(x_start, endpoint(teacher, x_start, label, k), t_start, t_end, label)
+        return Interval(x_start, endpoint(teacher, x_start, label, k), t_start, t_end, label, torch.zeros_like(t_start))
 
     return batch
 

@@ -27,6 +27,7 @@ class Score(Options):
     metrics: dict[str, float]  # those that apply; of several noise seeds the mean
     half_widths: dict[str, float] = Field({}, description="of the 95 % interval of the mean, with several noise seeds")
     fingerprint: str
+    refined_in: tuple[str, ...] = Field((), description="spaces in which it was brought to the training images")
 
 
 class Record(Options):
@@ -122,12 +123,22 @@ def provenance(record: Record) -> list[str]:
     seeds, real = record.seeds, record.real
     noise = f"noise seed {seeds[0]}" if len(seeds) == 1 else f"noise seeds {seeds[0]} .. {seeds[-1]}, mean ±95 %"
     spaces = [_space(name, record.facts.get(name, {})) for name in record.features]
+    told = {name: _seen_by(name, record.scores) for name in record.features}
+    seen = [f"{name} by {', '.join(models)}" for name, models in told.items() if models]
     return [
         f"{record.samples:,} delivered samples a model; {noise}; precision, recall, KID and slices of at most "
         f"{record.kept_rows:,} rows",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
+        *([f"seen in training, and so no judge of these: {'; '.join(seen)}"] if seen else []),
     ]
+
+
+def _seen_by(space: str, scores: Sequence[Score]) -> list[str]:
+    """The models that were refined in a space, or in one that tells as much of an image."""
+    of_pixels = {"pixels", "pooled"}
+    same = of_pixels if space in of_pixels else set()  # an evaluation's other features are never trained on
+    return list(dict.fromkeys(score.name.partition("@")[0] for score in scores if same & set(score.refined_in)))
 
 
 def _space(name: str, facts: dict[str, float]) -> str:

@@ -49,7 +49,14 @@ def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: 
     sizes = [len(rows) for _, rows in pieces]
     return _join(
         [
-            Interval(columns.knots[rows, i], columns.knots[rows, j], times[i], times[j], columns.label[rows])
+            Interval(
+                columns.knots[rows, i],
+                columns.knots[rows, j],
+                times[i],
+                times[j],
+                columns.label[rows],
+                columns.guidance[rows],
+            )
             for (columns, rows), i, j in zip(pieces, torch.split(start, sizes), torch.split(end, sizes), strict=True)
         ]
     )
@@ -65,8 +72,8 @@ def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
     for columns, rows in pieces:
         assert columns.interval is not None
         k = columns.interval[rows]
-        knots = columns.knots[rows]
-        intervals.append(Interval(knots[:, 0], knots[:, 1], times[k], times[k + 1], columns.label[rows]))
+        knots, w = columns.knots[rows], columns.guidance[rows]
+        intervals.append(Interval(knots[:, 0], knots[:, 1], times[k], times[k + 1], columns.label[rows], w))
     return _join(intervals)
 
 

@@ -36,7 +36,7 @@ class Selection:
     @property
     def row_bytes(self) -> int:
         """What a row takes as tensors."""
-        return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
+        return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 28
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Columns:
 
     sample_id: Tensor  # [rows]
     label: Tensor  # [rows]
+    guidance: Tensor  # [rows], float32
     knots: Tensor  # [rows, knots, *sample]
     interval: Tensor | None  # [rows], of forward stores
 
@@ -135,7 +136,8 @@ def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[p
         for i, name in enumerate(selection.knots):
             knots[here, i] = _tensor(table, name)
         start += table.num_rows
-    return Columns(ids, scalars[LABEL], knots, scalars.get(INTERVAL))
+    guidance = torch.cat([torch.full((len(shard.ids),), shard.guidance) for shard in shards])
+    return Columns(ids, scalars[LABEL], guidance, knots, scalars.get(INTERVAL))
 
 
 def _tensor(table: pa.Table, name: str) -> Tensor:

@@ -77,14 +77,14 @@ class Store:
         """The guidance scales in the store."""
         return tuple(sorted({shard.guidance for shard in self.shards}))
 
-    def rows(self, guidance: float) -> int:
-        """The number of trajectories of a guidance scale."""
+    def rows(self, guidance: float | Sequence[float]) -> int:
+        """The number of trajectories of a guidance scale, or of several."""
         return rows_of(self._shards_of(guidance))
 
     def batches(
         self,
         batch_size: int,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         knots: Sequence[int] | None = None,
         *,
         rank: int = 0,
@@ -97,7 +97,7 @@ class Store:
         """One epoch of this rank's rows, each exactly once; the last batch may be short.
 
         Args:
-            guidance: which scale; None if the store has only one.
+            guidance: which scale, or which, their rows mixed; None if the store has only one.
             knots: indices of the knots to read, 0 (noise) .. ``identity.knots`` (image); None: all. Forward stores have
                 two columns, the interval's start and end, and take None alone.
             seed: None reads in the order of sample ids; a number shuffles, differently in each epoch.
@@ -120,7 +120,7 @@ class Store:
         self,
         batch_size: int,
         objective: Objective,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -132,6 +132,7 @@ class Store:
         objective draws, or that a row of a forward store spans. Reads only the knots that the objective needs.
 
         Args:
+            guidance: as for ``batches``.
             start_batch: where to go on after a stop; the batches are those of a run that was not stopped.
 
         Raises:
@@ -148,8 +149,9 @@ class Store:
             if is_forward:
                 yield own_intervals(pieces, times)
             else:
-                positions = range(n * batch_size, (n + 1) * batch_size)
-                uniforms = noise.uniforms(seed, INTERVAL_STREAM + rank, positions, 2)
+                # Of the rows of all ranks: several workers draw what one with their rows would.
+                positions = range(n * batch_size * world_size, (n + 1) * batch_size * world_size)
+                uniforms = noise.uniforms(seed, INTERVAL_STREAM, positions, 2)[rank::world_size]
                 yield drawn_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
@@ -188,15 +190,17 @@ class Store:
             self._loaded[selection] = to_columns(selection, selection.shards, tables)
         return self._loaded[selection]
 
-    def _shards_of(self, guidance: float) -> tuple[Shard, ...]:
-        self.check_guidance(guidance)
-        return tuple(shard for shard in self.shards if shard.guidance == guidance)
+    def _shards_of(self, guidance: float | Sequence[float]) -> tuple[Shard, ...]:
+        scales = guidance if isinstance(guidance, Sequence) else (guidance,)
+        for w in scales:
+            self.check_guidance(w)
+        return tuple(shard for shard in self.shards if shard.guidance in scales)
 
-    def _select(self, guidance: float | None, knots: tuple[str, ...]) -> Selection:
+    def _select(self, guidance: float | Sequence[float] | None, knots: tuple[str, ...]) -> Selection:
         if guidance is None:
             if len(self.guidance) != 1:
                 raise StoreError(f"guidance: expected one of {list(self.guidance)}, found None")
-            guidance = self.guidance[0]
+            guidance = self.guidance
         return Selection(self.path, self.identity, self._shards_of(guidance), knots)
 
 

@@ -1,10 +1,19 @@
 """Refinement: the energy distance, its loss over classes and spaces, and gradients through what is delivered."""
 
+from collections.abc import Iterator
+from typing import get_args
+
 import pytest
 import torch
 
+from kac.data import DataConfig, Dataset, open_dataset
 from kac.images import delivered
-from kac.refinement import Pixels, Pooled, energy_distance, refinement_loss, straight_through
+from kac.metrics.features import classifier
+from kac.metrics.features.classifier import JUDGE
+from kac.options import OptionError
+from kac.refinement import check_spaces, open_spaces, refinement_loss, straight_through
+from kac.refinement.energy import energy_distance
+from kac.refinement.spaces import CLASSIFIER, SpaceName
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -32,7 +41,15 @@ def test_it_is_zero_on_average_for_one_law_and_positive_for_two():
 
 
 def loss_of(samples, label, real, real_label, weight=0.5, spaces=None):
-    return refinement_loss(samples, label, real, real_label, spaces or [Pixels()], weight, 2)
+    return refinement_loss(samples, label, real, real_label, spaces or [pixels], weight, 2)
+
+
+def pixels(samples, update):
+    return [samples.flatten(1)]
+
+
+def thirds(samples, update):
+    return [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]]
 
 
 def test_classes_that_are_mixed_up_cost_even_where_the_images_together_are_right():
@@ -54,14 +71,66 @@ def test_the_loss_does_not_depend_on_the_unit_of_the_pixels():
     assert one == pytest.approx(ten, rel=1e-4)
 
 
-def test_several_spaces_count_alike():
+def test_several_spaces_count_alike_whatever_the_number_of_their_features():
     generator = seeded(4)
     made, real = torch.randn(2, 20, 1, 8, 8, generator=generator)
     label = torch.arange(20) % 2
-    apart = [loss_of(made, label, real, label, spaces=(space,)).item() for space in (Pixels(), Pooled())]
-    both = loss_of(made, label, real, label, spaces=(Pixels(), Pooled())).item()
+    apart = [loss_of(made, label, real, label, spaces=[space]).item() for space in (pixels, thirds)]
+    both = loss_of(made, label, real, label, spaces=[pixels, thirds]).item()
     assert both == pytest.approx(sum(apart) / 2, rel=1e-5)
-    assert Pooled()(made).shape == (20, 4)
+    one = [
+        loss_of(part(made), label, part(real), label).item()
+        for part in (lambda x: x.flatten(1)[:, :21], lambda x: x.flatten(1)[:, 21:])
+    ]
+    assert apart[1] == pytest.approx(sum(one) / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILLKAC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(classifier, "MIN_UPDATES", 60)
+        patch.setattr(classifier, "MAX_UPDATES", 60)
+        yield open_dataset(DataConfig(kind="digits"))
+
+
+@pytest.mark.parametrize("name", get_args(SpaceName))
+def test_every_space_gives_features_with_gradients_and_is_zero_on_average_for_one_law(name, digits):
+    (space,) = open_spaces([name], digits, torch.device("cpu"))
+    real, label = digits.train.rows(torch.arange(400))
+    found = space(real[:7].clone().requires_grad_(), 3)
+    assert all(part.ndim == 2 and len(part) == 7 and part.requires_grad for part in found)
+    assert all(torch.equal(*pair) for pair in zip(space(real[:7], 3), space(real[:7], 3), strict=True))
+
+    def loss(made: torch.Tensor) -> float:
+        return refinement_loss(made, label[:200], real[200:], label[200:], [space], 0.5, 10).item()
+
+    assert loss(real[:200]) < 0.05
+    assert loss(-real[:200]) > 0.2
+
+
+def test_random_features_are_others_in_every_update_and_leave_the_generator_alone(digits):
+    (space,) = open_spaces(["random"], digits, torch.device("cpu"))
+    real = digits.train.rows(torch.arange(5)).images
+    torch.manual_seed(0)
+    first, second = space(real, 0), space(real, 1)
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(first, second, strict=True))
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))
+    assert len(open_spaces(["random"], digits, torch.device("cpu"))[0](torch.randn(4, 2), 0)) == 3  # points too
+
+
+def test_the_classifier_that_teaches_is_not_the_one_that_judges():
+    assert (CLASSIFIER.width, CLASSIFIER.seed) != (JUDGE.width, JUDGE.seed)
+    assert CLASSIFIER.identity("data") != JUDGE.identity("data")
+
+
+def test_spaces_that_the_data_do_not_have_are_refused():
+    with pytest.raises(OptionError, match=r"--refine.spaces pooled: expected images of at least 4 .*, found \[2\]"):
+        check_spaces(["pixels", "pooled"], (2,), 2)
+    with pytest.raises(OptionError, match=r"--refine.spaces classifier: expected data of several classes, found one"):
+        check_spaces(["classifier"], (1, 8, 8), 1)
 
 
 def test_what_is_delivered_is_compared_and_its_gradient_passes_as_if_nothing_was_clipped():

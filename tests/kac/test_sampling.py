@@ -9,6 +9,7 @@ from kac.errors import DistillKacError
 from kac.networks import MLPConfig, build_network
 from kac.objectives import Interval
 from kac.objectives.endpoint import endpoint_loss
+from kac.options import OptionError
 from kac.path import KacPath, PathConfig
 from kac.precision import Precision
 from kac.sampling import Sampling, draw, generate, initial_noise, student_sampling, teacher_sampling
@@ -41,6 +42,17 @@ def test_a_teacher_is_sampled_as_one_likes_and_a_student_in_euler_steps_of_its_o
     assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
     taking = config(guidance=3.0, network=MLPConfig(conditions=("guidance",)))
     assert student_sampling(taking) == Sampling(3.0, 4, "euler", "uniform")
+
+
+def test_a_student_of_all_scales_takes_those_between_the_ones_it_learned():
+    both = config(guidance=0.0, guidance_scales=(0.0, 0.5, 2.0), network=MLPConfig(conditions=("guidance",)))
+    assert student_sampling(both, guidance=1.2) == Sampling(1.2, 4, "euler", "uniform")
+    with pytest.raises(
+        OptionError, match=r"--guidance: expected 0.0 .. 2.0, since this student has learned .*, found 3"
+    ):
+        student_sampling(both, guidance=3.0)
+    with pytest.raises(OptionError, match=r"--guidance: expected 1.5, which is built into this student, found 1.0"):
+        student_sampling(config(), guidance=1.0)
 
 
 def test_noise_and_labels_are_those_of_the_numbers():
@@ -100,7 +112,7 @@ def test_a_student_without_loss_lands_where_the_teacher_does():
     for k in range(4):
         t_start, t_end = torch.full((3,), 1 - k / 4), torch.full((3,), 1 - (k + 1) / 4)
         loss = endpoint_loss(
-            Student(), Interval(knots[k], knots[k + 1], t_start.double(), t_end.double(), torch.zeros(3))
+            Student(), Interval(knots[k], knots[k + 1], t_start.double(), t_end.double(), *torch.zeros(2, 3))
         )
         assert loss.item() < 1e-24
     torch.testing.assert_close(sample(Student(), knots[0], torch.zeros(3), 4).x, knots[4])

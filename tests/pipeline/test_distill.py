@@ -12,7 +12,7 @@ from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
 from kac.sampling import Sampling, generate, student_sampling
 from pipeline import store
-from pipeline.config import SampleSpec
+from pipeline.config import DistillSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from tests.pipeline.stages import FEW, distill_spec, run_of
@@ -161,6 +161,74 @@ def test_a_refined_student_is_nearer_to_the_data_and_its_anchor_is_logged(
     assert config.is_any_step
     names = run_of("distill", config.fingerprint).data.metrics
     assert {"loss/flow_map", "loss/energy"} <= set(names)
+    assert config.refined_in == ("pixels",)
     plain = distill(distill_spec(small_store, tmp_path / "plain", **{**options, "refine": "none"}))
     assert plain is not None
     assert plain.weights_sha256 != config.weights_sha256
+    assert plain.refined_in == ()
+
+
+REFINED = {
+    "objective": {"kind": "flow-map", "grids": (1, 2, 4)},
+    "refine": {"kind": "data", "spaces": ("pixels", "random")},
+}
+
+
+def test_a_refinement_that_is_stopped_goes_on_to_the_same_weights(
+    small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def spec(name: str) -> DistillSpec:
+        return distill_spec(small_store, tmp_path / name, checkpoint_updates=10, **REFINED)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(metrics: dict[str, Any], path: str) -> None:
+        if metrics["update"] >= 30:
+            raise Stopped
+
+    whole = distill(spec("whole"))
+    with pytest.raises(Stopped):
+        distill(spec("stopped"), on_checkpoint=stop)
+    resumed = distill(spec("stopped"))
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.weights_sha256 == whole.weights_sha256
+
+
+def test_two_workers_refine_as_one_in_two_passes(small_store: str, tmp_path: Path, ray_cluster: None):
+    two_passes = FEW.model_copy(update={"accumulation": 2})
+    distill(distill_spec(small_store, tmp_path / "one", optimizer=two_passes, **REFINED))
+    distill(distill_spec(small_store, tmp_path / "two", workers=2, **REFINED))
+    one, two = (load_model(str(tmp_path / name)).network.state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["endpoint", "flow-map"])
+def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, small_store: str, tmp_path: Path):
+    longer = FEW.model_copy(update={"updates": 600, "batch_size": 128})
+    options = {"kind": objective, **({"grids": (1, 2, 4)} if objective == "flow-map" else {})}
+    config = distill(
+        distill_spec(small_store, tmp_path / "all", guidance="all", objective=options, optimizer=longer, steps=1)
+    )
+    assert config is not None
+    assert (config.guidance, config.guidance_scales) == (0.0, (0.0, 1.0))
+    network, errors = load_model(str(tmp_path / "all")).network, {}
+    for w in (0.0, 1.0):
+        batch = next(store.open(small_store).batches(400, w, [0, 4]))
+        for given in (0.0, 1.0):
+            made = generate(network, batch.knots[:, 0], batch.label, student_sampling(config, 1, given)).x
+            errors[w, given] = float((made - batch.knots[:, 1]).square().mean())
+    assert errors[0.0, 0.0] < 0.5 * errors[0.0, 1.0]
+    assert errors[1.0, 1.0] < 0.5 * errors[1.0, 0.0]
+    out = str(tmp_path / "made.npz")
+    sample(SampleSpec(model=str(tmp_path / "all"), out=out, count=4, guidance=0.5))
+    again = distill_spec(small_store, tmp_path / "one", init=str(tmp_path / "all"), objective=options)
+    with pytest.raises(DistillKacError, match=r"expected a student of guidance 0.0, found one of all"):
+        distill(again)
+
+
+def test_all_scales_are_not_refined_at_once(small_store: str, tmp_path: Path):
+    with pytest.raises(DistillKacError, match=r"--refine data: expected one --guidance, since .*, found all"):
+        distill_spec(small_store, tmp_path / "out", guidance="all", refine="data")

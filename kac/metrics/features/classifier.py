@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -23,9 +24,26 @@ from kac.metrics.features.space import averaged_down
 from kac.options import OptionError
 
 FEATURES = 64
-RECIPE = {"version": 1, "features": FEATURES, "width": 32, "batch_size": 128, "learning_rate": 3e-3, "epochs": 4}
+RECIPE = {"version": 1, "features": FEATURES, "batch_size": 128, "learning_rate": 3e-3, "epochs": 4}
 MIN_UPDATES, MAX_UPDATES = 500, 1500
 TEST_BATCH = 1000
+
+
+class ClassifierRecipe(NamedTuple):
+    """What makes one classifier of a data set another one than the next."""
+
+    width: int = 32  # channels of the first layer
+    seed: int = 0
+
+    def identity(self, data_sha256: str) -> str:
+        """The name of the classifier of this data; whatever has changed since keeps its neutral value out of it."""
+        return fingerprint(
+            {**RECIPE, "width": self.width, "data": data_sha256, **({"seed": self.seed} if self.seed else {})}
+        )
+
+
+JUDGE = ClassifierRecipe()
+"""The one that evaluations judge by: nothing else is ever trained with it."""
 
 
 class Classifier(nn.Module):
@@ -33,13 +51,14 @@ class Classifier(nn.Module):
 
     Args:
         sample_shape: images [channels, height, width] get convolutions, points two linear layers.
+        width: channels of the first convolution.
     """
 
-    def __init__(self, sample_shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, sample_shape: tuple[int, ...], num_classes: int, width: int = JUDGE.width) -> None:
         super().__init__()
         with torch.device("meta"):
             shape = tuple(averaged_down(torch.empty(1, *sample_shape)).shape[1:])
-        self.body = _convolutions(shape) if is_image(shape) else _linear(math.prod(shape))
+        self.body = _convolutions(shape, width) if is_image(shape) else _linear(math.prod(shape))
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, samples: Tensor) -> Tensor:
@@ -53,11 +72,11 @@ class Classifier(nn.Module):
         return self.head(features.to(self.head.weight.device)).argmax(1).cpu()  # type: ignore[no-any-return]
 
 
-def _convolutions(shape: tuple[int, ...]) -> nn.Sequential:
+def _convolutions(shape: tuple[int, ...], out: int) -> nn.Sequential:
     """Halve the sides until they are at most 4, doubling the channels; the first layer spares images of up to 8."""
     channels, height, width = shape
     layers: list[nn.Module] = []
-    out, stride = int(RECIPE["width"]), 1 if max(height, width) <= 8 else 2
+    stride = 1 if max(height, width) <= 8 else 2
     while True:
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
         channels, height, width = out, -(-height // stride), -(-width // stride)
@@ -71,8 +90,8 @@ def _linear(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, FEATURES), nn.ReLU())
 
 
-def open_classifier(data: Dataset) -> tuple[Classifier, dict[str, float], str]:
-    """The classifier of this data, its held-out accuracy, and the sha256 of its weights; trained if the cache has none.
+def open_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> tuple[Classifier, dict[str, float], str]:
+    """The recipe's classifier of this data, its held-out accuracy, and its weights' sha256; trained if it is not cached.
 
     Raises:
         OptionError: data of a single class.
@@ -80,12 +99,12 @@ def open_classifier(data: Dataset) -> tuple[Classifier, dict[str, float], str]:
     known = data.description
     if known.num_classes < 2:
         raise OptionError("--features classifier: expected data of several classes, found one: choose other features")
-    place = files.join(cache_folder("classifiers"), fingerprint({**RECIPE, "data": known.sha256}))
+    place = files.join(cache_folder("classifiers"), recipe.identity(known.sha256))
     weights_path, record_path = (f"{place}.{ending}" for ending in ("safetensors", "json"))
     try:
         record, weights = json.loads(files.read_bytes(record_path)), files.read_bytes(weights_path)
     except FileNotFoundError:
-        network = train_classifier(data)
+        network = train_classifier(data, recipe)
         weights = safetensors.torch.save(network.state_dict())
         # The first one that is published is everybody's.
         if not files.write_bytes(weights_path, weights, if_absent=True):
@@ -93,21 +112,21 @@ def open_classifier(data: Dataset) -> tuple[Classifier, dict[str, float], str]:
             network.load_state_dict(safetensors.torch.load(weights))
         record = {"held_out_accuracy": accuracy(network, data.held_out)}
         files.write_bytes(record_path, json.dumps(record).encode())
-    network = Classifier(known.sample_shape, known.num_classes)
+    network = Classifier(known.sample_shape, known.num_classes, recipe.width)
     network.load_state_dict(safetensors.torch.load(weights))
     return network.eval(), record, hashlib.sha256(weights).hexdigest()
 
 
-def train_classifier(data: Dataset) -> Classifier:
+def train_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> Classifier:
     """AdamW on shuffled delivered training images; the same on every run with the same threads."""
     known, split = data.description, data.train
     updates = max(MIN_UPDATES, min(MAX_UPDATES, int(RECIPE["epochs"] * len(split) / RECIPE["batch_size"])))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Classifier(known.sample_shape, known.num_classes)
+        torch.manual_seed(recipe.seed)
+        network = Classifier(known.sample_shape, known.num_classes, recipe.width)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], total_steps=updates)
-    for ids in itertools.islice(_batches(len(split)), updates):
+    for ids in itertools.islice(_batches(len(split), recipe.seed), updates):
         images, labels = split.rows(ids)
         loss = nn.functional.cross_entropy(network.head(network(delivered(images))), labels)
         optimizer.zero_grad()
@@ -117,9 +136,9 @@ def train_classifier(data: Dataset) -> Classifier:
     return network.eval()
 
 
-def _batches(count: int) -> itertools.chain[Tensor]:
+def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
     """Endless batches of row numbers, shuffled anew each epoch; the short last batch of an epoch is left out."""
-    generator, size = torch.Generator().manual_seed(0), min(count, int(RECIPE["batch_size"]))
+    generator, size = torch.Generator().manual_seed(seed), min(count, int(RECIPE["batch_size"]))
     epochs = (torch.randperm(count, generator=generator) for _ in itertools.count())
     return itertools.chain.from_iterable(epoch[: count - count % size].reshape(-1, size).unbind() for epoch in epochs)
 

@@ -20,7 +20,7 @@ WIDEST = 32
 """Pixels and the classifier see larger images averaged down to this many pixels a side."""
 
 TORCHSCRIPT = (".pt", ".ts")
-KINDS = ("pixels", "classifier", "lite0", "inception")
+KINDS = ("pixels", "pooled", "classifier", "lite0", "inception")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FeatureSpace:
     @property
     def is_cheap(self) -> bool:
         """Whether computing the features costs no more than reading them."""
-        return self.name == "pixels"
+        return self.name in {"pixels", "pooled"}
 
     @torch.inference_mode()
     def __call__(self, samples: Tensor) -> Tensor:
@@ -66,6 +66,7 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
 
     openers: dict[str, Callable[[], tuple[nn.Module, dict[str, float], str]]] = {
         "pixels": lambda: (Pixels(), {}, ""),
+        "pooled": lambda: (Pooled(), {}, ""),
         "classifier": lambda: classifier.open_classifier(data),
         "lite0": lambda: (pretrained.lite0(), {}, ""),
         "inception": lambda: (pretrained.inception(), {}, ""),
@@ -76,7 +77,7 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
         network, facts, content = pretrained.torchscript(given), {}, ""
     else:
         network, facts, content = pretrained.imported(given), {}, ""
-    if given in {"lite0", "inception"} and not is_image(data.description.sample_shape):
+    if given in {"pooled", "lite0", "inception"} and not is_image(data.description.sample_shape):
         raise OptionError(f"--features {given}: expected images, found samples of {data.description.sample_shape}")
     name = fingerprint({**space_identity(given, data), "content": content})
     return FeatureSpace(space_name(given), name, network.eval().to(device), facts)
@@ -125,6 +126,16 @@ class Pixels(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width]."""
         return averaged_down(samples).flatten(1)
+
+
+class Pooled(nn.Module):
+    """The means of squares of 4x4 pixels: what an image is from afar. What is left over at the edges is not seen."""
+
+    SIDE = 4
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """[batch, channels, height, width] -> [batch, channels * (height // 4) * (width // 4)]."""
+        return nn.functional.avg_pool2d(samples, self.SIDE).flatten(1)
 
 
 def _file_sha256(path: str) -> str:

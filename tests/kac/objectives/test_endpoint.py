@@ -16,7 +16,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def endpoint_loss(network, *interval) -> torch.Tensor:
-    return loss_of_interval(network, Interval(*interval))
+    return loss_of_interval(network, Interval(*interval, torch.zeros(len(interval[0]))))
 
 
 def intervals(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +118,7 @@ def test_it_draws_each_of_its_intervals_as_often():
 
 
 def test_its_loss_has_one_part():
-    interval = Interval(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2), torch.full((2,), 0.5), torch.zeros(2))
+    interval = Interval(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2), torch.full((2,), 0.5), *torch.zeros(2, 2))
     losses = EndpointObjective(2).losses(lambda x, t, label: x, interval)
     assert {name: value.item() for name, value in losses.items()} == {"endpoint": 1.0}
     assert EndpointObjective(2).conditions == ()
@@ -127,7 +127,7 @@ def test_its_loss_has_one_part():
 def losses_of(error: torch.Tensor, **options) -> float:
     """The endpoint loss of a student whose velocity is off by ``error``."""
     start = torch.zeros_like(error)
-    interval = Interval(start, start, torch.ones(len(error)), torch.zeros(len(error)), torch.zeros(len(error)))
+    interval = Interval(start, start, torch.ones(len(error)), *torch.zeros(3, len(error)))
     objective = EndpointConfig(**options).build(1)
     return objective.losses(lambda x, t, label: error, interval)["endpoint"].item()
 

@@ -69,7 +69,7 @@ def test_its_loss_is_the_squared_distance_to_the_chord():
     generator = seeded(3)
     start, end, wrong = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
     i, j = torch.tensor([0, 0, 3, 5, 19, 7]), torch.tensor([20, 1, 9, 10, 20, 8])
-    interval = Interval(start, end, times[i], times[j], torch.arange(6))
+    interval = Interval(start, end, times[i], times[j], torch.arange(6), torch.full((6,), 2.0))
     seen = {}
 
     def student(x, t, label, end_time):
@@ -81,3 +81,16 @@ def test_its_loss_is_the_squared_distance_to_the_chord():
     assert torch.equal(seen["end_time"], times[j])
     assert torch.equal(seen["t"], times[i])
     assert FlowMapObjective().conditions == ("end_time",)
+
+
+def test_a_student_of_all_scales_is_told_the_scale_of_each_pair():
+    objective = FlowMapConfig().build(4, ("guidance",))
+    assert objective.conditions == ("end_time", "guidance")
+    scales = torch.tensor([0.0, 0.5, 2.0])
+    interval = Interval(*torch.zeros(2, 3, 2), torch.ones(3), torch.zeros(3), torch.zeros(3), scales)
+
+    def student(x, t, label, end_time, guidance):
+        assert torch.equal(end_time, torch.zeros(3))
+        return guidance[:, None].expand(3, 2)
+
+    assert objective.losses(student, interval)["flow_map"].item() == pytest.approx(scales.square().mean().item())

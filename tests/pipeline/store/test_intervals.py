@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kac.errors import DistillKacError
-from kac.objectives import EndpointObjective
+from kac.objectives import EndpointObjective, Interval
 from kac.options import OptionError
 from pipeline import store as endpoint_store
 from pipeline.store import reader
@@ -60,12 +60,13 @@ def test_an_interval_starts_and_ends_at_the_knots_of_its_times(store: Store, pat
     assert len(found) == ROWS * (KNOTS + 1)
     steps, seen = 2, Counter()
     for batch in itertools.islice(store.interval_batches(50, EndpointObjective(steps), 0.0, seed=1, **mode), 8):
-        for x_start, x_end, t_start, t_end, label in zip(*batch, strict=True):
+        for x_start, x_end, t_start, t_end, label, w in zip(*batch, strict=True):
             (i, k), (j, end) = found[x_start.numpy().tobytes()], found[x_end.numpy().tobytes()]
             assert i == j
             assert end == k + KNOTS // steps
             assert (float(t_start), float(t_end)) == (1 - k / KNOTS, 1 - end / KNOTS)
             assert int(label) == rows["label"][i]
+            assert float(w) == 0.0
             seen[k] += 1
     assert seen.keys() == {0, 2}
 
@@ -88,13 +89,28 @@ def test_intervals_are_uniform_and_independent_of_the_row(store: Store) -> None:
     assert np.all(np.abs(draws[:, 0] - 50) < 5 * np.sqrt(200 * 0.25 * 0.75))
 
 
-def test_ranks_draw_different_intervals(store: Store) -> None:
-    def times(rank: int) -> list[float]:
-        return next(
-            store.interval_batches(32, EndpointObjective(KNOTS), 0.0, rank=rank, world_size=2, seed=1)
-        ).t_start.tolist()
+@pytest.mark.parametrize("guidance", [0.0, (0.0, 1.0)])
+def test_two_ranks_read_and_draw_what_one_does(store: Store, guidance) -> None:
+    def first(batch_size: int, **options: int) -> Interval:
+        batches = store.interval_batches(batch_size, EndpointObjective(KNOTS), guidance, seed=1, **options)
+        return list(itertools.islice(batches, 2))[1]
 
-    assert times(0) != times(1)
+    one, halves = first(64), [first(32, rank=rank, world_size=2) for rank in (0, 1)]
+    for whole, *parts in zip(one, *halves, strict=True):
+        assert all(torch.equal(whole[rank::2], part) for rank, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("mode", [{}, STREAM], ids=["memory", "stream"])
+def test_the_rows_of_all_scales_are_mixed_and_say_which_is_theirs(store: Store, path: Path, ray_cluster, mode) -> None:
+    scale_of = {x.tobytes(): w for w in (0.0, 1.0) for x in read_all(path, w)[f"knot_{KNOTS:02d}"]}
+    batches = store.interval_batches(ROWS, EndpointObjective(1), (0.0, 1.0), seed=3, **mode)
+    seen = Counter()
+    for batch in itertools.islice(batches, 2):
+        assert 0.2 < batch.guidance.mean() < 0.8
+        for x_end, w in zip(batch.x_end, batch.guidance, strict=True):
+            assert scale_of[x_end.numpy().tobytes()] == float(w)
+            seen[float(w)] += 1
+    assert seen == {0.0: ROWS, 1.0: ROWS}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -140,13 +156,14 @@ def test_a_forward_store_gives_each_row_its_own_interval(forward: Path, ray_clus
     id_of = {x.tobytes(): i for i, x in enumerate(rows["knot_start"])}
     seen: Counter[int] = Counter()
     for batch in itertools.islice(store.interval_batches(50, EndpointObjective(KNOTS), seed=4, **mode), 12):
-        for x_start, x_end, t_start, t_end, label in zip(*batch, strict=True):
+        for x_start, x_end, t_start, t_end, label, w in zip(*batch, strict=True):
             i = id_of[x_start.numpy().tobytes()]
             seen[i] += 1
             assert np.array_equal(x_end.numpy(), rows["knot_end"][i])
             k = rows["interval"][i]
             assert (float(t_start), float(t_end)) == (1 - k / KNOTS, 1 - (k + 1) / KNOTS)
             assert int(label) == rows["label"][i]
+            assert float(w) == 0.0
     assert seen == dict.fromkeys(range(ROWS), 2)
     assert set(rows["interval"]) == set(range(KNOTS))
     plain = list(store.batches(16, seed=1, **mode))
