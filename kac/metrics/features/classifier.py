@@ -91,7 +91,7 @@ def _linear(width: int) -> nn.Sequential:
 
 
 def open_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> tuple[Classifier, dict[str, float], str]:
-    """The recipe's classifier of this data, its held-out accuracy, and its weights' sha256; trained if it is not cached.
+    """The recipe's classifier of this data, its held-out accuracy, and the sha256 of its weights; cached.
 
     Raises:
         OptionError: data of a single class.

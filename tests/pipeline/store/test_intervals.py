@@ -89,7 +89,7 @@ def test_intervals_are_uniform_and_independent_of_the_row(store: Store) -> None:
     assert np.all(np.abs(draws[:, 0] - 50) < 5 * np.sqrt(200 * 0.25 * 0.75))
 
 
-@pytest.mark.parametrize("guidance", [0.0, (0.0, 1.0)])
+@pytest.mark.parametrize("guidance", [0.0, (0.0, 1.5)])
 def test_two_ranks_read_and_draw_what_one_does(store: Store, guidance) -> None:
     def first(batch_size: int, **options: int) -> Interval:
         batches = store.interval_batches(batch_size, EndpointObjective(KNOTS), guidance, seed=1, **options)
@@ -102,15 +102,15 @@ def test_two_ranks_read_and_draw_what_one_does(store: Store, guidance) -> None:
 
 @pytest.mark.parametrize("mode", [{}, STREAM], ids=["memory", "stream"])
 def test_the_rows_of_all_scales_are_mixed_and_say_which_is_theirs(store: Store, path: Path, ray_cluster, mode) -> None:
-    scale_of = {x.tobytes(): w for w in (0.0, 1.0) for x in read_all(path, w)[f"knot_{KNOTS:02d}"]}
-    batches = store.interval_batches(ROWS, EndpointObjective(1), (0.0, 1.0), seed=3, **mode)
+    scale_of = {x.tobytes(): w for w in (0.0, 1.5) for x in read_all(path, w)[f"knot_{KNOTS:02d}"]}
+    batches = store.interval_batches(ROWS, EndpointObjective(1), (0.0, 1.5), seed=3, **mode)
     seen = Counter()
     for batch in itertools.islice(batches, 2):
-        assert 0.2 < batch.guidance.mean() < 0.8
+        assert 0.3 < batch.guidance.mean() < 1.2
         for x_end, w in zip(batch.x_end, batch.guidance, strict=True):
             assert scale_of[x_end.numpy().tobytes()] == float(w)
             seen[float(w)] += 1
-    assert seen == {0.0: ROWS, 1.0: ROWS}
+    assert seen == {0.0: ROWS, 1.5: ROWS}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
