@@ -331,10 +331,12 @@ class SampleSpec(Spec):
 
 
 class QuickstartSpec(Spec):
-    """The whole story on the handwritten digits, on one machine: teach, rollout, sweep, evaluate, report."""
+    """The whole story on the handwritten digits, on one machine: teach, rollout, distill, refine, evaluate, report."""
 
     stage = "quickstart"
     out: str = unhashed(..., "folder to write")
     seed: int = SEED
     trajectories: PositiveInt = unhashed(12000, "trajectories of the store")
-    steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "step counts of the students", min_length=1)
+    steps: tuple[PositiveInt, ...] = unhashed(
+        (1, 2, 4, 20), "step counts at which the students are judged", min_length=1
+    )

@@ -79,7 +79,7 @@ class _Refinement:
         spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
         rows = spec.optimizer.batch_size // micro.slots
         draws = training.update_generator(spec.seed, micro.update)
-        real_rows = micro.share(torch.randint(len(self.data), (spec.optimizer.batch_size,), generator=draws))
+        real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
         real, real_label = self.data.rows(real_rows)
         label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
         noise = training.slot_generator(spec.seed, micro)

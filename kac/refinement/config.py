@@ -30,6 +30,9 @@ class DataRefinementConfig(Kinded):
         description="where images are compared: pixels; pooled: means of 4x4 pixels; classifier: the layers of one "
         "that is trained for this and judges nothing; random: those of an untrained network, a new one every update",
     )
+    real_images: PositiveInt = Field(
+        1024, description="training images an update, over all workers; they cost little, and the more the less noise"
+    )
     class_weight: NonNegativeFloat = Field(
         0.5, description="distance between images of different classes, in mean distances between real images"
     )
