@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kac.errors import DistillKacError
+from pipeline import progress
 
 
 class Resources(NamedTuple):
@@ -29,6 +30,12 @@ def connect() -> Resources:
         # By default Ray keeps one idle worker per CPU and ends the others after a second; a new one takes four seconds
         # to start, and tasks that read ahead of a training loop are idle most of the time.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        if progress.on_terminal():
+            os.environ[progress.TERMINAL_VARIABLE] = "1"
+        else:
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        # It warns at every start that tokens are on; who needs to know is told by what fails without one.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(logging_level=logging.WARNING, **local)
     _quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()

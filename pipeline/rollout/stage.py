@@ -3,13 +3,12 @@
 import time
 from collections.abc import Iterable, Sequence
 
-from tqdm import tqdm
-
 from kac import files
 from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
+from pipeline.progress import Bar
 from pipeline.rollout.cost import describe_cost, describe_remaining
 from pipeline.rollout.place import choose_place
 from pipeline.rollout.plan import Plan, make_plan
@@ -102,13 +101,13 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
         made = compute_on_actors(spec, plan)
     outcomes: list[Outcome] = []
     total = sum(shard.rows for shard in plan.todo)
-    with tqdm(desc="rollout", total=total, unit="trajectory", mininterval=1.0) as bar:
+    with Bar("rollout", total, "trajectories") as bar:
         for outcome in made:
             is_first = outcome.computed_rows > 0 and not any(known.computed_rows for known in outcomes)
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
-            if is_first and bar.n < total:
-                bar.write(f"rollout: {describe_remaining(outcome, total - bar.n, choose_place(spec).actors)}")
+            if is_first and bar.done < total:
+                bar.say(f"rollout: {describe_remaining(outcome, total - bar.done, choose_place(spec).actors)}")
     return outcomes
 
 

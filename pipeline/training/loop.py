@@ -20,6 +20,7 @@ from kac.errors import DistillKacError
 from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
+from pipeline.progress import Bar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
 from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
 from pipeline.training.sheets import Sheets
@@ -75,14 +76,15 @@ def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: b
     learner = job.task.build(worker)
     first = _restore(learner, resume)
     window = _Window(learner, job.task.optimizer.batch_size, worker)
-    bar, remaining = _progress_bar(job.title, first, total, worker), _Remaining(job.title, first, total)
+    bar = Bar(job.title, total, "updates", first, is_shown=worker.rank == 0)
+    remaining = _Remaining(job.title, first, total)
     state = resume
     for done in range(first + 1, total + 1):
         window.add(learner.update(done - 1))
         is_last = done == total
         if done % LOG_UPDATES == 0 or is_last:
-            bar.update(len(window.updates))
-            metrics = window.close()
+            count, metrics = len(window.updates), window.close()
+            bar.update(count, f"loss {metrics['loss']:.4g}")
             _check_finite(job, metrics["loss"], done)
             if worker.rank == 0:
                 job.run.metrics(metrics, step=done)
@@ -190,17 +192,3 @@ def _restore(learner: Learner, resume: bytes | None) -> int:
 def _load(data: bytes) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
-
-
-def _progress_bar(title: str, first: int, total: int, worker: Worker) -> Any:
-    import ray
-    from ray.experimental import tqdm_ray
-    from tqdm import tqdm
-
-    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-        if worker.rank == 0:
-            bar = tqdm_ray.tqdm(desc=title, total=total)
-            bar.update(first)
-            return bar
-        return tqdm(disable=True)
-    return tqdm(desc=title, initial=first, total=total, unit="update", mininterval=1.0)
