@@ -22,12 +22,13 @@ from kac.sampling import teacher_sampling
 from kac.solvers import knot_times, solve
 from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
+from pipeline.distill import distill
 from pipeline.evaluate import _panels, evaluate, read_scores
 from pipeline.evaluation import actors, sources
 from pipeline.evaluation.scores import Score, mean_score, read_record, table
 from pipeline.report import write_report
 from pipeline.sample import sample
-from tests.pipeline.stages import runs_of
+from tests.pipeline.stages import distill_spec, runs_of
 from tests.pipeline.stores import make_teacher
 
 SEED = 1_000_003
@@ -122,6 +123,30 @@ def _frechet(real: np.ndarray, made: np.ndarray) -> float:
     root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(made.T)).real
     gap = real.mean(0) - made.mean(0)
     return float(gap @ gap + np.trace(np.cov(real.T) + np.cov(made.T) - 2 * root))
+
+
+def test_a_student_of_any_steps_and_all_scales_has_a_row_for_each(teacher: str, small_store: str, tmp_path: Path):
+    options = {"kind": "flow-map", "grids": (1, 2, 4)}
+    distill(distill_spec(small_store, tmp_path / "every", objective=options, guidance="all"))
+    judged = {"students": (str(tmp_path / "every"),), "steps": (1, 2)}
+    scores = evaluate(small(teacher, tmp_path / "out", **judged))
+    assert [(s.name, s.steps, s.guidance) for s in scores if s.kind == "student"] == [
+        ("every@2 w=0", 2, 0.0),
+        ("every@1 w=0", 1, 0.0),
+        ("every@2 w=1", 2, 1.0),
+        ("every@1 w=1", 1, 1.0),
+    ]
+    assert [s.guidance for s in scores if s.kind == "teacher"] == [0.0, 1.0]
+    between = evaluate(small(teacher, tmp_path / "between", **judged, guidance=(0.5,)))
+    assert [s.guidance for s in between if s.kind == "student"] == [0.5, 0.5]
+    with pytest.raises(DistillKacError, match=r"--guidance: expected 0.0 .. 1.0, .*, found 2"):
+        evaluate(small(teacher, tmp_path / "beyond", **judged, guidance=(2.0,)))
+
+
+def test_the_table_says_in_which_columns_a_student_was_trained(teacher: str, small_store: str, tmp_path: Path):
+    distill(distill_spec(small_store, tmp_path / "refined", refine={"kind": "data", "spaces": ("pixels", "random")}))
+    evaluate(small(teacher, tmp_path / "out", students=(str(tmp_path / "refined"),)))
+    assert "seen in training, and so no judge of these: pixels by refined" in table(read_record(str(tmp_path / "out")))
 
 
 def test_the_chain_is_walked_by_fingerprints(evaluation: Path, student: str, small_store: str, teacher: str):

@@ -28,6 +28,14 @@ def test_the_grid_has_a_folder_a_point(small_store: str, tmp_path: Path):
             plan_trials(spec.model_copy(update={"grid": (axis,)}))
 
 
+def test_a_flow_map_is_one_student_for_all_step_counts(small_store: str, tmp_path: Path):
+    spec = SweepSpec(store=small_store, out=str(tmp_path), steps=(4, 1), guidance=(0.0, "all"), objective="flow-map")
+    assert [(trial.name, trial.spec.steps, trial.spec.guidance) for trial in plan_trials(spec)] == [
+        ("any-steps-guidance-0.0", 4, 0.0),
+        ("any-steps-guidance-all", 4, "all"),
+    ]
+
+
 def test_a_sweep_trains_what_is_missing_under_one_parent_run(small_store: str, tmp_path: Path, ray_cluster: None):
     spec = SweepSpec(store=small_store, out=str(tmp_path / "sweep"), steps=(1, 2), optimizer=FEW)
     alone = distill(distill_spec(small_store, tmp_path / "alone", steps=2))
