@@ -22,7 +22,7 @@ from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.images import delivered
 from kac.metrics import Metric, Moments
-from kac.metrics.distances import nearest_distances
+from kac.metrics.distances import frechet_distance, nearest_distances
 from kac.metrics.features import FeatureSpace, open_space
 from kac.metrics.features.classifier import Classifier
 from kac.metrics.quality import PIXELS
@@ -82,6 +82,14 @@ class Inputs:
     def train(self) -> dict[str, Moments]:
         """The moments of the training images in each space."""
         return moments_in(self.spaces, images_in_parts(self.data))
+
+    @functools.cached_property
+    def floor(self) -> tuple[int, dict[str, float]]:
+        """Held-out images, as many as samples if there are so many: their count, and Frechet distances by space."""
+        count = min(self.spec.samples, len(self.data.held_out))
+        chosen = torch.randperm(len(self.data.held_out), generator=torch.Generator().manual_seed(0))[:count]
+        found = moments_in(self.spaces, [delivered(self.data.held_out.rows(chosen).images)])
+        return count, {name: frechet_distance(self.train[name], moments) for name, moments in found.items()}
 
     def teaching(self, guidance: float = 0.0, steps: int = 1) -> Sampling:
         """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``."""
@@ -154,7 +162,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     with tracking.start_run(
         spec=spec, fingerprint=fingerprint, inputs=_traced(inputs), output=spec.out, parent=parent
     ) as run:
-        outcomes = {}
+        outcomes: dict[str, Outcome] = {}
         for claim in spec.claims:
             outcomes[claim] = MEASURES[claim](inputs)
             _track(spec, run, fingerprint, claim, outcomes[claim])
@@ -288,10 +296,11 @@ def _stability(inputs: Inputs) -> Outcome:
         found[student.name] = stability(inputs.teacher_subject(w, student.sampling.steps), student)
     if not found:
         return "no step count of --steps divides the store's knots"
-    told, metrics = [], {}
+    told: list[str] = []
+    metrics: dict[str, float] = {}
     for name, knots in found.items():
         beyond = [f"{knot.t:g}" for knot in knots if not knot.holds]
-        verdict = f"beyond it at t = {', '.join(beyond)}" if beyond else "kept at every knot"
+        verdict = f"inequality broken at t = {', '.join(beyond)}" if beyond else "inequality kept at every knot"
         worst = max(knot.error for knot in knots)
         told.append(f"{name}: error {worst:.4f} at most, bound {knots[-1].bound:.4f} at the image, {verdict}")
         metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
@@ -307,7 +316,7 @@ def _speed(inputs: Inputs) -> Outcome:
     # Guidance has a limit of its own: students with a scale in their weights are no witnesses.
     teacher, *rival = inputs.teachers()
     found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
-    told = [f"{name} at most {met.largest:.2f}, {met.share_beyond:.2%} beyond" for name, met in found.items()]
+    told = [f"{name} at most {met.largest:.2f}, {100 * met.share_beyond:.2g} % beyond" for name, met in found.items()]
     values = {
         name: {"largest": met.largest, "share_beyond": met.share_beyond, "density": met.density()[1]}
         for name, met in found.items()
@@ -321,7 +330,8 @@ def _speed(inputs: Inputs) -> Outcome:
 def _solver(inputs: Inputs) -> Outcome:
     found = {s.name: list(quality_by_solver(s, inputs.spaces, inputs.train)) for s in inputs.teachers()}
     space = inputs.spaces[-1].name
-    told, metrics = [], {}
+    told: list[str] = []
+    metrics: dict[str, float] = {}
     for name, points in found.items():
         for method in METHODS:
             distances = [f"{point.distances[space]:.4f}" for point in points if point.method == method]
@@ -330,9 +340,11 @@ def _solver(inputs: Inputs) -> Outcome:
             for where, distance in point.distances.items():
                 metrics[f"frechet_distance_{where}_{point.method}_{point.steps}/{name}"] = distance
     values = {name: [point._asdict() for point in points] for name, points in found.items()}
-    text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(told)}"
-    names = [each.name for each in inputs.spaces]
-    return Finding(text, values, metrics, study_pictures.solver(found, names))
+    count, floor = inputs.floor
+    real = f"{count:,} held-out images {floor[space]:.4f}"
+    text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(told)}; {real}"
+    picture = study_pictures.solver(found, count, floor)
+    return Finding(text, {"held_out": {"count": count, "distances": floor}, **values}, metrics, picture)
 
 
 def _guidance(inputs: Inputs) -> Outcome:
@@ -347,7 +359,7 @@ def _guidance(inputs: Inputs) -> Outcome:
     ]
     if first.agreement is not None and last.agreement is not None:
         told.append(f"label agreement {first.agreement:.2%} to {last.agreement:.2%}")
-    metrics = {}
+    metrics: dict[str, float] = {}
     for point in found:
         measured = point._asdict()
         w = measured.pop("guidance")
@@ -410,7 +422,8 @@ def _plane(inputs: Inputs) -> Outcome:
         return "the samples are no points of the plane"
     found = {subject.name: travel(subject) for subject in inputs.teachers()}
     train = torch.cat(list(images_in_parts(inputs.data)))
-    told, values, metrics = [], {}, {}
+    told, values = [], {}
+    metrics: dict[str, float] = {}
     for name, way in found.items():
         mean, largest = way.speed.mean(1), way.speed.amax(1)
         measured = {"sliced_wasserstein": distance_to(train, way.samples), "fastest": largest.max().item()}

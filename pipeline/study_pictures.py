@@ -24,7 +24,7 @@ TIME = "t, from noise (1) to data (0)"
 
 def stability(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
     """A panel a student: its error at each knot, below the bounds."""
-    columns = min(4, len(found))
+    columns = max(2, min(4, len(found)))  # the title is wider than one panel
     rows = -(-len(found) // columns)
     figure, axes = _figure(rows, columns)
     for axis, (name, knots) in zip(axes, found.items(), strict=False):
@@ -36,6 +36,8 @@ def stability(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
         axis.plot(t, [knot.certain for knot in later], ":", color="grey", label="triangle inequality")
         axis.set(title=name, xlabel=TIME, ylabel="RMS distance per coordinate", yscale="log", xlim=(1.03, -0.03))
         axis.legend(fontsize=8)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
     figure.suptitle("Stability: a student's distance to its teacher's trajectory, and its bound")
     return _png(figure)
 
@@ -46,7 +48,7 @@ def speed(found: Mapping[str, Speeds], limit: float) -> bytes:
     for name, met in found.items():
         edges, heights = met.density()
         # Of what is beyond the last edge one bin would be a spike: the legend tells how much is beyond the limit.
-        label = f"{name}: {met.share_beyond:.2%} beyond, at most {met.largest:.2f}"
+        label = f"{name}: {100 * met.share_beyond:.2g} % beyond, at most {met.largest:.2f}"
         axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
     axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")
     axis.set(xlabel="|u| per coordinate", ylabel="density", yscale="log", title="Speeds met while sampling, w = 0")
@@ -54,10 +56,11 @@ def speed(found: Mapping[str, Speeds], limit: float) -> bytes:
     return _png(figure)
 
 
-def solver(found: Mapping[str, Sequence[SolverPoint]], spaces: Sequence[str]) -> bytes:
-    """A panel a feature space: quality against network evaluations."""
-    figure, axes = _figure(1, len(spaces))
-    for axis, space in zip(axes, spaces, strict=True):
+def solver(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping[str, float]) -> bytes:
+    """A panel a feature space: quality against network evaluations, with that of ``count`` held-out images."""
+    figure, axes = _figure(1, len(floor))
+    for axis, (space, distance) in zip(axes, floor.items(), strict=True):
+        axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")
         for line, (name, points) in zip(("-", "--"), found.items(), strict=False):
             for number, method in enumerate(METHODS):
                 own = [(point.nfe, point.distances[space]) for point in points if point.method == method]

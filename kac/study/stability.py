@@ -8,7 +8,7 @@ e_k the distance of the two states at the student's knot k,
 where lambda_k is how far the teacher's flow of that interval pulls two states apart, and delta_k the error of the
 student's step. With delta_k from the student's own state this is the triangle inequality and always holds
 (``certain``). Distillation only sees delta_k from the teacher's state: that the inequality holds with it too is the
-claim (``bound``).
+claim (``one_step``; ``bound`` over all steps so far).
 """
 
 from typing import NamedTuple
@@ -37,8 +37,8 @@ class StabilityKnot(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the bound (but for rounding)."""
-        return self.error <= self.bound * (1 + 1e-4) + 1e-6
+        """Whether the inequality holds for the step that ends here (but for rounding)."""
+        return self.error <= self.one_step * (1 + 1e-4) + 1e-6
 
 
 @torch.inference_mode()
