@@ -289,13 +289,18 @@ def _finite(value: Any) -> Any:
 def _stability(inputs: Inputs) -> Outcome:
     if not inputs.students:
         return "no --students"
-    found = {}
+    found, apart = {}, []
     for student in inputs.student_subjects():
-        w = student.config.guidance
+        w, steps = student.config.guidance, student.sampling.steps
         assert w is not None
-        found[student.name] = stability(inputs.teacher_subject(w, student.sampling.steps), student)
+        teacher = inputs.teacher_subject(w, steps)
+        if teacher.sampling.steps % steps:
+            reason = f"its {steps} steps do not divide the teacher's {teacher.sampling.steps}"
+            apart.append(f"{student.name}: left out, since {reason}")
+        else:
+            found[student.name] = stability(teacher, student)
     if not found:
-        return "no step count of --steps divides the store's knots"
+        return "; ".join(apart) or "no step count of --steps divides the store's knots"
     told: list[str] = []
     metrics: dict[str, float] = {}
     for name, knots in found.items():
@@ -306,7 +311,7 @@ def _stability(inputs: Inputs) -> Outcome:
         metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
         metrics |= {f"image_bound/{name}": knots[-1].bound, f"knots_beyond/{name}": float(len(beyond))}
     values = {name: [{**knot._asdict(), "holds": knot.holds} for knot in knots] for name, knots in found.items()}
-    return Finding("; ".join(told), values, metrics, study_pictures.stability(found))
+    return Finding("; ".join([*told, *apart]), values, metrics, study_pictures.stability(found))
 
 
 def _speed(inputs: Inputs) -> Outcome:

@@ -1,4 +1,4 @@
-"""Claim: on mixtures of the plane a Kac flow travels at bounded speed where a Gaussian one races (arXiv 2506.20641).
+"""Claim: on mixtures of the plane a Kac flow travels at bounded speed; a Gaussian one has no bound (arXiv 2506.20641).
 
 For samples that are points: where they end, some of the ways there, and how fast they are travelled.
 """

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from kac.errors import DistillKacError
 from kac.sampling import generate
 from kac.study.subject import Subject, Watched
 
@@ -31,13 +32,20 @@ class Speeds:
         self.bins = torch.zeros(BINS, dtype=torch.int64)
 
     def see(self, u: Tensor) -> None:
-        """Count velocities [batch, *sample] in."""
+        """Count velocities [batch, *sample] in.
+
+        Raises:
+            DistillKacError: values that are not finite.
+        """
         speed = u.detach().abs().flatten()
+        largest = speed.max().item()
+        if not math.isfinite(largest):
+            raise DistillKacError("expected finite velocities of the model, found NaN or infinity: it has diverged")
         place = (speed * (BINS / (TOP * self.limit))).clamp(max=BINS - 1).long()
         self.bins += torch.bincount(place, minlength=BINS).cpu()
         self.count += speed.numel()
         self.beyond += int((speed > self.limit).sum())
-        self.largest = max(self.largest, speed.max().item())
+        self.largest = max(self.largest, largest)
 
     @property
     def share_beyond(self) -> float:

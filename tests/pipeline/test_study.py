@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,26 @@ def test_students_and_stores_of_another_teacher_are_refused(student: str, small_
         study(small(other, tmp_path / "out", store=small_store))
 
 
+def test_a_student_whose_steps_do_not_divide_the_teachers_is_told_apart(
+    teacher: str, small_store: str, student: str, tmp_path: Path
+):
+    three = tmp_path / "three"
+    shutil.copytree(student, three)
+    config = json.loads((three / "config.json").read_text())
+    (three / "config.json").write_text(json.dumps({**config, "steps": 3}))
+    options = {"students": (student, str(three)), "store": small_store, "claims": ("stability",)}
+    line = study(small(teacher, tmp_path / "out", **options))["stability"]
+    assert line.startswith("two: error")
+    assert line.endswith("three: left out, since its 3 steps do not divide the teacher's 8")
+    # Without a store the teacher takes as many steps as divide well.
+    line = study(small(teacher, tmp_path / "free", students=(str(three),), claims=("stability",)))["stability"]
+    assert line.startswith("three: error")
+
+
 def test_claims_are_named_once_and_all_is_all():
     assert StudySpec(teacher="t", out="o", claims=("solver", "all")).claims == CLAIMS
     assert StudySpec(teacher="t", out="o", claims=("solver", "speed", "speed")).claims == ("speed", "solver")
-    with pytest.raises(OptionError, match="--claims: input should be .* found 'fame'"):
+    with pytest.raises(OptionError, match=r"--claims: input should be .* found 'fame'"):
         StudySpec(teacher="t", out="o", claims=("fame",))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
+from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import open_space
@@ -88,6 +89,11 @@ def test_speeds_are_counted_coordinate_by_coordinate_at_every_evaluation():
 def test_there_are_no_shares_beyond_a_limit_that_is_infinite():
     with pytest.raises(ValueError, match="expected a positive speed limit, found inf"):
         Speeds(math.inf)
+
+
+def test_velocities_that_are_not_finite_are_refused():
+    with pytest.raises(DistillKacError, match="expected finite velocities"):
+        speeds(subject(Field(lambda x, t: x * math.nan), EULER), 4.0)
 
 
 def test_quality_is_that_of_each_solver_at_its_own_cost():
