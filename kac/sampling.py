@@ -9,7 +9,7 @@ from torch import Tensor
 from kac import noise
 from kac.checkpoint import Model, ModelConfig
 from kac.errors import DistillKacError
-from kac.guidance import guide
+from kac.guidance import GuidedVelocity, guide
 from kac.images import delivered
 from kac.networks import VelocityNetwork
 from kac.options import OptionError
@@ -117,16 +117,26 @@ def carry(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampli
 
     A network that takes the end time of a step, or the guidance scale, is given it.
     """
+    velocity = velocity_of(network, x_1, label, sampling)
+    return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
+
+
+def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:
+    """What ``carry`` solves: the guided velocity of these labels, at the times of the sampling's grid.
+
+    Args:
+        x_1: [batch, *sample], of the type and on the device of all states.
+    """
     times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
     rounded = times.to(x_1.dtype)
     next_time = dict(zip(rounded.tolist(), rounded[1:].tolist(), strict=False))
+    dtype, device = x_1.dtype, x_1.device
 
     def conditions(t: Tensor) -> dict[str, Tensor]:
         given = {name: next_time[t.item()] if name == "end_time" else sampling.guidance for name in takes}
-        return {name: torch.tensor(value, dtype=x_1.dtype, device=x_1.device) for name, value in given.items()}
+        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in given.items()}
 
-    velocity = guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
-    return solve(velocity, x_1, times, sampling.solver)
+    return guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
 
 
 def initial_noise(

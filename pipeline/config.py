@@ -308,6 +308,39 @@ class EvaluateSpec(Spec):
         return features
 
 
+Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "all"]
+
+CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane")
+
+
+class StudySpec(Spec):
+    """Measure what the papers of Kac flows claim, on a teacher, its store and its students."""
+
+    stage = "study"
+    teacher: str = unhashed(..., "model folder of the teacher")
+    store: str | None = unhashed(None, "endpoint store of the teacher; its solver is the teacher's")
+    students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
+    rival: str | None = unhashed(
+        None, "model folder of a teacher with a Gaussian path, of the same data, network and budget"
+    )
+    out: str = unhashed(..., "folder to write: study.json, one picture a claim")
+    claims: tuple[Claim, ...] = Field(
+        CLAIMS, min_length=1, description="what is measured; all: everything whose inputs are given"
+    )
+    samples: int = Field(2000, ge=2, description="samples a model, and rows of the store")
+    steps: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4, 20), min_length=1, description="step counts of any-step students, where they divide the store's knots"
+    )
+    precision: Precision = Precision()
+    seed: int = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise, other than the store's")
+    batch_size: PositiveInt = unhashed(500, "samples a network call")
+
+    @field_validator("claims")
+    @classmethod
+    def _all_or_once_each(cls, claims: tuple[Claim, ...]) -> tuple[Claim, ...]:
+        return CLAIMS if "all" in claims else tuple(claim for claim in CLAIMS if claim in claims)
+
+
 class SampleSpec(Spec):
     """Draw images from a teacher or a student."""
 

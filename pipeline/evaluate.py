@@ -10,7 +10,7 @@ import torch
 
 from kac import files
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_teacher_config
-from kac.data import open_dataset
+from kac.data import Dataset, open_dataset
 from kac.errors import DistillKacError
 from kac.metrics import Judged, quality_metrics
 from kac.metrics.features import FeatureSpace, open_space, space_identity
@@ -99,17 +99,26 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
     """What the fingerprint of an evaluation says of its inputs: models, and the features that are files."""
-    config = candidates[0].config
-    data = open_dataset(config.data)
-    if data.description.sha256 != config.data_sha256:
-        raise DistillKacError(
-            f"{spec.teacher}: expected the data {config.data_sha256[:12]}... that the teacher learned, found "
-            f"{data.description.sha256[:12]}...: the files of the data set have changed"
-        )
+    data = open_data(spec.teacher, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
     files_used = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
     models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
     return {"models": models, "images": "delivered", **({"feature_files": files_used} if files_used else {})}
+
+
+def open_data(path: str, teacher: ModelConfig) -> Dataset:
+    """The data that the teacher in the folder ``path`` learned.
+
+    Raises:
+        DistillKacError: they have changed, or as ``open_dataset``.
+    """
+    data = open_dataset(teacher.data)
+    if data.description.sha256 != teacher.data_sha256:
+        raise DistillKacError(
+            f"{path}: expected the data {teacher.data_sha256[:12]}... that the teacher learned, found "
+            f"{data.description.sha256[:12]}...: the files of the data set have changed"
+        )
+    return data
 
 
 def read_scores(out: str) -> list[Score]:
@@ -119,7 +128,7 @@ def read_scores(out: str) -> list[Score]:
 
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     teacher = load_teacher_config(spec.teacher)
-    folders = [path for given in spec.students for path in _student_folders(given)]
+    folders = [path for given in spec.students for path in student_folders(given)]
     students = [student for path in folders for student in _students(spec, teacher, path)]
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
@@ -131,14 +140,7 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
 
 def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candidate]:
     """The student in a folder; one that takes any step count or guidance scale is several candidates."""
-    config = load_config(path)
-    if config.kind != "student":
-        raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
-    if config.teacher_sha256 != teacher.weights_sha256:
-        raise DistillKacError(
-            f"{path}: expected a student of the teacher {teacher.weights_sha256[:12]}... in {spec.teacher}, "
-            f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
-        )
+    config = load_student_config(path, spec.teacher, teacher)
     assert config.guidance is not None
     bare = path.rsplit("/", 1)[-1]
     counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
@@ -150,7 +152,24 @@ def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candi
     return found
 
 
-def _student_folders(path: str) -> list[str]:
+def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> ModelConfig:
+    """The config of the student in the folder ``path``.
+
+    Raises:
+        DistillKacError: it is no student, or one of another teacher than the one in ``teacher_path``.
+    """
+    config = load_config(path)
+    if config.kind != "student":
+        raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
+    if config.teacher_sha256 != teacher.weights_sha256:
+        raise DistillKacError(
+            f"{path}: expected a student of the teacher {teacher.weights_sha256[:12]}... in {teacher_path}, "
+            f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
+        )
+    return config
+
+
+def student_folders(path: str) -> list[str]:
     """A student's folder, or those below a sweep's."""
     if files.exists(files.join(path, CONFIG_FILE)):
         return [path]

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from kac import files
 from kac.data import decoded
-from kac.data.bundled import digits, moons
+from kac.data.bundled import digits, gaussians, moons
 from kac.data.cifar10 import Cifar10Source
 from kac.data.encoded import Decoder
 from kac.data.folder import FolderSource
@@ -24,7 +24,7 @@ from kac.data.splits import Dataset
 from kac.fingerprint import unhashed
 from kac.options import Kinded
 
-DataKind = Literal["digits", "moons", "idx", "cifar10", "folder", "parquet"]
+DataKind = Literal["digits", "moons", "gaussians", "idx", "cifar10", "folder", "parquet"]
 
 
 class DataConfig(Kinded):
@@ -32,11 +32,11 @@ class DataConfig(Kinded):
 
     kind: DataKind = Field(
         "digits",
-        description="digits: 8x8 handwritten digits; moons: points of the plane; idx: the four files of MNIST or "
-        "Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; "
-        "parquet: images in a column, as Hugging Face has them",
+        description="digits: 8x8 handwritten digits; moons, gaussians: points of the plane, two half circles or eight "
+        "modes; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE "
+        "or ROOT/{train,test}/CLASS/IMAGE; parquet: images in a column, as Hugging Face has them",
     )
-    root: str | None = unhashed(None, "where its files are: a path or s3:// URI; digits and moons have none")
+    root: str | None = unhashed(None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none")
     size: PositiveInt | None = Field(
         None, description="crop images to their middle square and resize it to this side; default: they are of one size"
     )
@@ -50,7 +50,7 @@ class DataConfig(Kinded):
     @model_validator(mode="after")
     def _takes_what_its_kind_takes(self) -> Self:
         if self.kind in BUNDLED and self.root is not None:
-            raise ValueError(f"--root: expected none, since {self.kind} comes with scikit-learn, found {self.root!r}")
+            raise ValueError(f"--root: expected none, since {self.kind} comes without files, found {self.root!r}")
         if self.kind in KINDS and not self.root:
             raise ValueError(f"--root: expected where the files of {self.kind} are, a path or s3:// URI, found none")
         taken = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
@@ -69,7 +69,7 @@ class FileKind(NamedTuple):
     options: tuple[str, ...]  # those that mean something for it, beside kind and root
 
 
-BUNDLED: dict[DataKind, Callable[[], Dataset]] = {"digits": digits, "moons": moons}
+BUNDLED: dict[DataKind, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
 """Kinds without files, and what makes each."""
 
 KINDS: dict[DataKind, FileKind] = {

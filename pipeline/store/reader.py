@@ -17,12 +17,12 @@ from kac import noise
 from kac.objectives import Interval, Objective
 from kac.solvers import knot_times
 from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows
-from pipeline.store.columns import Columns, Selection, columns_of_knots, read_group, shard_at, to_columns
+from pipeline.store.columns import Columns, Selection, columns_of_knots, read_group, read_rows, shard_at, to_columns
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.order import Order, check_position, cut, grouped, rows_of, windows
 from pipeline.store.prefetch import GROUP_BYTES, read_ahead
-from pipeline.store.shards import identity_of_shard
+from pipeline.store.shards import column_array, identity_of_shard
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
@@ -115,6 +115,23 @@ class Store:
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         pieces = reading.pieces(range(epoch, epoch + 1), start_batch * batch_size)
         yield from map(whole_rows, cut(pieces, batch_size))
+
+    def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Any columns of the first ``count`` rows (or of all) of a guidance scale, by sample id: [rows, ...] each.
+
+        Reads the shards that hold them, and only these; nothing is kept.
+
+        Raises:
+            StoreError: an unknown guidance scale, or a shard that is missing or damaged.
+        """
+        parts: list[Any] = []
+        missing = count
+        for shard in sorted(self._shards_of(guidance)):
+            if missing > 0:
+                parts.append(read_rows(self.path, self.identity, shard, names).slice(0, missing))
+                missing -= shard.rows
+        columns = {name: [torch.from_numpy(column_array(part[name]).copy()) for part in parts] for name in names}
+        return {name: torch.cat(values) for name, values in columns.items()}
 
     def interval_batches(
         self,

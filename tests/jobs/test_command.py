@@ -12,7 +12,10 @@ from jobs import command
 from kac.errors import DistillKacError
 from pipeline.config import SampleSpec
 
-JOBS = ["teach", "convert", "rollout", "distill", "sweep", "evaluate", "sample", "quickstart", "benchmark", "store"]
+JOBS = [
+    *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),
+    *("quickstart", "benchmark", "store"),
+]
 WORDS = ["--model", "m", "--out", "o.png"]
 
 

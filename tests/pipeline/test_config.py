@@ -137,6 +137,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "StudentOptions": {"store": "s"},
     "SweepSpec": {"store": "s", "out": "o"},
     "EvaluateSpec": {"teacher": "t", "out": "o"},
+    "StudySpec": {"teacher": "t", "out": "o"},
     "SampleSpec": {"model": "m", "out": "o"},
     "QuickstartSpec": {"out": "o"},
     "StoreIdentity": IDENTITY,

@@ -56,6 +56,19 @@ def test_moons_are_two_crescents():
     assert radius.std().item() == pytest.approx(0.05, abs=0.01)
 
 
+def test_gaussians_are_eight_modes_on_a_circle():
+    images, labels = whole("gaussians")
+    assert images.shape == (4096, 2)
+    assert torch.bincount(labels).tolist() == [512] * 8
+    assert images.abs().max() < 1  # none is cut off
+    for label in range(8):
+        mode = images[labels == label]
+        angle = torch.tensor(label * torch.pi / 4)
+        centre = 0.75 * torch.stack([angle.cos(), angle.sin()])
+        assert torch.allclose(mode.mean(0), centre, atol=0.01)
+        assert mode.std(0).tolist() == pytest.approx([0.05, 0.05], abs=0.006)
+
+
 @pytest.mark.parametrize("kind", sorted(BUNDLED))
 def test_a_fifth_of_each_class_is_held_out_and_nothing_is_in_both(kind):
     data = open_dataset(DataConfig(kind=kind))
@@ -111,7 +124,7 @@ def test_a_dataset_is_opened_once_a_process():
 
 
 def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
-    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons', .* found 'mnist'"):
+    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons', 'gaussians', .* found 'mnist'"):
         DataConfig(kind="mnist")
     with pytest.raises(OptionError, match=r"--root: expected none, .* found '/data'"):
         DataConfig(kind="digits", root="/data")

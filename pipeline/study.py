@@ -1,0 +1,452 @@
+"""Study: what the papers of Kac flows claim, measured on a teacher, its store, its students and a Gaussian rival.
+
+Each claim is a module of ``kac/study/``; here stands what it is given, and what is told of what it found. A claim whose
+inputs are missing is left out, with a line that says so.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kac import files
+from kac.checkpoint import ModelConfig, load_model, load_teacher_config
+from kac.data import Dataset
+from kac.device import default_device
+from kac.errors import DistillKacError
+from kac.images import delivered
+from kac.metrics import Metric, Moments
+from kac.metrics.distances import frechet_distance, nearest_distances
+from kac.metrics.features import FeatureSpace, open_space
+from kac.metrics.features.classifier import Classifier
+from kac.metrics.quality import PIXELS
+from kac.networks import VelocityNetwork
+from kac.options import flatten
+from kac.sampling import TEACHER_STEPS, Sampling, student_sampling, teacher_sampling
+from kac.solvers import knot_times
+from kac.study.guidance_scales import effect_of_guidance
+from kac.study.marginals import marginal
+from kac.study.memorisation import energy_and_nearness
+from kac.study.plane import distance_to, travel
+from kac.study.solver_steps import METHODS, STEPS, moments_in, quality_by_solver
+from kac.study.speed_limit import speeds
+from kac.study.stability import stability
+from kac.study.subject import Subject
+from pipeline import cluster, outputs, store, study_pictures, tracking
+from pipeline.config import StudySpec
+from pipeline.evaluate import load_student_config, open_data, student_folders
+from pipeline.evaluation.sources import images_in_parts
+from pipeline.store.layout import KINETIC_ENERGY, LABEL, knot_column
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a claim."""
+
+    text: str  # its line in the table
+    values: dict[str, Any]  # its entry in study.json, by model where there are several
+    metrics: dict[str, float]  # of MLflow: MEASURE/MODEL, or MEASURE
+    picture: bytes = field(repr=False)
+
+
+Outcome = Finding | str
+"""What was found, or why nothing was looked for."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is studied, opened but not loaded."""
+
+    spec: StudySpec
+    teacher: ModelConfig
+    students: tuple[tuple[str, ModelConfig], ...]  # path and config
+    rival: ModelConfig | None
+    store: store.Store | None
+    data: Dataset
+
+    @functools.cached_property
+    def spaces(self) -> list[FeatureSpace]:
+        """Pixels, and the classifier's features if there are several classes."""
+        names = [PIXELS, *(["classifier"] if self.teacher.num_classes > 1 else [])]
+        return [open_space(name, self.data, default_device()) for name in names]
+
+    @functools.cached_property
+    def train(self) -> dict[str, Moments]:
+        """The moments of the training images in each space."""
+        return moments_in(self.spaces, images_in_parts(self.data))
+
+    @functools.cached_property
+    def floor(self) -> tuple[int, dict[str, float]]:
+        """Held-out images, as many as samples if there are so many: their count, and Frechet distances by space."""
+        count = min(self.spec.samples, len(self.data.held_out))
+        chosen = torch.randperm(len(self.data.held_out), generator=torch.Generator().manual_seed(0))[:count]
+        found = moments_in(self.spaces, [delivered(self.data.held_out.rows(chosen).images)])
+        return count, {name: frechet_distance(self.train[name], moments) for name, moments in found.items()}
+
+    def teaching(self, guidance: float = 0.0, steps: int = 1) -> Sampling:
+        """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``."""
+        if self.store is not None:
+            identity = self.store.identity
+            return Sampling(guidance, identity.solver_steps, identity.solver, identity.knot_grid)
+        return teacher_sampling(guidance, -(-TEACHER_STEPS // steps) * steps)
+
+    def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
+        """The teacher."""
+        return self._subject("teacher", self.spec.teacher, self.teacher, self.teaching(guidance, steps))
+
+    def teachers(self) -> list[Subject]:
+        """The teacher and its rival, sampled alike without guidance."""
+        if self.rival is None:
+            return [self.teacher_subject()]
+        assert self.spec.rival is not None
+        return [self.teacher_subject(), self._subject("rival", self.spec.rival, self.rival, self.teaching())]
+
+    def student_subjects(self, guidance: float | None = None) -> list[Subject]:
+        """The students; one that takes any step count is several.
+
+        Args:
+            guidance: only those that can be sampled at this scale; None: all, each at its own.
+        """
+        found = []
+        for path, config in self.students:
+            scales = config.guidance_scales if config.takes_guidance else (config.guidance,)
+            if guidance is not None and guidance not in scales:
+                continue
+            for steps in self._step_counts(config):
+                name = path.rsplit("/", 1)[-1] + (f"@{steps}" if config.is_any_step else "")
+                found.append(self._subject(name, path, config, student_sampling(config, steps, guidance)))
+        return found
+
+    def _step_counts(self, config: ModelConfig) -> list[int | None]:
+        if not config.is_any_step:
+            return [None]
+        knots = self.store.identity.knots if self.store is not None else TEACHER_STEPS
+        return [steps for steps in sorted(set(self.spec.steps)) if knots % steps == 0]
+
+    def _subject(self, name: str, path: str, config: ModelConfig, sampling: Sampling) -> Subject:
+        spec = self.spec
+        network = self._networks(path)
+        return Subject(name, network, config, sampling, default_device(), spec.seed, spec.samples, spec.batch_size)
+
+    @functools.cached_property
+    def _networks(self) -> Callable[[str], VelocityNetwork]:
+        """Each network is loaded once, and compiled once where that is done."""
+        return functools.cache(lambda path: self.spec.precision.wrap(load_model(path, default_device()).network))
+
+
+def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[str, str]:
+    """Measure every claim, print a line for each, write ``study.json`` and the pictures; returns the lines by claim.
+
+    Raises:
+        DistillKacError: a model or the store is missing or not of this teacher, or the rival is no fair one.
+    """
+    spec = spec.settled(torch.cuda.is_available)
+    places = {name: getattr(spec, name) for name in ("teacher", "store", "rival", "out")}
+    absolute = {name: cluster.absolute(place) for name, place in places.items() if place is not None}
+    spec = spec.model_copy(update={**absolute, "students": tuple(map(cluster.absolute, spec.students))})
+    inputs = _open(spec)
+    content = _content(inputs)
+    if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
+        print(f"study: {spec.out} is complete: nothing to do", flush=True)
+        claims = json.loads(files.read_bytes(files.join(spec.out, STUDY_FILE)))["claims"]
+        return _print({claim: found["found"] for claim, found in claims.items()})
+    fingerprint = spec.fingerprint(**content)
+    with tracking.start_run(
+        spec=spec, fingerprint=fingerprint, inputs=_traced(inputs), output=spec.out, parent=parent
+    ) as run:
+        outcomes: dict[str, Outcome] = {}
+        for claim in spec.claims:
+            outcomes[claim] = MEASURES[claim](inputs)
+            _track(spec, run, fingerprint, claim, outcomes[claim])
+        _write(spec, run, fingerprint, outcomes)
+    return _print({claim: _line(outcome) for claim, outcome in outcomes.items()})
+
+
+def _open(spec: StudySpec) -> Inputs:
+    teacher = load_teacher_config(spec.teacher)
+    data = open_data(spec.teacher, teacher)
+    folders = [path for given in spec.students for path in student_folders(given)]
+    students = tuple((path, load_student_config(path, spec.teacher, teacher)) for path in folders)
+    names = [path.rsplit("/", 1)[-1] for path in folders]
+    if len(set(names)) < len(names):
+        raise DistillKacError(f"--students: expected folders of different names, found {', '.join(names)}: rename one")
+    opened = None if spec.store is None else store.open(spec.store)
+    if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
+        raise DistillKacError(
+            f"{spec.store}: expected a store of the teacher {teacher.weights_sha256[:12]}... in {spec.teacher}, found "
+            f"one of {opened.identity.teacher_sha256[:12]}...: give its own teacher"
+        )
+    return Inputs(spec, teacher, students, _rival(spec, teacher), opened, data)
+
+
+def _rival(spec: StudySpec, teacher: ModelConfig) -> ModelConfig | None:
+    """The config of the rival, if it is a fair one."""
+    if spec.rival is None:
+        return None
+    rival = load_teacher_config(spec.rival)
+    if rival.path.kind != "gaussian":
+        raise DistillKacError(f"{spec.rival}: expected a rival with a gaussian path, found {rival.path.kind}")
+    if rival.data_sha256 != teacher.data_sha256:
+        raise DistillKacError(
+            f"{spec.rival}: expected a rival of the teacher's data {teacher.data_sha256[:12]}..., found one of "
+            f"{rival.data_sha256[:12]}...: train it on the same"
+        )
+    ours, theirs = _budget(spec.teacher, teacher), _budget(spec.rival, rival)
+    unequal = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    if unequal:
+        told = ", ".join(f"{name} {ours[name]} (found {theirs[name]})" for name in unequal)
+        raise DistillKacError(f"{spec.rival}: expected a rival of the same network and budget: {told}: train one")
+    return rival
+
+
+def _budget(path: str, config: ModelConfig) -> dict[str, Any]:
+    """The network, and what its training took if the folder says it: converted teachers do not."""
+    network = flatten({"network": config.network.model_dump(mode="json")})
+    try:
+        options = json.loads(files.read_bytes(files.join(path, outputs.SPEC_FILE)))["options"]
+    except FileNotFoundError:
+        return network
+    optimizer = options.get("optimizer", {})
+    return {**network, **{name: optimizer[name] for name in ("updates", "batch_size") if name in optimizer}}
+
+
+def _content(inputs: Inputs) -> dict[str, Any]:
+    """What the fingerprint of a study says of its inputs."""
+    students = {path.rsplit("/", 1)[-1]: config.weights_sha256 for path, config in inputs.students}
+    models: dict[str, Any] = {"teacher": inputs.teacher.weights_sha256, "students": students}
+    if inputs.rival is not None:
+        models["rival"] = inputs.rival.weights_sha256
+    if inputs.store is None:
+        return models
+    w = min(inputs.store.guidance)
+    rows = min(inputs.spec.samples, inputs.store.rows(w))
+    return {**models, "store": {"identity": inputs.store.identity.fingerprint(), "guidance": w, "rows": rows}}
+
+
+def _traced(inputs: Inputs) -> dict[str, str]:
+    """The inputs by the fingerprints that MLflow knows them by."""
+    students = {f"student.{path.rsplit('/', 1)[-1]}": config.fingerprint for path, config in inputs.students}
+    rival = {} if inputs.rival is None else {"rival": inputs.rival.fingerprint}
+    rollout = {} if inputs.store is None else {"rollout": inputs.store.identity.fingerprint()}
+    return {"teacher": inputs.teacher.weights_sha256, **rollout, **students, **rival}
+
+
+def _track(spec: StudySpec, run: tracking.TrackedRun, fingerprint: str, claim: str, outcome: Outcome) -> None:
+    """Write the picture of a claim, and log it with its metrics, as soon as they are there."""
+    if isinstance(outcome, str):
+        return
+    # MLflow takes letters, digits and few signs in a name.
+    named = {re.sub(r"[^\w./ -]", "_", f"{claim}/{name}"): value for name, value in outcome.metrics.items()}
+    finite = {name: value for name, value in named.items() if math.isfinite(value)}
+    tracking.declare(*(Metric(name, f"of the claim {claim}, as in {STUDY_FILE}") for name in finite))
+    run.metrics(finite)
+    picture = f"{claim}.png"
+    outputs.check_owner(spec.out, fingerprint)
+    files.write_bytes(files.join(spec.out, picture), outcome.picture)
+    run.artifact(picture, outcome.picture)
+
+
+def _write(spec: StudySpec, run: tracking.TrackedRun, fingerprint: str, outcomes: dict[str, Outcome]) -> None:
+    claims = {
+        claim: {"found": _line(outcome), **({} if isinstance(outcome, str) else {"values": outcome.values})}
+        for claim, outcome in outcomes.items()
+    }
+    record = {"fingerprint": fingerprint, "samples": spec.samples, "seed": spec.seed, "claims": claims}
+    text = json.dumps(_finite(record), indent=2).encode()
+    run.artifact(STUDY_FILE, text)
+    outputs.check_owner(spec.out, fingerprint)
+    files.write_bytes(files.join(spec.out, STUDY_FILE), text)
+
+
+def _line(outcome: Outcome) -> str:
+    return f"left out: {outcome}" if isinstance(outcome, str) else outcome.text
+
+
+def _print(lines: dict[str, str]) -> dict[str, str]:
+    """The table: a line a claim."""
+    width = max(map(len, lines))
+    print("\n".join(f"{claim.ljust(width)}  {line}" for claim, line in lines.items()), flush=True)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """Plain values, with null for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stability(inputs: Inputs) -> Outcome:
+    if not inputs.students:
+        return "no --students"
+    found, apart = {}, []
+    for student in inputs.student_subjects():
+        w, steps = student.config.guidance, student.sampling.steps
+        assert w is not None
+        teacher = inputs.teacher_subject(w, steps)
+        if teacher.sampling.steps % steps:
+            reason = f"its {steps} steps do not divide the teacher's {teacher.sampling.steps}"
+            apart.append(f"{student.name}: left out, since {reason}")
+        else:
+            found[student.name] = stability(teacher, student)
+    if not found:
+        return "; ".join(apart) or "no step count of --steps divides the store's knots"
+    told: list[str] = []
+    metrics: dict[str, float] = {}
+    for name, knots in found.items():
+        beyond = [f"{knot.t:g}" for knot in knots if not knot.holds]
+        verdict = f"inequality broken at t = {', '.join(beyond)}" if beyond else "inequality kept at every knot"
+        worst = max(knot.error for knot in knots)
+        told.append(f"{name}: error {worst:.4f} at most, bound {knots[-1].bound:.4f} at the image, {verdict}")
+        metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
+        metrics |= {f"image_bound/{name}": knots[-1].bound, f"knots_beyond/{name}": float(len(beyond))}
+    values = {name: [{**knot._asdict(), "holds": knot.holds} for knot in knots] for name, knots in found.items()}
+    return Finding("; ".join([*told, *apart]), values, metrics, study_pictures.stability(found))
+
+
+def _speed(inputs: Inputs) -> Outcome:
+    limit = inputs.teacher.path.build().speed_limit()
+    if not math.isfinite(limit):
+        return "the teacher's path has no speed limit"
+    # Guidance has a limit of its own: students with a scale in their weights are no witnesses.
+    teacher, *rival = inputs.teachers()
+    found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
+    told = [f"{name} at most {met.largest:.2f}, {100 * met.share_beyond:.2g} % beyond" for name, met in found.items()]
+    values = {
+        name: {"largest": met.largest, "share_beyond": met.share_beyond, "density": met.density()[1]}
+        for name, met in found.items()
+    }
+    metrics = {f"largest/{name}": met.largest for name, met in found.items()}
+    metrics |= {f"share_beyond/{name}": met.share_beyond for name, met in found.items()}
+    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(told)}"
+    return Finding(text, {"limit": limit, "models": values}, metrics, study_pictures.speed(found, limit))
+
+
+def _solver(inputs: Inputs) -> Outcome:
+    found = {s.name: list(quality_by_solver(s, inputs.spaces, inputs.train)) for s in inputs.teachers()}
+    space = inputs.spaces[-1].name
+    told: list[str] = []
+    metrics: dict[str, float] = {}
+    for name, points in found.items():
+        for method in METHODS:
+            distances = [f"{point.distances[space]:.4f}" for point in points if point.method == method]
+            told.append(f"{name} {method} {' '.join(distances)}")
+        for point in points:
+            for where, distance in point.distances.items():
+                metrics[f"frechet_distance_{where}_{point.method}_{point.steps}/{name}"] = distance
+    values = {name: [point._asdict() for point in points] for name, points in found.items()}
+    count, floor = inputs.floor
+    real = f"{count:,} held-out images {floor[space]:.4f}"
+    text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(told)}; {real}"
+    picture = study_pictures.solver(found, count, floor)
+    return Finding(text, {"held_out": {"count": count, "distances": floor}, **values}, metrics, picture)
+
+
+def _guidance(inputs: Inputs) -> Outcome:
+    if not inputs.teacher.network.has_null_label:
+        return "the teacher's network has no null label"
+    judge = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
+    found = list(effect_of_guidance(inputs.teacher_subject(), judge))
+    first, last = found[0], found[-1]
+    told = [
+        f"kinetic energy {first.kinetic_energy:.4g} to {last.kinetic_energy:.4g}",
+        f"out of range {first.out_of_range:.2%} to {last.out_of_range:.2%}",
+    ]
+    if first.agreement is not None and last.agreement is not None:
+        told.append(f"label agreement {first.agreement:.2%} to {last.agreement:.2%}")
+    metrics: dict[str, float] = {}
+    for point in found:
+        measured = point._asdict()
+        w = measured.pop("guidance")
+        metrics |= {f"{name}/w={w:g}": value for name, value in measured.items() if value is not None}
+    text = f"w = {first.guidance:g} to {last.guidance:g}: {', '.join(told)}"
+    return Finding(text, {"teacher": [p._asdict() for p in found]}, metrics, study_pictures.guidance(found))
+
+
+def _memorisation(inputs: Inputs) -> Outcome:
+    if inputs.store is None:
+        return "no --store"
+    identity, w = inputs.store.identity, min(inputs.store.guidance)
+    if identity.source == "forward":
+        return "a forward store has energies of intervals alone"
+    last = knot_column(identity.knots, identity.knots)
+    rows = inputs.store.first(inputs.spec.samples, w, [LABEL, KINETIC_ENERGY, last])
+    pixels = inputs.spaces[0]
+    made = pixels(delivered(rows[last].float()))
+    distance = _nearest(made, (pixels(part) for part in images_in_parts(inputs.data)))
+    found = energy_and_nearness(rows[KINETIC_ENERGY], distance, rows[LABEL])
+    text = (
+        f"w = {w:g}, {len(distance):,} trajectories: energy against distance to the nearest training image: Spearman "
+        f"{found.correlation:+.3f} (p = {found.p_value:.1g}), within classes {found.within_classes:+.3f}; the most "
+        f"energetic twentieth at {found.energetic_ratio:.3f} of the mean distance"
+    )
+    metrics = {name: float(value) for name, value in found._asdict().items()}
+    picture = study_pictures.memorisation(rows[KINETIC_ENERGY], distance, rows[LABEL], found)
+    return Finding(text, {"guidance": w, **found._asdict()}, metrics, picture)
+
+
+def _nearest(rows: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack([nearest_distances(rows, part) for part in parts]).amin(0)
+
+
+def _marginals(inputs: Inputs) -> Outcome:
+    if inputs.store is None:
+        return "no --store"
+    identity, w = inputs.store.identity, min(inputs.store.guidance)
+    if identity.source == "forward":
+        return "the states of a forward store are noised data to begin with"
+    path, generator = inputs.teacher.path.build(), torch.Generator().manual_seed(inputs.spec.seed)
+    found = []
+    times = knot_times(identity.knots, identity.knot_grid).tolist()
+    for t, name in zip(times, identity.knot_columns, strict=True):
+        states = inputs.store.first(inputs.spec.samples, w, [name])[name]
+        found.append(marginal(states, t, path, inputs.data, generator))
+    image, worst = found[-1], max(found, key=lambda each: each.distance / each.floor)
+    text = (
+        f"w = {w:g}: squared sliced W2 {image.distance:.5f} at the image, where the floor is {image.floor:.5f}; "
+        f"farthest from its floor at t = {worst.t:g}, {worst.distance / worst.floor:.1f} times"
+    )
+    metrics = {"image_distance": image.distance, "image_floor": image.floor}
+    metrics |= {f"distance/t={each.t:g}": each.distance for each in found}
+    values = {"guidance": w, "knots": [each._asdict() for each in found]}
+    return Finding(text, values, metrics, study_pictures.marginals(found))
+
+
+def _plane(inputs: Inputs) -> Outcome:
+    if inputs.teacher.sample_shape != (2,):
+        return "the samples are no points of the plane"
+    found = {subject.name: travel(subject) for subject in inputs.teachers()}
+    train = torch.cat(list(images_in_parts(inputs.data)))
+    told, values = [], {}
+    metrics: dict[str, float] = {}
+    for name, way in found.items():
+        mean, largest = way.speed.mean(1), way.speed.amax(1)
+        measured = {"sliced_wasserstein": distance_to(train, way.samples), "fastest": largest.max().item()}
+        values[name] = {**measured, "t": way.t.tolist(), "mean": mean.tolist(), "largest": largest.tolist()}
+        metrics |= {f"{what}/{name}": value for what, value in measured.items()}
+        told.append(
+            f"{name}: squared sliced W2 {measured['sliced_wasserstein']:.5f}, fastest {measured['fastest']:.2f}"
+        )
+    return Finding("; ".join(told), values, metrics, study_pictures.plane(train, found))
+
+
+MEASURES: dict[str, Callable[[Inputs], Outcome]] = {
+    "stability": _stability,
+    "speed": _speed,
+    "solver": _solver,
+    "guidance": _guidance,
+    "memorisation": _memorisation,
+    "marginals": _marginals,
+    "plane": _plane,
+}
+"""What each claim of ``StudySpec.claims`` measures."""

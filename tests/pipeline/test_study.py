@@ -1,0 +1,156 @@
+"""Study: every claim is measured or left out with a reason, once, and on what belongs together."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from kac.checkpoint import load_config
+from kac.errors import DistillKacError
+from kac.options import OptionError
+from kac.path import PathConfig
+from pipeline import store, tracking
+from pipeline.config import CLAIMS, StudySpec
+from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
+from pipeline.study import study
+from tests.pipeline.stages import runs_of
+from tests.pipeline.stores import make_teacher
+
+GAUSSIAN = PathConfig(kind="gaussian")
+
+
+def small(teacher: str, out: Path, **options: Any) -> StudySpec:
+    return StudySpec(**{"samples": 60, "batch_size": 40, **options}, teacher=teacher, out=str(out))
+
+
+@pytest.fixture(scope="module")
+def rival(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_teacher(tmp_path_factory.mktemp("rivals") / "rival", seed=1, path_config=GAUSSIAN)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: str, small_store: str, student: str, rival: str, tmp_path_factory: pytest.TempPathFactory):
+    """The spec of a study of everything that the moons have, which has run."""
+    out = tmp_path_factory.mktemp("studies") / "study"
+    spec = small(teacher, out, store=small_store, students=(student,), rival=rival)
+    study(spec)
+    return spec
+
+
+def claims_of(spec: StudySpec) -> dict[str, Any]:
+    return json.loads((Path(spec.out) / "study.json").read_text())["claims"]
+
+
+def test_a_study_measures_every_claim(whole: StudySpec):
+    found = claims_of(whole)
+    assert tuple(found) == CLAIMS
+    assert not [claim for claim in found if found[claim]["found"].startswith("left out")]
+    for claim in CLAIMS:
+        assert (Path(whole.out) / f"{claim}.png").read_bytes().startswith(b"\x89PNG")
+    knots = found["stability"]["values"]["two"]
+    assert [knot["t"] for knot in knots] == [1, 0.5, 0]
+    assert all(knot["error"] <= knot["certain"] + 1e-6 for knot in knots)
+    assert found["speed"]["values"]["limit"] == 4
+    assert set(found["speed"]["values"]["models"]) == {"teacher", "two", "rival"}
+    assert set(found["solver"]["values"]) == {"held_out", "teacher", "rival"}
+    assert set(found["plane"]["values"]) == {"teacher", "rival"}
+    assert [point["guidance"] for point in found["guidance"]["values"]["teacher"]] == [0, 0.5, 1, 2, 4, 7, 10]
+    assert [knot["t"] for knot in found["marginals"]["values"]["knots"]] == [1, 0.75, 0.5, 0.25, 0]
+    assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # the store's solver steps
+
+
+def test_figures_and_pictures_are_in_mlflow_with_the_chain(whole: StudySpec, teacher: str, student: str):
+    (run,) = (r for r in runs_of("study") if r.data.tags.get(f"{tracking.INPUT_TAG}student.two"))
+    assert run.data.tags[f"{tracking.INPUT_TAG}student.two"] == load_config(student).fingerprint
+    assert run.data.tags[f"{tracking.INPUT_TAG}teacher"] == load_config(teacher).weights_sha256
+    found, logged = claims_of(whole), run.data.metrics
+    assert logged["speed/share_beyond/rival"] == found["speed"]["values"]["models"]["rival"]["share_beyond"]
+    assert logged["stability/image_error/two"] == found["stability"]["values"]["two"][-1]["error"]
+    assert all(math.isfinite(value) for value in logged.values())
+    assert {name.partition("/")[0] for name in logged} == set(CLAIMS)
+    kept = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
+    assert kept == {"study.json", *(f"{claim}.png" for claim in CLAIMS)}
+
+
+def test_a_complete_study_does_nothing(whole: StudySpec, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr("pipeline.study.MEASURES", {})
+    lines = study(whole)
+    assert lines == {claim: found["found"] for claim, found in claims_of(whole).items()}
+    assert "is complete: nothing to do" in capsys.readouterr().out
+    with pytest.raises(DistillKacError, match="samples is 60, not 61"):
+        study(whole.model_copy(update={"samples": 61}))
+
+
+def test_a_claim_without_its_inputs_is_left_out_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    gaussian = make_teacher(tmp_path / "digits", "digits", path_config=GAUSSIAN)
+    claims = ("plane", "speed", "stability", "memorisation", "marginals")
+    lines = study(small(gaussian, tmp_path / "out", claims=claims))
+    assert lines == {
+        "stability": "left out: no --students",
+        "speed": "left out: the teacher's path has no speed limit",
+        "memorisation": "left out: no --store",
+        "marginals": "left out: no --store",
+        "plane": "left out: the samples are no points of the plane",
+    }
+    assert all(f"{claim.ljust(12)}  {line}" in capsys.readouterr().out for claim, line in list(lines.items())[:1])
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
+    for wrong, message in (
+        (teacher, "expected a rival with a gaussian path, found kac"),
+        (make_teacher(tmp_path / "gaussians", "gaussians", path_config=GAUSSIAN), "a rival of the teacher's data"),
+    ):
+        with pytest.raises(DistillKacError, match=message):
+            study(small(teacher, tmp_path / "out", rival=wrong))
+    for name, updates in (("a", 100), ("b", 200)):
+        folder = tmp_path / name
+        make_teacher(folder, path_config=GAUSSIAN if name == "b" else None)
+        (folder / "spec.json").write_text(json.dumps({"options": {"optimizer": {"updates": updates, "batch_size": 8}}}))
+    with pytest.raises(DistillKacError, match=r"same network and budget: updates 100 \(found 200\)"):
+        study(small(str(tmp_path / "a"), tmp_path / "out", rival=str(tmp_path / "b")))
+
+
+def test_students_and_stores_of_another_teacher_are_refused(student: str, small_store: str, tmp_path: Path):
+    other = make_teacher(tmp_path / "other", seed=5)
+    with pytest.raises(DistillKacError, match="expected a student of the teacher"):
+        study(small(other, tmp_path / "out", students=(student,)))
+    with pytest.raises(DistillKacError, match="expected a store of the teacher"):
+        study(small(other, tmp_path / "out", store=small_store))
+
+
+def test_a_student_whose_steps_do_not_divide_the_teachers_is_told_apart(
+    teacher: str, small_store: str, student: str, tmp_path: Path
+):
+    three = tmp_path / "three"
+    shutil.copytree(student, three)
+    config = json.loads((three / "config.json").read_text())
+    (three / "config.json").write_text(json.dumps({**config, "steps": 3}))
+    options = {"students": (student, str(three)), "store": small_store, "claims": ("stability",)}
+    line = study(small(teacher, tmp_path / "out", **options))["stability"]
+    assert line.startswith("two: error")
+    assert line.endswith("three: left out, since its 3 steps do not divide the teacher's 8")
+    # Without a store the teacher takes as many steps as divide well.
+    line = study(small(teacher, tmp_path / "free", students=(str(three),), claims=("stability",)))["stability"]
+    assert line.startswith("three: error")
+
+
+def test_claims_are_named_once_and_all_is_all():
+    assert StudySpec(teacher="t", out="o", claims=("solver", "all")).claims == CLAIMS
+    assert StudySpec(teacher="t", out="o", claims=("solver", "speed", "speed")).claims == ("speed", "solver")
+    with pytest.raises(OptionError, match=r"--claims: input should be .* found 'fame'"):
+        StudySpec(teacher="t", out="o", claims=("fame",))
+
+
+def test_the_first_rows_of_a_store_are_read_with_their_energies(small_store: str):
+    opened = store.open(small_store)
+    rows = opened.first(150, 1.0, [SAMPLE_ID, KINETIC_ENERGY, "knot_04"])  # of shards of 128
+    assert rows[SAMPLE_ID].tolist() == list(range(150))
+    whole = next(opened.batches(400, 1.0, [4]))
+    assert (whole.knots[:150, 0] == rows["knot_04"]).all()
+    assert (rows[KINETIC_ENERGY] > 0).all()
+    assert len(opened.first(1000, 0.0, [SAMPLE_ID])[SAMPLE_ID]) == 400
