@@ -31,7 +31,7 @@ class DataRefinementConfig(Kinded):
         "that is trained for this and judges nothing; random: those of an untrained network, a new one every update",
     )
     real_images: PositiveInt = Field(
-        1024, description="training images an update, over all workers; they cost little, and the more the less noise"
+        512, description="training images an update, over all workers; they cost little, and the more the less noise"
     )
     class_weight: NonNegativeFloat = Field(
         0.5, description="distance between images of different classes, in mean distances between real images"
