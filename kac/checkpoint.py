@@ -20,8 +20,8 @@ import torch
 from pydantic import Field, PositiveInt
 
 from kac import files
-from kac.data import DataConfig, open_dataset
-from kac.errors import CheckpointError, one_line
+from kac.data import DataConfig, Dataset, open_dataset
+from kac.errors import CheckpointError, DistillKacError, one_line
 from kac.fingerprint import with_neutral_values
 from kac.networks import NetworkConfig, NetworkModule, build_network, outline_network
 from kac.options import OptionError, Options
@@ -85,6 +85,21 @@ def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, f
         class_frequencies=found.class_frequencies,
         fingerprint=fingerprint,
     )
+
+
+def learned_data(path: str, model: ModelConfig) -> Dataset:
+    """The data that the model in the folder ``path``, or its teacher, learned.
+
+    Raises:
+        DistillKacError: they have changed, or as ``open_dataset``.
+    """
+    data = open_dataset(model.data)
+    if data.description.sha256 != model.data_sha256:
+        raise DistillKacError(
+            f"{path}: expected the data {model.data_sha256[:12]}... that this model was made from, found "
+            f"{data.description.sha256[:12]}...: the files of the data set have changed"
+        )
+    return data
 
 
 class Model(NamedTuple):

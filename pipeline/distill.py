@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_model
-from kac.data import open_dataset
+from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.errors import CheckpointError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
+from kac.options import OptionError
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
-from pipeline import cluster, outputs, store, tracking, training
+from pipeline import cluster, decode, outputs, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig
 
 
@@ -48,7 +48,7 @@ class DistillTask:
         # The workers' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
         batch = functools.lru_cache(maxsize=1)(self.batch or _Intervals(spec, objective, worker).batch)
 
-        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, first.config, worker)
+        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, self.init, first.config, worker)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
             training.seed_dropout(spec.seed, micro)
@@ -63,10 +63,10 @@ class _Refinement:
     """The energy distance of a student's images to the training images, and the objective as its anchor."""
 
     def __init__(
-        self, spec: DistillSpec, options: DataRefinementConfig, model: ModelConfig, worker: training.Worker
+        self, spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, worker: training.Worker
     ) -> None:
         self.spec, self.options, self.model = spec, options, model
-        data = open_dataset(model.data)
+        data = learned_data(init, model)
         self.path, self.data = model.path.build(), data.train
         self.spaces = open_spaces(options.spaces, data, worker.device)
         self.knot_grid = store.open(spec.store).identity.knot_grid
@@ -147,7 +147,7 @@ def distill(
     spec = resolve(spec)
     plan = check(spec)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
-    cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows)}"
+    cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
     if spec.dry_run:
         print(cost, flush=True)
         return None
@@ -155,6 +155,7 @@ def distill(
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
     place = training.choose_place(spec.workers, spec.gpu)
+    _check_passes(spec, place)
     print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
@@ -169,6 +170,24 @@ def distill(
         config = outputs.write_model(spec.out, plan.student, weights, run)
     print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
+
+
+def _calls(spec: DistillSpec) -> float:
+    """Network calls a sample in training: one for the objective, and those that draw an image to be refined."""
+    if spec.refine.kind == "none":
+        return 1.0
+    drawn = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
+    return 1 + sum(drawn) / len(drawn)
+
+
+def _check_passes(spec: DistillSpec, place: training.Place) -> None:
+    """Refuse a refinement in passes of a single image, between which there is no distance."""
+    passes = max(1, place.workers) * spec.optimizer.accumulation
+    if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
+        raise OptionError(
+            f"--refine data: expected --refine.real-images and --optimizer.batch-size of at least {2 * passes} for "
+            f"{passes} passes an update, found {spec.refine.real_images} and {spec.optimizer.batch_size}"
+        )
 
 
 def _told(spec: DistillSpec) -> str:
@@ -211,9 +230,11 @@ def check(spec: DistillSpec) -> DistillPlan:
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
     first = load_model(init).config
-    _check_init(spec, source.identity, init, first)
+    _check_init(spec, objective, source.identity, init, first)
     if spec.refine.kind == "data":
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
+        decode.prepare(first.data)
+        learned_data(init, first)
     content = {
         "store": source.manifest.fingerprint,
         "init_sha256": first.weights_sha256,
@@ -264,13 +285,20 @@ def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:
     return first.network.model_copy(update={"conditions": objective.conditions})
 
 
-def _check_init(spec: DistillSpec, identity: store.StoreIdentity, init: str, first: ModelConfig) -> None:
+def _check_init(
+    spec: DistillSpec, objective: Objective, identity: store.StoreIdentity, init: str, first: ModelConfig
+) -> None:
     found = first.weights_sha256 if first.kind == "teacher" else first.teacher_sha256
     if found != identity.teacher_sha256:
         raise CheckpointError(
             f"{init}: expected the store's teacher {identity.teacher_sha256[:12]}... or a student of it, "
             f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
             "or roll this teacher out into a store of its own"
+        )
+    if "end_time" in set(first.network.conditions) - set(objective.conditions):
+        raise CheckpointError(
+            f"{init}: expected a student of one step count for --objective {spec.objective.kind}, found a flow map: "
+            "give --objective flow-map"
         )
     known = "all" if first.takes_guidance else first.guidance
     if first.kind == "student" and known != spec.guidance:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from kac import files
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, load_teacher_config
-from kac.data import Dataset, open_dataset
+from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_teacher_config
+from kac.data import open_dataset
 from kac.errors import DistillKacError
 from kac.metrics import Judged, quality_metrics
 from kac.metrics.features import FeatureSpace, open_space, space_identity
@@ -99,26 +99,11 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
     """What the fingerprint of an evaluation says of its inputs: models, and the features that are files."""
-    data = open_data(spec.teacher, candidates[0].config)
+    data = learned_data(spec.teacher, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
     files_used = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
     models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
     return {"models": models, "images": "delivered", **({"feature_files": files_used} if files_used else {})}
-
-
-def open_data(path: str, teacher: ModelConfig) -> Dataset:
-    """The data that the teacher in the folder ``path`` learned.
-
-    Raises:
-        DistillKacError: they have changed, or as ``open_dataset``.
-    """
-    data = open_dataset(teacher.data)
-    if data.description.sha256 != teacher.data_sha256:
-        raise DistillKacError(
-            f"{path}: expected the data {teacher.data_sha256[:12]}... that the teacher learned, found "
-            f"{data.description.sha256[:12]}...: the files of the data set have changed"
-        )
-    return data
 
 
 def read_scores(out: str) -> list[Score]:

@@ -85,6 +85,8 @@ def _parse_axis(text: str) -> tuple[str, list[Any]]:
     field = field.strip().lstrip("-").replace("-", "_")
     top = field.split(".")[0]
     allowed = sorted(set(DistillSpec.model_fields) - {"store", "out", "teacher", "guidance", "steps", "workers"})
+    if field == "objective.kind":
+        raise OptionError("--grid objective.kind: expected one objective a sweep, --objective KIND: sweep each apart")
     if not equals or not values or top not in allowed:
         raise OptionError(f"--grid: expected FIELD=VALUE,VALUE with a field of {allowed}, found {text!r}")
     return field, [value.strip() for value in values.split(",")]

@@ -69,20 +69,29 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class FourierFeatures(nn.Module):
-    """Scalars to ``width`` sines and cosines with frequencies from 1/4 to 64 turns."""
+    """Scalars to ``width`` sines and cosines.
+
+    Args:
+        turns: lowest and highest frequency, in turns for each 1.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, turns: tuple[float, float] = (1 / 4, 64)) -> None:
         super().__init__()
-        turns = torch.logspace(-2, 6, width // 2, base=2.0)
-        self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
+        lowest, highest = (math.log2(each) for each in turns)
+        frequencies = torch.logspace(lowest, highest, width // 2, base=2.0)
+        self.register_buffer("frequencies", 2 * math.pi * frequencies, persistent=False)
         self.width = width
 
     def forward(self, value: Tensor) -> Tensor:
         """[batch] -> [batch, width]."""
         angle = value[:, None] * self.frequencies
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
+
+
+TURNS: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
+"""Frequencies of the conditions. A guidance scale is learned at a few values alone: slow waves join those between."""
 
 
 class ConditionEmbedding(nn.Module):
@@ -95,7 +104,9 @@ class ConditionEmbedding(nn.Module):
             last = nn.Linear(width, width)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.add_module(name, nn.Sequential(FourierFeatures(width), nn.Linear(width, width), nn.SiLU(), last))
+            self.add_module(
+                name, nn.Sequential(FourierFeatures(width, TURNS[name]), nn.Linear(width, width), nn.SiLU(), last)
+            )
 
     def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
         """``embedding`` [batch, width] with the conditions added, each a scalar or [batch].

@@ -36,7 +36,7 @@ class Selection:
     @property
     def row_bytes(self) -> int:
         """What a row takes as tensors."""
-        return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 28
+        return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,11 @@ class Store:
             DistillKacError: they are not all stored.
         """
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
+        if self.identity.source == "forward" and "end_time" in objective.conditions:
+            raise StoreError(
+                f"{self.path}: expected whole trajectories for a flow map, found a forward store, whose rows have one "
+                "interval each: roll out with --source trajectory"
+            )
         if self.identity.source == "forward" and len(knots) != stored + 1:
             raise StoreError(f"--steps: expected {stored}, the intervals of this forward store, found {len(knots) - 1}")
         return knots

@@ -12,15 +12,23 @@ TRAINING_CALLS = 3
 
 
 def describe_cost(
-    optimizer: OptimizerConfig, network: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int, rows: int
+    optimizer: OptimizerConfig,
+    network: NetworkConfig,
+    sample_shape: tuple[int, ...],
+    num_classes: int,
+    rows: int,
+    calls: float = 1.0,
 ) -> str:
     """The updates, samples and operations of a training on ``rows`` samples, in words.
+
+    Args:
+        calls: of the network for each sample of an update.
 
     Raises:
         OptionError: samples that the network does not fit.
     """
     cost, samples = network_cost(network, sample_shape, num_classes), optimizer.updates * optimizer.batch_size
-    whole = short(TRAINING_CALLS * samples * cost.flops_per_call, "FLOP")
+    whole = short(TRAINING_CALLS * calls * samples * cost.flops_per_call, "FLOP")
     return (
         f"{optimizer.updates:,} updates of {optimizer.batch_size:,} samples, {samples:,} in all: "
         f"{samples / rows:,.1f} epochs of {rows:,}; {short(cost.parameters)} parameters, "

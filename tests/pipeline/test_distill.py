@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from kac.checkpoint import load_config, load_model
+from kac.data import open_dataset
 from kac.errors import DistillKacError
-from kac.sampling import Sampling, generate, student_sampling
+from kac.refinement.energy import energy_distance
+from kac.sampling import Sampling, generate, initial_noise, student_sampling
 from pipeline import store
 from pipeline.config import DistillSpec, SampleSpec
 from pipeline.distill import distill
@@ -151,10 +153,10 @@ def test_an_any_step_student_is_sampled_with_the_steps_asked_for(any_step_studen
     assert np.abs(made[3] - made[2]).max() > 1e-4
 
 
-def test_a_refined_student_is_nearer_to_the_data_and_its_anchor_is_logged(
+def test_a_refined_student_is_nearer_to_the_data_than_one_that_went_on_without(
     any_step_student: str, small_store: str, tmp_path: Path
 ):
-    refine = {"kind": "data", "steps": (1, 2)}
+    refine = {"kind": "data", "steps": (1, 2), "anchor": 0.01}
     options = {"objective": {"kind": "flow-map", "grids": (1, 2, 4)}, "init": any_step_student, "refine": refine}
     config = distill(distill_spec(small_store, tmp_path / "refined", **options))
     assert config is not None
@@ -166,6 +168,14 @@ def test_a_refined_student_is_nearer_to_the_data_and_its_anchor_is_logged(
     assert plain is not None
     assert plain.weights_sha256 != config.weights_sha256
     assert plain.refined_in == ()
+    held_out = open_dataset(config.data).held_out.rows(torch.arange(400)).images
+    distances = {}
+    for name in ("refined", "plain"):
+        model = load_model(str(tmp_path / name))
+        x_1, label = initial_noise(config, 7, range(400))
+        made = generate(model.network, x_1, label, student_sampling(model.config, 1)).x
+        distances[name] = energy_distance(made, held_out).item()
+    assert distances["refined"] < 0.7 * distances["plain"]
 
 
 REFINED = {
@@ -222,6 +232,9 @@ def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, sma
             errors[w, given] = float((made - batch.knots[:, 1]).square().mean())
     assert errors[0.0, 0.0] < 0.5 * errors[0.0, 1.0]
     assert errors[1.0, 1.0] < 0.5 * errors[1.0, 0.0]
+    between = [generate(network, batch.knots[:, 0], batch.label, student_sampling(config, 1, w)).x for w in (0, 0.5, 1)]
+    middle = (between[0] + between[2]) / 2
+    assert (between[1] - middle).square().mean() < 0.1 * (between[2] - between[0]).square().mean()
     out = str(tmp_path / "made.npz")
     sample(SampleSpec(model=str(tmp_path / "all"), out=out, count=4, guidance=0.5))
     again = distill_spec(small_store, tmp_path / "one", init=str(tmp_path / "all"), objective=options)
