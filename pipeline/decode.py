@@ -11,7 +11,7 @@ from kac.data import DataConfig, begin_decoding
 from kac.data.decoded import Piece, Writer
 from kac.errors import DistillKacError, one_line
 from pipeline import cluster
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 from pipeline.ray_data import numbered
 
 FROM_IMAGES = 20_000
@@ -35,7 +35,7 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
     with begun as work:
         total = sum(len(piece.held_out) for piece in work.pieces)
         decode = _on_cluster if total >= from_images and len(work.pieces) > 1 else _here
-        with Bar("decode", total, "images") as bar:
+        with ProgressBar("decode", total, "images") as bar:
             for images in decode(work.writer, work.pieces):
                 bar.update(images)
         work.finish()

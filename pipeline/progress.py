@@ -17,7 +17,7 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() or os.environ.get(TERMINAL_VARIABLE) == "1"
 
 
-class Bar:
+class ProgressBar:
     """How far some work is. On a terminal it is tqdm's bar, or Ray's for a worker; elsewhere it is lines.
 
     Args:
@@ -46,7 +46,7 @@ class Bar:
         now = time.perf_counter()
         if self._says_lines and (now - self._last_line >= LINE_SECONDS or self.done >= self.total):
             self._last_line = now
-            print(self._line(now - self._started), flush=True)
+            print(self._line(now - self._started), file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """A line for itself, above the bar."""

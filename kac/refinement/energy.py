@@ -63,9 +63,9 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     By a matrix product, which torch.cdist's gradient does without and so takes many times as long; in float64, since
     squares are subtracted, and then the result.
     """
-    x, y = x.double(), y.double()
+    dtype, x, y = x.dtype, x.double(), y.double()
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-    return squared.clamp(min=TINY).sqrt().float()
+    return squared.clamp(min=TINY).sqrt().to(dtype)
 
 
 def _mean_distance(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Callable[[int], I
 
     def batch(update: int) -> Interval:
         row, k = torch.randint(len(label), (size,)), torch.randint(STUDENT_STEPS, (size,))
-        parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row])
+        parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row], torch.zeros(size))
         return Interval(*(part.to(device) for part in parts))
 
     return batch

@@ -16,7 +16,7 @@ from kac.metrics.features import FeatureSpace, open_space
 from pipeline import cluster
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.sources import Chunk, make
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 
 MAX_RESTARTS = 3
 
@@ -31,7 +31,7 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
         return
     expected = [space.fingerprint for space in spaces]
     finished = _here(spec, data, todo) if spec.actors == 0 else _on_actors(spec, data, expected, todo)
-    with Bar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
+    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
         for rows in finished:
             bar.update(rows)
 

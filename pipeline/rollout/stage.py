@@ -8,7 +8,7 @@ from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
 from pipeline import cluster, tracking
 from pipeline.config import RolloutSpec
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
 from pipeline.rollout.place import choose_place
 from pipeline.rollout.plan import Plan, make_plan
@@ -101,7 +101,7 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
         made = compute_on_actors(spec, plan)
     outcomes: list[Outcome] = []
     total = sum(shard.rows for shard in plan.todo)
-    with Bar("rollout", total, "trajectories") as bar:
+    with ProgressBar("rollout", total, "trajectories") as bar:
         for outcome in made:
             is_first = outcome.computed_rows > 0 and not any(known.computed_rows for known in outcomes)
             outcomes.append(outcome)

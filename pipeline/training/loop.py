@@ -20,7 +20,7 @@ from kac.errors import DistillKacError
 from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
 from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
 from pipeline.training.sheets import Sheets
@@ -76,7 +76,7 @@ def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: b
     learner = job.task.build(worker)
     first = _restore(learner, resume)
     window = _Window(learner, job.task.optimizer.batch_size, worker)
-    bar = Bar(job.title, total, "updates", first, is_shown=worker.rank == 0)
+    bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     remaining = _Remaining(job.title, first, total)
     state = resume
     for done in range(first + 1, total + 1):

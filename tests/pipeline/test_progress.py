@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 
 
 @pytest.fixture
@@ -15,26 +15,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_without_a_terminal_there_is_a_line_every_so_many_seconds_and_a_last_one(clock, capsys):
-    with Bar("teach", 1000, "updates", done=200) as bar:
+    with ProgressBar("teach", 1000, "updates", done=200) as bar:
         for second in range(1, 41):
             clock[0] = 100 + second
             bar.update(20, "loss 0.5" if second < 30 else "loss 0.25")
     assert capsys.readouterr() == (
+        "",
         "teach: 600 of 1,000 updates, 20 a second, about 20 seconds left, loss 0.5\n"
         "teach: 1,000 of 1,000 updates, 20 a second, loss 0.25\n",
-        "",
     )
 
 
 def test_only_the_worker_that_is_shown_says_anything(clock, capsys):
-    with Bar("teach", 10, "updates", is_shown=False) as bar:
+    with ProgressBar("teach", 10, "updates", is_shown=False) as bar:
         bar.update(10)
     assert capsys.readouterr() == ("", "")
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch, capsys):
     monkeypatch.setenv(progress.TERMINAL_VARIABLE, "1")
-    with Bar("teach", 10, "updates") as bar:
+    with ProgressBar("teach", 10, "updates") as bar:
         bar.update(10)
         bar.say("a line")
     out, err = capsys.readouterr()
