@@ -146,6 +146,8 @@ def distill(
     """
     spec = resolve(spec)
     plan = check(spec)
+    place = training.choose_place(spec.workers, spec.gpu)
+    _check_passes(spec, place)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
     if spec.dry_run:
@@ -154,8 +156,6 @@ def distill(
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    place = training.choose_place(spec.workers, spec.gpu)
-    _check_passes(spec, place)
     print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"

@@ -223,6 +223,7 @@ def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSa
         steps=candidate.sampling.steps if is_model else None,
         guidance=candidate.guidance if is_model else None,
         refined_in=candidate.config.refined_in if is_model else (),
+        any_step=candidate.path.rsplit("/", 1)[-1] if is_model and candidate.config.is_any_step else "",
         count=source.count,
         metrics={name: value for name, value in computed.items() if value is not None},
         fingerprint=candidate.config.fingerprint if is_model else candidate.config.data_sha256,
@@ -277,7 +278,12 @@ def _panels(record: Record) -> list[pictures.Panel]:
     return [
         pictures.Panel(
             metric,
-            [(s.kind, s.guidance or 0.0, s.metrics["nfe"], s.metrics[metric.name]) for s in models],
+            [
+                pictures.Point(
+                    s.kind, s.any_step or "students", s.guidance or 0.0, s.metrics["nfe"], s.metrics[metric.name]
+                )
+                for s in models
+            ],
             real.metrics.get(metric.name),
             real.count,
         )

@@ -35,17 +35,30 @@ def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
     return _png(np.asarray(page))
 
 
+class Point(NamedTuple):
+    """A model in a panel."""
+
+    kind: str
+    curve: str  # models of one curve are joined: an any-step student's name, or that of all students of one step count
+    guidance: float
+    nfe: float
+    value: float
+
+
 class Panel(NamedTuple):
     """A metric against network evaluations."""
 
     metric: Metric
-    points: Sequence[tuple[str, float, float, float]]  # (kind, guidance, nfe, value) of every model
+    points: Sequence[Point]  # of every model
     real: float | None  # of held-out images
     real_count: int  # how many there were
 
 
 TITLE_WIDTH = 80
 """Letters a line above a panel."""
+
+MARKERS, LINES = "osv^D", ("-", "--", "-.")
+"""By which curves of one guidance scale, and so of one colour, are told apart."""
 
 
 def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
@@ -62,24 +75,32 @@ def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
         axis.set(ylabel=metric.heading, title=textwrap.fill(metric.meaning, TITLE_WIDTH))
         axis.title.set_size(8)
         if metric.better == "lower":
-            axis.set_ylim(0, 1.1 * max(point[3] for point in points))
+            axis.set_ylim(0, 1.1 * max(point.value for point in points))
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=120)
     return sink.getvalue()
 
 
-def _draw_curve(axis: Any, points: Sequence[tuple[str, float, float, float]]) -> None:
-    for number, w in enumerate(sorted({point[1] for point in points})):
-        here = sorted((kind, nfe, value) for kind, scale, nfe, value in points if scale == w)
-        students = [(nfe, value) for kind, nfe, value in here if kind == "student"]
+def _draw_curve(axis: Any, points: Sequence[Point]) -> None:
+    curves = sorted({point.curve for point in points if point.kind == "student"})
+    for number, w in enumerate(sorted({point.guidance for point in points})):
         colour = f"C{number}"
-        if students:
-            axis.plot(*zip(*students, strict=True), "o-", color=colour, label=f"students, w = {w:g}")
-        for nfe, value in [(nfe, value) for kind, nfe, value in here if kind == "teacher"]:
-            axis.plot([nfe], [value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
-            axis.axhline(value, color=colour, linewidth=0.8, linestyle=":")
+        for place, curve in enumerate(curves):
+            students = sorted(
+                (p.nfe, p.value) for p in points if (p.kind, p.curve, p.guidance) == ("student", curve, w)
+            )
+            if students:
+                look = {
+                    "color": colour,
+                    "marker": MARKERS[place % len(MARKERS)],
+                    "linestyle": LINES[place % len(LINES)],
+                }
+                axis.plot(*zip(*students, strict=True), label=f"{curve}, w = {w:g}", **look)
+        for teacher in (point for point in points if (point.kind, point.guidance) == ("teacher", w)):
+            axis.plot([teacher.nfe], [teacher.value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
+            axis.axhline(teacher.value, color=colour, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="network evaluations (NFE) per image")
-    axis.set_xticks(sorted({point[2] for point in points}))
+    axis.set_xticks(sorted({point.nfe for point in points}))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.legend()

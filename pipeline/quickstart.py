@@ -23,7 +23,7 @@ updates of them from 0.28 to 0.18 (pixels) and from 9.0 to 4.8 (classifier), 5,0
 OBJECTIVE = FlowMapConfig(loss="huber")
 FLOW_MAP = OptimizerConfig(updates=850, batch_size=1024, learning_rate=6e-3, warmup_updates=50)
 REFINEMENT = OptimizerConfig(updates=450, learning_rate=5e-4, warmup_updates=20)
-"""Of 256 images an update, half of them of one step. With these the whole takes about five minutes on two cores."""
+"""Of 256 images an update, half of them of one step. With these the whole takes less than five minutes on two cores."""
 
 
 def quickstart(spec: QuickstartSpec) -> None:

@@ -28,6 +28,7 @@ class Score(Options):
     half_widths: dict[str, float] = Field({}, description="of the 95 % interval of the mean, with several noise seeds")
     fingerprint: str
     refined_in: tuple[str, ...] = Field((), description="spaces in which it was brought to the training images")
+    any_step: str = Field("", description="the any-step student of which this is a row, by its folder's name")
 
 
 class Record(Options):
@@ -138,7 +139,7 @@ def _seen_by(space: str, scores: Sequence[Score]) -> list[str]:
     """The models that were refined in a space, or in one that tells as much of an image."""
     of_pixels = {"pixels", "pooled"}
     same = of_pixels if space in of_pixels else set()  # an evaluation's other features are never trained on
-    return list(dict.fromkeys(score.name.partition("@")[0] for score in scores if same & set(score.refined_in)))
+    return list(dict.fromkeys(score.any_step or score.name for score in scores if same & set(score.refined_in)))
 
 
 def _space(name: str, facts: dict[str, float]) -> str:

@@ -155,6 +155,18 @@ def test_a_classifier_of_one_class_and_images_that_are_points_are_refused():
         open_space("classifier", images_of((1, 8, 8), classes=1))
     with pytest.raises(OptionError, match=r"--features lite0: expected images, found samples of \(2,\)"):
         open_space("lite0", images_of((2,)))
+    with pytest.raises(
+        OptionError, match=r"--features pooled: expected images of at least 4 pixels .*, found \(1, 3, 8\)"
+    ):
+        open_space("pooled", images_of((1, 3, 8)))
+
+
+def test_pooled_pixels_are_the_means_of_squares():
+    image = torch.arange(64.0).reshape(1, 1, 8, 8) / 64
+    made = open_space("pooled", images_of((1, 8, 8)))(image)
+    assert made.shape == (1, 4)
+    squares = [image[0, 0, i : i + 4, j : j + 4].mean().item() for i in (0, 4) for j in (0, 4)]
+    assert made[0].tolist() == pytest.approx(squares)
 
 
 @pytest.mark.parametrize("features", [("inseption",), ("pixels", "pixels"), ("a/net.pt", "b/net.pt"), ("x.y",)])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from kac import checkpoint
 from kac.checkpoint import load_config, load_model
 from kac.data import open_dataset
+from kac.data.splits import in_memory
 from kac.errors import DistillKacError
 from kac.refinement.energy import energy_distance
 from kac.sampling import Sampling, generate, initial_noise, student_sampling
@@ -176,6 +178,31 @@ def test_a_refined_student_is_nearer_to_the_data_than_one_that_went_on_without(
         made = generate(model.network, x_1, label, student_sampling(model.config, 1)).x
         distances[name] = energy_distance(made, held_out).item()
     assert distances["refined"] < 0.7 * distances["plain"]
+
+
+def test_what_cannot_be_refined_is_refused_before_anything_is_written(
+    any_step_student: str, small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(DistillKacError, match=message):
+            distill(distill_spec(small_store, tmp_path / "out", **options))
+        assert not (tmp_path / "out").exists()
+
+    refused("expected a student of one step count for --objective endpoint, found a flow map", init=any_step_student)
+    refused("--refine.spaces pooled: expected images of at least 4", refine={"kind": "data", "spaces": ("pooled",)})
+    refused("of at least 2 for 1 passes an update, found 1 and 64", refine={"kind": "data", "real_images": 1})
+    passes = FEW.model_copy(update={"accumulation": 64})
+    refused("of at least 128 for 64 passes an update, found 512 and 64", refine="data", optimizer=passes)
+    other = in_memory(torch.zeros(20, 2), torch.arange(20) % 2, 2)
+    monkeypatch.setattr(checkpoint, "open_dataset", lambda config: other)
+    refused("expected the data .* that this model was made from, found .*: the files .* have changed", refine="data")
+
+
+def test_a_flow_map_wants_whole_trajectories(teacher: str, tmp_path: Path):
+    path = str(tmp_path / "store")
+    make_store(path, teacher, source="forward", trajectories=200)
+    with pytest.raises(DistillKacError, match="expected whole trajectories for a flow map, found a forward store"):
+        distill(distill_spec(path, tmp_path / "out", objective={"kind": "flow-map", "grids": (1, 2, 4)}))
 
 
 REFINED = {

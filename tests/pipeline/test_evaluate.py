@@ -137,6 +137,13 @@ def test_a_student_of_any_steps_and_all_scales_has_a_row_for_each(teacher: str, 
         ("every@1 w=1", 1, 1.0),
     ]
     assert [s.guidance for s in scores if s.kind == "teacher"] == [0.0, 1.0]
+    points = _panels(read_record(str(tmp_path / "out")))[0].points
+    assert [(p.curve, p.guidance, p.nfe) for p in points if p.kind == "student"] == [
+        ("every", 0.0, 2),
+        ("every", 0.0, 1),
+        ("every", 1.0, 2),
+        ("every", 1.0, 1),
+    ]
     between = evaluate(small(teacher, tmp_path / "between", **judged, guidance=(0.5,)))
     assert [s.guidance for s in between if s.kind == "student"] == [0.5, 0.5]
     with pytest.raises(DistillKacError, match=r"--guidance: expected 0.0 .. 1.0, .*, found 2"):
@@ -321,4 +328,4 @@ def test_the_curve_compares_with_real_images_at_their_own_count(evaluation: Path
     )
     panel = _panels(fewer)[0]
     assert (panel.metric.name, panel.real, panel.real_count) == (FLOOR, 0.5, 100)
-    assert [point[3] for point in panel.points] == [0.75] * len(models)
+    assert [point.value for point in panel.points] == [0.75] * len(models)

@@ -23,7 +23,14 @@ def test_the_grid_has_a_folder_a_point(small_store: str, tmp_path: Path):
     assert {(t.spec.steps, t.spec.guidance, t.spec.optimizer.updates) for t in trials} == {
         (m, w, n) for m in (1, 2) for w in (0.0, 1.0) for n in (5, 6)
     }
-    for axis in ("colour=1", "optimizer.updates", "store=a,b", "optimizer.speed=1", "optimizer.updates=x"):
+    for axis in (
+        "colour=1",
+        "objective.kind=endpoint,flow-map",
+        "optimizer.updates",
+        "store=a,b",
+        "optimizer.speed=1",
+        "optimizer.updates=x",
+    ):
         with pytest.raises(DistillKacError):
             plan_trials(spec.model_copy(update={"grid": (axis,)}))
 

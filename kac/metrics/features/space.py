@@ -77,8 +77,11 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
         network, facts, content = pretrained.torchscript(given), {}, ""
     else:
         network, facts, content = pretrained.imported(given), {}, ""
-    if given in {"pooled", "lite0", "inception"} and not is_image(data.description.sample_shape):
-        raise OptionError(f"--features {given}: expected images, found samples of {data.description.sample_shape}")
+    shape = data.description.sample_shape
+    if given in {"pooled", "lite0", "inception"} and not is_image(shape):
+        raise OptionError(f"--features {given}: expected images, found samples of {shape}")
+    if given == "pooled" and min(shape[1:]) < Pooled.SIDE:
+        raise OptionError(f"--features pooled: expected images of at least {Pooled.SIDE} pixels a side, found {shape}")
     name = fingerprint({**space_identity(given, data), "content": content})
     return FeatureSpace(space_name(given), name, network.eval().to(device), facts)
 
