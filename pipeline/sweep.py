@@ -150,4 +150,4 @@ def _trial(config: dict[str, Any], trials: list[Trial], run: tracking.TrackedRun
     from ray import tune
 
     spec = next(trial.spec for trial in trials if trial.name == config["trial"])
-    distill.distill(spec, run, on_checkpoint=lambda metrics, _: tune.report(metrics))
+    distill.distill(spec, run, on_report=tune.report)
