@@ -5,7 +5,6 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,9 +21,6 @@ from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
 from kac.sampling import TEACHER_STEPS
 from kac.solvers import KnotGrid, Method
-
-# The metaclass of every option model has a method of this name, which no field stands in the way of.
-warnings.filterwarnings("ignore", message='Field name "register"', category=UserWarning)
 
 
 class Spec(Options):
