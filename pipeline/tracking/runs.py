@@ -219,9 +219,13 @@ def _answers(delivery: Delivery, seconds: float) -> bool:
         return delivery.wait_for_server(seconds)
     except Exception as error:
         raise DistillKacError(
-            f"{without_password(delivery.uri)}: expected a tracking server or a database, found: {one_line(error)}: "
+            f"{without_password(delivery.uri)}: expected a tracking server or a database, found: {_safe(error)}: "
             "set MLFLOW_TRACKING_URI to another one"
         ) from error
+
+
+def _safe(error: Exception) -> str:
+    return without_password(one_line(error))
 
 
 def _is_gone(delivery: Delivery, run_id: str) -> bool:

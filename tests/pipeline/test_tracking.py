@@ -260,7 +260,7 @@ def test_a_server_that_is_away_at_the_start_gets_the_run_later(
 ):
     importlib.import_module("pipeline.training")
     server.is_away = True
-    with started(tmp_path) as run, started(tmp_path / "in", "inner", parent=run) as inner:
+    with started(tmp_path) as run, started(tmp_path / "in", "late", parent=run) as inner:
         inner.metrics({"loss": 1.0}, step=1)
         inner.image("samples", PNG, step=1)
     assert run.run_id.startswith("local-")
@@ -274,7 +274,7 @@ def test_a_server_that_is_away_at_the_start_gets_the_run_later(
     assert len(pictures) == 2 and all(path.startswith("images/samples+step+1+timestamp+") for path in pictures)
     with started(tmp_path) as again:
         assert known(again).info.run_id == known(run).info.run_id
-    assert len(tracking.find_runs("inner")) == 1
+    assert len(tracking.find_runs("late")) == 1
 
 
 def test_what_a_killed_process_left_is_delivered_by_the_next_run(uri: str, server: Away, tmp_path: Path):
