@@ -57,7 +57,7 @@ def postgresql(programs: Path) -> Iterator[str]:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.1)
-            yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
         finally:
             process.send_signal(2)  # without waiting for its clients
             process.wait(30)
@@ -78,7 +78,8 @@ def mlflow_server(folder: Path, backend: str) -> Iterator[str]:
             _wait_until_healthy(uri, process)
             yield uri
         finally:
-            os.killpg(process.pid, 15)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
             process.wait(30)
 
 
