@@ -90,6 +90,9 @@ class OptimizerConfig(Options):
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
 SAMPLE_UPDATES = unhashed(None, "updates between sheets of samples in MLflow; default: none is drawn", gt=0)
+VALIDATION_UPDATES = unhashed(
+    None, "updates between validations of the averaged weights; default: a tenth of all, at least 50; 0: none", ge=0
+)
 DRY_RUN = unhashed(
     False, "say what the work takes, and stop before anything is written but decoded data into the cache"
 )
@@ -120,6 +123,7 @@ class TeachSpec(Spec):
     gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
     sample_updates: int | None = SAMPLE_UPDATES
+    validation_updates: int | None = VALIDATION_UPDATES
     dry_run: bool = DRY_RUN
 
     @field_validator("network")
@@ -236,6 +240,12 @@ class StudentOptions(Options):
     seed: int = SEED
     checkpoint_updates: int = CHECKPOINT_UPDATES
     sample_updates: int | None = SAMPLE_UPDATES
+    validation_updates: int | None = VALIDATION_UPDATES
+    held_out_rows: NonNegativeInt = Field(
+        0,
+        description="last trajectories of each guidance scale that are not learned, but show while training how far "
+        "from the teacher's images the student lands",
+    )
     memory_gib: PositiveFloat = unhashed(4.0, "columns up to this size are loaded by each worker; larger ones stream")
 
 

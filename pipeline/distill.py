@@ -106,7 +106,7 @@ class _Intervals:
 
     def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
         self.spec, self.objective, self.worker = spec, objective, worker
-        self.source = store.open(spec.store)
+        self.source = store.open(spec.store).without_last(spec.held_out_rows)
         self.next_update = -1
         self.batches: Iterator[Interval] = iter(())
 
@@ -131,12 +131,12 @@ class _Intervals:
 
 
 def distill(
-    spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_checkpoint: training.OnCheckpoint | None = None
+    spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_report: training.OnReport | None = None
 ) -> ModelConfig | None:
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
-        on_checkpoint: called at every checkpoint of a training in this process.
+        on_report: called with the metrics of every validation and checkpoint of a training in this process.
 
     Returns:
         The config of the student; None after a dry run.
@@ -165,8 +165,11 @@ def distill(
         title = f"distill {_told(spec)}"
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
-        job = training.Job(DistillTask(spec, plan.init), title, spec.out, run, spec.checkpoint_updates, sheets)
-        weights = training.train(job, place, on_checkpoint)
+        held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
+        validation = training.Validation(spec.validation_updates, plan.student, spec.precision, held_out)
+        task = DistillTask(spec, plan.init)
+        job = training.Job(task, title, spec.out, run, spec.checkpoint_updates, sheets, validation)
+        weights = training.train(job, place, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
     print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
@@ -203,6 +206,7 @@ class DistillPlan:
     init: str  # model folder of the first weights
     student: ModelConfig  # as it will be written
     rows: int  # of the store that it learns from
+    scales: tuple[float, ...]  # of guidance that it learns
 
 
 def resolve(spec: DistillSpec) -> DistillSpec:
@@ -227,6 +231,11 @@ def check(spec: DistillSpec) -> DistillPlan:
     objective = objective_of(spec)
     source.check_objective(objective)
     scales = _scales(spec, source)
+    if spec.held_out_rows and source.identity.source == "forward":
+        raise OptionError(
+            "--held-out-rows: expected 0 for a forward store, whose rows have one interval each, found "
+            f"{spec.held_out_rows}"
+        )
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
     first = load_model(init).config
@@ -255,7 +264,7 @@ def check(spec: DistillSpec) -> DistillPlan:
             "store_fingerprint": source.manifest.fingerprint,
         }
     )
-    return DistillPlan(content, init, student, source.rows(scales))
+    return DistillPlan(content, init, student, source.without_last(spec.held_out_rows).rows(scales), scales)
 
 
 def objective_of(spec: DistillSpec) -> Objective:

@@ -8,7 +8,7 @@ read ahead by Ray Data tasks and shuffled within windows that fit the budget.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,12 +125,40 @@ class Store:
         Raises:
             StoreError: an unknown guidance scale, or a shard that is missing or damaged.
         """
+        return self._some(range(min(count, self.rows(guidance))), guidance, names)
+
+    def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The same of the last ``count`` rows."""
+        rows = self.rows(guidance)
+        return self._some(range(max(0, rows - count), rows), guidance, names)
+
+    def without_last(self, count: int) -> "Store":
+        """The store less the last ``count`` rows of each guidance scale, which are held out.
+
+        Raises:
+            StoreError: a scale has no more than these.
+        """
+        shards: list[Shard] = []
+        for w in self.guidance:
+            kept = self.rows(w) - count
+            if kept < 1:
+                found = f"found {self.rows(w):,} of guidance {w}"
+                raise StoreError(f"{self.path}: expected more rows than the {count:,} to be held out, {found}")
+            for shard in sorted(self._shards_of(w)):
+                if kept > 0:
+                    shards.append(replace(shard, rows=min(shard.rows, kept)))
+                kept -= shard.rows
+        return Store(self.path, self.identity, shards, self.manifest)
+
+    def _some(self, places: range, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The rows at these places of a scale's rows by sample id."""
         parts: list[Any] = []
-        missing = count
+        start = 0
         for shard in sorted(self._shards_of(guidance)):
-            if missing > 0:
-                parts.append(read_rows(self.path, self.identity, shard, names).slice(0, missing))
-                missing -= shard.rows
+            here = range(max(places.start - start, 0), min(places.stop - start, shard.rows))
+            if here:
+                parts.append(read_rows(self.path, self.identity, shard, names).slice(here.start, len(here)))
+            start += shard.rows
         columns = {name: [torch.from_numpy(column_array(part[name]).copy()) for part in parts] for name in names}
         return {name: torch.cat(values) for name, values in columns.items()}
 

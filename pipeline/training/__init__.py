@@ -2,7 +2,7 @@
 
 from pipeline.training.ahead import made_ahead, on_device, pinned
 from pipeline.training.cost import describe_cost, describe_place, log_cost
-from pipeline.training.hosts import Place, choose_place, train
+from pipeline.training.hosts import OnReport, Place, choose_place, train
 from pipeline.training.learner import (
     EpochOrder,
     Learner,
@@ -15,21 +15,24 @@ from pipeline.training.learner import (
     slot_generator,
     update_generator,
 )
-from pipeline.training.loop import Job, OnCheckpoint, Task
+from pipeline.training.loop import Job, Task
 from pipeline.training.sheets import Sheets
+from pipeline.training.validation import HeldOut, Validation
 
 __all__ = [
     "EpochOrder",
+    "HeldOut",
     "Job",
     "Learner",
     "MicroBatch",
     "NetworkLearner",
-    "OnCheckpoint",
+    "OnReport",
     "Place",
     "Progress",
     "Sheets",
     "Task",
     "TrainedNetwork",
+    "Validation",
     "Worker",
     "choose_place",
     "describe_cost",

@@ -1,6 +1,7 @@
 """Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ from kac.errors import DistillKacError
 from pipeline import cluster
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training.learner import Worker
-from pipeline.training.loop import Job, OnCheckpoint, averaged_weights, run_updates
+from pipeline.training.loop import Job, averaged_weights, run_updates
+
+OnReport = Callable[[dict[str, float]], None]
+"""The metrics of a validation or a checkpoint: see ``loop.Report``."""
 
 MAX_FAILURES = 3
 """A worker group that fails more often is a fault to be seen, not to be retried."""
@@ -48,12 +52,13 @@ def choose_place(asked: int | None, gpu: bool | None) -> Place:
     return Place(gpus if asked is None else asked, gpus > 0 if gpu is None else gpu)
 
 
-def train(job: Job, place: Place, on_checkpoint: OnCheckpoint | None = None) -> dict[str, Tensor]:
+def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str, Tensor]:
     """Run the loop and return the averaged weights.
 
     Args:
         place: Ray Train's workers are data-parallel.
-        on_checkpoint: called at every checkpoint of a loop in this process.
+        on_report: called at every validation and checkpoint of a loop in this process. Workers of a trial of Ray Tune
+            report to the trial.
 
     Raises:
         DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
@@ -62,20 +67,21 @@ def train(job: Job, place: Place, on_checkpoint: OnCheckpoint | None = None) -> 
     if place.workers and batch % (place.workers * parts):
         passes = f", of {parts} passes an update each" * (parts > 1)
         raise DistillKacError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {place.workers}")
-    done = _train_on_ray(job, place) if place.workers else _train_here(job, on_checkpoint)
+    done = _train_on_ray(job, place) if place.workers else _train_here(job, on_report)
     return averaged_weights(done)
 
 
-def _train_here(job: Job, on_checkpoint: OnCheckpoint | None) -> bytes:
+def _train_here(job: Job, on_report: OnReport | None) -> bytes:
     path = files.join(files.join(job.out, TRAINING_FOLDER), STATE_FILE)
     resume = files.read_bytes(path) if files.exists(path) else None
 
-    def keep(metrics: dict[str, float], state: bytes) -> None:
-        files.write_bytes(path, state)
-        if on_checkpoint is not None:
-            on_checkpoint(metrics, state)
+    def report(metrics: dict[str, float], state: bytes | None) -> None:
+        if state is not None:
+            files.write_bytes(path, state)
+        if on_report is not None:
+            on_report(metrics)
 
-    return run_updates(job, Worker(0, 1, default_device()), keep, resume)
+    return run_updates(job, Worker(0, 1, default_device()), report, resume)
 
 
 def _train_on_ray(job: Job, place: Place) -> bytes:
@@ -114,10 +120,10 @@ def _ray_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
-    def report(metrics: dict[str, float], state: bytes) -> None:
+    def report(metrics: dict[str, float], state: bytes | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
-            if worker.rank == 0:
+            if worker.rank == 0 and state is not None:
                 Path(folder, STATE_FILE).write_bytes(state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)

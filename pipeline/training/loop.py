@@ -7,7 +7,8 @@ been stopped. What is logged is the mean over all workers.
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
 from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
 from pipeline.training.sheets import Sheets
+from pipeline.training.validation import Validation
 
 LOG_UPDATES = 50
 SLOW_UPDATES = 10
@@ -37,8 +39,11 @@ declare(
     Metric("peak_memory_bytes", "most memory held so far: of tensors on a GPU, of the process without", better="lower"),
 )
 
-OnCheckpoint = Callable[[dict[str, float], bytes], None]
-"""(metrics, training state): called equally often by every worker."""
+Report = Callable[[dict[str, float], bytes | None], None]
+"""(metrics, training state): at every validation and every checkpoint, which alone has a state, on every worker alike.
+
+The metrics are ``update``, ``loss``, and those of the last validation, which the worker of rank 0 alone has.
+"""
 
 
 class Task(Protocol):
@@ -56,7 +61,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A task, where its results go, how often it is saved, and which samples are drawn on the way."""
+    """A task, where its results go, how often it is saved, and what is drawn and measured on the way."""
 
     task: Task
     title: str
@@ -64,9 +69,10 @@ class Job:
     run: TrackedRun
     checkpoint_updates: int
     sheets: Sheets = field(default_factory=Sheets)
+    validation: Validation | None = None
 
 
-def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: bytes | None) -> bytes:
+def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
     """Train from ``resume`` (or the start) to the last update; returns the final state.
 
     Raises:
@@ -74,7 +80,7 @@ def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: b
     """
     total = job.task.optimizer.updates
     learner = job.task.build(worker)
-    first = _restore(learner, resume)
+    first, validated = _restore(learner, resume)
     window = _Window(learner, job.task.optimizer.batch_size, worker)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     remaining = _Remaining(job.title, first, total)
@@ -92,18 +98,31 @@ def run_updates(job: Job, worker: Worker, on_checkpoint: OnCheckpoint, resume: b
             remaining.done(done)
             if job.sheets.are_due(done):
                 job.run.image("samples", job.sheets.draw(learner.averaged()), step=done)
-        if done % job.checkpoint_updates == 0 or is_last:
+        is_validated = job.validation is not None and job.validation.is_due(done, total)
+        if is_validated and worker.rank == 0:
+            with window.pause():
+                validated = _validate(job, learner, done)
+        is_saved = done % job.checkpoint_updates == 0 or is_last
+        if is_saved or is_validated:
             loss = window.last_loss()
             _check_finite(job, loss, done)
-            state = _save(learner, done)
-            on_checkpoint({"update": float(done), "loss": loss}, state)
+            state = _save(learner, done, validated) if is_saved else state
+            report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
     bar.close()
-    return state or _save(learner, first)
+    return state or _save(learner, first, validated)
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
     """The averaged weights in a training state: they become the model."""
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
+
+
+def _validate(job: Job, learner: Learner, update: int) -> dict[str, float]:
+    """Measure the averaged weights, and log what was found."""
+    assert job.validation is not None
+    found = job.validation.measure(learner.averaged())
+    job.run.metrics(found, step=update)
+    return found
 
 
 class _Window:
@@ -119,6 +138,13 @@ class _Window:
         """What an update says of itself."""
         self.updates.append(update)
         self.last = update
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is no part of training."""
+        begun = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begun
 
     def last_loss(self) -> float:
         """The loss of the last update."""
@@ -174,19 +200,19 @@ def _check_finite(job: Job, loss: float, update: int) -> None:
         )
 
 
-def _save(learner: Learner, update: int) -> bytes:
+def _save(learner: Learner, update: int, validated: dict[str, float]) -> bytes:
     sink = io.BytesIO()
-    torch.save({"update": update, "learner": learner.state_dict()}, sink)
+    torch.save({"update": update, "learner": learner.state_dict(), "validated": validated}, sink)
     return sink.getvalue()
 
 
-def _restore(learner: Learner, resume: bytes | None) -> int:
-    """Put the learner where a state was saved; returns how many updates were done by then."""
+def _restore(learner: Learner, resume: bytes | None) -> tuple[int, dict[str, float]]:
+    """Put the learner where a state was saved; returns how many updates were done by then, and the last validation."""
     if resume is None:
-        return 0
+        return 0, {}
     state = _load(resume)
     learner.load_state_dict(state["learner"])
-    return int(state["update"])
+    return int(state["update"]), state.get("validated", {})
 
 
 def _load(data: bytes) -> dict[str, Any]:

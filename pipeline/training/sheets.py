@@ -42,9 +42,10 @@ class Sheets:
         assert self.config is not None
         labels = tuple(range(min(self.config.num_classes, COUNT)))
         precision = self.precision.model_copy(update={"compile": False})  # for a few calls it would not pay
-        model, sampling = Model(network, self.config), _sampling(self.config)
+        model, sampling = Model(network, self.config), sampling_of(self.config)
         return sheet(draw(model, sampling, precision, SEED, COUNT, COUNT, labels).images.numpy())
 
 
-def _sampling(config: ModelConfig) -> Sampling:
+def sampling_of(config: ModelConfig) -> Sampling:
+    """How a model is sampled in the middle of its training."""
     return student_sampling(config) if config.kind == "student" else teacher_sampling(steps=TEACHER_STEPS)

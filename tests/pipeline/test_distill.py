@@ -220,13 +220,13 @@ def test_a_refinement_that_is_stopped_goes_on_to_the_same_weights(
     class Stopped(Exception):
         pass
 
-    def stop(metrics: dict[str, Any], path: str) -> None:
+    def stop(metrics: dict[str, Any]) -> None:
         if metrics["update"] >= 30:
             raise Stopped
 
     whole = distill(spec("whole"))
     with pytest.raises(Stopped):
-        distill(spec("stopped"), on_checkpoint=stop)
+        distill(spec("stopped"), on_report=stop)
     resumed = distill(spec("stopped"))
     assert whole is not None
     assert resumed is not None

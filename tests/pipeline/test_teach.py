@@ -157,7 +157,7 @@ def test_dropout_is_the_same_after_a_stop(tmp_path: Path):
     class Stopped(Exception):
         pass
 
-    def stop(metrics, state):
+    def stop(metrics):
         raise Stopped
 
     unet = UNetConfig(channels=(8,), blocks=1, groups=4, dropout=0.5)

@@ -110,13 +110,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
     class Stopped(Exception):
         pass
 
-    def stop(metrics: dict[str, float], state: bytes) -> None:
+    def stop(metrics: dict[str, float]) -> None:
         if metrics["update"] == stop_after:
             raise Stopped
 
     stopped = job(tmp_path / "stopped", Regression(OPTIONS))
     with pytest.raises(Stopped):
-        training.train(stopped, HERE_ALONE, on_checkpoint=stop)
+        training.train(stopped, HERE_ALONE, on_report=stop)
     assert_same(whole, training.train(stopped, HERE_ALONE))
 
 

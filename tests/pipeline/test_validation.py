@@ -1,0 +1,91 @@
+"""Validation: what is measured while a training runs, how often, and that it disturbs nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kac.checkpoint import load_model
+from kac.errors import DistillKacError
+from kac.images import delivered
+from kac.sampling import generate, student_sampling
+from pipeline import store
+from pipeline.distill import distill
+from pipeline.teach import teach
+from pipeline.training import Validation
+from pipeline.training.validation import ENDPOINT_ERROR, ENERGY_DISTANCE
+from tests.pipeline.stages import FEW, distill_spec, metrics_of, teach_spec, weights
+
+
+@pytest.mark.parametrize(
+    ("every", "updates", "due"),
+    [
+        (None, 2000, list(range(200, 2001, 200))),
+        (None, 60, [50, 60]),
+        (7, 20, [7, 14, 20]),
+        (0, 20, []),
+    ],
+)
+def test_how_often(every: int | None, updates: int, due: list[int]):
+    validation = Validation(every, config=None)  # type: ignore[arg-type]
+    assert [n for n in range(1, updates + 1) if validation.is_due(n, updates)] == due
+
+
+def test_it_is_reported_and_logged_and_changes_no_weight(small_store: str, tmp_path: Path):
+    reports: list[dict[str, Any]] = []
+    spec = distill_spec(
+        small_store, tmp_path / "validated", validation_updates=20, checkpoint_updates=30, held_out_rows=40
+    )
+    distill(spec.model_copy(update={"out": str(tmp_path / "not"), "validation_updates": 0}))
+    config = distill(spec, on_report=reports.append)
+    assert weights(tmp_path / "validated") == weights(tmp_path / "not")
+    assert [report["update"] for report in reports] == [20, 30, 40, 60]
+    assert reports[1][ENERGY_DISTANCE] == reports[0][ENERGY_DISTANCE] != reports[2][ENERGY_DISTANCE]
+    assert config is not None
+    for name in (ENERGY_DISTANCE, ENDPOINT_ERROR):
+        logged = [(point.step, point.value) for point in metrics_of("distill", config.fingerprint, name)]
+        assert {step for step, _ in logged} == {20, 40, 60}
+        assert logged[-1][1] == pytest.approx(reports[-1][name])
+
+
+def test_the_endpoint_error_is_that_of_held_out_rows(small_store: str, tmp_path: Path):
+    reports: list[dict[str, Any]] = []
+    config = distill(distill_spec(small_store, tmp_path / "out", held_out_rows=40), on_report=reports.append)
+    assert config is not None
+    source = store.open(small_store)
+    whole = next(source.batches(source.rows(0.0), 0.0, [0, 4]))
+    network = load_model(str(tmp_path / "out")).network
+    made = generate(network, whole.knots[-40:, 0], whole.label[-40:], student_sampling(config)).x
+    expected = (delivered(made) - delivered(whole.knots[-40:, 1])).square().mean().sqrt()
+    assert reports[-1][ENDPOINT_ERROR] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_held_out_rows_are_not_learned(small_store: str, ray_cluster: None):
+    source = store.open(small_store)
+    rows = source.rows(0.0)
+    assert rows > source.identity.shard_size > 1
+    for count in (0, 1, source.identity.shard_size + 3):
+        kept = source.without_last(count)
+        learned = torch.cat([batch.sample_id for batch in kept.batches(64, 0.0, [0], seed=3)])
+        assert sorted(learned.tolist()) == list(range(rows - count))
+        streamed = torch.cat([b.sample_id for b in kept.batches(64, 0.0, [0], seed=3, memory_bytes=1)])
+        assert sorted(streamed.tolist()) == list(range(rows - count))
+        if count:
+            assert source.last(count, 0.0, ["sample_id"])["sample_id"].tolist() == list(range(rows - count, rows))
+    with pytest.raises(DistillKacError, match=rf"expected more rows than the {rows:,} to be held out, found {rows:,}"):
+        source.without_last(rows)
+
+
+def test_a_student_with_held_out_rows_is_another(small_store: str, tmp_path: Path):
+    spec = distill_spec(small_store, tmp_path / "out")
+    assert spec.fingerprint() == spec.model_copy(update={"held_out_rows": 0}).fingerprint()
+    assert spec.fingerprint() != spec.model_copy(update={"held_out_rows": 1}).fingerprint()
+
+
+def test_a_teacher_is_validated_too(tmp_path: Path):
+    config = teach(teach_spec(tmp_path / "teacher", validation_updates=5))
+    assert config is not None
+    values = [point.value for point in metrics_of("teach", config.fingerprint, ENERGY_DISTANCE)]
+    assert len(values) == FEW.updates // 5
+    assert values[-1] < 0.5 * values[0]
