@@ -18,6 +18,9 @@ from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
 
 TEACHER_STEPS = 100
 
+BATCH_SIZE = 500
+"""Samples a network call, where nobody chooses: another number gives other last digits."""
+
 
 class Sampling(NamedTuple):
     """How a model is sampled."""

@@ -5,6 +5,7 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -30,6 +31,9 @@ from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
 from kac.sampling import TEACHER_STEPS
 from kac.solvers import KnotGrid, Method
+
+# The metaclass of every option model has a method of this name, which no field stands in the way of.
+warnings.filterwarnings("ignore", message='Field name "register"', category=UserWarning)
 
 
 class Spec(Options):
@@ -98,6 +102,15 @@ DRY_RUN = unhashed(
 )
 GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluster has some now")
 WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
+
+REGISTER = unhashed(None, "name to register the student under in MLflow's model registry; default: it is not")
+
+
+def as_registered_name(name: str | None) -> str | None:
+    """The name, if MLflow's registry takes it; raises ``ValueError``."""
+    if name is not None and (not name.strip() or name in {".", ".."} or set(name) & set("/:")):
+        raise ValueError(f"--register: expected a name without / and :, found {name!r}")
+    return name
 
 
 def as_teacher(network: NetworkConfig) -> NetworkConfig:
@@ -262,7 +275,13 @@ class DistillSpec(StudentOptions, Spec):
     )
     workers: int | None = WORKERS
     gpu: bool | None = GPU
+    register: str | None = REGISTER
     dry_run: bool = DRY_RUN
+
+    @field_validator("register")
+    @classmethod
+    def _is_registered_name(cls, name: str | None) -> str | None:
+        return as_registered_name(name)
 
     @model_validator(mode="after")
     def _refines_one_scale(self) -> Self:
@@ -353,6 +372,11 @@ class SweepSpec(StudentOptions, Spec):
         if len(chain) == 1 or any(after >= before for before, after in pairwise(chain)):
             raise ValueError(f"--chain: expected two or more step counts, each below the one before, found {chain}")
         return chain
+
+    @field_validator("register")
+    @classmethod
+    def _is_registered_name(cls, name: str | None) -> str | None:
+        return as_registered_name(name)
 
     @field_validator("steps", "guidance")
     @classmethod

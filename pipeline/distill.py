@@ -15,7 +15,7 @@ from kac.objectives import Interval, Objective, build_objective
 from kac.options import OptionError
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
-from pipeline import cluster, decode, outputs, store, tracking, training
+from pipeline import cluster, decode, logged_models, outputs, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig
 
 
@@ -155,6 +155,8 @@ def distill(
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
+        if spec.register:
+            logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
     print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
@@ -171,6 +173,7 @@ def distill(
         job = training.Job(task, title, spec.out, run, spec.checkpoint_updates, sheets, validation)
         weights = training.train(job, place, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
+        logged_models.log_finished(run, spec, config)
     print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
 

@@ -10,12 +10,10 @@ from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.guidance import check_guidance
-from kac.sampling import Samples, Sampling, draw, student_sampling, teacher_sampling
+from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
 from pipeline.pictures import sheet
-
-BATCH_SIZE = 500
 
 
 def sample(spec: SampleSpec) -> None:

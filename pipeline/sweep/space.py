@@ -24,6 +24,8 @@ NOT_VARIED = (
     "checkpoint_updates",
     "sample_updates",
     "memory_gib",
+    "validation_updates",
+    "register",
 )
 """Fields that make no other student."""
 
@@ -132,10 +134,10 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
         OptionError: an axis that is no field of a student, has no values or is given twice.
     """
     given: dict[str, tuple[Any, ...]] = {}
-    for name, values in {**spec.grid, **spec.search}.items():
+    for name in (*spec.grid, *spec.search):
         if field_named(name) in given:
             raise OptionError(f"--grid, --search: expected each field once, found {name} twice")
-        given[field_named(name)] = values if name in spec.grid else ()
+        given[field_named(name)] = spec.grid.get(name, ())
     for name, short in (("guidance", spec.guidance), ("steps", spec.steps)):
         if short is not None and name in given:
             raise OptionError(f"--{name}: expected the values of {name} once, found them in --grid or --search too")

@@ -1,7 +1,6 @@
 """The stage: check everything, add what the store lacks, run the trials, judge the students, answer."""
 
 import importlib.util
-import inspect
 import json
 import os
 import tempfile
@@ -26,6 +25,7 @@ from pipeline.sweep.space import Point
 
 RESULT_FILE = "trials.json"
 EVALUATION = "evaluation"
+ANSWER_FILE = "answer.json"
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
@@ -51,6 +51,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     points = [] if spec.search else space.grid_points(spec)
     metric, better = judged_by(spec)
     _check_early_stopping(spec)
+    _check_validated(spec)
     source, missing = _check_store(spec, points or space.sample_points(spec))
     spec = spec.settled(lambda: _gpus_a_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
@@ -390,7 +391,9 @@ def _lend(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.Loan
 
     source = store.open(spec.store)
     wanted = [
-        source.selection(distill.objective_of(s), source.guidance if s.guidance == "all" else s.guidance)
+        source.without_last(s.held_out_rows).selection(
+            distill.objective_of(s), source.guidance if s.guidance == "all" else s.guidance
+        )
         for s in students
     ]
     united = sharing.united(wanted)
@@ -432,19 +435,12 @@ def _trial(config: dict[str, Any], loans: Sequence[sharing.Loan], run: tracking.
     arrays = [sharing.Loan(loan.selection, {k: ray.get(ref) for k, ref in loan.arrays.items()}) for loan in loans]
     try:
         with sharing.borrowing(arrays):
-            distill.distill(spec, run, **_telling(report))
+            distill.distill(spec, run, on_report=report)
     except Exception as error:  # noqa: BLE001 - Tune starts again what raises; this would only fail again
         report_to_tune(last, started, error=one_line(error) or type(error).__name__)
         return
     last["update"] = float(spec.optimizer.updates)
     report_to_tune(last, started, is_done=True)
-
-
-def _telling(report: Callable[[Mapping[str, float]], None]) -> dict[str, Any]:
-    """The option of ``distill`` that has it report as it trains."""
-    if "on_report" in inspect.signature(distill.distill).parameters:
-        return {"on_report": report}
-    return {"on_checkpoint": lambda metrics, _: report(metrics)}
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
@@ -482,7 +478,31 @@ def _drop_other(out: str, judged: EvaluateSpec) -> None:
 def _answer(
     spec: SweepSpec, ledger: Ledger, evaluation: str | None, run: tracking.TrackedRun, metric: str, better: str
 ) -> None:
-    if importlib.util.find_spec("pipeline.sweep.answer") is None:
+    if importlib.util.find_spec("pipeline.sweep_answer") is None:
         return
-    answer = importlib.import_module("pipeline.sweep.answer")
+    answer = importlib.import_module("pipeline.sweep_answer")
     answer.write_answer(spec, ledger.records, evaluation, run, metric, better)
+    if spec.register:
+        _register_best(spec, spec.register)
+
+
+def _register_best(spec: SweepSpec, name: str) -> None:
+    """Register the best student, under the alias ``best``."""
+    from pipeline import logged_models
+
+    best = json.loads(files.read_bytes(files.join(spec.out, ANSWER_FILE)))["best"]
+    own = None if best is None else _run_of(best["out"])
+    if own is not None:
+        version = logged_models.register(own, name, alias="best")
+        print(f"sweep: registered {best['name']} as models:/{name}@best, version {version}", flush=True)
+
+
+def _check_validated(spec: SweepSpec) -> None:
+    """Refuse to go by a validation that is not made."""
+    needs = "--asha" if spec.asha else "--searcher optuna" if spec.search and spec.searcher == "optuna" else ""
+    if not needs:
+        return
+    if spec.asha_metric.startswith("validation/") and spec.validation_updates == 0:
+        raise OptionError(f"--validation-updates: expected some for {needs} on {spec.asha_metric}, found 0")
+    if spec.asha_metric.endswith("endpoint_error") and not spec.held_out_rows:
+        raise OptionError(f"--held-out-rows: expected some for {needs} on {spec.asha_metric}, found none")

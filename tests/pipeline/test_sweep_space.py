@@ -131,6 +131,14 @@ def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
         ({"metric": "frechet_distance_pixels"}, "since --samples 0 leaves the students unevaluated"),
         ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "--asha-metric: expected a metric"),
         ({"asha": True, "grace_updates": 60}, "--grace-updates: expected less than all updates"),
+        (
+            {"asha": True, "grace_updates": 9, "validation_updates": 0},
+            "--validation-updates: expected some for --asha on validation/energy_distance, found 0",
+        ),
+        (
+            {"asha": True, "grace_updates": 9, "asha_metric": "validation/endpoint_error"},
+            "--held-out-rows: expected some for --asha",
+        ),
         ({"chain": (1, 2)}, "--chain: expected two or more step counts"),
         ({"chain": (4, 2), "asha": True}, "--chain: expected a grid"),
     ],

@@ -1,0 +1,68 @@
+"""What MLflow runs as a logged student: it executes a copy of this file, which lies beside the weights and ``kac``.
+
+Nothing but ``kac`` is imported from here, so that a model needs neither Ray, nor a data set, nor this checkout.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from kac import noise
+from kac.checkpoint import ModelConfig, load_model
+from kac.device import default_device
+from kac.errors import DistillKacError
+from kac.precision import Precision
+from kac.sampling import BATCH_SIZE, draw, student_sampling
+
+
+class Student(PythonModel):  # type: ignore[misc]
+    """Images of a student, those that ``jobs.sample`` draws for the same seed, labels and steps."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the model folder, onto the GPU where there is one."""
+        self.model = load_model(context.artifacts["model"], default_device())
+
+    def predict(
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """Images [rows, *sample], float32 in [-1, 1] on the 8-bit grid; row i is sample i of the seed.
+
+        Args:
+            model_input: the column ``label``: a class a row, or -1 for one by the data's class frequencies.
+            params: ``seed``, ``steps`` and ``guidance``; default: 0, and the student's own.
+
+        Raises:
+            DistillKacError: a class that the student does not know, a seed out of range, or steps or guidance that it
+                was not made for.
+        """
+        config, given = self.model.config, params or {}
+        seed = int(given.get("seed") or 0)
+        if not 0 <= seed < 2**31:
+            raise DistillKacError(f"seed: expected 0 .. {2**31 - 1}, found {seed}")
+        sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
+        if sampling.steps < 1:
+            raise DistillKacError(f"steps: expected at least 1, found {sampling.steps}")
+        labels = _labels(config, seed, model_input["label"].to_numpy())
+        if not labels:
+            return np.zeros((0, *config.sample_shape), np.float32)
+        made = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, labels)
+        return made.images.numpy()
+
+
+def _labels(config: ModelConfig, seed: int, given: Any) -> tuple[int, ...]:
+    """The class of each row, drawn where it is -1."""
+    label = torch.tensor(np.asarray(given, np.int64))
+    drawn = noise.labels(seed, range(len(label)), config.class_frequencies)
+    unknown = label[(label < -1) | (label >= config.num_classes)].tolist()
+    if unknown:
+        raise DistillKacError(
+            f"label: expected classes 0 .. {config.num_classes - 1}, or -1 for any, found {sorted(set(unknown))}"
+        )
+    return tuple(torch.where(label < 0, drawn, label).tolist())
+
+
+set_model(Student())
