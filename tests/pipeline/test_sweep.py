@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,15 +121,12 @@ def test_rungs_know_the_reports_of_an_earlier_start(tmp_path: Path):
         ledger.put(TrialRecord(number=number, name=name, out=name, values={}))
         ledger.report(name, {"update": 10, "loss": loss})
 
-    class Trial:
-        trial_id = "new"
-        config = {"trial": "trial-0002"}
-
+    new = SimpleNamespace(trial_id="new", config={"trial": "trial-0002"})
     for known, action in ((Ledger(str(tmp_path)), "STOP"), (Ledger(str(tmp_path / "other")), "CONTINUE")):
         scheduler = Halving(spec, known, lambda _: 100, 100)
-        scheduler.on_trial_add(None, Trial())
-        assert scheduler.on_trial_result(None, Trial(), {"update": 10, "loss": 0.3}) == action
-        assert scheduler.on_trial_result(None, Trial(), {"update": 100, "loss": 0.3}) == "CONTINUE"
+        scheduler.on_trial_add(None, new)
+        assert scheduler.on_trial_result(None, new, {"update": 10, "loss": 0.3}) == action
+        assert scheduler.on_trial_result(None, new, {"update": 100, "loss": 0.3}) == "CONTINUE"
 
 
 def test_missing_guidance_scales_are_added_first(teacher: str, tmp_path: Path, ray_cluster: None):

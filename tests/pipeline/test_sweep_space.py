@@ -107,7 +107,7 @@ def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
     ],
 )
 def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
-    with pytest.raises(DistillKacError, match="--search optimizer.learning-rate: expected uniform"):
+    with pytest.raises(DistillKacError, match=r"--search optimizer\.learning-rate: expected uniform"):
         space.draws_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
 
 
