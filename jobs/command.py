@@ -1,7 +1,9 @@
 """What every job shares: its spec from the command line, one line for every error, and an exit code."""
 
+import signal
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NoReturn
 
 from botocore.exceptions import BotoCoreError
@@ -9,6 +11,11 @@ from botocore.exceptions import BotoCoreError
 from jobs.parsing import SpecType, parse
 from kac.errors import DistillKacError, one_line
 from pipeline.config import Spec
+
+SYNC = "--sync-tracking"
+"""An option of every job: first deliver what earlier ones could not; with nothing else that is all."""
+
+TERMINATED = 128 + signal.SIGTERM
 
 Command = tuple[type[Spec], Callable[[Any], object]]
 """The options of a command, and what it runs."""
@@ -19,10 +26,15 @@ def main(
 ) -> None:
     """Parse the spec of a job, run its stage, and exit: 0, 1 for an error of the stage, 2 for one of the options."""
     prog = prog or f"python -m jobs.{spec_type.stage}"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if SYNC in arguments:
+        arguments = [word for word in arguments if word != SYNC]
+        _sync(prog, is_all=not arguments)
     try:
-        spec = parse(spec_type, sys.argv[1:] if arguments is None else arguments, prog)
+        spec = parse(spec_type, arguments, prog)
     except DistillKacError as error:
         fail(prog, error, 2)
+    signal.signal(signal.SIGTERM, _end)
     try:
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
@@ -30,6 +42,11 @@ def main(
         fail(prog, error, 1)
     except KeyboardInterrupt:
         fail(prog, "interrupted: run the same command again to go on", 130)
+    except SystemExit as stop:
+        # Ray puts a handler of its own in the place of ours, which ends with the number of the signal.
+        if stop.code not in {signal.SIGTERM, TERMINATED}:
+            raise
+        fail(prog, "terminated: run the same command again to go on", TERMINATED)
 
 
 def main_of(commands: Mapping[str, Command], prog: str, description: str) -> None:
@@ -43,6 +60,25 @@ def main_of(commands: Mapping[str, Command], prog: str, description: str) -> Non
         main(*commands[name], f"{prog} {name}", arguments)
     else:
         fail(prog, f"expected one of {', '.join(commands)}, found {name}: see --help", 2)
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    """End as on Ctrl-C, so that runs are closed: ``ray job stop`` sends SIGTERM. A second one ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise SystemExit(TERMINATED)
+
+
+def _sync(prog: str, is_all: bool) -> None:
+    from pipeline.housekeeping import sync
+
+    try:
+        sync()
+    except DistillKacError as error:
+        if is_all:
+            fail(prog, error, 1)
+        print(f"{prog}: {one_line(error)}", file=sys.stderr, flush=True)
+    if is_all:
+        raise SystemExit(0)
 
 
 def fail(prog: str, error: object, code: int) -> NoReturn:

@@ -37,8 +37,15 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         return load_config(spec.out)
     cost, fingerprint = network_cost(spec.network, *of_samples), spec.fingerprint(**content)
     inputs, name = {"data": data.sha256, "checkpoint": found.sha256}, f"convert-{spec.data.kind}"
+    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
     with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
+        spec=spec,
+        fingerprint=fingerprint,
+        inputs=inputs,
+        output=spec.out,
+        parent=parent,
+        name=name,
+        datasets=datasets,
     ) as run:
         run.params(cost._asdict())
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint)

@@ -162,7 +162,13 @@ def distill(
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
     with tracking.start_run(
-        spec=spec, fingerprint=plan.student.fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
+        spec=spec,
+        fingerprint=plan.student.fingerprint,
+        inputs=inputs,
+        output=spec.out,
+        parent=parent,
+        name=name,
+        datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
     ) as run:
         title = f"distill {_told(spec)}"
         training.log_cost(run, *network)

@@ -89,7 +89,11 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         return list(record.scores)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
-    with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent) as run:
+    data = candidates[0].config.data
+    judged_on = [tracking.Dataset(data.kind, candidates[0].config.data_sha256, data.root or data.kind, "evaluation")]
+    with tracking.start_run(
+        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=judged_on
+    ) as run:
         compared = _draw(spec, candidates)
         record = _judge(compared, fingerprint)
         _write(compared, run, record)

@@ -2,6 +2,7 @@
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
 OUT/training/      what a stopped training goes on from
+OUT/run.json       the run of MLflow that it is made in
 OUT/<result>       written last; with the same fingerprint it says that the work is done
 """
 
@@ -16,7 +17,7 @@ from kac.errors import DistillKacError
 from kac.fingerprint import hashed_fields
 from kac.options import flatten
 from pipeline.config import Spec
-from pipeline.tracking import TrackedRun
+from pipeline.tracking import RUN_FILE, TrackedRun
 
 SPEC_FILE = "spec.json"
 TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
@@ -84,9 +85,11 @@ def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: 
 
 
 def _holds_work(out: str) -> bool:
-    """Whether there is anything but the options and the records of a training without a checkpoint."""
+    """Whether there is anything but options, the name of a run, and records of a training without a checkpoint."""
     return any(
-        name.rsplit("/", 1)[-1] == STATE_FILE if name.startswith(f"{TRAINING_FOLDER}/") else name != SPEC_FILE
+        name.rsplit("/", 1)[-1] == STATE_FILE
+        if name.startswith(f"{TRAINING_FOLDER}/")
+        else name not in {SPEC_FILE, RUN_FILE}
         for name in files.list_sizes(out)
     )
 

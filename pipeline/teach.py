@@ -96,8 +96,15 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     place, fingerprint = training.choose_place(spec.workers, spec.gpu), spec.fingerprint(**content)
     print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
+    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
     with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, name=name
+        spec=spec,
+        fingerprint=fingerprint,
+        inputs=inputs,
+        output=spec.out,
+        parent=parent,
+        name=name,
+        datasets=datasets,
     ) as run:
         training.log_cost(run, *network)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint)

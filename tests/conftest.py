@@ -16,11 +16,9 @@ def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    from mlflow import MlflowClient
-
     from pipeline import tracking
 
-    tracking._experiment(MlflowClient(uri), uri)
+    tracking.connect(uri)
     yield uri
     if before is None:
         del os.environ["MLFLOW_TRACKING_URI"]

@@ -1,6 +1,7 @@
 """What a store is: its identity, the names of its shards, and their schema.
 
 STORE/manifest.json                               what it is; written last
+STORE/run.json                                    the run of MLflow that it was made in
 STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 

@@ -8,6 +8,7 @@ from kac.options import Options
 from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
 from pipeline.store.shards import Receipt
 from pipeline.store.versions import SCHEMA_VERSION, parse
+from pipeline.tracking.server import RUN_FILE
 
 IdRange = tuple[int, int]
 """Sample ids from the first up to, not including, the second."""
@@ -96,8 +97,8 @@ def write_manifest(store: str, manifest: Manifest) -> None:
 
 
 def list_files(store: str) -> dict[str, int]:
-    """Name and size of every file below the store except its manifest, sorted by name."""
-    return {name: size for name, size in files.list_sizes(store).items() if name != MANIFEST}
+    """Name and size of every file below the store except its manifest and the name of its run, sorted by name."""
+    return {name: size for name, size in files.list_sizes(store).items() if name not in {MANIFEST, RUN_FILE}}
 
 
 def list_shards(store: str) -> dict[str, int]:

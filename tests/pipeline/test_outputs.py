@@ -49,6 +49,7 @@ def test_after_a_divergence_on_workers_too(tmp_path: Path, ray_cluster: None):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
+        "run.json",
         "spec.json",
     ]
 
@@ -63,6 +64,12 @@ def test_a_folder_in_which_another_spec_has_left_work_is_refused(left: str, tmp_
     with pytest.raises(DistillKacError, match=r"found one of another spec \(seed is 0, not 3\): choose another --out"):
         outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
     assert (tmp_path / left).read_bytes() == b"work"
+
+
+def test_the_name_of_a_run_is_no_work(tmp_path: Path):
+    assert outputs.begin(str(tmp_path), teach_spec(tmp_path), "config.json")
+    (tmp_path / "run.json").write_text('{"tracking_uri": "http://gone", "run_id": "1", "fingerprint": "another"}')
+    assert outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
 
 
 def test_a_job_does_not_write_into_a_folder_that_another_has_taken(tmp_path: Path):

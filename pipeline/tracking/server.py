@@ -1,0 +1,113 @@
+"""The tracking server, or a local database that takes its place."""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kac.cache import cache_folder
+from pipeline.cluster import in_job_copy
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "distillkac"
+
+RUN_FILE = "run.json"
+"""Beside an output: which run it was made in."""
+
+REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Delivery tries again by itself: MLflow's own retries would hold a request for minutes and print a line each."""
+
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
+
+
+def tracking_uri(beside: str) -> str:
+    """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current directory.
+
+    A submitted job's directory does not outlive it: its database lies beside the stage's output ``beside``.
+    """
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    folder = os.getcwd()
+    if in_job_copy() and "://" not in beside:
+        folder = os.path.dirname(os.path.abspath(beside))
+    return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def connect(uri: str) -> tuple["MlflowClient", str]:
+    """A client of the server, and the id of the experiment there, which is created if there is none.
+
+    Raises:
+        Exception: whatever MLflow raises if the server does not answer, see ``is_refusal``.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _alone(uri):
+        client = client_of(uri)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            # A local database names the folder of its artifacts itself, or it would be that of whichever process came
+            # first.
+            path = uri.removeprefix("sqlite:///")
+            location = Path(path).parent.joinpath("mlartifacts").as_uri() if path != uri else None
+            try:
+                return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            except MlflowException:  # another host may have been first
+                found = client.get_experiment_by_name(EXPERIMENT)
+                if found is None:
+                    raise
+    return client, str(found.experiment_id)
+
+
+def client_of(uri: str) -> "MlflowClient":
+    """A client of the server; a fresh local database is left to ``connect``."""
+    from mlflow import MlflowClient
+
+    for name, value in REQUEST.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(uri)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the server has understood and says no: to try again would change nothing."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return str(error.error_code) in REFUSALS
+    return isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError)
+
+
+def local_folder() -> Path:
+    """A folder of this machine for what waits to be delivered: below the cache, unless that is an S3 prefix."""
+    folder = Path(cache_folder("tracking"))
+    if "://" in cache_folder():
+        folder = Path.home() / ".cache" / "distillkac" / "tracking"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def name_of(uri: str) -> str:
+    """A file name for a server."""
+    return hashlib.sha256(without_password(uri).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that create the tables of a fresh SQLite database at once crash in MLflow."""
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    with (local_folder() / f"{name_of(uri)}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
