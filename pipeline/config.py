@@ -5,10 +5,19 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from kac.data import DataConfig
 from kac.fingerprint import fingerprint, hashed_values, unhashed
@@ -280,19 +289,121 @@ class DistillSpec(StudentOptions, Spec):
         return self
 
 
+STEP_COUNTS = (1, 2, 4, 20)
+"""Those of a grid that says nothing else."""
+
+
 class SweepSpec(StudentOptions, Spec):
-    """Distill a student for every combination of step count and guidance scale (Ray Tune)."""
+    """Distill many students of one store, by default one for each step count, judge them and say which is best (Ray
+    Tune)."""
 
     stage = "sweep"
-    out: str = unhashed(..., "folder to write: one student folder a trial below it")
-    steps: tuple[PositiveInt, ...] = unhashed(
-        (1, 2, 4, 20), "macro step counts; a flow map is one student for all of them", min_length=1
+    out: str = unhashed(..., "folder to write: one student folder a trial below it, and the answer")
+    steps: tuple[PositiveInt, ...] | None = unhashed(
+        None,
+        "macro step counts, short for --grid steps=...; a flow map is one student for all of them; default: 1 2 4 20, "
+        "with --chain its counts, with --search 4",
     )
-    guidance: tuple[float | Literal["all"], ...] = unhashed((0.0,), "guidance scales; all: one for all", min_length=1)
-    grid: tuple[str, ...] = unhashed((), "more axes, as FIELD=VALUE,VALUE: optimizer.learning-rate=1e-3,2e-3")
+    guidance: tuple[float | Literal["all"], ...] | None = unhashed(
+        None, "guidance scales, short for --grid guidance=...; all: one student for all; default: 0"
+    )
+    grid: dict[str, tuple[Any, ...]] = unhashed(
+        {}, "axes of the grid, any field of jobs.distill: steps=1,2 optimizer.learning-rate=1e-3,2e-3"
+    )
+    chain: tuple[PositiveInt, ...] = unhashed(
+        (), "step counts of students that each start from the one before, beside the grid's: 20 4 2 1"
+    )
+    search: dict[str, str] = unhashed(
+        {},
+        "fields to search in place of a grid, whose axes are then drawn from too: "
+        "'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, randint (both ends included), choice",
+    )
+    trials: NonNegativeInt = unhashed(0, "trials of --search; may be raised later")
+    searcher: Literal["random", "optuna"] = unhashed("optuna", "what proposes the values of --search")
+    asha: bool = unhashed(False, "stop trials early that are behind the best (asynchronous successive halving)")
+    asha_metric: str = unhashed(
+        "validation/energy_distance", "what --asha and optuna go by, of what a trial reports as it trains"
+    )
+    asha_factor: float = unhashed(3.0, "of so many trials one goes on at each halving", gt=1)
+    grace_updates: PositiveInt = unhashed(500, "updates before a trial may be stopped")
+    metric: str | None = unhashed(
+        None, "what the best student is best in; default: the Frechet distance in the last of --features"
+    )
+    samples: NonNegativeInt = unhashed(2000, "samples a student that it is judged by; 0: none is judged")
+    features: tuple[str, ...] = unhashed(("pixels", "classifier"), "feature spaces, as of jobs.evaluate", min_length=1)
+    rollout: bool = unhashed(False, "add guidance scales that the store lacks to it first")
+    register: str | None = unhashed(None, "name under which the best student is registered in MLflow")
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
     cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial")
-    gpus_per_trial: float | None = unhashed(None, "GPUs a trial; default: 1 where the cluster has some, else 0", ge=0)
+    gpus_per_trial: float | None = unhashed(
+        None, "GPUs a trial, or a share of one; default: 1 where the cluster has some, else 0", ge=0
+    )
+
+    @field_validator("grid", "search", mode="before")
+    @classmethod
+    def _by_field(cls, given: Any, info: ValidationInfo) -> Any:
+        """Words FIELD=VALUE,VALUE as a mapping; a single value is an axis too."""
+        if isinstance(given, list | tuple):
+            given = _by_name(f"--{info.field_name}", given)
+        if info.field_name == "search" or not isinstance(given, dict):
+            return given
+        axes = {name: _axis(values) for name, values in given.items()}
+        for name, values in axes.items():
+            if not values or any(value in ("", None) for value in values):
+                raise ValueError(f"--grid: expected {name}=VALUE,VALUE, found no value")
+        return axes
+
+    @field_validator("chain", mode="before")
+    @classmethod
+    def _chain_of_one_word(cls, given: Any) -> Any:
+        return (
+            given[0].split(",")
+            if isinstance(given, list | tuple) and len(given) == 1 and "," in str(given[0])
+            else given
+        )
+
+    @field_validator("chain")
+    @classmethod
+    def _descends(cls, chain: tuple[int, ...]) -> tuple[int, ...]:
+        if len(chain) == 1 or any(after >= before for before, after in pairwise(chain)):
+            raise ValueError(f"--chain: expected two or more step counts, each below the one before, found {chain}")
+        return chain
+
+    @field_validator("register")
+    @classmethod
+    def _is_registered_name(cls, name: str | None) -> str | None:
+        return as_registered_name(name)
+
+    @field_validator("steps", "guidance")
+    @classmethod
+    def _has_values(cls, values: tuple[Any, ...] | None, info: ValidationInfo) -> tuple[Any, ...] | None:
+        if values == ():
+            raise ValueError(f"--{info.field_name}: expected at least one value, found none")
+        return values
+
+    @field_validator("features")
+    @classmethod
+    def _are_feature_spaces(cls, features: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(features)
+        return features
+
+
+def _by_name(option: str, words: Sequence[Any]) -> dict[str, str]:
+    pairs = [str(word).partition("=") for word in words]
+    wrong = next(
+        (str(word) for word, (name, equals, _) in zip(words, pairs, strict=True) if not (name and equals)), None
+    )
+    if wrong is not None:
+        raise ValueError(f"{option}: expected FIELD=VALUE, found {wrong!r}")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"{option}: expected each field once, found {' '.join(map(str, words))}")
+    return {name: value for name, _, value in pairs}
+
+
+def _axis(values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str):
+        return tuple(value.strip() for value in values.split(","))
+    return tuple(values) if isinstance(values, list | tuple) else (values,)
 
 
 class EvaluateSpec(Spec):

@@ -32,7 +32,7 @@ def whole_rows(pieces: Sequence[Piece]) -> Batch:
             Batch(
                 columns.sample_id[rows],
                 columns.label[rows],
-                columns.knots[rows],
+                columns.knots_of(rows),
                 None if columns.interval is None else columns.interval[rows],
             )
             for columns, rows in pieces
@@ -50,8 +50,8 @@ def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: 
     return _join(
         [
             Interval(
-                columns.knots[rows, i],
-                columns.knots[rows, j],
+                columns.knot_of(rows, i),
+                columns.knot_of(rows, j),
                 times[i],
                 times[j],
                 columns.label[rows],
@@ -72,7 +72,7 @@ def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
     for columns, rows in pieces:
         assert columns.interval is not None
         k = columns.interval[rows]
-        knots, w = columns.knots[rows], columns.guidance[rows]
+        knots, w = columns.knots_of(rows), columns.guidance[rows]
         intervals.append(Interval(knots[:, 0], knots[:, 1], times[k], times[k + 1], columns.label[rows], w))
     return _join(intervals)
 

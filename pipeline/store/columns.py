@@ -48,6 +48,21 @@ class Columns:
     guidance: Tensor  # [rows], float32
     knots: Tensor  # [rows, knots, *sample]
     interval: Tensor | None  # [rows], of forward stores
+    places: Tensor | None = (
+        None  # [selected knots]: where they are among the knots of lent columns; None: all, in order
+    )
+
+    def at(self, places: Tensor) -> "Columns":
+        """The same memory, with some of its knots selected."""
+        return replace(self, places=None if places.tolist() == list(range(self.knots.shape[1])) else places)
+
+    def knots_of(self, rows: Tensor) -> Tensor:
+        """The selected knots of some rows: [rows, selected knots, *sample]."""
+        return self.knots[rows] if self.places is None else self.knots[rows[:, None], self.places]
+
+    def knot_of(self, rows: Tensor, place: Tensor) -> Tensor:
+        """Of each row the selected knot at its ``place`` [rows]: [rows, *sample]."""
+        return self.knots[rows, place if self.places is None else self.places[place]]
 
 
 def columns_of_knots(identity: StoreIdentity, knots: Sequence[int] | None) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ import torch
 from kac import noise
 from kac.objectives import Interval, Objective
 from kac.solvers import knot_times
+from pipeline.store import sharing
 from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows
-from pipeline.store.columns import Columns, Selection, columns_of_knots, read_group, read_rows, shard_at, to_columns
+from pipeline.store.columns import Columns, Selection, columns_of_knots, read_rows, shard_at, to_columns
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.order import Order, check_position, cut, grouped, rows_of, windows
@@ -186,7 +187,7 @@ class Store:
         check_position("start_batch", start_batch)
         identity = self.identity
         is_forward, knots = identity.source == "forward", self.check_objective(objective)
-        selection = self._select(guidance, columns_of_knots(identity, None if is_forward else knots))
+        selection = self.selection(objective, guidance)
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         times = knot_times(identity.knots, identity.knot_grid).float()[knots]
         epoch, skip = divmod(start_batch * batch_size, reading.rows_an_epoch())
@@ -222,6 +223,13 @@ class Store:
             raise StoreError(f"--steps: expected {stored}, the intervals of this forward store, found {len(knots) - 1}")
         return knots
 
+    def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
+        """What ``interval_batches`` reads for an objective; raises as that does."""
+        knots = self.check_objective(objective)
+        return self._select(
+            guidance, columns_of_knots(self.identity, None if self.identity.source == "forward" else knots)
+        )
+
     def check_guidance(self, guidance: float) -> None:
         """Refuse a guidance scale that is not in the store."""
         if guidance not in self.guidance:
@@ -233,11 +241,8 @@ class Store:
     def load(self, selection: Selection) -> Columns:
         """The selected columns as tensors. They are kept until others are loaded."""
         if selection not in self._loaded:
-            # A few shards at a time: the tables of all of them beside the tensors would double the memory.
-            groups = grouped(selection.shards, GROUP_BYTES // selection.row_bytes)
-            tables = (read_group(selection, group) for group in groups)
             self._loaded.clear()
-            self._loaded[selection] = to_columns(selection, selection.shards, tables)
+            self._loaded[selection] = sharing.find(selection) or sharing.load(selection)
         return self._loaded[selection]
 
     def _shards_of(self, guidance: float | Sequence[float]) -> tuple[Shard, ...]:

@@ -28,7 +28,7 @@ def check_declared(names: Iterable[str]) -> None:
     unknown = {
         name
         for name in names
-        if not name.startswith((PART_PREFIX, SYSTEM_PREFIX)) and name.rsplit("/", 1)[-1] not in METRICS
+        if not name.startswith((PART_PREFIX, SYSTEM_PREFIX)) and not {name, name.rsplit("/", 1)[-1]} & set(METRICS)
     }
     if unknown:
         raise KeyError(f"not in METRICS: {sorted(unknown)}")

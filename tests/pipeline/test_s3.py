@@ -194,7 +194,7 @@ def test_every_stage_on_s3_and_no_key_anywhere(
         "teacher/config.json",
         "student/config.json",
         "student-on-ray/config.json",
-        "sweep/sweep.json",
+        "sweep/trials.json",
         "sample.png",
     ):
         assert name in there

@@ -1,74 +1,203 @@
-"""Sweep: the grid's points, and their trials under one parent run."""
+"""Sweeps that run: what is missing is trained under one parent run, chains, early stops, searches, shared columns."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
-from pipeline import tracking
+from kac.objectives import build_objective
+from pipeline import store, tracking
 from pipeline.config import SweepSpec
 from pipeline.distill import distill
-from pipeline.sweep import plan_trials, sweep
+from pipeline.store import sharing
+from pipeline.sweep import Ledger, TrialRecord, sweep
+from pipeline.sweep.search import Halving, Optuna
+from pipeline.sweep.space import draws_of
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
+from tests.pipeline.stores import make_store
 
 
-def test_the_grid_has_a_folder_a_point(small_store: str, tmp_path: Path):
-    spec = SweepSpec(
-        store=small_store, out=str(tmp_path), steps=(1, 2), guidance=(0.0, 1.0), grid=("optimizer.updates=5,6",)
-    )
-    trials = plan_trials(spec)
-    assert len(trials) == len({trial.name for trial in trials}) == 8
-    assert {(t.spec.steps, t.spec.guidance, t.spec.optimizer.updates) for t in trials} == {
-        (m, w, n) for m in (1, 2) for w in (0.0, 1.0) for n in (5, 6)
-    }
-    for axis in (
-        "colour=1",
-        "objective.kind=endpoint,flow-map",
-        "optimizer.updates",
-        "store=a,b",
-        "optimizer.speed=1",
-        "optimizer.updates=x",
-    ):
-        with pytest.raises(DistillKacError):
-            plan_trials(spec.model_copy(update={"grid": (axis,)}))
-
-
-def test_a_flow_map_is_one_student_for_all_step_counts(small_store: str, tmp_path: Path):
-    spec = SweepSpec(store=small_store, out=str(tmp_path), steps=(4, 1), guidance=(0.0, "all"), objective="flow-map")
-    assert [(trial.name, trial.spec.steps, trial.spec.guidance) for trial in plan_trials(spec)] == [
-        ("any-steps-guidance-0.0", 4, 0.0),
-        ("any-steps-guidance-all", 4, "all"),
-    ]
+def spec_of(store: str, out: Path, **options: Any) -> SweepSpec:
+    return SweepSpec(**{"optimizer": FEW, "samples": 0, **options}, store=store, out=str(out))
 
 
 def test_a_sweep_trains_what_is_missing_under_one_parent_run(small_store: str, tmp_path: Path, ray_cluster: None):
-    spec = SweepSpec(store=small_store, out=str(tmp_path / "sweep"), steps=(1, 2), optimizer=FEW)
+    spec = spec_of(small_store, tmp_path / "sweep", steps=(1, 2))
     alone = distill(distill_spec(small_store, tmp_path / "alone", steps=2))
-    distill(distill_spec(small_store, tmp_path / "sweep" / "steps-1-guidance-0.0", steps=1))
-    untouched = weights(tmp_path / "sweep" / "steps-1-guidance-0.0")
-    sweep(spec)
-    assert weights(tmp_path / "sweep" / "steps-1-guidance-0.0") == untouched
+    first = tmp_path / "sweep" / "steps-1-guidance-0.0"
+    distill(distill_spec(small_store, first, steps=1))
+    untouched = weights(first)
+    records = sweep(spec)
+    assert weights(first) == untouched
+    assert [(r.name, r.status, r.updates) for r in records] == [
+        ("steps-1-guidance-0.0", "finished", 60),
+        ("steps-2-guidance-0.0", "finished", 60),
+    ]
+    assert records[1].seconds > 0 and records[1].metrics["loss"] > 0
     swept = load_config(str(tmp_path / "sweep" / "steps-2-guidance-0.0"))
-    assert swept.fingerprint == alone.fingerprint
+    assert alone is not None and swept.fingerprint == alone.fingerprint
     expected = load_model(str(tmp_path / "alone")).network.state_dict()
     for name, value in load_model(str(tmp_path / "sweep" / "steps-2-guidance-0.0")).network.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
-    parents = {
-        run.data.tags.get("mlflow.parentRunId")
-        for run in runs_of("distill")
-        if run.data.tags[tracking.FINGERPRINT_TAG] == swept.fingerprint
-    }
-    assert parents & {run.info.run_id for run in runs_of("sweep")}
-    with pytest.raises(DistillKacError, match="--steps"):
-        sweep(spec.model_copy(update={"steps": (1, 3)}))
+    (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == spec.out]
+    children = [r for r in runs_of("distill") if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {tracking.FINGERPRINT_TAG in run.data.tags for run in children} == {True}
+    assert len(children) == 2, "a student that was complete before is shown below the sweep too"
+    assert sweep(spec) == records
+    with pytest.raises(DistillKacError, match=r"grid.steps is 1,2, not 1,4"):
+        sweep(spec.model_copy(update={"steps": (1, 4)}))
 
 
-def test_what_all_trials_share_reaches_each(small_store: str, tmp_path: Path):
-    spec = SweepSpec(
-        store=small_store, out=str(tmp_path), optimizer=FEW, seed=5, precision={"dtype": "bfloat16"}, memory_gib=0.5
+def test_a_chain_and_a_failed_trial(small_store: str, tmp_path: Path, ray_cluster: None):
+    spec = spec_of(
+        small_store, tmp_path, chain=(4, 2, 1), steps=(4,), grid={"optimizer.learning_rate": ["3e-3", "1e30"]}
     )
-    for trial in plan_trials(spec):
-        assert (trial.spec.seed, trial.spec.optimizer, trial.spec.precision.dtype) == (5, FEW, "bfloat16")
-        assert (trial.spec.memory_gib, trial.spec.workers) == (0.5, 0)
+    spec = spec.model_copy(
+        update={"optimizer": FEW.model_copy(update={"max_gradient_norm": 1e30, "warmup_updates": 0})}
+    )
+    with pytest.raises(DistillKacError, match=r"3 of 6 trials failed: .*1e30: .*expected a finite loss.*starts from"):
+        sweep(spec)
+    records = {record.name: record for record in Ledger(str(tmp_path)).records}
+    assert sum(record.status == "finished" for record in records.values()) == 3
+    last = records["chain-4-2-1-guidance-0.0-optimizer-learning-rate-3e-3"]
+    before = str(tmp_path / "chain-4-2-guidance-0.0-optimizer-learning-rate-3e-3")
+    started = json.loads((Path(last.out) / "spec.json").read_text())
+    assert started["options"]["init"] == before
+    assert started["identity"]["init_sha256"] == load_config(before).weights_sha256
+
+
+def test_a_search_ends_with_its_trials_and_may_be_raised(small_store: str, tmp_path: Path, ray_cluster: None):
+    spec = spec_of(
+        small_store,
+        tmp_path,
+        search={"optimizer.learning_rate": "loguniform(1e-4,1e-2)", "steps": "choice(1,2)"},
+        trials=3,
+        asha_metric="loss",
+    )
+    first = sweep(spec)
+    assert [record.status for record in first] == ["finished"] * 3
+    more = sweep(spec.model_copy(update={"trials": 4}))
+    assert more[:3] == first and len(more) == 4
+    rates = [record.values["optimizer.learning_rate"] for record in more]
+    assert len(set(rates)) == 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+    study = Optuna(draws_of(spec), 0, "loss", Ledger(spec.out), spec.out).search._ot_study
+    assert [round(trial.value, 6) for trial in study.trials] == [round(r.metrics["loss"], 6) for r in more]
+
+
+def test_early_stops_take_half_of_a_bad_space_and_leave_the_best(small_store: str, tmp_path: Path, ray_cluster: None):
+    rates = ["3e-3", *(f"{rate}e-7" for rate in range(1, 8))]
+    spec = spec_of(
+        small_store,
+        tmp_path,
+        steps=(1,),
+        grid={"optimizer.learning_rate": rates},
+        optimizer=FEW.model_copy(update={"updates": 200}),
+        checkpoint_updates=10,
+        asha=True,
+        asha_metric="loss",
+        grace_updates=20,
+        asha_factor=2,
+    )
+    records = sweep(spec)
+    stopped = [record for record in records if record.status == "stopped"]
+    assert len(stopped) >= 4
+    best = min(records, key=lambda record: record.metrics["loss"])
+    assert best.status == "finished" and best.values["optimizer.learning_rate"] == 3e-3
+    assert all(record.updates < 200 for record in stopped)
+    assert sweep(spec) == records, "what was stopped is not started again"
+
+
+def test_rungs_know_the_reports_of_an_earlier_start(tmp_path: Path):
+    spec = spec_of("/store", tmp_path, asha=True, asha_metric="loss", grace_updates=10, asha_factor=2)
+    ledger = Ledger(str(tmp_path))
+    for number, loss in enumerate((0.1, 0.2)):
+        name = f"trial-{number:04d}"
+        ledger.put(TrialRecord(number=number, name=name, out=name, values={}))
+        ledger.report(name, {"update": 10, "loss": loss})
+
+    new = SimpleNamespace(trial_id="new", config={"trial": "trial-0002"})
+    for known, action in ((Ledger(str(tmp_path)), "STOP"), (Ledger(str(tmp_path / "other")), "CONTINUE")):
+        scheduler = Halving(spec, known, lambda _: 100, 100)
+        scheduler.on_trial_add(None, new)
+        assert scheduler.on_trial_result(None, new, {"update": 10, "loss": 0.3}) == action
+        assert scheduler.on_trial_result(None, new, {"update": 100, "loss": 0.3}) == "CONTINUE"
+
+
+def test_missing_guidance_scales_are_added_first(teacher: str, tmp_path: Path, ray_cluster: None):
+    path = str(tmp_path / "store")
+    make_store(path, teacher, trajectories=300, shard_size=128, guidance=(0.0,))
+    spec = spec_of(path, tmp_path / "sweep", guidance=(0.0, 0.5), steps=(2,), rollout=True)
+    before = {shard: (Path(path) / shard).stat().st_mtime_ns for shard in _shards(path)}
+    assert [record.status for record in sweep(spec)] == ["finished"] * 2
+    assert store.open(path).guidance == (0.0, 0.5) and store.open(path).rows(0.5) == 300
+    assert all((Path(path) / shard).stat().st_mtime_ns == time for shard, time in before.items())
+
+
+def _shards(path: str) -> list[str]:
+    return [receipt.name for receipt in store.open(path).manifest.shards]
+
+
+def test_more_than_the_cluster_has_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
+    for options, message in (
+        ({"cpus_per_trial": 3}, "--cpus-per-trial: expected at most the 2 of the largest node, found 3"),
+        ({"gpus_per_trial": 0.25}, "--gpus-per-trial: expected at most the 0 of the largest node, found 0.25"),
+        ({"workers": 3}, "--workers: expected at most the 2 CPUs of the cluster, found 3"),
+    ):
+        with pytest.raises(DistillKacError, match=message):
+            sweep(spec_of(small_store, tmp_path, steps=(1,), **options))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_batches_of_lent_columns_have_the_same_bits(small_store: str, steps: int):
+    def batches() -> list[Any]:
+        source = store.open(small_store)
+        objective = build_objective(distill_spec(small_store, Path("x")).objective, steps, ())
+        made = source.interval_batches(64, objective, 1.0, seed=3)
+        whole = source.batches(100, 1.0, knots=(4, 0), seed=1)
+        return [next(made) for _ in range(8)] + list(whole)
+
+    own = batches()
+    source = store.open(small_store)
+    (selection,) = sharing.united(
+        [
+            source.selection(build_objective(distill_spec(small_store, Path("x")).objective, m, ()), 1.0)
+            for m in (1, 2, 4)
+        ]
+    )
+    loan = sharing.lent_columns(selection)
+    for array in loan.arrays.values():
+        array.setflags(write=False)
+    with sharing.borrowing([loan]):
+        assert (
+            sharing.find(source.selection(build_objective(distill_spec(small_store, Path("x")).objective, 2, ()), 0.0))
+            is None
+        )
+        lent = batches()
+        found = sharing.find(selection)
+        assert found is not None and found.knots.numpy().ctypes.data == loan.arrays["knots"].ctypes.data
+    for ours, theirs in zip(own, lent, strict=True):
+        for left, right in zip(ours, theirs, strict=True):
+            assert (left is None and right is None) or torch.equal(left, right)
+
+
+def test_children_are_one_a_trial(small_store: str, tmp_path: Path, ray_cluster: None):
+    """With runs that go on beside their outputs, a rerun makes none twice."""
+    spec = spec_of(small_store, tmp_path / "sweep", steps=(1,))
+    sweep(spec)
+    (tmp_path / "sweep" / "trials.json").unlink()
+    (tmp_path / "sweep" / "trials" / "steps-1-guidance-0.0.json").unlink()
+    sweep(spec)
+    (record,) = Ledger(spec.out).records
+    assert record.status == "finished"
+    children = [run for run in runs_of("distill") if run.data.params["out"] == record.out]
+    assert all(run.info.status == "FINISHED" for run in children)
+    if hasattr(tracking, "run_of_output"):
+        assert len(children) == 1
+        assert len([run for run in runs_of("sweep") if run.data.params["out"] == spec.out]) == 1
+    assert MlflowClient() is not None

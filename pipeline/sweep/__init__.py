@@ -1,0 +1,12 @@
+"""Sweep: many students of one store, as trials of Ray Tune.
+
+space.py    which students: the points of a grid, chains of them, and what a search draws from
+ledger.py   what is known of each trial, in a file of its own below OUT/trials
+search.py   which trial is next, and which is stopped early
+stage.py    the stage: check, add what the store lacks, run, judge, answer
+"""
+
+from pipeline.sweep.ledger import Ledger, TrialRecord
+from pipeline.sweep.stage import sweep
+
+__all__ = ["Ledger", "TrialRecord", "sweep"]

@@ -1,0 +1,156 @@
+"""The space of a sweep: points of a grid, chains, draws of a search, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.parsing import parse
+from kac.errors import DistillKacError
+from kac.objectives import FlowMapConfig
+from pipeline.config import SweepSpec
+from pipeline.sweep import space, sweep
+from tests.pipeline.stages import FEW
+
+
+def spec_of(store: str = "/store", out: str = "/out", **options: Any) -> SweepSpec:
+    return SweepSpec(**{"optimizer": FEW, "samples": 0, "store": store, "out": out, **options})
+
+
+def test_the_grid_has_a_folder_a_point():
+    points = space.grid_points(spec_of(steps=(1, 2), guidance=(0.0, 1.0), grid=["optimizer.updates=5,6"]))
+    assert len({point.spec.out for point in points}) == 8
+    assert {(p.spec.steps, p.spec.guidance, p.spec.optimizer.updates) for p in points} == {
+        (m, w, n) for m in (1, 2) for w in (0.0, 1.0) for n in (5, 6)
+    }
+    assert points[0].name == "steps-1-guidance-0.0-optimizer-updates-5"
+    assert points[0].values == {"steps": 1, "guidance": 0.0, "optimizer.updates": 5}
+
+
+def test_words_and_a_mapping_are_the_same_grid():
+    words = parse(
+        SweepSpec,
+        ["--store", "s", "--out", "o", "--grid", "steps=1,2", "optimizer.learning-rate=1e-3,2e-3"],
+        "sweep",
+    )
+    mapping = spec_of("s", "o", grid={"steps": [1, 2], "optimizer.learning_rate": [0.001, 2e-3]})
+    assert [p.values for p in space.grid_points(words)] == [p.values for p in space.grid_points(mapping)]
+    assert space.identity(words) == space.identity(mapping)
+
+
+def test_a_flow_map_is_one_student_for_all_step_counts():
+    points = space.grid_points(spec_of(steps=(4, 1), guidance=(0.0, "all"), objective="flow-map"))
+    assert [(p.name, p.spec.steps, p.spec.guidance) for p in points] == [
+        ("any-steps-guidance-0.0", 4, 0.0),
+        ("any-steps-guidance-all", 4, "all"),
+    ]
+    both = space.grid_points(spec_of(grid=["steps=1,2", "objective=endpoint,flow-map"]))
+    assert [p.name for p in both] == [
+        "steps-1-guidance-0.0-objective-kind-endpoint",
+        "any-steps-guidance-0.0-objective-kind-flow-map",
+        "steps-2-guidance-0.0-objective-kind-endpoint",
+    ]
+    assert isinstance(both[1].spec.objective, FlowMapConfig)
+
+
+def test_what_all_students_share_reaches_each():
+    spec = spec_of(seed=5, precision={"dtype": "bfloat16"}, memory_gib=0.5)
+    for point in space.grid_points(spec):
+        assert (point.spec.seed, point.spec.optimizer, point.spec.precision.dtype) == (5, FEW, "bfloat16")
+        assert (point.spec.memory_gib, point.spec.workers) == (0.5, 0)
+
+
+def test_a_chain_starts_from_the_grid_and_each_student_from_the_one_before():
+    points = space.grid_points(spec_of(chain=["4,2,1"], steps=(1,), guidance=(0.0, 1.0)))
+    assert [p.name for p in points if p.spec.guidance == 0.0] == [
+        "steps-1-guidance-0.0",
+        "steps-4-guidance-0.0",
+        "chain-4-2-guidance-0.0",
+        "chain-4-2-1-guidance-0.0",
+    ]
+    last = points[-1]
+    assert (last.after, last.spec.init) == ("chain-4-2-guidance-1.0", "/out/chain-4-2-guidance-1.0")
+    assert last.values == {"guidance": 1.0, "steps": 1, "chain": "4-2-1"}
+    independent = space.grid_points(spec_of(chain=(4, 2, 1)))
+    assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "the same counts are trained alone too"
+
+
+def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
+    from pipeline.sweep.search import RandomDraws
+
+    spec = spec_of(
+        search=["optimizer.learning-rate=loguniform(1e-4, 3e-3)", "optimizer.updates=randint(3,5)"],
+        trials=8,
+        grid=["steps=1,2"],
+    )
+    proposer = RandomDraws(space.draws_of(spec), spec.seed)
+    points = [space.drawn_point(spec, n, proposer.propose(n)) for n in range(40)]
+    assert all(1e-4 <= p.spec.optimizer.learning_rate <= 3e-3 for p in points)
+    assert {p.spec.optimizer.updates for p in points} == {3, 4, 5}
+    assert {p.spec.steps for p in points} == {1, 2} and {p.spec.guidance for p in points} == {0.0}
+    assert proposer.propose(7) == RandomDraws(space.draws_of(spec), spec.seed).propose(7)
+    again = space.make_point(spec, points[7].values, points[7].name)
+    assert again == points[7], "the record of a trial makes the same student"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loguniform(1e-4,3e-3",
+        "loguniform(0,1)",
+        "uniform(2,1)",
+        "randint(1.5,3)",
+        "choice()",
+        "exit(1)",
+        "uniform(1)",
+        "3",
+    ],
+)
+def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
+    with pytest.raises(DistillKacError, match=r"--search optimizer\.learning-rate: expected uniform"):
+        space.draws_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": ["colour=1"]}, "colour: expected a field of jobs.distill"),
+        ({"grid": ["store=a,b"]}, "store: expected a field of jobs.distill"),
+        ({"grid": ["optimizer.speed=1"]}, "--optimizer.speed: unknown option"),
+        ({"grid": ["optimizer.updates=x"]}, "--optimizer.updates: "),
+        ({"grid": ["optimizer.updates"]}, "--grid: expected FIELD=VALUE"),
+        ({"grid": ["optimizer.updates="]}, "--grid: expected optimizer.updates=VALUE,VALUE, found no value"),
+        ({"grid": {"optimizer.updates": []}}, "found no value"),
+        ({"steps": ()}, "--steps: expected at least one value"),
+        ({"grid": ["steps=1,2"], "steps": (1,)}, "--steps: expected the values of steps once"),
+        ({"grid": ["steps=1,3"]}, "--steps: "),
+        ({"guidance": (0.0, 0.5)}, r"--guidance: expected scales of the store .* found 0.5 missing: add --rollout"),
+        ({"trials": 3}, "--search: expected it beside --trials"),
+        ({"search": ["optimizer.updates=randint(1,2)"]}, "--trials: expected it beside --search"),
+        ({"metric": "beauty"}, "--metric: expected a metric that is reported"),
+        ({"metric": "frechet_distance_pixels"}, "since --samples 0 leaves the students unevaluated"),
+        ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "--asha-metric: expected a metric"),
+        ({"asha": True, "grace_updates": 60}, "--grace-updates: expected less than all updates"),
+        (
+            {"asha": True, "grace_updates": 9, "validation_updates": 0},
+            "--validation-updates: expected some for --asha on validation/energy_distance, found 0",
+        ),
+        (
+            {"asha": True, "grace_updates": 9, "asha_metric": "validation/endpoint_error"},
+            "--held-out-rows: expected some for --asha",
+        ),
+        ({"chain": (1, 2)}, "--chain: expected two or more step counts"),
+        ({"chain": (4, 2), "asha": True}, "--chain: expected a grid"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    options: dict[str, Any], message: str, small_store: str, tmp_path: Path
+):
+    with pytest.raises(DistillKacError, match=message) as error:
+        sweep(
+            spec_of(
+                small_store, str(tmp_path / "out"), **{"steps": (1, 2), **options} if "grid" not in options else options
+            )
+        )
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
