@@ -6,7 +6,7 @@ import json
 
 from kac import files
 from kac.metrics import Metric
-from pipeline.evaluate import CURVE_PICTURE, SAMPLES_PICTURE
+from pipeline.evaluation.model_runs import CURVE_PICTURE, SAMPLES_PICTURE
 from pipeline.evaluation.scores import Record, head, provenance, read_record, row
 
 PAGE = """<!doctype html>

@@ -42,7 +42,7 @@ class TrackedRun:
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics of ``METRICS``, and parts of the loss.
+        """Log metrics of ``METRICS``, which may have prefixes (``steps_4/nfe``), and parts of the loss.
 
         Raises:
             KeyError: another name.
@@ -50,7 +50,8 @@ class TrackedRun:
         from mlflow.entities import Metric
         from mlflow.utils.time import get_current_time_millis
 
-        unknown = {name for name in values if not name.startswith(PART_PREFIX)} - set(METRICS)
+        declared = {name for name in values if name.rsplit("/", 1)[-1] in METRICS}
+        unknown = {name for name in values if not name.startswith(PART_PREFIX)} - declared
         if unknown:
             raise KeyError(f"not in METRICS: {sorted(unknown)}")
         now = get_current_time_millis()
@@ -62,11 +63,12 @@ class TrackedRun:
             self._client().set_tag(self.run_id, name, value)
 
     def artifact(self, name: str, data: bytes) -> None:
-        """Attach a file."""
+        """Attach a file, whose name may have folders."""
+        below, _, bare = name.rpartition("/")
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
+            path = Path(folder) / bare
             path.write_bytes(data)
-            self._client().log_artifact(self.run_id, str(path))
+            self._client().log_artifact(self.run_id, str(path), below or None)
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Add a picture to the series ``name``."""
@@ -96,6 +98,26 @@ def tracking_uri(beside: str) -> str:
     if in_job_copy() and "://" not in beside:
         folder = os.path.dirname(os.path.abspath(beside))
     return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+
+
+def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
+    """The runs of what has this fingerprint, newest first; none for an empty one, which names nothing.
+
+    Args:
+        uri: where to look; default: the current server.
+    """
+    # For the merge: a minimal version, which the reworked tracking replaces.
+    from mlflow import MlflowClient
+
+    uri = uri or tracking_uri(os.getcwd())
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if not fingerprint or experiment is None:
+        return []
+    wanted = {FINGERPRINT_TAG: fingerprint, **({STAGE_TAG: stage} if stage else {})}
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+    found = client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time DESC"])
+    return [TrackedRun(uri, run.info.run_id) for run in found]
 
 
 @contextmanager
