@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kac import files
 from kac.errors import DistillKacError
-from kac.metrics import QualityMetric, quality_metrics
+from kac.metrics import Metric, QualityMetric, quality_metrics
 from kac.options import Options
 
 EVALUATION_FILE = "evaluation.json"
@@ -106,6 +106,11 @@ def _cell(score: Score, metric: QualityMetric) -> str:
     text = format(score.metrics[metric.name], metric.format)
     half_width = score.half_widths.get(metric.name)
     return f"{text} ±{half_width:{metric.format}}" if half_width else text
+
+
+def direction(metric: Metric) -> str:
+    """Which way is better, for the end of a sentence."""
+    return f" ({metric.better} is better)" if metric.better else ""
 
 
 def table(record: Record) -> str:

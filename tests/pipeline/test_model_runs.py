@@ -95,7 +95,8 @@ def test_other_steps_of_a_teacher_have_a_prefix(taught: dict[str, str], tmp_path
 def test_runs_in_mlflow_are_compared_by_their_ids(taught: dict[str, str], tmp_path: Path):
     """The teacher is found by its weights."""
     distill(distill_spec(taught["store"], tmp_path / "two", seed=3))
-    ids = [run_of("distill", load_config(path).fingerprint).info.run_id for path in (taught["every"], tmp_path / "two")]
+    two = str(tmp_path / "two")
+    ids = [run_of("distill", load_config(path).fingerprint).info.run_id for path in (taught["every"], two)]
     judge(tmp_path / "out", runs=ids, steps=(2,), guidance=(0.0,))
     scores = read_record(str(tmp_path / "out")).scores
     assert [score.name for score in scores] == ["real images", "teacher w=0", "every@2 w=0", "two"]
