@@ -11,8 +11,8 @@ from pipeline.report import mlflow_command
 from pipeline.sweep_answer.table import Answer, head, in_order, line, told
 
 FRONT = (
-    "A trial is on the front if none is both better and cheaper. The number of a trial in the pictures is that in the "
-    "tables."
+    "A trial is on the front if none is better at no higher cost. Measured speeds within 10 % count as equal. The "
+    "number of a trial in the pictures is that in the tables."
 )
 
 
@@ -26,7 +26,7 @@ def make_page(
     """
     first, *others = told(answer)
     parts = [
-        *(page.paragraph(sentence, kind="lead") for sentence in others[:1]),
+        *(page.paragraph(sentence[0].upper() + sentence[1:], kind="lead") for sentence in others[:1]),
         page.paragraph(first),
         *(page.paragraph(sentence, kind="note") for sentence in others[1:]),
         *_front(answer, drawn),
@@ -54,11 +54,12 @@ def judge_again(spec: SweepSpec) -> str:
 
 
 def _table(answer: Answer, on_front_alone: bool) -> str:
-    rows = [row for row in in_order(answer) if row in answer.on_front or not on_front_alone]
-    heads = head(answer)
+    rows = answer.on_front if on_front_alone else in_order(answer)
+    columns = answer.main_columns if on_front_alone else answer.columns
+    heads = head(answer, columns)
     places = {heads.index(name) for name in ("trial", "front", "status") if name in heads}
     marked = [number for number, row in enumerate(rows) if row is answer.best]
-    return page.table(heads, [line(answer, row) for row in rows], places, marked)
+    return page.table(heads, [line(answer, row, columns) for row in rows], places, marked)
 
 
 def _front(answer: Answer, drawn: Mapping[str, bytes]) -> list[str]:

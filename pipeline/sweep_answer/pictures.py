@@ -8,11 +8,19 @@ import numpy as np
 
 from kac.metrics import Metric
 from pipeline.evaluation.scores import REAL, Record, direction
-from pipeline.sweep_answer.rows import COST, Row, cost_of, ranked, scale, text
+from pipeline.sweep_answer.rows import COST, SPEED, Row, cost_of, headings, ranked, scale, text
 
 DPI = 150
 LOG_RATIO = 8.0
 """Values that differ by more than this factor are shown on a logarithmic scale."""
+
+COSTS = {COST: "network evaluations an image", SPEED: "images a second"}
+
+MOST_COLOURS = 6
+"""Guidance scales that are told apart by colours of their own; more are shades."""
+
+MOST_PLACES = 6
+"""A field of no more values than this has them as marks on its axis, at equal distances."""
 
 LEAST_TRIALS = 4
 """Finished trials from which on parallel coordinates and importances say anything."""
@@ -20,7 +28,7 @@ LEAST_TRIALS = 4
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
     """Steps x guidance; of several trials at a place the best one. None if all lie on one line of it."""
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -33,24 +41,36 @@ def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
         return None
     values = np.array([[best.get((steps, w), np.nan) for w in across] for steps in down])
     low, high = np.nanmin(values), np.nanmax(values)
-    norm = LogNorm(low, high) if low > 0 and high / low > LOG_RATIO else None
+    has_best = bool(metric.better) and high > low
+    norm = LogNorm(low, high) if low > 0 and high / low > LOG_RATIO else Normalize(low, high if high > low else low + 1)
     figure = Figure(figsize=(1.7 + 0.95 * len(across), 1.5 + 0.6 * len(down)), layout="constrained")
     axis = figure.subplots()
-    colours = "YlGnBu" if metric.better == "higher" else "YlGnBu_r"  # dark is good
-    image = axis.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    image = axis.imshow(values, cmap=_colours(metric) if has_best else "Greys", norm=norm, aspect="auto")
+    image.set_alpha(1.0 if has_best else 0.35)
     axis.set_facecolor("#eeeeee")
     for y, x in np.ndindex(values.shape):
         missing = np.isnan(values[y, x])
-        red, green, blue, _ = image.cmap(image.norm(values[y, x])) if not missing else (1.0, 1.0, 1.0, 1.0)
+        red, green, blue, _ = image.cmap(norm(values[y, x])) if has_best and not missing else (1.0, 1.0, 1.0, 1.0)
         ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
         axis.text(x, y, "-" if missing else format(values[y, x], metric.format), ha="center", va="center", color=ink)
-    y, x = np.unravel_index((np.nanargmax if metric.better == "higher" else np.nanargmin)(values), values.shape)
-    axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="#d62728", linewidth=2.5))
+    if has_best:
+        find = np.nanargmax if metric.better == "higher" else np.nanargmin
+        y, x = np.unravel_index(find(values), values.shape)
+        axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="#d62728", linewidth=2.5))
     axis.set_xticks(range(len(across)), [text(w) for w in across])
     axis.set_yticks(range(len(down)), [text(steps) for steps in down])
     axis.set(xlabel="guidance scale w", ylabel="steps")
-    axis.set_title(_told(metric), fontsize=10)
+    axis.set_title(f"{metric.name.replace('/', ' ').replace('_', ' ')}{direction(metric)}", fontsize=10)
     return _png(figure)
+
+
+def _colours(metric: Metric) -> Any:
+    """Dark is good, and the worst is still seen on white."""
+    import matplotlib as mpl
+    from matplotlib.colors import ListedColormap
+
+    found = mpl.colormaps["YlGnBu"](np.linspace(0.12, 1, 256))
+    return ListedColormap(found if metric.better == "higher" else found[::-1])
 
 
 def front(rows: Sequence[Row], on_front: Sequence[Row], metric: Metric, cost: Metric, record: Record | None) -> bytes:
@@ -62,37 +82,50 @@ def front(rows: Sequence[Row], on_front: Sequence[Row], metric: Metric, cost: Me
     marked = [(cost_of(row, cost), row.metrics[metric.name]) for row in on_front]
     axis.plot(*zip(*marked, strict=True), "-", color="#999999", linewidth=1.2, zorder=1, label="front")
     drawn = [row for row in ranked(rows, metric) if cost_of(row, cost) is not None]
-    for number, w in enumerate(sorted({row.guidance for row in drawn}, key=scale)):
+    scales = sorted({row.guidance for row in drawn}, key=scale)
+    colours = {w: f"C{number}" for number, w in enumerate(scales)} if len(scales) <= MOST_COLOURS else {}
+    for w in scales if colours else []:
         own = [row for row in drawn if row.guidance == w]
         label = f"w = {text(w)}" if w is not None else "trials"
-        points = [[cost_of(row, cost) for row in own], [row.metrics[metric.name] for row in own]]
-        axis.plot(*points, "o", color=f"C{number}", label=label, markersize=6, alpha=0.8)
+        axis.plot(*_places(own, metric, cost), "o", color=colours[w], label=label, markersize=6, alpha=0.8)
+    if not colours:  # a legend would fill the picture
+        shades = [row.guidance if isinstance(row.guidance, int | float) else np.nan for row in drawn]
+        dots = axis.scatter(*_places(drawn, metric, cost), c=shades, cmap="plasma", s=36, label="trials", zorder=2)
+        figure.colorbar(dots, ax=axis, label="guidance scale w")
     axis.plot(*zip(*marked, strict=True), "o", color="black", mfc="none", markersize=12)
-    for place, row in zip(marked, on_front, strict=True):
-        axis.annotate(
-            f"#{row.trial.number}", place, xytext=(0, 9), textcoords="offset points", ha="center", weight="bold"
-        )
-    _draw_references(axis, metric, cost, record, {row.guidance for row in drawn})
+    is_low_good = metric.better == "lower"
+    for place, row in zip(marked, on_front, strict=True):  # on the side of the front where nothing is
+        offset: Any = {"xytext": (0, -20 if is_low_good else 10), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(f"#{row.trial.number}", place, weight="bold", fontsize=9, **offset)
+    _draw_references(axis, metric, cost, record, {w: colours.get(w, "white") for w in scales})
     _scale_axes(axis, [row.metrics[metric.name] for row in drawn], cost, drawn, record)
-    axis.set(xlabel=f"{cost.meaning or cost.name}{direction(cost)}", ylabel=_told(metric))
+    axis.set(xlabel=f"{COSTS.get(cost.name, cost.name)}{direction(cost)}", ylabel=_told(metric))
     axis.margins(0.1, 0.15)
+    if is_low_good and axis.get_yscale() == "linear":
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     return _png(figure)
 
 
-def _draw_references(axis: Any, metric: Metric, cost: Metric, record: Record | None, scales: set[Any]) -> None:
+def _places(rows: Sequence[Row], metric: Metric, cost: Metric) -> tuple[list[Any], list[Any]]:
+    return [cost_of(row, cost) for row in rows], [row.metrics[metric.name] for row in rows]
+
+
+def _draw_references(axis: Any, metric: Metric, cost: Metric, record: Record | None, colours: dict[Any, str]) -> None:
     """Teachers of the same scales as stars, held-out images as a line."""
+    has_label = False
     for score in record.scores if record else ():
         if metric.name not in score.metrics:
             continue
         value = score.metrics[metric.name]
         if score.kind == REAL:
             axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
-        elif score.kind == "teacher" and score.guidance in scales and cost.name in score.metrics:
-            number = sorted(scales, key=scale).index(score.guidance)
-            label = "teacher" if number == 0 else None
-            axis.plot([score.metrics[cost.name]], [value], "*", color=f"C{number}", markersize=13, label=label, mec="k")
+        elif score.kind == "teacher" and score.guidance in colours and cost.name in score.metrics:
+            label = None if has_label else "teacher, of the same w"
+            place = [score.metrics[cost.name]], [value]
+            axis.plot(*place, "*", color=colours[score.guidance], markersize=13, label=label, mec="k")
+            has_label = True
 
 
 def _scale_axes(axis: Any, values: Sequence[float], cost: Metric, rows: Sequence[Row], record: Record | None) -> None:
@@ -145,10 +178,11 @@ def _study(rows: Sequence[Row], names: Sequence[str], metric: Metric) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {name: _distribution([row.trial.values.get(name) for row in rows]) for name in names}
+    values = {title: [_plain(row.trial.values.get(name)) for row in rows] for name, title in headings(names).items()}
+    distributions = {name: _distribution(found) for name, found in values.items()}
     study = optuna.create_study(direction="maximize" if metric.better == "higher" else "minimize")
-    for row in rows:
-        params = {name: _param(row.trial.values.get(name), distributions[name]) for name in names}
+    for place, row in enumerate(rows):
+        params = {name: found[place] for name, found in values.items()}
         study.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=row.metrics[metric.name])
         )
@@ -158,19 +192,22 @@ def _study(rows: Sequence[Row], names: Sequence[str], metric: Metric) -> Any:
 def _distribution(values: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        return CategoricalDistribution([text(value) or "none" for value in sorted(set(values), key=scale)])
-    low, high = min(values), max(values)
-    is_log = bool(low > 0 and high / low > LOG_RATIO)
+    places = sorted(set(values), key=scale)
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if not is_number or len(places) <= MOST_PLACES:
+        return CategoricalDistribution(places)
+    low, high = places[0], places[-1]
+    # Drawn over orders of magnitude if the middle one lies nearer to the geometric mean of the ends than to the other.
+    middle = sorted(values)[len(values) // 2]
+    is_log = bool(low > 0 and abs(middle - (low * high) ** 0.5) < abs(middle - (low + high) / 2))
     if all(isinstance(value, int) for value in values):
         return IntDistribution(low, high, log=is_log)
     return FloatDistribution(low, high, log=is_log)
 
 
-def _param(value: Any, distribution: Any) -> Any:
-    from optuna.distributions import CategoricalDistribution
-
-    return (text(value) or "none") if isinstance(distribution, CategoricalDistribution) else value
+def _plain(value: Any) -> Any:
+    """A value that Optuna takes."""
+    return value if isinstance(value, int | float | str) else "none" if value is None else str(value)
 
 
 def _parallel_coordinates(study: Any, names: Sequence[str], metric: Metric) -> bytes:
@@ -181,11 +218,16 @@ def _parallel_coordinates(study: Any, names: Sequence[str], metric: Metric) -> b
 
     with mpl.rc_context(), _no_warnings():
         plt.switch_backend("agg")
-        axis = drawing.plot_parallel_coordinate(study, params=list(names), target_name=metric.heading)
+        fields = list(headings(names).values())
+        axis = drawing.plot_parallel_coordinate(study, params=fields, target_name=metric.heading)
+        for lines in axis.collections:
+            lines.set_cmap(_colours(metric))
         figure = axis.figure
-        figure.set_size_inches(max(6.5, 1.9 * (len(names) + 1)), 4.4)
+        figure.set_size_inches(max(6.5, 1.7 * (len(names) + 1)), 4.4)
         axis.set_title(f"{_told(metric)}: one line a trial", fontsize=10)
-        return _png(figure)
+        data = _png(figure)
+        plt.close(figure)
+        return data
 
 
 def _importances(study: Any, names: Sequence[str]) -> bytes:
@@ -194,7 +236,9 @@ def _importances(study: Any, names: Sequence[str]) -> bytes:
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     with _no_warnings():
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(names))
+        found = get_param_importances(
+            study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(headings(names).values())
+        )
     figure = Figure(figsize=(5.4, 1.2 + 0.45 * len(found)), layout="constrained")
     axis = figure.subplots()
     bars = axis.barh(list(found)[::-1], list(found.values())[::-1], color="C0")

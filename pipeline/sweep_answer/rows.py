@@ -5,6 +5,7 @@ A student of any steps or of all scales has a row for each step count and scale 
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -107,18 +108,18 @@ def ranked(rows: Iterable[Row], metric: Metric) -> list[Row]:
     return sorted(found, key=lambda row: (sign * row.metrics[metric.name], row.cost or 0, row.trial.number))
 
 
+SAME_SPEED = 1.1
+"""Speeds within this factor count as equal: they are measured, and differ by as much from one time to the next."""
+
+
 def front(rows: Iterable[Row], metric: Metric, cost: Metric) -> list[Row]:
-    """The rows than which no other one is better in the metric or the cost and as good in both, the cheapest first."""
-    quality_sign, cost_sign = (-1 if of.better == "higher" else 1 for of in (metric, cost))
-    found: dict[tuple[float, float], Row] = {}
-    for row in ranked(rows, metric):
-        value = cost_of(row, cost)
-        if value is not None:
-            found.setdefault((cost_sign * value, quality_sign * row.metrics[metric.name]), row)
-    beaten = {
-        place for place in found for other in found if other != place and other[0] <= place[0] and other[1] <= place[1]
-    }
-    return [found[place] for place in sorted(found) if place not in beaten]
+    """The rows than which none is better at no higher cost, the cheapest first; of equals the first one."""
+    places = [(value, row) for row in ranked(rows, metric) if (value := cost_of(row, cost)) is not None]
+    if cost.better == "higher":
+        found = [(v, row) for n, (v, row) in enumerate(places) if all(v > SAME_SPEED * w for w, _ in places[:n])]
+        return [row for _, row in sorted(found, key=lambda place: -place[0])]
+    # Of the same quality the cheaper one stands before, so that whatever beats a row does.
+    return [row for n, (v, row) in enumerate(places) if all(v < w for w, _ in places[:n])][::-1]
 
 
 def cost_of(row: Row, cost: Metric) -> float | None:
@@ -140,7 +141,8 @@ def shown_metrics(rows: Sequence[Row], record: Record | None, metric: Metric) ->
     """The metrics that have a column: the sweep's own, those of the evaluation's table, and those of the validation."""
     reported = sorted({name for row in rows for name in row.trial.metrics if name.startswith("validation/")})
     judged = [m.name for m in columns(record)] if record else []
-    names = [name for name in dict.fromkeys([metric.name, *judged, *reported]) if any(name in r.metrics for r in rows)]
+    first = [] if metric.name in judged else [metric.name]  # columns of one feature space stand together
+    names = [name for name in dict.fromkeys([*first, *judged, *reported]) if any(name in r.metrics for r in rows)]
     return [metric if name == metric.name else describe(name, record) for name in names]
 
 
@@ -148,6 +150,13 @@ def varied(rows: Sequence[Row]) -> list[str]:
     """The fields that differ between trials, in the order of the sweep."""
     names = dict.fromkeys(name for row in rows for name in row.trial.values)
     return [name for name in names if len({str(row.trial.values.get(name)) for row in rows}) > 1]
+
+
+def headings(fields: Sequence[str]) -> dict[str, str]:
+    """What varied fields are called: by the last part of their name, or by all of it where that is another's too."""
+    short = {field: (field.removesuffix(".kind").rsplit(".", 1)[-1]).replace("_", " ") for field in fields}
+    counts = Counter(short.values())
+    return {field: title if counts[title] == 1 else field for field, title in short.items()}
 
 
 def scale(value: Any) -> tuple[bool, float, str]:

@@ -15,6 +15,7 @@ from pipeline.sweep_answer.rows import (
     Trial,
     describe,
     front,
+    headings,
     make_rows,
     ranked,
     shown_metrics,
@@ -73,6 +74,13 @@ class Answer:
         """The metrics that have a column, the sweep's own first."""
         return shown_metrics(self.rows, self.record, self.metric)
 
+    @cached_property
+    def main_columns(self) -> list[Metric]:
+        """As many of them as a terminal has room for: the sweep's own, what it is set against, and its neighbours."""
+        ratio = self.metric.name.replace("frechet_distance", "frechet_ratio")
+        wanted = {self.metric.name, ratio, "label_agreement", COST, SPEED}
+        return [metric for metric in self.columns if metric.name in wanted]
+
     def marks(self, row: Row) -> str:
         """On which fronts a row is."""
         fronts = {"NFE": self.by_cost, "speed": self.by_speed}
@@ -90,24 +98,16 @@ def in_order(answer: Answer) -> list[Row]:
     return [*answer.ranked, *sorted(others, key=lambda row: [*STATES, "failed"].index(row.trial.status))]
 
 
-def head(answer: Answer) -> list[str]:
-    """The headings of the table."""
-    fields = [_heading(name) for name in _fields(answer)]
-    return [
-        "trial",
-        "#",
-        *fields,
-        *(m.heading for m in answer.columns),
-        "trained s",
-        "front",
-        *_state(answer, "status"),
-    ]
+def head(answer: Answer, columns: Sequence[Metric]) -> list[str]:
+    """The headings of the table with these metrics."""
+    fields = ["w" if name == "guidance" else title for name, title in headings(_fields(answer)).items()]
+    return ["trial", "#", *fields, *(m.heading for m in columns), "trained s", "front", *_state(answer, "status")]
 
 
-def line(answer: Answer, row: Row) -> list[str]:
+def line(answer: Answer, row: Row, columns: Sequence[Metric]) -> list[str]:
     """The cells of a row under ``head``."""
     fields = [text(_value(row, name)) for name in _fields(answer)]
-    metrics = [_cell(row, metric) for metric in answer.columns]
+    metrics = [_cell(row, metric) for metric in columns]
     seconds, state = f"{row.trial.seconds:,.0f}", _state(answer, row.trial.status)
     return [row.name, str(row.trial.number), *fields, *metrics, seconds, answer.marks(row), *state]
 
@@ -115,7 +115,8 @@ def line(answer: Answer, row: Row) -> list[str]:
 def printed(answer: Answer) -> str:
     """The table as text, the best on top, and what it comes to below it."""
     rows = in_order(answer)
-    lines = aligned(head(answer), [line(answer, row) for row in rows[:PRINTED_ROWS]])
+    columns = answer.main_columns
+    lines = aligned(head(answer, columns), [line(answer, row, columns) for row in rows[:PRINTED_ROWS]])
     more = len(rows) - PRINTED_ROWS
     lines += [f"... {more} more in trials.csv"] if more > 0 else []
     return "\n".join([*lines, *told(answer)])
@@ -159,10 +160,6 @@ def _fields(answer: Answer) -> list[str]:
 
 def _value(row: Row, name: str) -> Any:
     return getattr(row, name) if name in {"steps", "guidance"} else row.trial.values.get(name)
-
-
-def _heading(name: str) -> str:
-    return {"guidance": "w"}.get(name, name.rsplit(".", 1)[-1].replace("_", " "))
 
 
 def _state(answer: Answer, cell: str) -> list[str]:
