@@ -13,7 +13,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; color: #222;
   background: #fff; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-h1, h2, h3 { break-after: avoid }
+h1, h2, h3, h2 + p { break-after: avoid }
 .scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
@@ -31,11 +31,14 @@ img { max-width: 100%; height: auto; display: block }
 .wide { overflow-x: auto } .wide img { min-width: 40rem }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
 @page { size: A4; margin: 14mm }
+@page landscape { size: A4 landscape; margin: 12mm }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0 }
   .scroll { overflow: visible }
-  table { font-size: 7.5pt } th, td { padding: .15rem .35rem; white-space: normal; overflow-wrap: normal }
-  th:first-child, td:first-child { padding-left: 0 }
+  .landscape { page: landscape }
+  table { font-size: min(8pt, 100pt / var(--columns)) } .landscape table { font-size: min(8pt, 135pt / var(--columns)) }
+  th, td { padding: .3em .5em; white-space: normal; overflow-wrap: normal }
+  td:first-child { white-space: nowrap } th:first-child, td:first-child { padding-left: 0 }
   td.long { min-width: 0 }
   tr.marked td { background: none; border-bottom: 1px solid #333 }
   .pictures { grid-template-columns: 1fr 1fr }
@@ -74,6 +77,11 @@ def listing(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
+def across(parts: Sequence[str]) -> str:
+    """Parts that are printed on pages of their own, across."""
+    return f'<section class="landscape">{"".join(parts)}</section>'
+
+
 def table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[int] = (0,), marked: Collection[int] = ()
 ) -> str:
@@ -83,20 +91,15 @@ def table(
         texts: columns whose cells stand left; the others are numbers.
         marked: rows that are set off.
     """
-    top = "".join(
-        f"<th{_class('text' if place in texts else '')}>{html.escape(c)}</th>" for place, c in enumerate(heads)
-    )
+    top = "".join(f"<th{_class('text' if n in texts else '')}>{html.escape(cell)}</th>" for n, cell in enumerate(heads))
     lines = [
         f"<tr{_class('marked' if number in marked else '')}>"
-        + "".join(
-            f"<td{_class(_kind(place in texts, cell))}>{html.escape(cell)}</td>" for place, cell in enumerate(row)
-        )
+        + "".join(f"<td{_class(_kind(n in texts, cell))}>{html.escape(cell)}</td>" for n, cell in enumerate(row))
         + "</tr>"
         for number, row in enumerate(rows)
     ]
-    return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>' + "\n".join(lines) + "</tbody></table></div>"
-    )
+    box = f'<div class="scroll" style="--columns: {len(heads)}">'
+    return f"{box}<table><thead><tr>{top}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
 
 
 LONG_TEXT = 48

@@ -16,6 +16,10 @@ FRONT = (
 )
 
 
+PORTRAIT_COLUMNS = 14
+"""Tables of more columns are printed across."""
+
+
 def make_page(
     spec: SweepSpec, answer: Answer, drawn: Mapping[str, bytes], notes: Mapping[str, str], tracking_uri: str
 ) -> bytes:
@@ -35,8 +39,7 @@ def make_page(
         *_heat_maps(answer, drawn, notes),
         page.heading("What the parameters do"),
         *_parameters(answer, drawn, notes),
-        page.heading("All trials"),
-        _table(answer, on_front_alone=False),
+        _all_trials(answer),
         *([page.paragraph(*provenance(answer.record), kind="note")] if answer.record else []),
         page.heading("Go on"),
         page.paragraph("Judge the front again, with more samples and intervals; compare the runs in MLflow:"),
@@ -60,6 +63,12 @@ def _table(answer: Answer, on_front_alone: bool) -> str:
     places = {heads.index(name) for name in ("trial", "front", "status") if name in heads}
     marked = [number for number, row in enumerate(rows) if row is answer.best]
     return page.table(heads, [line(answer, row, columns) for row in rows], places, marked)
+
+
+def _all_trials(answer: Answer) -> str:
+    parts = [page.heading("All trials"), _table(answer, on_front_alone=False)]
+    is_wide = len(head(answer, answer.columns)) > PORTRAIT_COLUMNS
+    return page.across(parts) if is_wide else "".join(parts)
 
 
 def _front(answer: Answer, drawn: Mapping[str, bytes]) -> list[str]:

@@ -222,9 +222,12 @@ def _parallel_coordinates(study: Any, names: Sequence[str], metric: Metric) -> b
         axis = drawing.plot_parallel_coordinate(study, params=fields, target_name=metric.heading)
         for lines in axis.collections:
             lines.set_cmap(_colours(metric))
+            if lines.colorbar is not None:  # away from the words on the last axis
+                bar = lines.colorbar.ax
+                bar.set_position(bar.get_position().translated(0.07, 0))
         figure = axis.figure
         figure.set_size_inches(max(6.5, 1.7 * (len(names) + 1)), 4.4)
-        axis.set_title(f"{_told(metric)}: one line a trial", fontsize=10)
+        axis.set_title(f"{_told(metric)}: one line a trial", fontsize=10, pad=14)
         data = _png(figure)
         plt.close(figure)
         return data
