@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kac.errors import one_line
 from kac.metrics import Metric
 from pipeline.evaluation.scores import Record, aligned, direction
 from pipeline.sweep_answer.rows import (
@@ -129,16 +130,17 @@ def told(answer: Answer) -> list[str]:
     seconds = sum(trial.seconds for trial in trials)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     lines = [f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}: {counts}; {seconds:,.0f} s of training"]
+    failed = [trial for trial in trials if trial.status == "failed"]
+    reasons = [f"failed: #{t.number} {t.name}: {one_line(t.error or 'no reason given', 300)}" for t in failed]
     best, metric = answer.best, answer.metric
     if best is None:
-        return [*lines, f"no finished trial has the metric {metric.name}"]
+        return [*lines, f"no finished trial has the metric {metric.name}", *reasons]
     cost = f" in {best.cost:g} network evaluations" if best.cost is not None else ""
-    lines.append(
+    found = (
         f"best by {metric.heading}{direction(metric)}: #{best.trial.number} {best.name} with "
         f"{_cell(best, metric)}{cost}{_beside_teacher(answer, best)}"
     )
-    lines += [f"failed: #{t.number} {t.name}: {t.error or 'no reason given'}" for t in trials if t.status == "failed"]
-    return lines
+    return [*lines, found, *reasons]
 
 
 def _beside_teacher(answer: Answer, best: Row) -> str:

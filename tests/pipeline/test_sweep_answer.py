@@ -109,7 +109,7 @@ def test_a_search_without_an_evaluation_is_ranked_by_what_was_reported(tmp_path:
     trials = search(tmp_path)
     run = answer(tmp_path, trials, "validation/energy_distance", judged=False)
     best = min(t.metrics["validation/energy_distance"] for t in trials if t.status == "finished")
-    assert run.data.metrics == {"best/validation/energy_distance": best}
+    assert run.data.metrics["best/validation/energy_distance"] == best
     page = (tmp_path / "report.html").read_text()
     assert "32 trials: 22 finished, 10 stopped early" in page
     assert "they need finished trials of two step counts and two guidance scales" in page
