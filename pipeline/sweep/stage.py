@@ -478,9 +478,9 @@ def _drop_other(out: str, judged: EvaluateSpec) -> None:
 def _answer(
     spec: SweepSpec, ledger: Ledger, evaluation: str | None, run: tracking.TrackedRun, metric: str, better: str
 ) -> None:
-    if importlib.util.find_spec("pipeline.sweep_answer") is None:
+    if importlib.util.find_spec("pipeline.sweep.answer") is None:
         return
-    answer = importlib.import_module("pipeline.sweep_answer")
+    answer = importlib.import_module("pipeline.sweep.answer")
     answer.write_answer(spec, ledger.records, evaluation, run, metric, better)
     if spec.register:
         _register_best(spec, spec.register)

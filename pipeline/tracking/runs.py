@@ -179,10 +179,14 @@ def run_of_output(out: str) -> TrackedRun | None:
 def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
     """The runs that made what has this fingerprint, the newest first; none if the server does not answer.
 
+    An empty fingerprint names nothing.
+
     Args:
         stage: of this stage alone. uri: the server; default: ``tracking_uri`` of the current directory.
     """
     uri = uri or tracking_uri(".")
+    if not fingerprint:
+        return []
     which = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'" + (f" and tags.`{STAGE_TAG}` = '{stage}'" if stage else "")
     try:
         client, experiment = delivery_to(uri).sender.connected()
