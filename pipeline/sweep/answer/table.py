@@ -135,7 +135,8 @@ def told(answer: Answer) -> list[str]:
     best, metric = answer.best, answer.metric
     if best is None:
         return [*lines, f"no finished trial has the metric {metric.name}", *reasons]
-    cost = f" in {best.cost:g} network evaluations" if best.cost is not None else ""
+    calls = "network evaluation" if best.cost == 1 else "network evaluations"
+    cost = f" in {best.cost:g} {calls}" if best.cost is not None else ""
     found = (
         f"best by {metric.heading}{direction(metric)}: #{best.trial.number} {best.name} with "
         f"{_cell(best, metric)}{cost}{_beside_teacher(answer, best)}"
