@@ -164,6 +164,6 @@ def _track(answer: Answer, run: tracking.TrackedRun) -> None:
         return
     if answer.record:
         tracking.declare(*answer.record.metrics().values())
-    declared = {name: v for name, v in best.metrics.items() if name.rsplit("/", 1)[-1] in tracking.METRICS}
-    run.metrics({f"{BEST}{name}": value for name, value in declared.items()})
+    known = {name: value for name, value in best.metrics.items() if tracking.declared(name)}
+    run.metrics({f"{BEST}{name}": value for name, value in known.items()})
     run.tags({"distillkac.best": best.name, "distillkac.best.metric": answer.metric.name})

@@ -129,7 +129,7 @@ def cost_of(row: Row, cost: Metric) -> float | None:
 
 def describe(name: str, record: Record | None, better: str = "") -> Metric:
     """The metric of this name, with a heading; prefixes (``validation/``) become part of it."""
-    known = (record.metrics() if record else {}).get(name) or tracking.METRICS.get(name.rsplit("/", 1)[-1])
+    known = (record.metrics() if record else {}).get(name) or tracking.declared(name)
     plain = name.replace("/", " ").replace("_", " ")
     found: Metric = known or Metric(name, plain)
     heading = found.heading if "/" not in name and found.heading else plain
