@@ -54,6 +54,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
     from mlflow.exceptions import MlflowException
 
     with _alone(uri):
+        _make_database(uri)
         client = client_of(uri)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
@@ -100,6 +101,18 @@ def local_folder() -> Path:
 def name_of(uri: str) -> str:
     """A file name for a server."""
     return hashlib.sha256(without_password(uri).encode()).hexdigest()[:16]
+
+
+def _make_database(uri: str) -> None:
+    """A fresh SQLite database appears whole: MLflow cannot use one whose maker was killed halfway."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or not path or path.startswith(":") or "?" in path or Path(path).exists():
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fresh = f"{path}.{os.getpid()}.new"
+    Path(fresh).unlink(missing_ok=True)
+    client_of(f"sqlite:///{fresh}").search_experiments(max_results=1)
+    os.replace(fresh, path)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
     manifest = json.loads(files.read_bytes(files.join(store, "manifest.json")))
     named = {receipt["name"]: receipt for receipt in manifest["shards"]}
     assert len(named) == len(manifest["shards"]), "a shard is named twice"
-    assert list_files(store) == sorted([*named, "manifest.json"]), "files that the manifest does not name"
+    others = [name for name in list_files(store) if name not in named]
+    assert set(others) - {"run.json"} == {"manifest.json"}, "files that the manifest does not name"
+    assert not set(named) - set(list_files(store)), "files that are not there"
     tables: dict[float, list[pa.Table]] = {}
     for name, receipt in named.items():
         data = files.read_bytes(files.join(store, name))
