@@ -66,7 +66,10 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     _check_resources(spec)
     inputs = {"rollout": content["store"]}
     fingerprint = spec.fingerprint(**content)
-    with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent) as run:
+    read = [tracking.Dataset("store", content["store"], spec.store)]
+    with tracking.start_run(
+        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=read
+    ) as run:
         if missing:
             _add_scales(spec, source, missing, run)
         todo = [point for point in points if _is_open(ledger, point, run)]

@@ -108,7 +108,10 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
         if is_saved or is_validated:
             loss = window.last_loss()
             _check_finite(job, loss, done)
-            state = _save(learner, done, validated) if is_saved else state
+            if is_saved:
+                state = _save(learner, done, validated)
+                if worker.rank == 0:
+                    job.run.flush()  # what is logged may not lie behind the checkpoint that a killed run goes on from
             report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
     bar.close()
     return state or _save(learner, first, validated)
