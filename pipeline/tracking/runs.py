@@ -45,7 +45,8 @@ THUMBNAIL = 256
 class TrackedRun:
     """A run of MLflow that any process can write to: only text, so that it travels to workers.
 
-    What is written waits in a queue (``delivery.py``): no call here fails or waits because of the server.
+    What is written waits in a queue (``delivery.py``): no call here fails or waits because of the server. A run with an
+    empty URI is nowhere, and keeps nothing.
     """
 
     tracking_uri: str
@@ -116,10 +117,12 @@ class TrackedRun:
         Returns:
             Whether the server has it all.
         """
-        return delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
+        return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
 
     def _asked(self, ask: Callable[["MlflowClient", str], Any], otherwise: Any) -> Any:
         """What the server says, or ``otherwise`` if it fails: the work goes on without."""
+        if not self.tracking_uri:
+            return otherwise
         sender = delivery_to(self.tracking_uri).sender
         try:
             client, _ = sender.connected()
@@ -131,7 +134,8 @@ class TrackedRun:
         return Entry(self.run_id, kind, content)
 
     def _put(self, *entries: Entry) -> None:
-        delivery_to(self.tracking_uri).put(*entries)
+        if self.tracking_uri:
+            delivery_to(self.tracking_uri).put(*entries)
 
 
 @contextmanager
