@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -276,7 +276,7 @@ def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.Tracked
     """
     from mlflow import MlflowClient
 
-    own = _run_of(student.out)
+    own = tracking.run_of_output(student.out)
     if own is None:
         inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
         with tracking.start_run(
@@ -290,25 +290,19 @@ def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.Tracked
             made.tags({"distillkac.path": student.out})
         return {}
     own.tags({"mlflow.parentRunId": run.run_id})
-    found = MlflowClient(own.tracking_uri).get_run(own.run_id).data.metrics
+    try:
+        found = MlflowClient(own.tracking_uri).get_run(own.run_id).data.metrics
+    except Exception:  # noqa: BLE001 - MLflow's stores raise what they like, and a server that fails costs no work
+        return {}
     return {name: float(value) for name, value in found.items() if name in REPORTED}
 
 
-def _run_of(out: str) -> tracking.TrackedRun | None:
-    find: Callable[[str], tracking.TrackedRun | None] | None = getattr(tracking, "run_of_output", None)
-    return None if find is None else find(out)
-
-
 def _close_stopped(ledger: Ledger) -> None:
-    """A trial that was stopped early has ended as it should: its run says so."""
-    from mlflow import MlflowClient
-
+    """Say in the runs of trials that were stopped early that they were; such a run has ended as KILLED."""
     for record in ledger.records:
-        run = _run_of(record.out) if record.status == "stopped" else None
+        run = tracking.run_of_output(record.out) if record.status == "stopped" else None
         if run is not None:
-            client = MlflowClient(run.tracking_uri)
-            client.set_tag(run.run_id, "distillkac.stopped_early", f"after {record.updates} updates")
-            client.set_terminated(run.run_id, "KILLED")
+            run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
 
 
 def _check_reported(spec: SweepSpec, ledger: Ledger) -> None:
@@ -491,7 +485,7 @@ def _register_best(spec: SweepSpec, name: str) -> None:
     from pipeline import logged_models
 
     best = json.loads(files.read_bytes(files.join(spec.out, ANSWER_FILE)))["best"]
-    own = None if best is None else _run_of(best["out"])
+    own = None if best is None else tracking.run_of_output(best["out"])
     if own is not None:
         version = logged_models.register(own, name, alias="best")
         print(f"sweep: registered {best['name']} as models:/{name}@best, version {version}", flush=True)
