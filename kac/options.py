@@ -3,12 +3,17 @@
 import typing
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kac.errors import DistillKacError
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 _is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
 """False while the values of a model are checked, those of the models in it too."""
@@ -22,7 +27,20 @@ class UnknownOption(OptionError):
     """An option that does not exist here; a newer version may have it."""
 
 
-class Options(BaseModel):
+class _Absent:
+    """An attribute of the metaclass that a class does not seem to have, unless it is its own."""
+
+    def __get__(self, model: type, metaclass: type) -> Any:
+        raise AttributeError("a method of abstract base classes, which option models have no use for")
+
+
+class _Metaclass(ModelMetaclass):
+    """Frees the names of its methods for fields: pydantic would take a method for a field's default."""
+
+    register = _Absent()
+
+
+class Options(BaseModel, metaclass=_Metaclass):
     """A frozen set of named values; unknown names and values out of range raise ``OptionError``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

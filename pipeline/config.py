@@ -5,7 +5,6 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -31,9 +30,6 @@ from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
 from kac.sampling import TEACHER_STEPS
 from kac.solvers import KnotGrid, Method
-
-# The metaclass of every option model has a method of this name, which no field stands in the way of.
-warnings.filterwarnings("ignore", message='Field name "register"', category=UserWarning)
 
 
 class Spec(Options):
@@ -414,8 +410,12 @@ class EvaluateSpec(Spec):
     """Compare a teacher and its students from the same noise."""
 
     stage = "evaluate"
-    teacher: str = unhashed(..., "model folder of the teacher")
+    teacher: str | None = unhashed(
+        None, "model folder of the teacher; default: that of the students, with --from-sweep or --runs"
+    )
     students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
+    from_sweep: str | None = unhashed(None, "folder of a finished sweep, whose front is judged again")
+    runs: tuple[str, ...] = unhashed((), "ids of runs in MLflow, whose students are compared")
     out: str = unhashed(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples a model")
     steps: tuple[PositiveInt, ...] = Field(
@@ -446,6 +446,12 @@ class EvaluateSpec(Spec):
     def _are_feature_spaces(cls, features: tuple[str, ...]) -> tuple[str, ...]:
         check_names(features)
         return features
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Self:
+        if not self.teacher and not self.from_sweep and not self.runs:
+            raise ValueError("--teacher: expected a value, found none: see --help")
+        return self
 
 
 Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "all"]

@@ -1,7 +1,9 @@
 """Evaluate: real images, the teacher and its students from the same noise, in one table, one picture and one curve."""
 
+import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,17 +19,37 @@ from kac.metrics.features import FeatureSpace, open_space, space_identity
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.sampling import Sampling, student_sampling, teacher_sampling
-from pipeline import cluster, outputs, pictures, tracking
+from pipeline import outputs, pictures, tracking
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.actors import draws_on_gpu, make_chunks, open_spaces
 from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
-from pipeline.evaluation.scores import EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
+from pipeline.evaluation.inputs import resolve
+from pipeline.evaluation.model_runs import (
+    CURVE_PICTURE,
+    SAMPLES_PICTURE,
+    SHOWN,
+    TABLE_FILE,
+    Shown,
+    prefix_of,
+    track_models,
+)
+from pipeline.evaluation.scores import (
+    EVALUATION_FILE,
+    REAL,
+    Record,
+    Score,
+    head,
+    mean_score,
+    read_record,
+    row,
+    table,
+)
 from pipeline.evaluation.sources import CHUNK_ROWS, ModelSamples, RealImages, chunks, unfinished
 
-SAMPLES_PICTURE = "samples.png"
-CURVE_PICTURE = "quality_by_nfe.png"
-SHOWN = 12
-"""Images a row of the picture."""
+SAMPLES_FILE = "samples.npz"
+"""The shown samples of each row of the table, under the row's number."""
+
+TABLE_JSON = "table.json"
 
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
@@ -65,6 +87,8 @@ class Comparison(NamedTuple):
 def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
     """Score held-out images and every model, print the table and write ``evaluation.json`` and the pictures.
 
+    What was found of a model is added to the run that has made it; the evaluation's own run keeps the comparison.
+
     Each student is compared with the teacher at the student's own guidance scale. What is drawn stays in the cache: a
     stopped evaluation goes on from there, and another one of the same teacher draws its students alone.
 
@@ -72,13 +96,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         DistillKacError: a model is missing, a student is of another teacher, the data are not the teacher's, or a
             feature space cannot be had.
     """
-    spec = spec.model_copy(
-        update={
-            "out": cluster.absolute(spec.out),
-            "teacher": cluster.absolute(spec.teacher),
-            "students": tuple(cluster.absolute(path) for path in spec.students),
-        }
-    )
+    spec = resolve(spec)
     spec = spec.settled(lambda: draws_on_gpu(spec))
     candidates = _candidates(spec)
     content = _content(spec, candidates)
@@ -103,7 +121,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
     """What the fingerprint of an evaluation says of its inputs: models, and the features that are files."""
-    data = learned_data(spec.teacher, candidates[0].config)
+    data = learned_data(candidates[0].path, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
     files_used = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
     models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
@@ -116,9 +134,11 @@ def read_scores(out: str) -> list[Score]:
 
 
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
+    assert spec.teacher is not None, "a spec that is resolved has a teacher"
     teacher = load_teacher_config(spec.teacher)
     folders = [path for given in spec.students for path in student_folders(given)]
-    students = [student for path in folders for student in _students(spec, teacher, path)]
+    names = _names(list(dict.fromkeys(folders)))
+    students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
         Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, teacher_sampling(w, spec.solver_steps, spec.solver))
@@ -127,11 +147,21 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     return [*teachers, *students]
 
 
-def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str) -> list[Candidate]:
+def _names(folders: Sequence[str]) -> dict[str, str]:
+    """What the students in these folders are called: as their folders are, with as much before it as tells apart."""
+    names = {path: path.rsplit("/", 1)[-1] for path in folders}
+    for depth in itertools.count(2):
+        counts = Counter(names.values())
+        if max(counts.values(), default=1) == 1:
+            break
+        names |= {path: "/".join(path.split("/")[-depth:]) for path, name in names.items() if counts[name] > 1}
+    return names
+
+
+def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, bare: str) -> list[Candidate]:
     """The student in a folder; one that takes any step count or guidance scale is several candidates."""
-    config = load_student_config(path, spec.teacher, teacher)
+    config = load_student_config(path, str(spec.teacher), teacher)
     assert config.guidance is not None
-    bare = path.rsplit("/", 1)[-1]
     counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
     scales = sorted(set(spec.guidance or config.guidance_scales)) if config.takes_guidance else [config.guidance]
     found = []
@@ -227,30 +257,58 @@ def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSa
         steps=candidate.sampling.steps if is_model else None,
         guidance=candidate.guidance if is_model else None,
         refined_in=candidate.config.refined_in if is_model else (),
-        any_step=candidate.path.rsplit("/", 1)[-1] if is_model and candidate.config.is_any_step else "",
+        any_step=candidate.name.partition("@")[0] if is_model and candidate.config.is_any_step else "",
         count=source.count,
         metrics={name: value for name, value in computed.items() if value is not None},
         fingerprint=candidate.config.fingerprint if is_model else candidate.config.data_sha256,
+        folder=candidate.path,
+        prefix=prefix_of(candidate.config, candidate.sampling, candidate.guidance) if is_model else "",
     )
 
 
 def _write(compared: Comparison, run: tracking.TrackedRun, record: Record) -> None:
-    spec, scores = compared.spec, record.scores
+    spec = compared.spec
     tracking.declare(*record.metrics().values())
-    rows = list(zip([score.name for score in scores], _shown(compared), strict=True))
-    images = {
-        SAMPLES_PICTURE: pictures.comparison(rows),
-        CURVE_PICTURE: pictures.quality_by_nfe(_panels(record)),
+    shown = [Shown(*pair) for pair in zip(record.scores, _shown(compared), strict=True)]
+    curve = pictures.quality_by_nfe(_panels(record))
+    made = {
+        SAMPLES_PICTURE: pictures.comparison([(score.name, images) for score, images in shown]),
+        CURVE_PICTURE: curve,
+        SAMPLES_FILE: _packed([images for _, images in shown]),
+        TABLE_FILE: table(record).encode(),
     }
-    for name, data in images.items():
+    for name, data in made.items():
         files.write_bytes(files.join(spec.out, name), data)
-        run.artifact(name, data)
-    for score, (_, shown) in zip(scores, rows, strict=True):
-        _track_model(spec, run, score, pictures.sheet(shown, SHOWN))
+    for name in (SAMPLES_PICTURE, CURVE_PICTURE, TABLE_FILE):
+        run.artifact(name, made[name])
+    _track_table(run, record)
+    track_models(spec, run, record, shown, curve)
     text = json.dumps(record.model_dump(mode="json"), indent=2).encode()
     run.artifact(EVALUATION_FILE, text)
     outputs.check_owner(spec.out, record.fingerprint)
     files.write_bytes(files.join(spec.out, EVALUATION_FILE), text)
+
+
+def _track_table(run: tracking.TrackedRun, record: Record) -> None:
+    """The table as ``mlflow.log_table`` leaves one: MLflow's page shows what this tag lists as a table."""
+    columns = {"columns": head(record), "data": [row(record, score) for score in record.scores]}
+    run.artifact(TABLE_JSON, json.dumps(columns).encode())
+    run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_JSON, "type": "table"}])})
+
+
+def _packed(rows: Sequence[np.ndarray]) -> bytes:
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **{str(number): images for number, images in enumerate(rows)})  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def read_shown(out: str) -> list[np.ndarray] | None:
+    """The shown samples [shown, *sample] of each row of an evaluation; None for one of an older version."""
+    path = files.join(out, SAMPLES_FILE)
+    if not files.exists(path):
+        return None
+    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as found:
+        return [found[str(number)] for number in range(len(found.files))]
 
 
 def _shown(compared: Comparison) -> list[np.ndarray]:
@@ -294,21 +352,3 @@ def _panels(record: Record) -> list[pictures.Panel]:
         for metric in shown
         if all(metric.name in score.metrics for score in models)
     ]
-
-
-def _track_model(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, picture: bytes) -> None:
-    """A nested run a row of the table, so that MLflow compares any two side by side."""
-    with tracking.start_run(
-        stage="evaluate-model",
-        name=score.name,
-        spec=spec,
-        fingerprint=score.fingerprint,
-        inputs={score.kind: score.fingerprint},
-        output=spec.out,
-        parent=run,
-    ) as nested:
-        nested.metrics(score.metrics)
-        nested.tags({f"distillkac.half_width.{name}": f"{value:.3g}" for name, value in score.half_widths.items()})
-        if score.kind != REAL:
-            nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
-        nested.artifact(SAMPLES_PICTURE, picture)

@@ -67,6 +67,7 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Log
 
     The student is on disk already: whatever the server refuses costs a warning, and the result is None.
     """
+    run.flush()  # the model takes over what the run has logged
     try:
         model = log_student(run, spec.out, config, links_of(spec))
         if spec.register:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -36,20 +37,27 @@ class Student(PythonModel):  # type: ignore[misc]
             params: ``seed``, ``steps`` and ``guidance``; default: 0, and the student's own.
 
         Raises:
-            DistillKacError: a class that the student does not know, a seed out of range, or steps or guidance that it
+            MlflowException: a class that the student does not know, a seed out of range, or steps or guidance that it
                 was not made for.
         """
-        config, given = self.model.config, params or {}
+        try:
+            return self._images(model_input["label"].to_numpy(), params or {})
+        except DistillKacError as error:
+            # A server answers this one with its message, others with a traceback.
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def _images(self, labels: Any, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        config = self.model.config
         seed = int(given.get("seed") or 0)
         if not 0 <= seed < 2**31:
             raise DistillKacError(f"seed: expected 0 .. {2**31 - 1}, found {seed}")
         sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
         if sampling.steps < 1:
             raise DistillKacError(f"steps: expected at least 1, found {sampling.steps}")
-        labels = _labels(config, seed, model_input["label"].to_numpy())
-        if not labels:
+        classes = _labels(config, seed, labels)
+        if not classes:
             return np.zeros((0, *config.sample_shape), np.float32)
-        made = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, labels)
+        made = draw(self.model, sampling, Precision(), seed, len(classes), BATCH_SIZE, classes)
         return made.images.numpy()
 
 

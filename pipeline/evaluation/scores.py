@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kac import files
 from kac.errors import DistillKacError
-from kac.metrics import QualityMetric, quality_metrics
+from kac.metrics import Metric, QualityMetric, quality_metrics
 from kac.options import Options
 
 EVALUATION_FILE = "evaluation.json"
@@ -29,6 +29,8 @@ class Score(Options):
     fingerprint: str
     refined_in: tuple[str, ...] = Field((), description="spaces in which it was brought to the training images")
     any_step: str = Field("", description="the any-step student of which this is a row, by its folder's name")
+    folder: str = Field("", description="of the model")
+    prefix: str = Field("", description="of its metrics in its model's run: empty for the model's own steps and scale")
 
 
 class Record(Options):
@@ -106,17 +108,26 @@ def _cell(score: Score, metric: QualityMetric) -> str:
     return f"{text} ±{half_width:{metric.format}}" if half_width else text
 
 
+def direction(metric: Metric) -> str:
+    """Which way is better, for the end of a sentence."""
+    return f" ({metric.better} is better)" if metric.better else ""
+
+
 def table(record: Record) -> str:
     """The scores as text, one line a model, and below them what they were made from."""
-    heads = [heading.partition(" ") for heading in head(record)]
-    rows = [[top for top, _, _ in heads], [below for _, _, below in heads], *(row(record, s) for s in record.scores)]
+    return "\n".join([*aligned(head(record), [row(record, s) for s in record.scores]), *provenance(record)])
+
+
+def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table with headings of two words at most, one below the other, and a rule below them."""
+    heads = [heading.partition(" ") for heading in headings]
+    rows = [[top for top, _, _ in heads], [below for _, _, below in heads], *cells]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-        for cells in rows  # names left, numbers right
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in rows  # names left, numbers right
     ]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([*lines[:2], rule, *lines[2:], *provenance(record)])
+    return [*lines[:2], "-" * max(map(len, lines)), *lines[2:]]
 
 
 def provenance(record: Record) -> list[str]:

@@ -1,6 +1,5 @@
 """The stage: check everything, add what the store lacks, run the trials, judge the students, answer."""
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -16,16 +15,17 @@ from kac.metrics import quality_metrics
 from kac.options import OptionError
 from pipeline import cluster, distill, outputs, store, tracking
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.evaluation.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep import space
+from pipeline.sweep.answer import write_answer
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.space import Point
 
 RESULT_FILE = "trials.json"
 EVALUATION = "evaluation"
-ANSWER_FILE = "answer.json"
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
@@ -274,8 +274,6 @@ def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.Tracked
     Returns:
         What the training has reported last.
     """
-    from mlflow import MlflowClient
-
     own = tracking.run_of_output(student.out)
     if own is None:
         inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
@@ -289,20 +287,17 @@ def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.Tracked
         ) as made:
             made.tags({"distillkac.path": student.out})
         return {}
-    own.tags({"mlflow.parentRunId": run.run_id})
-    try:
-        found = MlflowClient(own.tracking_uri).get_run(own.run_id).data.metrics
-    except Exception:  # noqa: BLE001 - MLflow's stores raise what they like, and a server that fails costs no work
-        return {}
-    return {name: float(value) for name, value in found.items() if name in REPORTED}
+    own.nest(run)
+    return {name: value for name, value in own.last_metrics().items() if name in REPORTED}
 
 
 def _close_stopped(ledger: Ledger) -> None:
-    """Say in the runs of trials that were stopped early that they were; such a run has ended as KILLED."""
+    """A trial that was stopped early has ended as it should: its run says so."""
     for record in ledger.records:
         run = tracking.run_of_output(record.out) if record.status == "stopped" else None
         if run is not None:
             run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
+            run.end("KILLED")
 
 
 def _check_reported(spec: SweepSpec, ledger: Ledger) -> None:
@@ -472,10 +467,7 @@ def _drop_other(out: str, judged: EvaluateSpec) -> None:
 def _answer(
     spec: SweepSpec, ledger: Ledger, evaluation: str | None, run: tracking.TrackedRun, metric: str, better: str
 ) -> None:
-    if importlib.util.find_spec("pipeline.sweep_answer") is None:
-        return
-    answer = importlib.import_module("pipeline.sweep_answer")
-    answer.write_answer(spec, ledger.records, evaluation, run, metric, better)
+    write_answer(spec, ledger.records, evaluation, run, metric, better)
     if spec.register:
         _register_best(spec, spec.register)
 

@@ -10,7 +10,7 @@ system.py      processor, memory, disk and GPU while a run lasts
 """
 
 from pipeline.tracking.delivery import sync
-from pipeline.tracking.metrics import METRICS, PART_PREFIX, declare
+from pipeline.tracking.metrics import METRICS, PART_PREFIX, declare, declared
 from pipeline.tracking.processes import close_dead
 from pipeline.tracking.runs import (
     FINGERPRINT_TAG,
@@ -37,6 +37,7 @@ __all__ = [
     "close_dead",
     "connect",
     "declare",
+    "declared",
     "find_runs",
     "run_of_output",
     "start_run",

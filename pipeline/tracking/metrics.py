@@ -19,16 +19,20 @@ def declare(*metrics: Metric) -> None:
     METRICS.update({metric.name: metric for metric in metrics})
 
 
+def declared(name: str) -> Metric | None:
+    """What is known of a metric, whose name may have prefixes: ``steps_4/guidance_1/<name>``; None: nothing."""
+    while name not in METRICS and "/" in name:
+        name = name.partition("/")[2]
+    return METRICS.get(name)
+
+
 def check_declared(names: Iterable[str]) -> None:
-    """Refuse metrics that are not in the table; a name may have prefixes: ``steps_4/guidance_1/<name>``.
+    """Refuse metrics that are not in the table.
 
     Raises:
         KeyError: it names them.
     """
-    unknown = {
-        name
-        for name in names
-        if not name.startswith((PART_PREFIX, SYSTEM_PREFIX)) and not {name, name.rsplit("/", 1)[-1]} & set(METRICS)
-    }
+    free = (PART_PREFIX, SYSTEM_PREFIX)
+    unknown = {name for name in names if not name.startswith(free) and declared(name) is None}
     if unknown:
         raise KeyError(f"not in METRICS: {sorted(unknown)}")

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kac import files
 from kac.errors import DistillKacError, one_line
@@ -23,6 +23,9 @@ from pipeline.tracking.sender import LOCAL, PARENT_TAG, NotThereYet
 from pipeline.tracking.server import RUN_FILE, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset, source_tags
 from pipeline.tracking.system import system_metrics
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 CONTINUES_TAG = "distillkac.continues"
@@ -92,13 +95,20 @@ class TrackedRun:
 
     def last_step(self, name: str) -> int:
         """The last step of a metric that the server has; 0 if it has none, or does not answer."""
-        sender = delivery_to(self.tracking_uri).sender
-        try:
-            client, _ = sender.connected()
-            history = client.get_metric_history(sender.id_of(self.run_id), name)
-        except Exception:  # noqa: BLE001 - MLflow's stores raise what they like, and the work goes on without
-            return 0
+        history = self._asked(lambda client, run_id: client.get_metric_history(run_id, name), [])
         return max((int(point.step) for point in history), default=0)
+
+    def last_metrics(self) -> dict[str, float]:
+        """The metrics that the server has, each as it was logged last; none if it does not answer."""
+        return dict(self._asked(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
+
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End a run of which the process is over; ``start_run`` ends its own."""
+        self._put(self._entry("status", {"status": status}))
+
+    def nest(self, parent: "TrackedRun") -> None:
+        """Show the run below another one."""
+        self.tags({PARENT_TAG: parent.run_id})
 
     def flush(self, seconds: float = END_SECONDS) -> bool:
         """Wait until all that this process has logged is with the server, or on disk if the server fails.
@@ -107,6 +117,15 @@ class TrackedRun:
             Whether the server has it all.
         """
         return delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
+
+    def _asked(self, ask: Callable[["MlflowClient", str], Any], otherwise: Any) -> Any:
+        """What the server says, or ``otherwise`` if it fails: the work goes on without."""
+        sender = delivery_to(self.tracking_uri).sender
+        try:
+            client, _ = sender.connected()
+            return ask(client, sender.id_of(self.run_id))
+        except Exception:  # noqa: BLE001 - MLflow's stores raise what they like
+            return otherwise
 
     def _entry(self, kind: Kind, content: dict[str, Any]) -> Entry:
         return Entry(self.run_id, kind, content)
@@ -179,10 +198,14 @@ def run_of_output(out: str) -> TrackedRun | None:
 def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
     """The runs that made what has this fingerprint, the newest first; none if the server does not answer.
 
+    An empty fingerprint names nothing.
+
     Args:
         stage: of this stage alone. uri: the server; default: ``tracking_uri`` of the current directory.
     """
     uri = uri or tracking_uri(".")
+    if not fingerprint:
+        return []
     which = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'" + (f" and tags.`{STAGE_TAG}` = '{stage}'" if stage else "")
     try:
         client, experiment = delivery_to(uri).sender.connected()

@@ -84,6 +84,8 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     window = _Window(learner, job.task.optimizer.batch_size, worker)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     remaining = _Remaining(job.title, first, total)
+    # A run that goes on from a checkpoint does some updates again that it has logged before.
+    logged = job.run.last_step("loss") if first and worker.rank == 0 else 0
     state = resume
     for done in range(first + 1, total + 1):
         window.add(learner.update(done - 1))
@@ -92,7 +94,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             count, metrics = len(window.updates), window.close()
             bar.update(count, f"loss {metrics['loss']:.4g}")
             _check_finite(job, metrics["loss"], done)
-            if worker.rank == 0:
+            if worker.rank == 0 and done > logged:
                 job.run.metrics(metrics, step=done)
         if worker.rank == 0:
             remaining.done(done)
@@ -101,7 +103,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
         is_validated = job.validation is not None and job.validation.is_due(done, total)
         if is_validated and worker.rank == 0:
             with window.pause():
-                validated = _validate(job, learner, done)
+                validated = _validate(job, learner, done, is_logged=done > logged)
         is_saved = done % job.checkpoint_updates == 0 or is_last
         if is_saved or is_validated:
             loss = window.last_loss()
@@ -117,11 +119,12 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
 
 
-def _validate(job: Job, learner: Learner, update: int) -> dict[str, float]:
+def _validate(job: Job, learner: Learner, update: int, is_logged: bool) -> dict[str, float]:
     """Measure the averaged weights, and log what was found."""
     assert job.validation is not None
     found = job.validation.measure(learner.averaged())
-    job.run.metrics(found, step=update)
+    if is_logged:
+        job.run.metrics(found, step=update)
     return found
 
 

@@ -1,9 +1,12 @@
 """A job: its name, its exit code, and one line for every error."""
 
 import contextlib
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from pipeline.config import SampleSpec
 
 JOBS = [
     *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),
-    *("quickstart", "benchmark", "store"),
+    *("quickstart", "benchmark", "store", "runs"),
 ]
 WORDS = ["--model", "m", "--out", "o.png"]
 
@@ -110,3 +113,38 @@ def test_every_job_says_how_it_is_called(job: str, monkeypatch, capsys: pytest.C
 def test_every_job_is_tested(project_root: Path):
     modules = {path.stem for path in (project_root / "jobs").glob("*.py")}
     assert modules - {"__init__", "command", "config_files", "parsing"} == set(JOBS)
+
+
+def test_a_job_that_is_told_to_stop_closes_what_is_open():
+    """As by ``ray job stop``: the stage sees an exception, and the job ends with the code of a terminated program."""
+    closed = []
+
+    def stage(spec: SampleSpec) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            closed.append(spec.model)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert end_of(stage, *WORDS) == 143
+        assert end_of(raising(SystemExit(15)), *WORDS) == 143, "by the handler that Ray puts in the place of ours"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert closed == ["m"]
+
+
+def test_sync_tracking_is_an_option_of_every_job(monkeypatch: pytest.MonkeyPatch):
+    from pipeline import tracking
+
+    asked: list[str] = []
+    monkeypatch.setattr(tracking, "sync", lambda uri: (asked.append(uri), (3, 0))[1])
+    seen: list[SampleSpec] = []
+    assert end_of(seen.append, "--sync-tracking") == 0
+    assert (len(asked), seen) == (1, []), "with nothing else that is all"
+    assert end_of(seen.append, *WORDS, "--sync-tracking") == 0
+    assert (len(asked), len(seen)) == (2, 1)
+    monkeypatch.setattr(tracking, "sync", lambda uri: (0, 2))
+    assert end_of(seen.append, "--sync-tracking") == 1
+    assert end_of(seen.append, *WORDS, "--sync-tracking") == 0, "what still waits holds up no job"

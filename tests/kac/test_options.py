@@ -94,3 +94,13 @@ def test_options_and_their_refusals_travel_between_processes():
 def test_a_dump_makes_the_same_options_again():
     made = Outer(out="a", steps=(7,), network=Inner(width=5))
     assert Outer(**made.model_dump(mode="json")) == made
+
+
+def test_a_field_may_have_the_name_of_a_method_of_abstract_classes():
+    class Named(Options):
+        register: str | None = None
+
+    class Later(Named):
+        added: int = 0
+
+    assert (Named().register, Later().register, Later(register="a").register) == (None, None, "a")

@@ -164,7 +164,7 @@ def test_the_chain_is_walked_by_fingerprints(evaluation: Path, student: str, sma
     assert made.data.tags[f"{tracking.INPUT_TAG}rollout"] == manifest.fingerprint
     assert made.data.tags[f"{tracking.INPUT_TAG}teacher"] == load_config(teacher).weights_sha256
     children = [r for r in runs_of("evaluate-model") if r.data.tags["mlflow.parentRunId"] == run.info.run_id]
-    assert {child.data.metrics.get("nfe") for child in children} == {None, 8.0, 2.0}
+    assert {child.data.metrics.get("nfe") for child in children} == {None, 8.0}, "a student has a run of its own"
     for child in children:
         assert set(child.data.metrics) <= set(tracking.METRICS)
         assert [file.path for file in MlflowClient().list_artifacts(child.info.run_id)] == ["samples.png"]

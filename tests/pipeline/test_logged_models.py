@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from kac.checkpoint import load_config
 from kac.errors import DistillKacError
@@ -132,7 +134,11 @@ def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: 
     try:
         example = json.loads((artifact_of(logged) / "serving_input_example.json").read_text())
         asked = {**example, "params": {"seed": 3, "steps": 1}}
-        answer = json.loads(ask(f"http://127.0.0.1:{port}/invocations", asked, server))
+        url = f"http://127.0.0.1:{port}/invocations"
+        answer = json.loads(ask(url, asked, server))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(url, {"dataframe_split": {"columns": ["label"], "data": [[10]]}}, server)
+        assert json.loads(refused.value.read())["message"].endswith("or -1 for any, found [10]")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
@@ -154,6 +160,8 @@ def ask(url: str, content: dict[str, Any], server: "subprocess.Popen[bytes]") ->
                 return bytes(answer.read())
         except ConnectionError:
             time.sleep(0.2)
+        except urllib.error.HTTPError:
+            raise
         except urllib.error.URLError as error:
             assert isinstance(error.reason, ConnectionError), error
             time.sleep(0.2)
@@ -224,7 +232,7 @@ def test_images_that_a_model_cannot_make_are_refused(
 ):
     model = mlflow.pyfunc.load_model(logged.uri)
     assert model.predict({"label": np.zeros(0, np.int64)}).shape == (0, 1, 8, 8)
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(MlflowException, match=message):
         model.predict({"label": np.array(labels)}, params=params)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.store.examine import examine
 from pipeline.store.layout import Shard, StoreError
-from pipeline.store.manifest import read_manifest
+from pipeline.store.manifest import list_files, read_manifest
 from pipeline.store.shards import check, column_array, encode, make_table, publish
 from pipeline.store.verify import Report, VerifySpec, verify
 from tests.pipeline.stores import (
@@ -309,3 +309,9 @@ def test_a_newer_store_is_one_line(whole: Path, tmp_path: Path, monkeypatch, cap
         assert line.startswith("python -m jobs.store")
         assert "error: " in line
         assert says in line
+
+
+def test_the_name_of_the_run_is_no_part_of_a_store(store: Path) -> None:
+    assert (store / "run.json").exists()
+    assert verify(VerifySpec(store=str(store))).is_whole
+    assert "run.json" not in {*list_files(str(store)), *kinds(verify(VerifySpec(store=str(store))))}

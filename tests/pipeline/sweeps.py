@@ -1,0 +1,121 @@
+"""Sweeps as their ledger and the evaluation of their students would have them, without any training."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from pipeline.evaluation.scores import Record, Score
+
+TEACHER = {0.0: (0.21, 5.6), 0.5: (0.24, 4.7), 1.0: (0.33, 4.3), 2.0: (0.61, 5.1)}
+"""Frechet distances of a teacher in pixels and in the classifier's features, by guidance scale."""
+
+
+@dataclass(frozen=True)
+class MadeTrial:
+    """What the ledger says of a trial."""
+
+    number: int
+    name: str
+    out: str
+    values: dict[str, Any]
+    status: str = "finished"
+    updates: int = 2000
+    seconds: float = 31.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+def grid(out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float] = (0.0, 0.5, 1.0, 2.0)) -> list[Any]:
+    """A trial a point."""
+    trials = []
+    for m in steps:
+        for w in scales:
+            name = f"steps-{m}-guidance-{w}"
+            found = {
+                "loss": 0.03 / m,
+                "validation/energy_distance": 0.4 / m + 0.01 * w,
+                "validation/endpoint_error": 0.1,
+            }
+            trials.append(MadeTrial(len(trials), name, str(out / name), {"steps": m, "guidance": w}, metrics=found))
+    return trials
+
+
+def search(out: Path, count: int = 32) -> list[Any]:
+    """Trials of a random search over four fields, one of them of words; two of three go to their end."""
+    draws, trials = np.random.default_rng(0), []
+    for number in range(count):
+        rate = float(10 ** draws.uniform(-4, -2.5))
+        values = {
+            "optimizer.learning_rate": rate,
+            "optimizer.batch_size": int(draws.choice([64, 128, 256, 512])),
+            "objective.kind": str(draws.choice(["endpoint", "flow-map"])),
+            "guidance": round(float(draws.uniform(0, 2)), 3),
+        }
+        lost = (np.log10(rate) + 3.0) ** 2 + (0.3 if values["objective.kind"] == "endpoint" else 0.0)
+        found = {"loss": 0.02 + 0.01 * lost, "validation/energy_distance": 0.05 + 0.1 * lost + 0.01 * draws.random()}
+        status = "stopped" if number % 3 == 2 else "finished"
+        trials.append(MadeTrial(number, f"trial-{number}", str(out / f"trial-{number}"), values, status, metrics=found))
+    return trials
+
+
+def evaluation(folder: Path, trials: Sequence[Any], shown: int = 12) -> str:
+    """The folder of an evaluation of the trials' students, whose samples are digits with noise on them."""
+    folder.mkdir(parents=True)
+    digits = load_digits().images[:, None] / 8 - 1
+    draws = np.random.default_rng(1)
+    scores, images = [_real()], [digits[:shown]]
+    for w in sorted({float(trial.values["guidance"]) for trial in trials}):
+        scores.append(_score(f"teacher w={w:g}", "teacher", 100, w, 1.0, "/runs/teacher", draws))
+        images.append(digits[:shown])
+    for trial in sorted(trials, key=lambda t: (float(t.values["guidance"]), -t.values.get("steps", 4))):
+        m, w = trial.values.get("steps", 4), float(trial.values["guidance"])
+        worse = 1 + 4 * m**-1.3 + 0.2 * draws.random()
+        scores.append(_score(trial.name, "student", m, w, worse, trial.out, draws))
+        images.append(np.clip(digits[:shown] + 0.15 * worse * draws.standard_normal((shown, 1, 8, 8)), -1, 1))
+    record = Record(
+        fingerprint="0123456789abcdef",
+        samples=5000,
+        seeds=(1_000_003,),
+        features=("pixels", "classifier"),
+        facts={"classifier": {"held_out_accuracy": 0.9831}},
+        real={"kind": "digits", "train": 1442, "held_out": 355, "sha256": "1f" * 32},
+        floor_count=355,
+        kept_rows=10_000,
+        scores=tuple(scores),
+    )
+    (folder / "evaluation.json").write_text(json.dumps(record.model_dump(mode="json")))
+    (folder / "spec.json").write_text(json.dumps({"options": {"teacher": "/runs/teacher"}}))
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **{str(place): rows.astype(np.float32) for place, rows in enumerate(images)})
+    (folder / "samples.npz").write_bytes(sink.getvalue())
+    return str(folder)
+
+
+def _real() -> Score:
+    found = {"frechet_distance_pixels": 0.52, "frechet_distance_classifier": 2.9, "precision_classifier": 0.79}
+    found |= {"recall_classifier": 0.8, "label_agreement": 0.983, "memorisation": 1.0, "sliced_wasserstein": 0.0021}
+    found |= {f"{name}_at_floor_count": value for name, value in found.items() if name.startswith("frechet")}
+    return Score(
+        name="real images", kind="real", steps=None, guidance=None, count=355, metrics=found, fingerprint="1f" * 32
+    )
+
+
+def _score(name: str, kind: str, steps: int, w: float, worse: float, folder: str, draws: np.random.Generator) -> Score:
+    nearest = min(TEACHER, key=lambda scale: abs(scale - w))
+    pixels, classifier = TEACHER[nearest]
+    found = {"frechet_distance_pixels": pixels * worse, "frechet_distance_classifier": classifier * worse}
+    found |= {f"{key}_at_floor_count": 1.2 * value for key, value in found.items()}
+    found |= {"precision_classifier": 0.8 / worse**0.2, "recall_classifier": 0.7 / worse**0.3}
+    found |= {"label_agreement": 0.99 - 0.02 * worse, "sliced_wasserstein": 0.002 * worse, "memorisation": 1.02}
+    found |= {"nfe": float(steps), "images_per_second": 52_000 / steps * float(draws.uniform(0.95, 1.05))}
+    if kind == "student":
+        found |= {"frechet_ratio_pixels": worse, "frechet_ratio_classifier": worse, "endpoint_error": 0.05 * worse}
+    return Score(
+        name=name, kind=kind, steps=steps, guidance=w, count=5000, metrics=found, fingerprint="ab" * 32, folder=folder
+    )
