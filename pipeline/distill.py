@@ -136,7 +136,8 @@ def distill(
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
-        on_report: called with the metrics of every validation and checkpoint of a training in this process.
+        on_report: called with the metrics of every validation and checkpoint of a training in this process; whoever asks
+            for them tells people what is done.
 
     Returns:
         The config of the student; None after a dry run.
@@ -158,7 +159,8 @@ def distill(
         if spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
-    print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
+    if on_report is None:
+        print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
     name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
     with tracking.start_run(
@@ -180,7 +182,8 @@ def distill(
         weights = training.train(job, place, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)
-    print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
+    if on_report is None:
+        print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
 
 

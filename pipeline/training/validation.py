@@ -31,7 +31,12 @@ FEWEST_UPDATES = 50
 ENERGY_DISTANCE, ENDPOINT_ERROR = "validation/energy_distance", "validation/endpoint_error"
 
 declare(
-    Metric(ENERGY_DISTANCE, "energy distance of a few samples to held-out images, pixels with class", better="lower"),
+    Metric(
+        ENERGY_DISTANCE,
+        "energy distance of a few samples to held-out images, pixels with class, the unbiased estimate (0 or below: no "
+        "difference can be seen)",
+        better="lower",
+    ),
     Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images of held-out noise", better="lower"),
 )
 
