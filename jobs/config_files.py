@@ -40,7 +40,8 @@ def read_options(name: str, stage: str) -> Values:
     values = _read(RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name), name)
     if not isinstance(values, dict):
         raise OptionError(f"--config {name}: expected a mapping of options, found {type(values).__name__}")
-    if not any(key in STAGES for key in values):
+    # A stage's name with a plain value is an option: --rollout of the sweep.
+    if not any(key in STAGES and (value is None or isinstance(value, dict)) for key, value in values.items()):
         return _as_fields(values)
     values = {key: {} if value is None else value for key, value in values.items()}  # a section may be empty
     if others := [str(key) for key, value in values.items() if key not in STAGES or not isinstance(value, dict)]:

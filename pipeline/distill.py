@@ -136,8 +136,8 @@ def distill(
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
-        on_report: called with the metrics of every validation and checkpoint of a training in this process; whoever asks
-            for them tells people what is done.
+        on_report: called with the metrics of every validation and checkpoint of a training in this process; whoever
+            asks for them tells people what is done.
 
     Returns:
         The config of the student; None after a dry run.

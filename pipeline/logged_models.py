@@ -48,6 +48,9 @@ VERSIONS_TAG = "mlflow.modelVersions"
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "fsspec", "botocore")
 """What ``kac`` needs to sample, and MLflow to serve."""
 
+_one_at_a_time = threading.Lock()
+"""MLflow runs the code of a model with a module ``dbutils`` of its own making; two threads at once leave that behind."""
+
 
 @dataclass(frozen=True)
 class LoggedModel:
@@ -276,7 +279,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
         model_id=created.model_id,
         metadata=facts,
     )
-    with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"):
+    with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"), _one_at_a_time:
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(CODE_FILE),

@@ -15,7 +15,7 @@ from jobs.parsing import parse
 from kac.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
 from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import Spec, TeachSpec
+from pipeline.config import EvaluateSpec, Spec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec
@@ -357,7 +357,8 @@ def required(spec_type: type[Spec]) -> dict[str, Any]:
     fields = {name: field for name, field in spec_type.model_fields.items() if field.is_required()}
     values = {name: ("s",) if typing.get_origin(field.annotation) is tuple else "s" for name, field in fields.items()}
     values |= {name: nested_models(field)[0]() for name, field in fields.items() if nested_models(field)}
-    return values | ({"network": Grid(), "training": Training()} if spec_type is RequiredSpec else {})
+    several = {RequiredSpec: {"network": Grid(), "training": Training()}, EvaluateSpec: {"teacher": "s"}}
+    return values | several.get(spec_type, {})
 
 
 @pytest.mark.parametrize("spec_type", SPECS, ids=lambda spec: spec.__name__)

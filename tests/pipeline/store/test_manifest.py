@@ -115,7 +115,7 @@ def test_files_are_listed_by_name_and_shards_are_those_named_like_one(path: Path
     (store / "data/guidance=0.0/shard-000001.parquet.bak").write_text("mine too")
     listed, shards = list_files(str(store)), list_shards(str(store))
     on_disk = {str(p.relative_to(store)): p.stat().st_size for p in store.rglob("*") if p.is_file()}
-    assert listed == {name: size for name, size in on_disk.items() if name != "manifest.json"}
+    assert listed == {name: size for name, size in on_disk.items() if name not in {"manifest.json", "run.json"}}
     assert list(listed) == sorted(listed)
     assert set(listed) - set(shards) == {"notes.txt", "data/guidance=0.0/shard-000001.parquet.bak"}
     assert len(shards) == 20

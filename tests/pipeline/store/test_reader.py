@@ -10,7 +10,7 @@ import torch
 
 from kac.objectives import EndpointObjective
 from pipeline import store as endpoint_store
-from pipeline.store import reader
+from pipeline.store import sharing
 from pipeline.store.columns import Columns, Selection
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.reader import Store
@@ -94,13 +94,13 @@ def test_a_shard_of_many_blocks_streams_like_any_other(store: Store, monkeypatch
 
 def test_columns_are_loaded_once_for_every_seed_rank_and_epoch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[float, tuple[str, ...]]] = []
-    to_columns = reader.to_columns
+    to_columns = sharing.to_columns
 
     def counting(selection: Selection, *arguments) -> Columns:
         loaded.append((selection.shards[0].guidance, selection.knots))
         return to_columns(selection, *arguments)
 
-    monkeypatch.setattr(reader, "to_columns", counting)
+    monkeypatch.setattr(sharing, "to_columns", counting)
     for seed, rank, epoch, start_batch in itertools.product((None, 1, 2), range(2), range(2), range(2)):
         list(store.batches(32, 0.0, [0, 4], seed=seed, epoch=epoch, rank=rank, world_size=2, start_batch=start_batch))
     list(store.batches(7, 0.0, [0, 4], memory_bytes=2**40))
