@@ -136,7 +136,7 @@ def distill(
     """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
 
     Args:
-        on_report: called with the metrics of every validation and checkpoint of a training in this process; whoever
+        on_report: called with the metrics of every validation and checkpoint of a training in this process. Whoever
             asks for them tells people what is done.
 
     Returns:
