@@ -49,7 +49,7 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors",
 """What ``kac`` needs to sample, and MLflow to serve."""
 
 _one_at_a_time = threading.Lock()
-"""MLflow runs the code of a model with a module ``dbutils`` of its own making; two threads at once leave that behind."""
+"""MLflow runs a model's code with a module ``dbutils`` of its own making, which two threads at once leave behind."""
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pyt
         rollout(spec)
     there = list_files(spec.store)
     assert 0 < len(there) < SHARDS
-    assert there == sorted(list_shards(spec.store))
+    assert [name for name in there if name != "run.json"] == sorted(list_shards(spec.store))
     ballast.unlink()
     finish(spec, reference, capsys)
 
