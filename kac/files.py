@@ -1,7 +1,7 @@
 """Local folders and ``s3://`` prefixes behind one door, and files that are published whole or not at all.
 
 S3 endpoint and keys come from the standard AWS_* variables (or what else botocore finds, such as a node's role): no
-option holds them and nothing here prints them. ``pipeline/sweep/stage.py`` keeps them out of Ray Tune's logs.
+option holds them and nothing here prints them. ``pipeline/sweep/trials.py`` keeps them out of Ray Tune's logs.
 """
 
 import os

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from kac.options import OptionError
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
 from pipeline import cluster, decode, logged_models, outputs, store, tracking, training
-from pipeline.config import DistillSpec, OptimizerConfig
+from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,7 @@ def distill(
         return load_config(spec.out)
     if on_report is None:
         print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
-    inputs = {"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)}
-    name = f"distill-steps-{spec.steps}-guidance-{spec.guidance}"
-    with tracking.start_run(
-        spec=spec,
-        fingerprint=plan.student.fingerprint,
-        inputs=inputs,
-        output=spec.out,
-        parent=parent,
-        name=name,
-        datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
-    ) as run:
+    with start_run(spec, plan, parent) as run:
         title = f"distill {_told(spec)}"
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
@@ -185,6 +176,32 @@ def distill(
     if on_report is None:
         print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """What a spec comes to once its inputs have been looked at."""
+
+    content: dict[str, str]  # fingerprints of the inputs: they are part of the student's own
+    init: str  # model folder of the first weights
+    student: ModelConfig  # as it will be written
+    rows: int  # of the store that it learns from
+    scales: tuple[float, ...]  # of guidance that it learns
+
+
+def start_run(
+    spec: DistillSpec, plan: DistillPlan, parent: tracking.TrackedRun | None = None
+) -> AbstractContextManager[tracking.TrackedRun]:
+    """The run of the student that ``spec`` makes, gone on with if there was one."""
+    return tracking.start_run(
+        spec=spec,
+        fingerprint=plan.student.fingerprint,
+        inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
+        output=spec.out,
+        parent=parent,
+        name=f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
+        datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
+    )
 
 
 def _calls(spec: DistillSpec) -> float:
@@ -210,27 +227,25 @@ def _told(spec: DistillSpec) -> str:
     return f"{steps}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
 
 
-@dataclass(frozen=True)
-class DistillPlan:
-    """What a spec comes to once its inputs have been looked at."""
-
-    content: dict[str, str]  # fingerprints of the inputs: they are part of the student's own
-    init: str  # model folder of the first weights
-    student: ModelConfig  # as it will be written
-    rows: int  # of the store that it learns from
-    scales: tuple[float, ...]  # of guidance that it learns
-
-
 def resolve(spec: DistillSpec) -> DistillSpec:
     """The spec with paths that every process of the cluster understands, and its choices made."""
+    spec = absolute(spec)
+    return spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+
+
+StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
+
+
+def absolute(spec: StudentSpec) -> StudentSpec:
+    """The spec with paths that every process of the cluster understands."""
     paths = {name: getattr(spec, name) for name in ("store", "out", "teacher", "init")}
-    absolute = {
-        name: cluster.absolute(path)
-        for name, path in paths.items()
-        if path is not None and not (name == "init" and path == "teacher")
-    }
-    settled = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
-    return settled.model_copy(update=absolute)
+    return spec.model_copy(
+        update={
+            name: cluster.absolute(path)
+            for name, path in paths.items()
+            if path is not None and not (name == "init" and path == "teacher")
+        }
+    )
 
 
 def check(spec: DistillSpec) -> DistillPlan:

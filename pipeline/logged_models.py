@@ -77,8 +77,8 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Log
             register(model, spec.register)
     except Exception as error:  # noqa: BLE001 - whatever MLflow, its server or its disk raise
         print(
-            f"distill: warning: {spec.out} is complete, but MLflow ({run.tracking_uri}) did not take it as a model: "
-            f"{one_line(error)}",
+            f"distill: warning: {spec.out} is complete, but MLflow "
+            f"({tracking.without_password(run.tracking_uri)}) did not take it as a model: {_told(error)}",
             file=sys.stderr,
             flush=True,
         )
@@ -196,8 +196,8 @@ def _model_of_folder(folder: str, uri: str) -> LoggedModel:
     runs = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
     if not runs:
         raise DistillKacError(
-            f"{folder}: expected a run of this student in MLflow ({uri}), found none: set MLFLOW_TRACKING_URI to the "
-            "server that it was trained with"
+            f"{folder}: expected a run of this student in MLflow ({tracking.without_password(uri)}), found none: set "
+            "MLFLOW_TRACKING_URI to the server that it was trained with"
         )
     run, links = TrackedRun(uri, runs[0].info.run_id), runs[0].data.params
     return log_student(run, folder, config, {name: links[name] for name in ("store", "teacher") if name in links})
@@ -217,7 +217,12 @@ def _naming(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise DistillKacError(f"MLflow ({uri}): expected it to take the model, found: {one_line(error)}") from error
+        where = tracking.without_password(uri)
+        raise DistillKacError(f"MLflow ({where}): expected it to take the model, found: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return tracking.without_password(one_line(error))
 
 
 def _client(uri: str) -> "MlflowClient":

@@ -3,7 +3,7 @@
 import json
 
 from kac import files
-from pipeline import page
+from pipeline import page, tracking
 from pipeline.evaluation.model_runs import CURVE_PICTURE, SAMPLES_PICTURE
 from pipeline.evaluation.scores import Record, direction, head, provenance, read_record, row
 
@@ -15,7 +15,9 @@ LEAD = (
 
 def mlflow_command(uri: str) -> str:
     """How to look at the runs."""
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"open {uri} in a browser"
+    if uri.startswith("sqlite:"):
+        return f"mlflow ui --backend-store-uri {uri}"
+    return f"open {tracking.without_password(uri)} in a browser"
 
 
 def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:

@@ -79,8 +79,14 @@ def _folder_of_run(uri: str, run_id: str) -> str:
 
     try:
         tags = MlflowClient(uri).get_run(run_id).data.tags
-    except MlflowException:
-        raise DistillKacError(f"--runs {run_id}: expected the id of a run in {uri}, found none") from None
+    except MlflowException as error:
+        where = tracking.without_password(uri)
+        if not tracking.is_refusal(error):
+            raise DistillKacError(
+                f"--runs {run_id}: expected the tracking server {where} to answer, found that it does not: try again, "
+                "or set MLFLOW_TRACKING_URI"
+            ) from None
+        raise DistillKacError(f"--runs {run_id}: expected the id of a run in {where}, found none") from None
     if PATH_TAG not in tags:
         raise DistillKacError(
             f"--runs {run_id}: expected a run that has made a model, found one of the stage "

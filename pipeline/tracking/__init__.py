@@ -21,7 +21,7 @@ from pipeline.tracking.runs import (
     run_of_output,
     start_run,
 )
-from pipeline.tracking.server import EXPERIMENT, RUN_FILE, connect, tracking_uri
+from pipeline.tracking.server import EXPERIMENT, RUN_FILE, connect, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset
 
 __all__ = [
@@ -39,8 +39,10 @@ __all__ = [
     "declare",
     "declared",
     "find_runs",
+    "is_refusal",
     "run_of_output",
     "start_run",
     "sync",
     "tracking_uri",
+    "without_password",
 ]

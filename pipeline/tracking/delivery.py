@@ -128,14 +128,15 @@ class Delivery:
             with self._changed:
                 while not self._memory and not self._spill:
                     self._changed.wait()
-                waiting = list(islice(self._memory, MOST["metrics"])) if self._memory else self._spill.first()
+                is_on_disk = not self._memory  # and stays so for this batch, whatever is put into the queue meanwhile
+                waiting = self._spill.first() if is_on_disk else list(islice(self._memory, MOST["metrics"]))
             batch = first_batch(waiting)
             try:
                 self._send(batch)
             except Exception as error:  # noqa: BLE001
-                self._fail(batch, error)
+                self._fail(batch, error, is_on_disk)
             else:
-                self._delivered(len(batch))
+                self._delivered(len(batch), is_on_disk)
 
     def _send(self, batch: list[Entry]) -> None:
         """Deliver a batch; of one that is refused, whatever is not."""
@@ -150,24 +151,24 @@ class Delivery:
             for entry in batch:
                 self._send([entry])
 
-    def _delivered(self, count: int) -> None:
+    def _delivered(self, count: int, is_on_disk: bool) -> None:
         with self._changed:
             was_failing, self.is_failing, self._failures = self.is_failing, False, 0
-            if self._memory:
+            if is_on_disk:
+                self._spill.drop(count)
+            else:
                 for _ in range(count):
                     self._bytes -= self._memory.popleft().size
-            else:
-                self._spill.drop(count)
             self._changed.notify_all()
         if was_failing:
             _say(f"{without_password(self.uri)} answers again")
 
-    def _fail(self, batch: list[Entry], error: Exception) -> None:
+    def _fail(self, batch: list[Entry], error: Exception, is_on_disk: bool) -> None:
         self._failures += 1
         if batch[0].kind == "file" and self._failures >= FILE_ATTEMPTS and self._answers():
             set_aside(self.uri, batch[0])
             _say(f"{_told(batch[0])} cannot be stored ({_why(error)}) and is set aside for --sync-tracking")
-            self._delivered(1)
+            self._delivered(1, is_on_disk)
             return
         with self._changed:
             was_failing, self.is_failing = self.is_failing, True

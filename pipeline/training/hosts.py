@@ -57,8 +57,8 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
 
     Args:
         place: Ray Train's workers are data-parallel.
-        on_report: called at every validation and checkpoint of a loop in this process. Workers of a trial of Ray Tune
-            report to the trial.
+        on_report: called at every validation and checkpoint of a loop in this process, and after the last one of
+            workers.
 
     Raises:
         DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
@@ -67,7 +67,7 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
     if place.workers and batch % (place.workers * parts):
         passes = f", of {parts} passes an update each" * (parts > 1)
         raise DistillKacError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {place.workers}")
-    done = _train_on_ray(job, place) if place.workers else _train_here(job, on_report)
+    done = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
     return averaged_weights(done)
 
 
@@ -84,7 +84,7 @@ def _train_here(job: Job, on_report: OnReport | None) -> bytes:
     return run_updates(job, Worker(0, 1, default_device()), report, resume)
 
 
-def _train_on_ray(job: Job, place: Place) -> bytes:
+def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     import pyarrow.fs
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -109,6 +109,8 @@ def _train_on_ray(job: Job, place: Place) -> bytes:
         raise DistillKacError(f"{job.out}: training failed: {cluster.innermost(error)}") from error
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint")
+    if on_report is not None:
+        on_report(result.metrics)
     return _state_in(result.checkpoint)
 
 
