@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from kac.errors import DistillKacError
 from kac.precision import Precision
-from pipeline import training
-from pipeline.config import OptimizerConfig
+from pipeline import tracking, training
+from pipeline.config import OptimizerConfig, SampleSpec
 from pipeline.tracking import TrackedRun
 from pipeline.training.ahead import BATCHES_AHEAD, Ahead, made_ahead
 from pipeline.training.learner import TrainedNetwork, learning_rate_factor
@@ -118,6 +119,37 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
     with pytest.raises(Stopped):
         training.train(stopped, HERE_ALONE, on_report=stop)
     assert_same(whole, training.train(stopped, HERE_ALONE))
+
+
+def test_a_resumed_run_logs_no_update_twice(tmp_path: Path):
+    """And all that was logged before a checkpoint is with the server, or on disk, when it is reported."""
+
+    class Stopped(Exception):
+        pass
+
+    at_checkpoint: list[int] = []
+    longer = OPTIONS.model_copy(update={"updates": 300})
+    with tracking.start_run(
+        spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=str(tmp_path)
+    ) as run:
+        resumed = training.Job(Regression(longer), "test", str(tmp_path), run, 80)
+
+        def stop(metrics: dict[str, float]) -> None:
+            history = MlflowClient().get_metric_history(run.run_id, "loss")
+            at_checkpoint.append(max((point.step for point in history), default=0))
+            if metrics["update"] == 160:
+                (tmp_path / "training" / "state.pt").write_bytes(states[0])
+                raise Stopped
+            states.append((tmp_path / "training" / "state.pt").read_bytes())
+
+        states: list[bytes] = []
+        with pytest.raises(Stopped):
+            training.train(resumed, HERE_ALONE, on_report=stop)
+        assert at_checkpoint == [50, 150]
+        training.train(resumed, HERE_ALONE)
+        run.flush()
+    steps = [point.step for point in MlflowClient().get_metric_history(run.run_id, "loss")]
+    assert steps == [50, 100, 150, 200, 250, 300]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path):
