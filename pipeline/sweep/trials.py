@@ -20,6 +20,9 @@ from pipeline.sweep.space import Point
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
+WAITING_BYTES = 2**20
+"""Tune wants to reserve something for a trial that only waits for its workers."""
+
 PROCESS_FAILURES = 2
 """So many times a trial whose process died is started again within a sweep; it goes on from its checkpoint."""
 
@@ -35,8 +38,9 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     resources = cluster.connect()
-    # A trial that starts Ray Train workers reserves next to nothing itself, or it would wait for what it holds.
-    needs = {"CPU": 0.01} if spec.workers else {"CPU": spec.cpus_per_trial, "GPU": gpus_a_trial(spec, resources)}
+    # A trial that starts Ray Train workers holds no part of a CPU, or they would wait for it where they need them all.
+    waits = {"memory": WAITING_BYTES}
+    needs = waits if spec.workers else {"CPU": spec.cpus_per_trial, "GPU": gpus_a_trial(spec, resources)}
     side_by_side = max(1, (resources.gpus or resources.cpus) // spec.workers) if spec.workers else None
     searcher = LedgerSearch(
         spec,

@@ -142,6 +142,12 @@ def _shards(path: str) -> list[str]:
     return [receipt.name for receipt in store.open(path).manifest.shards]
 
 
+def test_a_trial_may_take_all_of_the_cluster_for_its_workers(small_store: str, tmp_path: Path, ray_cluster: None):
+    (record,) = sweep(spec_of(small_store, tmp_path, steps=(2,), workers=2))
+    assert (record.status, record.updates) == ("finished", 60)
+    assert record.metrics["validation/energy_distance"] != record.metrics["loss"] > 0
+
+
 def test_more_than_the_cluster_has_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
     for options, message in (
         ({"cpus_per_trial": 3}, "--cpus-per-trial: expected at most the 2 of the largest node, found 3"),
