@@ -30,6 +30,8 @@ def connect() -> Resources:
         # By default Ray keeps one idle worker per CPU and ends the others after a second; a new one takes four seconds
         # to start, and tasks that read ahead of a training loop are idle most of the time.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        # Ray Train would show what its workers print a second time, as a line of its log.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         if progress.on_terminal():
             os.environ[progress.TERMINAL_VARIABLE] = "1"
         else:
@@ -37,15 +39,15 @@ def connect() -> Resources:
         # It warns at every start that tokens are on; who needs to know is told by what fails without one.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(logging_level=logging.WARNING, **local)
-    _quiet("ray.data", "ray.train", "ray.tune")
+    import ray.data  # it configures the loggers, which would undo what follows
+
+    quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
     return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
 
 
-def _quiet(*names: str) -> None:
-    """Errors only on the terminal; Ray's log files keep everything."""
-    import ray.data  # noqa: F401 - it configures the loggers, which would undo what follows
-
+def quiet(*names: str) -> None:
+    """Let these loggers of Ray show errors only; its log files keep everything."""
     for name in names:
         logger = logging.getLogger(name)
         for handler in logger.handlers:
