@@ -8,6 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, outline_network
 
+TRAINING_CALLS = 3
+"""Forward calls that one sample of a training costs: its backward pass takes about two."""
+
 
 class NetworkCost(NamedTuple):
     """What a network costs."""

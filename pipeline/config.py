@@ -91,7 +91,10 @@ SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
 SAMPLE_UPDATES = unhashed(None, "updates between sheets of samples in MLflow; default: none is drawn", gt=0)
 VALIDATION_UPDATES = unhashed(
-    None, "updates between validations of the averaged weights; default: a tenth of all, at least 50; 0: none", ge=0
+    None,
+    "updates between validations of the averaged weights; default: a tenth of all, at least 50, and none where they "
+    "would cost more than the training; 0: none",
+    ge=0,
 )
 DRY_RUN = unhashed(
     False, "say what the work takes, and stop before anything is written but decoded data into the cache"

@@ -167,7 +167,9 @@ def distill(
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
         held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
-        validation = training.Validation(spec.validation_updates, plan.student, spec.precision, held_out)
+        validation = training.Validation(
+            spec.validation_updates, plan.student, spec.optimizer, spec.precision, held_out
+        )
         task = DistillTask(spec, plan.init)
         job = training.Job(task, title, spec.out, run, spec.checkpoint_updates, sheets, validation)
         weights = training.train(job, place, on_report)

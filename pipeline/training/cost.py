@@ -1,14 +1,11 @@
 """What a training takes, said before it starts."""
 
-from kac.cost import network_cost, short
+from kac.cost import TRAINING_CALLS, network_cost, short
 from kac.networks import NetworkConfig
 from kac.precision import Precision
 from pipeline.config import OptimizerConfig
 from pipeline.tracking import TrackedRun
 from pipeline.training.hosts import Place
-
-TRAINING_CALLS = 3
-"""Forward calls that one sample of a training costs: its backward pass takes about two."""
 
 
 def describe_cost(

@@ -100,7 +100,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             remaining.done(done)
             if job.sheets.are_due(done):
                 job.run.image("samples", job.sheets.draw(learner.averaged()), step=done)
-        is_validated = job.validation is not None and job.validation.is_due(done, total)
+        is_validated = job.validation is not None and job.validation.is_due(done)
         if is_validated and worker.rank == 0:
             with window.pause():
                 validated = _validate(job, learner, done, is_logged=done > logged)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import Model, ModelConfig
+from kac.cost import TRAINING_CALLS
 from kac.data import DataConfig, LabelledImages, open_dataset
 from kac.errors import DistillKacError
 from kac.images import delivered
@@ -18,12 +19,15 @@ from kac.precision import Precision
 from kac.refinement import open_spaces, refinement_loss
 from kac.sampling import draw, generate, student_sampling
 from pipeline import store
+from pipeline.config import OptimizerConfig
 from pipeline.store.layout import LABEL
 from pipeline.tracking import declare
 from pipeline.training.sheets import SEED, sampling_of
 
-SAMPLES, REAL_IMAGES = 512, 2048
-"""Few: ten validations of a student of four steps take the time of 30 of its updates of 256 samples."""
+FEWEST_SAMPLES, MOST_SAMPLES, REAL_IMAGES = 64, 512, 2048
+
+MOST_SHARE = 0.05
+"""Of the network calls of a training, for validations: where they would be more, fewer samples are drawn."""
 
 FEWEST_UPDATES = 50
 """Between two validations, by default."""
@@ -54,20 +58,41 @@ class Validation:
     """What is measured, and how often.
 
     Attributes:
-        every: updates between two validations; None: a tenth of all, at least ``FEWEST_UPDATES``; 0: there are none.
+        every: updates between two validations; None: a tenth of all, at least ``FEWEST_UPDATES``, but no validation if
+            one takes more network calls than the training; 0: there are none.
         config: of the model that the training makes.
+        optimizer: of the training.
         held_out: of a student's store.
     """
 
     every: int | None
     config: ModelConfig
+    optimizer: OptimizerConfig
     precision: Precision = field(default_factory=Precision)
     held_out: HeldOut | None = None
 
-    def is_due(self, update: int, updates: int) -> bool:
-        """Whether there is a validation after so many of ``updates``; the last weights are always measured."""
-        every = max(FEWEST_UPDATES, updates // 10) if self.every is None else self.every
-        return every > 0 and (update % every == 0 or update == updates)
+    def is_due(self, update: int) -> bool:
+        """Whether there is a validation after so many updates; the last weights are always measured."""
+        every = self._interval
+        return every > 0 and (update % every == 0 or update == self.optimizer.updates)
+
+    @property
+    def samples(self) -> int:
+        """How many are drawn: as many as cost no more than ``MOST_SHARE`` of the updates since the last time."""
+        trained = self._calls_an_update * min(self._interval, self.optimizer.updates)
+        return min(MOST_SAMPLES, max(FEWEST_SAMPLES, int(MOST_SHARE * trained / sampling_of(self.config).steps)))
+
+    @property
+    def _interval(self) -> int:
+        updates = self.optimizer.updates
+        if self.every is not None:
+            return self.every
+        is_cheaper = FEWEST_SAMPLES * sampling_of(self.config).steps <= updates * self._calls_an_update
+        return max(FEWEST_UPDATES, updates // 10) if is_cheaper else 0
+
+    @property
+    def _calls_an_update(self) -> int:
+        return TRAINING_CALLS * self.optimizer.batch_size
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
         """The metrics of a network in evaluation mode, by name; those whose inputs there are.
@@ -87,7 +112,7 @@ class Validation:
     def _energy_distance(self, network: NetworkModule, precision: Precision, real: LabelledImages) -> float:
         """Of delivered samples and images, in units of the mean distance between images."""
         config = self.config
-        made = draw(Model(network, config), sampling_of(config), precision, SEED, SAMPLES, SAMPLES)
+        made = draw(Model(network, config), sampling_of(config), precision, SEED, self.samples, self.samples)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
         images = delivered(real.images)
         return float(refinement_loss(made.images, made.label, images, real.labels, spaces, 1.0, config.num_classes))
@@ -96,7 +121,7 @@ class Validation:
         """The mean over scales; delivered images are compared."""
         device, wrapped = next(network.parameters()).device, precision.wrap(network)
         errors = []
-        for w, rows in zip(held_out.scales, _rows(held_out), strict=True):
+        for w, rows in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
             sampling = student_sampling(self.config, guidance=w)
             made = generate(wrapped, rows.noise.to(device), rows.label.to(device), sampling).x.cpu()
             errors.append((delivered(made) - delivered(rows.image)).square().mean().sqrt())
@@ -112,14 +137,14 @@ class _Rows(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _rows(held_out: HeldOut) -> tuple[_Rows, ...]:
-    """At most ``SAMPLES`` held-out rows of each scale."""
+def _rows(held_out: HeldOut, most: int) -> tuple[_Rows, ...]:
+    """The held-out rows of each scale, or the ``most`` last ones."""
     source = store.open(held_out.store)
     first, *_, last = source.identity.knot_columns
 
     def ends() -> Iterator[_Rows]:
         for w in held_out.scales:
-            columns = source.last(min(held_out.rows, SAMPLES), w, [LABEL, first, last])
+            columns = source.last(min(held_out.rows, most), w, [LABEL, first, last])
             yield _Rows(columns[first].float(), columns[last].float(), columns[LABEL].long())
 
     return tuple(ends())

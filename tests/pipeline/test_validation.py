@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from kac.checkpoint import load_model
+from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
 from kac.images import delivered
 from kac.sampling import generate, student_sampling
 from pipeline import store
+from pipeline.config import OptimizerConfig
 from pipeline.distill import distill
 from pipeline.teach import teach
 from pipeline.training import Validation
@@ -27,9 +28,20 @@ from tests.pipeline.stages import FEW, distill_spec, metrics_of, teach_spec, wei
         (0, 20, []),
     ],
 )
-def test_how_often(every: int | None, updates: int, due: list[int]):
-    validation = Validation(every, config=None)  # type: ignore[arg-type]
-    assert [n for n in range(1, updates + 1) if validation.is_due(n, updates)] == due
+def test_how_often(every: int | None, updates: int, due: list[int], teacher: str):
+    validation = Validation(every, load_config(teacher), OptimizerConfig(updates=updates))
+    assert [n for n in range(1, updates + 1) if validation.is_due(n)] == due
+
+
+def test_it_costs_a_small_part_of_the_training(teacher: str):
+    config = load_config(teacher)  # which is sampled in 20 steps
+    for updates, batch_size, samples in ((10_000, 256, 512), (1000, 128, 96), (100, 64, 64)):
+        validation = Validation(None, config, OptimizerConfig(updates=updates, batch_size=batch_size))
+        assert validation.samples == samples
+        assert validation.is_due(updates)
+    tiny = OptimizerConfig(updates=4, batch_size=8)
+    assert not Validation(None, config, tiny).is_due(4), "one would take longer than the training"
+    assert Validation(2, config, tiny).is_due(4)
 
 
 def test_it_is_reported_and_logged_and_changes_no_weight(small_store: str, tmp_path: Path):
