@@ -71,7 +71,8 @@ def test_figures_and_pictures_are_in_mlflow_with_the_chain(whole: StudySpec, tea
     assert logged["speed/share_beyond/rival"] == found["speed"]["values"]["models"]["rival"]["share_beyond"]
     assert logged["stability/image_error/two"] == found["stability"]["values"]["two"][-1]["error"]
     assert all(math.isfinite(value) for value in logged.values())
-    assert {name.partition("/")[0] for name in logged} == set(CLAIMS)
+    of_claims = {name for name in logged if not name.startswith(tracking.SYSTEM_PREFIX)}  # a study may end before one
+    assert {name.partition("/")[0] for name in of_claims} == set(CLAIMS)
     kept = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
     assert kept == {"study.json", *(f"{claim}.png" for claim in CLAIMS)}
 
