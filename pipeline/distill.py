@@ -201,7 +201,8 @@ def start_run(
         inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
         output=spec.out,
         parent=parent,
-        name=f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
+        # A trial's folder is called by what is varied, which tells it from its siblings.
+        name=spec.out.rsplit("/", 1)[-1] if parent else f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
         datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
     )
 

@@ -58,7 +58,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=read
     ) as run:
         if missing:
-            _add_scales(spec, source, missing, run)
+            _add_scales(spec, source, missing)
         todo = [point for point in points if _is_open(ledger, point, run)]
         complete = len(points) - len(todo)
         if todo or len(points) < total:
@@ -75,8 +75,11 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     return ledger.records
 
 
-def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float], run: tracking.TrackedRun) -> None:
-    """Add guidance scales to the store by its own recipe, with the trajectories that it has of the others."""
+def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) -> None:
+    """Add guidance scales to the store by its own recipe, with the trajectories that it has of the others.
+
+    Its run is no child of the sweep's: those are the trials alone, and a chart over them compares students.
+    """
     from pipeline.rollout import rollout
 
     manifest = source.manifest
@@ -91,8 +94,7 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float], 
                 trajectories=stop - start,
                 guidance=tuple(missing),
                 **recipe,
-            ),
-            run,
+            )
         )
 
 
@@ -189,7 +191,7 @@ def _close_stopped(ledger: Ledger) -> None:
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
-    """Judge the finished students; returns the folder, None if nothing is judged."""
+    """Judge the finished students, in a run beside the sweep's; returns the folder, None if nothing is judged."""
     from pipeline.evaluate import evaluate
 
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
@@ -205,7 +207,10 @@ def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: trackin
         features=spec.features,
     )
     _drop_other(out, judged)
-    evaluate(judged, run)
+    evaluate(judged)
+    own = tracking.run_of_output(out)
+    if own is not None:
+        run.tags({"distillkac.evaluation": own.run_id})
     return out
 
 

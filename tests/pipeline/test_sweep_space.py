@@ -8,6 +8,7 @@ import pytest
 from jobs.parsing import parse
 from kac.errors import DistillKacError
 from kac.objectives import FlowMapConfig
+from kac.options import OptionError
 from pipeline.config import SweepSpec
 from pipeline.sweep import space, sweep
 from tests.pipeline.stages import FEW
@@ -154,3 +155,9 @@ def test_bad_input_is_one_line_before_anything_is_written(
         )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--grid", "--search"])
+def test_an_empty_space_is_refused(option: str):
+    with pytest.raises(OptionError, match=f"^{option}: expected NAME=VALUE, found none"):
+        parse(SweepSpec, ["--store", "/store", "--out", "/out", option], "sweep")

@@ -1,0 +1,119 @@
+"""MLflow's own pages of a sweep in a real browser: nested runs, curves, quality against a learning rate, the model."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import tracking
+from pipeline.config import OptimizerConfig, SweepSpec
+from pipeline.sweep import sweep
+from tests.pipeline.test_browser import CHROMIUM, sync_api
+from tests.pipeline.tracking_servers import mlflow_server
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}")
+
+RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+WAIT_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def pages(small_store: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    """A browser's page, and the address of an MLflow server that knows one sweep of four learning rates."""
+    folder = tmp_path_factory.mktemp("browser")
+    backend = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", backend)
+        tracking.connect(backend)
+        sweep(
+            SweepSpec(
+                store=small_store,
+                out=str(folder / "rates"),
+                steps=(2,),
+                grid={"optimizer.learning_rate": RATES},
+                optimizer=OptimizerConfig(updates=100, batch_size=64),
+                samples=64,
+                features=("pixels",),
+                register="digits",
+            )
+        )
+    with mlflow_server(folder, backend) as uri, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(WAIT_MS)
+        yield page, uri
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def experiment(pages: tuple[Any, str]) -> str:
+    found = MlflowClient(pages[1]).get_experiment_by_name(tracking.EXPERIMENT)
+    return str(found.experiment_id)
+
+
+@pytest.fixture(scope="module")
+def children(pages: tuple[Any, str], experiment: str) -> list[str]:
+    client = MlflowClient(pages[1])
+    (parent,) = client.search_runs([experiment], f"tags.`{tracking.STAGE_TAG}` = 'sweep'")
+    below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return [run.info.run_id for run in below]
+
+
+def test_the_runs_of_trials_are_nested_below_their_sweep(pages: tuple[Any, str], experiment: str, children: list[str]):
+    assert len(children) == len(RATES), "the trials, and nothing else"
+    page, uri = pages
+    page.goto(f"{uri}/#/experiments/{experiment}/runs")
+    row = page.locator(".ag-row").filter(has_text="sweep")
+    row.locator("button").first.click()
+    page.wait_for_function(f"document.querySelectorAll('.ag-center-cols-container .ag-row').length >= {2 + len(RATES)}")
+    names = page.locator("[col-id='attributes.`Run Name`'] a").all_inner_texts()
+    assert sorted(name for name in names if name.startswith("steps-2")) == [
+        f"steps-2-guidance-0.0-optimizer-learning-rate-{rate}" for rate in RATES
+    ]
+    text = page.inner_text("body")
+    assert "store (" in text and "python -" in text, "data and command are there"
+
+
+def test_quality_against_a_learning_rate_over_four_children(
+    pages: tuple[Any, str], experiment: str, children: list[str]
+):
+    page, uri = pages
+    asked = f"runs={json.dumps(children)}&experiments={json.dumps([experiment])}".replace(" ", "")
+    page.goto(f"{uri}/#/compare-runs?{asked}")
+    page.get_by_text(f"Comparing {len(RATES)} Runs").wait_for()
+    page.get_by_role("tab", name="Scatter Plot").click()
+    for axis, name in (("x", "optimizer.learning_rate"), ("y", "frechet_distance_pixels")):
+        page.locator(f"#{axis}-axis-selector").click()
+        page.get_by_role("option", name=name, exact=True).click()
+    title = page.locator(".js-plotly-plot .xtitle")
+    title.wait_for()
+    assert title.text_content() == "optimizer.learning_rate"
+    assert page.locator(".js-plotly-plot .ytitle").text_content() == "frechet_distance_pixels"
+    points = page.locator(".js-plotly-plot .points path")
+    points.nth(len(RATES) - 1).wait_for()
+    assert points.count() == len(RATES)
+    places = [point.get_attribute("transform") for point in points.all()]
+    assert len(set(places)) == len(RATES), "every trial stands in a place of its own"
+
+
+def test_the_page_of_the_best_model_names_its_run_and_what_it_takes(pages: tuple[Any, str]):
+    page, uri = pages
+    page.goto(f"{uri}/#/models/digits/versions/1")
+    page.get_by_text("Source Run").wait_for()
+    page.get_by_text("distillkac.store", exact=True).wait_for()
+    text = page.inner_text("body")
+    assert "best" in text and "steps-2-guidance-0.0" in text
+    assert "Inputs (1)" in text and "Outputs (1)" in text
+
+
+def test_curves_of_a_trial_are_there(pages: tuple[Any, str], experiment: str, children: list[str]):
+    page, uri = pages
+    page.goto(f"{uri}/#/experiments/{experiment}/runs/{children[0]}/model-metrics")
+    for name in ("loss/endpoint", "validation/energy_distance"):
+        page.get_by_text(f"({name})").wait_for()
+    assert page.locator(".js-plotly-plot").count() >= 2
+    page.goto(f"{uri}/#/experiments/{experiment}/runs/{children[0]}")
+    for name in ("frechet_distance_pixels", "nfe", "flops_per_call"):
+        page.get_by_text(name, exact=True).wait_for()
