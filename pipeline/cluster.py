@@ -2,11 +2,12 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from kac.errors import DistillKacError
-from pipeline import progress
+from kac.errors import DistillKacError, one_line, without_secrets
+from pipeline import joining, progress
 
 
 class Resources(NamedTuple):
@@ -20,13 +21,19 @@ def connect() -> Resources:
     """Connect once; start an embedded Ray if RAY_ADDRESS is not set.
 
     Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
+
+    Raises:
+        DistillKacError: no cluster takes this process at RAY_ADDRESS: see ``joining``.
     """
+    address = os.environ.get(joining.VARIABLE, "")
+    if not address:
+        keep_to_this_machine()
     import ray
 
     if not ray.is_initialized():
         # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
         # Without an address Ray would join whatever cluster was last started on this machine.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": True}
+        local = {} if address else {"address": "local", "include_dashboard": True}
         # By default Ray keeps one idle worker per CPU and ends the others after a second; a new one takes four seconds
         # to start, and tasks that read ahead of a training loop are idle most of the time.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
@@ -38,12 +45,33 @@ def connect() -> Resources:
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         # It warns at every start that tokens are on; who needs to know is told by what fails without one.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        ray.init(logging_level=logging.WARNING, **local)
+        if address:
+            joining.check_address(address)
+        try:
+            ray.init(logging_level=logging.WARNING, **local)
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            if not address:
+                raise
+            raise DistillKacError(
+                f"{joining.VARIABLE}: expected a cluster at {one_line(address)}, found: {innermost(error)}: "
+                "see python -m jobs.cluster check"
+            ) from error
     import ray.data  # it configures the loggers, which would undo what follows
 
     quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
     return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+
+
+def keep_to_this_machine() -> None:
+    """Let an embedded Ray listen on this machine's own address (127.0.0.1), not on those that others can reach.
+
+    By Ray's switch for Windows and macOS, the only one there is (2.60): it takes whatever address is given to it for a
+    machine's public one. What was started by others is left as it is.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
+        constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
 def quiet(*names: str) -> None:
@@ -60,7 +88,7 @@ def quiet(*names: str) -> None:
 def innermost(error: BaseException) -> str:
     """The line of an error that says what went wrong, out of the layers that Ray wraps around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return without_secrets(lines[-1]) if lines else type(error).__name__
 
 
 def absolute(path: str) -> str:

@@ -20,11 +20,12 @@ from pydantic import (
 )
 
 from kac.data import DataConfig
+from kac.errors import has_secret
 from kac.fingerprint import fingerprint, hashed_values, unhashed
 from kac.metrics.features import check_names
 from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.objectives import EndpointConfig, ObjectiveConfig
-from kac.options import Options
+from kac.options import Options, flatten
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
@@ -36,6 +37,19 @@ class Spec(Options):
     """The options of a stage."""
 
     stage: ClassVar[str]
+
+    @model_validator(mode="after")
+    def _has_no_secret(self) -> Self:
+        """A spec is written into outputs and into MLflow."""
+        for name, value in flatten(self.model_dump(mode="json")).items():
+            if any(
+                has_secret(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+            ):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected a path or URI without a password or key in it, found one: "
+                    "give keys by AWS_* or by the role of the nodes"
+                )
+        return self
 
     def fingerprint(self, **content: Any) -> str:
         """The name of what this spec makes from inputs of this ``content`` (their hashes)."""
@@ -89,6 +103,9 @@ class OptimizerConfig(Options):
 
 SEED = Field(0, ge=0, lt=2**31, description="seed of everything that is drawn")
 CHECKPOINT_UPDATES = unhashed(500, "updates between checkpoints to resume from", gt=0)
+CHECKPOINT_SECONDS = unhashed(
+    600.0, "and seconds between them at most, as well as updates allow; where saving takes long both are longer", gt=0
+)
 SAMPLE_UPDATES = unhashed(None, "updates between sheets of samples in MLflow; default: none is drawn", gt=0)
 VALIDATION_UPDATES = unhashed(
     None,
@@ -134,6 +151,7 @@ class TeachSpec(Spec):
     workers: int | None = WORKERS
     gpu: bool | None = GPU
     checkpoint_updates: int = CHECKPOINT_UPDATES
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
     sample_updates: int | None = SAMPLE_UPDATES
     validation_updates: int | None = VALIDATION_UPDATES
     dry_run: bool = DRY_RUN
@@ -251,6 +269,7 @@ class StudentOptions(Options):
     precision: Precision = Precision()
     seed: int = SEED
     checkpoint_updates: int = CHECKPOINT_UPDATES
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
     sample_updates: int | None = SAMPLE_UPDATES
     validation_updates: int | None = VALIDATION_UPDATES
     held_out_rows: NonNegativeInt = Field(

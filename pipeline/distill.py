@@ -171,7 +171,9 @@ def distill(
             spec.validation_updates, plan.student, spec.optimizer, spec.precision, held_out
         )
         task = DistillTask(spec, plan.init)
-        job = training.Job(task, title, spec.out, run, spec.checkpoint_updates, sheets, validation)
+        job = training.Job(
+            task, title, spec.out, run, spec.checkpoint_updates, sheets, validation, spec.checkpoint_seconds
+        )
         weights = training.train(job, place, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)

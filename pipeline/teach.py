@@ -110,7 +110,16 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
         sheets = training.Sheets(spec.sample_updates, config, spec.precision)
         validation = training.Validation(spec.validation_updates, config, spec.optimizer, spec.precision)
-        job = training.Job(TeachTask(spec), "teach", spec.out, run, spec.checkpoint_updates, sheets, validation)
+        job = training.Job(
+            TeachTask(spec),
+            "teach",
+            spec.out,
+            run,
+            spec.checkpoint_updates,
+            sheets,
+            validation,
+            spec.checkpoint_seconds,
+        )
         config = outputs.write_model(spec.out, config, training.train(job, place), run)
     print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]})", flush=True)
     return config

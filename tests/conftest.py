@@ -42,6 +42,7 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
     from pipeline import cluster
 
     os.environ.pop("RAY_ADDRESS", None)
+    cluster.keep_to_this_machine()
     ray.init(num_cpus=2, include_dashboard=True, logging_level="ERROR")
     cluster.connect()
     yield

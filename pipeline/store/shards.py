@@ -174,6 +174,7 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         metadata = read_metadata(where, file.schema_arrow)
+        _check_types(file.schema_arrow)
         table = file.read()
         if _content_sha256(table, metadata) != metadata[CONTENT_SHA256]:
             raise ValueError(f"values that do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of its footer")
@@ -182,6 +183,14 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
         raise DamagedShard(f"{where}: expected a whole Parquet shard, found: {reason(error)}") from None
     check_rows(where, shard, identity, table)
     return table
+
+
+def _check_types(schema: pa.Schema) -> None:
+    """Refuse columns that no store has before anything looks into them: Ray registers a type with Arrow whose values are
+    pickles, and a file may name it."""
+    for field in schema:
+        if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
+            raise ValueError(f"the column {field.name} of the type {field.type.extension_name}")
 
 
 def check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:

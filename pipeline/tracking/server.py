@@ -3,13 +3,13 @@
 import fcntl
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kac.cache import cache_folder
+from kac.errors import without_keys
 from pipeline.cluster import in_job_copy
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def tracking_uri(beside: str) -> str:
 
 def without_password(uri: str) -> str:
     """The address as it may be shown and stored."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return without_keys(uri)
 
 
 def connect(uri: str) -> tuple["MlflowClient", str]:

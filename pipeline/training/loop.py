@@ -23,6 +23,7 @@ from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
+from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
 from pipeline.training.sheets import Sheets
 from pipeline.training.validation import Validation
@@ -70,6 +71,7 @@ class Job:
     checkpoint_updates: int
     sheets: Sheets = field(default_factory=Sheets)
     validation: Validation | None = None
+    checkpoint_seconds: float = math.inf
 
 
 def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
@@ -85,7 +87,8 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     remaining = _Remaining(job.title, first, total)
     # A run that goes on from a checkpoint does some updates again that it has logged before.
-    logged = job.run.last_step("loss") if first and worker.rank == 0 else 0
+    logged = _Logged(job.run, is_asked=first > 0 and worker.rank == 0)
+    checkpoints = Checkpoints(job.checkpoint_updates, job.checkpoint_seconds, worker, first, LOG_UPDATES)
     state = resume
     for done in range(first + 1, total + 1):
         window.add(learner.update(done - 1))
@@ -94,25 +97,28 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             count, metrics = len(window.updates), window.close()
             bar.update(count, f"loss {metrics['loss']:.4g}")
             _check_finite(job, metrics["loss"], done)
-            if worker.rank == 0 and done > logged:
+            if worker.rank == 0 and done > logged.step("loss"):
                 job.run.metrics(metrics, step=done)
         if worker.rank == 0:
             remaining.done(done)
-            if job.sheets.are_due(done):
+            if job.sheets.are_due(done) and done > logged.step("loss"):
                 job.run.image("samples", job.sheets.draw(learner.averaged()), step=done)
         is_validated = job.validation is not None and job.validation.is_due(done)
         if is_validated and worker.rank == 0:
             with window.pause():
-                validated = _validate(job, learner, done, is_logged=done > logged)
-        is_saved = done % job.checkpoint_updates == 0 or is_last
+                validated = _validate(job, learner, done, logged)
+        is_saved = checkpoints.is_due(done) or is_last
         if is_saved or is_validated:
             loss = window.last_loss()
             _check_finite(job, loss, done)
+            began = checkpoints.clock()
             if is_saved:
                 state = _save(learner, done, validated)
                 if worker.rank == 0:
                     job.run.flush()  # what is logged may not lie behind the checkpoint that a killed run goes on from
             report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
+            if is_saved:
+                checkpoints.saved(done, began)
     bar.close()
     return state or _save(learner, first, validated)
 
@@ -122,13 +128,28 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
 
 
-def _validate(job: Job, learner: Learner, update: int, is_logged: bool) -> dict[str, float]:
+def _validate(job: Job, learner: Learner, update: int, logged: "_Logged") -> dict[str, float]:
     """Measure the averaged weights, and log what was found."""
     assert job.validation is not None
     found = job.validation.measure(learner.averaged())
-    if is_logged:
-        job.run.metrics(found, step=update)
+    fresh = {name: value for name, value in found.items() if update > logged.step(name)}
+    if fresh:
+        job.run.metrics(fresh, step=update)
     return found
+
+
+class _Logged:
+    """What the run has of updates that are done again, since they came after the checkpoint that is gone on from."""
+
+    def __init__(self, run: TrackedRun, is_asked: bool) -> None:
+        self.run, self.is_asked = run, is_asked
+        self._steps: dict[str, int] = {}
+
+    def step(self, name: str) -> int:
+        """The last update for which the run has the metric; 0: none."""
+        if name not in self._steps:
+            self._steps[name] = self.run.last_step(name) if self.is_asked else 0
+        return self._steps[name]
 
 
 class _Window:
