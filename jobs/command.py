@@ -10,6 +10,7 @@ from botocore.exceptions import BotoCoreError
 
 from jobs.parsing import SpecType, parse
 from kac.errors import DistillKacError, one_line
+from pipeline import storage
 from pipeline.config import Spec
 
 SYNC = "--sync-tracking"
@@ -36,6 +37,8 @@ def main(
         fail(prog, error, 2)
     signal.signal(signal.SIGTERM, _end)
     try:
+        if spec.is_probed:
+            storage.check_answers(spec)
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
         # What the disk or S3 refuses is for the user to mend as well; anything else is a bug and keeps its traceback.

@@ -17,6 +17,45 @@ class Resources(NamedTuple):
     gpus: int
 
 
+NODE_GROUP_LABEL = "ray.io/node-group"
+"""Ray puts it on the nodes of an autoscaler."""
+
+
+class Machines(NamedTuple):
+    """The machines of the cluster that are alive, and whether an autoscaler may add some."""
+
+    number: int
+    may_grow: bool
+
+    @property
+    def are_one(self) -> bool:
+        """Whether there is one, for good."""
+        return self.number == 1 and not self.may_grow
+
+    def __str__(self) -> str:
+        return f"{self.number} machine{'s' * (self.number > 1)}{' and an autoscaler' * self.may_grow}"
+
+
+def machines() -> Machines:
+    """What the work may be spread over; several nodes may be on one machine.
+
+    Raises:
+        DistillKacError: as ``connect``.
+    """
+    connect()
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    grows = any(NODE_GROUP_LABEL in node.get("Labels", {}) for node in nodes)
+    return Machines(len({node["NodeManagerAddress"] for node in nodes}), grows)
+
+
+def is_connected() -> bool:
+    """Whether this process is part of a cluster already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def connect() -> Resources:
     """Connect once; start an embedded Ray if RAY_ADDRESS is not set.
 

@@ -37,6 +37,8 @@ class Spec(Options):
     """The options of a stage."""
 
     stage: ClassVar[str]
+    is_probed: ClassVar[bool] = True
+    """Whether S3 must answer for its paths before the stage begins."""
 
     @model_validator(mode="after")
     def _has_no_secret(self) -> Self:

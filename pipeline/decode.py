@@ -10,7 +10,8 @@ from typing import Any
 from kac.data import DataConfig, begin_decoding
 from kac.data.decoded import Piece, Writer
 from kac.errors import DistillKacError, one_line
-from pipeline import cluster
+from kac.options import OptionError
+from pipeline import cluster, storage
 from pipeline.progress import ProgressBar
 from pipeline.ray_data import numbered
 
@@ -34,11 +35,22 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
         return
     with begun as work:
         total = sum(len(piece.held_out) for piece in work.pieces)
-        decode = _on_cluster if total >= from_images and len(work.pieces) > 1 else _here
+        is_much = total >= from_images and len(work.pieces) > 1
+        decode = _on_cluster if is_much and _is_for_all(config) else _here
         with ProgressBar("decode", total, "images") as bar:
             for images in decode(work.writer, work.pieces):
                 bar.update(images)
         work.finish()
+
+
+def _is_for_all(config: DataConfig) -> bool:
+    """Whether other machines of the cluster, if there are any, see the files and the cache."""
+    try:
+        storage.check_shared({"--data.root": config.root, **storage.cache_of()}, lambda: True)
+    except OptionError as error:
+        print(f"decode: on this machine alone: {error}", flush=True)
+        return False
+    return True
 
 
 def _here(writer: Writer, pieces: list[Piece]) -> Iterator[int]:

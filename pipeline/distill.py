@@ -16,7 +16,7 @@ from kac.objectives import Interval, Objective, build_objective
 from kac.options import OptionError
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
-from pipeline import cluster, decode, logged_models, outputs, store, tracking, training
+from pipeline import cluster, decode, logged_models, outputs, storage, store, tracking, training
 from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
 
 
@@ -146,9 +146,12 @@ def distill(
     Raises:
         DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
     """
+    spec = absolute(spec)
+    check_storage(spec, lambda: training.choose_place(spec.workers, spec.gpu).workers > 0)
     spec = resolve(spec)
     plan = check(spec)
     place = training.choose_place(spec.workers, spec.gpu)
+    storage.check_shared({"--teacher": plan.init}, lambda: place.workers > 0)
     _check_passes(spec, place)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
@@ -250,6 +253,25 @@ def absolute(spec: StudentSpec) -> StudentSpec:
             for name, path in paths.items()
             if path is not None and not (name == "init" and path == "teacher")
         }
+    )
+
+
+def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
+    """Refuse paths that only one of several machines sees.
+
+    Raises:
+        DistillKacError: the first such path.
+    """
+    storage.check_shared(
+        {
+            "--store": spec.store,
+            "--out": spec.out,
+            "--init": None if spec.init == "teacher" else spec.init,
+            "--teacher": spec.teacher,
+            **storage.cache_of(spec.refine.kind == "data"),
+        },
+        is_spread,
+        writes_to_mlflow=spec.out,
     )
 
 

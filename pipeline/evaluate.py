@@ -19,7 +19,7 @@ from kac.metrics.features import FeatureSpace, open_space, space_identity
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.sampling import Sampling, student_sampling, teacher_sampling
-from pipeline import outputs, pictures, tracking
+from pipeline import outputs, pictures, storage, tracking
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.actors import draws_on_gpu, make_chunks, open_spaces
 from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
@@ -97,6 +97,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
             feature space cannot be had.
     """
     spec = resolve(spec)
+    _check_storage(spec)
     spec = spec.settled(lambda: draws_on_gpu(spec))
     candidates = _candidates(spec)
     content = _content(spec, candidates)
@@ -117,6 +118,25 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         _write(compared, run, record)
     print(table(record), flush=True)
     return list(record.scores)
+
+
+def _check_storage(spec: EvaluateSpec) -> None:
+    """Refuse paths that only one of several machines sees."""
+    assert spec.teacher is not None, "a spec that is resolved has a teacher"
+    is_spread = spec.actors != 0
+    files_used = [given for given in spec.features if given.endswith(".pt")]
+    storage.check_shared(
+        {
+            "--out": spec.out,
+            "--teacher": spec.teacher,
+            "--students": spec.students,
+            "--features": files_used,
+            **storage.cache_of(),
+        },
+        lambda: is_spread,
+    )
+    if is_spread:
+        storage.check_shared({"--data.root of the teacher": load_teacher_config(spec.teacher).data.root}, lambda: True)
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def check_address(address: str) -> None:
     """Refuse an address at which no cluster takes this process.
 
     Raises:
-        DistillKacError: it is of another kind, nobody answers, the token is missing or wrong, Ray or Python are of other
-            versions there, or this machine is no node of the cluster.
+        DistillKacError: it is of another kind, nobody answers, the token is missing or wrong, Ray or Python are of
+            other versions there, or this machine is no node of the cluster.
     """
     if address in {"auto", "local"}:
         return
@@ -62,8 +62,8 @@ def _host_and_port(address: str) -> tuple[str, int]:
         )
     if scheme:
         raise DistillKacError(
-            f"{VARIABLE}: expected HOST:PORT of a cluster that this machine is a node of, found {scheme}://, the address "
-            f"of its job server: submit the job there: {submission}"
+            f"{VARIABLE}: expected HOST:PORT of a cluster that this machine is a node of, found {scheme}://, the "
+            f"address of its job server: submit the job there: {submission}"
         )
     host, _, port = rest.rpartition(":")
     if not host or not port.isdigit():
@@ -96,7 +96,7 @@ def _why(error: OSError) -> str:
 
 
 def _check_cluster(address: str) -> None:
-    """Ask the cluster whose driver this process would be, by plain gRPC: Ray's own client only tries again and again."""
+    """Ask by plain gRPC: Ray's own client tries again and again, whatever the answer."""
     import grpc
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated import gcs_service_pb2 as messages
@@ -134,7 +134,11 @@ def _refused(address: str) -> str:
 
 def token_trouble() -> str:
     """Why a cluster that wants a token does not let this process in, and what to do; never the token."""
-    from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
+    from ray._raylet import (  # type: ignore[attr-defined]
+        AuthenticationMode,
+        AuthenticationTokenLoader,
+        get_authentication_mode,
+    )
 
     places = "in ~/.ray/auth_token, in a file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN"
     if get_authentication_mode() != AuthenticationMode.TOKEN:

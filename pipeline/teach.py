@@ -10,7 +10,7 @@ from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.data import Dataset, open_dataset
 from kac.networks import VelocityNetwork, build_network
 from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
-from pipeline import cluster, decode, outputs, tracking, training
+from pipeline import cluster, decode, outputs, storage, tracking, training
 from pipeline.config import OptimizerConfig, TeachSpec
 
 
@@ -80,6 +80,11 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     root = spec.data.root and cluster.absolute(spec.data.root)
     spec = spec.model_copy(
         update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
+    )
+    storage.check_shared(
+        {"--out": spec.out, "--data.root": root, **storage.cache_of(root is not None)},
+        is_spread=lambda: training.choose_place(spec.workers, spec.gpu).workers > 0,
+        writes_to_mlflow=spec.out,
     )
     spec = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
     decode.prepare(spec.data)

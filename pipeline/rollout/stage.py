@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from kac import files
 from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
-from pipeline import cluster, tracking
+from pipeline import cluster, storage, tracking
 from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
@@ -35,6 +35,11 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
     """
     spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
+    is_spread = spec.actors != 0
+    storage.check_shared({"--store": spec.store, "--teacher": spec.teacher}, lambda: is_spread)
+    if spec.source == "forward":
+        root = load_teacher_config(spec.teacher).data.root
+        storage.check_shared({"--data.root of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     plan = make_plan(spec)
     cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"

@@ -186,8 +186,10 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
 
 
 def _check_types(schema: pa.Schema) -> None:
-    """Refuse columns that no store has before anything looks into them: Ray registers a type with Arrow whose values are
-    pickles, and a file may name it."""
+    """Refuse columns that no store has, before anything looks into them.
+
+    Ray registers a type with Arrow whose values are pickles, and a file may name it.
+    """
     for field in schema:
         if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
             raise ValueError(f"the column {field.name} of the type {field.type.extension_name}")

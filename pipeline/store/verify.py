@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kac import files
 from kac.fingerprint import unhashed
-from pipeline import cluster
+from pipeline import cluster, storage
 from pipeline.config import Spec
 from pipeline.store.describe import StorePath
 from pipeline.store.examine import NOT_OURS, Finding, Kind, examine_all
@@ -86,6 +86,7 @@ def verify(spec: VerifySpec) -> Report:
         StoreError: no store at all, or one of a newer version or with a damaged manifest.
     """
     store = cluster.absolute(spec.store)
+    storage.check_shared({"STORE": store}, lambda: True)
     manifest = read_manifest(store)
     names = list_files(store)
     identity = manifest.identity if manifest else identity_by_majority(store, names)

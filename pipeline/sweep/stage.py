@@ -7,7 +7,7 @@ from typing import Any
 from kac import files
 from kac.checkpoint import CONFIG_FILE
 from kac.errors import DistillKacError
-from pipeline import cluster, distill, outputs, store, tracking
+from pipeline import cluster, distill, outputs, storage, store, tracking
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.evaluation.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
@@ -34,6 +34,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
             trials failed (after all others have ended).
     """
     spec = distill.absolute(spec)
+    distill.check_storage(spec, lambda: True)
     points = [] if spec.search else space.grid_points(spec)
     metric, better = checks.judged_by(spec)
     checks.check_options(spec)
@@ -41,6 +42,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     source, missing = checks.check_store(spec, points or space.sample_points(spec))
     spec = spec.settled(lambda: checks.gpus_a_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
+    storage.check_shared({"--teacher": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **space.identity(spec)}
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
