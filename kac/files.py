@@ -271,7 +271,8 @@ def _s3_trouble(path: str, error: Exception) -> str:
     if code == "NoSuchBucket":
         return f"expected a bucket, found none called {path.split('/')[2]}: create it, or mend the path"
     if code in KEY_ERRORS:
-        return f"expected keys that S3 knows, found: {said}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN"
+        names = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+        return f"expected keys that S3 knows, found: {said}: check {names}"
     if isinstance(error, NoCredentialsError):
         return (
             "expected keys for S3, found none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"

@@ -77,6 +77,8 @@ def client_of(uri: str) -> "MlflowClient":
 
     for name, value in REQUEST.items():
         os.environ.setdefault(name, value)
+    if without_password(uri) != uri:  # MLflow prints the address of a run that has ended
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     return MlflowClient(uri)
 
 
