@@ -137,7 +137,8 @@ def absolute(path: str) -> str:
         DistillKacError: a relative path in a job's working directory, which Ray deletes after the job.
     """
     if "://" in path or os.path.isabs(path):
-        return path.rstrip("/") if path != "/" else path
+        bare = path.rstrip("/")
+        return path if bare in {"", "s3:"} else bare
     if in_job_copy():
         raise DistillKacError(
             f"{path}: expected an absolute path or s3:// URI under ray job submit, found a relative one: "

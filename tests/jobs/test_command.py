@@ -17,7 +17,7 @@ from pipeline.config import SampleSpec
 
 JOBS = [
     *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),
-    *("quickstart", "benchmark", "store", "runs"),
+    *("quickstart", "benchmark", "store", "runs", "cluster"),
 ]
 WORDS = ["--model", "m", "--out", "o.png"]
 

@@ -24,11 +24,13 @@ SECRET_ACCESS_KEY = "kac-test-secret-0815-recognise/me+anywhere"
 REGION = "us-east-1"
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "host"}
 
-FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key"]
+FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key", "deny"]
 """slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 acts, the
-answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does."""
+answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does.
+deny: 403 for want of a permission."""
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 INVALID_KEY = (
     "<Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id you provided does not exist in our records."
     f"</Message><AWSAccessKeyId>{ACCESS_KEY_ID}</AWSAccessKeyId></Error>"
@@ -145,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
         if kind == "refuse_key":
             return self._answer(403, {"Content-Type": "application/xml"}, INVALID_KEY)
+        if kind == "deny":
+            return self._answer(403, {"Content-Type": "application/xml"}, DENIED)
         reply, data = self._forward(body)
         if kind == "lose_reply":
             return self._reset()

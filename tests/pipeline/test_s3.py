@@ -16,6 +16,7 @@ import ray
 
 from jobs import command
 from kac import files
+from kac.errors import DistillKacError
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
@@ -28,7 +29,7 @@ from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
 from tests.pipeline.running import SHARDS, Summary, running_job, spec_of
-from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, environment
+from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, FaultKind, environment
 from tests.pipeline.stores import make_teacher
 
 # While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
@@ -214,6 +215,35 @@ def test_every_stage_on_s3_and_no_key_anywhere(
     assert any("worker" in name and name.endswith((".out", ".err")) for name in sources), "no logs of Ray's workers"
     keys = (ACCESS_KEY_ID.encode(), SECRET_ACCESS_KEY.encode())
     assert [name for name, data in sources.items() for key in keys if key in data] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "path", "told"),
+    [
+        (None, "s3://no-such-bucket/store", "expected a bucket, found none called no-such-bucket: create it"),
+        ("refuse_key", f"s3://{BUCKET}/store", "expected keys that S3 knows, found: The AWS Access Key Id"),
+        ("deny", f"s3://{BUCKET}/store", "expected permission, found: Access Denied: give these keys or this role"),
+        ("reset", f"s3://{BUCKET}/store", "expected S3 to answer at http://127.0.0.1:"),
+        ("slow_down", f"s3://{BUCKET}/store", "expected S3 to answer, found: "),
+    ],
+)
+def test_what_s3_refuses_at_the_start_is_said_after_few_requests(
+    fault: FaultKind | None, path: str, told: str, tmp_path: Path
+) -> None:
+    """Twice here, each in less than the twenty attempts that a write in the middle of the work is given."""
+    requests = len(SERVER.requests)
+    with SERVER.failing(*([Fault(fault)] if fault else [])):
+        said = _refusal("--teacher", str(tmp_path), "--store", path)
+        with pytest.raises(DistillKacError, match=told.replace("(", r"\(")):
+            files.check_writable(path)
+    assert f"{path}: {told}" in said
+    assert len(said.strip().splitlines()) == 1
+    assert len(SERVER.requests) - requests < 20
+
+
+def test_a_writable_place_is_left_as_it_was(bucket: str) -> None:
+    files.check_writable(f"s3://{bucket}/probed")
+    assert list_files(f"s3://{bucket}/probed") == []
 
 
 def _refusal(*options: str) -> str:

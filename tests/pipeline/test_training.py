@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,8 +177,10 @@ def test_a_batch_that_the_workers_cannot_share_is_refused(tmp_path: Path):
 def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_cluster: None):
     alone = training.train(job(tmp_path / "alone", Regression(OPTIONS)), HERE_ALONE)
     mark = tmp_path / "killed"
+    task = Regression(OPTIONS, dies_at=35, mark=str(mark))
     together = training.train(
-        job(tmp_path / "together", Regression(OPTIONS, dies_at=35, mark=str(mark)), checkpoint_updates=10),
+        # Checkpoints by time too, in which the two must agree.
+        replace(job(tmp_path / "together", task, checkpoint_updates=10), checkpoint_seconds=0.5),
         training.Place(2, use_gpu=False),
     )
     assert mark.exists()
