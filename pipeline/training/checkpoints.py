@@ -70,8 +70,8 @@ class Checkpoints:
         an_update = max(now - self._seen, 1e-9) / max(1, done - self._seen_update)
         self._seen, self._seen_update = now, done
         pause = self._took / MOST_SHARE if self._took >= FREE_SECONDS else 0.0
-        left = [max(self.seconds, pause), pause]
-        wanted = [done + max(0, math.ceil((seconds - (now - self._saved)) / an_update)) for seconds in left]
+        left = [(seconds - (now - self._saved)) / an_update for seconds in (max(self.seconds, pause), pause)]
+        wanted = [done + math.ceil(min(max(0.0, updates), NEVER / 2)) for updates in left]
         if dist.is_initialized():
             agreed = torch.tensor(wanted, device=self.worker.device)
             dist.broadcast(agreed, src=0)
