@@ -12,7 +12,9 @@ import pytest
 
 from pipeline import tracking
 from pipeline.config import SampleSpec
+from pipeline.teach import teach
 from pipeline.tracking import delivery, start_run
+from tests.pipeline.stages import teach_spec
 from tests.pipeline.tracking_servers import Line, mlflow_server, postgresql, postgresql_programs
 
 SPEC = SampleSpec(model="m", out="o.png")
@@ -121,3 +123,19 @@ def test_four_writers_lose_nothing_while_the_server_is_away(line: Line, tmp_path
         assert child.info.status == "FINISHED"
         assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["half.txt"]
     assert client.get_run(outer.run_id).info.status == "FINISHED"
+
+
+def test_a_password_in_the_address_is_written_nowhere(
+    direct: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", direct.replace("//", "//me:correct-horse-battery@"))
+    monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
+    config = teach(teach_spec(tmp_path / "teacher"))
+    assert config is not None
+    client, experiment = tracking.connect(direct)
+    (run,) = client.search_runs([experiment], f"tags.`{tracking.FINGERPRINT_TAG}` = '{config.fingerprint}'")
+    assert run.info.status == "FINISHED"
+    written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert b"127.0.0.1" in written[str(tmp_path / "teacher" / tracking.RUN_FILE)]
+    written |= {"printed": "".join(capfd.readouterr()).encode(), "run": str(run.to_dictionary()).encode()}
+    assert [name for name, data in written.items() if b"correct-horse" in data] == []
