@@ -17,7 +17,6 @@ from tests.pipeline.machines import faults
 from tests.pipeline.machines.cluster import cluster_of_machines
 from tests.pipeline.machines.network import why_not
 
-
 PAIRS = [f"{fault}:{stage}" for stage in faults.STAGES for fault in faults.FAULTS]
 
 

@@ -33,7 +33,7 @@ class Submission:
     def __init__(self, cluster: "Cluster", words: tuple[str, ...]) -> None:
         self.cluster, self.words, self.id = cluster, words, f"job-{secrets.token_hex(4)}"
         self.started = time.time()
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the job is known
         command = ["ray", "job", "submit", "--address", cluster.job_server, "--submission-id", self.id]
         command += ["--working-dir", ".", "--", "python", "-m", *words]
         self.process = cluster.client.start(*command, folder=ROOT, stdout=self.log, stderr=subprocess.STDOUT)

@@ -17,7 +17,7 @@ from tests.pipeline.machines.cluster import Cluster, Submission, wait_until
 PLAIN = "plain"
 """Where the outputs of undisturbed runs lie in the bucket; those of others lie under the name of their fault."""
 
-CHECKPOINT_UPDATES = 100
+CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
 TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
 
@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     """A stage at a size at which a fault hits the middle of it.
 
     Attributes:
-        words: the job and its options; ``{plain}`` stands for the undisturbed outputs, ``{out}`` for where its own lies.
+        words: the job and its options; ``{plain}`` is where undisturbed outputs lie, ``{out}`` where its own does.
         progress: what it writes as it goes on: the place, ``{out}`` in it, and how the names there end.
         middle: after so many of these it is in the middle.
         difference: of its output, downloaded, to the undisturbed one; asserts what must be equal.
@@ -69,7 +69,8 @@ CHECKPOINTS = ("state.pt",)
 
 STAGES = {
     "teach": Stage(
-        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 1000 --out {out}",
+        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 400 "
+        "--out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
@@ -81,13 +82,13 @@ STAGES = {
         store_difference,
     ),
     "distill": Stage(
-        "jobs.distill --store {plain}/rollout --steps 4 --workers 2 --optimizer.updates 1000 --out {out}",
+        "jobs.distill --store {plain}/rollout --steps 4 --workers 2 --optimizer.updates 400 --out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "sweep": Stage(
-        "jobs.sweep --store {plain}/rollout --grid steps=1,2,4,20 --optimizer.updates 1500 --samples 1000 --out {out}",
+        "jobs.sweep --store {plain}/rollout --grid steps=1,4 --optimizer.updates 400 --samples 1000 --out {out}",
         ("{out}", CHECKPOINTS),
         3,
         weights_difference,
@@ -100,6 +101,16 @@ STAGES = {
     ),
 }
 """In an order in which each finds its inputs."""
+
+
+def words_of(name: str, plain: str, out: str) -> list[str]:
+    """The module and the options of a stage's job.
+
+    Args:
+        plain: where the undisturbed outputs lie, its inputs. out: where its own is to lie.
+    """
+    training = TRAINING if name in {"teach", "distill", "sweep"} else []
+    return [*STAGES[name].words.format(plain=plain, out=out).split(), *training]
 
 
 class Watch:
@@ -228,9 +239,7 @@ class Trials:
 
     def command(self, name: str, out: str) -> list[str]:
         """The words of a stage's job."""
-        place = {"plain": self.cluster.path(PLAIN), "out": self.cluster.path(out)}
-        training = TRAINING if name in {"teach", "distill", "sweep"} else []
-        return [*STAGES[name].words.format(**place).split(), *training]
+        return words_of(name, self.cluster.path(PLAIN), self.cluster.path(out))
 
     def run_plain(self, name: str) -> None:
         """The stage undisturbed, and what it reads, unless that has been done."""
@@ -253,9 +262,13 @@ class Trials:
         self.cluster.start_head()
         self.cluster.replace_worker()
 
-    def run(self, fault: str, name: str) -> Outcome:
-        """The stage with a fault in its middle, to its end: by itself, or by the same command again."""
-        cluster, stage, out = self.cluster, STAGES[name], f"{fault}/{name}"
+    def run(self, fault: str, name: str, out: str = "") -> Outcome:
+        """The stage with a fault in its middle, to its end: by itself, or by the same command again.
+
+        Args:
+            out: where its output is to lie in the bucket; by default below the name of the fault.
+        """
+        cluster, stage, out = self.cluster, STAGES[name], out or f"{fault}/{name}"
         if name == "evaluate":  # what is drawn is kept
             cluster.remove("cache/samples")
             cluster.remove("cache/features")
@@ -278,7 +291,7 @@ class Trials:
             name,
             "by itself" if ended_by_itself else "resubmitted",
             round(seconds, 1),
-            round(self.undisturbed[name], 1),
+            round(self.undisturbed.get(name, 0.0), 1),
             None if (after := watch.next_after(moment)) is None else round(after, 1),
             self.lost(name, out, watch, moment, output),
             stage.difference(found, self.expected[name]),
