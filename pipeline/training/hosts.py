@@ -85,7 +85,7 @@ def _train_here(job: Job, on_report: OnReport | None) -> bytes:
 
 def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     import pyarrow.fs
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     location = files.locate(job.out)
@@ -100,6 +100,7 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
             storage_path=location.path,
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
             failure_config=FailureConfig(max_failures=recovery.MAX_FAILURES, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # its log files have everything
             callbacks=[recovery.say_what_is_lost(job.title)],
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),

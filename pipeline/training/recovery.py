@@ -4,8 +4,11 @@ What Ray Train does by itself (2.60), and what is added here:
 - A lost worker restarts the whole group from the last checkpoint, ``max_failures`` times in all: over days on nodes
   that come and go that is soon used up. Here it is so many times without a new checkpoint.
 - A group for which there is no room any more is waited for in silence and for ever. Here it is said, and it ends.
+- A lost worker costs two hundred lines of tracebacks of all the others. Here it is one line; a bug that ends the
+  training shows its traceback once.
 """
 
+import sys
 from collections.abc import Callable
 from time import monotonic as now
 from typing import Any
@@ -50,6 +53,7 @@ def fit(make_trainer: Callable[[], Any], title: str, out: str, asked: str) -> An
                 failures += 1
             # A group that ran has been started again by Ray Train itself, one that could not start has not.
             if failures > (MAX_FAILURES if isinstance(why, WorkerGroupStartupFailedError) else 0):
+                _print_traceback(error)
                 raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
             if isinstance(why, WorkerGroupStartupTimeoutError):
                 waiting_since = waiting_since or now()
@@ -58,6 +62,13 @@ def fit(make_trainer: Callable[[], Any], title: str, out: str, asked: str) -> An
                 print(f"{title}: {cluster.innermost(error)}: going on from the last checkpoint", flush=True)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
+
+
+def _print_traceback(error: Exception) -> None:
+    """What a bug in a worker raised there, whole; of an error for people its line will do."""
+    raised = [getattr(each, "_base_exc", None) for each in getattr(error, "worker_failures", {}).values()]
+    if any(raised) and not any(isinstance(each, DistillKacError) for each in raised):
+        print(error, file=sys.stderr, flush=True)
 
 
 def _wait(title: str, out: str, asked: str, waited: float) -> None:
@@ -79,9 +90,15 @@ def say_what_is_lost(title: str) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             """Some workers have failed."""
-            ranks = ", ".join(map(str, sorted(worker_exceptions)))
-            why = cluster.innermost(next(iter(worker_exceptions.values())))
-            print(f"{title}: lost workers of rank {ranks} ({why}): all restart from the last checkpoint", flush=True)
+            # Where a worker is lost, the others fail because they do not reach it.
+            lost = sorted(rank for rank, error in worker_exceptions.items() if not hasattr(error, "_base_exc"))
+            first = min(worker_exceptions)
+            what = (
+                f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
+                if lost
+                else f"the worker of rank {first} failed ({cluster.innermost(worker_exceptions[first])})"
+            )
+            print(f"{title}: {what}: all start again from the last checkpoint", flush=True)
 
     return SayWhatIsLost()
 

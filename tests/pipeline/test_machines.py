@@ -47,7 +47,7 @@ def test_a_teacher_of_two_machines(trials: Trials) -> None:
 
 def disturbed(trials: Trials, fault: str, name: str, expected: Path) -> Outcome:
     """The outcome of a stage under a fault; it takes the place of the undisturbed one."""
-    trials.expected[name] = expected
+    trials.expected[name], trials.undisturbed[name] = expected, 0.0
     return trials.run(fault, name, f"{PLAIN}/{name}")
 
 

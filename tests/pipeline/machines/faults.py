@@ -19,6 +19,7 @@ PLAIN = "plain"
 
 CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
+LATE_SECONDS = 100.0
 TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
 
 
@@ -69,8 +70,7 @@ CHECKPOINTS = ("state.pt",)
 
 STAGES = {
     "teach": Stage(
-        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 400 "
-        "--out {out}",
+        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 400 --out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
@@ -180,6 +180,18 @@ def lose_machine(cluster: Cluster, job: Submission) -> None:
     cluster.replace_worker()
 
 
+def lose_machine_for_good(cluster: Cluster, job: Submission) -> None:
+    """The same without a replacement; the head is left."""
+    cluster.lose_worker()
+
+
+def replace_machine_late(cluster: Cluster, job: Submission) -> None:
+    """The same with a replacement after longer than Ray Train waits for room."""
+    cluster.lose_worker()
+    time.sleep(LATE_SECONDS)
+    cluster.replace_worker()
+
+
 def kill_raylet(cluster: Cluster, job: Submission) -> None:
     """SIGKILL to the worker's raylet; Ray is started again on the same machine."""
     assert cluster.worker.kill(lambda name, _: name == "raylet") == 1
@@ -221,6 +233,8 @@ def lose_head(cluster: Cluster, job: Submission) -> None:
 
 FAULTS: dict[str, Callable[[Cluster, Submission], None]] = {
     "machine": lose_machine,
+    "for-good": lose_machine_for_good,
+    "late": replace_machine_late,
     "raylet": kill_raylet,
     "cut": cut_network,
     "driver": kill_driver,
@@ -285,6 +299,8 @@ class Trials:
                 stopped = self.statuses(out)
                 output = cluster.submit(*words).finish()
             seconds = time.time() - job.started
+        if fault == "for-good":
+            cluster.replace_worker()
         found = cluster.download(out, self.folder / out)
         return Outcome(
             fault,
