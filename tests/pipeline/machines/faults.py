@@ -206,9 +206,9 @@ def kill_driver(cluster: Cluster, job: Submission) -> None:
 
 
 def stop_job(cluster: Cluster, job: Submission) -> None:
-    """`ray job stop`."""
+    """`ray job stop`; that is no failure to `ray job submit`."""
     job.stop()
-    assert job.wait() != 0, job.output()
+    job.wait()
 
 
 def cut_network(cluster: Cluster, job: Submission) -> None:
