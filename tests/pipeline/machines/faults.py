@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from safetensors.numpy import load_file
 
+from pipeline import tracking
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.machines.cluster import Cluster, Submission, wait_until
 
@@ -316,9 +317,14 @@ class Trials:
         )
 
     def statuses(self, out: str) -> tuple[str, ...]:
-        """Of the runs of an output in MLflow, and of those nested in them."""
+        """Of the runs of an output in MLflow and of those nested in them, the first one's first."""
         runs = sorted(self.cluster.runs(out), key=lambda run: run.info.start_time)
         return tuple(run.info.status for run in runs)
+
+    def students(self, out: str) -> list[str]:
+        """The outputs of the runs of ``distill`` below an output, with as many of each as MLflow has."""
+        runs = [run for run in self.cluster.runs(out) if run.data.tags[tracking.STAGE_TAG] == "distill"]
+        return sorted(run.data.params["out"].rsplit("/", 1)[-1] for run in runs)
 
     def lost(self, name: str, out: str, watch: Watch, moment: float, output: str) -> str:
         """What was done again, in words."""
