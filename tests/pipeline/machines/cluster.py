@@ -189,10 +189,12 @@ class Cluster:
 
     def _serve(self) -> None:
         command = [sys.executable, "-m", "tests.pipeline.machines.serve", self.servers.address, "/tmp/servers"]
-        process = self.servers.start(*command, folder=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdout is not None and process.stderr is not None
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as they run
+        process = self.servers.start(*command, folder=ROOT, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdout is not None
         if process.stdout.readline() != f"{READY}\n":
-            raise RuntimeError(f"the S3 and MLflow servers did not start: {process.stderr.read()}")
+            log.seek(0)
+            raise RuntimeError(f"the S3 and MLflow servers did not start: {log.read()}")
 
     def _start_nodes(self) -> None:
         self.start_head()

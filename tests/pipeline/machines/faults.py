@@ -21,6 +21,8 @@ PLAIN = "plain"
 CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
 LATE_SECONDS = 100.0
+NOTICE_SECONDS = 90.0
+"""A raylet that was given up ends itself once it hears of it."""
 TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
 
 
@@ -217,9 +219,12 @@ def cut_network(cluster: Cluster, job: Submission) -> None:
     cluster.network.cut(cluster.worker)
     time.sleep(CUT_SECONDS)
     cluster.network.mend(cluster.worker)
-    time.sleep(10)
-    if not any(process.name() == "raylet" for process in cluster.worker.processes()):
-        cluster.replace_worker()
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while time.monotonic() < deadline and not job.is_over():
+        if not any(process.name() == "raylet" for process in cluster.worker.processes()):
+            cluster.replace_worker()
+            return
+        time.sleep(1)
 
 
 def lose_head(cluster: Cluster, job: Submission) -> None:
