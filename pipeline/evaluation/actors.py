@@ -1,7 +1,7 @@
 """Chunks made where there is room: in this process, or on Ray actors as the rollout's.
 
-Plain actors suffice here: a chunk is small, and what is made lies in the cache, where the next run finds it. An actor
-that dies is started again ``MAX_RESTARTS`` times, and its chunk is made again.
+Plain actors suffice here: a chunk is small, and what is made lies in the cache, where the next run finds it. The chunk
+of an actor that is lost is made by another one: see ``pool.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,9 @@ from kac.errors import DistillKacError, one_line
 from kac.metrics.features import FeatureSpace, open_space
 from pipeline import cluster
 from pipeline.config import EvaluateSpec
+from pipeline.evaluation.pool import each_once
 from pipeline.evaluation.sources import Chunk, make
 from pipeline.progress import ProgressBar
-
-MAX_RESTARTS = 3
 
 
 def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
@@ -75,20 +74,14 @@ def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Iterat
 
 def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Iterator[int]:
     import ray
-    from ray.util import ActorPool
 
     resources = cluster.connect()
     on_gpu = draws_on_gpu(spec)
     count = min(spec.actors or resources.gpus or resources.cpus, len(todo))
-    options = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_restarts": MAX_RESTARTS}
-    actor: Any = ray.remote(ChunkActor).options(**options, max_task_retries=MAX_RESTARTS)
-    actors = [actor.remote(spec.features, data, expected) for _ in range(count)]
+    actor: Any = ray.remote(ChunkActor).options(num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
     try:
-        yield from ActorPool(actors).map_unordered(lambda idle, chunk: idle.make.remote(chunk), todo)
+        yield from each_once(lambda: actor.remote(spec.features, data, expected), count, todo)
     except ray.exceptions.RayTaskError as error:
         raise DistillKacError(one_line(error.cause)) from None
     except ray.exceptions.RayError as error:
         raise DistillKacError(f"evaluate: the actors failed in Ray: {cluster.innermost(error)}") from None
-    finally:
-        for one in actors:
-            ray.kill(one)

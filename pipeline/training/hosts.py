@@ -1,5 +1,6 @@
 """Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train."""
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,12 @@ from kac.device import default_device
 from kac.errors import DistillKacError
 from pipeline import cluster
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.training import recovery
 from pipeline.training.learner import Worker
 from pipeline.training.loop import Job, averaged_weights, run_updates
 
 OnReport = Callable[[dict[str, float]], None]
 """The metrics of a validation or a checkpoint: see ``loop.Report``."""
-
-MAX_FAILURES = 3
-"""A worker group that fails more often is a fault to be seen, not to be retried."""
 
 
 class Place(NamedTuple):
@@ -86,11 +85,12 @@ def _train_here(job: Job, on_report: OnReport | None) -> bytes:
 
 def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     import pyarrow.fs
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     location = files.locate(job.out)
-    trainer = TorchTrainer(
+    make_trainer = functools.partial(
+        TorchTrainer,
         _ray_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.use_gpu),
@@ -99,14 +99,13 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
             name=TRAINING_FOLDER,
             storage_path=location.path,
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=recovery.MAX_FAILURES, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # its log files have everything
+            callbacks=[recovery.say_what_is_lost(job.title)],
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        raise DistillKacError(f"{job.out}: training failed: {cluster.innermost(error)}") from error
+    result = recovery.fit(make_trainer, job.title, job.out, str(place).removeprefix("on "))
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint")
     if on_report is not None:

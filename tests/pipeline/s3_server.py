@@ -58,12 +58,12 @@ class Fault:
 class FaultyS3:
     """The server behind ``environment()``: start it once, order faults with ``failing``."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._random = random.Random(0)
         self.requests: list[tuple[str, str]] = []  # method and path, in the order of arrival
-        self._proxy = _Proxy(self)
+        self._proxy = _Proxy(self, host, port)
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 
     def start(self) -> None:
@@ -81,7 +81,8 @@ class FaultyS3:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._proxy.server_address[1]}"
+        host, port = self._proxy.server_address[:2]
+        return f"http://{host}:{port}"
 
     def client(self) -> "boto3.client":
         """A plain client that goes past the proxy: what it sees is what S3 holds."""
@@ -122,8 +123,8 @@ class _Proxy(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, owner: FaultyS3) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
+    def __init__(self, owner: FaultyS3, host: str, port: int) -> None:
+        super().__init__((host, port), _Handler, bind_and_activate=False)
         self.owner = owner
         self.server_bind()
 

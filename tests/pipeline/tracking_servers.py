@@ -65,16 +65,16 @@ def postgresql(programs: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path, backend: str) -> Iterator[str]:
+def mlflow_server(folder: Path, backend: str, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """A healthy `mlflow server`; gives its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "files")]
     command += ["--allowed-hosts", "*"]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            uri = f"http://127.0.0.1:{port}"
+            uri = f"http://{host}:{port}"
             _wait_until_healthy(uri, process)
             yield uri
         finally:
