@@ -20,8 +20,9 @@ from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import outputs, pictures, tracking
+from pipeline.actor_place import choose_place
 from pipeline.config import EvaluateSpec
-from pipeline.evaluation.actors import draws_on_gpu, make_chunks, open_spaces
+from pipeline.evaluation.actors import make_chunks, open_spaces
 from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
 from pipeline.evaluation.inputs import resolve
 from pipeline.evaluation.model_runs import (
@@ -45,6 +46,7 @@ from pipeline.evaluation.scores import (
     table,
 )
 from pipeline.evaluation.sources import CHUNK_ROWS, ModelSamples, RealImages, chunks, unfinished
+from pipeline.placement import await_room
 
 SAMPLES_FILE = "samples.npz"
 """The shown samples of each row of the table, under the row's number."""
@@ -97,7 +99,10 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
             feature space cannot be had.
     """
     spec = resolve(spec)
-    spec = spec.settled(lambda: draws_on_gpu(spec))
+    spec = spec.settled(lambda: choose_place(spec).on_gpu)
+    if spec.actors or spec.gpu:
+        # For one at least; how many there is work for shows later.
+        await_room("evaluate", "--actors", 1, choose_place(spec).share)
     candidates = _candidates(spec)
     content = _content(spec, candidates)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):

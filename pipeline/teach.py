@@ -81,7 +81,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     spec = spec.model_copy(
         update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
     )
-    spec = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+    spec = spec.settled(lambda: training.choose_place(spec).on_gpu)
     decode.prepare(spec.data)
     data = open_dataset(spec.data).description
     network = (spec.network, data.sample_shape, data.num_classes)
@@ -93,7 +93,8 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    place, fingerprint = training.choose_place(spec.workers, spec.gpu), spec.fingerprint(**content)
+    place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
+    training.await_workers("teach", place)
     print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]

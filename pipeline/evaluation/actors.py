@@ -7,15 +7,16 @@ that dies is started again ``MAX_RESTARTS`` times, and its chunk is made again.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from kac.data import DataConfig, open_dataset
 from kac.device import default_device
 from kac.errors import DistillKacError, one_line
 from kac.metrics.features import FeatureSpace, open_space
+from kac.options import most
 from pipeline import cluster
+from pipeline.actor_place import choose_place
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.sources import Chunk, make
+from pipeline.placement import await_room
 from pipeline.progress import ProgressBar
 
 MAX_RESTARTS = 3
@@ -34,13 +35,6 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
     with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
         for rows in finished:
             bar.update(rows)
-
-
-def draws_on_gpu(spec: EvaluateSpec) -> bool:
-    """Whether the samples are drawn on GPUs; asks Ray for its resources if the options do not say it."""
-    if spec.actors == 0:
-        return torch.cuda.is_available()
-    return bool(cluster.connect().gpus) if spec.gpu is None else spec.gpu
 
 
 class ChunkActor:
@@ -75,16 +69,15 @@ def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Iterat
 
 def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Iterator[int]:
     import ray
-    from ray.util import ActorPool
 
-    resources = cluster.connect()
-    on_gpu = draws_on_gpu(spec)
-    count = min(spec.actors or resources.gpus or resources.cpus, len(todo))
-    options = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_restarts": MAX_RESTARTS}
-    actor: Any = ray.remote(ChunkActor).options(**options, max_task_retries=MAX_RESTARTS)
-    actors = [actor.remote(spec.features, data, expected) for _ in range(count)]
+    place = choose_place(spec).for_work(len(todo))
+    if spec.actors:
+        await_room("evaluate", "--actors", place.actors, place.share)
+    lasting = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    actor: Any = ray.remote(ChunkActor).options(**place.share.remote_options, **lasting)
+    actors = [actor.remote(spec.features, data, expected) for _ in range(most(place.actors))]
     try:
-        yield from ActorPool(actors).map_unordered(lambda idle, chunk: idle.make.remote(chunk), todo)
+        yield from _make_on(actors, todo)
     except ray.exceptions.RayTaskError as error:
         raise DistillKacError(one_line(error.cause)) from None
     except ray.exceptions.RayError as error:
@@ -92,3 +85,25 @@ def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], to
     finally:
         for one in actors:
             ray.kill(one)
+
+
+def _make_on(actors: Sequence[Any], todo: Sequence[Chunk]) -> Iterator[int]:
+    """The rows of each chunk, as it is made by the next actor that is up; one that has nothing left to do makes room.
+
+    Ray's own ``ActorPool`` gives work to actors that no node has room for yet; and where a node is lost, the actors
+    that are to be started again on another one would wait for its room for ever.
+    """
+    import ray
+
+    left, running = list(reversed(todo)), {actor.__ray_ready__.remote(): actor for actor in actors}
+    done = 0
+    while done < len(todo):
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        actor, result = running.pop(ended), ray.get(ended)
+        if result is not True:
+            done += 1
+            yield result
+        if left:
+            running[actor.make.remote(left.pop())] = actor
+        else:
+            ray.kill(actor)

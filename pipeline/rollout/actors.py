@@ -21,10 +21,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kac.errors import one_line
+from kac.options import most
 from pipeline import cluster
+from pipeline.actor_place import choose_place
 from pipeline.config import RolloutSpec
 from pipeline.ray_data import numbered
-from pipeline.rollout.place import Place, choose_place
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import RolloutError, endpoint_rms
@@ -45,7 +46,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         RolloutError: a shard failed; the message names it.
     """
     place = choose_place(spec)
-    actors = min(place.actors, len(plan.todo))
+    actors = most(place.for_work(len(plan.todo)).actors)
     # On the driver's node: if that goes, so does the job. A restarted ledger counts anew: a shard that kills its
     # process is given up later.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -63,7 +64,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         pause_seconds=PAUSE_SECONDS,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
-        **resources_of(place),
+        **place.share.remote_options,
     )
     rows = made.iter_rows()
     try:
@@ -78,18 +79,13 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     raise RolloutError(failure)
 
 
-def resources_of(place: Place) -> dict[str, Any]:
-    """What Ray is to give to an actor."""
-    return {"num_cpus": 0, "num_gpus": place.gpus_per_actor} if place.on_gpu else {"num_cpus": 1, "num_gpus": 0}
-
-
 def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
     """``endpoint_rms`` where the actors will run: the driver may have no GPU.
 
     Raises:
         RolloutError: it failed.
     """
-    task = ray.remote(endpoint_rms).options(**resources_of(choose_place(spec)))
+    task = ray.remote(endpoint_rms).options(**choose_place(spec).share.remote_options)
     try:
         return float(ray.get(task.remote(spec, plan.identity)))
     except ray.exceptions.RayError as error:
