@@ -167,7 +167,14 @@ def test_what_an_embedded_ray_has_no_room_for_is_refused_at_once(
     teacher: str, small_store: str, tmp_path: Path, ray_cluster: None
 ):
     actors = {"teacher": teacher, "actors": 1}
-    roll = {**actors, "store": str(tmp_path / "store"), "trajectories": 40, "knots": 4, "solver_steps": 4}
+    roll = {
+        **actors,
+        "store": str(tmp_path / "store"),
+        "trajectories": 40,
+        "shard_size": 20,
+        "knots": 4,
+        "solver_steps": 4,
+    }
     for run, message in (
         (lambda: teach(teach_spec(tmp_path / "t", workers=3)), r"--workers: expected room for 3 x \(1 CPU\), found"),
         (lambda: teach(teach_spec(tmp_path / "t", workers="3:4")), r"--workers: expected room for 3 x"),
