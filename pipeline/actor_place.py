@@ -44,6 +44,8 @@ def choose_place(spec: RolloutSpec | EvaluateSpec) -> Place:
     if spec.actors == 0:
         if spec.label_selector:
             raise OptionError("--label-selector: expected actors to be placed, found --actors 0: leave one out")
+        if spec.gpu and not Place(0).on_gpu:
+            raise OptionError("--gpu: expected a GPU in this machine for --actors 0, found none: leave one out")
         return Place(0)
     on_gpu = bool(cluster.connect().gpus) if spec.gpu is None else spec.gpu
     cpus = spec.cpus_per_actor if spec.cpus_per_actor is not None else 0.0 if on_gpu else 1.0

@@ -100,7 +100,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     """
     spec = resolve(spec)
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
-    if spec.actors or spec.gpu:
+    if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
         # For one at least; how many there is work for shows later.
         await_room("evaluate", "--actors", 1, choose_place(spec).share)
     candidates = _candidates(spec)

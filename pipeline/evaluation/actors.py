@@ -71,8 +71,7 @@ def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], to
     import ray
 
     place = choose_place(spec).for_work(len(todo))
-    if spec.actors:
-        await_room("evaluate", "--actors", place.actors, place.share)
+    await_room("evaluate", "--actors", place.actors, place.share)
     lasting = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
     actor: Any = ray.remote(ChunkActor).options(**place.share.remote_options, **lasting)
     actors = [actor.remote(spec.features, data, expected) for _ in range(most(place.actors))]

@@ -7,8 +7,8 @@ What Ray does by default, and what is done about it (Ray 2.60):
 - ``max_errored_blocks`` would drop blocks in silence: it stays 0.
 - ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
 - ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
-- A pool of ``min_size`` to ``max_size`` actors that take two shards each never grows (its threshold, 1.75 tasks an actor
-  and call, is out of reach). A range is therefore a pool of its largest size: those actors work that a node has room
+- A pool of ``min_size`` to ``max_size`` actors that take two shards each never grows (its threshold, 1.75 tasks a
+  call, is out of reach). A range is therefore a pool of its largest size: those actors work that a node has room
   for, the pending ones tell the autoscaler (two 1-CPU nodes, 80 shards of a second, the second node joining after 18
   seconds: its actor began 8 seconds later, every shard once; as a pool of 1 to 3 the first actor did all).
 - An actor whose node is lost keeps its place in the pool and its shards (ray-project/ray #62746). They come last: idle

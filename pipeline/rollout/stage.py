@@ -48,10 +48,10 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
         return plan.manifest
     teacher = load_model(spec.teacher).config
-    files.check_writable(spec.store)
     place = choose_place(spec)
-    if spec.actors:
+    if place.actors:
         await_room("rollout", "--actors", place.for_work(len(plan.todo)).actors, place.share)
+    files.check_writable(spec.store)
     print(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}", flush=True)
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",

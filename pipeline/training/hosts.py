@@ -65,6 +65,8 @@ def choose_place(spec: TeachSpec | DistillSpec) -> Place:
 
 
 def _checked(spec: TeachSpec | DistillSpec, place: Place) -> Place:
+    if spec.gpu and not place.on_gpu:
+        raise OptionError("--gpu: expected a GPU here or in the cluster, found none: add --workers to wait for some")
     if spec.label_selector and not place.workers:
         raise OptionError("--label-selector: expected workers to be placed, found none: add --workers")
     if spec.label_selector and isinstance(place.workers, Range):
