@@ -23,6 +23,17 @@ STAGES = ("teach", "convert", "rollout", "distill", "sweep", "evaluate", "sample
 """The sections that a recipe may have."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2:8`` is a word: version 1.1 takes it for 128, a number to the base 60."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        """A number, or the word with a colon."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -56,7 +67,7 @@ def read_options(name: str, stage: str) -> Values:
 
 def _read(path: Path, name: str) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         expected = f"expected a YAML file, or one of the recipes {', '.join(recipe_names())}"
         raise OptionError(f"--config {name}: {expected}, found neither") from None

@@ -199,7 +199,7 @@ def _metavar(kind: Any) -> str:
         return "{" + ",".join(map(str, parts)) + "}"
     if parts:
         return "|".join(map(_metavar, parts))
-    return {bool: "{True,False}", NoneType: "None"}.get(kind) or str(kind.__name__).upper()
+    return {bool: "{True,False}", NoneType: "None"}.get(kind) or getattr(kind, "metavar", kind.__name__.upper())
 
 
 def _kebab(name: str) -> str:

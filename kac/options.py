@@ -1,11 +1,13 @@
 """Frozen option models whose errors are one line for the person who gave the options."""
 
+import re
 import typing
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kac.errors import DistillKacError
@@ -72,6 +74,49 @@ class Kinded(Options):
 def kind_alone(values: Any) -> Any:
     """A kind as the values of that kind: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
+
+
+@dataclass(frozen=True)
+class Range:
+    """From ``least`` to ``most``, both included; written ``least:most``."""
+
+    metavar: ClassVar[str] = "MIN:MAX"
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}"
+
+
+def as_count(given: Any) -> int | Range:
+    """A number from 0 on, or a range from 1 on; raises ``ValueError``."""
+    if isinstance(given, Range):
+        given = str(given)
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", str(given).strip())
+    if match and match[2] is None:
+        return int(match[1])
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        least, most = int(match[1]), int(match[2])
+        return least if least == most else Range(least, most)
+    raise ValueError(f"expected a number N from 0 on, or {Range.metavar} with 1 <= MIN <= MAX")
+
+
+Count = Annotated[
+    int | Range,
+    PlainValidator(as_count),
+    PlainSerializer(lambda count: str(count) if isinstance(count, Range) else count),
+]
+"""How many there are of something: so many, or as many of a range as there is room for."""
+
+
+def least(count: int | Range) -> int:
+    """The fewest that will do."""
+    return count.least if isinstance(count, Range) else count
+
+
+def most(count: int | Range) -> int:
+    """The most that there may be."""
+    return count.most if isinstance(count, Range) else count
 
 
 def nested_models(field: FieldInfo) -> list[type[BaseModel]]:

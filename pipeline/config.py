@@ -5,11 +5,12 @@ is done, and how much of it. Inputs enter a fingerprint by content, never by pat
 changes the default of a hashed field keeps the old one as its neutral value: see ``kac.fingerprint``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -25,7 +26,7 @@ from kac.fingerprint import fingerprint, hashed_values, unhashed
 from kac.metrics.features import check_names
 from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.objectives import EndpointConfig, ObjectiveConfig
-from kac.options import Options, flatten
+from kac.options import Count, Options, flatten
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
@@ -119,7 +120,40 @@ DRY_RUN = unhashed(
     False, "say what the work takes, and stop before anything is written but decoded data into the cache"
 )
 GPU = unhashed(None, "whether each worker takes a GPU; default: where the cluster has some now")
-WORKERS = unhashed(None, "Ray Train workers; 0: in this process; default: one a GPU, or 0 where there is none", ge=0)
+WORKERS = unhashed(
+    None,
+    "Ray Train workers; MIN:MAX: as many as there is room for, and the batch is cut for MAX; 0: in this process; "
+    "default: one a GPU, or 0 where there is none",
+)
+CPUS_PER_WORKER = unhashed(1.0, "CPUs that a worker takes", gt=0)
+GPUS_PER_WORKER = unhashed(1.0, "share of a GPU that a worker takes, where it takes any", gt=0, le=1)
+ACTORS = unhashed(
+    None,
+    "actors; MIN:MAX: as many as there is room for; 0: in this process, without Ray; default: one a GPU, or "
+    "one a CPU without GPUs",
+)
+ACTOR_GPU = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
+CPUS_PER_ACTOR = unhashed(None, "CPUs that an actor takes; default: 1, or 0 where it takes a GPU", ge=0)
+GPUS_PER_ACTOR = unhashed(1.0, "share of a GPU that an actor takes, where it takes any", gt=0, le=1)
+
+
+def by_name(option: str, given: Any, name: str = "FIELD") -> Any:
+    """Words NAME=VALUE as a mapping; anything else as it is. Raises ``ValueError``."""
+    if not isinstance(given, list | tuple):
+        return given
+    pairs = [str(word).partition("=") for word in given]
+    wrong = next((str(word) for word, (key, equals, _) in zip(given, pairs, strict=True) if not (key and equals)), None)
+    if wrong is not None:
+        raise ValueError(f"{option}: expected {name}=VALUE, found {wrong!r}")
+    if len({key for key, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"{option}: expected each {name.lower()} once, found {' '.join(map(str, given))}")
+    return {key: value for key, _, value in pairs}
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(lambda given: by_name("--label-selector", given, "KEY"))]
+LABEL_SELECTOR = unhashed(
+    {}, "labels that a node must have to take part of this work: KEY=VALUE, KEY=!VALUE, 'KEY=in(ONE,OTHER)'"
+)
 
 REGISTER = unhashed(None, "name to register the student under in MLflow's model registry; default: it is not")
 
@@ -150,8 +184,11 @@ class TeachSpec(Spec):
     precision: Precision = Precision()
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped, for guidance")
     seed: int = SEED
-    workers: int | None = WORKERS
+    workers: Count | None = WORKERS
     gpu: bool | None = GPU
+    cpus_per_worker: float = CPUS_PER_WORKER
+    gpus_per_worker: float = GPUS_PER_WORKER
+    label_selector: Labels = LABEL_SELECTOR
     checkpoint_updates: int = CHECKPOINT_UPDATES
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     sample_updates: int | None = SAMPLE_UPDATES
@@ -238,11 +275,11 @@ class RolloutSpec(RolloutRecipe, Spec):
         "lz4", "Parquet compression of the knots (byte-stream split)"
     )
     batch_size: PositiveInt = unhashed(512, "trajectories a network call")
-    actors: int | None = unhashed(
-        None, "rollout actors; 0: in this process, without Ray; default: one a GPU, or one a CPU without GPUs", ge=0
-    )
-    gpu: bool | None = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
-    gpus_per_actor: float = unhashed(1.0, "share of a GPU that an actor takes, where it takes any", gt=0, le=1)
+    actors: Count | None = ACTORS
+    gpu: bool | None = ACTOR_GPU
+    cpus_per_actor: float | None = CPUS_PER_ACTOR
+    gpus_per_actor: float = GPUS_PER_ACTOR
+    label_selector: Labels = LABEL_SELECTOR
     dry_run: bool = DRY_RUN
 
     @field_validator("guidance")
@@ -293,8 +330,11 @@ class DistillSpec(StudentOptions, Spec):
     steps: PositiveInt = Field(
         4, description="macro steps of the student, a divisor of the store's knots; of an any-step student its default"
     )
-    workers: int | None = WORKERS
+    workers: Count | None = WORKERS
     gpu: bool | None = GPU
+    cpus_per_worker: float = CPUS_PER_WORKER
+    gpus_per_worker: float = GPUS_PER_WORKER
+    label_selector: Labels = LABEL_SELECTOR
     register: str | None = REGISTER
     dry_run: bool = DRY_RUN
 
@@ -358,17 +398,21 @@ class SweepSpec(StudentOptions, Spec):
     rollout: bool = unhashed(False, "add guidance scales that the store lacks to it first")
     register: str | None = unhashed(None, "name under which the best student is registered in MLflow")
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
-    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial")
+    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial, or with --workers each of them")
     gpus_per_trial: float | None = unhashed(
-        None, "GPUs a trial, or a share of one; default: 1 where the cluster has some, else 0", ge=0
+        None,
+        "GPUs a trial, or with --workers each of them, or a share of one; default: 1 where the cluster has some, "
+        "else 0",
+        ge=0,
     )
+    label_selector: Labels = LABEL_SELECTOR
 
     @field_validator("grid", "search", mode="before")
     @classmethod
     def _by_field(cls, given: Any, info: ValidationInfo) -> Any:
         """Words FIELD=VALUE,VALUE as a mapping; a single value is an axis too."""
         if isinstance(given, list | tuple):
-            given = _by_name(f"--{info.field_name}", given)
+            given = by_name(f"--{info.field_name}", given)
         if info.field_name == "search" or not isinstance(given, dict):
             return given
         axes = {name: _axis(values) for name, values in given.items()}
@@ -412,18 +456,6 @@ class SweepSpec(StudentOptions, Spec):
         return features
 
 
-def _by_name(option: str, words: Sequence[Any]) -> dict[str, str]:
-    pairs = [str(word).partition("=") for word in words]
-    wrong = next(
-        (str(word) for word, (name, equals, _) in zip(words, pairs, strict=True) if not (name and equals)), None
-    )
-    if wrong is not None:
-        raise ValueError(f"{option}: expected FIELD=VALUE, found {wrong!r}")
-    if len({name for name, _, _ in pairs}) < len(pairs):
-        raise ValueError(f"{option}: expected each field once, found {' '.join(map(str, words))}")
-    return {name: value for name, _, value in pairs}
-
-
 def _axis(values: Any) -> tuple[Any, ...]:
     if isinstance(values, str):
         return tuple(value.strip() for value in values.split(","))
@@ -460,10 +492,11 @@ class EvaluateSpec(Spec):
         "inception (ImageNet's, extras of this package); FILE.pt (TorchScript); package.module:factory",
     )
     batch_size: PositiveInt = Field(500, description="samples a network call")
-    actors: int | None = unhashed(
-        None, "actors that draw; 0: in this process, without Ray; default: one a GPU, or one a CPU without GPUs", ge=0
-    )
-    gpu: bool | None = unhashed(None, "whether each actor takes a GPU; default: where the cluster has some now")
+    actors: Count | None = ACTORS
+    gpu: bool | None = ACTOR_GPU
+    cpus_per_actor: float | None = CPUS_PER_ACTOR
+    gpus_per_actor: float = GPUS_PER_ACTOR
+    label_selector: Labels = LABEL_SELECTOR
 
     @field_validator("features")
     @classmethod

@@ -13,7 +13,7 @@ from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, 
 from kac.errors import CheckpointError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
-from kac.options import OptionError
+from kac.options import OptionError, most
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
 from pipeline import cluster, decode, logged_models, outputs, storage, store, tracking, training
@@ -26,7 +26,8 @@ class DistillTask:
 
     Attributes:
         init: model folder of the first weights, those of a teacher or of another student.
-        batch: makes the intervals of an update, a worker's own, on its device; by default they are read from the store.
+        batch: makes the intervals of an update, those of a worker alone, on its device; by default they are read from
+            the store.
     """
 
     spec: DistillSpec
@@ -46,14 +47,18 @@ class DistillTask:
         config = student_network(first.config, objective)
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
-        # The workers' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
-        batch = functools.lru_cache(maxsize=1)(self.batch or _Intervals(spec, objective, worker).batch)
+        made = self.batch
+        read = _Intervals(spec, objective, worker).batch if made is None else lambda update, seat: made(update)
+        # The seats' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
+        batch = functools.lru_cache(maxsize=1)(read)
 
         refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, self.init, first.config, worker)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
             training.seed_dropout(spec.seed, micro)
-            parts = (part[micro.number :: micro.accumulation] for part in batch(micro.update))
+            parts = (
+                part[micro.slot % micro.accumulation :: micro.accumulation] for part in batch(micro.update, micro.seat)
+            )
             followed = objective.losses(network, Interval(*parts))
             return followed if refine is None else refine.losses(network, micro, followed)
 
@@ -103,32 +108,36 @@ class _Refinement:
 
 
 class _Intervals:
-    """A worker's batches, from the first update that asks for one: a resumed run begins in the middle."""
+    """The batches of a worker's seats, from the first update that asks for one: a resumed run begins in the middle.
+
+    A worker that does the work of several reads as each of them does, in its order, which depends on the memory that
+    each is given: columns that stream take as much for every seat; those that are loaded are loaded once.
+    """
 
     def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
         self.spec, self.objective, self.worker = spec, objective, worker
         self.source = store.open(spec.store).without_last(spec.held_out_rows)
-        self.next_update = -1
-        self.batches: Iterator[Interval] = iter(())
+        self.begun: dict[int, tuple[int, Iterator[Interval]]] = {}  # by seat, with the update that is next
 
-    def batch(self, update: int) -> Interval:
+    def batch(self, update: int, seat: int) -> Interval:
         """The batch of an update, on the worker's device."""
-        if update != self.next_update:
-            spec, worker = self.spec, self.worker
-            self.batches = self.source.interval_batches(
-                spec.optimizer.batch_size // worker.world_size,
+        next_update, batches = self.begun.get(seat, (-1, iter(())))
+        if update != next_update:
+            spec, seats = self.spec, self.worker.seats
+            batches = self.source.interval_batches(
+                spec.optimizer.batch_size // seats,
                 self.objective,
                 self.source.guidance if spec.guidance == "all" else spec.guidance,
-                rank=worker.rank,
-                world_size=worker.world_size,
+                rank=seat,
+                world_size=seats,
                 seed=spec.seed,
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        self.next_update = update + 1
+        self.begun[seat] = update + 1, batches
         # The store's reader reads ahead by itself: all that is left to do here is to copy without waiting.
         device = self.worker.device
-        return training.on_device(training.pinned(next(self.batches), device), device)
+        return training.on_device(training.pinned(next(batches), device), device)
 
 
 def distill(
@@ -147,11 +156,11 @@ def distill(
         DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
     """
     spec = absolute(spec)
-    check_storage(spec, lambda: training.choose_place(spec.workers, spec.gpu).workers > 0)
+    check_storage(spec, lambda: bool(training.choose_place(spec).workers))
     spec = resolve(spec)
     plan = check(spec)
-    place = training.choose_place(spec.workers, spec.gpu)
-    storage.check_shared({"--teacher": plan.init}, lambda: place.workers > 0)
+    place = training.choose_place(spec)
+    storage.check_shared({"--teacher": plan.init}, lambda: bool(place.workers))
     _check_passes(spec, place)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
@@ -163,6 +172,7 @@ def distill(
         if spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
+    training.await_workers("distill", place)
     if on_report is None:
         print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     with start_run(spec, plan, parent) as run:
@@ -222,7 +232,7 @@ def _calls(spec: DistillSpec) -> float:
 
 def _check_passes(spec: DistillSpec, place: training.Place) -> None:
     """Refuse a refinement in passes of a single image, between which there is no distance."""
-    passes = max(1, place.workers) * spec.optimizer.accumulation
+    passes = max(1, most(place.workers)) * spec.optimizer.accumulation
     if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
         raise OptionError(
             f"--refine data: expected --refine.real-images and --optimizer.batch-size of at least {2 * passes} for "
@@ -238,7 +248,7 @@ def _told(spec: DistillSpec) -> str:
 def resolve(spec: DistillSpec) -> DistillSpec:
     """The spec with paths that every process of the cluster understands, and its choices made."""
     spec = absolute(spec)
-    return spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+    return spec.settled(lambda: training.choose_place(spec).on_gpu)
 
 
 StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)

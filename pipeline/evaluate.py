@@ -20,8 +20,9 @@ from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import outputs, pictures, storage, tracking
+from pipeline.actor_place import choose_place
 from pipeline.config import EvaluateSpec
-from pipeline.evaluation.actors import draws_on_gpu, make_chunks, open_spaces
+from pipeline.evaluation.actors import make_chunks, open_spaces
 from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
 from pipeline.evaluation.inputs import resolve
 from pipeline.evaluation.model_runs import (
@@ -45,6 +46,7 @@ from pipeline.evaluation.scores import (
     table,
 )
 from pipeline.evaluation.sources import CHUNK_ROWS, ModelSamples, RealImages, chunks, unfinished
+from pipeline.placement import await_room
 
 SAMPLES_FILE = "samples.npz"
 """The shown samples of each row of the table, under the row's number."""
@@ -98,7 +100,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     """
     spec = resolve(spec)
     _check_storage(spec)
-    spec = spec.settled(lambda: draws_on_gpu(spec))
+    spec = spec.settled(lambda: choose_place(spec).on_gpu)
     candidates = _candidates(spec)
     content = _content(spec, candidates)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
@@ -106,6 +108,9 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         record = read_record(spec.out)
         print(table(record), flush=True)
         return list(record.scores)
+    if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
+        # For one at least; how many there is work for shows later.
+        await_room("evaluate", "--actors", 1, choose_place(spec).share)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     data = candidates[0].config.data

@@ -83,10 +83,10 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     )
     storage.check_shared(
         {"--out": spec.out, "--data.root": root, **storage.cache_of(root is not None)},
-        is_spread=lambda: training.choose_place(spec.workers, spec.gpu).workers > 0,
+        is_spread=lambda: bool(training.choose_place(spec).workers),
         writes_to_mlflow=spec.out,
     )
-    spec = spec.settled(lambda: training.choose_place(spec.workers, spec.gpu).on_gpu)
+    spec = spec.settled(lambda: training.choose_place(spec).on_gpu)
     decode.prepare(spec.data)
     data = open_dataset(spec.data).description
     network = (spec.network, data.sample_shape, data.num_classes)
@@ -98,7 +98,8 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
-    place, fingerprint = training.choose_place(spec.workers, spec.gpu), spec.fingerprint(**content)
+    place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
+    training.await_workers("teach", place)
     print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]

@@ -7,16 +7,17 @@ of an actor that is lost is made by another one: see ``pool.py``.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from kac.data import DataConfig, open_dataset
 from kac.device import default_device
 from kac.errors import DistillKacError, one_line
 from kac.metrics.features import FeatureSpace, open_space
+from kac.options import most
 from pipeline import cluster
+from pipeline.actor_place import choose_place
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.pool import each_once
 from pipeline.evaluation.sources import Chunk, make
+from pipeline.placement import await_room
 from pipeline.progress import ProgressBar
 
 
@@ -33,13 +34,6 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
     with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
         for rows in finished:
             bar.update(rows)
-
-
-def draws_on_gpu(spec: EvaluateSpec) -> bool:
-    """Whether the samples are drawn on GPUs; asks Ray for its resources if the options do not say it."""
-    if spec.actors == 0:
-        return torch.cuda.is_available()
-    return bool(cluster.connect().gpus) if spec.gpu is None else spec.gpu
 
 
 class ChunkActor:
@@ -75,12 +69,11 @@ def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Iterat
 def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Iterator[int]:
     import ray
 
-    resources = cluster.connect()
-    on_gpu = draws_on_gpu(spec)
-    count = min(spec.actors or resources.gpus or resources.cpus, len(todo))
-    actor: Any = ray.remote(ChunkActor).options(num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0)
+    place = choose_place(spec).for_work(len(todo))
+    await_room("evaluate", "--actors", place.actors, place.share)
+    actor: Any = ray.remote(ChunkActor).options(**place.share.remote_options)
     try:
-        yield from each_once(lambda: actor.remote(spec.features, data, expected), count, todo)
+        yield from each_once(lambda: actor.remote(spec.features, data, expected), most(place.actors), todo)
     except ray.exceptions.RayTaskError as error:
         raise DistillKacError(one_line(error.cause)) from None
     except ray.exceptions.RayError as error:

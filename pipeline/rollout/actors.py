@@ -7,6 +7,13 @@ What Ray does by default, and what is done about it (Ray 2.60):
 - ``max_errored_blocks`` would drop blocks in silence: it stays 0.
 - ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
 - ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
+- A pool of ``min_size`` to ``max_size`` actors that take two shards each never grows (its threshold, 1.75 tasks a
+  call, is out of reach). A range is therefore a pool of its largest size: those actors work that a node has room
+  for, the pending ones tell the autoscaler (two 1-CPU nodes, 80 shards of a second, the second node joining after 18
+  seconds: its actor began 8 seconds later, every shard once; as a pool of 1 to 3 the first actor did all).
+- An actor whose node is lost keeps its place in the pool and its shards (ray-project/ray #62746). They come last: idle
+  actors end with the last shard that nobody has, which makes the room to start it again (the same run, the second node
+  lost in the middle: two shards were computed 20 seconds after the others, every shard once).
 - A write stage behind a pool that takes every CPU starves: actors publish by themselves. They take two shards at a
   time, so that the upload of one runs while the other is computed.
 """
@@ -21,10 +28,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kac.errors import one_line
+from kac.options import most
 from pipeline import cluster
+from pipeline.actor_place import choose_place
 from pipeline.config import RolloutSpec
 from pipeline.ray_data import numbered
-from pipeline.rollout.place import Place, choose_place
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import RolloutError, endpoint_rms
@@ -45,7 +53,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         RolloutError: a shard failed; the message names it.
     """
     place = choose_place(spec)
-    actors = min(place.actors, len(plan.todo))
+    actors = most(place.for_work(len(plan.todo)).actors)
     # On the driver's node: if that goes, so does the job. A restarted ledger counts anew: a shard that kills its
     # process is given up later.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -63,7 +71,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         pause_seconds=PAUSE_SECONDS,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
-        **resources_of(place),
+        **place.share.remote_options,
     )
     rows = made.iter_rows()
     try:
@@ -78,18 +86,13 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
     raise RolloutError(failure)
 
 
-def resources_of(place: Place) -> dict[str, Any]:
-    """What Ray is to give to an actor."""
-    return {"num_cpus": 0, "num_gpus": place.gpus_per_actor} if place.on_gpu else {"num_cpus": 1, "num_gpus": 0}
-
-
 def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
     """``endpoint_rms`` where the actors will run: the driver may have no GPU.
 
     Raises:
         RolloutError: it failed.
     """
-    task = ray.remote(endpoint_rms).options(**resources_of(choose_place(spec)))
+    task = ray.remote(endpoint_rms).options(**choose_place(spec).share.remote_options)
     try:
         return float(ray.get(task.remote(spec, plan.identity)))
     except ray.exceptions.RayError as error:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from kac import files
 from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
+from kac.options import most
 from pipeline import cluster, storage, tracking
+from pipeline.actor_place import choose_place
 from pipeline.config import RolloutSpec
+from pipeline.placement import await_room
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
-from pipeline.rollout.place import choose_place
 from pipeline.rollout.plan import Plan, make_plan
 from pipeline.rollout.seal import remove_orphans, seal
 from pipeline.rollout.shards import Outcome, ShardMaker
@@ -51,8 +53,10 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
         return plan.manifest
     teacher = load_model(spec.teacher).config
-    files.check_writable(spec.store)
     place = choose_place(spec)
+    if place.actors:
+        await_room("rollout", "--actors", place.for_work(len(plan.todo)).actors, place.share)
+    files.check_writable(spec.store)
     print(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}", flush=True)
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",
@@ -113,7 +117,7 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
             if is_first and bar.done < total:
-                bar.say(f"rollout: {describe_remaining(outcome, total - bar.done, choose_place(spec).actors)}")
+                bar.say(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_place(spec).actors))}")
     return outcomes
 
 

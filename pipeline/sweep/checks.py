@@ -6,7 +6,7 @@ from typing import Any
 from kac.errors import DistillKacError
 from kac.metrics import quality_metrics
 from kac.options import OptionError
-from pipeline import cluster, distill, store
+from pipeline import cluster, distill, placement, store
 from pipeline.config import SweepSpec
 from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger
@@ -115,28 +115,16 @@ def _drawn(spec: SweepSpec, field: str) -> list[space.Draw]:
     return [draw for name, draw in space.draws_of(spec).items() if name == field]
 
 
-def check_resources(spec: SweepSpec) -> None:
-    """Refuse trials that no node can ever run.
+def await_room(spec: SweepSpec) -> None:
+    """Return once the cluster has room for a trial; raises as ``placement.await_room``."""
+    share = share_of_trial(spec, cluster.connect())
+    option, count = ("--workers", spec.workers) if spec.workers else ("--cpus-per-trial, --gpus-per-trial", 1)
+    placement.await_room("sweep", option, count, share)
 
-    Raises:
-        OptionError: it says what was asked, and what there is.
-    """
-    import ray
 
-    resources = cluster.connect()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU"))
-    if spec.workers:
-        has, what = (resources.gpus, "GPUs") if resources.gpus else (resources.cpus, "CPUs")
-        if spec.workers > has:
-            raise OptionError(f"--workers: expected at most the {has} {what} of the cluster, found {spec.workers}")
-        return
-    for option, asked, has in (
-        ("--cpus-per-trial", spec.cpus_per_trial, cpus),
-        ("--gpus-per-trial", gpus_a_trial(spec, resources), gpus),
-    ):
-        if asked > has:
-            raise OptionError(f"{option}: expected at most the {has:g} of the largest node, found {asked:g}")
+def share_of_trial(spec: SweepSpec, resources: cluster.Resources) -> placement.Share:
+    """What a trial takes of a node, or each of its workers."""
+    return placement.Share(spec.cpus_per_trial, gpus_a_trial(spec, resources), spec.label_selector)
 
 
 def gpus_a_trial(spec: SweepSpec, resources: cluster.Resources) -> float:

@@ -21,6 +21,9 @@ NOT_VARIED = (
     "dry_run",
     "workers",
     "gpu",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "label_selector",
     "checkpoint_updates",
     "sample_updates",
     "memory_gib",
@@ -227,6 +230,10 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0
+    if spec.workers:
+        gpu = {"gpu": spec.gpus_per_trial > 0} if spec.gpus_per_trial is not None else {}
+        share = {"gpus_per_worker": spec.gpus_per_trial} if spec.gpus_per_trial else {}
+        options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector, **gpu, **share}
     # A kind comes first: the other fields of its object are that kind's.
     for field in sorted(values, key=lambda field: not field.endswith(".kind")):
         options = _with(options, field.split("."), values[field])

@@ -52,7 +52,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
         print(f"sweep: all {total} students in {spec.out} are complete: nothing to do", flush=True)
         return ledger.records
-    checks.check_resources(spec)
+    checks.await_room(spec)
     inputs = {"rollout": content["store"]}
     fingerprint = spec.fingerprint(**content)
     read = [tracking.Dataset("store", content["store"], spec.store)]

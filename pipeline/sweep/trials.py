@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from kac.errors import one_line
-from pipeline import cluster, distill, store, tracking
+from pipeline import cluster, distill, placement, store, tracking
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep import space
-from pipeline.sweep.checks import gpus_a_trial
+from pipeline.sweep.checks import share_of_trial
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import Point
 
@@ -39,9 +39,13 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     resources = cluster.connect()
     # A trial that starts Ray Train workers holds no part of a CPU, or they would wait for it where they need them all.
-    waits = {"memory": WAITING_BYTES}
-    needs = waits if spec.workers else {"CPU": spec.cpus_per_trial, "GPU": gpus_a_trial(spec, resources)}
-    side_by_side = max(1, (resources.gpus or resources.cpus) // spec.workers) if spec.workers else None
+    share, waits = share_of_trial(spec, resources), {"memory": WAITING_BYTES}
+    selector = dict(spec.label_selector)
+    needs = tune.PlacementGroupFactory(
+        [waits if spec.workers else share.resources],
+        **({"bundle_label_selector": [selector]} if selector and not spec.workers else {}),
+    )
+    side_by_side = max(1, int(placement.room(placement.alive(), share)) // spec.workers) if spec.workers else None
     searcher = LedgerSearch(
         spec,
         ledger,

@@ -2,7 +2,7 @@
 
 from pipeline.training.ahead import made_ahead, on_device, pinned
 from pipeline.training.cost import describe_cost, describe_place, log_cost
-from pipeline.training.hosts import OnReport, Place, choose_place, train
+from pipeline.training.hosts import OnReport, Place, await_workers, choose_place, train
 from pipeline.training.learner import (
     EpochOrder,
     Learner,
@@ -34,6 +34,7 @@ __all__ = [
     "TrainedNetwork",
     "Validation",
     "Worker",
+    "await_workers",
     "choose_place",
     "describe_cost",
     "describe_place",

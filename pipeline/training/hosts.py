@@ -12,8 +12,11 @@ from torch import Tensor
 from kac import files
 from kac.device import default_device
 from kac.errors import DistillKacError
+from kac.options import OptionError, Range, least, most
 from pipeline import cluster
+from pipeline.config import DistillSpec, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.placement import Share, await_room
 from pipeline.training import recovery
 from pipeline.training.learner import Worker
 from pipeline.training.loop import Job, averaged_weights, run_updates
@@ -25,8 +28,9 @@ OnReport = Callable[[dict[str, float]], None]
 class Place(NamedTuple):
     """Where a training runs."""
 
-    workers: int  # of Ray Train; 0: this process
-    use_gpu: bool  # whether each of them takes a GPU
+    workers: int | Range  # of Ray Train; 0: this process
+    use_gpu: bool  # whether each of them takes a GPU, or a share of one
+    share: Share = Share(1.0)  # what each of them takes of a node
 
     @property
     def on_gpu(self) -> bool:
@@ -37,25 +41,57 @@ class Place(NamedTuple):
         device = "GPU" if self.on_gpu else "CPU"
         if not self.workers:
             return f"in this process on the {device}"
-        return f"on {self.workers} worker{'s' * (self.workers > 1)} with a {device} each"
+        number = f"{least(self.workers)} to {most(self.workers)}" if isinstance(self.workers, Range) else self.workers
+        if self.share == Share(1.0, float(self.use_gpu)):
+            return f"on {number} worker{'s' * (self.workers != 1)} with a {device} each"
+        return f"on {number} worker{'s' * (self.workers != 1)} with {self.share} each"
 
 
-def choose_place(asked: int | None, gpu: bool | None) -> Place:
-    """How many Ray Train workers, and whether each takes a GPU: by default one a GPU, or none and this process.
+def choose_place(spec: TeachSpec | DistillSpec) -> Place:
+    """How many Ray Train workers, and what each takes: by default one a GPU, or none and this process.
 
     A cluster that scales from nothing has no GPU yet: there both must be asked for.
+
+    Raises:
+        OptionError: options that do not go together.
     """
-    if asked == 0:
-        return Place(0, False)
+    if spec.workers == 0:
+        return _checked(spec, Place(0, False))
     gpus = cluster.connect().gpus
-    return Place(gpus if asked is None else asked, gpus > 0 if gpu is None else gpu)
+    use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
+    share = Share(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
+    return _checked(spec, Place(gpus if spec.workers is None else spec.workers, use_gpu, share))
+
+
+def _checked(spec: TeachSpec | DistillSpec, place: Place) -> Place:
+    if spec.gpu and not place.on_gpu:
+        raise OptionError("--gpu: expected a GPU here or in the cluster, found none: add --workers to wait for some")
+    if spec.label_selector and not place.workers:
+        raise OptionError("--label-selector: expected workers to be placed, found none: add --workers")
+    if spec.label_selector and isinstance(place.workers, Range):
+        # Its elastic groups count the room on nodes of any labels, and then wait for workers that cannot start.
+        raise OptionError(f"--label-selector: expected a fixed number of --workers, found {place.workers}")
+    if place.use_gpu and spec.gpus_per_worker < 1 and most(place.workers) > 1:
+        # NCCL refuses two ranks on one GPU.
+        raise OptionError(
+            f"--gpus-per-worker: expected whole GPUs for several workers, found {spec.gpus_per_worker:g}: "
+            "leave it out, or take one worker"
+        )
+    return place
+
+
+def await_workers(stage: str, place: Place) -> None:
+    """Return once the cluster has room for the workers; raises as ``placement.await_room``."""
+    if place.workers:
+        await_room(stage, "--workers", place.workers, place.share)
 
 
 def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str, Tensor]:
     """Run the loop and return the averaged weights.
 
     Args:
-        place: Ray Train's workers are data-parallel.
+        place: Ray Train's workers are data-parallel. Between the ends of a range any number of them computes the same;
+            where it changes, they go on from the last checkpoint.
         on_report: called at every validation and checkpoint of a loop in this process, and after the last one of
             workers.
 
@@ -63,7 +99,7 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
         DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
     """
     batch, parts = job.task.optimizer.batch_size, job.task.optimizer.accumulation
-    if place.workers and batch % (place.workers * parts):
+    if place.workers and batch % (most(place.workers) * parts):
         passes = f", of {parts} passes an update each" * (parts > 1)
         raise DistillKacError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {place.workers}")
     done = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
@@ -88,12 +124,17 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    location = files.locate(job.out)
+    location, workers = files.locate(job.out), place.workers
     make_trainer = functools.partial(
         TorchTrainer,
         _ray_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.use_gpu),
+        train_loop_config={"job": job, "most": workers.most if isinstance(workers, Range) else None},
+        scaling_config=ScalingConfig(
+            num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
+            use_gpu=place.use_gpu,
+            resources_per_worker=place.share.resources,
+            label_selector=dict(place.share.label_selector) or None,
+        ),
         run_config=RunConfig(
             # The same name in the same folder resumes: the folder belongs to one spec.
             name=TRAINING_FOLDER,
@@ -120,7 +161,8 @@ def _ray_worker(config: dict[str, Any]) -> None:
     cluster.quiet("ray.train")
     job: Job = config["job"]
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["most"])
 
     def report(metrics: dict[str, float], state: bytes | None) -> None:
         with tempfile.TemporaryDirectory() as folder:

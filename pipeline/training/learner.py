@@ -27,34 +27,56 @@ class Worker(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+    most: int | None = None  # workers that the group may have, if their number may change
+
+    @property
+    def seats(self) -> int:
+        """How many workers an update's batch is cut for; fewer do the work of several each."""
+        return self.most or self.world_size
 
 
 class MicroBatch(NamedTuple):
     """A part of an update's batch: what a worker takes in one pass.
 
     What is random about it depends on its slot, whichever worker has it: one worker with two micro-batches an update
-    computes what two workers with one each do.
+    computes what two workers with one each do. The slots are those of a group of full size, its first seat's first; a
+    smaller group shares them out as evenly as it can.
     """
 
     update: int
-    number: int  # 0 .. accumulation - 1, on its worker
+    number: int  # 0 .. passes - 1, on its worker
     accumulation: int
     worker: Worker
 
     @property
     def slots(self) -> int:
         """How many parts the update's batch has."""
-        return self.worker.world_size * self.accumulation
+        return self.worker.seats * self.accumulation
 
     @property
     def slot(self) -> int:
         """Which of them this is."""
-        return self.worker.rank * self.accumulation + self.number
+        return self._own.start + self.number
+
+    @property
+    def seat(self) -> int:
+        """The rank of the worker that has it in a group of full size."""
+        return self.slot // self.accumulation
+
+    @property
+    def passes(self) -> int:
+        """How many its worker takes in an update."""
+        return len(self._own)
 
     @property
     def is_last(self) -> bool:
         """Whether it is the last that its worker takes in the update."""
-        return self.number == self.accumulation - 1
+        return self.number == self.passes - 1
+
+    @property
+    def _own(self) -> range:
+        rank, size = self.worker.rank, self.worker.world_size
+        return range(rank * self.slots // size, (rank + 1) * self.slots // size)
 
     def next(self) -> "MicroBatch":
         """What its worker takes after it."""
@@ -193,9 +215,11 @@ class NetworkLearner(TrainedNetwork):
     def update(self, number: int) -> Progress:
         """Do update ``number``: the mean of the losses of its micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        accumulation = self.options.accumulation
-        found = [self._add(MicroBatch(number, n, accumulation, self.worker)) for n in range(accumulation)]
-        means = {name: torch.stack([parts[name] for parts in found]).mean() for name in found[0]}
+        first = MicroBatch(number, 0, self.options.accumulation, self.worker)
+        found = [self._add(first._replace(number=n)) for n in range(first.passes)]
+        # A worker that takes more passes than others counts for more in the mean over the workers.
+        weight = first.passes * self.worker.world_size / first.slots
+        means = {name: weight * torch.stack([parts[name] for parts in found]).mean() for name in found[0]}
         return Progress(means, {"gradient_norm": self.step(number)})
 
     def _add(self, micro: MicroBatch) -> dict[str, Tensor]:
@@ -204,7 +228,8 @@ class NetworkLearner(TrainedNetwork):
 
         def loss() -> Tensor:
             parts.update(self.losses(self.forward, micro))
-            return torch.stack(list(parts.values())).sum() / micro.accumulation
+            # The workers' gradients are averaged over them, whatever the number of passes behind each.
+            return torch.stack(list(parts.values())).sum() / (micro.slots / micro.worker.world_size)
 
         self.accumulate(loss, micro.is_last)
         return {name: part.detach() for name, part in parts.items()}

@@ -16,11 +16,12 @@ from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.solvers import knot_times, solve
 from pipeline import store
+from pipeline.actor_place import Place, choose_place
 from pipeline.cluster import Resources
 from pipeline.config import RolloutSpec
+from pipeline.placement import Node, Share
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout.actors import MAX_ATTEMPTS, Ledger
-from pipeline.rollout.place import Place, choose_place
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stores import make_teacher
 
@@ -156,14 +157,16 @@ def test_another_precision_says_what_it_costs(
 def test_fractions_of_a_gpu_make_more_actors(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def place(gpus: int, **options: object) -> Place:
         monkeypatch.setattr("pipeline.cluster.connect", lambda: Resources(cpus=8, gpus=gpus))
+        monkeypatch.setattr("pipeline.placement.alive", lambda: [Node({"CPU": 8, "GPU": gpus}, {})])
         return choose_place(spec(teacher, tmp_path, **{"actors": None, **options}))
 
-    assert place(0) == Place(8, 0)
-    assert place(2) == Place(2, 1.0)
-    assert place(2, gpus_per_actor=0.25) == Place(8, 0.25)
-    assert place(3, gpus_per_actor=0.1) == Place(30, 0.1)
-    assert place(2, gpu=False) == Place(8, 0)
-    assert place(0, gpu=True, actors=5) == Place(5, 1.0)
+    assert place(0) == Place(8, Share(1))
+    assert place(0, cpus_per_actor=3) == Place(2, Share(3))
+    assert place(2) == Place(2, Share(0, 1))
+    assert place(2, gpus_per_actor=0.25) == Place(8, Share(0, 0.25))
+    assert place(3, gpus_per_actor=0.4, cpus_per_actor=1) == Place(6, Share(1, 0.4)), "a share lies on one GPU"
+    assert place(2, gpu=False) == Place(8, Share(1))
+    assert place(0, gpu=True, actors=5) == Place(5, Share(0, 1))
     assert str(place(2, gpus_per_actor=0.25)) == "on 8 actors with 0.25 GPU each"
 
 

@@ -1,0 +1,204 @@
+"""What is asked of a cluster: numbers and ranges, shares of nodes, and refusals of what none of them has room for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from jobs.parsing import parse
+from kac.checkpoint import load_model
+from kac.options import OptionError, Range
+from pipeline import training
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
+from pipeline.distill import DistillTask, distill, resolve
+from pipeline.evaluate import evaluate
+from pipeline.placement import Node, Share
+from pipeline.rollout import rollout
+from pipeline.sweep import sweep
+from pipeline.teach import TeachTask, teach
+from pipeline.tracking import TrackedRun
+from pipeline.training.loop import averaged_weights, run_updates
+from tests.pipeline.stages import FEW, distill_spec, teach_spec
+
+
+class Untracked(TrackedRun):
+    """In the place of an MLflow run."""
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Nothing is logged."""
+
+    def flush(self, seconds: float = 0.0) -> bool:
+        """All is delivered."""
+        return True
+
+
+def parsed(spec: type[Any], words: str) -> Any:
+    return parse(spec, words.split(), "test")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("3", 3), ("0", 0), ("2:8", Range(2, 8)), ("4:4", 4), ("1:2", Range(1, 2))]
+)
+def test_a_number_or_a_range_is_the_same_from_all_sides(tmp_path: Path, given: str, expected: int | Range):
+    (tmp_path / "options.yaml").write_text(f"actors: {given}\n")
+    rest = "--teacher t --store s"
+    spec = parsed(RolloutSpec, f"--actors {given} {rest}")
+    assert spec.actors == expected
+    assert parsed(RolloutSpec, f"--config {tmp_path / 'options.yaml'} {rest}") == spec
+    assert RolloutSpec(teacher="t", store="s", actors=expected) == spec
+    assert RolloutSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize("given", ["0:4", "8:2", "-1", "2:", "two", "1.5"])
+def test_what_is_neither_is_refused(given: str):
+    with pytest.raises(OptionError, match=r"^--workers: expected a number N .*MIN:MAX .*, found"):
+        DistillSpec(store="s", out="o", workers=given)
+
+
+def test_a_selector_is_words_or_a_mapping(tmp_path: Path):
+    (tmp_path / "options.yaml").write_text("label_selector: {market: spot}\n")
+    for spec, rest in ((TeachSpec, "--out o"), (SweepSpec, "--out o --store s"), (EvaluateSpec, "--out o --teacher t")):
+        given = parsed(spec, f"--label-selector market=spot {rest}")
+        assert given.label_selector == {"market": "spot"}
+        assert parsed(spec, f"--config {tmp_path / 'options.yaml'} {rest}") == given
+    with pytest.raises(OptionError, match="--label-selector: expected KEY=VALUE, found 'spot'"):
+        parsed(TeachSpec, "--label-selector spot --out o")
+
+
+def test_a_node_has_room_for_whole_shares():
+    node = Node({"CPU": 4, "GPU": 2}, {"market": "spot"})
+    assert node.room(Share(1)) == 4
+    assert node.room(Share(1.5)) == 2
+    assert node.room(Share(1, 1)) == 2
+    assert node.room(Share(0, 0.4)) == 4, "a share lies on one GPU"
+    for wanted, room in (("spot", 4), ("!spot", 0), ("in(on-demand, spot)", 4), ("!in(on-demand)", 4), ("other", 0)):
+        assert node.room(Share(1, 0, {"market": wanted})) == room
+    assert node.room(Share(1, 0, {"zone": "!a"})) == 4
+
+
+# Elastic groups.
+
+CUT_FOR = 4, 3
+"""Workers at most of a teacher in one pass each, and of a student in two."""
+
+
+def elastic_tasks(teacher: str, small_store: str, out: Path) -> tuple[TeachTask, DistillTask]:
+    two_passes = FEW.model_copy(update={"batch_size": 48, "accumulation": 2})
+    student = resolve(
+        distill_spec(small_store, out, optimizer=two_passes, objective={"kind": "flow-map", "grids": (1, 2, 4)})
+    )
+    return TeachTask(teach_spec(out)), DistillTask(student, teacher)
+
+
+def learned(task: Any, worker: training.Worker) -> list[torch.Tensor]:
+    """The losses and the weights after a few updates."""
+    learner = task.build(worker)
+    losses = []
+    for number in range(5):
+        loss = sum(learner.update(number).losses.values()).detach()
+        if worker.world_size > 1:
+            dist.all_reduce(loss)
+        losses.append(loss / worker.world_size)
+    return [torch.stack(losses), *learner.averaged().state_dict().values()]
+
+
+def learned_together(rank: int, tasks: tuple[Any, ...], folder: Path) -> dict[int, list[list[torch.Tensor]]]:
+    """What groups of three and of two processes learn, as this rank sees it."""
+    found = {}
+    for size in (3, 2):
+        if rank < size:
+            dist.init_process_group("gloo", init_method=f"file://{folder / str(size)}", rank=rank, world_size=size)
+            workers = (training.Worker(rank, size, torch.device("cpu"), most) for most in CUT_FOR)
+            found[size] = [learned(task, worker) for task, worker in zip(tasks, workers, strict=True)]
+            dist.destroy_process_group()
+    return found
+
+
+def test_any_number_of_workers_computes_the_same(teacher: str, small_store: str, tmp_path: Path):
+    tasks = elastic_tasks(teacher, small_store, tmp_path / "out")
+    others = [mp.get_context("spawn").Process(target=learned_together, args=(rank, tasks, tmp_path)) for rank in (1, 2)]
+    for other in others:
+        other.start()
+    found = learned_together(0, tasks, tmp_path)
+    for other in others:
+        other.join(60)
+        assert other.exitcode == 0
+    uncut = learned(tasks[0], training.Worker(0, 1, torch.device("cpu")))
+    assert not torch.allclose(uncut[0], found[2][0][0], rtol=1e-3), "noise is drawn by slot"
+    for number, (task, most) in enumerate(zip(tasks, CUT_FOR, strict=True)):
+        alone = learned(task, training.Worker(0, 1, torch.device("cpu"), most))
+        for size in (2, 3):
+            for one, other in zip(alone, found[size][number], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_are_shared_out_whole():
+    for most, accumulation in ((4, 1), (3, 2), (5, 3)):
+        for size in range(1, most + 1):
+            slots = []
+            for rank in range(size):
+                micro = training.MicroBatch(0, 0, accumulation, training.Worker(rank, size, torch.device("cpu"), most))
+                assert micro.passes in {micro.slots // size, -(-micro.slots // size)}
+                while micro.update == 0:
+                    slots.append(micro.slot)
+                    micro = micro.next()
+            assert slots == list(range(most * accumulation))
+
+
+def test_an_elastic_group_of_ray_train_learns_what_one_process_does(
+    teacher: str, small_store: str, tmp_path: Path, ray_cluster: None
+):
+    spec = distill_spec(small_store, tmp_path / "group", workers="1:2")
+    distill(spec)
+    job = training.Job(DistillTask(resolve(spec), teacher), "test", str(tmp_path / "alone"), Untracked("", ""), 60)
+    state = run_updates(job, training.Worker(0, 1, torch.device("cpu"), 2), lambda metrics, state: None, None)
+    alone, group = averaged_weights(state), load_model(str(tmp_path / "group")).network.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(group[name], value, rtol=1e-4, atol=1e-5)
+
+
+# What a cluster has room for.
+
+
+def test_what_an_embedded_ray_has_no_room_for_is_refused_at_once(
+    teacher: str, small_store: str, tmp_path: Path, ray_cluster: None
+):
+    actors = {"teacher": teacher, "actors": 1}
+    roll = {
+        **actors,
+        "store": str(tmp_path / "store"),
+        "trajectories": 40,
+        "shard_size": 20,
+        "knots": 4,
+        "solver_steps": 4,
+    }
+    for run, message in (
+        (lambda: teach(teach_spec(tmp_path / "t", workers=3)), r"--workers: expected room for 3 x \(1 CPU\), found"),
+        (lambda: teach(teach_spec(tmp_path / "t", workers="3:4")), r"--workers: expected room for 3 x"),
+        (lambda: distill(distill_spec(small_store, tmp_path / "d", workers=1, gpu=True)), r"1 x \(1 CPU, 1 GPU\)"),
+        (lambda: rollout(RolloutSpec(**roll, gpu=True, gpus_per_actor=0.5)), r"--actors: .*1 x \(0.5 GPU\)"),
+        (lambda: rollout(RolloutSpec(**roll, label_selector={"market": "spot"})), "1 CPU of a node with market=spot"),
+        (lambda: rollout(RolloutSpec(**{**roll, "actors": 2}, cpus_per_actor=1.5)), r"2 x \(1.5 CPU\)"),
+        (lambda: evaluate(EvaluateSpec(**actors, out=str(tmp_path / "e"), gpu=True)), r"1 x \(1 GPU\)"),
+        (
+            lambda: sweep(SweepSpec(store=small_store, out=str(tmp_path / "s"), steps=(1,), workers=3, samples=0)),
+            r"--workers: expected room for 3 x",
+        ),
+    ):
+        with pytest.raises(OptionError, match=message + r".*2 CPU, 0 GPU\); this Ray is one machine"):
+            run()
+    assert not (tmp_path / "store").exists()
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, ray_cluster: None):
+    for options, message in (
+        ({"label_selector": {"a": "b"}}, "--label-selector: expected workers"),
+        ({"label_selector": {"a": "b"}, "workers": "1:2"}, "--label-selector: expected a fixed number of --workers"),
+        ({"label_selector": {"a": "b c"}, "workers": 1}, "--label-selector: expected labels as Ray takes them, found"),
+        ({"gpus_per_worker": 0.5, "workers": 2, "gpu": True}, "--gpus-per-worker: expected whole GPUs"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            teach(teach_spec(tmp_path / "t", **options))
