@@ -46,12 +46,16 @@ class Maker(Protocol):
 
 
 def compute_on_actors(
-    spec: RolloutSpec, plan: Plan, maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker
+    spec: RolloutSpec,
+    plan: Plan,
+    maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker,
+    pause_seconds: float = PAUSE_SECONDS,
 ) -> Iterator[Outcome]:
     """Compute or adopt every shard that is to be done, each as it is published.
 
     Args:
-        maker: what an actor makes its shards with; the benchmark has one that does no work.
+        maker: what an actor makes its shards with; the benchmark has one that does no work, and leaves no pause.
+        pause_seconds: see ``each``.
 
     Raises:
         RolloutError: a shard failed; the message names it.
@@ -72,7 +76,7 @@ def compute_on_actors(
     made = each(
         [shard.as_text() for shard in plan.todo],
         ShardActor,
-        pause_seconds=PAUSE_SECONDS,
+        pause_seconds=pause_seconds,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
         **resources_of(place),
