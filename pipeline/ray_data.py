@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import ray
 
 MAX_BLOCKS = 10_000
-"""Each costs the driver some 5 ms of CPU (Ray 2.60). What a dead actor leaves is done again by the block."""
+"""Each costs the driver 5 to 8 ms of CPU (Ray 2.60). What a dead actor leaves is done again by the block."""
 
 
 def each(

@@ -19,7 +19,7 @@ from pipeline.store.threads import in_threads
 from pipeline.store.versions import SCHEMA_VERSION, parse
 
 SHARDS_A_NOTE = 500
-"""A rerun reads fewer shards again than this."""
+"""A rerun reads fewer shards again than this, beside those that the driver had not heard of."""
 
 _NOTE = re.compile(r"receipts-[0-9a-f]{12}\.json")
 
