@@ -4,6 +4,7 @@ S3 endpoint and keys come from the standard AWS_* variables (or what else botoco
 option holds them and nothing here prints them. ``pipeline/sweep/trials.py`` keeps them out of Ray Tune's logs.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -104,6 +105,17 @@ def list_sizes(folder: str) -> dict[str, int]:
     return {path[start:]: int(info["size"]) for path, info in sorted(found.items())}
 
 
+def names_in(folder: str) -> list[str]:
+    """What a folder holds, without what its own folders do, sorted; empty if there is none."""
+    location = locate(folder)
+    try:
+        with naming(folder):
+            found = location.fs.ls(location.path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+
 class Stamp(NamedTuple):
     """A file, and what changes when its content does."""
 
@@ -197,6 +209,13 @@ def _write(location: Location, data: bytes, if_absent: bool) -> bool:
             return False
         raise
     return True
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there."""
+    location = locate(path)
+    with naming(path), contextlib.suppress(FileNotFoundError):
+        location.fs.rm_file(location.path)
 
 
 def remove_tree(path: str) -> None:

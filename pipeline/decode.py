@@ -13,7 +13,7 @@ from kac.errors import DistillKacError, one_line
 from kac.options import OptionError
 from pipeline import cluster, storage
 from pipeline.progress import ProgressBar
-from pipeline.ray_data import numbered
+from pipeline.ray_data import each
 
 FROM_IMAGES = 20_000
 """Fewer are decoded by this process: Ray and its workers need ten seconds to start."""
@@ -73,7 +73,7 @@ def _on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
             refusal = str(error)
         return {"images": [images], "refusal": [refusal]}
 
-    written = numbered(len(pieces), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
+    written = each(range(len(pieces)), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
     try:
         for row in written.iter_rows():
             if row["refusal"]:

@@ -1,29 +1,39 @@
-"""Numbered work on Ray Data, with the settings that the rollout, the readers ahead and the check of a store share."""
+"""Items one by one on Ray Data, with the settings that the rollout, readers ahead and the check of a store share."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import ray
 
-MAX_BLOCKS = 1000
+MAX_BLOCKS = 10_000
+"""Each costs the driver 5 to 8 ms of CPU (Ray 2.60). What a dead actor leaves is done again by the block."""
 
 
-def numbered(
-    count: int, work: Callable[..., Any], *, pause_seconds: float, blocks: int | None = None, **map_options: Any
+def each(
+    items: Sequence[int] | Sequence[str],
+    work: Callable[..., Any],
+    *,
+    pause_seconds: float,
+    blocks: int | None = None,
+    **map_options: Any,
 ) -> "ray.data.Dataset":
-    """What ``work`` makes of the items 0 .. count - 1, in a lazy ``ray.data.Dataset``.
+    """What ``work`` makes of each item, in a lazy ``ray.data.Dataset``.
 
     Args:
+        items: all that a call needs to know of its own part of the work. What ``work`` itself refers to is sent to
+            every actor, and unpacked for every task.
         work: a function, or a class for actors; it takes one item a call, as ``batch["item"][0]``.
         pause_seconds: see ``_pause``. map_options: of ``ray.data.Dataset.map_batches``.
         blocks: into how many the items are cut; default: one an item, ``MAX_BLOCKS`` at most.
     """
     import ray
 
-    items = ray.data.from_items(list(range(count)), override_num_blocks=blocks or min(count, MAX_BLOCKS))
-    done = items.map_batches(work, batch_size=1, batch_format="numpy", **map_options)
+    blocks = blocks or min(len(items), MAX_BLOCKS)
+    done = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
+        work, batch_size=1, batch_format="numpy", **map_options
+    )
     done.context.enable_progress_bars = False
     done.context.max_errored_blocks = 0  # more would drop blocks in silence
     done.context.custom_execution_callback_classes = [_pause(pause_seconds)]

@@ -18,6 +18,9 @@ PARTS = {
     "bytes-stored": "d",
     "process-speed": "f",
     "online-speed": "g",
+    "store-scale": "h",
+    "scheduling-rate": "i",
+    "ledger-rate": "j",
 }
 """Each part, in the order in which they are measured, with its letter. A part is the module of its name."""
 
@@ -38,6 +41,9 @@ class BenchmarkSpec(Spec):
         8192, "trajectories an actor follows for rollout-speed; the store of the other parts has three times as many"
     )
     batch_size: PositiveInt = unhashed(256, "trajectories a network call, and samples an update")
+    shards: PositiveInt = unhashed(
+        10_000, "made-up shards for store-scale, scheduling-rate and ledger-rate; the first two also take a tenth"
+    )
     teacher: str | None = unhashed(None, "model folder of a teacher; default: an untrained one of --network for --data")
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()

@@ -20,8 +20,8 @@ What Ray does by default, and what is done about it (Ray 2.60):
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -32,7 +32,7 @@ from kac.options import most
 from pipeline import cluster
 from pipeline.actor_place import choose_place
 from pipeline.config import RolloutSpec
-from pipeline.ray_data import numbered
+from pipeline.ray_data import each
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import RolloutError, endpoint_rms
@@ -46,8 +46,24 @@ SHARDS_IN_FLIGHT = 2
 PAUSE_SECONDS = 0.1
 
 
-def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
+class Maker(Protocol):
+    """Makes shards: a ``ShardMaker``."""
+
+    def make(self, shard: Shard) -> Outcome:
+        """Bring the shard into the store."""
+
+
+def compute_on_actors(
+    spec: RolloutSpec,
+    plan: Plan,
+    maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker,
+    pause_seconds: float = PAUSE_SECONDS,
+) -> Iterator[Outcome]:
     """Compute or adopt every shard that is to be done, each as it is published.
+
+    Args:
+        maker: what an actor makes its shards with; the benchmark has one that does no work, and leaves no pause.
+        pause_seconds: see ``each``.
 
     Raises:
         RolloutError: a shard failed; the message names it.
@@ -65,12 +81,12 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan) -> Iterator[Outcome]:
         max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
         enable_true_multi_threading=True,
     )
-    made = numbered(
-        len(plan.todo),
+    made = each(
+        [shard.as_text() for shard in plan.todo],
         ShardActor,
-        pause_seconds=PAUSE_SECONDS,
+        pause_seconds=pause_seconds,
         compute=pool,
-        fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "shards": plan.todo, "ledger": ledger},
+        fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
         **place.share.remote_options,
     )
     rows = made.iter_rows()
@@ -158,17 +174,22 @@ class Ledger:
 class ShardActor:
     """An actor: loads the frozen teacher once, then makes one planned shard a call. Two calls may run at once."""
 
-    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, shards: Sequence[Shard], ledger: Any) -> None:
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        identity: StoreIdentity,
+        ledger: Any,
+        maker: Callable[[RolloutSpec, StoreIdentity], Maker],
+    ) -> None:
         refusal = ray.get(ledger.started.remote())
         if refusal:
             raise RolloutError(refusal)
-        self.shards, self.ledger = shards, ledger
-        self.maker = ShardMaker(spec, identity)
+        self.ledger, self.maker = ledger, maker(spec, identity)
         self.alone = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """The number of a planned shard in, its ``Outcome`` out."""
-        shard = self.shards[int(batch["item"][0])]
+        """A planned shard in, its ``Outcome`` out."""
+        shard = Shard.of_text(batch["item"][0])
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
         # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
         with self.alone if is_suspect else contextlib.nullcontext():

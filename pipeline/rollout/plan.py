@@ -4,13 +4,15 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from kac import files
 from kac.checkpoint import load_teacher_config
 from kac.data import open_dataset
 from kac.guidance import check_guidance
 from pipeline.config import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
-from pipeline.store.layout import Shard, StoreIdentity, refuse_other
-from pipeline.store.manifest import Extent, Manifest, list_shards, read_manifest, shards_of, unite_extents
+from pipeline.store.layout import Shard, StoreIdentity, parse_shard_name, refuse_other
+from pipeline.store.manifest import Extent, Manifest, read_manifest, shards_of, unite_extents
+from pipeline.store.receipts import read_notes
 from pipeline.store.shards import Receipt, whole_identity
 
 
@@ -41,16 +43,21 @@ def make_plan(spec: RolloutSpec) -> Plan:
         DistillKacError: as ``identify``. StoreError: a store of another identity, or one that a newer version wrote.
     """
     identity = identify(spec)
-    manifest, found = read_manifest(spec.store), list_shards(spec.store)
+    listed = files.list_sizes(spec.store)
+    manifest, found = read_manifest(spec.store), {name: size for name, size in listed.items() if parse_shard_name(name)}
     refuse_other_store(spec.store, identity, manifest, found)
     ids = (spec.first_sample, spec.first_sample + spec.trajectories)
     asked = [Extent(guidance=w, ids=(ids,)) for w in spec.guidance]
     extents = unite_extents([*(manifest.extents if manifest else ()), *asked])
-    receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
+    sealed = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
+    noted = read_notes(spec.store, identity, listed)
     finished, todo = [], []
     for shard in shards_of(extents, identity.shard_size):
-        receipt = receipts.get(shard.name)
-        if receipt and receipt.rows >= shard.rows and found.get(shard.name) == receipt.bytes:
+        # Both may know the shard: a short last one that was completed, by a rollout that was stopped.
+        receipts = filter(None, (sealed.get(shard.name), noted.get(shard.name)))
+        size = found.get(shard.name)
+        receipt = next((one for one in receipts if one.rows >= shard.rows and one.bytes == size), None)
+        if receipt:
             finished.append(receipt)
         else:
             todo.append(shard)

@@ -9,6 +9,7 @@ from pipeline.rollout.shards import Outcome
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import guidance_folder
 from pipeline.store.manifest import Manifest, read_manifest, shards_of, unite_extents, write_manifest
+from pipeline.store.receipts import remove_notes
 from pipeline.store.shards import Receipt
 
 ATTEMPTS = 3
@@ -59,6 +60,7 @@ def _unite(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt], moved: fl
 
 
 def remove_orphans(store: str, scales: Sequence[float]) -> None:
-    """Remove the temporary files that writers on this machine left when they died."""
+    """Remove the notes that the manifest has made idle, and temporary files of writers on this machine that died."""
+    remove_notes(store)
     for folder in (store, *(files.join(store, guidance_folder(w)) for w in scales)):
         files.remove_orphans(folder)

@@ -18,6 +18,7 @@ from pipeline.rollout.seal import remove_orphans, seal
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import endpoint_rms
 from pipeline.store.manifest import Manifest
+from pipeline.store.receipts import SHARDS_A_NOTE, write_note
 
 tracking.declare(
     Metric("trajectories", "trajectories in the store"),
@@ -110,14 +111,17 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
 
         made = compute_on_actors(spec, plan)
     outcomes: list[Outcome] = []
-    total = sum(shard.rows for shard in plan.todo)
+    total, has_computed = sum(shard.rows for shard in plan.todo), False
     with ProgressBar("rollout", total, "trajectories") as bar:
         for outcome in made:
-            is_first = outcome.computed_rows > 0 and not any(known.computed_rows for known in outcomes)
+            is_first = outcome.computed_rows > 0 and not has_computed
+            has_computed |= is_first
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
             if is_first and bar.done < total:
                 bar.say(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_place(spec).actors))}")
+            if len(outcomes) % SHARDS_A_NOTE == 0:
+                write_note(spec.store, plan.identity, [known.receipt for known in outcomes[-SHARDS_A_NOTE:]])
     return outcomes
 
 

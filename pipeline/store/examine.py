@@ -5,6 +5,7 @@ difference is no damage: a short last shard that a rollout at work has replaced 
 there are no receipts: then the CRC of every page, the ids and the values are what is checked.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -62,17 +63,18 @@ def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, 
     import ray
     from tqdm import tqdm
 
-    from pipeline.ray_data import numbered
+    from pipeline.ray_data import each
 
     cluster.connect()
     receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
 
     def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        name = names[int(batch["item"][0])]
-        finding = examine(store, identity, name, receipts.get(name))
+        name, listed = json.loads(batch["item"][0])
+        finding = examine(store, identity, name, shards.Receipt(**listed) if listed else None)
         return {field: [value] for field, value in finding._asdict().items()}
 
-    found = numbered(len(names), examine_one, pause_seconds=PAUSE_SECONDS)
+    items = [json.dumps([name, receipts[name].model_dump() if name in receipts else None]) for name in names]
+    found = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
     bar = tqdm(found.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
     try:
         return sorted(Finding(**row) for row in bar)

@@ -2,9 +2,11 @@
 
 STORE/manifest.json                               what it is; written last
 STORE/run.json                                    the run of MLflow that it was made in
+STORE/receipts-0123456789ab.json                  receipts of an unfinished store; see ``receipts``
 STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, Self
@@ -105,6 +107,15 @@ class Shard:
     def name(self) -> str:
         """Path below the store."""
         return f"{guidance_folder(self.guidance)}/shard-{self.index:06d}.parquet"
+
+    def as_text(self) -> str:
+        """The shard as it is sent to who works on it."""
+        return json.dumps([self.guidance, self.index, self.start, self.rows])
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        """The shard that ``as_text`` says."""
+        return cls(*json.loads(text))
 
     @property
     def ids(self) -> range:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from kac import files
 from kac.options import Options
 from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
+from pipeline.store.receipts import is_note
 from pipeline.store.shards import Receipt
 from pipeline.store.versions import SCHEMA_VERSION, parse
 from pipeline.tracking.server import RUN_FILE
@@ -97,8 +98,10 @@ def write_manifest(store: str, manifest: Manifest) -> None:
 
 
 def list_files(store: str) -> dict[str, int]:
-    """Name and size of every file below the store except its manifest and the name of its run, sorted by name."""
-    return {name: size for name, size in files.list_sizes(store).items() if name not in {MANIFEST, RUN_FILE}}
+    """Name and size of every file below the store except its manifest, what was noted for it, and the name of its run,
+    sorted by name."""
+    own = {MANIFEST, RUN_FILE}
+    return {name: size for name, size in files.list_sizes(store).items() if name not in own and not is_note(name)}
 
 
 def list_shards(store: str) -> dict[str, int]:

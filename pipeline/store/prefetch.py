@@ -1,6 +1,8 @@
 """Prefetch: groups of shards read ahead by Ray Data tasks, for columns that do not fit the memory budget."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -33,14 +35,16 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
         return
     import ray
 
-    from pipeline.ray_data import numbered
+    from pipeline.ray_data import each
 
     cluster.connect()
 
+    columns = replace(selection, shards=())  # a task unpacks what it reads by, and needs its own group alone
+
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        group = groups[int(batch["item"][0])]
+        group = [Shard.of_text(text) for text in json.loads(batch["item"][0])]
         try:
-            return read_group(selection, group)
+            return read_group(columns, group)
         except StoreError as error:  # raised here, Ray would wrap it in an error of its own with both stacks
             return pa.table({_ERROR: [str(error)]})
 
@@ -48,7 +52,8 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
     # wait for ever.
     pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
     count = len(groups)
-    tables = numbered(count, read, compute=pool, blocks=count, pause_seconds=PAUSE_SECONDS, num_cpus=0)
+    items = [json.dumps([shard.as_text() for shard in group]) for group in groups]
+    tables = each(items, read, compute=pool, blocks=count, pause_seconds=PAUSE_SECONDS, num_cpus=0)
     # By default a block of more than 128 MiB comes in pieces: here a block is a group.
     tables.context.target_max_block_size = None
     options = tables.context.execution_options

@@ -24,6 +24,7 @@ from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.order import Order, check_position, cut, grouped, rows_of, windows
 from pipeline.store.prefetch import GROUP_BYTES, read_ahead
 from pipeline.store.shards import column_array, identity_of_shard
+from pipeline.store.threads import in_threads
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
@@ -60,7 +61,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
             "run the rollout again to finish it"
         )
     identity = identity_of_shard(path, next(iter(found)))
-    return Store(path, identity, [shard_at(path, identity, name) for name in found], None)
+    return Store(path, identity, in_threads(lambda name: shard_at(path, identity, name), found), None)
 
 
 class Store:

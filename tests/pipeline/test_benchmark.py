@@ -19,12 +19,15 @@ from pipeline import store, training
 from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
 from pipeline.benchmark.distill_speed import distill_task, speed, tensor_batches
+from pipeline.benchmark.made_up import receipt_of
 from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table
 from pipeline.benchmark.online_speed import endpoint, online_batches
 from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, prepare, steady_rate
 from pipeline.benchmark.setting import compute_unsealed, make_setting
 from pipeline.benchmark.spec import CALLS_A_SHARD, PARTS
+from pipeline.benchmark.store_scale import SHARD_ROWS, UNITS
 from pipeline.config import RolloutSpec
+from pipeline.store.layout import plan_shards
 from pipeline.store.shards import adopt, column_array
 from pipeline.training.loop import LOG_UPDATES
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
@@ -305,7 +308,7 @@ def test_options():
 
     spec = options("--only c rollout-speed c --json figures.json --repeats 3")
     assert (spec.only, spec.json_file, spec.repeats) == (("rollout-speed", "bytes-read"), "figures.json", 3)
-    assert sorted(options("--only a b c d e f g").only) == sorted(options("").only) == sorted(PARTS)
+    assert sorted(options("--only a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
     for bad, name in (("--only z", "found z"), ("--trajectories 1000", "--trajectories"), ("--repeats 0", "--repeats")):
         with pytest.raises(OptionError, match=name):
             options(bad)
@@ -316,3 +319,17 @@ def test_a_teacher_of_ones_own(tmp_path: Path):
     setting = make_setting(TINY.model_copy(update={"teacher": teacher}), str(tmp_path / "scratch"))
     assert setting.teacher == teacher
     assert load_config(setting.rollout_spec("x").teacher) == load_config(teacher)
+
+
+def test_shards_that_nobody_computed_go_through_the_code_of_real_ones(ray_cluster: None, tmp_path: Path):
+    scale = ("store-scale", "scheduling-rate", "ledger-rate")
+    done = benchmark(TINY.model_copy(update={"only": scale, "shards": 30, "repeats": 1, "folder": str(tmp_path)}))
+    (manifest,) = (m for m in done["store-scale"] if m.unit == "bytes")
+    more = plan_shards(0.0, range(3 * SHARD_ROWS, 30 * SHARD_ROWS), SHARD_ROWS)
+    compact = sum(len(json.dumps(receipt_of(shard).model_dump())) for shard in more)
+    # 27 receipts more, each on lines of its own.
+    assert compact < manifest.values[0] - manifest.against[0] < 1.3 * compact
+    assert {m.what.partition(",")[0] for m in done["store-scale"]} == {what.partition(",")[0] for what in UNITS}
+    assert [m.unit for m in done["scheduling-rate"]] == ["shards/s", "ms/shard", "MiB"]
+    assert all(m.values[0] > 0 for m in (*done["scheduling-rate"][:2], *done["ledger-rate"]))
+    assert list(tmp_path.iterdir()) == [], "the scratch folder is given back empty"

@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from kac.errors import DistillKacError
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.rollout import RolloutError, actors, rollout
+from pipeline.rollout import RolloutError, actors, make_plan, rollout
+from pipeline.rollout.shards import ShardMaker
 from pipeline.sample import sample
+from pipeline.store.columns import read_rows
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import list_shards, read_manifest
 from pipeline.sweep import sweep
@@ -152,6 +155,24 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
     assert not files.write_bytes(path, b"second", if_absent=True)
     assert not answers
     assert files.read_bytes(path) == b"first"
+
+
+def test_what_a_shard_asks_of_s3(teacher: str, store: str) -> None:
+    """The page for users multiplies it by a hundred thousand shards (a large shard is sent in parts)."""
+    spec = spec_of(teacher, store).model_copy(update={"actors": 0})
+    plan = make_plan(spec)
+    maker, shard = ShardMaker(spec, plan.identity), plan.todo[0]
+
+    def asked(work: Callable[[], object]) -> Counter[str]:
+        before = len(SERVER.requests)
+        work()
+        return Counter("LIST" if "list-type" in path else method for method, path in SERVER.requests[before:])
+
+    assert asked(lambda: maker.make(shard)) == {"HEAD": 2, "LIST": 2, "PUT": 1}
+    knots = plan.identity.knot_columns
+    columns = ["label", knots[0], knots[-1]]
+    # The footer, and what lies apart: in a shard this small, nothing does.
+    assert asked(lambda: read_rows(store, plan.identity, shard, columns)) == {"HEAD": 1, "GET": 2}
 
 
 def test_an_evaluation_keeps_what_it_has_drawn_on_s3(
