@@ -49,7 +49,9 @@ def test_what_is_to_be_filled_in_stands_at_the_top(text: str, config: dict[str, 
     assert "FILL-IN" not in rest
     assert config["provider"]["region"] == settings_of(config)["AWS_REGION"]
     assert config["setup_commands"][0] == config["metadata"]["settings"]
-    profiles = {name: node["node_config"]["IamInstanceProfile"] for name, node in config["available_node_types"].items()}
+    profiles = {
+        name: node["node_config"]["IamInstanceProfile"] for name, node in config["available_node_types"].items()
+    }
     assert profiles.pop("head") == {"Name": config["metadata"]["head_profile"]}
     assert all(profile == {"Name": config["metadata"]["worker_profile"]} for profile in profiles.values())
 

@@ -34,7 +34,12 @@ POD = {
                         "properties": {
                             "securityContext": {
                                 "type": "object",
-                                "required": ["allowPrivilegeEscalation", "capabilities", "runAsNonRoot", "seccompProfile"],
+                                "required": [
+                                    "allowPrivilegeEscalation",
+                                    "capabilities",
+                                    "runAsNonRoot",
+                                    "seccompProfile",
+                                ],
                             },
                             "resources": {"type": "object", "required": ["requests", "limits"]},
                         },

@@ -21,7 +21,13 @@ def checkout(project_root: Path, tmp_path: Path) -> Path:
         if (project_root / name).exists():  # not one that is about to be removed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project_root / name, folder / name)
-    clutter = ["runs/teacher/model.safetensors", ".venv/bin/python", "mlflow.db", "mlflow.db-journal", "mlartifacts/1/a"]
+    clutter = [
+        "runs/teacher/model.safetensors",
+        ".venv/bin/python",
+        "mlflow.db",
+        "mlflow.db-journal",
+        "mlartifacts/1/a",
+    ]
     clutter += [".git/objects/pack", "kac/__pycache__/path.pyc", ".mypy_cache/a.json", "report.html", ".venv-3.12/x"]
     for name in clutter:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +39,7 @@ def checkout(project_root: Path, tmp_path: Path) -> Path:
 def test_it_is_small_and_whole(checkout: Path, tmp_path: Path, include_gitignore: bool):
     package = tmp_path / "package.zip"
 
-    def upload(folder: str, excludes: list[str] | None, is_file: bool) -> None:
+    def upload(folder: str, excludes: list[str] | None, is_file: bool = False) -> None:
         create_package(folder, package, include_gitignore=include_gitignore, excludes=excludes)
 
     upload_working_dir_if_needed({"working_dir": str(checkout)}, include_gitignore=include_gitignore, upload_fn=upload)
