@@ -1,12 +1,16 @@
-"""cluster.yaml against the schema that Ray's launcher uses, its commands against bash and `ray start`."""
+"""cluster.yaml against Ray's launcher (its schema, and its nodes on a simulated EC2), bash and `ray start`."""
 
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from moto import mock_aws
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, stop
 
@@ -41,6 +45,31 @@ def test_the_cluster_file_is_valid(config: dict[str, Any]):
         assert workers["resources"]["GPU"] >= 1
         assert workers["labels"] == {"market": name}
         assert ("InstanceMarketOptions" in workers["node_config"]) == (name == "spot")
+
+
+@mock_aws
+def test_the_launcher_starts_its_nodes(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the launcher writes the key of SSH there
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "simulated")
+    region, profiles = config["provider"]["region"], config["metadata"]
+    for name in ("head_profile", "worker_profile"):
+        boto3.client("iam", region).create_instance_profile(InstanceProfileName=profiles[name])
+    image = boto3.client("ec2", region).describe_images()["Images"][0]["ImageId"]
+    for node in config["available_node_types"].values():
+        node["node_config"]["ImageId"] = image
+    prepared = bootstrap_aws(prepare_config(config))
+    provider = AWSNodeProvider(prepared["provider"], config["cluster_name"])
+    for name, node in prepared["available_node_types"].items():
+        tags = {"ray-user-node-type": name, "ray-node-name": name}
+        started = provider.create_node_with_resources_and_labels(
+            node["node_config"], tags, 1, node["resources"], node.get("labels", {})
+        )
+        (instance,) = (found if isinstance(found, dict) else found.meta.data for found in started.values())
+        assert (instance.get("InstanceLifecycle") == "spot") == (name == "spot")
+        profile = profiles["head_profile" if name == "head" else "worker_profile"]
+        assert instance["IamInstanceProfile"]["Arn"].endswith(f"/{profile}")
 
 
 def test_what_is_to_be_filled_in_stands_at_the_top(text: str, config: dict[str, Any]):

@@ -8,7 +8,6 @@ import ray
 import yaml
 from jsonschema import Draft202012Validator
 
-
 POD = {
     "type": "object",
     "required": ["spec"],

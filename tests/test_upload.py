@@ -21,14 +21,10 @@ def checkout(project_root: Path, tmp_path: Path) -> Path:
         if (project_root / name).exists():  # not one that is about to be removed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project_root / name, folder / name)
-    clutter = [
-        "runs/teacher/model.safetensors",
-        ".venv/bin/python",
-        "mlflow.db",
-        "mlflow.db-journal",
-        "mlartifacts/1/a",
-    ]
-    clutter += [".git/objects/pack", "kac/__pycache__/path.pyc", ".mypy_cache/a.json", "report.html", ".venv-3.12/x"]
+    clutter = (
+        *("runs/teacher/model.safetensors", "mlflow.db", "mlflow.db-journal", "mlartifacts/1/a", "report.html"),
+        *(".venv/bin/python", ".venv-3.12/x", ".git/objects/pack", "kac/__pycache__/path.pyc", ".mypy_cache/a.json"),
+    )
     for name in clutter:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x" * 1000)
