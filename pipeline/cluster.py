@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
+import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kac.errors import DistillKacError
 from pipeline import progress
@@ -38,12 +40,23 @@ def connect() -> Resources:
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         # It warns at every start that tokens are on; who needs to know is told by what fails without one.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level=logging.WARNING, **local)
+        keep_on_sigterm(on_sigterm)
     import ray.data  # it configures the loggers, which would undo what follows
 
     quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
     return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+
+
+def keep_on_sigterm(handler: Any) -> None:
+    """Put the handler of SIGTERM back that Ray has replaced by its own: that prints a stack, and takes Ray down first.
+
+    A process that had none keeps Ray's, but for the stack: it comes from C++, which a handler of Python is put before.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler if callable(handler) else signal.getsignal(signal.SIGTERM))
 
 
 def quiet(*names: str) -> None:
