@@ -77,6 +77,7 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
     assert statuses == expected
 
     assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in done.stdout
+    assert "SIGTERM received" not in done.stdout, "Ray's stack"
     logs = re.findall(
         r"^Running entrypoint for job .*?(?=^\S+ \S+\tINFO sdk\.py)", done.stdout, re.MULTILINE | re.DOTALL
     )
@@ -86,4 +87,4 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
         assert len(lines) < 100
         assert "\x1b" not in log
         assert len(set(lines)) == len(lines), "nothing is said twice"
-    assert [line for line in logs[2].splitlines() if ": wrote " in line], logs[2]
+        assert ": wrote " in lines[-1], "the result comes last"
