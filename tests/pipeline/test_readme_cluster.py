@@ -73,8 +73,8 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     statuses = sorted((run.data.tags["distillkac.stage"], run.info.status) for run in runs)
-    expected = [("distill", "FINISHED"), ("rollout", "FINISHED"), ("rollout", "KILLED"), ("teach", "FINISHED")]
-    assert statuses == expected
+    # The rollout that is stopped goes on in the run of the one before: it makes the same store larger.
+    assert statuses == [("distill", "FINISHED"), ("rollout", "KILLED"), ("teach", "FINISHED")]
 
     assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in done.stdout
     assert "SIGTERM received" not in done.stdout, "Ray's stack"
