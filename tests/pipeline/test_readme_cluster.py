@@ -52,7 +52,7 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
     script = f"{ALONE}\nset -euo pipefail\n{commands_of((clone / 'README.md').read_text())}"
     home = tmp_path / "home"
     home.mkdir()
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(tmp_path), "LANG": "C.UTF-8"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     done = subprocess.run(
         [*NAMESPACES, "bash", "-c", script],
         cwd=clone,
