@@ -1,7 +1,8 @@
 # Everything rests on `setup`: a virtual environment in .venv with the locked packages and this project.
 PYTHON ?= python3
 BIN := .venv/bin
-FAULTS := tests/pipeline/test_faults.py tests/pipeline/test_machines.py
+# Serial: they kill nodes, or take the whole machine.
+FAULTS := $(addprefix tests/pipeline/, test_faults.py test_machines.py test_readme_cluster.py)
 
 .PHONY: setup demo test faults lint check clean
 

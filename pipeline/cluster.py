@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kac.errors import DistillKacError, one_line, without_secrets
 from pipeline import joining, progress
@@ -86,6 +88,7 @@ def connect() -> Resources:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         if address:
             joining.check_address(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level=logging.WARNING, **local)
         except (ConnectionError, RuntimeError, TimeoutError) as error:
@@ -95,6 +98,7 @@ def connect() -> Resources:
                 f"{joining.VARIABLE}: expected a cluster at {one_line(address)}, found: {innermost(error)}: "
                 "see python -m jobs.cluster check"
             ) from error
+        keep_on_sigterm(on_sigterm)
     import ray.data  # it configures the loggers, which would undo what follows
 
     quiet("ray.data", "ray.train", "ray.tune")
@@ -111,6 +115,15 @@ def keep_to_this_machine() -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+
+
+def keep_on_sigterm(handler: Any) -> None:
+    """Put the handler of SIGTERM back that Ray has replaced by its own: that prints a stack, and takes Ray down first.
+
+    A process that had none keeps Ray's, but for the stack: it comes from C++, which a handler of Python is put before.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler if callable(handler) else signal.getsignal(signal.SIGTERM))
 
 
 def quiet(*names: str) -> None:

@@ -72,7 +72,8 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         moved = compare_with_float32(spec, plan)
         outcomes = compute_shards(spec, plan)
         manifest = seal(spec, plan, outcomes, moved)
-        _log(run, spec, plan, outcomes, time.perf_counter() - started)
+        told = _log(run, spec, plan, outcomes, time.perf_counter() - started)
+    print(told, flush=True)  # below what MLflow prints at the end of a run
     return manifest
 
 
@@ -125,7 +126,8 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     return outcomes
 
 
-def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> None:
+def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
+    """Log what was made; returns the line that says so."""
     computed = sum(outcome.computed_rows for outcome in outcomes)
     reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
     size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))
@@ -133,9 +135,8 @@ def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequ
     run.metrics({**counts, "trajectories_per_second": computed / seconds})
     run.tags({"distillkac.path": spec.store})
     shards_computed = sum(1 for outcome in outcomes if outcome.computed_rows)
-    print(
+    return (
         f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, "
         f"{reused:,} reused in {len(plan.finished) + len(outcomes) - shards_computed} shards, "
-        f"{size / 2**20:.1f} MiB, {seconds:.0f} s",
-        flush=True,
+        f"{size / 2**20:.1f} MiB, {seconds:.0f} s"
     )

@@ -64,7 +64,11 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         todo = [point for point in points if _is_open(ledger, point, run)]
         complete = len(points) - len(todo)
         if todo or len(points) < total:
-            run_trials(spec, ledger, todo, total, run)
+            try:
+                run_trials(spec, ledger, todo, total, run)
+            except (KeyboardInterrupt, SystemExit):
+                _close_open(ledger)
+                raise
         _close_stopped(ledger)
         checks.check_reported(spec, ledger)
         evaluation = _evaluate(spec, ledger, source, run)
@@ -189,6 +193,14 @@ def _close_stopped(ledger: Ledger) -> None:
         run = tracking.run_of_output(record.out) if record.status == "stopped" else None
         if run is not None:
             run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
+            run.end("KILLED")
+
+
+def _close_open(ledger: Ledger) -> None:
+    """When a sweep is told to stop, its trials are killed and cannot say so: their runs are ended for them."""
+    for record in ledger.records:
+        run = tracking.run_of_output(record.out) if record.status == "running" else None
+        if run is not None:
             run.end("KILLED")
 
 
