@@ -86,8 +86,8 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     window = _Window(learner, job.task.optimizer.batch_size, worker)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     remaining = _Remaining(job.title, first, total)
-    # A run that goes on from a checkpoint does some updates again that it has logged before.
-    logged = _Logged(job.run, is_asked=first > 0 and worker.rank == 0)
+    # A run that goes on, from a checkpoint or for want of one anew, does some updates again that it has logged before.
+    logged = _Logged(job.run, is_asked=worker.rank == 0)
     checkpoints = Checkpoints(job.checkpoint_updates, job.checkpoint_seconds, worker, first, LOG_UPDATES)
     state = resume
     for done in range(first + 1, total + 1):

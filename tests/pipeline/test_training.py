@@ -162,6 +162,18 @@ def test_a_resumed_run_logs_no_update_twice(tmp_path: Path):
     assert steps == [50, 100, 150, 200, 250, 300]
 
 
+def test_a_run_that_begins_anew_for_want_of_a_checkpoint_logs_no_update_twice(tmp_path: Path):
+    with tracking.start_run(
+        spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=str(tmp_path)
+    ) as run:
+        for updates in (60, 120):
+            options = OPTIONS.model_copy(update={"updates": updates})
+            run_updates(training.Job(Regression(options), "test", str(tmp_path), run, 500), HERE, _ignore, None)
+            run.flush()
+    steps = [point.step for point in MlflowClient().get_metric_history(run.run_id, "loss")]
+    assert steps == [50, 60, 100, 120]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path):
     poisoned = job(tmp_path, Regression(OPTIONS, poison_at=9))
     with pytest.raises(DistillKacError, match="expected a finite loss, found nan by update 10"):
