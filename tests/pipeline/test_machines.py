@@ -16,7 +16,10 @@ from tests.pipeline.machines.faults import PLAIN, Outcome, Trials, scores_differ
 from tests.pipeline.machines.network import why_not
 
 TOLERANCE = 1e-4
-"""Of weights and scores: two workers add their gradients in another order than one does in two passes."""
+"""Of weights: two workers add their gradients in another order than one does in two passes."""
+
+TABLE_TOLERANCE = 2e-3
+"""A share of the images differs where one value in a million is rounded to another of its 8 bits."""
 
 IN_TWO_PASSES = {"workers": 0, "optimizer": {"accumulation": 2}}
 
@@ -84,4 +87,4 @@ def test_the_table_is_that_of_one_machine(trials: Trials) -> None:
     trials.cluster.download(f"{PLAIN}/sweep", trials.folder / PLAIN / "sweep")
     evaluate(spec)
     trials.run_plain("evaluate")
-    assert scores_difference(trials.expected["evaluate"], expected) < TOLERANCE
+    assert scores_difference(trials.expected["evaluate"], expected) < TABLE_TOLERANCE
