@@ -18,8 +18,8 @@ from tests.pipeline.machines.network import why_not
 TOLERANCE = 1e-4
 """Of weights: two workers add their gradients in another order than one does in two passes."""
 
-TABLE_TOLERANCE = 2e-3
-"""A share of the images differs where one value in a million is rounded to another of its 8 bits."""
+TABLE_TOLERANCE = 2 / 355
+"""Shares of the 355 held-out images: one or two of them are judged otherwise by a classifier trained elsewhere."""
 
 IN_TWO_PASSES = {"workers": 0, "optimizer": {"accumulation": 2}}
 
