@@ -58,6 +58,15 @@ def is_connected() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def is_worker() -> bool:
+    """Whether this process is one of Ray's workers, which does a part of some driver's work."""
+    if not is_connected():
+        return False
+    import ray
+
+    return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
 def connect() -> Resources:
     """Connect once; start an embedded Ray if RAY_ADDRESS is not set.
 

@@ -48,6 +48,8 @@ def check_shared(
     """
     if not os.environ.get(joining.VARIABLE) and not cluster.is_connected():
         return
+    if cluster.is_worker():  # its driver has asked, whose environment says what is shared
+        return
     if not is_spread():
         return
     machines = cluster.machines()

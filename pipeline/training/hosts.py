@@ -1,4 +1,10 @@
-"""Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train."""
+"""Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train.
+
+A range of workers is Ray Train's elastic group (Ray 2.60). It looks for more room once a minute. After a lost node its
+view of the cluster is up to 20 seconds old: it may ask for a group that no longer fits, gives that up after a minute
+(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S) and starts a smaller one: 90 seconds in all, on two busy cores. It counts what
+nodes have, not what other jobs leave of it.
+"""
 
 import functools
 import tempfile

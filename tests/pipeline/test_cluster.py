@@ -167,6 +167,21 @@ def test_work_in_this_process_may_use_its_own_disk(two_machines: None, teacher: 
     assert rollout(make_spec(tmp_path / "store", teacher, actors=0)) is not None
 
 
+def test_a_worker_goes_by_what_its_driver_has_asked(two_machines: None):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def ask() -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster, "machines", lambda: Machines(2, may_grow=False))
+            storage.check_shared({"--out": "/local"}, lambda: True)
+        return True
+
+    with pytest.raises(OptionError, match="--out: expected s3://"):
+        storage.check_shared({"--out": "/local"}, lambda: True)
+    assert ray.get(ask.remote())
+
+
 def test_which_folders_are_shared(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(storage.SHARED_VARIABLE, "/mnt/efs/:/home")
     for path in ("/mnt/efs", "/mnt/efs/a/b", "file:///home/me", "s3://bucket/a"):
