@@ -49,7 +49,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     for name, field in spec_type.model_fields.items():
         if POSITIONAL in field.metadata and not values.get(name):
             raise OptionError(f"expected {name.upper()}, found none: see --help")
-        if typing.get_origin(field.annotation) is dict and not values[name] and (name in given or name in file):
+        if typing.get_origin(field.annotation) is dict and given.get(name) == []:
             raise OptionError(f"--{_kebab(name)}: expected NAME=VALUE, found none: leave it out, or see --help")
     try:
         return spec_type(**values)
