@@ -80,9 +80,9 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
 
     assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in done.stdout
     assert "SIGTERM received" not in done.stdout, "Ray's stack"
-    logs = re.findall(
-        r"^Running entrypoint for job .*?(?=^\S+ \S+\tINFO sdk\.py)", done.stdout, re.MULTILINE | re.DOTALL
-    )
+    # A job's log ends where the next line of `ray job submit` itself begins: a time and a tab.
+    one_log = r"^Running entrypoint for job raysubmit_.*?(?=^\d{4}-\d\d-\d\d \S+\t)"
+    logs = re.findall(one_log, done.stdout, re.MULTILINE | re.DOTALL)
     assert len(logs) == 3
     for log in logs:
         lines = log.splitlines()
