@@ -17,6 +17,7 @@ from pipeline import store, tracking
 from pipeline.config import CLAIMS, StudySpec
 from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
 from pipeline.study import study
+from pipeline.tracking.metrics import SYSTEM_PREFIX
 from tests.pipeline.stages import runs_of
 from tests.pipeline.stores import make_teacher
 
@@ -71,7 +72,7 @@ def test_figures_and_pictures_are_in_mlflow_with_the_chain(whole: StudySpec, tea
     assert logged["speed/share_beyond/rival"] == found["speed"]["values"]["models"]["rival"]["share_beyond"]
     assert logged["stability/image_error/two"] == found["stability"]["values"]["two"][-1]["error"]
     assert all(math.isfinite(value) for value in logged.values())
-    of_claims = {name for name in logged if not name.startswith(tracking.SYSTEM_PREFIX)}  # a study may end before one
+    of_claims = {name for name in logged if not name.startswith(SYSTEM_PREFIX)}  # a study may end before one
     assert {name.partition("/")[0] for name in of_claims} == set(CLAIMS)
     kept = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
     assert kept == {"study.json", *(f"{claim}.png" for claim in CLAIMS)}
