@@ -53,7 +53,7 @@ def test_the_launcher_starts_its_nodes(config: dict[str, Any], tmp_path: Path, m
     (tmp_path / ".ssh").mkdir()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "simulated")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # other tests of this session have a server of their own there
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # where other tests have a server of their own
     region, profiles = config["provider"]["region"], config["metadata"]
     for name in ("head_profile", "worker_profile"):
         boto3.client("iam", region).create_instance_profile(InstanceProfileName=profiles[name])
