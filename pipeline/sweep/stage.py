@@ -153,12 +153,13 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
     plan = distill.check(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
         return True
-    if record is None or record.status != "finished":
+    was_cut_off = record is not None and record.status != "finished"
+    if record is None or was_cut_off:
         record = record or TrialRecord(
             number=ledger.next_number(), name=point.name, out=student.out, values=point.values
         )
         ledger.put(record)
-    metrics = _nest(student, plan, run)
+    metrics = _nest(student, plan, run, was_cut_off)
     updates = student.optimizer.updates
     ledger.change(
         point.name, status="finished", error="", updates=updates, metrics={**metrics, **ledger_metrics(ledger, point)}
@@ -172,8 +173,14 @@ def ledger_metrics(ledger: Ledger, point: Point) -> dict[str, float]:
     return {} if record is None else record.metrics
 
 
-def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.TrackedRun) -> dict[str, float]:
+def _nest(
+    student: DistillSpec, plan: distill.DistillPlan, run: tracking.TrackedRun, was_cut_off: bool
+) -> dict[str, float]:
     """Show the run of a student that was complete before below the sweep's too; one without a run gets one.
+
+    Args:
+        was_cut_off: whether the sweep was stopped between the end of the student and that of its trial, whose run was
+            then closed as one that was killed.
 
     Returns:
         What the training has reported last.
@@ -184,6 +191,8 @@ def _nest(student: DistillSpec, plan: distill.DistillPlan, run: tracking.Tracked
             made.tags({"distillkac.path": student.out})
         return {}
     own.nest(run)
+    if was_cut_off:
+        own.end("FINISHED")
     return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
 
 

@@ -199,6 +199,12 @@ def test_children_are_one_a_trial(small_store: str, tmp_path: Path, ray_cluster:
     (tmp_path / "sweep" / "trials.json").unlink()
     (tmp_path / "sweep" / "trials" / "steps-1-guidance-0.0.json").unlink()
     sweep(spec)
+    # As a sweep leaves it that is told to stop when the student is there and the trial has not said so.
+    ledger = Ledger(spec.out)
+    ledger.change("steps-1-guidance-0.0", status="running")
+    tracking.run_of_output(ledger.records[0].out).end("KILLED")
+    (tmp_path / "sweep" / "trials.json").unlink()
+    sweep(spec)
     (record,) = Ledger(spec.out).records
     assert record.status == "finished"
     children = [run for run in runs_of("distill") if run.data.params["out"] == record.out]
