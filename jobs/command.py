@@ -46,8 +46,9 @@ def main(
     except KeyboardInterrupt:
         fail(prog, "interrupted: run the same command again to go on", 130)
     except SystemExit as stop:
-        # Ray puts a handler of its own in the place of ours, which ends with the number of the signal.
-        if stop.code not in {signal.SIGTERM, TERMINATED}:
+        # Where the job waits for Ray, Ray makes SystemExit(1) of ours; its own handler ends with the signal's number.
+        was_told = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if not was_told and stop.code not in {signal.SIGTERM, TERMINATED}:
             raise
         fail(prog, "terminated: run the same command again to go on", TERMINATED)
 

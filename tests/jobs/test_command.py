@@ -126,13 +126,20 @@ def test_a_job_that_is_told_to_stop_closes_what_is_open():
         finally:
             closed.append(spec.model)
 
+    def waiting_for_ray(spec: SampleSpec) -> None:
+        try:
+            stage(spec)
+        except SystemExit:
+            raise SystemExit(1) from None
+
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert end_of(stage, *WORDS) == 143
+        assert end_of(waiting_for_ray, *WORDS) == 143
         assert end_of(raising(SystemExit(15)), *WORDS) == 143, "by the handler that Ray puts in the place of ours"
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert closed == ["m"]
+    assert closed == ["m", "m"]
 
 
 def test_sync_tracking_is_an_option_of_every_job(monkeypatch: pytest.MonkeyPatch):
