@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(FAULTS:%=--ignore=%)
 
-# Kills drivers, actors, nodes and machines, fills a disk: nine minutes of its own.
+# Kills drivers, actors, nodes and machines, fills a disk: twenty minutes of its own.
 faults: setup
 	$(BIN)/python -m pytest --numprocesses=0 $(FAULTS)
 
