@@ -42,7 +42,7 @@ class BenchmarkSpec(Spec):
     )
     batch_size: PositiveInt = unhashed(256, "trajectories a network call, and samples an update")
     shards: PositiveInt = unhashed(
-        10_000, "made-up shards for store-scale, scheduling-rate and ledger-rate; the first two also take a tenth"
+        2_000, "made-up shards for store-scale, scheduling-rate and ledger-rate; the first two also take a tenth"
     )
     teacher: str | None = unhashed(None, "model folder of a teacher; default: an untrained one of --network for --data")
     network: NetworkConfig = MLPConfig()
