@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from kac import files
+from kac import probes
 from kac.errors import DistillKacError, one_line, without_secrets
 from kac.fingerprint import unhashed
 from kac.options import OptionError
@@ -20,7 +20,7 @@ from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
 SECONDS = 10.0
-"""For a request of HTTP; S3 has ``files.PROBE_SECONDS``."""
+"""For a request of HTTP; S3 has ``probes.PROBE_SECONDS``."""
 
 LONGEST_SECONDS = 30.0
 """All that is asked is asked at once: no check takes longer."""
@@ -177,8 +177,8 @@ def _get(address: str, path: str) -> Any:
 
 def _told_path(path: str) -> str:
     path = cluster.absolute(path)
-    files.check_answers(path)
-    files.check_writable(path)
+    probes.check_answers(path)
+    probes.check_writable(path)
     if storage.is_shared(path):
         return "written and read from here"
     return f"written and read here; where there are more machines it needs s3://, or {storage.SHARED_VARIABLE}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kac import files
+from kac import files, probes
 from kac.checkpoint import ModelConfig, save_model
 from kac.errors import DistillKacError
 from kac.fingerprint import hashed_fields
@@ -45,7 +45,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         )
     if done is not None:
         return False
-    files.check_writable(out)
+    probes.check_writable(out)
     if is_anothers:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     record = {

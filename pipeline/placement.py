@@ -24,6 +24,7 @@ import yaml
 
 from kac.cost import duration
 from kac.options import OptionError, Range, least
+from pipeline import cluster
 
 JOINING = "DISTILLKAC_JOINING_SECONDS"
 """For so long (default 30 s) nodes that nobody has announced may join the cluster."""
@@ -32,7 +33,6 @@ STARTING = "DISTILLKAC_STARTING_SECONDS"
 """For so long (default 20 minutes) nodes of the autoscaler may take to come."""
 
 CONFIG_FILE = "~/ray_bootstrap_config.yaml"
-NODE_TYPE_LABEL = "ray.io/node-group"
 POLL_SECONDS = 1.0
 BUSY_SECONDS = 2.0
 """What an earlier stage held is free soon after its end."""
@@ -152,7 +152,7 @@ class _Growth(NamedTuple):
 def _growth(wanted: int, share: Share, request: str) -> _Growth:
     """Whether the autoscaler may make the room, as far as that can be known here."""
     nodes = alive()
-    if not any(NODE_TYPE_LABEL in node.labels for node in nodes):
+    if not any(cluster.NODE_GROUP_LABEL in node.labels for node in nodes):
         return _Growth(False, "there is no autoscaler to start some")
     config = Path(CONFIG_FILE).expanduser()
     if config.exists():

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import torch
 
-from kac import files
+from kac import files, probes
 from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
@@ -32,7 +32,7 @@ def sample(spec: SampleSpec) -> None:
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
-    files.check_writable(out.rsplit("/", 1)[0])
+    probes.check_writable(out.rsplit("/", 1)[0])
     made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, spec.labels, raw=spec.raw)
     files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made))
     built_in = model.config.kind == "student" and not model.config.takes_guidance

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from pydantic import BaseModel
 
-from kac import cache, files
+from kac import cache, files, probes
 from kac.errors import DistillKacError
 from kac.options import OptionError, flatten
 from pipeline import cluster, joining, tracking
@@ -19,7 +19,7 @@ SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
 
 
 def check_answers(options: BaseModel) -> None:
-    """Look at every bucket that the options name, and at that of the cache, for ``files.PROBE_SECONDS`` at most.
+    """Look at every bucket that the options name, and at that of the cache, for ``probes.PROBE_SECONDS`` at most.
 
     Raises:
         DistillKacError: S3 does not let us look at one, or does not answer.
@@ -28,7 +28,7 @@ def check_answers(options: BaseModel) -> None:
     texts = [text for value in values.values() for text in (value if isinstance(value, list) else [value])]
     paths = [text for text in [*texts, cache.cache_folder()] if isinstance(text, str) and text.startswith("s3://")]
     for path in {path.split("/")[2]: path for path in reversed(paths)}.values():
-        files.check_answers(path)
+        probes.check_answers(path)
 
 
 def check_shared(

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kac import files
+from kac import files, probes
 from pipeline import cluster
 from pipeline.benchmark.measurement import Measurement, machine, table
 from pipeline.benchmark.spec import BenchmarkSpec
@@ -46,7 +46,7 @@ def benchmark(spec: BenchmarkSpec) -> Done:
 def _scratch(spec: BenchmarkSpec) -> Iterator[str]:
     """A folder of this run alone, removed at its end."""
     folder = files.join(cluster.absolute(spec.folder or tempfile.gettempdir()), f"benchmark-{uuid.uuid4().hex[:12]}")
-    files.check_writable(folder)
+    probes.check_writable(folder)
     try:
         yield folder
     finally:

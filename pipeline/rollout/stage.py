@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 
-from kac import files
+from kac import probes
 from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
 from kac.options import most
@@ -57,7 +57,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     place = choose_place(spec)
     if place.actors:
         await_room("rollout", "--actors", place.for_work(len(plan.todo)).actors, place.share)
-    files.check_writable(spec.store)
+    probes.check_writable(spec.store)
     print(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}", flush=True)
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",

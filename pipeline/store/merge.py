@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import tyro
 from pydantic import field_validator
 
-from kac import files
+from kac import files, probes
 from kac.fingerprint import unhashed
 from pipeline import cluster
 from pipeline.config import Spec
@@ -67,7 +67,7 @@ def merge(spec: MergeSpec) -> Manifest:
     moves = _moves(sources)
     extents = unite_extents(extent for _, manifest in sources for extent in manifest.extents)
     finished = _check_target(into, identity, extents, moves)
-    files.check_writable(into)
+    probes.check_writable(into)
     copied = in_threads(lambda move: _copy(into, identity, move, finished.get(move.shard.name)), moves, "copy")
     manifest = Manifest(
         fingerprint=identity.fingerprint(),

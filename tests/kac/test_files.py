@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kac import files
+from kac import files, probes
 from kac.errors import DistillKacError
 
 
@@ -350,7 +350,7 @@ def test_no_folder_has_no_orphans(place):
 
 def test_a_place_that_can_be_written_to_is_left_as_it_was(place):
     files.write_bytes(files.join(place, "file"), b"")
-    files.check_writable(place)
+    probes.check_writable(place)
     location = files.locate(place)
     assert [Path(name).name for name in location.fs.ls(location.path, detail=False)] == ["file"]
 
@@ -359,13 +359,13 @@ def test_a_place_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     place = str(tmp_path / "file" / "store")
     with pytest.raises(DistillKacError, match="expected a place that can be written to") as error:
-        files.check_writable(place)
+        probes.check_writable(place)
     assert str(error.value).startswith(f"{place}: ")
     assert "Not a directory" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("use", [files.exists, files.read_bytes, files.check_writable, files.remove_orphans])
+@pytest.mark.parametrize("use", [files.exists, files.read_bytes, probes.check_writable, files.remove_orphans])
 def test_an_unknown_scheme_is_refused(use):
     with pytest.raises(DistillKacError, match="nosuchscheme://bucket/key: expected a "):
         use("nosuchscheme://bucket/key")

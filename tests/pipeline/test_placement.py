@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 
 from jobs.parsing import parse
 from kac.checkpoint import load_model
 from kac.options import OptionError, Range
-from pipeline import training
+from pipeline import cluster, placement, training
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
 from pipeline.distill import DistillTask, distill, resolve
 from pipeline.evaluate import evaluate
-from pipeline.placement import Node, Share
+from pipeline.placement import Node, Share, await_room
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
 from pipeline.teach import TeachTask, teach
@@ -191,6 +192,64 @@ def test_what_an_embedded_ray_has_no_room_for_is_refused_at_once(
         with pytest.raises(OptionError, match=message + r".*2 CPU, 0 GPU\); this Ray is one machine"):
             run()
     assert not (tmp_path / "store").exists()
+
+
+GPU = Share(1, 1)
+
+
+class Clock:
+    """In the place of ``time``: it goes on by what is slept."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The session's Ray is one that others have started, whose nodes join while the clock goes on."""
+    monkeypatch.setattr(placement, "is_embedded", lambda: False)
+    made = Clock()
+    monkeypatch.setattr(placement, "time", made)
+    return made
+
+
+def test_a_cluster_is_given_time_and_then_refused(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(OptionError, match=r"1 x \(1 CPU, 1 GPU\), found room for 0 .* no autoscaler .*; waited 30 s"):
+        await_room("distill", "--workers", 1, GPU)
+    assert clock.now == 30
+    assert "distill: waits for nodes with room for 1 x (1 CPU, 1 GPU)" in capsys.readouterr().out
+
+
+def test_a_node_that_joins_in_time_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    seen = [[], [], [], [Node({"CPU": 8, "GPU": 1}, {})]]
+    monkeypatch.setattr(placement, "alive", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
+    monkeypatch.setattr(placement, "free", lambda: seen[-1])
+    await_room("distill", "--workers", 1, GPU)
+    assert len(seen) == 1 and clock.now < 30
+
+
+def test_what_an_autoscaler_may_start_is_waited_for_longer(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on the head that ``ray up`` starts, where the autoscaler's configuration lies."""
+    workers = {"resources": {"CPU": 8, "GPU": 1}, "labels": {"market": "spot"}, "max_workers": 2}
+    types = {"head": {"resources": {"CPU": 0}}, "gpu": workers}
+    config = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(placement, "CONFIG_FILE", str(tmp_path / "config.yaml"))
+    monkeypatch.setattr(placement, "alive", lambda: [Node({"CPU": 0}, {cluster.NODE_GROUP_LABEL: "head"})])
+    may_have = r"the autoscaler may have 2 x \(8 CPU, 1 GPU, market=spot\); waited "
+    for count, share, waited in ((2, GPU, 1200), (3, GPU, 30), (1, GPU._replace(label_selector={"market": "x"}), 30)):
+        clock.now = 0.0
+        with pytest.raises(OptionError, match=may_have):
+            await_room("distill", "--workers", count, share)
+        assert clock.now == waited
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, ray_cluster: None):

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from jobs import command
-from kac import files
+from kac import files, probes
 from kac.errors import DistillKacError
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
@@ -256,14 +256,14 @@ def test_what_s3_refuses_at_the_start_is_said_after_few_requests(
     with SERVER.failing(*([Fault(fault)] if fault else [])):
         said = _refusal("--teacher", str(tmp_path), "--store", path)
         with pytest.raises(DistillKacError, match=told.replace("(", r"\(")):
-            files.check_writable(path)
+            probes.check_writable(path)
     assert f"{path}: {told}" in said
     assert len(said.strip().splitlines()) == 1
     assert len(SERVER.requests) - requests < 20
 
 
 def test_a_writable_place_is_left_as_it_was(bucket: str) -> None:
-    files.check_writable(f"s3://{bucket}/probed")
+    probes.check_writable(f"s3://{bucket}/probed")
     assert list_files(f"s3://{bucket}/probed") == []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
@@ -131,11 +132,18 @@ def test_rungs_know_the_reports_of_an_earlier_start(tmp_path: Path):
 def test_missing_guidance_scales_are_added_first(teacher: str, tmp_path: Path, ray_cluster: None):
     path = str(tmp_path / "store")
     make_store(path, teacher, trajectories=300, shard_size=128, guidance=(0.0,))
-    spec = spec_of(path, tmp_path / "sweep", guidance=(0.0, 0.5), steps=(2,), rollout=True)
+    spec = spec_of(path, tmp_path / "sweep", guidance=(0.0, 0.5), steps=(2,), rollout=True, samples=64)
+    spec = spec.model_copy(update={"features": ("pixels",)})
     before = {shard: (Path(path) / shard).stat().st_mtime_ns for shard in _shards(path)}
     assert [record.status for record in sweep(spec)] == ["finished"] * 2
     assert store.open(path).guidance == (0.0, 0.5) and store.open(path).rows(0.5) == 300
     assert all((Path(path) / shard).stat().st_mtime_ns == time for shard, time in before.items())
+    (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == spec.out]
+    below = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = MlflowClient().search_runs([parent.info.experiment_id], below)
+    assert sorted(run.info.run_name for run in children) == ["steps-2-guidance-0.0", "steps-2-guidance-0.5"]
+    judged = MlflowClient().get_run(parent.data.tags["distillkac.evaluation"])
+    assert judged.data.tags[tracking.STAGE_TAG] == "evaluate"
 
 
 def _shards(path: str) -> list[str]:
