@@ -106,6 +106,21 @@ def test_a_driver_killed_twice(teacher: str, reference: str, store: str, capsys:
     assert finish(spec, reference, capsys).computed_shards > 0
 
 
+def test_a_driver_that_is_told_to_stop(
+    teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By SIGTERM, with a Ray of its own: it says so, without the stack that Ray would print."""
+    spec = spec_of(teacher, store)
+    with running_job(["jobs.rollout"], spec, address=None) as job:
+        wait_until(lambda: list_shards(store), job)
+        job.process.terminate()
+        assert job.process.wait(WAIT_SECONDS) == 143
+        lines = job.output().splitlines()
+    assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in lines
+    assert not [line for line in lines if "SIGTERM" in line or "Traceback" in line]
+    finish(spec, reference, capsys)
+
+
 @pytest.mark.parametrize(
     ("where", "temporary", "reused"),
     [("hang-in-shard", "shard-", range(2, SHARDS)), ("hang-in-manifest", "manifest.json", range(SHARDS, SHARDS + 1))],

@@ -143,10 +143,10 @@ def _scale_axes(axis: Any, values: Sequence[float], cost: Metric, rows: Sequence
 
 
 def _plain_ticks(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(EngFormatter(sep=""))  # 50k: whole numbers run into each other
     axis.set_minor_formatter(NullFormatter())
 
 
