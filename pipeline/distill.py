@@ -172,7 +172,7 @@ def distill(
         if spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
-    training.await_workers("distill", place)
+    training.await_workers("distill", spec.optimizer, place)
     if on_report is None:
         print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
     with start_run(spec, plan, parent) as run:

@@ -99,7 +99,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
         return load_config(spec.out)
     place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
-    training.await_workers("teach", place)
+    training.await_workers("teach", spec.optimizer, place)
     print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]

@@ -6,7 +6,7 @@ from typing import Any
 from kac.errors import DistillKacError
 from kac.metrics import quality_metrics
 from kac.options import OptionError
-from pipeline import cluster, distill, placement, store
+from pipeline import cluster, distill, placement, store, training
 from pipeline.config import SweepSpec
 from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger
@@ -101,6 +101,7 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
         raise OptionError("--search guidance: expected choice(...) of scales, found a range: a store has some of them")
     checked: set[tuple[Any, ...]] = set()
     for point in points:
+        training.check_shares(point.spec.optimizer, point.spec.workers or 0)
         # A chain's student starts from one that is not there yet; it is checked again when it starts.
         init = spec.init if point.after else point.spec.init
         student = distill.resolve(point.spec.model_copy(update={"init": init}))

@@ -2,7 +2,7 @@
 
 from pipeline.training.ahead import made_ahead, on_device, pinned
 from pipeline.training.cost import describe_cost, describe_place, log_cost
-from pipeline.training.hosts import OnReport, Place, await_workers, choose_place, train
+from pipeline.training.hosts import OnReport, Place, await_workers, check_shares, choose_place, train
 from pipeline.training.learner import (
     EpochOrder,
     Learner,
@@ -35,6 +35,7 @@ __all__ = [
     "Validation",
     "Worker",
     "await_workers",
+    "check_shares",
     "choose_place",
     "describe_cost",
     "describe_place",

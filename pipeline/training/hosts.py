@@ -20,7 +20,7 @@ from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.options import OptionError, Range, least, most
 from pipeline import cluster
-from pipeline.config import DistillSpec, TeachSpec
+from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.placement import Share, await_room
 from pipeline.training import recovery
@@ -86,8 +86,21 @@ def _checked(spec: TeachSpec | DistillSpec, place: Place) -> Place:
     return place
 
 
-def await_workers(stage: str, place: Place) -> None:
-    """Return once the cluster has room for the workers; raises as ``placement.await_room``."""
+def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
+    """Refuse workers that cannot share a batch equally.
+
+    Raises:
+        OptionError: it says so.
+    """
+    batch, parts = optimizer.batch_size, optimizer.accumulation
+    if workers and batch % (most(workers) * parts):
+        passes = f", of {parts} passes an update each" * (parts > 1)
+        raise OptionError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {workers}")
+
+
+def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
+    """Return once the cluster has room for the workers; raises as ``check_shares`` and ``placement.await_room``."""
+    check_shares(optimizer, place.workers)
     if place.workers:
         await_room(stage, "--workers", place.workers, place.share)
 
@@ -102,12 +115,8 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
             workers.
 
     Raises:
-        DistillKacError: the batch cannot be split over the workers, or the loss is not finite.
+        DistillKacError: the loss is not finite, or the workers fail again and again.
     """
-    batch, parts = job.task.optimizer.batch_size, job.task.optimizer.accumulation
-    if place.workers and batch % (most(place.workers) * parts):
-        passes = f", of {parts} passes an update each" * (parts > 1)
-        raise DistillKacError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {place.workers}")
     done = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
     return averaged_weights(done)
 

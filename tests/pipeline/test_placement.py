@@ -177,16 +177,16 @@ def test_what_an_embedded_ray_has_no_room_for_is_refused_at_once(
         "solver_steps": 4,
     }
     for run, message in (
-        (lambda: teach(teach_spec(tmp_path / "t", workers=3)), r"--workers: expected room for 3 x \(1 CPU\), found"),
-        (lambda: teach(teach_spec(tmp_path / "t", workers="3:4")), r"--workers: expected room for 3 x"),
+        (lambda: teach(teach_spec(tmp_path / "t", workers=4)), r"--workers: expected room for 4 x \(1 CPU\), found"),
+        (lambda: teach(teach_spec(tmp_path / "t", workers="4:8")), r"--workers: expected room for 4 x"),
         (lambda: distill(distill_spec(small_store, tmp_path / "d", workers=1, gpu=True)), r"1 x \(1 CPU, 1 GPU\)"),
         (lambda: rollout(RolloutSpec(**roll, gpu=True, gpus_per_actor=0.5)), r"--actors: .*1 x \(0.5 GPU\)"),
         (lambda: rollout(RolloutSpec(**roll, label_selector={"market": "spot"})), "1 CPU of a node with market=spot"),
         (lambda: rollout(RolloutSpec(**{**roll, "actors": 2}, cpus_per_actor=1.5)), r"2 x \(1.5 CPU\)"),
         (lambda: evaluate(EvaluateSpec(**actors, out=str(tmp_path / "e"), gpu=True)), r"1 x \(1 GPU\)"),
         (
-            lambda: sweep(SweepSpec(store=small_store, out=str(tmp_path / "s"), steps=(1,), workers=3, samples=0)),
-            r"--workers: expected room for 3 x",
+            lambda: sweep(SweepSpec(store=small_store, out=str(tmp_path / "s"), steps=(1,), workers=4, samples=0)),
+            r"--workers: expected room for 4 x",
         ),
     ):
         with pytest.raises(OptionError, match=message + r".*2 CPU, 0 GPU\); this Ray is one machine"):

@@ -15,13 +15,18 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from kac.errors import DistillKacError
+from kac.options import OptionError
 from kac.precision import Precision
 from pipeline import tracking, training
-from pipeline.config import OptimizerConfig, SampleSpec
+from pipeline.config import OptimizerConfig, SampleSpec, SweepSpec
+from pipeline.distill import distill
+from pipeline.sweep import sweep
+from pipeline.teach import teach
 from pipeline.tracking import TrackedRun
 from pipeline.training.ahead import BATCHES_AHEAD, Ahead, made_ahead
 from pipeline.training.learner import TrainedNetwork, learning_rate_factor
 from pipeline.training.loop import run_updates
+from tests.pipeline.stages import FEW, distill_spec, teach_spec
 
 DIAGNOSTICS = {"learning_rate", "gradient_norm", "samples_per_second", "peak_memory_bytes"}
 
@@ -181,9 +186,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Pa
     assert not (tmp_path / "training" / "state.pt").exists()
 
 
-def test_a_batch_that_the_workers_cannot_share_is_refused(tmp_path: Path):
-    with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, found 3"):
-        training.train(job(tmp_path, Regression(OPTIONS)), training.Place(3, use_gpu=False))
+def test_a_batch_that_the_workers_cannot_share_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
+    """Before the work, and so before there is a run of it."""
+    message = "--workers: expected a divisor of the batch size 64, found (1:)?3$"
+    with pytest.raises(OptionError, match=message):
+        teach(teach_spec(tmp_path / "teacher", workers=3))
+    with pytest.raises(OptionError, match=message):
+        distill(distill_spec(small_store, tmp_path / "student", workers="1:3"))
+    with pytest.raises(OptionError, match=message):
+        sweep(SweepSpec(store=small_store, out=str(tmp_path / "sweep"), optimizer=FEW, workers=3))
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_cluster: None):
