@@ -47,7 +47,8 @@ def choose_place(spec: RolloutSpec | EvaluateSpec) -> Place:
         if spec.gpu and not Place(0).on_gpu:
             raise OptionError("--gpu: expected a GPU in this machine for --actors 0, found none: leave one out")
         return Place(0)
-    on_gpu = bool(cluster.connect().gpus) if spec.gpu is None else spec.gpu
+    gpus = cluster.connect().gpus
+    on_gpu = gpus > 0 if spec.gpu is None else spec.gpu
     cpus = spec.cpus_per_actor if spec.cpus_per_actor is not None else 0.0 if on_gpu else 1.0
     share = Share(cpus, spec.gpus_per_actor if on_gpu else 0.0, spec.label_selector)
     if spec.actors is not None:

@@ -1,5 +1,6 @@
 """Distill: train a student of a few macro steps on a store's trajectories."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
-from kac.errors import CheckpointError
+from kac.errors import CheckpointError, DistillKacError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
 from kac.options import OptionError, most
@@ -169,7 +170,7 @@ def distill(
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         print(f"distill: {spec.out} is complete: nothing to do", flush=True)
-        if spec.register:
+        if not end_cut_off(spec) and spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
     training.await_workers("distill", spec.optimizer, place)
@@ -193,6 +194,21 @@ def distill(
     if on_report is None:
         print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
     return config
+
+
+def end_cut_off(spec: DistillSpec) -> bool:
+    """Do what is left of a job that was stopped between its complete student and the end of its run.
+
+    Returns:
+        Whether there was something left.
+    """
+    config = load_config(spec.out)
+    run = outputs.go_on_after_model(spec.out, config)
+    if run is None:
+        return False
+    logged_models.log_finished(run, spec, config)
+    run.end("FINISHED")
+    return True
 
 
 @dataclass(frozen=True)
@@ -308,6 +324,11 @@ def check(spec: DistillSpec) -> DistillPlan:
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
         decode.prepare(first.data)
         learned_data(init, first)
+    elif spec.validation_updates != 0 and not cluster.is_worker():
+        # A worker that decoded them for its validation would keep the others waiting. A student needs no images:
+        # where there are none, or not these, the validation says so.
+        with contextlib.suppress(DistillKacError):
+            decode.prepare(first.data)
     content = {
         "store": source.manifest.fingerprint,
         "init_sha256": first.weights_sha256,

@@ -17,7 +17,7 @@ from kac.errors import DistillKacError
 from kac.fingerprint import hashed_fields
 from kac.options import flatten
 from pipeline.config import Spec
-from pipeline.tracking import RUN_FILE, TrackedRun
+from pipeline.tracking import RUN_FILE, TrackedRun, run_of_output
 
 SPEC_FILE = "spec.json"
 TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
@@ -79,9 +79,25 @@ def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: 
     """
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
+    _close(out, config, run)
+    return config
+
+
+def go_on_after_model(out: str, config: ModelConfig) -> TrackedRun | None:
+    """The run of a complete model folder whose job was stopped before it could end it; None if that is over.
+
+    Whoever asks ends it.
+    """
+    run = run_of_output(out)
+    if run is None or run.status() in {"", "FINISHED"}:
+        return None
+    _close(out, config, run)
+    return run
+
+
+def _close(out: str, config: ModelConfig, run: TrackedRun) -> None:
     run.tags({"distillkac.weights_sha256": config.weights_sha256, "distillkac.path": out})
     files.remove_tree(files.join(out, TRAINING_FOLDER))
-    return config
 
 
 def _holds_work(out: str) -> bool:

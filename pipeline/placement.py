@@ -105,7 +105,7 @@ def await_room(stage: str, option: str, count: int | Range, share: Share) -> Non
         flush=True,
     )
     started = time.monotonic()
-    with _asking(wanted, share) as request:
+    with asking(wanted, share) as request:
         while room(alive(), share) < wanted:
             waited, growth = time.monotonic() - started, _growth(wanted, share, request)
             if waited >= (starting if growth.is_possible else joining):
@@ -191,7 +191,7 @@ def _autoscaling_state() -> Any:
 
 
 @contextlib.contextmanager
-def _asking(wanted: int, share: Share) -> Iterator[str]:
+def asking(wanted: int, share: Share) -> Iterator[str]:
     """Show the autoscaler what is missing; gives the request's id."""
     from ray.util import placement_group, remove_placement_group
 

@@ -97,7 +97,10 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         print(f"teach: {spec.out} is complete: nothing to do", flush=True)
-        return load_config(spec.out)
+        config = load_config(spec.out)
+        if cut_off := outputs.go_on_after_model(spec.out, config):
+            cut_off.end("FINISHED")
+        return config
     place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
     training.await_workers("teach", spec.optimizer, place)
     print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)

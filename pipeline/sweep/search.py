@@ -172,7 +172,9 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
     def _next(self) -> Point | None:
         for point in list(self.waiting):
-            before = self.ledger.get(point.after) if point.after else None
+            # Of one that is to be tried again, the ledger still knows how it ended last time.
+            is_before_it = any(other.name == point.after for other in self.waiting)
+            before = self.ledger.get(point.after) if point.after and not is_before_it else None
             if before is not None and before.status in {"failed", "stopped"}:
                 self.waiting.remove(point)
                 self._fail(point, f"{point.after}, which it starts from, {before.status}")
@@ -189,8 +191,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         record = self.ledger.get(point.name) or TrialRecord(
             number=self.ledger.next_number(), name=point.name, out=point.spec.out, values=point.values
         )
-        self.ledger.put(record.model_copy(update={"status": "failed", "error": error}))
-        self._say(self.ledger.records[-1])
+        self._say(self.ledger.put(record.model_copy(update={"status": "failed", "error": error})))
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Write down what a trial reports."""

@@ -234,6 +234,8 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
         gpu = {"gpu": spec.gpus_per_trial > 0} if spec.gpus_per_trial is not None else {}
         share = {"gpus_per_worker": spec.gpus_per_trial} if spec.gpus_per_trial else {}
         options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector, **gpu, **share}
+    if values.get("precision.dtype") == "auto":
+        raise OptionError("precision.dtype: expected types to be compared, found auto, which stands for one of them")
     # A kind comes first: the other fields of its object are that kind's.
     for field in sorted(values, key=lambda field: not field.endswith(".kind")):
         options = _with(options, field.split("."), values[field])

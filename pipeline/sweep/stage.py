@@ -35,18 +35,19 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     """
     spec = distill.absolute(spec)
     distill.check_storage(spec, lambda: True)
-    points = [] if spec.search else space.grid_points(spec)
+    points = space.sample_points(spec) if spec.search else space.grid_points(spec)
     metric, better = checks.judged_by(spec)
     checks.check_options(spec)
     checks.check_validated(spec)
-    source, missing = checks.check_store(spec, points or space.sample_points(spec))
+    source, missing = checks.check_store(spec, points)
+    # Where the trials run decides, not this process: whoever resumes the sweep must come to the same students.
     spec = spec.settled(lambda: checks.gpus_a_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
     storage.check_shared({"--teacher": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **space.identity(spec)}
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
-    points = points or [space.make_point(spec, _varied(record), record.name) for record in ledger.records]
+    points = _recorded_points(spec, ledger) if spec.search else space.grid_points(spec)
     total = max(len(points), spec.trials) if spec.search else len(points)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
     if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
@@ -99,6 +100,7 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) 
                 first_sample=start,
                 trajectories=stop - start,
                 guidance=tuple(missing),
+                label_selector=spec.label_selector,
                 **recipe,
             )
         )
@@ -134,8 +136,9 @@ def _has_student(out: str) -> bool:
     return files.exists(files.join(out, CONFIG_FILE))
 
 
-def _varied(record: TrialRecord) -> dict[str, Any]:
-    return {name: value for name, value in record.values.items() if name != "chain"}
+def _recorded_points(spec: SweepSpec, ledger: Ledger) -> list[Point]:
+    """The trials that a search has begun."""
+    return [space.make_point(spec, record.values, record.name) for record in ledger.records]
 
 
 def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
@@ -192,7 +195,7 @@ def _nest(
         return {}
     own.nest(run)
     if was_cut_off:
-        own.end("FINISHED")
+        distill.end_cut_off(student)
     return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
 
 
@@ -208,7 +211,8 @@ def _close_stopped(ledger: Ledger) -> None:
 def _close_open(ledger: Ledger) -> None:
     """When a sweep is told to stop, its trials are killed and cannot say so: their runs are ended for them."""
     for record in ledger.records:
-        run = tracking.run_of_output(record.out) if record.status == "running" else None
+        # One that has not reported yet is waiting in the ledger, and may have a run all the same.
+        run = tracking.run_of_output(record.out) if record.status in {"waiting", "running"} else None
         if run is not None:
             run.end("KILLED")
 
@@ -228,6 +232,7 @@ def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: trackin
         out=out,
         samples=spec.samples,
         features=spec.features,
+        label_selector=spec.label_selector,
     )
     _drop_other(out, judged)
     evaluate(judged)

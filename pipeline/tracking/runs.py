@@ -103,6 +103,10 @@ class TrackedRun:
         """The metrics that the server has, each as it was logged last; none if it does not answer."""
         return dict(self._asked(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
 
+    def status(self) -> str:
+        """What the server has: RUNNING, FINISHED, FAILED or KILLED; empty if it does not answer."""
+        return str(self._asked(lambda client, run_id: client.get_run(run_id).info.status, ""))
+
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End a run of which the process is over; ``start_run`` ends its own."""
         self._put(self._entry("status", {"status": status}))
@@ -188,7 +192,7 @@ def start_run(
         status, seconds = "KILLED", KILLED_SECONDS
         raise
     finally:
-        _end(run, status, seconds, is_nested=parent is not None)
+        _end(run, status, seconds)
 
 
 def run_of_output(out: str) -> TrackedRun | None:
@@ -223,8 +227,8 @@ def _open(uri: str, tags: dict[str, str], output: str | None, is_nested: bool) -
     """The run of an output, or a new one; ``output`` None: a new one, of no output."""
     delivery = delivery_to(uri)
     is_up = _answers(delivery, 0.0 if delivery.is_failing else NESTED_SECONDS if is_nested else START_SECONDS)
-    if is_up and not is_nested:
-        delivery.deliver_leftovers()
+    if is_up:
+        delivery.deliver_leftovers()  # of this machine, which may be another one than the driver's
     record = _read_record(output) if output else None
     if record is not None and record["fingerprint"] == tags[FINGERPRINT_TAG]:
         if record["tracking_uri"] == without_password(uri) and not (is_up and _is_gone(delivery, record["run_id"])):
@@ -290,10 +294,10 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
     return run
 
 
-def _end(run: TrackedRun, status: str, seconds: float, is_nested: bool) -> None:
+def _end(run: TrackedRun, status: str, seconds: float) -> None:
     delivery = delivery_to(run.tracking_uri)
     delivery.put(Entry(run.run_id, "status", {"status": status}))
-    if run.flush(seconds) and not is_nested and status != "KILLED":
+    if run.flush(seconds) and status != "KILLED":
         delivery.deliver_leftovers()
 
 

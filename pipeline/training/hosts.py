@@ -1,12 +1,10 @@
 """Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train.
 
-A range of workers is Ray Train's elastic group (Ray 2.60). It looks for more room once a minute. After a lost node its
-view of the cluster is up to 20 seconds old: it may ask for a group that no longer fits, gives that up after a minute
-(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S) and starts a smaller one: 90 seconds in all, on two busy cores. It counts what
-nodes have, not what other jobs leave of it.
+A range of workers is Ray Train's elastic group (Ray 2.60). It looks for more room once a minute, and counts what nodes
+have, not what other work leaves of it: a group that does not fit gives up after a minute
+(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S) and begins smaller; see ``recovery``.
 """
 
-import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +97,12 @@ def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
-    """Return once the cluster has room for the workers; raises as ``check_shares`` and ``placement.await_room``."""
+    """Return once the cluster has room for the workers; raises as ``check_shares`` and ``placement.await_room``.
+
+    The driver of a sweep has asked for its trials: one that finds less has lost a node; ``recovery`` waits for that.
+    """
     check_shares(optimizer, place.workers)
-    if place.workers:
+    if place.workers and not cluster.is_worker():
         await_room(stage, "--workers", place.workers, place.share)
 
 
@@ -139,29 +140,31 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    location, workers = files.locate(job.out), place.workers
-    make_trainer = functools.partial(
-        TorchTrainer,
-        _ray_worker,
-        train_loop_config={"job": job, "most": workers.most if isinstance(workers, Range) else None},
-        scaling_config=ScalingConfig(
-            num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
-            use_gpu=place.use_gpu,
-            resources_per_worker=place.share.resources,
-            label_selector=dict(place.share.label_selector) or None,
-        ),
-        run_config=RunConfig(
-            # The same name in the same folder resumes: the folder belongs to one spec.
-            name=TRAINING_FOLDER,
-            storage_path=location.path,
-            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
-            failure_config=FailureConfig(max_failures=recovery.MAX_FAILURES, controller_failure_limit=0),
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # its log files have everything
-            callbacks=[recovery.say_what_is_lost(job.title)],
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    result = recovery.fit(make_trainer, job.title, job.out, str(place).removeprefix("on "))
+    location = files.locate(job.out)
+
+    def make_trainer(workers: int | Range) -> TorchTrainer:
+        return TorchTrainer(
+            _ray_worker,
+            train_loop_config={"job": job, "most": place.workers.most if isinstance(place.workers, Range) else None},
+            scaling_config=ScalingConfig(
+                num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
+                use_gpu=place.use_gpu,
+                resources_per_worker=place.share.resources,
+                label_selector=dict(place.share.label_selector) or None,
+            ),
+            run_config=RunConfig(
+                # The same name in the same folder resumes: the folder belongs to one spec.
+                name=TRAINING_FOLDER,
+                storage_path=location.path,
+                storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
+                # It starts again in recovery.fit, if at all.
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # its log files have everything
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+
+    result = recovery.fit(make_trainer, job.title, job.out, place.workers, place.share)
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint")
     if on_report is not None:

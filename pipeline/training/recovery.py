@@ -1,23 +1,27 @@
 """A training on Ray Train's workers outlives them: it goes on from its last checkpoint, as often as it gets ahead.
 
-What Ray Train does by itself (2.60), and what is added here:
-- A lost worker restarts the whole group from the last checkpoint, ``max_failures`` times in all: over days on nodes
-  that come and go that is soon used up. Here it is so many times without a new checkpoint.
-- A group for which there is no room any more is waited for in silence and for ever. Here it is said, and it ends.
-- A lost worker costs two hundred lines of tracebacks of all the others. Here it is one line; a bug that ends the
+Ray Train (2.60) can start a group again by itself. Here every failure ends its ``fit`` and another one begins, because
+- it counts failures over the whole training, which over days on nodes that come and go are soon too many; here they
+  count only as long as there is no new checkpoint;
+- what is left of an elastic group that has lost too much it lets wait for nodes in silence and for ever; here it is
+  said, the autoscaler is told, and it ends;
+- an elastic group that asks for what other work holds ends; here it begins smaller;
+- a lost worker costs two hundred lines of tracebacks of all the others; here it is one line, and a bug that ends the
   training shows its traceback once.
 """
 
 import sys
+import time
 from collections.abc import Callable
-from time import monotonic as now
 from typing import Any
 
 from kac import files
 from kac.cost import duration
 from kac.errors import DistillKacError
-from pipeline import cluster
+from kac.options import Range, least
+from pipeline import cluster, placement
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.placement import Share
 
 MAX_FAILURES = 3
 """A worker group that fails more often without getting ahead is a fault to be seen, not to be retried."""
@@ -25,43 +29,109 @@ MAX_FAILURES = 3
 WAIT_SECONDS = 1200.0
 """How long a group waits for nodes in the place of lost ones: an autoscaler brings them in minutes or not at all."""
 
+SAY_SECONDS = 60.0
+"""Between two lines about it."""
 
-def fit(make_trainer: Callable[[], Any], title: str, out: str, asked: str) -> Any:
+NOTICE_SECONDS = 30.0
+"""Ray takes up to this long to see that a node is gone."""
+
+
+def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, share: Share) -> Any:
     """The result of a trainer's ``fit``; while there are new checkpoints a failed one is made and fitted anew.
 
     Args:
-        make_trainer: of Ray Train; it goes on from the last checkpoint below ``out``, and starts its workers once.
-        asked: the workers, in words.
+        make_trainer: of Ray Train, for so many workers; it goes on from the last checkpoint below ``out``, and starts
+            its workers once.
+        workers: that are to share the work. share: what each takes of a node.
 
     Raises:
         DistillKacError: the workers fail again and again at one place, or there is no room for them.
     """
     from ray.train import TrainingFailedError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    failures = 0
-    waiting_since: float | None = None
+    failures, group = 0, workers
     while True:
+        _await_nodes(title, out, workers, share)
         before = _checkpoints(out)
         try:
-            return make_trainer().fit()
+            return make_trainer(group).fit()
         except TrainingFailedError as error:
-            why = getattr(error, "controller_failure", error)
             if _checkpoints(out) != before:
-                failures, waiting_since = 0, None
-            elif not isinstance(why, WorkerGroupStartupTimeoutError):
-                failures += 1
-            # A group that ran has been started again by Ray Train itself, one that could not start has not.
-            if failures > (MAX_FAILURES if isinstance(why, WorkerGroupStartupFailedError) else 0):
+                failures = 0
+            has_no_room = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+            group = _fitting(workers, share) if has_no_room else workers
+            if has_no_room and placement.room(placement.free(), share) < least(workers):
+                print(
+                    f"{title}: waits until other work on the cluster leaves room for {_told(workers, share)}",
+                    flush=True,
+                )
+                continue
+            failures += 1
+            if failures > MAX_FAILURES:
                 _print_traceback(error)
                 raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
-            if isinstance(why, WorkerGroupStartupTimeoutError):
-                waiting_since = waiting_since or now()
-                _wait(title, out, asked, now() - waiting_since)
-            else:
-                print(f"{title}: {cluster.innermost(error)}: going on from the last checkpoint", flush=True)
+            print(f"{title}: {_what_failed(error)}: going on from the last checkpoint", flush=True)
+            if isinstance(workers, Range) and _lost_ranks(error):
+                # An elastic group that begins with a node which is about to be found dead waits for ever.
+                time.sleep(NOTICE_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
+
+
+def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> None:
+    """Return once the nodes have room for the workers; if other work holds it now, Ray Train waits for that.
+
+    Raises:
+        DistillKacError: no such room for ``WAIT_SECONDS``, or on the one machine of an embedded Ray.
+    """
+    wanted, started = least(workers), time.monotonic()
+    if placement.room(placement.alive(), share) >= wanted:
+        return
+    said = -SAY_SECONDS
+    with placement.asking(wanted, share):
+        while placement.room(placement.alive(), share) < wanted:
+            waited = time.monotonic() - started
+            if waited >= WAIT_SECONDS or placement.is_embedded():
+                raise DistillKacError(
+                    f"{out}: expected room for {_told(workers, share)}, found too little for {duration(waited)}: add "
+                    "nodes or lower --workers, and run the same command again to go on from the last checkpoint"
+                )
+            if waited >= said + SAY_SECONDS:
+                said, left = waited, duration(WAIT_SECONDS - waited)
+                print(
+                    f"{title}: no room for {_told(workers, share)}: waiting for nodes, for {left} at most", flush=True
+                )
+            time.sleep(placement.POLL_SECONDS)
+
+
+def _fitting(workers: int | Range, share: Share) -> int | Range:
+    """A range with no more workers than other work leaves room for."""
+    if not isinstance(workers, Range):
+        return workers
+    free = placement.room(placement.free(), share)
+    return Range(workers.least, int(max(workers.least, min(workers.most, free))))
+
+
+def _told(workers: int | Range, share: Share) -> str:
+    return f"{least(workers)} x ({share})"
+
+
+def _lost_ranks(error: Exception) -> list[int]:
+    """The workers that are gone: where one is, the others fail because they do not reach it."""
+    failed = getattr(error, "worker_failures", {})
+    return sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
+
+
+def _what_failed(error: Exception) -> str:
+    """In one line."""
+    failed = getattr(error, "worker_failures", {})
+    if not failed:
+        return cluster.innermost(error)
+    if lost := _lost_ranks(error):
+        return f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
+    first = min(failed)
+    return f"the worker of rank {first} failed ({cluster.innermost(failed[first])})"
 
 
 def _print_traceback(error: Exception) -> None:
@@ -69,38 +139,6 @@ def _print_traceback(error: Exception) -> None:
     raised = [getattr(each, "_base_exc", None) for each in getattr(error, "worker_failures", {}).values()]
     if any(raised) and not any(isinstance(each, DistillKacError) for each in raised):
         print(error, file=sys.stderr, flush=True)
-
-
-def _wait(title: str, out: str, asked: str, waited: float) -> None:
-    if waited >= WAIT_SECONDS:
-        raise DistillKacError(
-            f"{out}: expected room for {asked}, found too little for {duration(waited)}: add nodes or lower --workers, "
-            "and run the same command again to go on from the last checkpoint"
-        )
-    left = duration(WAIT_SECONDS - waited)
-    print(f"{title}: no room for {asked}: waiting for nodes, for {left} at most", flush=True)
-
-
-def say_what_is_lost(title: str) -> Any:
-    """A callback of Ray Train that says that workers were lost, where it would restart the group in silence."""
-    from ray.train import UserCallback
-
-    class SayWhatIsLost(UserCallback):  # type: ignore[misc]
-        """Called in the process of Ray Train's controller."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            """Some workers have failed."""
-            # Where a worker is lost, the others fail because they do not reach it.
-            lost = sorted(rank for rank, error in worker_exceptions.items() if not hasattr(error, "_base_exc"))
-            first = min(worker_exceptions)
-            what = (
-                f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
-                if lost
-                else f"the worker of rank {first} failed ({cluster.innermost(worker_exceptions[first])})"
-            )
-            print(f"{title}: {what}: all start again from the last checkpoint", flush=True)
-
-    return SayWhatIsLost()
 
 
 def _checkpoints(out: str) -> set[str]:

@@ -1,5 +1,6 @@
 """The digits pipeline on a cluster of machines, with faults on the way: what comes out is what a laptop makes."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,26 @@ def test_a_sweep_that_is_stopped(trials: Trials) -> None:
     assert outcome.difference < TOLERANCE
     assert set(outcome.statuses) == {"FINISHED"}
     assert trials.students(f"{PLAIN}/sweep") == ["steps-1-guidance-0.0", "steps-4-guidance-0.0"], "none twice"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "market", "process"),
+    [
+        ("rollout", "--trajectories 512 --actors 1", "spot", "ray::MapWorker"),
+        ("distill", "--optimizer.updates 50 --workers 1", "on-demand", "ray::RayTrainWorker"),
+    ],
+)
+def test_work_goes_to_the_machines_of_its_label(
+    trials: Trials, name: str, options: str, market: str, process: str
+) -> None:
+    words = [*trials.command(name, f"labels/{name}"), *options.split(), "--label-selector", f"market={market}"]
+    job = trials.cluster.submit(*words)
+    worked = set()
+    while not job.is_over():
+        worked |= {machine.name for machine in (trials.cluster.head, trials.cluster.worker) if machine.runs(process)}
+        time.sleep(0.2)
+    job.finish()
+    assert worked == {{"on-demand": "head", "spot": "worker"}[market]}
 
 
 def test_the_table_is_that_of_one_machine(trials: Trials) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from kac.checkpoint import load_config
 from kac.errors import DistillKacError
-from pipeline import outputs
+from pipeline import outputs, tracking
 from pipeline.distill import distill
 from pipeline.teach import teach
 from tests.pipeline.stages import DIVERGING, FEW, distill_spec, teach_spec, weights
@@ -30,6 +31,32 @@ def test_a_complete_folder_is_left_alone_and_another_spec_refused(
     with pytest.raises(DistillKacError, match=r"found one of another spec .*seed is 0, not 1"):
         makers[stage](seed=1)
     assert weights(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("stage", ["teach", "distill"])
+def test_what_a_stopped_job_left_to_do_after_its_model_is_done_by_the_next(
+    stage: str, tmp_path: Path, small_store: str
+):
+    """As when SIGTERM, or a lost head, comes while a student is on its way to MLflow."""
+    out = tmp_path / "out"
+    make = {"teach": lambda: teach(teach_spec(out)), "distill": lambda: distill(distill_spec(small_store, out))}[stage]
+    config = make()
+    run, client = tracking.run_of_output(str(out)), MlflowClient()
+    assert config is not None and run is not None and run.status() == "FINISHED"
+    run.end("KILLED")
+    run.flush()
+    for name in ("distillkac.weights_sha256", "distillkac.path"):
+        client.delete_tag(run.run_id, name)
+    (out / "training").mkdir()
+    (out / "training" / "state.pt").touch()
+    assert make() == config
+    run.flush()
+    made = client.get_run(run.run_id)
+    assert (made.info.status, made.data.tags["distillkac.path"]) == ("FINISHED", str(out))
+    assert made.data.tags["distillkac.weights_sha256"] == config.weights_sha256
+    assert not (out / "training").exists()
+    models = client.search_logged_models([made.info.experiment_id], f"source_run_id = '{run.run_id}'")
+    assert len(models) == (stage == "distill")
 
 
 def test_after_a_divergence_the_advice_of_its_message_can_be_followed(tmp_path: Path):

@@ -1,6 +1,6 @@
 """When a training on workers is tried again, when it waits, and when it ends: a trainer fails as Ray Train's do."""
 
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,10 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from kac.errors import DistillKacError
+from kac.options import Range
+from pipeline import placement
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.placement import Node, Share
 from pipeline.training import recovery
 
 LOST = WorkerGroupError("worker 1 died", {1: RuntimeError("worker 1 died")})
@@ -16,51 +19,118 @@ NO_START = ControllerError(WorkerGroupStartupFailedError("a worker died as it st
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
-def fit(out: Path, *attempts: tuple[Exception | str, bool], passes: Callable[[], None] = lambda: None) -> object:
-    """The result of attempts that each leave a checkpoint or none; ``passes`` is called at each."""
+class Cluster:
+    """Of nodes with a CPU each; time goes on by what is slept and by a minute an attempt."""
+
+    def __init__(self) -> None:
+        self.alive, self.free, self.comes_back_at = 2, 2, 0.0
+        self.now, self.asked_for = 0.0, 0
+        self.groups: list[int | Range] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.comes_back_at and self.now >= self.comes_back_at:
+            self.alive = self.free = 2
+
+    def asking(self, wanted: int, share: Share) -> contextlib.AbstractContextManager[str]:
+        self.asked_for = wanted
+        return contextlib.nullcontext("request")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(recovery, "time", made)
+    monkeypatch.setattr(placement, "asking", made.asking)
+    monkeypatch.setattr(placement, "is_embedded", lambda: False)
+    monkeypatch.setattr(placement, "alive", lambda: [Node({"CPU": 1}, {})] * made.alive)
+    monkeypatch.setattr(placement, "free", lambda: [Node({"CPU": 1}, {})] * made.free)
+    return made
+
+
+def fit(
+    cluster: Cluster, out: Path, *attempts: tuple[Exception | str, bool], workers: int | Range = 2, left_alive: int = 2
+) -> object:
+    """The result of attempts that each leave a checkpoint or none; one that fails leaves so many nodes."""
     left = list(attempts)
 
     class Trainer:
+        def __init__(self, group: int | Range) -> None:
+            cluster.groups.append(group)
+
         def fit(self) -> object:
             outcome, is_ahead = left.pop(0)
-            passes()
+            cluster.now += 60
             if is_ahead:
                 folder = out / TRAINING_FOLDER / f"checkpoint_{len(left)}"
                 folder.mkdir(parents=True)
                 (folder / STATE_FILE).touch()
             if isinstance(outcome, Exception):
+                cluster.alive = left_alive
                 raise outcome
             return outcome
 
-    result = recovery.fit(Trainer, "teach", str(out), "2 workers with a CPU each")
+    result = recovery.fit(Trainer, "teach", str(out), workers, Share(1.0))
     assert not left
     return result
 
 
-def test_it_goes_on_as_long_as_it_gets_ahead(tmp_path: Path) -> None:
-    many = [(LOST, True)] * (2 * recovery.MAX_FAILURES)
-    assert fit(tmp_path, *many, ("done", False)) == "done"
-
-
-def test_a_group_that_fails_where_it_failed_before_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DistillKacError, match=r"training failed: worker 1 died$"):
-        fit(tmp_path, (LOST, True), (LOST, False))
-    with pytest.raises(DistillKacError, match=r"a worker died as it started$"):
-        fit(tmp_path, *[(NO_START, False)] * (recovery.MAX_FAILURES + 1))
-
-
-def test_room_is_waited_for_and_not_for_ever(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_it_goes_on_as_long_as_it_gets_ahead(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(recovery, "now", lambda: now[0])
+    many = [(LOST, True)] * (2 * recovery.MAX_FAILURES)
+    assert fit(cluster, tmp_path, *many, ("done", False)) == "done"
+    assert "teach: lost the worker of rank 1: going on from the last checkpoint\n" in capsys.readouterr().out
 
-    def minute() -> None:
-        now[0] += 60.0
 
-    a_while = [(NO_ROOM, False)] * 20
-    assert fit(tmp_path, (LOST, True), *a_while, (LOST, True), *a_while, ("done", False), passes=minute) == "done"
+@pytest.mark.parametrize(("failure", "told"), [(LOST, "worker 1 died"), (NO_START, "a worker died as it started")])
+def test_a_group_that_fails_where_it_failed_before_is_an_error(
+    cluster: Cluster, tmp_path: Path, failure: Exception, told: str
+) -> None:
+    enough = [(failure, False)] * recovery.MAX_FAILURES
+    assert fit(cluster, tmp_path / "a", *enough, (failure, True), *enough[1:], ("done", False)) == "done"
+    with pytest.raises(DistillKacError, match=rf"training failed: {told}$"):
+        fit(cluster, tmp_path / "b", *enough, (failure, False))
+
+
+@pytest.mark.parametrize("workers", [2, Range(2, 4)])
+def test_nodes_are_waited_for_and_not_for_ever(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int | Range
+) -> None:
+    """Of a range, too: Ray Train itself would wait without a word."""
+    cluster.comes_back_at = 600.0
+    assert fit(cluster, tmp_path, (LOST, True), ("done", False), workers=workers, left_alive=1) == "done"
+    assert cluster.asked_for == 2
     said = capsys.readouterr().out
-    assert "teach: no room for 2 workers with a CPU each: waiting for nodes, for 20 minutes at most" in said
-    with pytest.raises(DistillKacError, match=r"expected room for 2 workers .* found too little for 20 minutes: "):
-        fit(tmp_path / "other", *[(NO_ROOM, False)] * 21, passes=minute)
+    assert "teach: no room for 2 x (1 CPU): waiting for nodes, for 20 minutes at most\n" in said
+    assert said.count("no room") == 9, "a line a minute"
+    cluster.comes_back_at = 0.0
+    with pytest.raises(DistillKacError, match=r"expected room for 2 x \(1 CPU\), found too little for 20 minutes: "):
+        fit(cluster, tmp_path / "other", (LOST, True), workers=workers, left_alive=1)
+
+
+def test_one_machine_gets_no_other_nodes(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "is_embedded", lambda: True)
+    cluster.alive = 1
+    with pytest.raises(DistillKacError, match=r"expected room for 2 x \(1 CPU\), found too little"):
+        fit(cluster, tmp_path)
+    assert cluster.now == 0
+
+
+def test_other_work_is_waited_for_as_long_as_it_takes(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.free = 1
+    assert fit(cluster, tmp_path, *[(NO_ROOM, False)] * 60, ("done", False)) == "done"
+    said = "teach: waits until other work on the cluster leaves room for 2 x (1 CPU)\n"
+    assert capsys.readouterr().out == said * 60
+
+
+def test_a_range_begins_with_what_other_work_leaves(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.alive, cluster.free = 8, 3
+    attempts = (NO_ROOM, False), (LOST, True), ("done", False)
+    assert fit(cluster, tmp_path, *attempts, workers=Range(2, 8), left_alive=8) == "done"
+    assert cluster.groups == [Range(2, 8), Range(2, 3), Range(2, 8)]

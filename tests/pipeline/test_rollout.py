@@ -100,6 +100,18 @@ assert "ray" not in sys.modules
     assert store.open(str(tmp_path / "store")).rows(0.0) == 40
 
 
+def test_a_fresh_process_finds_a_ray_to_place_actors_on(teacher: str, tmp_path: Path, project_root: Path):
+    """With ``--gpu`` nothing has to be asked of a cluster before."""
+    code = f"""
+from pipeline.actor_place import choose_place
+from pipeline.config import RolloutSpec
+from pipeline.placement import await_room
+place = choose_place(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, actors=1, gpu=False))
+await_room("rollout", "--actors", place.actors, place.share)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=project_root, check=True)
+
+
 def test_rows_are_the_teachers_trajectories_from_the_samples_own_noise(teacher: str, reference: Path):
     model = load_model(teacher)
     path = model.config.path.build()

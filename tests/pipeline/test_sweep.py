@@ -1,6 +1,7 @@
 """Sweeps that run: what is missing is trained under one parent run, chains, early stops, searches, shared columns."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.tune.search import Searcher
 
 from kac.checkpoint import load_config, load_model
 from kac.errors import DistillKacError
 from kac.objectives import build_objective
+from kac.precision import Precision
 from pipeline import store, tracking
 from pipeline.config import SweepSpec
-from pipeline.distill import distill
+from pipeline.distill import check, distill, resolve, start_run
 from pipeline.store import sharing
-from pipeline.sweep import Ledger, TrialRecord, sweep
-from pipeline.sweep.search import Halving, Optuna
+from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep
+from pipeline.sweep.search import Halving, LedgerSearch, Optuna
 from pipeline.sweep.space import draws_of
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
 from tests.pipeline.stores import make_store
@@ -70,6 +73,60 @@ def test_a_chain_and_a_failed_trial(small_store: str, tmp_path: Path, ray_cluste
     started = json.loads((Path(last.out) / "spec.json").read_text())
     assert started["options"]["init"] == before
     assert started["identity"]["init_sha256"] == load_config(before).weights_sha256
+
+
+def test_links_after_one_that_is_tried_again_wait_for_it(tmp_path: Path):
+    spec = spec_of("s", tmp_path, chain=(4, 2, 1), steps=(4,))
+    points, ledger = space.grid_points(spec), Ledger(spec.out)
+    for number, point in enumerate(points):
+        record = TrialRecord(number=number, name=point.name, out=point.spec.out, values=point.values)
+        ledger.put(record.model_copy(update={"status": "failed", "error": "lost"}))
+    search = LedgerSearch(spec, ledger, points, len(points))
+    for point in points:
+        assert search.suggest(point.name)["trial"] == point.name
+        assert search.suggest("too early") is (None if point is not points[-1] else Searcher.FINISHED)
+        search.on_trial_complete(point.name, {"update": 60, "seconds": 1.0, "is_done": True})
+    assert {record.status for record in ledger.records} == {"finished"}
+
+
+def test_links_after_one_that_fails_are_failed_by_their_own_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    spec = spec_of("s", tmp_path, chain=(4, 2, 1), steps=(4,))
+    points, ledger = space.grid_points(spec), Ledger(spec.out)
+    search = LedgerSearch(spec, ledger, points, len(points))
+    search.suggest("first")
+    search.on_trial_complete("first", error=True)
+    assert search.suggest("second") is Searcher.FINISHED
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1].split(":")[0] for line in said] == [point.name for point in points]
+
+
+def test_a_sweep_that_is_told_to_stop_ends_the_runs_of_its_trials(small_store: str, tmp_path: Path):
+    """Those too that have not reported anything yet."""
+    ledger, runs = Ledger(str(tmp_path)), []
+    for number, status in enumerate(("waiting", "running", "finished")):
+        out = tmp_path / status
+        student = resolve(distill_spec(small_store, out))
+        with suppress(RuntimeError), start_run(student, check(student)) as run:
+            runs.append(run)
+            raise RuntimeError("its process is killed")
+        MlflowClient().update_run(run.run_id, "RUNNING")
+        ledger.put(TrialRecord(number=number, name=status, out=str(out), values={}, status=status))
+    stage._close_open(ledger)
+    runs[-1].flush()
+    assert [run.status() for run in runs] == ["KILLED", "KILLED", "RUNNING"]
+    runs[-1].end("FAILED")
+
+
+def test_students_are_those_of_where_the_trials_run(
+    small_store: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """``--precision.dtype auto`` on a head without a GPU and trials with one, or the other way round."""
+    spec = spec_of(small_store, tmp_path, steps=(1,), gpus_per_trial=0, metric="loss")
+    spec = spec.model_copy(update={"precision": Precision(dtype="auto")})
+    (record,) = sweep(spec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (again,) = sweep(spec.model_copy(update={"metric": "validation/energy_distance"}))
+    assert (again.status, again.seconds) == ("finished", record.seconds), "it was complete"
 
 
 def test_a_search_ends_with_its_trials_and_may_be_raised(small_store: str, tmp_path: Path, ray_cluster: None):

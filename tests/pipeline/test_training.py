@@ -274,7 +274,8 @@ def test_accumulated_passes_are_one_batch(tmp_path: Path):
     options = OPTIONS.model_copy(update={"accumulation": 4})
     assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), HERE_ALONE), tolerance=1e-5)
     with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, of 4 passes"):
-        training.train(job(tmp_path, Regression(options)), training.Place(32, use_gpu=False))
+        training.check_shares(options, 32)
+    training.check_shares(options, 16)
     with pytest.raises(DistillKacError, match="--accumulation: expected a divisor of the batch size 64, found 3"):
         OptimizerConfig(batch_size=64, accumulation=3)
 

@@ -115,13 +115,14 @@ class Cluster:
         self._give_token(self.head)
         address = ["--node-ip-address", self.head.address, "--port", str(RAY_PORT)]
         dashboard = ["--include-dashboard", "true", "--dashboard-host", self.head.address]
-        self.head.run("ray", "start", "--head", *address, *dashboard, *_size(), seconds=START_SECONDS)
+        node = _node("on-demand")
+        self.head.run("ray", "start", "--head", *address, *dashboard, *node, seconds=START_SECONDS)
 
     def start_worker(self) -> None:
         """Ray on a worker that is on."""
         self._give_token(self.worker)
         address = ["--address", f"{self.head.address}:{RAY_PORT}", "--node-ip-address", self.worker.address]
-        self.worker.run("ray", "start", *address, *_size(), seconds=START_SECONDS)
+        self.worker.run("ray", "start", *address, *_node("spot"), seconds=START_SECONDS)
 
     def lose_worker(self) -> None:
         """The worker's machine goes, without a word."""
@@ -206,9 +207,10 @@ class Cluster:
         assert process.returncode == 0
 
 
-def _size() -> list[str]:
-    """One CPU a node, so that two workers are on two machines."""
-    return ["--num-cpus", "1", "--object-store-memory", str(200 * 2**20), "--disable-usage-stats"]
+def _node(market: str) -> list[str]:
+    """One CPU a node, so that two workers are on two machines; labels as in ``cluster.yaml``."""
+    size = ["--num-cpus", "1", "--object-store-memory", str(200 * 2**20)]
+    return [*size, "--labels", f"market={market}", "--disable-usage-stats"]
 
 
 @contextmanager

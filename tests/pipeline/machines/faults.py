@@ -90,6 +90,12 @@ STAGES = {
         2,
         weights_difference,
     ),
+    "elastic": Stage(
+        "jobs.distill --store {plain}/rollout --steps 4 --workers 1:2 --optimizer.updates 400 --out {out}",
+        ("{out}/training", CHECKPOINTS),
+        2,
+        weights_difference,
+    ),
     "sweep": Stage(
         "jobs.sweep --store {plain}/rollout --grid steps=1,4 --optimizer.updates 400 --samples 1000 --out {out}",
         ("{out}", CHECKPOINTS),
@@ -112,7 +118,7 @@ def words_of(name: str, plain: str, out: str) -> list[str]:
     Args:
         plain: where the undisturbed outputs lie, its inputs. out: where its own is to lie.
     """
-    training = TRAINING if name in {"teach", "distill", "sweep"} else []
+    training = [] if name in {"rollout", "evaluate"} else TRAINING
     return [*STAGES[name].words.format(plain=plain, out=out).split(), *training]
 
 
@@ -305,7 +311,7 @@ class Trials:
                 stopped = self.statuses(out)
                 output = cluster.submit(*words).finish()
             seconds = time.time() - job.started
-        if fault == "for-good":
+        if fault in {"for-good", "cut"}:  # a raylet that was cut off may yet end itself
             cluster.replace_worker()
         found = cluster.download(out, self.folder / out)
         return Outcome(

@@ -132,6 +132,14 @@ class Machine:
                     found.append(process)
         return found
 
+    def runs(self, title: str) -> bool:
+        """Whether a process whose title begins like this runs on it."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    return True
+        return False
+
     def kill(self, is_meant: Callable[[str, list[str]], bool]) -> int:
         """SIGKILL to the processes that ``is_meant``, by name and command line; returns how many there were."""
         count = 0
