@@ -68,15 +68,27 @@ def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, worker
                 )
                 continue
             failures += 1
-            if failures > MAX_FAILURES:
-                _print_traceback(error)
-                raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
+            _check_hope(error, out, failures)
             print(f"{title}: {_what_failed(error)}: going on from the last checkpoint", flush=True)
             if isinstance(workers, Range) and _lost_ranks(error):
                 # An elastic group that begins with a node which is about to be found dead waits for ever.
                 time.sleep(NOTICE_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
+
+
+def _check_hope(error: Exception, out: str, failures: int) -> None:
+    """Raise what ends the training, if another attempt is not worth it; a bug shows its traceback whole.
+
+    Args:
+        failures: since the last new checkpoint.
+    """
+    told = [str(each) for each in _raised(error) if isinstance(each, DistillKacError)]
+    if failures <= MAX_FAILURES and not told:  # what a worker tells people, it would tell again
+        return
+    if _raised(error) and not told:
+        print(error, file=sys.stderr, flush=True)
+    raise DistillKacError(f"{out}: training failed: {told[0] if told else cluster.innermost(error)}") from error
 
 
 def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> None:
@@ -134,11 +146,10 @@ def _what_failed(error: Exception) -> str:
     return f"the worker of rank {first} failed ({cluster.innermost(failed[first])})"
 
 
-def _print_traceback(error: Exception) -> None:
-    """What a bug in a worker raised there, whole; of an error for people its line will do."""
-    raised = [getattr(each, "_base_exc", None) for each in getattr(error, "worker_failures", {}).values()]
-    if any(raised) and not any(isinstance(each, DistillKacError) for each in raised):
-        print(error, file=sys.stderr, flush=True)
+def _raised(error: Exception) -> list[BaseException]:
+    """What the training loop raised in the workers."""
+    failed = getattr(error, "worker_failures", {})
+    return [each._base_exc for each in failed.values() if hasattr(each, "_base_exc")]
 
 
 def _checkpoints(out: str) -> set[str]:

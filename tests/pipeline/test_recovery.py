@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 
 from kac.errors import DistillKacError
 from kac.options import Range
@@ -94,6 +98,17 @@ def test_a_group_that_fails_where_it_failed_before_is_an_error(
     assert fit(cluster, tmp_path / "a", *enough, (failure, True), *enough[1:], ("done", False)) == "done"
     with pytest.raises(DistillKacError, match=rf"training failed: {told}$"):
         fit(cluster, tmp_path / "b", *enough, (failure, False))
+
+
+def test_what_a_worker_tells_people_is_told_at_once(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = UserExceptionWithTraceback(DistillKacError("lower --optimizer.learning-rate"), "a traceback")
+    diverged = WorkerGroupError("2 of 2 failed", {0: told, 1: RuntimeError("rank 0 does not answer")})
+    with pytest.raises(DistillKacError, match=r"training failed: lower --optimizer.learning-rate$"):
+        fit(cluster, tmp_path, (diverged, True))
+    assert len(cluster.groups) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("workers", [2, Range(2, 4)])
