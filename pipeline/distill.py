@@ -327,7 +327,7 @@ def check(spec: DistillSpec) -> DistillPlan:
     elif spec.validation_updates != 0 and not cluster.is_worker():
         # A worker that decoded them for its validation would keep the others waiting. A student needs no images:
         # where there are none, or not these, the validation says so.
-        with contextlib.suppress(DistillKacError):
+        with contextlib.suppress(DistillKacError, OSError):
             decode.prepare(first.data)
     content = {
         "store": source.manifest.fingerprint,

@@ -155,7 +155,7 @@ def _real_images(config: DataConfig) -> LabelledImages | None:
     """Held-out images; None if the data are not here, which a student does not need."""
     try:
         split = open_dataset(config).held_out
-    except DistillKacError as error:
+    except (DistillKacError, OSError) as error:
         print(f"validation: no energy distance, since the data of the teacher cannot be read: {error}", flush=True)
         return None
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SEED))

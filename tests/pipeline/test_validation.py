@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from kac.checkpoint import load_config, load_model
+from kac.data import DataConfig
 from kac.errors import DistillKacError
 from kac.images import delivered
 from kac.sampling import generate, student_sampling
-from pipeline import store
+from pipeline import decode, store
 from pipeline.config import OptimizerConfig
-from pipeline.distill import distill
+from pipeline.distill import check, distill
 from pipeline.teach import teach
-from pipeline.training import Validation
+from pipeline.training import Validation, validation
 from pipeline.training.validation import ENDPOINT_ERROR, ENERGY_DISTANCE
 from tests.pipeline.stages import FEW, distill_spec, metrics_of, teach_spec, weights
 
@@ -59,6 +60,39 @@ def test_it_is_reported_and_logged_and_changes_no_weight(small_store: str, tmp_p
         logged = [(point.step, point.value) for point in metrics_of("distill", config.fingerprint, name)]
         assert {step for step, _ in logged} == {20, 40, 60}
         assert logged[-1][1] == pytest.approx(reports[-1][name])
+
+
+@pytest.mark.parametrize("error", [DistillKacError("d: expected files"), PermissionError(13, "denied")])
+def test_a_student_is_trained_where_the_images_cannot_be_read(
+    error: Exception,
+    small_store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def refuse(config: DataConfig) -> None:
+        raise error
+
+    validation._real_images.cache_clear()
+    monkeypatch.setattr(validation, "open_dataset", refuse)
+    monkeypatch.setattr(decode, "begin_decoding", refuse)
+    config = distill(distill_spec(small_store, tmp_path, validation_updates=20, held_out_rows=40))
+    assert config is not None
+    assert metrics_of("distill", config.fingerprint, ENDPOINT_ERROR)
+    assert metrics_of("distill", config.fingerprint, ENERGY_DISTANCE) == []
+    assert f"no energy distance, since the data of the teacher cannot be read: {error}" in capsys.readouterr().out
+    validation._real_images.cache_clear()
+
+
+def test_what_it_reads_is_decoded_before_any_worker_starts(
+    small_store: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[DataConfig] = []
+    monkeypatch.setattr(decode, "begin_decoding", asked.append)
+    check(distill_spec(small_store, tmp_path, validation_updates=0))
+    assert asked == []
+    check(distill_spec(small_store, tmp_path))
+    assert asked == [load_config(teacher).data]
 
 
 def test_the_endpoint_error_is_that_of_held_out_rows(small_store: str, tmp_path: Path):
