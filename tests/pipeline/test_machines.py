@@ -89,6 +89,7 @@ def test_a_sweep_that_is_stopped(trials: Trials) -> None:
         ("rollout", "--trajectories 512 --actors 1", "spot", "ray::MapWorker"),
         ("distill", "--optimizer.updates 50 --workers 1", "on-demand", "ray::RayTrainWorker"),
     ],
+    ids=["rollout", "distill"],
 )
 def test_work_goes_to_the_machines_of_its_label(
     trials: Trials, name: str, options: str, market: str, process: str
