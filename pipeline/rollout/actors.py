@@ -19,6 +19,7 @@ What Ray does by default, and what is done about it (Ray 2.60):
 """
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -99,6 +100,7 @@ def compute_on_actors(
     # Ray Data frees the actors once nothing refers to the pipeline. A raised error refers to this frame: if
     # the caller kept it, the CPUs would stay taken, and the next rollout in this process would wait for them for ever.
     del made, rows
+    gc.collect()  # the failed pipeline refers to itself
     raise RolloutError(failure)
 
 
