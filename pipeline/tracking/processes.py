@@ -59,10 +59,10 @@ def close_dead(uri: str, older_than: float | None = None) -> list[str]:
     return _close(client, [run for run in running if is_dead(run) or (run in silent and not _is_here(run))])
 
 
-def close_dead_below(client: Any, experiment: str, run_id: str) -> None:
-    """The same for the runs that are nested in this one."""
+def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:
+    """The ids of the runs nested in this one that are RUNNING, but whose process on this host is gone."""
     below = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{run_id}'"
-    _close(client, [run for run in _all(client, experiment, below) if is_dead(run)])
+    return [str(run.info.run_id) for run in _all(client, experiment, below) if is_dead(run)]
 
 
 def _all(client: Any, experiment: str, which: str) -> list[Any]:

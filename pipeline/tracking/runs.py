@@ -274,10 +274,13 @@ def _go_on(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
     delivery.put(Entry(run.run_id, "status", {"status": "RUNNING"}))
     run.tags(tags)
     if is_up:
-        # Of a server that has just failed, the next start closes them.
+        # Of a server that has just failed, the next start asks again.
         with contextlib.suppress(Exception):
             client, experiment = delivery.sender.connected()
-            processes.close_dead_below(client, experiment, delivery.sender.id_of(run.run_id))
+            dead = processes.dead_below(client, experiment, delivery.sender.id_of(run.run_id))
+            # Through the queue, which tries again: SQLite refuses one of two writers at once.
+            delivery.put(*(Entry(run_id, "status", {"status": "KILLED"}) for run_id in dead))
+            run.flush()
     return run
 
 
