@@ -61,7 +61,7 @@ def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, worker
                 failures = 0
             has_no_room = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             group = _fitting(workers, share) if has_no_room else workers
-            if has_no_room and placement.room(placement.free(), share) < least(workers):
+            if has_no_room and _others_hold_it(workers, share):
                 print(
                     f"{title}: waits until other work on the cluster leaves room for {_told(workers, share)}",
                     flush=True,
@@ -115,6 +115,11 @@ def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> No
                     f"{title}: no room for {_told(workers, share)}: waiting for nodes, for {left} at most", flush=True
                 )
             time.sleep(placement.POLL_SECONDS)
+
+
+def _others_hold_it(workers: int | Range, share: Share) -> bool:
+    """Whether other work of the cluster holds the room; the Ray of this process alone has none that would end."""
+    return not placement.is_embedded() and placement.room(placement.free(), share) < least(workers)
 
 
 def _fitting(workers: int | Range, share: Share) -> int | Range:

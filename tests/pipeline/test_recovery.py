@@ -144,6 +144,15 @@ def test_other_work_is_waited_for_as_long_as_it_takes(
     assert capsys.readouterr().out == said * 60
 
 
+def test_a_ray_of_ones_own_has_no_other_work_to_wait_for(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "is_embedded", lambda: True)
+    cluster.free = 1
+    with pytest.raises(DistillKacError, match="training failed: "):
+        fit(cluster, tmp_path, *[(NO_ROOM, False)] * (recovery.MAX_FAILURES + 1))
+
+
 def test_a_range_begins_with_what_other_work_leaves(cluster: Cluster, tmp_path: Path) -> None:
     cluster.alive, cluster.free = 8, 3
     attempts = (NO_ROOM, False), (LOST, True), ("done", False)
