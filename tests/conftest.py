@@ -1,6 +1,7 @@
 """One tracking database and one embedded Ray a test session."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cpu_stays_taken() -> Iterator[None]:
+    """What a file of tests leaves behind on Ray would fail another file, minutes later."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        from tests.pipeline.stages import all_cpus_come_free
+
+        assert all_cpus_come_free(), "expected Ray's CPUs to be free after the tests of this file, found some held"
 
 
 @pytest.fixture

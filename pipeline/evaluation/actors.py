@@ -4,7 +4,8 @@ Plain actors suffice here: a chunk is small, and what is made lies in the cache,
 of an actor that is lost is made by another one: see ``pool.py``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 from kac.data import DataConfig, open_dataset
@@ -31,7 +32,7 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
         return
     expected = [space.fingerprint for space in spaces]
     finished = _here(spec, data, todo) if spec.actors == 0 else _on_actors(spec, data, expected, todo)
-    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
+    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar, closing(finished):
         for rows in finished:
             bar.update(rows)
 
@@ -59,14 +60,14 @@ def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
     return [open_space(name, dataset, device) for name in names]
 
 
-def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Iterator[int]:
+def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Generator[int]:
     spaces = open_spaces(spec.features, data)
     for chunk in todo:
         make(chunk, spaces)
         yield len(chunk.ids)
 
 
-def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Iterator[int]:
+def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Generator[int]:
     import ray
 
     place = choose_place(spec).for_work(len(todo))

@@ -90,15 +90,18 @@ def compute_on_actors(
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
         **place.share.remote_options,
     )
-    rows = made.iter_rows()
+    rows = iter(made.iter_rows())
     try:
-        for row in rows:
-            yield Outcome.model_validate_json(row["outcome"])
+        # Closed before their end, the rows take their actors with them. An error raised in an actor would not: Ray
+        # Data lets go of the actors, whose CPUs stay taken until nothing refers to that error and to the pipeline.
+        with contextlib.closing(rows):
+            for row in rows:
+                if row["failure"]:
+                    raise RolloutError(row["failure"])
+                yield Outcome.model_validate_json(row["outcome"])
         return
     except ray.exceptions.RayError as error:
-        failure = _reason(ledger, error)
-    # Ray Data frees the actors once nothing refers to the pipeline. A raised error refers to this frame: if
-    # the caller kept it, the CPUs would stay taken, and the next rollout in this process would wait for them for ever.
+        failure = f"the rollout failed in Ray: {one_line(str(error)[-300:])}"
     del made, rows
     gc.collect()  # the failed pipeline refers to itself
     raise RolloutError(failure)
@@ -117,23 +120,14 @@ def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
         raise RolloutError(f"the comparison with float32 failed: {cluster.innermost(error)}") from error
 
 
-def _reason(ledger: Any, error: BaseException) -> str:
-    """The one line that the failing actor left in the ledger, or Ray's own."""
-    noted = None
-    with contextlib.suppress(ray.exceptions.RayError):
-        noted = ray.get(ledger.failure.remote(), timeout=10)
-    return noted or f"the rollout failed in Ray: {one_line(str(error)[-300:])}"
-
-
 class Ledger:
-    """Counts attempts where a dying actor cannot take the count along; keeps the first failure's message."""
+    """Counts attempts where a dying actor cannot take the count along."""
 
     def __init__(self, actors: int) -> None:
         self.actors = actors
         self.begun: set[str] = set()
         self.attempts: dict[str, int] = {}
         self.starts_since_progress = 0
-        self.first_failure: str | None = None
 
     def started(self) -> str | None:
         """An actor started. Returns why it must not, if too many died in a row."""
@@ -141,7 +135,7 @@ class Ledger:
         if self.starts_since_progress > (1 + MAX_ATTEMPTS) * self.actors:
             tried = ", ".join(sorted(self.begun)) or "any shard was begun"
             died = f"{self.starts_since_progress} actors died in a row without finishing a shard"
-            return self.fail(f"{died} (last tried: {tried}): {ADVICE}")
+            return f"{died} (last tried: {tried}): {ADVICE}"
         return None
 
     def begin(self, shard: str) -> bool:
@@ -154,7 +148,7 @@ class Ledger:
         """A suspect is begun while no other suspect is. Returns why it must not, if it took too many processes down."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] > MAX_ATTEMPTS:
-            return self.fail(f"{shard}: its process died {MAX_ATTEMPTS} times: {ADVICE}")
+            return f"{shard}: its process died {MAX_ATTEMPTS} times: {ADVICE}"
         return None
 
     def finish(self, shard: str) -> None:
@@ -162,15 +156,6 @@ class Ledger:
         self.begun.discard(shard)
         self.attempts.pop(shard, None)
         self.starts_since_progress = 0
-
-    def fail(self, message: str) -> str:
-        """Note why the rollout cannot go on; the first reason is kept."""
-        self.first_failure = self.first_failure or message
-        return message
-
-    def failure(self) -> str | None:
-        """The first reason."""
-        return self.first_failure
 
 
 class ShardActor:
@@ -183,25 +168,27 @@ class ShardActor:
         ledger: Any,
         maker: Callable[[RolloutSpec, StoreIdentity], Maker],
     ) -> None:
-        refusal = ray.get(ledger.started.remote())
-        if refusal:
-            raise RolloutError(refusal)
-        self.ledger, self.maker = ledger, maker(spec, identity)
+        self.refusal = ray.get(ledger.started.remote())
+        if self.refusal is None:
+            self.ledger, self.maker = ledger, maker(spec, identity)
         self.alone = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """A planned shard in, its ``Outcome`` out."""
-        shard = Shard.of_text(batch["item"][0])
+        """A planned shard in, its ``Outcome`` out, or why the rollout cannot go on."""
+        try:
+            return {"outcome": [self._make(Shard.of_text(batch["item"][0])).model_dump_json()], "failure": [""]}
+        except RolloutError as error:
+            return {"outcome": [""], "failure": [str(error)]}
+
+    def _make(self, shard: Shard) -> Outcome:
+        if self.refusal:
+            raise RolloutError(self.refusal)
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
         # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
         with self.alone if is_suspect else contextlib.nullcontext():
             refusal = ray.get(self.ledger.begin_alone.remote(shard.name)) if is_suspect else None
             if refusal:
                 raise RolloutError(refusal)
-            try:
-                outcome = self.maker.make(shard)
-            except RolloutError as error:
-                ray.get(self.ledger.fail.remote(str(error)))
-                raise
+            outcome = self.maker.make(shard)
             ray.get(self.ledger.finish.remote(shard.name))
-        return {"outcome": [outcome.model_dump_json()]}
+        return outcome

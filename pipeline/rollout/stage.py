@@ -1,7 +1,8 @@
 """The stage: plan the shards, drop the finished ones, compute the others, seal the store, report."""
 
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 
 from kac import probes
 from kac.checkpoint import load_model, load_teacher_config
@@ -105,15 +106,9 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
     """
     if not plan.todo:
         return []
-    if spec.actors == 0:
-        made: Iterable[Outcome] = map(ShardMaker(spec, plan.identity).make, plan.todo)
-    else:
-        from pipeline.rollout.actors import compute_on_actors
-
-        made = compute_on_actors(spec, plan)
     outcomes: list[Outcome] = []
     total, has_computed = sum(shard.rows for shard in plan.todo), False
-    with ProgressBar("rollout", total, "trajectories") as bar:
+    with ProgressBar("rollout", total, "trajectories") as bar, contextlib.closing(_compute(spec, plan)) as made:
         for outcome in made:
             is_first = outcome.computed_rows > 0 and not has_computed
             has_computed |= is_first
@@ -124,6 +119,15 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
             if len(outcomes) % SHARDS_A_NOTE == 0:
                 write_note(spec.store, plan.identity, [known.receipt for known in outcomes[-SHARDS_A_NOTE:]])
     return outcomes
+
+
+def _compute(spec: RolloutSpec, plan: Plan) -> Generator[Outcome]:
+    if spec.actors == 0:
+        yield from map(ShardMaker(spec, plan.identity).make, plan.todo)
+    else:
+        from pipeline.rollout.actors import compute_on_actors
+
+        yield from compute_on_actors(spec, plan)
 
 
 def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:

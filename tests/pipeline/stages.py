@@ -1,5 +1,6 @@
 """Small runs of the stages for tests, and what MLflow knows of them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,15 @@ def run_of(stage: str, fingerprint: str) -> Any:
 def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
     """The history of a metric."""
     return list(MlflowClient().get_metric_history(run_of(stage, fingerprint).info.run_id, name))
+
+
+def all_cpus_come_free(seconds: float = 20.0) -> bool:
+    """Whether, within so long, nothing holds a CPU of the Ray that this process is connected to."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

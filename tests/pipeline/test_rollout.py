@@ -1,7 +1,9 @@
 """The rollout on real Ray Data actors and without them: the same rows however the work is split, growth, refusals."""
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from pipeline.placement import Node, Share
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout.actors import MAX_ATTEMPTS, Ledger
 from tests.pipeline.compare import assert_same_store
+from tests.pipeline.stages import all_cpus_come_free
 from tests.pipeline.stores import make_teacher
 
 KNOTS = 4
@@ -275,9 +278,17 @@ def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: 
         rollout(spec(teacher, path, solver_steps=16))
 
 
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """What refers to itself stays, as it may for minutes in a process that makes few objects."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize("actors", [0, 1])
 def test_nan_from_the_teacher_names_shard_and_samples_and_publishes_nothing(
-    tmp_path: Path, ray_cluster: None, actors: int
+    tmp_path: Path, ray_cluster: None, without_collector: None, actors: int
 ):
     broken = make_teacher(str(tmp_path / "teacher"), data="digits")
     model = load_model(broken)
@@ -286,8 +297,22 @@ def test_nan_from_the_teacher_names_shard_and_samples_and_publishes_nothing(
     save_model(broken, model.config, weights)
     with pytest.raises(DistillKacError, match=r"shard-00000\d.parquet: .* NaN or infinity in samples \d+"):
         rollout(spec(broken, tmp_path / "store", actors=actors))
+    assert all_cpus_come_free()
     assert list((tmp_path / "store").rglob("*.parquet")) == []
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_rollout_that_its_driver_gives_up_leaves_no_cpu_taken(
+    teacher: str, tmp_path: Path, ray_cluster: None, without_collector: None, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pipeline.rollout.stage.SHARDS_A_NOTE", 1)
+    monkeypatch.setattr("pipeline.rollout.stage.write_note", full)
+    with pytest.raises(OSError, match="No space"):
+        rollout(spec(teacher, tmp_path / "store", actors=2))
+    assert all_cpus_come_free()
 
 
 def test_a_forward_rollout_refuses_other_data_than_the_teacher_learned(teacher: str, tmp_path: Path):
@@ -319,7 +344,6 @@ def test_the_ledger_ends_what_would_go_on_for_ever():
     assert [ledger.begin("shard-7") for _ in range(3)] == [False, True, True]
     assert [ledger.begin_alone("shard-7") for _ in range(MAX_ATTEMPTS)] == [None] * MAX_ATTEMPTS
     assert "shard-7" in (ledger.begin_alone("shard-7") or "")
-    assert "shard-7" in (ledger.failure() or "")
     ledger = Ledger(actors=1)
     refusals = [ledger.started() for _ in range(100)]
     assert refusals[MAX_ATTEMPTS] is None

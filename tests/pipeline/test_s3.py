@@ -18,7 +18,6 @@ import ray
 from jobs import command
 from kac import files, probes
 from kac.errors import DistillKacError
-from pipeline import placement
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
@@ -101,10 +100,6 @@ def test_an_s3_that_never_takes_a_shard(
         patch.setattr(actors, "ShardActor", faulty.ImpatientActor)
         with pytest.raises(RolloutError, match=rf"{store}/{name}: .*reduce your request rate"):
             rollout(spec)
-    deadline = time.monotonic() + 20
-    while placement.room(placement.free(), placement.Share(1.0)) < 2:
-        assert time.monotonic() < deadline, "an actor of the rollout that failed still holds a CPU"
-        time.sleep(0.2)
     assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # by each of two actors at the most
     there = list_shards(store)
     assert name not in there
