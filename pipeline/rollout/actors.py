@@ -21,14 +21,14 @@ What Ray does by default, and what is done about it (Ray 2.60):
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kac.errors import one_line
+from kac.errors import DistillKacError, one_line
 from kac.options import most
 from pipeline import cluster
 from pipeline.actor_place import choose_place
@@ -59,8 +59,8 @@ def compute_on_actors(
     plan: Plan,
     maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker,
     pause_seconds: float = PAUSE_SECONDS,
-) -> Iterator[Outcome]:
-    """Compute or adopt every shard that is to be done, each as it is published.
+) -> Generator[Outcome]:
+    """Compute or adopt every shard that is to be done, each as it is published; the actors end when this is closed.
 
     Args:
         maker: what an actor makes its shards with; the benchmark has one that does no work, and leaves no pause.
@@ -133,9 +133,8 @@ class Ledger:
         """An actor started. Returns why it must not, if too many died in a row."""
         self.starts_since_progress += 1
         if self.starts_since_progress > (1 + MAX_ATTEMPTS) * self.actors:
-            tried = ", ".join(sorted(self.begun)) or "any shard was begun"
-            died = f"{self.starts_since_progress} actors died in a row without finishing a shard"
-            return f"{died} (last tried: {tried}): {ADVICE}"
+            tried = f"last tried: {', '.join(sorted(self.begun))}" if self.begun else "before any was begun"
+            return f"{self.starts_since_progress} actors died in a row without finishing a shard ({tried}): {ADVICE}"
         return None
 
     def begin(self, shard: str) -> bool:
@@ -168,17 +167,23 @@ class ShardActor:
         ledger: Any,
         maker: Callable[[RolloutSpec, StoreIdentity], Maker],
     ) -> None:
-        self.refusal = ray.get(ledger.started.remote())
-        if self.refusal is None:
-            self.ledger, self.maker = ledger, maker(spec, identity)
         self.alone = threading.Lock()
+        self.refusal: str | None = ray.get(ledger.started.remote())
+        if self.refusal:
+            return
+        try:
+            self.ledger, self.maker = ledger, maker(spec, identity)
+        except DistillKacError as error:
+            self.refusal = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """A planned shard in, its ``Outcome`` out, or why the rollout cannot go on."""
         try:
             return {"outcome": [self._make(Shard.of_text(batch["item"][0])).model_dump_json()], "failure": [""]}
         except RolloutError as error:
-            return {"outcome": [""], "failure": [str(error)]}
+            # The driver sees it once its block is done: the block's other shards must not be computed for nothing.
+            self.refusal = str(error)
+            return {"outcome": [""], "failure": [self.refusal]}
 
     def _make(self, shard: Shard) -> Outcome:
         if self.refusal:

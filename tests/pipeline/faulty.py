@@ -21,10 +21,12 @@ import ray
 
 from jobs.command import main
 from kac import files
+from kac.errors import DistillKacError
 from pipeline.config import RolloutSpec
 from pipeline.rollout import actors, rollout
-from pipeline.rollout.teacher import Rows
-from pipeline.store.layout import MANIFEST
+from pipeline.rollout.shards import Outcome
+from pipeline.rollout.teacher import RolloutError, Rows
+from pipeline.store.layout import MANIFEST, Shard, StoreIdentity
 from pipeline.store.manifest import list_shards
 
 FAULTY_SHARD = 4
@@ -73,6 +75,39 @@ class DyingActor(RaisingActor):
     def fault(self, rows: Rows) -> Rows:
         os.kill(os.getpid(), signal.SIGKILL)
         return rows
+
+
+class DyingMaker:
+    """Dies before it makes anything, as where a teacher does not fit the memory."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RefusingMaker:
+    """Refuses before it makes anything, as where a node does not see the teacher."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
+        raise DistillKacError(f"{spec.teacher}: expected a model folder, found none")
+
+
+class BrokenMaker:
+    """Raises what no one expects."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+class FailingMaker:
+    """Fails on every shard, and leaves a file for each that it is given."""
+
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
+        self.spec = spec
+
+    def make(self, shard: Shard) -> Outcome:
+        """Raises."""
+        Path(f"{self.spec.store}.{shard.start}").touch()
+        raise RolloutError(f"{shard.name}: fails")
 
 
 class ImpatientLedger(actors.Ledger):

@@ -30,6 +30,7 @@ from tests.pipeline.running import (
     running_job,
     spec_of,
 )
+from tests.pipeline.stages import all_cpus_come_free
 from tests.pipeline.stores import make_teacher
 
 
@@ -198,6 +199,39 @@ def test_a_shard_that_always_fails_is_named(
     assert read_manifest(store) is None
     faulty.fault_file(store).unlink()
     finish(spec, reference, capsys)
+
+
+@pytest.mark.parametrize(
+    ("maker", "expected"),
+    [
+        (
+            faulty.DyingMaker,
+            r"^\d+ actors died in a row without finishing a shard \(before any was begun\): see the logs",
+        ),
+        (faulty.RefusingMaker, r"^\S+: expected a model folder, found none$"),
+        (faulty.BrokenMaker, r"^the rollout failed in Ray: .*ZeroDivisionError: a bug"),
+    ],
+)
+def test_actors_that_cannot_begin(
+    teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, maker: Callable, expected: str
+) -> None:
+    spec = spec_of(teacher, store)
+    monkeypatch.setattr(actors, "Ledger", faulty.ImpatientLedger)
+    with pytest.raises(RolloutError, match=expected) as refusal:
+        list(actors.compute_on_actors(spec, make_plan(spec), maker))
+    assert "\n" not in str(refusal.value)
+    assert all_cpus_come_free()
+
+
+def test_an_actor_that_failed_computes_no_other_shards_of_its_block(
+    teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rollouts of many shards a block has several, and its rows come when all are done."""
+    monkeypatch.setattr("pipeline.ray_data.MAX_BLOCKS", 1)
+    spec = spec_of(teacher, store)
+    with pytest.raises(RolloutError, match=r"^data/guidance=0.0/shard-000000.parquet: fails$"):
+        list(actors.compute_on_actors(spec, make_plan(spec), faulty.FailingMaker))
+    assert [path.name for path in Path(store).parent.glob("store.*")] == ["store.0"]
 
 
 @pytest.fixture
