@@ -23,7 +23,7 @@ from kac import files
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.errors import CheckpointError, DistillKacError, one_line
 from kac.fingerprint import with_neutral_values
-from kac.networks import NetworkConfig, NetworkModule, build_network, outline_network
+from kac.networks import Conditioning, NetworkConfig, NetworkModule, build_network, outline_network
 from kac.options import OptionError, Options
 from kac.path import PathConfig
 from kac.solvers import KnotGrid
@@ -46,6 +46,9 @@ class ModelConfig(Options):
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
+    conditioning: Conditioning = Field(
+        "classes_and_null", description="what it was conditioned on in training; none: it takes the null label only"
+    )
     steps: int | None = Field(
         None, description="macro steps of a student, by default if it takes any; None for a teacher"
     )
@@ -71,7 +74,13 @@ class ModelConfig(Options):
         return self.kind == "student" and "guidance" in self.network.conditions
 
 
-def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, fingerprint: str = "") -> ModelConfig:
+def teacher_config(
+    network: NetworkConfig,
+    path: PathConfig,
+    data: DataConfig,
+    fingerprint: str = "",
+    conditioning: Conditioning = "classes_and_null",
+) -> ModelConfig:
     """The config of a teacher, with the facts of its dataset; raises as ``open_dataset``."""
     found = open_dataset(data).description
     return ModelConfig(
@@ -83,6 +92,7 @@ def teacher_config(network: NetworkConfig, path: PathConfig, data: DataConfig, f
         sample_shape=found.sample_shape,
         num_classes=found.num_classes,
         class_frequencies=found.class_frequencies,
+        conditioning=conditioning,
         fingerprint=fingerprint,
     )
 

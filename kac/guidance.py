@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kac.networks import NetworkConfig, VelocityNetwork
+from kac.checkpoint import ModelConfig
+from kac.conditioning import NO_NULL_LABEL, why_no_guidance
+from kac.networks import VelocityNetwork
 from kac.options import OptionError
 
 
@@ -32,7 +34,7 @@ class GuidedVelocity:
         conditions: Callable[[Tensor], dict[str, Tensor]] = lambda t: {},
     ) -> None:
         if w != 0 and network.null_label is None:
-            raise OptionError(_no_null_label(w))
+            raise OptionError(_refusal(NO_NULL_LABEL, w))
         self.network, self.w, self.label, self.conditions = network, w, label, conditions
         self.nfe_per_call = 1 if w == 0 else 2
 
@@ -52,16 +54,17 @@ guide = GuidedVelocity
 """``guide(network, w, label)``: the network under guidance."""
 
 
-def check_guidance(network: NetworkConfig, scales: Iterable[float]) -> None:
-    """Refuse guidance of a network without a null label, before any work.
+def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
+    """Refuse guidance of a teacher for which it means nothing, before any work.
 
     Raises:
         OptionError: one of the guidance scales is not 0.
     """
-    for w in scales:
-        if w != 0 and not network.has_null_label:
-            raise OptionError(_no_null_label(w))
+    reason = why_no_guidance(model)
+    guided = next((w for w in scales if w != 0), None)
+    if reason and guided is not None:
+        raise OptionError(_refusal(reason, guided))
 
 
-def _no_null_label(w: float) -> str:
-    return f"--guidance: expected 0, since this network has no null label (it knows classes alone), found {w:g}"
+def _refusal(reason: str, w: float) -> str:
+    return f"--guidance {w:g}: {reason}, so it cannot be guided. Choose --guidance 0."

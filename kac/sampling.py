@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kac import noise
 from kac.checkpoint import Model, ModelConfig
+from kac.conditioning import check_labels, network_labels
 from kac.errors import DistillKacError
-from kac.guidance import GuidedVelocity, guide
+from kac.guidance import GuidedVelocity, check_guidance, guide
 from kac.images import delivered
 from kac.networks import VelocityNetwork
 from kac.options import OptionError
@@ -31,8 +32,15 @@ class Sampling(NamedTuple):
     knot_grid: KnotGrid = "uniform"
 
 
-def teacher_sampling(guidance: float | None = None, steps: int | None = None, solver: Method = "ab2") -> Sampling:
-    """How to sample a teacher: as the caller chooses; by default without guidance, in 100 steps."""
+def teacher_sampling(
+    config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
+) -> Sampling:
+    """How to sample a teacher: as the caller chooses; by default without guidance, in 100 steps.
+
+    Raises:
+        OptionError: guidance of a teacher that cannot be guided.
+    """
+    check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
@@ -67,7 +75,7 @@ class Samples(NamedTuple):
     """What was drawn from a model."""
 
     images: Tensor  # [count, *sample], float32, on the CPU
-    label: Tensor  # [count]
+    label: Tensor  # [count], as the network was given them
     nfe: int  # network evaluations an image
     seconds: float  # of the network at work
 
@@ -145,15 +153,16 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
 def initial_noise(
     config: ModelConfig, seed: int, ids: range, labels: tuple[int, ...] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Noise [len(ids), *sample] and labels [len(ids)] of samples by number; given ``labels`` are repeated in turn.
+    """Noise [len(ids), *sample] and the network's labels [len(ids)] of samples by number.
+
+    Args:
+        labels: classes, repeated in turn; default: drawn by the data's class frequencies.
 
     Raises:
-        DistillKacError: a label that the model does not know.
+        OptionError: a class that the model does not know.
     """
     x_1 = noise.noise(config.path.build(), seed, ids, config.sample_shape)
     if labels is None:
-        return x_1, noise.labels(seed, ids, config.class_frequencies)
-    unknown = [label for label in labels if label >= config.num_classes]
-    if unknown or not labels:
-        raise DistillKacError(f"--labels: expected classes 0 .. {config.num_classes - 1}, found {unknown}")
+        return x_1, network_labels(config, noise.labels(seed, ids, config.class_frequencies))
+    check_labels(config, labels)
     return x_1, torch.tensor([labels[i % len(labels)] for i in ids])

@@ -182,7 +182,9 @@ class TeachSpec(Spec):
     network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped, for guidance")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels dropped, for guidance; 1: an unconditional teacher"
+    )
     seed: int = SEED
     workers: Count | None = WORKERS
     gpu: bool | None = GPU
@@ -222,7 +224,7 @@ class ConvertSpec(Spec):
         channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
     )
     key: str | None = Field(
-        None, description="entry of the file that has the weights; default: the file, its only state dict, or its EMA"
+        None, description="prefix of the weights in the file; default: the only weights that fit, or their average"
     )
 
     @field_validator("network")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
+from kac.conditioning import known_classes, network_labels
 from kac.errors import CheckpointError, DistillKacError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
@@ -94,10 +95,12 @@ class _Refinement:
             torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
         ).x_t
         steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
-        made = carry(network, x_1, label.to(device), Sampling(0.0, steps, "euler", self.knot_grid))
+        label = label.to(device)
+        given = network_labels(model, label)
+        made = carry(network, x_1, given, Sampling(0.0, steps, "euler", self.knot_grid))
         energy = refinement_loss(
             straight_through(made.x),
-            label.to(device),
+            label if known_classes(model) else None,
             real.to(device),
             real_label.to(device),
             self.spaces,
@@ -343,6 +346,7 @@ def check(spec: DistillSpec) -> DistillPlan:
             "knot_grid": source.identity.knot_grid,
             "guidance": scales[0],
             "guidance_scales": scales if spec.guidance == "all" else (),
+            "conditioning": "none" if source.identity.labels == "null" else "classes",
             "refined_in": tuple(dict.fromkeys((*first.refined_in, *getattr(spec.refine, "spaces", ())))),
             "fingerprint": spec.fingerprint(**content),
             "teacher_sha256": source.identity.teacher_sha256,
@@ -388,6 +392,13 @@ def _check_init(
             f"{init}: expected the store's teacher {identity.teacher_sha256[:12]}... or a student of it, "
             f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
             "or roll this teacher out into a store of its own"
+        )
+    is_conditional = bool(known_classes(first))
+    if is_conditional != (identity.labels == "classes"):
+        its, stores = ("with", "without") if is_conditional else ("without", "with")
+        raise CheckpointError(
+            f"{init}: this {first.kind} was trained {its} class labels, but the store was rolled out {stores} them. "
+            "Give another --init or --teacher, or roll the teacher out again"
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(

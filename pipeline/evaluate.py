@@ -14,10 +14,12 @@ from kac import files
 from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_teacher_config
 from kac.data import open_dataset
 from kac.errors import DistillKacError
+from kac.guidance import check_guidance
 from kac.metrics import Judged, quality_metrics
 from kac.metrics.features import FeatureSpace, open_space, space_identity
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
+from kac.options import OptionError
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import outputs, pictures, storage, tracking
 from pipeline.actor_place import choose_place
@@ -161,12 +163,20 @@ def read_scores(out: str) -> list[Score]:
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     assert spec.teacher is not None, "a spec that is resolved has a teacher"
     teacher = load_teacher_config(spec.teacher)
+    check_guidance(teacher, spec.guidance)
     folders = [path for given in spec.students for path in student_folders(given)]
     names = _names(list(dict.fromkeys(folders)))
     students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
+    if spec.guidance and not any(student.config.takes_guidance for student in students):
+        raise OptionError(
+            "--guidance: no student here takes a guidance scale as an input, so there is nothing to choose. Leave "
+            "--guidance out, or distill a student with --guidance all."
+        )
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
-        Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, teacher_sampling(w, spec.solver_steps, spec.solver))
+        Candidate(
+            f"teacher w={w:g}", spec.teacher, teacher, w, teacher_sampling(teacher, w, spec.solver_steps, spec.solver)
+        )
         for w in sorted({0.0, *(student.guidance for student in students)})
     ]
     return [*teachers, *students]

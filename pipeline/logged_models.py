@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import kac
 from kac import files
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config
+from kac.conditioning import known_classes
 from kac.errors import DistillKacError, one_line
 from kac.networks import outline_network
 from pipeline import store, tracking
@@ -323,10 +324,11 @@ def signature(config: ModelConfig) -> Any:
 
 
 def example(config: ModelConfig) -> tuple[Any, dict[str, int]]:
-    """Two images of given classes and one of any."""
+    """Images of the first and the last class, and one of any."""
     import pandas
 
-    return pandas.DataFrame({"label": [0, config.num_classes - 1, -1]}), {"seed": 0}
+    known = known_classes(config)
+    return pandas.DataFrame({"label": [*dict.fromkeys((*known[:1], *known[-1:])), -1]}), {"seed": 0}
 
 
 def _copy_model(folder: str, into: Path) -> None:

@@ -9,7 +9,6 @@ from kac import files, probes
 from kac.checkpoint import ModelConfig, load_model
 from kac.device import default_device
 from kac.errors import DistillKacError
-from kac.guidance import check_guidance
 from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
 from pipeline import cluster
 from pipeline.config import SampleSpec
@@ -18,6 +17,9 @@ from pipeline.pictures import sheet
 
 def sample(spec: SampleSpec) -> None:
     """Write ``spec.count`` images: a sheet as .png, or ``images`` (float32 in [-1, 1]) and ``labels`` as .npz.
+
+    The labels are those that the network was given: of an unconditional model the null label, which follows the last
+    class.
 
     Images are on the 8-bit grid, as they are delivered; with ``spec.raw`` they are what the network made.
 
@@ -54,9 +56,8 @@ def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
 
     Raises:
         DistillKacError: steps or guidance given for a student that was made for others, or guidance of a teacher that
-            has no null label.
+            cannot be guided.
     """
     if config.kind == "teacher":
-        check_guidance(config.network, [spec.guidance or 0.0])
-        return teacher_sampling(spec.guidance, spec.steps, spec.solver)
+        return teacher_sampling(config, spec.guidance, spec.steps, spec.solver)
     return student_sampling(config, spec.steps, spec.guidance)

@@ -14,6 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 from kac import noise
 from kac.checkpoint import ModelConfig, load_model
+from kac.conditioning import check_labels, known_classes
 from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.precision import Precision
@@ -33,7 +34,8 @@ class Student(PythonModel):  # type: ignore[misc]
         """Images [rows, *sample], float32 in [-1, 1] on the 8-bit grid; row i is sample i of the seed.
 
         Args:
-            model_input: the column ``label``: a class a row, or -1 for one by the data's class frequencies.
+            model_input: the column ``label``: a class per row, or -1 for one by the data's class frequencies; an
+                unconditional student takes only -1.
             params: ``seed``, ``steps`` and ``guidance``; default: 0, and the student's own.
 
         Raises:
@@ -54,23 +56,21 @@ class Student(PythonModel):  # type: ignore[misc]
         sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
         if sampling.steps < 1:
             raise DistillKacError(f"steps: expected at least 1, found {sampling.steps}")
-        classes = _labels(config, seed, labels)
-        if not classes:
+        if not len(labels):
             return np.zeros((0, *config.sample_shape), np.float32)
-        made = draw(self.model, sampling, Precision(), seed, len(classes), BATCH_SIZE, classes)
+        classes = _classes(config, seed, labels)
+        made = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, classes)
         return made.images.numpy()
 
 
-def _labels(config: ModelConfig, seed: int, given: Any) -> tuple[int, ...]:
-    """The class of each row, drawn where it is -1."""
+def _classes(config: ModelConfig, seed: int, given: Any) -> tuple[int, ...] | None:
+    """The class of each row, drawn where it is -1; None of an unconditional student."""
     label = torch.tensor(np.asarray(given, np.int64))
+    chosen = tuple(label[label != -1].tolist())
+    if chosen:
+        check_labels(config, chosen, "label", any_class="-1")
     drawn = noise.labels(seed, range(len(label)), config.class_frequencies)
-    unknown = label[(label < -1) | (label >= config.num_classes)].tolist()
-    if unknown:
-        raise DistillKacError(
-            f"label: expected classes 0 .. {config.num_classes - 1}, or -1 for any, found {sorted(set(unknown))}"
-        )
-    return tuple(torch.where(label < 0, drawn, label).tolist())
+    return tuple(torch.where(label < 0, drawn, label).tolist()) if known_classes(config) else None
 
 
 set_model(Student())

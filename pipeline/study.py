@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kac import files
 from kac.checkpoint import ModelConfig, learned_data, load_model, load_teacher_config
+from kac.conditioning import known_classes, why_no_guidance
 from kac.data import Dataset
 from kac.device import default_device
 from kac.errors import DistillKacError
+from kac.guidance import check_guidance
 from kac.images import delivered
 from kac.metrics import Metric, Moments
 from kac.metrics.distances import frechet_distance, nearest_distances
@@ -92,11 +94,16 @@ class Inputs:
         return count, {name: frechet_distance(self.train[name], moments) for name, moments in found.items()}
 
     def teaching(self, guidance: float = 0.0, steps: int = 1) -> Sampling:
-        """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``."""
+        """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``.
+
+        Raises:
+            OptionError: guidance of a teacher that cannot be guided.
+        """
         if self.store is not None:
+            check_guidance(self.teacher, [guidance])
             identity = self.store.identity
             return Sampling(guidance, identity.solver_steps, identity.solver, identity.knot_grid)
-        return teacher_sampling(guidance, -(-TEACHER_STEPS // steps) * steps)
+        return teacher_sampling(self.teacher, guidance, -(-TEACHER_STEPS // steps) * steps)
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
         """The teacher."""
@@ -175,6 +182,7 @@ def _open(spec: StudySpec) -> Inputs:
     data = learned_data(spec.teacher, teacher)
     folders = [path for given in spec.students for path in student_folders(given)]
     students = tuple((path, load_student_config(path, spec.teacher, teacher)) for path in folders)
+    check_guidance(teacher, [w for _, config in students if (w := config.guidance) is not None])
     names = [path.rsplit("/", 1)[-1] for path in folders]
     if len(set(names)) < len(names):
         raise DistillKacError(f"--students: expected folders of different names, found {', '.join(names)}: rename one")
@@ -194,6 +202,9 @@ def _rival(spec: StudySpec, teacher: ModelConfig) -> ModelConfig | None:
     rival = load_teacher_config(spec.rival)
     if rival.path.kind != "gaussian":
         raise DistillKacError(f"{spec.rival}: expected a rival with a gaussian path, found {rival.path.kind}")
+    if bool(known_classes(rival)) != bool(known_classes(teacher)):
+        found = "a conditional" if known_classes(rival) else "an unconditional"
+        raise DistillKacError(f"{spec.rival}: expected a rival conditioned as the teacher is, found {found} one")
     if rival.data_sha256 != teacher.data_sha256:
         raise DistillKacError(
             f"{spec.rival}: expected a rival of the teacher's data {teacher.data_sha256[:12]}..., found one of "
@@ -353,8 +364,8 @@ def _solver(inputs: Inputs) -> Outcome:
 
 
 def _guidance(inputs: Inputs) -> Outcome:
-    if not inputs.teacher.network.has_null_label:
-        return "the teacher's network has no null label"
+    if reason := why_no_guidance(inputs.teacher):
+        return reason
     judge = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
     found = list(effect_of_guidance(inputs.teacher_subject(), judge))
     first, last = found[0], found[-1]

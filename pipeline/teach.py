@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
+from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
 from kac.networks import VelocityNetwork, build_network
 from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
@@ -116,7 +117,8 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         datasets=datasets,
     ) as run:
         training.log_cost(run, *network)
-        config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
+        conditioning = learned_conditioning(spec.network, spec.label_dropout)
+        config = teacher_config(spec.network, spec.path, spec.data, fingerprint, conditioning)
         sheets = training.Sheets(spec.sample_updates, config, spec.precision)
         validation = training.Validation(spec.validation_updates, config, spec.optimizer, spec.precision)
         job = training.Job(
@@ -130,5 +132,6 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
             spec.checkpoint_seconds,
         )
         config = outputs.write_model(spec.out, config, training.train(job, place), run)
-    print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]})", flush=True)
+    unconditional = "" if known_classes(config) else "; unconditional: all stages sample it without class labels"
+    print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}", flush=True)
     return config

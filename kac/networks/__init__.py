@@ -5,10 +5,11 @@ from kac.networks.mlp import MLPConfig
 from kac.networks.network import NetworkConfig, build_network, outline_network
 from kac.networks.outside import OutsideConfig
 from kac.networks.unet import UNetConfig
-from kac.networks.velocity import Condition, NetworkModule, VelocityNetwork, load_weights
+from kac.networks.velocity import Condition, Conditioning, NetworkModule, VelocityNetwork, load_weights
 
 __all__ = [
     "Condition",
+    "Conditioning",
     "DiTConfig",
     "MLPConfig",
     "NetworkConfig",

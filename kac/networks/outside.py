@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor, nn
 
 from kac.imported import IMPORT_PATH, find_factory, make_module
-from kac.networks.velocity import NetworkModule, NetworkOptions
+from kac.networks.velocity import Conditioning, NetworkModule, NetworkOptions
 from kac.options import OptionError
 
 OPTION = "--network.module"
@@ -42,9 +42,10 @@ class OutsideConfig(NetworkOptions):
     )
 
     @property
-    def has_null_label(self) -> bool:
-        """Whether guidance can ask for "no class"; a module without labels answers it like any other."""
-        return self.labels != "without_null"
+    def conditioning(self) -> Conditioning:
+        """What the module can be conditioned on, as ``labels`` declares."""
+        declared: dict[str, Conditioning] = {"with_null": "classes_and_null", "without_null": "classes"}
+        return declared.get(self.labels, "none")
 
     @field_validator("module")
     @classmethod

@@ -13,6 +13,9 @@ from kac.options import Kinded
 Condition = Literal["end_time", "guidance"]
 """Inputs that a network may have beside time and label: the end time of a step, and the guidance scale."""
 
+Conditioning = Literal["classes_and_null", "classes", "none"]
+"""What a network is conditioned on: classes and the null label ("no class"), classes only, or no classes at all."""
+
 CONDITION_MODULE = "conditions"
 """The submodule of every network that embeds them; weights from a network without a condition lack that part."""
 
@@ -26,9 +29,14 @@ class NetworkOptions(Kinded):
     conditions: tuple[Condition, ...] = Field((), description="inputs beside time and label: end_time, guidance")
 
     @property
+    def conditioning(self) -> Conditioning:
+        """What the network can be conditioned on; how it is trained may leave less."""
+        return "classes_and_null"
+
+    @property
     def has_null_label(self) -> bool:
-        """Whether the network knows the label "no class", which guidance takes."""
-        return True
+        """Whether the network accepts the label "no class"."""
+        return self.conditioning != "classes"
 
 
 class VelocityNetwork(Protocol):

@@ -34,7 +34,9 @@ class DataRefinementConfig(Kinded):
         512, description="training images an update, over all workers; they cost little, and the more the less noise"
     )
     class_weight: NonNegativeFloat = Field(
-        0.5, description="distance between images of different classes, in mean distances between real images"
+        0.5,
+        description="distance between images of different classes, in mean distances between real images; an "
+        "unconditional student is compared without classes",
     )
 
 

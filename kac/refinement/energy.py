@@ -24,7 +24,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def refinement_loss(
     samples: Tensor,
-    label: Tensor,
+    label: Tensor | None,
     real: Tensor,
     real_label: Tensor,
     spaces: Sequence[RefinementSpace],
@@ -38,17 +38,18 @@ def refinement_loss(
     about 1 for samples that have nothing in common with them; a scalar.
 
     Args:
-        samples, real: [batch, *sample]; label, real_label: [batch].
+        samples, real: [batch, *sample]; label, real_label: [batch]. Without a ``label`` classes are not compared.
         update: what random spaces are drawn by.
     """
-    classes, real_classes = (
-        class_weight / 2**0.5 * nn.functional.one_hot(each, num_classes).to(samples.dtype)
-        for each in (label, real_label)
-    )
+
+    def one_hot(each: Tensor) -> Tensor:
+        return class_weight / 2**0.5 * nn.functional.one_hot(each, num_classes).to(samples.dtype)
+
+    classes, real_classes = ([], []) if label is None else ([one_hot(label)], [one_hot(real_label)])
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         unit = _mean_distance(y).detach().clamp(min=1e-6)
-        return energy_distance(torch.cat([x / unit, classes], 1), torch.cat([y / unit, real_classes], 1))
+        return energy_distance(torch.cat([x / unit, *classes], 1), torch.cat([y / unit, *real_classes], 1))
 
     means = [
         torch.stack([distance(*pair) for pair in zip(space(samples, update), space(real, update), strict=True)]).mean()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import Model, load_model
+from kac.conditioning import network_labels
 from kac.data import open_dataset
 from kac.device import default_device
 from kac.guidance import guide
@@ -40,7 +41,8 @@ def online_batches(setting: Setting) -> Callable[[int], Interval]:
 
     def batch(update: int) -> Interval:
         k = update % STUDENT_STEPS
-        images, label = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
+        images, classes = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
+        label = network_labels(teacher.config, classes)
         t_start, t_end = (times[i].expand(size).to(device) for i in (k, k + 1))
         x_start = path.sample(images, t_start).x_t
         return Interval(x_start, endpoint(teacher, x_start, label, k), t_start, t_end, label, torch.zeros_like(t_start))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kac import files
 from kac.cache import cache_folder
+from kac.conditioning import known_classes
 from kac.data import DataConfig, open_dataset
 from kac.fingerprint import fingerprint
 from kac.metrics import Judged, Reference, Statistics
@@ -71,7 +72,11 @@ def gather(
         spaces: the pixels among them. teacher: a student's, of the same noise; teacher_metrics: its.
     """
     statistics: dict[str, Statistics] = {}
-    classifiers = {space.name: space.network for space in spaces if isinstance(space.network, Classifier)}
+    is_model = isinstance(source, ModelSamples)
+    has_classes = not isinstance(source, ModelSamples) or bool(known_classes(source.config))
+    classifiers = {
+        space.name: space.network for space in spaces if isinstance(space.network, Classifier) and has_classes
+    }
     right, squares, values, nfe, speeds = 0, 0.0, 0, 0, []
     for chunk in chunks(source):
         rows = source.rows(chunk.ids)
@@ -85,7 +90,6 @@ def gather(
         if teacher is not None:
             gap = rows.images - teacher.rows(chunk.ids).images
             squares, values = squares + float(gap.double().square().sum()), values + gap.numel()
-    is_model = isinstance(source, ModelSamples)
     return Judged(
         statistics,
         reference,

@@ -24,6 +24,7 @@ from torch import Tensor
 from kac import files
 from kac.cache import VARIABLE, cache_folder
 from kac.checkpoint import Model, ModelConfig, load_model
+from kac.conditioning import known_classes
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.device import default_device
 from kac.errors import DistillKacError, one_line
@@ -68,6 +69,7 @@ class ModelSamples:
                 "network": hashed_values(config.network),
                 "path": hashed_values(config.path),
                 "class_frequencies": config.class_frequencies,
+                **({} if known_classes(config) else {"labels": "null"}),
                 "sampling": self.sampling._asdict(),
                 "precision": hashed_values(self.precision),
                 "seed": self.seed,

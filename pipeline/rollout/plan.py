@@ -69,10 +69,10 @@ def identify(spec: RolloutSpec) -> StoreIdentity:
 
     Raises:
         DistillKacError: no teacher, one whose data, which a forward rollout starts from, have changed, or guidance of
-            one that has no null label.
+            one that cannot be guided.
     """
     teacher = load_teacher_config(spec.teacher)
-    check_guidance(teacher.network, spec.guidance)
+    check_guidance(teacher, spec.guidance)
     if spec.source == "forward":
         found = open_dataset(teacher.data).description.sha256
         if found != teacher.data_sha256:

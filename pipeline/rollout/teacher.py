@@ -7,6 +7,7 @@ import torch
 
 from kac import noise
 from kac.checkpoint import load_model
+from kac.conditioning import network_labels
 from kac.data import open_dataset
 from kac.device import default_device
 from kac.errors import DistillKacError
@@ -66,7 +67,7 @@ class FrozenTeacher:
     @torch.inference_mode()
     def _trajectories(self, guidance: float, ids: range) -> "_Leaving":
         identity = self.identity
-        label = noise.labels(identity.seed, ids, identity.class_frequencies)
+        label = network_labels(self.config, noise.labels(identity.seed, ids, identity.class_frequencies))
         x_1 = noise.noise(self.path, identity.seed, ids, identity.sample_shape)
         velocity = guide(self.network, guidance, self._on_device(label))
         keep = range(0, identity.solver_steps + 1, self.steps_a_knot)
@@ -78,7 +79,8 @@ class FrozenTeacher:
         """Noise a data point to the start of an interval, follow the teacher to its end (2509.21513, Alg. 1)."""
         identity, data = self.identity, open_dataset(self.config.data).train
         point, interval = noise.data_points(identity.seed, ids, len(data), identity.knots)
-        images, label = data.rows(point)
+        images, classes = data.rows(point)
+        label = network_labels(self.config, classes)
         uniforms = noise.noise_uniforms(self.path, identity.seed, ids, identity.sample_shape)
         start = torch.empty((len(ids), *identity.sample_shape))
         end = torch.empty(start.shape, device=self.device)

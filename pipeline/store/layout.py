@@ -9,13 +9,14 @@ STORE/data/guidance=1.0/shard-000042.parquet      one shard
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from kac.checkpoint import ModelConfig
+from kac.conditioning import known_classes
 from kac.errors import DistillKacError
 from kac.fingerprint import fingerprint, hashed_fields, hashed_values
 from kac.options import flatten
@@ -43,6 +44,9 @@ class StoreIdentity(RolloutRecipe):
     sample_shape: tuple[PositiveInt, ...]
     class_frequencies: tuple[float, ...]
     data_sha256: str | None = None
+    labels: Literal["classes", "null"] = Field(
+        "classes", description="what the network was given: drawn classes, or always the null label"
+    )
 
     @classmethod
     def of(cls, recipe: RolloutRecipe, teacher: ModelConfig) -> Self:
@@ -55,6 +59,7 @@ class StoreIdentity(RolloutRecipe):
             sample_shape=teacher.sample_shape,
             class_frequencies=teacher.class_frequencies,
             data_sha256=teacher.data_sha256 if recipe.source == "forward" else None,
+            labels="classes" if known_classes(teacher) else "null",
         )
 
     def fingerprint(self) -> str:

@@ -233,6 +233,11 @@ class Store:
 
     def check_guidance(self, guidance: float) -> None:
         """Refuse a guidance scale that is not in the store."""
+        if guidance not in self.guidance and self.identity.labels == "null":
+            raise StoreError(
+                f"--guidance {guidance:g}: the teacher of {self.path} is unconditional, so it cannot be guided. Choose "
+                "--guidance 0."
+            )
         if guidance not in self.guidance:
             raise StoreError(
                 f"--guidance: expected one of the store's scales {list(self.guidance)}, found {guidance}: "

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kac import files
+from kac.checkpoint import CONFIG_FILE, load_teacher_config
 from kac.errors import DistillKacError
+from kac.guidance import check_guidance
 from kac.metrics import quality_metrics
 from kac.options import OptionError
 from pipeline import cluster, distill, placement, store, training
@@ -92,6 +95,9 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
     wanted = dict.fromkeys(point.spec.guidance for point in points)
     missing = [w for w in wanted if w != "all" and w not in source.guidance]
     assert source.manifest is not None
+    teacher = spec.teacher or source.manifest.teacher
+    if missing and (spec.rollout or files.exists(files.join(teacher, CONFIG_FILE))):
+        check_guidance(load_teacher_config(teacher), missing)
     if missing and not spec.rollout:
         raise OptionError(
             f"--guidance: expected scales of the store {spec.store} ({', '.join(f'{w:g}' for w in source.guidance)}), "

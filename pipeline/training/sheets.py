@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from kac.checkpoint import Model, ModelConfig
+from kac.conditioning import known_classes
 from kac.networks import NetworkModule
 from kac.precision import Precision
 from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
@@ -40,7 +41,7 @@ class Sheets:
         from pipeline.pictures import sheet
 
         assert self.config is not None
-        labels = tuple(range(min(self.config.num_classes, COUNT)))
+        labels = known_classes(self.config)[:COUNT] or None
         precision = self.precision.model_copy(update={"compile": False})  # for a few calls it would not pay
         model, sampling = Model(network, self.config), sampling_of(self.config)
         return sheet(draw(model, sampling, precision, SEED, COUNT, COUNT, labels).images.numpy())
@@ -48,4 +49,4 @@ class Sheets:
 
 def sampling_of(config: ModelConfig) -> Sampling:
     """How a model is sampled in the middle of its training."""
-    return student_sampling(config) if config.kind == "student" else teacher_sampling(steps=TEACHER_STEPS)
+    return student_sampling(config) if config.kind == "student" else teacher_sampling(config, steps=TEACHER_STEPS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kac.checkpoint import Model, ModelConfig
+from kac.conditioning import known_classes
 from kac.cost import TRAINING_CALLS
 from kac.data import DataConfig, LabelledImages, open_dataset
 from kac.errors import DistillKacError
@@ -37,8 +38,8 @@ ENERGY_DISTANCE, ENDPOINT_ERROR = "validation/energy_distance", "validation/endp
 declare(
     Metric(
         ENERGY_DISTANCE,
-        "energy distance of a few samples to held-out images, pixels with class, the unbiased estimate (0 or below: no "
-        "difference can be seen)",
+        "energy distance of a few samples to held-out images, pixels with class (without, if the model is "
+        "unconditional), the unbiased estimate (0 or below: no difference can be seen)",
         better="lower",
     ),
     Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images of held-out noise", better="lower"),
@@ -115,7 +116,8 @@ class Validation:
         made = draw(Model(network, config), sampling_of(config), precision, SEED, self.samples, self.samples)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
         images = delivered(real.images)
-        return float(refinement_loss(made.images, made.label, images, real.labels, spaces, 1.0, config.num_classes))
+        label = made.label if known_classes(config) else None
+        return float(refinement_loss(made.images, label, images, real.labels, spaces, 1.0, config.num_classes))
 
     def _endpoint_error(self, network: NetworkModule, precision: Precision, held_out: HeldOut) -> float:
         """The mean over scales; delivered images are compared."""

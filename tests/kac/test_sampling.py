@@ -6,7 +6,7 @@ import torch
 from kac import noise as noises
 from kac.checkpoint import Model, ModelConfig
 from kac.errors import DistillKacError
-from kac.networks import MLPConfig, build_network
+from kac.networks import MLPConfig, OutsideConfig, build_network
 from kac.objectives import Interval
 from kac.objectives.endpoint import endpoint_loss
 from kac.options import OptionError
@@ -37,8 +37,9 @@ def sample(network, x_1: torch.Tensor, label: torch.Tensor, steps: int):
 
 
 def test_a_teacher_is_sampled_as_one_likes_and_a_student_in_euler_steps_of_its_own():
-    assert teacher_sampling() == Sampling(0.0, 100, "ab2", "uniform")
-    assert teacher_sampling(2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
+    teacher = config(kind="teacher", steps=None, guidance=None)
+    assert teacher_sampling(teacher) == Sampling(0.0, 100, "ab2", "uniform")
+    assert teacher_sampling(teacher, 2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
     assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
     taking = config(guidance=3.0, network=MLPConfig(conditions=("guidance",)))
     assert student_sampling(taking) == Sampling(3.0, 4, "euler", "uniform")
@@ -63,6 +64,39 @@ def test_noise_and_labels_are_those_of_the_numbers():
     for labels in ((4,), ()):
         with pytest.raises(DistillKacError, match=r"--labels: expected classes 0 .. 3, found"):
             initial_noise(config(), 5, range(3), labels)
+
+
+def test_classes_without_training_images_are_refused():
+    gaps = config(class_frequencies=(0.5, 0.0, 0.5, 0.0))
+    assert initial_noise(gaps, 5, range(3), (2, 0))[1].tolist() == [2, 0, 2]
+    with pytest.raises(DistillKacError, match=r"--labels: expected classes 0, 2 .*, found \[1, 3\]"):
+        initial_noise(gaps, 5, range(3), (3, 1, 2))
+
+
+def test_an_unconditional_model_is_given_the_null_label_only():
+    unconditional = config(conditioning="none")
+    x_1, label = initial_noise(unconditional, 5, range(10, 14))
+    assert torch.equal(x_1, initial_noise(config(), 5, range(10, 14))[0])
+    assert label.tolist() == [4, 4, 4, 4]
+    with pytest.raises(OptionError, match=r"^--labels: this model is unconditional"):
+        initial_noise(unconditional, 5, range(3), (0,))
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"conditioning": "none"}, "unconditional"),
+        ({"conditioning": "classes"}, "never seen the null label"),
+        ({"num_classes": 1, "class_frequencies": (1.0,)}, "one class"),
+        ({"class_frequencies": (0.0, 0.0, 1.0, 0.0)}, "one class"),
+        ({"network": OutsideConfig(module="a:b", labels="without_null")}, "no null label"),
+    ],
+)
+def test_a_teacher_for_which_guidance_means_nothing_is_not_guided(facts, reason):
+    teacher = config(kind="teacher", steps=None, guidance=None, **facts)
+    assert teacher_sampling(teacher, 0.0) == Sampling(0.0, 100, "ab2")
+    with pytest.raises(OptionError, match=rf"^--guidance 1.5: .*{reason}"):
+        teacher_sampling(teacher, 1.5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 20])

@@ -9,7 +9,7 @@ import torch
 
 from kac.checkpoint import save_model, teacher_config
 from kac.data import DataConfig
-from kac.networks import MLPConfig, build_network
+from kac.networks import Conditioning, MLPConfig, build_network
 from kac.path import PathConfig
 from pipeline.config import RolloutSpec
 from pipeline.rollout import Plan, compute_shards, make_plan, rollout
@@ -18,14 +18,27 @@ from pipeline.store.manifest import Manifest
 from pipeline.store.shards import Receipt
 
 
-def make_teacher(path: str | Path, data: str = "moons", seed: int = 0, path_config: PathConfig | None = None) -> str:
-    """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way."""
-    config = teacher_config(MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data))
+def make_teacher(
+    path: str | Path,
+    data: str = "moons",
+    seed: int = 0,
+    path_config: PathConfig | None = None,
+    conditioning: Conditioning = "classes_and_null",
+) -> str:
+    """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way.
+
+    The velocity of an unconditional one is NaN for every class: only the null label gives numbers.
+    """
+    config = teacher_config(
+        MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data), conditioning=conditioning
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_network(config.network, config.sample_shape, config.num_classes)
         # The last layer starts at zero: its velocity would be, too.
         torch.nn.init.normal_(network.leave[1].weight, std=0.5)
+    if conditioning == "none":
+        network.label.weight.data[: config.num_classes] = torch.nan
     save_model(str(path), config, network.state_dict())
     return str(path)
 

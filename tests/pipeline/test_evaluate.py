@@ -282,7 +282,7 @@ def test_a_cache_that_actors_do_not_share_is_told_in_one_line(teacher: str, tmp_
     told = "DISTILLKAC_CACHE must be a folder that all of them share"
     with pytest.raises(DistillKacError, match=told):
         actors.ChunkActor(["pixels"], DataConfig(kind="moons"), ["another network's"])
-    sampling = teacher_sampling(0.0, 8)
+    sampling = teacher_sampling(load_config(teacher), 0.0, 8)
     never_made = sources.ModelSamples(teacher, load_config(teacher), sampling, Precision(), 77, 10, 10)
     with pytest.raises(DistillKacError, match=told):
         never_made.rows(range(10))

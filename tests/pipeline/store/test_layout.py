@@ -45,6 +45,7 @@ OTHERS = {
     "sample_shape": (3, 8, 8),
     "class_frequencies": (0.25, 0.75),
     "data_sha256": "ef" * 32,
+    "labels": "null",
 }
 
 
@@ -156,6 +157,6 @@ def test_the_fingerprints_of_stores_never_change() -> None:
     """Or every store would be renamed, and every student refused."""
     assert StoreIdentity(**IDENTITY).fingerprint() == "792bedd890ecbc24b2dcc9d7ca47080999b06fd6cd6b82066b10e6fd91f87fe2"
     assert (
-        StoreIdentity(**{**IDENTITY, **OTHERS}).fingerprint()
+        StoreIdentity(**{**IDENTITY, **OTHERS, "labels": "classes"}).fingerprint()
         == "46a9b48bf233d5df80bc82f4562c5a6eaca82b00b175fa25bd457f8f7000821d"
     )

@@ -1,0 +1,291 @@
+"""What a teacher was conditioned on reaches every stage: an unconditional one gets the null label, and no guidance.
+
+The teacher of these tests gives NaN for every class, so a stage that asked for a class would have no finite figures.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+
+from kac.checkpoint import load_config, load_model
+from kac.errors import CheckpointError, DistillKacError
+from kac.networks import OutsideConfig
+from kac.options import OptionError
+from kac.path import PathConfig
+from kac.precision import Precision
+from kac.sampling import teacher_sampling
+from pipeline import store
+from pipeline.config import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
+from pipeline.distill import distill
+from pipeline.evaluate import evaluate
+from pipeline.evaluation.sources import ModelSamples
+from pipeline.logged_models import model_of_run
+from pipeline.rollout import rollout
+from pipeline.sample import sample
+from pipeline.study import study
+from pipeline.sweep import sweep
+from pipeline.teach import teach
+from pipeline.tracking import run_of_output
+from tests.pipeline.stages import distill_spec, metrics_of, teach_spec
+from tests.pipeline.stores import make_spec, make_store, make_teacher
+
+NULL = 2
+"""The null label of the moons."""
+
+FLOW_MAP: dict[str, Any] = {"kind": "flow-map", "grids": (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> str:
+    return make_teacher(tmp_path_factory.mktemp("models") / "teacher", conditioning="none")
+
+
+@pytest.fixture(scope="module")
+def its_store(unconditional: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("stores") / "store")
+    make_store(path, unconditional, trajectories=200, shard_size=128)
+    return path
+
+
+@pytest.fixture(scope="module")
+def its_student(its_store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("students") / "student"
+    distill(distill_spec(its_store, out))
+    return str(out)
+
+
+# What a teacher has learned
+
+
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    [
+        ({"label_dropout": 1.0}, "none"),
+        ({"label_dropout": 0.5}, "classes_and_null"),
+        ({"label_dropout": 0.0}, "classes"),
+        ({"network": OutsideConfig(module="tests.kac.outside_modules:Blind", labels="none")}, "none"),
+        (
+            {
+                "network": OutsideConfig(
+                    module="tests.kac.outside_modules:Field", labels="without_null", arguments={"classes": 2}
+                ),
+                "label_dropout": 0.0,
+            },
+            "classes",
+        ),
+    ],
+    ids=str,
+)
+def test_teach_records_what_the_teacher_is_conditioned_on(options: dict[str, Any], learned: str, tmp_path: Path):
+    made = teach(teach_spec(tmp_path / "teacher", sample_updates=30, validation_updates=30, **options))
+    assert made is not None
+    assert made.conditioning == learned
+    assert load_config(str(tmp_path / "teacher")).conditioning == learned
+    distances = metrics_of("teach", made.fingerprint, "validation/energy_distance")
+    assert all(math.isfinite(point.value) for point in distances)
+    assert len(distances) == 2
+
+
+def test_a_folder_from_before_this_was_recorded_is_read_as_conditional(teacher: str, tmp_path: Path):
+    values = json.loads(Path(teacher, "config.json").read_text())
+    del values["conditioning"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(str(tmp_path)) == load_config(teacher)
+    assert load_config(str(tmp_path)).conditioning == "classes_and_null"
+
+
+# Every stage
+
+
+@pytest.mark.parametrize("source", ["trajectory", "forward"])
+def test_a_rollout_gives_the_null_label_and_stores_it(source: str, unconditional: str, tmp_path: Path):
+    manifest = rollout(make_spec(tmp_path / "store", unconditional, source=source))
+    assert manifest.identity.labels == "null"
+    table = pq.read_table(tmp_path / "store" / "data" / "guidance=0.0")
+    assert set(table["label"].to_pylist()) == {NULL}
+    images = table[manifest.identity.knot_columns[-1]].combine_chunks()
+    assert np.isfinite(images.to_numpy_ndarray()).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 2},
+        {"objective": FLOW_MAP, "steps": 4},
+        {"objective": FLOW_MAP, "steps": 4, "guidance": "all"},
+        {"objective": FLOW_MAP, "steps": 4, "refine": {"kind": "data", "spaces": ("pixels", "classifier", "random")}},
+        {"steps": 2, "refine": "data"},
+    ],
+    ids=["endpoint", "any step", "all scales", "any step refined", "refined"],
+)
+def test_its_students_are_unconditional(options: dict[str, Any], its_store: str, tmp_path: Path):
+    spec = distill_spec(
+        its_store, tmp_path / "student", held_out_rows=40, validation_updates=30, sample_updates=30, **options
+    )
+    config = distill(spec)
+    assert config is not None
+    assert config.conditioning == "none"
+    for name in ("loss", "validation/energy_distance", "validation/endpoint_error"):
+        logged = metrics_of("distill", config.fingerprint, name)
+        assert logged
+        assert all(math.isfinite(point.value) for point in logged)
+    again = distill(spec.model_copy(update={"out": str(tmp_path / "again"), "init": str(tmp_path / "student")}))
+    assert again is not None
+    assert again.conditioning == "none"
+
+
+def test_refinement_compares_without_classes(its_store: str, its_student: str, tmp_path: Path):
+    """A weight of classes would change what is learned."""
+    weights = []
+    for weight in (0.5, 50.0):
+        out = tmp_path / f"weight-{weight}"
+        refine = {"kind": "data", "class_weight": weight}
+        distill(distill_spec(its_store, out, init=its_student, refine=refine, validation_updates=0))
+        weights.append(load_model(str(out)).network.enter.weight)
+    assert torch.equal(*weights)
+
+
+def test_samples_are_those_of_the_null_label(unconditional: str, its_student: str, tmp_path: Path):
+    for model in (unconditional, its_student):
+        sample(SampleSpec(model=model, out=str(tmp_path / "made.npz"), count=5))
+        with np.load(tmp_path / "made.npz") as made:
+            assert np.isfinite(made["images"]).all()
+            assert made["labels"].tolist() == [NULL] * 5
+        with pytest.raises(OptionError, match=r"^--labels: this model is unconditional"):
+            sample(SampleSpec(model=model, out=str(tmp_path / "made.npz"), labels=(0, 1)))
+        with pytest.raises(OptionError, match=r"^--guidance"):
+            sample(SampleSpec(model=model, out=str(tmp_path / "made.npz"), guidance=1.0))
+
+
+def test_an_evaluation_reports_no_label_agreement_of_it(unconditional: str, its_student: str, tmp_path: Path):
+    spec = EvaluateSpec(
+        teacher=unconditional, students=(its_student,), out=str(tmp_path / "out"), samples=100, solver_steps=8, actors=0
+    )
+    real, teacher, student = evaluate(spec)
+    assert "label_agreement" in real.metrics
+    for score in (teacher, student):
+        assert "label_agreement" not in score.metrics
+        assert math.isfinite(score.metrics["frechet_distance_classifier"])
+    with pytest.raises(OptionError, match=r"^--guidance 1: this teacher is unconditional"):
+        evaluate(spec.model_copy(update={"guidance": (1.0,), "out": str(tmp_path / "guided")}))
+    assert not (tmp_path / "guided").exists()
+
+
+def test_only_samples_of_the_null_label_have_another_place_in_the_cache(teacher: str):
+    config, sampling = load_config(teacher), teacher_sampling(load_config(teacher))
+    names = {
+        conditioning: ModelSamples(
+            teacher, config.model_copy(update={"conditioning": conditioning}), sampling, Precision(), 0, 10, 10
+        ).fingerprint
+        for conditioning in ("classes_and_null", "classes", "none")
+    }
+    assert names["classes_and_null"] == names["classes"] != names["none"]
+
+
+def test_a_study_leaves_guidance_out_and_measures_the_rest(
+    unconditional: str, its_store: str, its_student: str, tmp_path: Path
+):
+    lines = study(
+        StudySpec(teacher=unconditional, store=its_store, students=(its_student,), out=str(tmp_path), samples=60)
+    )
+    left_out = {claim: line for claim, line in lines.items() if line.startswith("left out")}
+    assert left_out.keys() == {"guidance"}
+    assert "unconditional" in left_out["guidance"]
+    assert lines.keys() == set(CLAIMS)
+
+
+def test_a_study_refuses_a_rival_that_knows_classes(unconditional: str, tmp_path: Path):
+    rival = make_teacher(tmp_path / "rival", path_config=PathConfig(kind="gaussian"))
+    with pytest.raises(DistillKacError, match=r"rival: expected a rival conditioned as the teacher is"):
+        study(StudySpec(teacher=unconditional, rival=rival, out=str(tmp_path / "study"), samples=60))
+
+
+def test_its_logged_model_takes_no_class(its_student: str):
+    run = run_of_output(its_student)
+    assert run is not None
+    logged = model_of_run(run)
+    assert logged is not None
+    model = mlflow.pyfunc.load_model(logged.uri)
+    assert model.input_example["label"].tolist() == [-1]
+    images = model.predict({"label": np.array([-1, -1])})
+    assert images.shape == (2, 2)
+    assert np.isfinite(images).all()
+    with pytest.raises(MlflowException, match=r"label: this model is unconditional.*Give -1"):
+        model.predict({"label": np.array([-1, 1])})
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("conditioning", ["none", "classes"])
+def test_a_rollout_refuses_guidance(conditioning: Any, tmp_path: Path):
+    teacher = make_teacher(tmp_path / "teacher", conditioning=conditioning)
+    with pytest.raises(OptionError, match=r"^--guidance 2: this teacher"):
+        rollout(make_spec(tmp_path / "store", teacher, guidance=(0.0, 2.0)))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("rolls_out", [False, True])
+def test_a_sweep_refuses_guidance_before_it_begins(rolls_out: bool, its_store: str, tmp_path: Path):
+    spec = SweepSpec(store=its_store, out=str(tmp_path / "sweep"), guidance=(0.0, 2.0), steps=(2,), rollout=rolls_out)
+    with pytest.raises(OptionError, match=r"^--guidance 2: this teacher is unconditional"):
+        sweep(spec)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_student_of_guidance_is_refused(its_store: str, tmp_path: Path):
+    with pytest.raises(DistillKacError, match=r"^--guidance 2: the teacher of .* is unconditional"):
+        distill(distill_spec(its_store, tmp_path / "out", guidance=2.0))
+
+
+def test_scales_for_students_that_take_none_are_refused(teacher: str, student: str, tmp_path: Path):
+    with pytest.raises(OptionError, match=r"^--guidance: no student here"):
+        evaluate(
+            EvaluateSpec(teacher=teacher, students=(student,), out=str(tmp_path), guidance=(1.0,), samples=50, actors=0)
+        )
+
+
+# A teacher, a store and first weights of one kind
+
+
+def test_first_weights_of_another_kind_are_refused(
+    unconditional: str, its_store: str, its_student: str, tmp_path: Path
+):
+    """The same weights can be recorded as either: those of a folder from before, and those of a new one."""
+    before = tmp_path / "before"
+    before.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (before / name).write_bytes(Path(unconditional, name).read_bytes())
+    values = json.loads((before / "config.json").read_text())
+    del values["conditioning"]
+    (before / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"before: this teacher was trained with class labels, but the store"):
+        distill(distill_spec(its_store, tmp_path / "out", teacher=str(before)))
+
+    student = json.loads(Path(its_student, "config.json").read_text())
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model.safetensors").write_bytes(Path(its_student, "model.safetensors").read_bytes())
+    (tmp_path / "student" / "config.json").write_text(json.dumps({**student, "conditioning": "classes"}))
+    with pytest.raises(CheckpointError, match=r"student: this student was trained with class labels, but the store"):
+        distill(distill_spec(its_store, tmp_path / "out", init=str(tmp_path / "student")))
+
+
+def test_a_store_of_classes_is_no_store_of_an_unconditional_teacher(unconditional: str, its_store: str, tmp_path: Path):
+    conditional = make_teacher(tmp_path / "teacher")
+    path = tmp_path / "store"
+    made = make_store(path, conditional)
+    values = json.loads(Path(conditional, "config.json").read_text())
+    Path(conditional, "config.json").write_text(json.dumps({**values, "conditioning": "none"}))
+    with pytest.raises(CheckpointError, match=r"teacher: this teacher was trained without class labels, but the store"):
+        distill(distill_spec(str(path), tmp_path / "out"))
+    with pytest.raises(store.StoreError, match=r"labels null \(found classes\)"):
+        rollout(make_spec(path, conditional, trajectories=200))
+    assert made.identity.labels == "classes"
