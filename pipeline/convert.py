@@ -9,7 +9,7 @@ from kac.data import open_dataset
 from kac.errors import CheckpointError
 from kac.networks import build_network
 from kac.networks.adopt import adopt, try_out
-from kac.state_dict import read_state_dict
+from kac.state_dict import read_weights
 from pipeline import cluster, decode, outputs, tracking
 from pipeline.config import ConvertSpec
 
@@ -27,9 +27,9 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     decode.prepare(spec.data)
     data = open_dataset(spec.data).description
     of_samples = (data.sample_shape, data.num_classes)
-    found, network = read_state_dict(spec.checkpoint, spec.key), build_network(spec.network, *of_samples)
+    found, network = read_weights(spec.checkpoint), build_network(spec.network, *of_samples)
     with _naming(spec.checkpoint):
-        told = adopt(network, spec.network, data.sample_shape, found.weights)
+        adopted = adopt(network, spec.network, data.sample_shape, found, spec.key)
         try_out(network, spec.network, *of_samples)
     content = {"data_sha256": data.sha256, "checkpoint_sha256": found.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
@@ -48,11 +48,11 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         datasets=datasets,
     ) as run:
         run.params(cost._asdict())
-        config = teacher_config(spec.network, spec.path, spec.data, fingerprint)
+        config = teacher_config(spec.network, spec.path, spec.data, fingerprint, adopted.conditioning)
         config = outputs.write_model(spec.out, config, network.state_dict(), run)
-    where = f", {found.key}" if found.key else ""
+    where = f", {adopted.key}" if adopted.key else ""
     print(
-        f"convert: {spec.checkpoint}{where} (sha256 {found.sha256[:12]}): {told}\n"
+        f"convert: {spec.checkpoint}{where} (sha256 {found.sha256[:12]}): {adopted.told}\n"
         f"convert: wrote {spec.out}: {spec.network.kind} of {short(cost.parameters)} parameters, "
         f"{short(cost.flops_per_call, 'FLOP')} a call (weights sha256 {config.weights_sha256[:12]})",
         flush=True,

@@ -48,6 +48,16 @@ def is_openai(weights: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("input_blocks.") for name in weights)
 
 
+def openai_names(config: UNetConfig, width: int, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of such a U-Net's weights, each with the one or three names that diffusers has for it."""
+    return {
+        f"{layer.theirs}.{kind}": [f"{name}.{kind}" for name in layer.ours]
+        for layer in _layers(config, width)
+        for kind in ("weight", "bias")
+        if f"{layer.ours[0]}.{kind}" in expected  # blocks that keep their channels have no skip_connection
+    }
+
+
 def from_openai(
     weights: Mapping[str, Tensor], config: UNetConfig, width: int, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -63,12 +73,7 @@ def from_openai(
     """
     _check_options(config)
     _refuse_resblock_updown(weights)
-    wanted = {
-        f"{layer.theirs}.{kind}": [f"{name}.{kind}" for name in layer.ours]
-        for layer in _layers(config, width)
-        for kind in ("weight", "bias")
-        if f"{layer.ours[0]}.{kind}" in expected  # blocks that keep their channels have no skip_connection
-    }
+    wanted = openai_names(config, width, expected)
     translated = {OUR_CLASSES: weights[CLASSES]} if CLASSES in weights else {}
     problems = [f"{name} missing" for name in wanted if name not in weights]
     problems += [f"{name} left over" for name in weights if name not in wanted and name != CLASSES]
@@ -81,10 +86,7 @@ def from_openai(
         else:
             problems.append(f"{theirs} of shape {list(value.shape)}, not {[len(ours) * rows, *others]}")
     if problems:
-        raise CheckpointError(
-            f"expected the weights of this U-Net, found {', '.join(problems[:3])} ({len(problems)} in all): check "
-            "--network.channels, --network.blocks, --network.attention, --network.scale-shift and --data"
-        )
+        raise CheckpointError(f"{', '.join(problems[:3])} ({len(problems)} in all)")
     return translated
 
 
@@ -101,9 +103,13 @@ def _check_options(config: UNetConfig) -> None:
             )
 
 
+def has_resblock_updown(weights: Mapping[str, Tensor]) -> bool:
+    """Whether images are halved and doubled by residual blocks: no other option puts two into one output block."""
+    return any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights)
+
+
 def _refuse_resblock_updown(weights: Mapping[str, Tensor]) -> None:
-    """No other option puts two residual blocks into one output block."""
-    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights):
+    if has_resblock_updown(weights):
         raise CheckpointError(
             "expected a U-Net that halves and doubles images by convolutions, found one of resblock_updown=True, which "
             "diffusers does not have: use --network outside with the code that it was trained with"

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from kac.errors import CheckpointError, DistillKacError
 from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
-from kac.networks.adopt import adopt, try_out
+from kac.networks.adopt import Adopted, adopt, try_out
 from kac.networks.velocity import NetworkModule
 from tests.kac.openai_unet import OpenAIUNet, randomised
+from tests.kac.weights_files import file_of
 
 SHAPE, CLASSES = (3, 16, 16), 4
 
@@ -25,15 +26,15 @@ def reference(config: UNetConfig, classes: int | None = None) -> OpenAIUNet:
     return randomised(OpenAIUNet(*options, SHAPE, classes))
 
 
-def adopted(weights: dict[str, Tensor], config: UNetConfig) -> tuple[NetworkModule, str]:
+def adopted(weights: dict[str, Tensor], config: UNetConfig) -> tuple[NetworkModule, Adopted]:
     network = build_network(config, SHAPE, CLASSES)
-    told = adopt(network, config, SHAPE, weights)
-    return network.eval().requires_grad_(False), told
+    found = adopt(network, config, SHAPE, file_of(weights))
+    return network.eval().requires_grad_(False), found
 
 
 def refusal(weights: dict[str, Tensor], config: Any, shape: tuple[int, ...] = SHAPE) -> str:
     with pytest.raises(DistillKacError) as error:
-        adopt(build_network(config, shape, CLASSES), config, shape, weights)
+        adopt(build_network(config, shape, CLASSES), config, shape, file_of(weights))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -71,25 +72,28 @@ def test_outputs_are_those_of_the_original(config: UNetConfig, t: float):
 def test_classes_are_those_of_the_original(scale_shift: bool, rows: int):
     config = unet(scale_shift=scale_shift, attention=(8,), head_channels=32)
     theirs = reference(config, rows)
-    network, told = adopted(theirs.state_dict(), config)
+    network, found = adopted(theirs.state_dict(), config)
     for t in (0.0, 0.3, 1.0):
         assert difference(network, theirs, t) < 1e-5
     row = network.unet.class_embedding.weight[CLASSES]
     if rows == CLASSES:
         assert not row.any()
-        assert "4 classes and no null label: it has not learned guidance" in told
+        assert "4 classes and no null label" in found.told
+        assert found.conditioning == "classes"
     else:
         assert torch.equal(row, theirs.label_emb.weight[CLASSES])
-        assert "4 classes and a null label" in told
+        assert "4 classes and a null label" in found.told
+        assert found.conditioning == "classes_and_null"
 
 
 def test_without_classes_every_label_is_the_same():
     config = unet()
-    network, told = adopted(reference(config).state_dict(), config)
+    network, found = adopted(reference(config).state_dict(), config)
     fields = network(torch.randn(1, *SHAPE).expand(CLASSES + 1, *SHAPE), torch.tensor(0.5), torch.arange(CLASSES + 1))
     assert (fields - fields[:1]).abs().max() < 1e-5
-    assert "without classes" in told
-    assert "one head in attention, which its weights do not show" in told
+    assert "without classes" in found.told
+    assert found.conditioning == "none"
+    assert "one head in attention, which its weights do not show" in found.told
 
 
 def test_the_number_of_heads_matters():
@@ -97,9 +101,9 @@ def test_the_number_of_heads_matters():
     config = unet(attention=(16, 8), head_channels=16)
     theirs = reference(config)
     for head_channels in (8, 32):
-        network, told = adopted(theirs.state_dict(), unet(attention=(16, 8), head_channels=head_channels))
+        network, found = adopted(theirs.state_dict(), unet(attention=(16, 8), head_channels=head_channels))
         assert difference(network, theirs) > 1e-3
-        assert f"{head_channels} channels a head" in told
+        assert f"{head_channels} channels a head" in found.told
 
 
 def test_wrappers_and_other_types_do_not_matter():
@@ -118,26 +122,68 @@ def test_wrappers_and_other_types_do_not_matter():
 # Refusals
 
 
+@pytest.mark.parametrize("source", ["openai", "diffusers"])
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "differing"),
     [
-        ({"channels": (32, 64, 64)}, r"input_blocks\.4\.0\.op\.weight missing, .* in all"),
-        ({"channels": (32, 96)}, r"input_blocks\.3\.0\.in_layers\.2\.weight of shape \[64, 32, 3, 3\], not \[96, 32"),
-        ({"blocks": 2}, r"input_blocks\.2\.0\.in_layers\.0\.weight missing"),
-        ({"attention": ()}, r"input_blocks\.3\.1\.norm\.weight left over"),
-        ({"attention": (8, 16)}, r"input_blocks\.1\.1\.norm\.weight missing"),
-        ({"scale_shift": True}, r"input_blocks\.1\.0\.emb_layers\.1\.weight of shape \[32, 128\], not \[64, 128\]"),
+        ({"channels": (32, 64, 64)}, ["--network.channels 32 64 (given: 32 64 64)"]),
+        ({"channels": (32, 96)}, ["--network.channels 32 64 (given: 32 96)"]),
+        ({"blocks": 2}, ["--network.blocks 1 (given: 2)"]),
+        ({"attention": ()}, ["--network.attention 8 (given: without a value)"]),
+        ({"attention": (8, 16)}, ["--network.attention 8 (given: 16 8)"]),
+        ({"scale_shift": True}, ["--network.scale-shift False (given: True)"]),
+        (
+            {"channels": (64,), "blocks": 3, "attention": (), "scale_shift": True},
+            [
+                "--network.channels 32 64 (given: 64)",
+                "--network.blocks 1 (given: 3)",
+                "--network.attention 8 (given: without a value)",
+                "--network.scale-shift False (given: True)",
+            ],
+        ),
     ],
     ids=str,
 )
-def test_options_that_are_not_the_originals_are_refused(options: dict[str, Any], found: str):
+def test_options_that_are_not_the_originals_are_named(options: dict[str, Any], differing: list[str], source: str):
     weights = reference(unet(attention=(8,))).state_dict()
+    if source == "diffusers":
+        weights = build_network(unet(attention=(8,)), SHAPE, CLASSES).state_dict()
     message = refusal(weights, unet(**{"attention": (8,), **options}))
-    assert message.startswith("expected the weights of this U-Net, found ")
-    assert re.search(found, message), message
-    for option in ("channels", "blocks", "attention", "scale-shift"):
-        assert f"--network.{option}" in message
-    assert len(message) < 500
+    assert re.findall(r"--network[^(]*\([^)]*\)", message) == differing
+
+
+@pytest.mark.parametrize("source", ["openai", "diffusers"])
+def test_data_of_other_channels_or_classes_are_named(source: str):
+    def weights(shape: tuple[int, ...], classes: int) -> dict[str, Tensor]:
+        if source == "openai":
+            return randomised(OpenAIUNet((32, 64), 1, (), None, False, shape, classes)).state_dict()
+        return build_network(unet(), shape, classes).state_dict()
+
+    assert "--data.channels 1 (given: 3)" in refusal(weights((1, 16, 16), CLASSES), unet())
+    message = refusal(weights(SHAPE, 10), unet())
+    assert re.search(r"labels .*: 1[01] \(given: 5\)", message), message
+
+
+@pytest.mark.parametrize(
+    ("theirs", "given", "differing"),
+    [
+        (MLPConfig(width=8, depth=3), MLPConfig(width=8, depth=1), ["--network.depth 3 (given: 1)"]),
+        (MLPConfig(width=16, depth=1), MLPConfig(width=8, depth=1), ["--network.width 16 (given: 8)"]),
+        (
+            DiTConfig(heads=2, head_channels=8, depth=2, patch=4),
+            DiTConfig(heads=4, head_channels=8, depth=1, patch=2),
+            [
+                "--network.heads x --network.head-channels 16 (given: 32)",
+                "--network.depth 2 (given: 1)",
+                "--network.patch 4 (given: 2)",
+            ],
+        ),
+    ],
+    ids=["depth", "width", "dit"],
+)
+def test_the_options_of_other_kinds_are_named(theirs: Any, given: Any, differing: list[str]):
+    message = refusal(build_network(theirs, SHAPE, CLASSES).state_dict(), given)
+    assert re.findall(r"--network[^(]*\([^)]*\)", message) == differing
 
 
 @pytest.mark.parametrize(
@@ -158,11 +204,6 @@ def test_resblock_updown_is_named():
     assert "found one of resblock_updown=True" in refusal(weights, unet())
 
 
-def test_another_number_of_classes_is_refused():
-    weights = reference(unet(), classes=10).state_dict()
-    assert "expected 4 classes, as --data has, with a null label or without, found 10" in refusal(weights, unet())
-
-
 # Other weights than OpenAI's
 
 
@@ -180,14 +221,14 @@ def test_our_own_names_and_those_of_diffusers_are_taken_as_they_are(config):
     name = theirs.diffusers_name
     for weights in (theirs.state_dict(), *([theirs.get_submodule(name).state_dict()] if name else [])):
         network = build_network(config, SHAPE, CLASSES)
-        adopt(network, config, SHAPE, weights)
+        adopt(network, config, SHAPE, file_of(weights))
         x, t, label = torch.randn(2, *SHAPE), torch.rand(2), torch.tensor([1, CLASSES])
         assert torch.equal(network.eval()(x, t, label), theirs(x, t, label))
     weights = dict(theirs.state_dict())
     removed = next(name for name in weights if name.endswith("bias"))
     del weights[removed]
     message = refusal({**weights, f"{removed.split('.')[0]}.more": torch.zeros(1)}, config)
-    assert message.startswith(f"expected the weights of this {config.kind}, found ")
+    assert f"do not fit a {config.kind}: " in message
     assert removed.removeprefix(f"{name}.") + " missing" in message
     assert "more left over" in message
 
@@ -206,11 +247,12 @@ def test_a_unet_that_diffusers_trained_without_classes_is_taken():
             attention_head_dim=None,
         )
     )
-    network, told = adopted(theirs.state_dict(), config)
+    network, found = adopted(theirs.state_dict(), config)
     x = torch.randn(2, *SHAPE)
     expected = theirs(x, torch.full((2,), 0.3)).sample
     assert torch.allclose(network(x, torch.tensor(0.3), torch.tensor([0, CLASSES])), expected, atol=1e-6)
-    assert told.startswith("without classes")
+    assert found.told.startswith("without classes")
+    assert found.conditioning == "none"
 
 
 # A converted network is tried before it is written

@@ -21,6 +21,7 @@ from kac.path import PathConfig
 from kac.precision import Precision
 from pipeline.config import TeachSpec
 from tests.kac.outside_modules import Field
+from tests.kac.weights_files import file_of
 
 HERE = "tests.kac.outside_modules"
 CLASSES = 2
@@ -104,21 +105,21 @@ def test_the_module_gets_a_time_a_sample_in_single_precision(t: torch.Tensor):
 def test_a_module_without_labels_is_called_without():
     network, (x, t, label) = built("Blind", labels="none"), batch()
     assert torch.equal(network(x, t, label), x * t[:, None])
-    check_guidance(config("Blind", labels="none"), (0.0, 2.0))
     assert torch.allclose(guide(network, 2.0, label)(x, t), x * t[:, None])
 
 
 def test_guidance_of_a_module_without_a_null_label_is_refused():
     network, (x, t, _) = built(labels="without_null", arguments={"classes": CLASSES}), batch()
     label = torch.zeros(5, dtype=torch.int64)
-    message = r"--guidance: expected 0, since this network has no null label .*, found 1\.5"
+    message = r"^--guidance 1\.5: this network has no null label"
     assert torch.equal(guide(network, 0.0, label)(x, t), network(x, t, label))
     for wrapped in (network, Precision(dtype="bfloat16", compile=False).wrap(network)):
         with pytest.raises(OptionError, match=message):
             guide(wrapped, 1.5, label)
+    teacher = teacher_config(config(labels="without_null"), PathConfig(), DataConfig(kind="moons"))
     with pytest.raises(OptionError, match=message):
-        check_guidance(config(labels="without_null"), (0.0, 1.5))
-    check_guidance(config(labels="without_null"), (0.0,))
+        check_guidance(teacher, (0.0, 1.5))
+    check_guidance(teacher, (0.0,))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "output"])
@@ -315,13 +316,12 @@ def test_students_start_from_it_and_every_parameter_learns():
 def test_weights_are_loaded_strictly_into_the_module():
     network, other = built(), built(arguments={"scale": 1.0})
     weights = {f"module.{name}": value + 1 for name, value in other.inner.state_dict().items()}
-    assert adopt(network, config(), (2,), weights) == f"weights of {HERE}:Field"
+    found = adopt(network, config(), (2,), file_of(weights))
+    assert found == ("module", f"weights of {HERE}:Field", "classes_and_null")
     assert torch.equal(network.inner.linear.weight, other.inner.linear.weight + 1)
     del weights["module.classes.weight"]
-    with pytest.raises(
-        CheckpointError, match=r"expected the weights of tests.*:Field, found classes.weight missing \(1"
-    ):
-        adopt(network, config(), (2,), weights)
+    with pytest.raises(CheckpointError, match=r"do not fit tests.*:Field: classes.weight missing \(1"):
+        adopt(network, config(), (2,), file_of(weights))
 
 
 def test_diffusers_own_module_is_one(tmp_path):

@@ -23,7 +23,6 @@ from kac.guidance import guide
 from kac.networks import OutsideConfig, UNetConfig
 from kac.options import OptionError
 from kac.solvers import knot_times, solve
-from kac.state_dict import read_state_dict
 from pipeline.config import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
 from pipeline.convert import convert
 from pipeline.distill import distill
@@ -175,7 +174,7 @@ def test_guidance_of_a_teacher_without_null_label_is_refused_before_work(tmp_pat
     torch.save(Field(classes=2).state_dict(), tmp_path / "field.pt")
     network = FIELD.model_copy(update={"labels": "without_null", "arguments": {"classes": 2}})
     convert(outside(tmp_path / "field.pt", tmp_path / "teacher", network=network))
-    message = r"^--guidance: expected 0, since this network has no null label"
+    message = r"^--guidance 1: this network has no null label"
     with pytest.raises(OptionError, match=message):
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), guidance=(0.0, 1.0)))
     assert not (tmp_path / "store").exists()
@@ -185,59 +184,56 @@ def test_guidance_of_a_teacher_without_null_label_is_refused_before_work(tmp_pat
     sample(SampleSpec(model=str(tmp_path / "teacher"), out=str(tmp_path / "x.npz"), count=3))
 
 
+@pytest.mark.parametrize(
+    ("classes", "conditioning", "label"), [(None, "none", {10}), (10, "classes", set(range(10))), (11, None, None)]
+)
+def test_a_converted_teacher_is_given_the_labels_that_its_weights_show(
+    classes: int | None, conditioning: str | None, label: set[int] | None, tmp_path: Path
+):
+    torch.save(openai(classes).state_dict(), tmp_path / "model.pt")
+    made = convert(spec(tmp_path / "model.pt", tmp_path / "teacher"))
+    assert made.conditioning == (conditioning or "classes_and_null")
+    options = {"trajectories": 64, "solver_steps": 4, "guidance": (0.0, 1.0)}
+    if label is None:
+        rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
+        return
+    with pytest.raises(OptionError, match=r"^--guidance 1: this teacher"):
+        rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
+    rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **{**options, "guidance": (0.0,)}))
+    table = pq.read_table(tmp_path / "store" / "data" / "guidance=0.0")
+    assert set(table["label"].to_pylist()) == label
+
+
 # Where in a file the weights are
 
 
-WEIGHTS = {"a": torch.ones(2), "b": torch.zeros(1)}
-OTHERS = {"a": torch.zeros(2), "b": torch.zeros(1)}
-
-
-@pytest.mark.parametrize(
-    ("content", "key", "found"),
-    [
-        (WEIGHTS, None, None),
-        ({"anything": WEIGHTS}, None, "anything"),
-        ({"model": WEIGHTS, "optimizer": {"state": {0: {"step": torch.ones(())}}}, "epoch": 3}, None, "model"),
-        ({"model": OTHERS, "ema": WEIGHTS}, None, "ema"),
-        ({"model": OTHERS, "ema_model": WEIGHTS, "best": OTHERS}, None, "ema_model"),
-        ({"model": WEIGHTS, "ema": OTHERS}, "model", "model"),
-        ({"first": OTHERS, "second": WEIGHTS}, "second", "second"),
-    ],
-)
-def test_the_weights_are_found_in_the_file(content: Any, key: str | None, found: str | None, tmp_path: Path):
-    torch.save(content, tmp_path / "file.pt")
-    read = read_state_dict(str(tmp_path / "file.pt"), key)
-    assert read.key == found
-    assert read.weights.keys() == WEIGHTS.keys()
-    assert torch.equal(read.weights["a"], torch.ones(2))
-    assert read.sha256 == hashlib.sha256((tmp_path / "file.pt").read_bytes()).hexdigest()
-
-
-def test_safetensors_are_read(tmp_path: Path):
-    safetensors.torch.save_file(WEIGHTS, tmp_path / "file.safetensors")
-    assert torch.equal(read_state_dict(str(tmp_path / "file.safetensors")).weights["a"], torch.ones(2))
-
-
-@pytest.mark.parametrize(
-    ("content", "key", "message"),
-    [
-        ({"first": WEIGHTS, "second": WEIGHTS}, None, "found state dicts under first, second: choose one with --key"),
-        ({"ema": WEIGHTS, "model_ema": WEIGHTS}, None, "found state dicts under ema, model_ema: choose one with --key"),
-        ({"first": WEIGHTS, "step": 3}, "model", "expected a state dict under --key model, found state dicts under"),
-        ({"step": 3, "loss": 0.1}, None, "expected one state dict, found no state dict among step, loss"),
-        ({"weights": {}}, None, "found no state dict among weights"),
-        ([1, 2], None, "found no mapping of names"),
-        (torch.ones(2), None, "found no mapping of names"),
-        (WEIGHTS, "model", "expected a state dict under --key model, found no state dict among a, b"),
-    ],
-)  # fmt: skip
-def test_files_in_which_the_weights_are_not_clear_are_refused(
-    content: Any, key: str | None, message: str, tmp_path: Path
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_the_key_that_was_taken_and_what_else_the_file_holds_are_printed(
+    ending: str, tmp_path: Path, field: Field, capsys: pytest.CaptureFixture[str]
 ):
-    torch.save(content, tmp_path / "file.pt")
-    said = refusal(outside(tmp_path / "file.pt", tmp_path / "out", key=key))
-    assert said.startswith(f"{tmp_path / 'file.pt'}: expected ")
-    assert message in said
+    found = {f"model.net.{name}": value.clone() for name, value in field.state_dict().items()}
+    found["discriminator.weight"] = torch.ones(3)
+    file = tmp_path / f"file.{ending}"
+    torch.save(found, file) if ending == "pt" else safetensors.torch.save_file(found, file)
+    convert(outside(file, tmp_path / "teacher"))
+    network, _ = load_model(str(tmp_path / "teacher"))
+    assert torch.equal(network.inner.classes.weight, field.classes.weight)
+    out = capsys.readouterr().out
+    assert f"{file}, model.net (sha256 " in out
+    assert "also in the file: discriminator (1)" in out
+
+
+def test_the_key_chooses_among_weights_that_fit(tmp_path: Path, field: Field):
+    other = Field(scale=0.5)
+    torch.save({"first": field.state_dict(), "second": other.state_dict()}, tmp_path / "file.pt")
+    said = refusal(outside(tmp_path / "file.pt", tmp_path / "out"))
+    assert said.startswith(f"{tmp_path / 'file.pt'}: ")
+    assert "first, second" in said
+    convert(outside(tmp_path / "file.pt", tmp_path / "teacher", key="second"))
+    assert torch.equal(load_model(str(tmp_path / "teacher")).network.inner.classes.weight, other.classes.weight)
+
+
+WEIGHTS = {"a": torch.ones(2), "b": torch.zeros(1)}
 
 
 class Payload:
@@ -270,8 +266,17 @@ def test_damaged_files_are_refused(name: str, content: bytes, tmp_path: Path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
-    for path in (tmp_path / "none.pt", tmp_path):
-        assert refusal(outside(path, tmp_path / "out")) == f"{path}: expected a file of weights, found none"
+    path = tmp_path / "none.pt"
+    assert refusal(outside(path, tmp_path / "out")) == f"{path}: expected a file of weights, found none"
+
+
+def test_a_folder_is_refused_with_the_files_in_it(tmp_path: Path, field: Field):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert refusal(outside(folder, tmp_path / "out")).startswith(f"{folder}: ")
+    (folder / "unet").mkdir()
+    torch.save(field.state_dict(), folder / "unet" / "model.pt")
+    assert "unet/model.pt" in refusal(outside(folder, tmp_path / "out"))
 
 
 # What does not fit
@@ -280,9 +285,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"network": UNET.model_copy(update={"blocks": 2})}, "FILE: expected the weights of this U-Net, found"),
+        ({"network": UNET.model_copy(update={"blocks": 2})}, "FILE: the weights are of a unet with --network.blocks 1"),
         ({"network": UNET.model_copy(update={"time_scale": 1000.0})}, "--network.time-scale: expected 1"),
-        ({"network": FIELD}, "FILE: expected the weights of tests.kac.outside_modules:Field, found version missing"),
+        ({"network": FIELD}, "FILE: no weights of tests.kac.outside_modules:Field found. The file holds 12"),
         ({"data": "moons"}, "--network: expected square images"),
         ({"network": UNET.model_copy(update={"attention": (16,)})}, "--network.attention: expected widths of"),
     ],

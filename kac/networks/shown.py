@@ -1,0 +1,134 @@
+"""The options of a network that its weights show, for the message that they are not those of ``--network``."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kac.networks.dit import DiTConfig
+from kac.networks.mlp import MLPConfig
+from kac.networks.network import NetworkConfig
+from kac.networks.openai import CLASSES, OUR_CLASSES, has_resblock_updown, is_openai
+from kac.networks.unet import UNetConfig
+
+Shown = dict[str, tuple[Any, Any]]
+"""By option: the value that the weights show, and the one that was given."""
+
+
+def differing_options(
+    config: NetworkConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
+) -> list[str]:
+    """The options in which the network of ``weights`` differs from ``config``, in words; empty if none is known to.
+
+    Args:
+        weights: under the names of the network, or of a U-Net of OpenAI; some may be missing or left over.
+        expected: of the network of ``config``.
+    """
+    try:
+        shown = _shown(config, weights, sample_shape, expected)
+    except (KeyError, IndexError, ValueError):  # weights that lack what would show it
+        return []
+    return [
+        f"{option} {_words(found)} (given: {_words(given)})"
+        for option, (found, given) in shown.items()
+        if found != given
+    ]
+
+
+def _shown(
+    config: NetworkConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
+) -> Shown:
+    if isinstance(config, MLPConfig):
+        width, size = weights["enter.weight"].shape
+        return {
+            "--network.width": (width, config.width),
+            "--network.depth": (_count(r"blocks\.(\d+)\.", weights), config.depth),
+            "values per sample (--data):": (size, expected["enter.weight"].shape[1]),
+            **_classes(weights, "label.weight", expected["label.weight"]),
+        }
+    if isinstance(config, DiTConfig):
+        width, channels, patch, _ = weights["pos_embed.proj.weight"].shape
+        table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+        return {
+            "--network.heads x --network.head-channels": (width, config.heads * config.head_channels),
+            "--network.depth": (_count(r"transformer_blocks\.(\d+)\.", weights), config.depth),
+            "--network.patch": (patch, config.patch),
+            "--data.channels": (channels, sample_shape[0]),
+            **_classes(weights, table, expected[table]),
+        }
+    if isinstance(config, UNetConfig):
+        return _unet(config, weights, sample_shape, expected)
+    return {}
+
+
+def _unet(
+    config: UNetConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
+) -> Shown:
+    theirs = is_openai(weights)
+    blocks = _openai_blocks(weights) if theirs else _diffusers_blocks(weights)  # [level][block], as prefixes
+    convolution, embedding = ("in_layers.2", "emb_layers.1") if theirs else ("conv1", "time_emb_proj")
+    channels = tuple(weights[f"{level[0]}.{convolution}.weight"].shape[0] for level in blocks)
+    side = sample_shape[1] // config.patch
+    has_attention = [_attention(level[0]) in weights for level in blocks]
+    attention = tuple(side // 2**level for level, has in enumerate(has_attention) if has)
+    first = weights["input_blocks.0.0.weight" if theirs else "conv_in.weight"]
+    scales = weights[f"{blocks[0][0]}.{embedding}.weight"].shape[0] == 2 * channels[0]
+    shown: Shown = {
+        "--network.channels": (channels, config.channels),
+        "--network.blocks": (len(blocks[0]), config.blocks),
+        "--network.attention": (attention, tuple(sorted(config.attention, reverse=True))),
+        "--network.scale-shift": (scales, config.scale_shift),
+        **_classes(weights, CLASSES if theirs else OUR_CLASSES, expected[OUR_CLASSES]),
+    }
+    taken = expected["conv_in.weight"].shape[1]
+    what = "--data.channels" if config.patch == 1 else "--data.channels x --network.patch squared"
+    return {**shown, what: (first.shape[1], taken)}
+
+
+def _diffusers_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    levels = range(_count(r"down_blocks\.(\d+)\.", weights))
+    return [
+        [
+            f"down_blocks.{level}.resnets.{block}"
+            for block in range(_count(rf"down_blocks\.{level}\.resnets\.(\d+)\.", weights))
+        ]
+        for level in levels
+    ]
+
+
+def _openai_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    if has_resblock_updown(weights):
+        raise ValueError("a U-Net that no options describe")
+    blocks: list[list[str]] = [[]]
+    for number in range(1, _count(r"input_blocks\.(\d+)\.", weights)):
+        if f"input_blocks.{number}.0.op.weight" in weights:
+            blocks.append([])
+        else:
+            blocks[-1].append(f"input_blocks.{number}.0")
+    return blocks
+
+
+def _attention(block: str) -> str:
+    """The weight that a block with attention has beside it."""
+    if block.startswith("input_blocks"):
+        return f"{block.removesuffix('.0')}.1.qkv.weight"
+    return f"{block.replace('resnets', 'attentions')}.to_q.weight"
+
+
+def _classes(weights: Mapping[str, Tensor], name: str, expected: Tensor) -> Shown:
+    """The rows of the embedding of classes, where those of a U-Net may lack the null label."""
+    if name not in weights or (name in {CLASSES, OUR_CLASSES} and len(weights[name]) == len(expected) - 1):
+        return {}
+    return {"labels (the classes of --data, and 'no class'):": (len(weights[name]), len(expected))}
+
+
+def _count(pattern: str, weights: Mapping[str, Tensor]) -> int:
+    """One more than the largest number that stands in the names at the pattern's group."""
+    return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "without a value"
+    return str(value)

@@ -1,0 +1,12 @@
+"""Files of weights for tests, without a file."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from kac.state_dict import WeightsFile
+
+
+def file_of(weights: Mapping[str, Tensor]) -> WeightsFile:
+    """A file that holds these weights only."""
+    return WeightsFile(dict(weights), {}, tuple(weights), "of the file")
