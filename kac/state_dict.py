@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kac import files
 from kac.errors import CheckpointError, one_line
+from kac.integrity import check_zip
 
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that torch.compile, FSDP and activation checkpointing add, at any depth."""
@@ -136,6 +137,7 @@ def _read(path: str, data: bytes) -> Any:
     try:
         if path.endswith(".safetensors") or data[8:9] == b"{":  # the header of safetensors, after its length
             return safetensors.torch.load(data)
+        check_zip(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - of damaged files PyTorch raises whatever its parts do
         foreign = re.search(r"GLOBAL (\S+)", str(error))

@@ -9,6 +9,7 @@ from kac import files
 from kac.errors import one_line
 from kac.images import to_bytes
 from kac.imported import find_factory, make_module
+from kac.integrity import check_zip
 from kac.options import OptionError
 
 LITE0_SIDE = 64
@@ -89,10 +90,12 @@ def torchscript(path: str) -> nn.Module:
         OptionError: no such file, or no TorchScript.
     """
     try:
-        network: nn.Module = torch.jit.load(io.BytesIO(files.read_bytes(path)), map_location="cpu")  # type: ignore[no-untyped-call]
+        data = files.read_bytes(path)
+        check_zip(data)
+        network: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise OptionError(f"--features {path}: expected TorchScript, found {one_line(error, 120)}") from None
     signature = network.forward.schema  # type: ignore[attr-defined]
     arguments = {argument.name for argument in signature.arguments}
