@@ -13,11 +13,11 @@ MODEL/unet/config.json                           the config of diffusers
 import contextlib
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from kac import files
 from kac.data import DataConfig, Dataset, open_dataset
@@ -33,6 +33,12 @@ DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 
+DATA_CHANGED = (
+    "the files of the dataset have changed, or an older version read them in another way, which numbered class folders "
+    "1, 10, 2 and left photographs on their side. Train the teacher again on these data"
+)
+"""What to make of data that are not those of a model."""
+
 
 class ModelConfig(Options):
     """What a model is and where it came from."""
@@ -46,6 +52,7 @@ class ModelConfig(Options):
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="share of each class in the data")
+    class_names: tuple[str, ...] = Field((), description="names of the classes by number; none: they have no names")
     conditioning: Conditioning = Field(
         "classes_and_null", description="what it was conditioned on in training; none: it takes the null label only"
     )
@@ -62,6 +69,12 @@ class ModelConfig(Options):
     fingerprint: str = Field("", description="fingerprint of the spec that made the model")
     teacher_sha256: str | None = Field(None, description="a student's teacher, by its weights")
     store_fingerprint: str | None = Field(None, description="the store a student was made from")
+
+    @model_validator(mode="after")
+    def _names_every_class(self) -> Self:
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"--class-names: expected {self.num_classes} names, found {len(self.class_names)}")
+        return self
 
     @property
     def is_any_step(self) -> bool:
@@ -92,6 +105,7 @@ def teacher_config(
         sample_shape=found.sample_shape,
         num_classes=found.num_classes,
         class_frequencies=found.class_frequencies,
+        class_names=found.class_names,
         conditioning=conditioning,
         fingerprint=fingerprint,
     )
@@ -107,7 +121,7 @@ def learned_data(path: str, model: ModelConfig) -> Dataset:
     if data.description.sha256 != model.data_sha256:
         raise DistillKacError(
             f"{path}: expected the data {model.data_sha256[:12]}... that this model was made from, found "
-            f"{data.description.sha256[:12]}...: the files of the data set have changed"
+            f"{data.description.sha256[:12]}...: {DATA_CHANGED}"
         )
     return data
 

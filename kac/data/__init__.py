@@ -1,6 +1,14 @@
 """Datasets: images in [-1, 1] with integer labels, each with a train and a held-out split."""
 
 from kac.data.dataset import DataConfig, begin_decoding, open_dataset
-from kac.data.splits import Dataset, LabelledImages, all_rows
+from kac.data.splits import DataDescription, Dataset, LabelledImages, all_rows
 
-__all__ = ["DataConfig", "Dataset", "LabelledImages", "all_rows", "begin_decoding", "open_dataset"]
+__all__ = [
+    "DataConfig",
+    "DataDescription",
+    "Dataset",
+    "LabelledImages",
+    "all_rows",
+    "begin_decoding",
+    "open_dataset",
+]

@@ -4,6 +4,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html: ``cifar-10-python.tar.gz``, or its 
 out.
 """
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -17,13 +18,33 @@ import numpy as np
 from kac import files
 from kac.data.source import Contents, Unit, images_a_block
 from kac.errors import DistillKacError, one_line
+from kac.integrity import gunzip
 
 ARCHIVE = "cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
+MD5_EXTRACTED = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""Of the published files. Extracted, they have no checksum of their own."""
+
 FOLDER = "cifar-10-batches-py"
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = "test_batch"
+META = "batches.meta"
+"""The file with the names of the classes."""
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""The published names, for a folder without that file."""
+
 SHAPE = (3, 32, 32)
+MOST_BYTES = 2**30
+"""Of the unpacked archive; the published one has 186 MB."""
+
 ADVICE = f"fetch {ARCHIVE} again, its md5 is {MD5}"
 
 
@@ -34,6 +55,14 @@ class Batch(NamedTuple):
     labels: np.ndarray  # [count], int64
 
 
+class Loaded(NamedTuple):
+    """Everything that is in its files."""
+
+    batches: dict[str, Batch]  # by name
+    class_names: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Cifar10Source:
     """The archive ``root``, or a folder that holds the archive or its extracted files."""
@@ -41,55 +70,88 @@ class Cifar10Source:
     root: str
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """The archive, or the six batches."""
-        batches = (*TRAIN, TEST)
-        found = [stamp for stamp in files.walk(self.root) if stamp.path.rpartition("/")[2] in ("", ARCHIVE, *batches)]
-        folders = [[stamp for stamp in found if stamp.path in _paths(batches, below)] for below in ("", f"{FOLDER}/")]
-        extracted = next((stamps for stamps in folders if len(stamps) == len(batches)), None)
-        archive = [stamp for stamp in found if stamp.path in ("", ARCHIVE)]
-        if not extracted and not archive:
-            raise DistillKacError(f"{self.root}: expected {ARCHIVE} or its folder {FOLDER}, found neither: {ADVICE}")
-        return iter(extracted or archive)
+        """The archive, or the six batches and the names of the classes."""
+        there = {stamp.path: stamp for stamp in files.walk(self.root)}
+        for below in ("", f"{FOLDER}/"):
+            if all(f"{below}{name}" in there for name in (*TRAIN, TEST)):
+                return iter([there[f"{below}{name}"] for name in (*TRAIN, TEST, META) if f"{below}{name}" in there])
+        archive = next((stamp for path, stamp in there.items() if path in {"", ARCHIVE}), None)
+        if archive is None:
+            raise DistillKacError(
+                f"{self.root}: expected {ARCHIVE}, or its folder {FOLDER} with all six batches, found neither: {ADVICE}"
+            )
+        return iter([archive])
 
     def contents(self) -> Contents:
-        """Raises ``DistillKacError``: it is not the published archive, or labels do not fit its images."""
-        labels = [batch.labels for batch in self.batches.values()]
-        held_out = [np.full(len(batch.labels), name == TEST) for name, batch in self.batches.items()]
-        units = [Unit(len(batch.labels), name) for name, batch in self.batches.items()]
-        return Contents(SHAPE, 10, np.concatenate(labels), np.concatenate(held_out), units)
+        """Raises ``DistillKacError``: it is damaged or not CIFAR-10's archive, or labels do not fit its images."""
+        batches, names, warnings = self.loaded
+        return Contents(
+            shape=SHAPE,
+            num_classes=len(CLASSES),
+            labels=np.concatenate([batch.labels for batch in batches.values()]),
+            held_out=np.concatenate([np.full(len(batch.labels), name == TEST) for name, batch in batches.items()]),
+            units=[Unit(len(batch.labels), name) for name, batch in batches.items()],
+            class_names=names,
+            split=f"training images from {TRAIN[0]} .. {TRAIN[-1]}, held-out images from {TEST}",
+            warnings=warnings,
+        )
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """The images of the batch ``content``."""
-        images, rows = self.batches[content].images, images_a_block(shape)
+        images, rows = self.loaded.batches[content].images, images_a_block(shape)
         return (images[start : start + rows] for start in range(0, len(images), rows))
 
     @cached_property
-    def batches(self) -> dict[str, Batch]:
-        """The six batches by name; 184 MB."""
+    def loaded(self) -> Loaded:
+        """Everything that is in the files; 184 MB."""
         paths = [stamp.path for stamp in self.stamps()]
-        packed = _read_archive(self.root, paths[0]) if len(paths) == 1 else _read_folder(self.root, paths)
-        return {name: _batch(f"{self.root}: {name}", packed[name]) for name in (*TRAIN, TEST)}
+        if len(paths) == 1:
+            path = files.join(self.root, paths[0]) if paths[0] else self.root
+            packed = files.read_bytes(path)
+            found, checked = _unpack(path, packed), {path: (packed, MD5)}
+        else:
+            places = {path.rpartition("/")[2]: files.join(self.root, path) for path in paths}
+            found = {name: files.read_bytes(path) for name, path in places.items()}
+            checked = {places[name]: (found[name], md5) for name, md5 in MD5_EXTRACTED.items()}
+        batches = {name: _batch(f"{self.root}: {name}", found[name]) for name in (*TRAIN, TEST)}
+        names = _class_names(f"{self.root}: {META}", found[META]) if META in found else CLASSES
+        return Loaded(batches, names, tuple(filter(None, (_warning(path, *of) for path, of in checked.items()))))
 
 
-def _paths(names: tuple[str, ...], below: str) -> list[str]:
-    return [f"{below}{name}" for name in names]
-
-
-def _read_folder(root: str, paths: list[str]) -> dict[str, bytes]:
-    return {path.rpartition("/")[2]: files.read_bytes(files.join(root, path)) for path in paths}
-
-
-def _read_archive(root: str, path: str) -> dict[str, bytes]:
-    path = files.join(root, path) if path else root
-    batches = {}
+def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
+    """The files in the archive that are read, by name."""
+    content, found = gunzip(path, packed, lambda _: MOST_BYTES, ADVICE), {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(files.read_bytes(path)), mode="r:gz") as archive:
-            for name in (*TRAIN, TEST):
-                file = archive.extractfile(f"{FOLDER}/{name}")
-                batches[name] = file.read() if file else b""
-    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.removeprefix("./").rpartition("/")
+                if folder == FOLDER and name in (*TRAIN, TEST, META) and (file := archive.extractfile(member)):
+                    if member.size > len(content):
+                        raise tarfile.ReadError(f"{member.name} of {member.size:,} bytes, more than the archive has")
+                    found[name] = file.read()
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DistillKacError(f"{path}: expected {ARCHIVE}, found: {one_line(error)}: {ADVICE}") from None
-    return batches
+    missing = next((name for name in (*TRAIN, TEST) if name not in found), None)
+    if missing:
+        raise DistillKacError(f"{path}: expected {ARCHIVE}, found no {FOLDER}/{missing} in it: {ADVICE}")
+    return found
+
+
+def _warning(path: str, data: bytes, published: str) -> str:
+    """What to say of a file that is not the published one, but can be read; empty if it is."""
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found == published:
+        return ""
+    return f"{path}: the file is not the one that CIFAR-10's authors publish: its md5 is {found}, theirs {published}"
+
+
+def _class_names(name: str, packed: bytes) -> tuple[str, ...]:
+    content = _unpickle(name, packed)
+    found = content.get(b"label_names") if isinstance(content, dict) else None
+    names = [text.decode("utf-8", "replace") for text in found or [] if isinstance(text, bytes)]
+    if len(names) != len(CLASSES):
+        raise DistillKacError(f"{name}: expected the names of {len(CLASSES)} classes, found {len(names)}: {ADVICE}")
+    return tuple(names)
 
 
 def _batch(name: str, packed: bytes) -> Batch:
@@ -98,7 +160,7 @@ def _batch(name: str, packed: bytes) -> Batch:
         pixels, labels = content[b"data"].values, content[b"labels"]
         images = pixels.reshape(-1, *SHAPE)
         batch = Batch(images, np.array(labels, np.int64).reshape(-1))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DistillKacError(f"{name}: expected 32x32 images and labels, found: {one_line(error)}: {ADVICE}") from None
     if len(batch.images) != len(batch.labels):
         found = f"{len(batch.images)} images and {len(batch.labels)} labels"

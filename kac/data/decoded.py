@@ -10,6 +10,7 @@ order, and dataset.json, written last. Each machine copies it once to a folder o
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from kac import files
-from kac.cache import cache_folder
-from kac.data.source import Source, check_labels
+from kac.cache import VARIABLE, cache_folder
+from kac.data.source import Contents, Source, check_labels
 from kac.data.splits import HELD_OUT_EVERY, DataDescription, Dataset, LabelledImages, every_nth_of_each_class
 from kac.errors import DistillKacError
 from kac.fingerprint import fingerprint
 from kac.images import from_bytes
 
-VERSION = 1
-"""Of what is written here; part of every key."""
+VERSION = 2
+"""Of what is written here; part of every key. 2: images upright by EXIF, names of classes, checksums verified."""
 
 SPLITS = ("train", "held_out")
 DESCRIPTION_FILE = "dataset.json"
@@ -166,6 +167,7 @@ def decoding(source: Source, root: str, place: Place) -> Iterator[Decoding]:
     check_labels(root, contents.labels, contents.num_classes, held_out)
     splits = [contents.labels[~held_out], contents.labels[held_out]]
     with _local_folder(place.local) as folder:
+        _check_room(folder, contents)
         for split, labels in zip(SPLITS, splits, strict=True):
             np.save(f"{folder}/{split}-labels.npy", labels)
             shape = (len(labels), *contents.shape)
@@ -174,7 +176,7 @@ def decoding(source: Source, root: str, place: Place) -> Iterator[Decoding]:
         def finish() -> Dataset:
             if place.is_remote:
                 _copy_images(place.shared, folder)
-            description = _describe(folder, contents.shape, contents.num_classes)
+            description = _describe(folder, contents)
             if place.is_remote:
                 _upload(folder, place.shared, description)
             return _publish(folder, place.local, description)
@@ -194,6 +196,19 @@ def decode_here(source: Source, root: str, place: Place) -> Dataset:
             for piece in work.pieces:
                 bar.update(work.writer.write(piece))
         return work.finish()
+
+
+def _check_room(folder: str, contents: Contents) -> None:
+    """Raise ``DistillKacError`` if the decoded images are more than the disk has room for."""
+    images, side = len(contents.labels), "x".join(map(str, contents.shape[:0:-1]))
+    parent = os.path.dirname(folder)
+    needed, free = images * math.prod(contents.shape), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DistillKacError(
+            f"{parent}: {images:,} images of {side} take {needed / 1e9:,.1f} GB when decoded, and this disk has "
+            f"{free / 1e9:,.1f} GB free. Make room, set {VARIABLE} to another disk (TMPDIR if it is on s3://), or make "
+            "the images smaller by --data.size"
+        )
 
 
 def _pieces(units: Iterable[tuple[int, Any]], held_out: np.ndarray) -> Iterator[Piece]:
@@ -257,7 +272,7 @@ def _open(folder: str) -> Dataset:
     return Dataset(description, train, held_out)
 
 
-def _describe(folder: str, shape: tuple[int, ...], num_classes: int) -> DataDescription:
+def _describe(folder: str, contents: Contents) -> DataDescription:
     """The description of what lies in a folder; every byte is read once."""
     content, counts, frequencies = hashlib.sha256(), [], []
     for split in SPLITS:
@@ -268,15 +283,18 @@ def _describe(folder: str, shape: tuple[int, ...], num_classes: int) -> DataDesc
                 content.update(data)
         content.update(labels.data)
         counts.append(len(labels))
-        frequencies.append(np.bincount(labels, minlength=num_classes) / len(labels))
-    named = {"content": content.hexdigest(), "sample_shape": list(shape), "counts": counts}
+        frequencies.append(np.bincount(labels, minlength=contents.num_classes) / len(labels))
+    named = {"content": content.hexdigest(), "sample_shape": list(contents.shape), "counts": counts}
     return DataDescription(
-        sample_shape=shape,
-        num_classes=num_classes,
+        sample_shape=contents.shape,
+        num_classes=contents.num_classes,
         class_frequencies=tuple(frequencies[0].tolist()),
         train=counts[0],
         held_out=counts[1],
         sha256=fingerprint(named),
+        class_names=contents.class_names,
+        split=contents.split,
+        warnings=contents.warnings,
     )
 
 

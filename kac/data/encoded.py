@@ -1,6 +1,8 @@
 """Encoded images (PNG, JPEG, WebP, ...) as arrays of one shape."""
 
+import contextlib
 import io
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,6 +16,12 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's names of the channels."""
 
 WORDS = {1: "greyscale", 3: "RGB"}
+
+MOST_PIXELS = 178_956_970
+"""Pillow refuses larger images by their headers, before it allocates memory for them."""
+
+ORIENTATION = 0x0112
+"""The EXIF tag that says how the camera was held."""
 
 HALVING = 2
 """Larger images are halved while they are at least so many times too large."""
@@ -54,8 +62,17 @@ class Decoder(NamedTuple):
         return image
 
     def _array(self, data: bytes, name: str) -> np.ndarray:
-        image = _in_channels(_open(data, name), name, self.channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images and of damaged metadata
+            image = _upright(_open(data, name))
+        image = _in_channels(image, name, self.channels)
         if self.size is not None:
+            long, short = max(image.size), min(image.size)
+            if self.size * self.size * long > MOST_PIXELS * short:
+                raise DistillKacError(
+                    f"{name}: found an image of {image.width}x{image.height}, too long to bring its short side to "
+                    f"--data.size {self.size}. Crop or remove it"
+                )
             image = square(image, self.size)
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -82,11 +99,44 @@ def _open(data: bytes, name: str) -> "Image":
 
     try:
         image = Image.open(io.BytesIO(data))
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        if image.format == "PNG":
+            image.verify()  # the checksums of all its chunks; then it must be opened again
+            image = Image.open(io.BytesIO(data))
         image.load()
+    except Image.DecompressionBombError:
+        raise DistillKacError(
+            f"{name}: found an image of more than {MOST_PIXELS // 10**6} million pixels. Make it smaller, or remove it"
+        ) from None
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the file is at fault
         found = f"{len(data)} bytes that are none" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise DistillKacError(f"{name}: expected an image, found {found}: replace or remove it") from None
+    if frames > 1:
+        raise DistillKacError(
+            f"{name}: found {frames} pictures in one {image.format} file, an animation or several pages. Save each "
+            "picture that you want as a file of its own, and remove this one"
+        )
     return image
+
+
+def _upright(image: "Image") -> "Image":
+    """The image as its EXIF orientation says; as it is without a tag, or with one that cannot be read."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    orientation = None
+    with contextlib.suppress(Exception):  # whatever the parser raises of damaged metadata: the pixels are whole
+        orientation = image.getexif().get(ORIENTATION)
+    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _in_channels(image: "Image", name: str, channels: int | None) -> "Image":

@@ -1,6 +1,6 @@
 """What a kind of files must tell so that its images can be decoded into the cache, by one process or by many."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +27,9 @@ class Contents(NamedTuple):
     labels: np.ndarray  # [count], int64 in 0 .. num_classes - 1
     held_out: np.ndarray | None  # [count] bool; None: every fifth image of each class
     units: list[Unit]  # all images in their order
+    class_names: tuple[str, ...] = ()  # by number; empty: the classes have none
+    split: str = ""  # which images are held out, and how that was decided
+    warnings: tuple[str, ...] = ()  # what a person should know of the files
 
 
 class Source(Protocol):
@@ -56,6 +59,35 @@ class Source(Protocol):
 def images_a_block(shape: tuple[int, ...]) -> int:
     """How many images of ``shape`` make a block."""
     return max(1, BLOCK_BYTES // int(np.prod(shape)))
+
+
+def count_classes(labels: Mapping[str, np.ndarray]) -> int:
+    """The number of classes of integer labels 0 .. n - 1, before anything is allocated by it.
+
+    Args:
+        labels: of the images in each file, [images], of any integer type.
+
+    Raises:
+        DistillKacError: a label is negative, or larger than n - 1 can be with so few images.
+    """
+    images = sum(map(len, labels.values()))
+    found = 0
+    for name, values in labels.items():
+        if not len(values):
+            continue
+        least, most = int(values.min()), int(values.max())
+        if least < 0:
+            raise DistillKacError(
+                f"{name}: found the label {least}, expected classes from 0 on. Correct the labels, or move the file "
+                "away if its images have none, which Hugging Face marks by -1"
+            )
+        if most >= images:
+            raise DistillKacError(
+                f"{name}: found the label {most} in a dataset of {images:,} images, where some class up to {most} has "
+                "no image. Number the classes from 0 without gaps"
+            )
+        found = max(found, most + 1)
+    return found
 
 
 def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.ndarray) -> None:

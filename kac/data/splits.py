@@ -11,6 +11,7 @@ from kac.fingerprint import fingerprint
 from kac.options import Options
 
 HELD_OUT_EVERY = 5  # of each class, where a dataset has no split of its own
+EVERY_FIFTH = "every fifth image of each class is held out"
 
 
 class DataDescription(Options):
@@ -22,6 +23,9 @@ class DataDescription(Options):
     train: int  # images
     held_out: int
     sha256: str  # of the content of both splits
+    class_names: tuple[str, ...] = ()  # by number; empty: the classes have none
+    split: str = ""  # which images are held out, and how that was decided
+    warnings: tuple[str, ...] = ()  # what a person should know of the files
 
 
 class LabelledImages(NamedTuple):
@@ -70,6 +74,7 @@ def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor
         images: [count, *sample], float32 in [-1, 1]. labels: [count], int64 in 0 .. num_classes - 1.
         held_out: [count] bool, the images that are held out; None: every fifth image of each class, in their order.
     """
+    split = EVERY_FIFTH if held_out is None else ""
     held_out = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
     train, rest = (InMemorySplit(LabelledImages(images[which], labels[which])) for which in (~held_out, held_out))
     counts = torch.bincount(train.data.labels, minlength=num_classes).double()
@@ -80,6 +85,7 @@ def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor
         train=len(train),
         held_out=len(rest),
         sha256=_content_sha256(images, labels, held_out),
+        split=split,
     )
     return Dataset(description, train, rest)
 

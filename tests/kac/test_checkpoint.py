@@ -390,6 +390,7 @@ def test_refuses_the_config_of_another_project(folder):
         ({"path": {"kind": "kac", "a": -9}}, "found -9"),
         ({"num_classes": "many"}, "--num-classes"),
         ({"num_classes": -3}, "-3"),
+        ({"class_names": ["one", "two"]}, "expected 3 names, found 2"),
         ({"sample_shape": [-4]}, "-4"),
     ],
     ids=str,
@@ -397,6 +398,15 @@ def test_refuses_the_config_of_another_project(folder):
 def test_refuses_values_that_describe_no_model(folder, change, reason):
     rewrite(folder, **change)
     refusal(folder, CONFIG_FILE, reason)
+
+
+def test_a_config_of_a_version_without_class_names_is_read(folder):
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    del values["class_names"]
+    (folder / CONFIG_FILE).write_text(json.dumps(values))
+    assert load_config(str(folder)).class_names == ()
+    rewrite(folder, class_names=["a", "b", "c"])
+    assert load_config(str(folder)).class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99, "2", 2.0])

@@ -1,5 +1,6 @@
 """Datasets in files: what is read is what was written, split as it should be."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from kac.data import DataConfig, Dataset, all_rows, open_dataset
+from kac.data import DataConfig, Dataset, all_rows, decoded, encoded, open_dataset
 from kac.data.encoded import Decoder
 from kac.images import from_bytes, to_bytes
 from tests.kac.data import making
@@ -128,6 +130,36 @@ def test_the_hash_of_bytes_never_changes(tmp_path: Path):
     assert data.description.sha256 == "277c5971be02137627aa7a4bcb87601e5c4a39b8e21e38edac7c55c1679f3646"
 
 
+@pytest.mark.parametrize(
+    ("kind", "sha256"),
+    [
+        ("classes", "4d252853ea6e8d00cfa6851e032d6423f152a1aae5c4fde79072ef60079d6786"),
+        ("splits", "9ef81f3aad9833a1b8fe410463be780e3129c76b441cbdb3041761332a4bf1ad"),
+        ("one parquet", "760df6e3ec20c1323c7f79f693439a64ac32287a69e825ac2816265b4a9b01bd"),
+        ("two parquet", "7c289b332722d629afeff3516f46c84746100af753899eb51f89636ae933fda5"),
+        ("cifar10", "c98b6416e57ea9ed3e469ad64465c2912aa1fe9d67d23ee580ffa5de0cdb9039"),
+    ],
+)
+def test_the_hash_of_each_layout_never_changes(tmp_path: Path, kind: str, sha256: str):
+    """Otherwise models that learned such data would be refused."""
+    ramp = (np.arange(60 * 3 * 32 * 32) % 251).astype(np.uint8).reshape(60, 3, 32, 32)
+    images = ramp[:, :, :8, :8]
+    if kind == "classes":
+        making.write_folder(tmp_path, images, PAIRS)
+    elif kind == "splits":
+        making.write_folder(tmp_path / "train", images[:40], PAIRS[:40])
+        making.write_folder(tmp_path / "test", images[40:], PAIRS[40:])
+    elif kind == "one parquet":
+        making.write_parquet(tmp_path / "x.parquet", images, PAIRS.tolist(), rows=7)
+    elif kind == "two parquet":
+        making.write_parquet(tmp_path / "train-0.parquet", images[:40], PAIRS[:40].tolist())
+        making.write_parquet(tmp_path / "test-0.parquet", images[40:], PAIRS[40:].tolist())
+    else:
+        making.write_archive(tmp_path / "cifar-10-python.tar.gz", making.cifar_batches(ramp, np.arange(60) % 10))
+    options = {"kind": "cifar10" if kind == "cifar10" else "parquet" if "parquet" in kind else "folder"}
+    assert open_dataset(DataConfig(root=str(tmp_path), **options)).description.sha256 == sha256
+
+
 def test_images_are_cropped_and_resized_alike(tmp_path: Path):
     for i, (height, width) in enumerate([(32, 48), (40, 33), (64, 64), (16, 20), (90, 31)] * 2):
         image = np.zeros((3, height, width), np.uint8)
@@ -179,3 +211,61 @@ def test_rows_come_in_the_order_asked_for_and_only_in_range(tmp_path: Path):
     assert rows.labels.tolist() == [1, 0, 1, 1]
     with pytest.raises(IndexError):
         split.rows(torch.tensor([48]))
+
+
+ORIENTATION = 0x0112
+UPRIGHT = np.zeros((3, 12, 16), np.uint8)
+"""A picture in which every side is another: red above, green to the left."""
+UPRIGHT[0, :4], UPRIGHT[1, :, :4] = 255, 255
+
+SAVED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda image: image,
+    2: lambda image: image[:, :, ::-1],
+    3: lambda image: image[:, ::-1, ::-1],
+    4: lambda image: image[:, ::-1],
+    5: lambda image: image.transpose(0, 2, 1),
+    6: lambda image: image.transpose(0, 2, 1)[:, ::-1],
+    7: lambda image: image[:, ::-1, ::-1].transpose(0, 2, 1),
+    8: lambda image: image.transpose(0, 2, 1)[:, :, ::-1],
+}
+"""How a camera saves the picture, by the EXIF orientation: row 0 and column 0 are where the standard says."""
+
+
+@pytest.mark.parametrize("orientation", SAVED)
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_photographs_are_turned_upright_before_they_are_cropped(ending: str, orientation: int):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"quality": 100, "exif": exif} if ending in {"jpg", "webp"} else {"exif": exif}
+    data = making.encoded(np.ascontiguousarray(SAVED[orientation](UPRIGHT)), ending, **options)
+    assert Decoder().shape_of(data, "i") == UPRIGHT.shape
+    # Formats that lose information blur the edges; a picture on its side is off by 80 on average.
+    assert np.abs(Decoder().decode(data, "i", UPRIGHT.shape) - UPRIGHT.astype(int)).mean() < 15
+    cropped = Decoder(size=12).decode(data, "i", (3, 12, 12))
+    assert np.abs(cropped - UPRIGHT[:, :, 2:14].astype(int)).mean() < 20
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!!", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
+def test_an_orientation_that_cannot_be_read_turns_nothing(exif: bytes):
+    data, plain = making.encoded(UPRIGHT, "jpg", exif=exif), making.encoded(UPRIGHT, "jpg")
+    assert np.array_equal(Decoder().decode(data, "i", UPRIGHT.shape), Decoder().decode(plain, "i", UPRIGHT.shape))
+
+
+def test_images_that_an_older_version_left_on_their_side_are_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    making.write_folder(tmp_path, making.pixels(4), [0] * 4)
+    (tmp_path / "a" / "turned.png").write_bytes(making.encoded(making.pixels(1, seed=9)[0], exif=exif))
+    config = DataConfig(kind="folder", root=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded, "_upright", lambda image: image)
+        patch.setattr(decoded, "VERSION", 1)
+        before = open_dataset(config)
+    open_dataset.cache_clear()
+    after = open_dataset(config)
+    images = [to_bytes(all_rows(data.held_out).images).numpy()[0] for data in (before, after)]
+    assert np.array_equal(images[0], making.pixels(1, seed=9)[0])
+    assert np.array_equal(images[1], images[0][:, ::-1, ::-1])
+    assert before.description.sha256 != after.description.sha256
