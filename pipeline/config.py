@@ -546,6 +546,10 @@ class StudySpec(Spec):
         return CLAIMS if "all" in claims else tuple(claim for claim in CLAIMS if claim in claims)
 
 
+ClassWord = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+"""A class by its name or number."""
+
+
 class SampleSpec(Spec):
     """Draw images from a teacher or a student."""
 
@@ -554,8 +558,10 @@ class SampleSpec(Spec):
     out: str = unhashed(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
     raw: bool = Field(False, description="the network's own values, neither clipped nor rounded to 8 bits; .npz only")
     count: PositiveInt = Field(100, description="number of images")
-    labels: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="classes, repeated in turn; default: the data's class frequencies"
+    labels: tuple[ClassWord, ...] | None = Field(
+        None,
+        description="classes by name or number, repeated in turn: cat dog, or 3 5; where classes are named by "
+        "numbers, a number is a name; default: the data's class frequencies",
     )
     guidance: float | None = Field(
         None, description="guidance scale, of a teacher (default 0) or of a student that has learned all scales"

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.cost import network_cost, short
-from kac.data import open_dataset
 from kac.errors import CheckpointError
 from kac.networks import build_network
 from kac.networks.adopt import adopt, try_out
@@ -24,8 +23,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     root = spec.data.root and cluster.absolute(spec.data.root)
     paths = {"out": cluster.absolute(spec.out), "checkpoint": cluster.absolute(spec.checkpoint)}
     spec = spec.model_copy(update={**paths, "data": spec.data.model_copy(update={"root": root})})
-    decode.prepare(spec.data)
-    data = open_dataset(spec.data).description
+    data = decode.open_described("convert", spec.data)
     of_samples = (data.sample_shape, data.num_classes)
     found, network = read_weights(spec.checkpoint), build_network(spec.network, *of_samples)
     with _naming(spec.checkpoint):
@@ -48,6 +46,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         datasets=datasets,
     ) as run:
         run.params(cost._asdict())
+        decode.log_data(run, data)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint, adopted.conditioning)
         config = outputs.write_model(spec.out, config, network.state_dict(), run)
     where = f", {adopted.key}" if adopted.key else ""

@@ -7,18 +7,50 @@ place in the cache; only their number comes back.
 from collections.abc import Iterator
 from typing import Any
 
-from kac.data import DataConfig, begin_decoding
+from kac.data import DataConfig, DataDescription, begin_decoding, open_dataset
+from kac.data.class_names import list_classes
 from kac.data.decoded import Piece, Writer
 from kac.errors import DistillKacError, one_line
 from kac.options import OptionError
 from pipeline import cluster, storage
 from pipeline.progress import ProgressBar
 from pipeline.ray_data import each
+from pipeline.tracking import TrackedRun
 
 FROM_IMAGES = 20_000
 """Fewer are decoded by this process: Ray and its workers need ten seconds to start."""
 
 PAUSE_SECONDS = 0.1
+
+DATA_FILE = "data.json"
+"""The artifact of a run that describes the data it learned."""
+
+
+def open_described(stage: str, config: DataConfig) -> DataDescription:
+    """The description of a dataset, decoded first if need be; prints what is trained on, what is held out, and why.
+
+    Raises:
+        DistillKacError: as ``prepare``.
+    """
+    prepare(config)
+    data = open_dataset(config).description
+    print("\n".join(f"{stage}: {line}" for line in describe(config, data)), flush=True)
+    return data
+
+
+def describe(config: DataConfig, data: DataDescription) -> list[str]:
+    """A line on the split, one on the classes if they have names, and one for each warning."""
+    lines = [f"{config.kind}: {data.train:,} training and {data.held_out:,} held-out images: {data.split}"]
+    if data.class_names:
+        lines.append(f"classes, label=name: {list_classes(data.class_names)}")
+    return lines + [f"warning: {warning}" for warning in data.warnings]
+
+
+def log_data(run: TrackedRun, data: DataDescription) -> None:
+    """Keep the description of a dataset with the run that learns it: as an artifact, and in short as tags."""
+    run.artifact(DATA_FILE, data.model_dump_json(indent=1).encode())
+    lines = {"split": data.split, "classes": list_classes(data.class_names)}
+    run.tags({f"distillkac.data.{name}": text for name, text in lines.items() if text})
 
 
 def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:

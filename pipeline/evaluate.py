@@ -55,6 +55,9 @@ SAMPLES_FILE = "samples.npz"
 
 TABLE_JSON = "table.json"
 
+REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
+"""What a record says of the data."""
+
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
 
@@ -264,7 +267,7 @@ def _judge(compared: Comparison, fingerprint: str) -> Record:
         seeds=compared.seeds,
         features=tuple(space.name for space in compared.spaces),
         facts={space.name: space.facts for space in compared.spaces if space.facts},
-        real={"kind": compared.train.data.kind, **data.description.model_dump(include={"train", "held_out", "sha256"})},
+        real={"kind": compared.train.data.kind, **data.description.model_dump(include=REAL_FACTS)},
         floor_count=reference.floor_count,
         kept_rows=KEPT_ROWS,
         scores=(),
@@ -304,7 +307,10 @@ def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSa
 def _write(compared: Comparison, run: tracking.TrackedRun, record: Record) -> None:
     spec = compared.spec
     tracking.declare(*record.metrics().values())
-    shown = [Shown(*pair) for pair in zip(record.scores, _shown(compared), strict=True)]
+    images, labels = _shown(compared)
+    if max(labels) < compared.candidates[0].config.num_classes:  # an unconditional model has no others
+        record = record.model_copy(update={"shown_labels": labels})
+    shown = [Shown(*pair) for pair in zip(record.scores, images, strict=True)]
     curve = pictures.quality_by_nfe(_panels(record))
     made = {
         SAMPLES_PICTURE: pictures.comparison([(score.name, images) for score, images in shown]),
@@ -346,15 +352,19 @@ def read_shown(out: str) -> list[np.ndarray] | None:
         return [found[str(number)] for number in range(len(found.files))]
 
 
-def _shown(compared: Comparison) -> list[np.ndarray]:
-    """The first samples of every row of the table; held-out images are of the same labels where there are such."""
+def _shown(compared: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """The first samples of every row of the table, and their labels.
+
+    Held-out images are of the same labels where there are such.
+    """
     made = [
         compared.source(candidate, compared.seeds[0]).rows(chunks(compared.source(candidate, compared.seeds[0]))[0].ids)
         for candidate in compared.candidates
     ]
     real = compared.held_out.rows(range(min(CHUNK_ROWS, compared.held_out.count)))
-    places = _matching(made[0].label[:SHOWN].tolist(), real.label.tolist())
-    return [real.images[places].numpy(), *(rows.images[:SHOWN].numpy() for rows in made)]
+    labels = made[0].label[:SHOWN].tolist()
+    places = _matching(labels, real.label.tolist())
+    return [real.images[places].numpy(), *(rows.images[:SHOWN].numpy() for rows in made)], tuple(labels)
 
 
 def _matching(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:

@@ -283,7 +283,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
         run_id=run_id,
         model_uuid=created.model_id,
         model_id=created.model_id,
-        metadata=facts,
+        metadata={**facts, **({"class_names": list(config.class_names)} if config.class_names else {})},
     )
     with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"), _one_at_a_time:
         mlflow.pyfunc.save_model(

@@ -35,7 +35,7 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         page.paragraph(*provenance(record), kind="note"),
         page.heading("Samples"),
         page.paragraph("The same noise and label in each column; real images of that label on top."),
-        page.picture(samples, "samples of every model", is_wide=True),
+        page.picture(samples, "samples of every model", _columns(record), is_wide=True),
         page.heading("Quality against cost"),
         page.picture(curve, "quality by network evaluations", is_wide=True),
         page.heading("Every metric"),
@@ -46,6 +46,13 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         *(part for name, path in specs.items() for part in (page.heading(name, 3), page.listing(_options(path)))),
     ]
     files.write_bytes(out, page.page(f"DistillKac: {title}", parts))
+
+
+def _columns(record: Record) -> str:
+    """The classes of the columns of the picture; empty if the record does not say."""
+    names = dict(enumerate(record.class_names))
+    told = [f"{label} {names[label]}" if label in names else str(label) for label in record.shown_labels]
+    return f"Classes from left to right: {', '.join(told)}." if told else ""
 
 
 def _metrics(record: Record) -> str:

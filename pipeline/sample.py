@@ -7,6 +7,7 @@ import torch
 
 from kac import files, probes
 from kac.checkpoint import ModelConfig, load_model
+from kac.data.class_names import label_of, list_classes
 from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
@@ -16,7 +17,8 @@ from pipeline.pictures import sheet
 
 
 def sample(spec: SampleSpec) -> None:
-    """Write ``spec.count`` images: a sheet as .png, or ``images`` (float32 in [-1, 1]) and ``labels`` as .npz.
+    """Write ``spec.count`` images: a sheet as .png, or ``images`` (float32 in [-1, 1]) and ``labels`` as .npz, with
+    ``class_names`` if the classes have names.
 
     The labels are those that the network was given: of an unconditional model the null label, which follows the last
     class.
@@ -35,8 +37,11 @@ def sample(spec: SampleSpec) -> None:
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
     probes.check_writable(out.rsplit("/", 1)[0])
-    made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, spec.labels, raw=spec.raw)
-    files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made))
+    labels = _labels(spec, model.config)
+    made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, labels, raw=spec.raw)
+    files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made, model.config))
+    if model.config.class_names:
+        print(f"sample: classes, label=name: {list_classes(model.config.class_names)}", flush=True)
     built_in = model.config.kind == "student" and not model.config.takes_guidance
     guidance = model.config.guidance if built_in else sampling.guidance
     values = ", raw values" if spec.raw else ""
@@ -45,9 +50,17 @@ def sample(spec: SampleSpec) -> None:
     )
 
 
-def _npz(made: Samples) -> bytes:
+def _labels(spec: SampleSpec, config: ModelConfig) -> tuple[int, ...] | None:
+    """The numbers of the classes that are asked for; None: by the data's frequencies."""
+    if spec.labels is None:
+        return None
+    return tuple(label_of(word, config.class_names, config.num_classes) for word in spec.labels)
+
+
+def _npz(made: Samples, config: ModelConfig) -> bytes:
     sink = io.BytesIO()
-    np.savez(sink, images=made.images.numpy(), labels=made.label.numpy())
+    names = {"class_names": np.array(config.class_names)} if config.class_names else {}
+    np.savez(sink, images=made.images.numpy(), labels=made.label.numpy(), **names)  # type: ignore[arg-type]
     return sink.getvalue()
 
 

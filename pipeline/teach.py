@@ -88,8 +88,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         writes_to_mlflow=spec.out,
     )
     spec = spec.settled(lambda: training.choose_place(spec).on_gpu)
-    decode.prepare(spec.data)
-    data = open_dataset(spec.data).description
+    data = decode.open_described("teach", spec.data)
     network = (spec.network, data.sample_shape, data.num_classes)
     cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
     if spec.dry_run:
@@ -117,6 +116,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         datasets=datasets,
     ) as run:
         training.log_cost(run, *network)
+        decode.log_data(run, data)
         conditioning = learned_conditioning(spec.network, spec.label_dropout)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint, conditioning)
         sheets = training.Sheets(spec.sample_updates, config, spec.precision)

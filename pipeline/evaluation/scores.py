@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from kac import files
+from kac.data.class_names import list_classes
 from kac.errors import DistillKacError
 from kac.metrics import Metric, QualityMetric, quality_metrics
 from kac.options import Options
@@ -45,6 +46,12 @@ class Record(Options):
     floor_count: int | None  # held-out images, if these are fewer than the samples
     kept_rows: int  # at most so many rows of each set in metrics of nearest neighbours, kernels and slices
     scores: tuple[Score, ...]
+    shown_labels: tuple[int, ...] = Field((), description="labels of the columns of the picture of samples")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number; empty: they have none, or an older version wrote the record."""
+        return tuple(self.real.get("class_names", ()))
 
     def metrics(self) -> dict[str, QualityMetric]:
         """The metrics of this evaluation."""
@@ -142,6 +149,7 @@ def provenance(record: Record) -> list[str]:
         f"{record.kept_rows:,} rows",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
+        *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),
         *([f"seen in training, and so no judge of these: {'; '.join(seen)}"] if seen else []),
     ]
 

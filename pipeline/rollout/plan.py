@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kac import files
-from kac.checkpoint import load_teacher_config
+from kac.checkpoint import DATA_CHANGED, load_teacher_config
 from kac.data import open_dataset
 from kac.guidance import check_guidance
 from pipeline.config import RolloutSpec
@@ -77,7 +77,7 @@ def identify(spec: RolloutSpec) -> StoreIdentity:
         found = open_dataset(teacher.data).description.sha256
         if found != teacher.data_sha256:
             expected = f"expected the {teacher.data.kind} that it learned, {teacher.data_sha256[:12]}..."
-            found = f"found {found[:12]}...: the data changed; train a teacher on these"
+            found = f"found {found[:12]}...: {DATA_CHANGED}"
             raise RolloutError(f"{spec.teacher}: {expected}, {found}")
     return StoreIdentity.of(spec, teacher)
 

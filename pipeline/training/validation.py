@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kac.checkpoint import Model, ModelConfig
+from kac.checkpoint import DATA_CHANGED, Model, ModelConfig
 from kac.conditioning import known_classes
 from kac.cost import TRAINING_CALLS
 from kac.data import DataConfig, LabelledImages, open_dataset
@@ -104,7 +104,7 @@ class Validation:
         # For a few calls compiling would not pay.
         precision = self.precision.model_copy(update={"compile": False})
         found = {}
-        if (real := _real_images(self.config.data)) is not None:
+        if (real := _real_images(self.config.data, self.config.data_sha256)) is not None:
             found[ENERGY_DISTANCE] = self._energy_distance(network, precision, real)
         if self.held_out is not None and self.held_out.rows:
             found[ENDPOINT_ERROR] = self._endpoint_error(network, precision, self.held_out)
@@ -153,10 +153,13 @@ def _rows(held_out: HeldOut, most: int) -> tuple[_Rows, ...]:
 
 
 @lru_cache(maxsize=1)
-def _real_images(config: DataConfig) -> LabelledImages | None:
-    """Held-out images; None if the data are not here, which a student does not need."""
+def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
+    """Held-out images; None if the data are not here, or have changed, which a student does not mind."""
     try:
-        split = open_dataset(config).held_out
+        data = open_dataset(config)
+        if data.description.sha256 != sha256:
+            raise DistillKacError(DATA_CHANGED)
+        split = data.held_out
     except (DistillKacError, OSError) as error:
         print(f"validation: no energy distance, since the data of the teacher cannot be read: {error}", flush=True)
         return None
