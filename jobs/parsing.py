@@ -40,7 +40,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
         raise OptionError("--config: expected one recipe or YAML file, found several: put all options into one")
     first, _ = _read(_mirror([spec_type], _filled(spec_type, {})), arguments, add_help=False)
     path = first.get("config")
-    file = {} if path is None else read_options(path, spec_type.stage)
+    file = {} if path is None else read_options(path, spec_type)
     mirror = _mirror([spec_type], _filled(spec_type, _over(file, _kinds(first))))
     given, unknown = _read(mirror, arguments, prog=prog, description=spec_type.__doc__)
     if unknown:
@@ -108,7 +108,9 @@ def _read(mirror: Any, arguments: list[str], **how: Any) -> tuple[Values, list[s
     for option, following in pairwise([*arguments, "--"]):
         if _kebab(option) in takes_one and re.match(r"-(?![\d.])", following):
             raise OptionError(f"{option}: expected a value, found none: see --help")
-    given, unknown = tyro.cli(mirror, args=arguments, return_unknown_args=True, **how)
+    # Without this marker tyro looks for help texts in comments of source files, which takes half of its time.
+    config = (tyro.conf.HelptextFromCommentsOff,)
+    given, unknown = tyro.cli(mirror, args=arguments, return_unknown_args=True, config=config, **how)
     return given, unknown
 
 

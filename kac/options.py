@@ -1,13 +1,21 @@
 """Frozen option models whose errors are one line for the person who gave the options."""
 
+import functools
 import re
 import typing
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from kac.errors import DistillKacError
@@ -60,6 +68,34 @@ class Options(BaseModel, metaclass=_Metaclass):
             raise kind(_sentence(type(self), entry)) from None
         finally:
             _is_outermost.reset(token)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _literals_from_words(cls, values: Any) -> Any:
+        """Words of a command line or a grid as members of a ``Literal``; pydantic converts words to other types."""
+        if not isinstance(values, dict):
+            return values
+        spelled = {name: _spelled_literals(cls, name) for name in values if name in cls.model_fields}
+        return {name: _from_words(value, spelled.get(name, {})) for name, value in values.items()}
+
+
+@functools.cache
+def _spelled_literals(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """The members of a field's ``Literal`` types that are not text, by their spelling."""
+
+    def members(annotation: Any) -> list[Any]:
+        parts = typing.get_args(annotation)
+        if typing.get_origin(annotation) is Literal:
+            return list(parts)
+        return [member for part in parts for member in members(part)]
+
+    return {str(member): member for member in members(model.model_fields[name].annotation) if type(member) is not str}
+
+
+def _from_words(value: Any, spelled: Mapping[str, Any]) -> Any:
+    if spelled and isinstance(value, list | tuple):
+        return [_from_words(each, spelled) for each in value]
+    return spelled.get(value, value) if isinstance(value, str) else value
 
 
 class Kinded(Options):
@@ -119,8 +155,10 @@ def most(count: int | Range) -> int:
     return count.most if isinstance(count, Range) else count
 
 
-def nested_models(field: FieldInfo) -> list[type[BaseModel]]:
-    """The option models that a field may hold: none, one, or those of a union."""
+def nested_models(field: FieldInfo | None) -> list[type[BaseModel]]:
+    """The option models that a field may hold: none, one, or those of a union; none without a field."""
+    if field is None:
+        return []
     parts = typing.get_args(field.annotation) or (field.annotation,)
     return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
 
@@ -162,5 +200,5 @@ def _names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]
         field = next((other.model_fields[name] for other in models if name in other.model_fields), None)
         if field is not None and field.discriminator:
             next(parts, None)
-        models = nested_models(field) if field is not None else []
+        models = nested_models(field)
     return names

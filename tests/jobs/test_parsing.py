@@ -15,10 +15,11 @@ from jobs.parsing import parse
 from kac.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
 from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import EvaluateSpec, Spec, TeachSpec
+from pipeline.config import EvaluateSpec, Spec, SweepSpec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec
+from pipeline.sweep.space import grid_points
 
 
 class Attention(Options):
@@ -251,11 +252,52 @@ def test_a_refusal_is_one_line_that_names_the_whole_option(text: str, message: s
         ("- a list", "--config FILE: expected a mapping of options, found list"),
         ("labels: [", "--config FILE: expected a YAML file, found: while parsing"),
         ("7", "--config FILE: expected a mapping of options, found int"),
+        ("optimizer: {learning-rate: 3, learning_rate: 4}", "--config: learning-rate and learning_rate are one option"),
+        ("optimizer: {updates: 3, updates: 4}", "--config FILE: expected a YAML file, found: updates is given twice"),
     ],
 )  # fmt: skip
 def test_a_file_is_refused_in_one_line(body: str, message: str, write):
     file = write(body)
     assert refusal(f"--out o --config {file}").startswith(message.replace("FILE", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("010", 10),
+        ("1_000", 1000),
+        ("1e-3", 0.001),
+        ("-.5", -0.5),
+        ("true", True),
+        ("no", "no"),
+        ("On", "On"),
+        ("None", None),
+        ("~", None),
+        ("", None),
+        ("2024-01-01", "2024-01-01"),
+        ("2:8", "2:8"),
+        ("'8'", "8"),
+        ("[a, 1]", ["a", 1]),
+    ],
+)
+def test_a_plain_word_of_a_file_means_what_it_means_on_the_command_line(written: str, meant: Any, write):
+    file = write(f"{{out: o, network: {{kind: outside, module: 'a:b', arguments: {{some-thing: {written}}}}}}}")
+    (found,) = parse(TeachSpec, ["--config", str(file)], "prog").network.arguments.items()
+    assert found == ("some-thing", meant)
+    assert type(found[1]) is type(meant)
+
+
+def test_the_keys_of_an_option_that_is_a_mapping_stay_as_they_are(write):
+    file = write("{out: o, label-selector: {ray.io/node-group: gpu}}")
+    assert parse(TeachSpec, ["--config", str(file)], "prog").label_selector == {"ray.io/node-group": "gpu"}
+
+
+def test_trials_have_the_same_folders_whether_a_grid_is_in_a_file_or_on_the_command_line(write):
+    rates = "1e-3", "2.0e-3", "0.003"
+    file = write(f"{{store: s, out: o, grid: {{optimizer.learning-rate: [{', '.join(rates)}]}}}}")
+    words = ["--store", "s", "--out", "o", "--grid", f"optimizer.learning-rate={','.join(rates)}"]
+    points = [grid_points(parse(SweepSpec, given, "prog")) for given in (["--config", str(file)], words)]
+    assert points[0] == points[1]
 
 
 def test_a_bad_value_of_the_file_is_not_hidden_by_an_option(write):

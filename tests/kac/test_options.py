@@ -104,3 +104,16 @@ def test_a_field_may_have_the_name_of_a_method_of_abstract_classes():
         added: int = 0
 
     assert (Named().register, Later().register, Later(register="a").register) == (None, None, "a")
+
+
+class Chosen(Options):
+    side: Literal[8, 16] | None = None
+    sides: tuple[Literal[8, 16], ...] = ()
+    scale: float | Literal["all"] = 0.0
+
+
+def test_words_are_members_of_a_literal():
+    made = Chosen(side="8", sides=["16", 8], scale="all")
+    assert (made.side, made.sides, made.scale) == (8, (16, 8), "all")
+    with pytest.raises(OptionError, match=r"--side: .*found '9'"):
+        Chosen(side="9")
