@@ -10,7 +10,7 @@ from botocore.exceptions import BotoCoreError
 
 from jobs.parsing import SpecType, parse
 from kac.errors import DistillKacError, one_line
-from pipeline import storage
+from pipeline import environment, storage
 from pipeline.config import Spec
 
 SYNC = "--sync-tracking"
@@ -28,6 +28,10 @@ def main(
     """Parse the spec of a job, run its stage, and exit: 0, 1 for an error of the stage, 2 for one of the options."""
     prog = prog or f"python -m jobs.{spec_type.stage}"
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        environment.make_absolute()
+    except DistillKacError as error:
+        fail(prog, error, 2)
     if SYNC in arguments:
         arguments = [word for word in arguments if word != SYNC]
         _sync(prog, is_all=not arguments)

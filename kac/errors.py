@@ -32,6 +32,10 @@ class CheckpointError(DistillKacError):
     """A model folder is missing, damaged or does not match."""
 
 
+class DivergedError(DistillKacError):
+    """A network gives NaN or infinity. The same options lead there again."""
+
+
 def one_line(error: object, most: int = 300) -> str:
     """The text of an error on one line of at most ``most`` characters; the name of its type if it has no text."""
     return without_secrets(" ".join(str(error).split()))[:most] or type(error).__name__

@@ -9,7 +9,7 @@ from torch import Tensor
 from kac import noise
 from kac.checkpoint import Model, ModelConfig
 from kac.conditioning import check_labels, network_labels
-from kac.errors import DistillKacError
+from kac.errors import DivergedError
 from kac.guidance import GuidedVelocity, check_guidance, guide
 from kac.images import delivered
 from kac.networks import VelocityNetwork
@@ -98,7 +98,8 @@ def draw(
         raw: the network's own values instead, as far out of range as they are.
 
     Raises:
-        DistillKacError: as ``initial_noise``, or values that are not finite.
+        DivergedError: values that are not finite.
+        DistillKacError: as ``initial_noise``.
     """
     device, network = next(model.network.parameters()).device, precision.wrap(model.network)
     images, classes, nfe, seconds = [], [], 0, 0.0
@@ -112,7 +113,7 @@ def draw(
         classes.append(label)
         nfe = solution.nfe
     if not all(torch.isfinite(made).all() for made in images):
-        raise DistillKacError("expected finite images of the model, found NaN or infinity: it has diverged")
+        raise DivergedError("expected finite images of the model, found NaN or infinity: it has diverged")
     outputs = torch.cat(images)
     return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 

@@ -75,6 +75,9 @@ def connect() -> Resources:
     Raises:
         DistillKacError: no cluster takes this process at RAY_ADDRESS: see ``joining``.
     """
+    from pipeline import environment  # which imports this module
+
+    environment.make_absolute()
     address = os.environ.get(joining.VARIABLE, "")
     if not address:
         keep_to_this_machine()
@@ -153,11 +156,12 @@ def innermost(error: BaseException) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path or URI as every process of the cluster sees it.
+    """The path or URI as every process of the cluster sees it, with ``~`` expanded.
 
     Raises:
         DistillKacError: a relative path in a job's working directory, which Ray deletes after the job.
     """
+    path = os.path.expanduser(path)
     if "://" in path or os.path.isabs(path):
         bare = path.rstrip("/")
         return path if bare in {"", "s3:"} else bare

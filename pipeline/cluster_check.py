@@ -15,7 +15,7 @@ from kac import probes
 from kac.errors import DistillKacError, one_line, without_secrets
 from kac.fingerprint import unhashed
 from kac.options import OptionError
-from pipeline import cluster, joining, storage, tracking
+from pipeline import cluster, environment, joining, storage, tracking
 from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
@@ -185,9 +185,9 @@ def _told_path(path: str) -> str:
 
 
 def _told_tracking() -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri or uri.startswith("sqlite:"):
-        return "no server (MLFLOW_TRACKING_URI): runs go into a file of SQLite, which works on one machine alone"
+    uri = environment.mlflow_address()
+    if not uri or environment.local_path(uri):
+        return "no server (MLFLOW_TRACKING_URI): runs go into a file of SQLite, which works on one machine only"
     where = tracking.without_password(uri)
     try:
         client_of(uri).search_experiments(max_results=1)

@@ -192,7 +192,7 @@ def register_folder(folder: str, name: str) -> str:
 
 def _model_of_folder(folder: str, uri: str) -> LoggedModel:
     client, config = _client(uri), load_config(folder)
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(tracking.experiment_name())
     query = f"tags.`{tracking.FINGERPRINT_TAG}` = '{config.fingerprint}' and tags.`{tracking.STAGE_TAG}` = 'distill'"
     runs = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
     if not runs:

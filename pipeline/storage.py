@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from kac import cache, files, probes
 from kac.errors import DistillKacError
 from kac.options import OptionError, flatten
-from pipeline import cluster, joining, tracking
+from pipeline import cluster, environment, joining, tracking
 
 SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
 """Folders that every machine of the cluster sees under the same name: ``/mnt/efs:/home``."""
@@ -62,7 +62,8 @@ def check_shared(
                 f"found {path}: use s3://, or name the folders that they share in {SHARED_VARIABLE}=/mnt/one:/mnt/other"
             )
     uri = "" if writes_to_mlflow is None else tracking.tracking_uri(writes_to_mlflow)
-    if uri.startswith("sqlite:") and not is_shared(uri.removeprefix("sqlite:///")):
+    local = environment.local_path(uri)
+    if local and not is_shared(str(local)):
         raise DistillKacError(
             f"MLFLOW_TRACKING_URI: expected a tracking server, since the cluster has {machines}, found {uri}, a file "
             "of this one: start mlflow server, and set it to http://HOST:5000"
@@ -89,7 +90,7 @@ def is_shared(path: str) -> bool:
 
 
 def _shared_folders() -> Iterable[str]:
-    folders = [folder for folder in os.environ.get(SHARED_VARIABLE, "").split(":") if folder]
+    folders = [os.path.expanduser(folder) for folder in os.environ.get(SHARED_VARIABLE, "").split(":") if folder]
     wrong = next((folder for folder in folders if not os.path.isabs(folder)), None)
     if wrong is not None:
         raise OptionError(f"{SHARED_VARIABLE}: expected absolute folders with colons between, found {wrong}")

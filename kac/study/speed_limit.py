@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from kac.errors import DistillKacError
+from kac.errors import DivergedError
 from kac.sampling import generate
 from kac.study.subject import Subject, Watched
 
@@ -35,12 +35,12 @@ class Speeds:
         """Count velocities [batch, *sample] in.
 
         Raises:
-            DistillKacError: values that are not finite.
+            DivergedError: values that are not finite.
         """
         speed = u.detach().abs().flatten()
         largest = speed.max().item()
         if not math.isfinite(largest):
-            raise DistillKacError("expected finite velocities of the model, found NaN or infinity: it has diverged")
+            raise DivergedError("expected finite velocities of the model, found NaN or infinity: it has diverged")
         place = (speed * (BINS / (TOP * self.limit))).clamp(max=BINS - 1).long()
         self.bins += torch.bincount(place, minlength=BINS).cpu()
         self.count += speed.numel()

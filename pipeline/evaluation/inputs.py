@@ -103,7 +103,7 @@ def _teacher_of_students(spec: EvaluateSpec, students: list[str]) -> str | None:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking.tracking_uri(spec.out))
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(tracking.experiment_name())
     if not students or experiment is None:
         return None
     query = f"tags.`{WEIGHTS_TAG}` = '{load_config(students[0]).teacher_sha256}'"

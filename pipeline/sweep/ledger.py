@@ -30,6 +30,7 @@ class TrialRecord(Options):
     seconds: float = 0.0  # of training, over all starts
     metrics: dict[str, float] = Field({}, description="as last reported")
     error: str = ""
+    has_diverged: bool = False  # it, or the student that it starts from
     reports: tuple[dict[str, float], ...] = ()  # all that it has reported, each with its "update"
 
     @property

@@ -21,7 +21,7 @@ from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.space import Choice, Draw, Integers, Point, Uniform
 
 OPTUNA_FILE = "optuna.log"
-CONTROL = ("update", "seconds", "is_done", "error")
+CONTROL = ("update", "seconds", "is_done", "error", "has_diverged")
 """What a report says beside metrics."""
 
 
@@ -166,7 +166,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
             record = TrialRecord(
                 number=self.ledger.next_number(), name=point.name, out=point.spec.out, values=point.values
             )
-        self.ledger.put(record.model_copy(update={"status": "waiting", "error": ""}))
+        self.ledger.put(record.model_copy(update={"status": "waiting", "error": "", "has_diverged": False}))
         self.running[trial_id] = (point.name, record.seconds)
         return {"trial": point.name, "spec": point.spec.model_dump_json()}
 
@@ -177,7 +177,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
             before = self.ledger.get(point.after) if point.after and not is_before_it else None
             if before is not None and before.status in {"failed", "stopped"}:
                 self.waiting.remove(point)
-                self._fail(point, f"{point.after}, which it starts from, {before.status}")
+                self._fail(point, before)
             elif point.after is None or (before is not None and before.status == "finished"):
                 self.waiting.remove(point)
                 return point
@@ -187,11 +187,14 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         number = self.ledger.next_number()
         return self.make_point(number, self.proposer.propose(number))
 
-    def _fail(self, point: Point, error: str) -> None:
+    def _fail(self, point: Point, before: TrialRecord) -> None:
+        """Fail a trial that cannot start, because the student before it in the chain is not complete."""
+        error = f"{before.name}, which it starts from, {before.status}"
         record = self.ledger.get(point.name) or TrialRecord(
             number=self.ledger.next_number(), name=point.name, out=point.spec.out, values=point.values
         )
-        self._say(self.ledger.put(record.model_copy(update={"status": "failed", "error": error})))
+        changes = {"status": "failed", "error": error, "has_diverged": before.has_diverged}
+        self._say(self.ledger.put(record.model_copy(update=changes)))
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Write down what a trial reports."""
@@ -206,7 +209,9 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         name, before = self.running.pop(trial_id)
         result = result or {}
         if error or result.get("error"):
-            record = self.ledger.change(name, status="failed", error=str(result.get("error") or "its process died"))
+            why = str(result.get("error") or "its process died")
+            has_diverged = bool(result.get("has_diverged"))
+            record = self.ledger.change(name, status="failed", error=why, has_diverged=has_diverged)
         else:
             if "update" in result:
                 self.ledger.report(name, _report(result), before)
@@ -301,6 +306,7 @@ def report_to_tune(metrics: Mapping[str, float], started: float, **more: Any) ->
             "reported": " ".join(names),
             "is_done": False,
             "error": "",
+            "has_diverged": False,
             **more,
         }
     )

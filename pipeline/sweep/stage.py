@@ -109,12 +109,20 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) 
 def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
     """Raise one error for all trials that failed."""
     failed = [record for record in ledger.records if record.status == "failed"]
-    if failed:
-        raise DistillKacError(
-            f"{spec.out}: {len(failed)} of {total} trials failed: "
-            f"{'; '.join(f'{record.name}: {record.error}' for record in failed)}: "
-            "run the same command again to go on with them"
+    if not failed:
+        return
+    advice = []
+    if any(record.has_diverged for record in failed):
+        advice.append(
+            "A trial that diverged would diverge again: sweep without its values, or lower --optimizer.learning-rate, "
+            "and give a new --out."
         )
+    if not all(record.has_diverged for record in failed):
+        advice.append("Run the same command again to retry the trials that failed for another reason.")
+    raise DistillKacError(
+        f"{spec.out}: {len(failed)} of {total} trials failed: "
+        f"{'; '.join(f'{record.name}: {record.error}' for record in failed)}. {' '.join(advice)}"
+    )
 
 
 def _read_result(out: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kac.errors import one_line
+from kac.errors import DivergedError, one_line
 from pipeline import cluster, distill, placement, store, tracking
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.store import sharing
@@ -149,7 +149,7 @@ def _trial(config: dict[str, Any], loans: Sequence[sharing.Loan], run: tracking.
         with sharing.borrowing(arrays):
             distill.distill(spec, run, on_report=report)
     except Exception as error:  # noqa: BLE001 - Tune starts again what raises; this would only fail again
-        report_to_tune(last, started, error=one_line(error) or type(error).__name__)
+        report_to_tune(last, started, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return
     last["update"] = float(spec.optimizer.updates)
     report_to_tune(last, started, is_done=True)

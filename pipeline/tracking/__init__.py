@@ -21,11 +21,10 @@ from pipeline.tracking.runs import (
     run_of_output,
     start_run,
 )
-from pipeline.tracking.server import EXPERIMENT, RUN_FILE, connect, is_refusal, tracking_uri, without_password
+from pipeline.tracking.server import RUN_FILE, connect, experiment_name, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset
 
 __all__ = [
-    "EXPERIMENT",
     "FINGERPRINT_TAG",
     "INPUT_TAG",
     "METRICS",
@@ -38,6 +37,7 @@ __all__ = [
     "connect",
     "declare",
     "declared",
+    "experiment_name",
     "find_runs",
     "is_refusal",
     "run_of_output",

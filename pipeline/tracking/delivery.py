@@ -96,7 +96,7 @@ class Delivery:
                 connect(self.uri)
                 return True
             except Exception as error:
-                if is_refusal(error):
+                if is_refusal(error, at_start=True):
                     raise
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -20,7 +20,7 @@ from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
 from pipeline.tracking.entries import Entry, Kind, split
 from pipeline.tracking.metrics import SYSTEM_PREFIX, check_declared
 from pipeline.tracking.sender import LOCAL, PARENT_TAG, NotThereYet
-from pipeline.tracking.server import RUN_FILE, is_refusal, tracking_uri, without_password
+from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset, source_tags
 from pipeline.tracking.system import system_metrics
 
@@ -37,6 +37,8 @@ KILLED_SECONDS = 2.0
 """Ray kills a job that has not ended three seconds after it was told to."""
 
 PARAM_LENGTH = 500
+"""Longest value of a parameter that this project logs; longer values end in an ellipsis."""
+
 THUMBNAIL = 256
 """Largest side in pixels of the small copy that MLflow's pages show of a picture in a series."""
 
@@ -68,7 +70,7 @@ class TrackedRun:
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; of a rerun those that have changed become tags ``distillkac.rerun.<name>``."""
-        texts = {name: str(value)[:PARAM_LENGTH] for name, value in values.items()}
+        texts = {name: _shortened(str(value)) for name, value in values.items()}
         self._put(*(Entry(self.run_id, "params", part) for part in split("params", texts)))
 
     def artifact(self, name: str, data: bytes) -> None:
@@ -248,11 +250,17 @@ def _open(uri: str, tags: dict[str, str], output: str | None, is_nested: bool) -
 def _answers(delivery: Delivery, seconds: float) -> bool:
     try:
         return delivery.wait_for_server(seconds)
+    except DistillKacError:
+        raise
     except Exception as error:
         raise DistillKacError(
-            f"{without_password(delivery.uri)}: expected a tracking server or a database, found: {_safe(error)}: "
-            "set MLFLOW_TRACKING_URI to another one"
+            f"MLFLOW_TRACKING_URI={without_password(delivery.uri)} is no tracking server or database that can be used: "
+            f"{_safe(error)}. Set another address."
         ) from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
 
 
 def _safe(error: Exception) -> str:
@@ -290,8 +298,11 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
         try:
             return TrackedRun(delivery.uri, delivery.sender.create(tags, now))
         except Exception as error:
-            if is_refusal(error):
-                raise
+            if is_refusal(error, at_start=True):
+                raise DistillKacError(
+                    f"{without_password(delivery.uri)} refuses a new run: {_safe(error)}. Set another address in "
+                    f"MLFLOW_TRACKING_URI, or another experiment in {EXPERIMENT_VARIABLE}."
+                ) from error
     run = TrackedRun(delivery.uri, f"{LOCAL}{uuid.uuid4().hex}")
     delivery.put(Entry(run.run_id, "create", tags, now))
     return run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kac.errors import DistillKacError
 from pipeline.tracking.entries import Entry, split
-from pipeline.tracking.server import connect
+from pipeline.tracking.server import connect, experiment_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,13 +29,14 @@ class Sender:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._known: dict[str, str] = {}  # ids of the server by ours
-        self._connected: tuple[MlflowClient, str] | None = None
+        self._connected: dict[str, tuple[MlflowClient, str]] = {}  # by the name of the experiment
 
     def connected(self) -> tuple["MlflowClient", str]:
         """The client, and the experiment's id."""
-        if self._connected is None:
-            self._connected = connect(self.uri)
-        return self._connected
+        name = experiment_name()
+        if name not in self._connected:
+            self._connected[name] = connect(self.uri)
+        return self._connected[name]
 
     def id_of(self, run_id: str) -> str:
         """The server's id of a run.

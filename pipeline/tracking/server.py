@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kac.cache import cache_folder
-from kac.errors import without_keys
+from kac.errors import DistillKacError, without_keys
 from pipeline.cluster import in_job_copy
+from pipeline.environment import database_file, mlflow_address
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "distillkac"
+EXPERIMENT, EXPERIMENT_VARIABLE = "distillkac", "MLFLOW_EXPERIMENT_NAME"
+"""The experiment of all runs, unless MLflow's own variable names another."""
 
 RUN_FILE = "run.json"
 """Beside an output: which run it was made in."""
@@ -25,14 +27,23 @@ REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 
+START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+"""A job ends with one of these at its start. Later the entries wait, because a token or a proxy may come back."""
+
+
+class DeletedExperimentError(DistillKacError):
+    """The experiment was deleted, and takes no runs until it is restored."""
+
 
 def tracking_uri(beside: str) -> str:
     """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current directory.
 
     A submitted job's directory does not outlive it: its database lies beside the stage's output ``beside``.
+
+    Raises:
+        OptionError: MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI is no address that MLflow can use.
     """
-    configured = os.environ.get("MLFLOW_TRACKING_URI")
-    if configured:
+    if configured := mlflow_address():
         return configured
     folder = os.getcwd()
     if in_job_copy() and "://" not in beside:
@@ -49,6 +60,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
     """A client of the server, and the id of the experiment there, which is created if there is none.
 
     Raises:
+        DeletedExperimentError: the experiment was deleted.
         Exception: whatever MLflow raises if the server does not answer, see ``is_refusal``.
     """
     from mlflow.exceptions import MlflowException
@@ -56,18 +68,24 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
     with _alone(uri):
         _make_database(uri)
         client = client_of(uri)
-        found = client.get_experiment_by_name(EXPERIMENT)
+        name = experiment_name()
+        found = client.get_experiment_by_name(name)
         if found is None:
             # A local database names the folder of its artifacts itself, or it would be that of whichever process came
             # first.
-            path = uri.removeprefix("sqlite:///")
-            location = Path(path).parent.joinpath("mlartifacts").as_uri() if path != uri else None
+            file = database_file(uri)
+            location = file.with_name("mlartifacts").as_uri() if file else None
             try:
-                return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
+                return client, str(client.create_experiment(name, artifact_location=location))
             except MlflowException:  # another host may have been first
-                found = client.get_experiment_by_name(EXPERIMENT)
+                found = client.get_experiment_by_name(name)
                 if found is None:
                     raise
+    if found.lifecycle_stage != "active":
+        raise DeletedExperimentError(
+            f"The MLflow experiment {name!r} at {without_password(uri)} was deleted. Restore it (mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}) or name another experiment in {EXPERIMENT_VARIABLE}."
+        )
     return client, str(found.experiment_id)
 
 
@@ -82,12 +100,23 @@ def client_of(uri: str) -> "MlflowClient":
     return MlflowClient(uri)
 
 
-def is_refusal(error: Exception) -> bool:
-    """Whether the server has understood and says no: to try again would change nothing."""
+def experiment_name() -> str:
+    """The name of the experiment that runs are created in."""
+    return os.environ.get(EXPERIMENT_VARIABLE, "").strip() or EXPERIMENT
+
+
+def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
+    """Whether the server has understood the request and refuses it, so that another attempt would change nothing.
+
+    Args:
+        at_start: count ``START_REFUSALS`` too.
+    """
     from mlflow.exceptions import MlflowException
 
+    if isinstance(error, DeletedExperimentError):
+        return True
     if isinstance(error, MlflowException):
-        return str(error.error_code) in REFUSALS
+        return str(error.error_code) in (REFUSALS | START_REFUSALS if at_start else REFUSALS)
     return isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError)
 
 
@@ -107,14 +136,14 @@ def name_of(uri: str) -> str:
 
 def _make_database(uri: str) -> None:
     """A fresh SQLite database appears whole: MLflow cannot use one whose maker was killed halfway."""
-    path = uri.removeprefix("sqlite:///")
-    if path == uri or not path or path.startswith(":") or "?" in path or Path(path).exists():
+    path = database_file(uri)
+    if path is None or path.exists():
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fresh = f"{path}.{os.getpid()}.new"
-    Path(fresh).unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    fresh.unlink(missing_ok=True)
     client_of(f"sqlite:///{fresh}").search_experiments(max_results=1)
-    os.replace(fresh, path)
+    fresh.replace(path)
 
 
 @contextmanager

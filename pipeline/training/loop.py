@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kac.cost import duration
-from kac.errors import DistillKacError
+from kac.errors import DivergedError
 from kac.metrics import Metric
 from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
@@ -78,7 +78,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     """Train from ``resume`` (or the start) to the last update; returns the final state.
 
     Raises:
-        DistillKacError: the loss is not finite.
+        DivergedError: the loss is not finite.
     """
     total = job.task.optimizer.updates
     learner = job.task.build(worker)
@@ -222,7 +222,7 @@ class _Remaining:
 
 def _check_finite(job: Job, loss: float, update: int) -> None:
     if not math.isfinite(loss):
-        raise DistillKacError(
+        raise DivergedError(
             f"{job.out}: expected a finite loss, found {loss} by update {update}: lower --optimizer.learning-rate"
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from kac import files
 from kac.cost import duration
-from kac.errors import DistillKacError
+from kac.errors import DistillKacError, DivergedError
 from kac.options import Range, least
 from pipeline import cluster, placement
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
@@ -83,12 +83,13 @@ def _check_hope(error: Exception, out: str, failures: int) -> None:
     Args:
         failures: since the last new checkpoint.
     """
-    told = [str(each) for each in _raised(error) if isinstance(each, DistillKacError)]
+    told = [each for each in _raised(error) if isinstance(each, DistillKacError)]
     if failures <= MAX_FAILURES and not told:  # what a worker tells people, it would tell again
         return
     if _raised(error) and not told:
         print(error, file=sys.stderr, flush=True)
-    raise DistillKacError(f"{out}: training failed: {told[0] if told else cluster.innermost(error)}") from error
+    kind = DivergedError if any(isinstance(each, DivergedError) for each in told) else DistillKacError
+    raise kind(f"{out}: training failed: {told[0] if told else cluster.innermost(error)}") from error
 
 
 def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> None:

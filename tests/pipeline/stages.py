@@ -33,7 +33,7 @@ def weights(path: str | Path) -> bytes:
 def runs_of(stage: str) -> list[Any]:
     """The stage's runs in this session's MLflow."""
     client = MlflowClient()
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(tracking.experiment_name())
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], f"tags.`{tracking.STAGE_TAG}` = '{stage}'", max_results=1000)
     return list(found)

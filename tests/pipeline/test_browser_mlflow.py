@@ -51,7 +51,7 @@ def pages(small_store: str, ray_cluster: None, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def experiment(pages: tuple[Any, str]) -> str:
-    found = MlflowClient(pages[1]).get_experiment_by_name(tracking.EXPERIMENT)
+    found = MlflowClient(pages[1]).get_experiment_by_name(tracking.experiment_name())
     return str(found.experiment_id)
 
 

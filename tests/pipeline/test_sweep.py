@@ -64,9 +64,13 @@ def test_a_chain_and_a_failed_trial(small_store: str, tmp_path: Path, ray_cluste
     spec = spec.model_copy(
         update={"optimizer": FEW.model_copy(update={"max_gradient_norm": 1e30, "warmup_updates": 0})}
     )
-    with pytest.raises(DistillKacError, match=r"3 of 6 trials failed: .*1e30: .*expected a finite loss.*starts from"):
+    with pytest.raises(
+        DistillKacError, match=r"3 of 6 trials failed: .*1e30: .*expected a finite loss.*starts from"
+    ) as failed:
         sweep(spec)
+    assert "--optimizer.learning-rate" in str(failed.value) and "same command" not in str(failed.value)
     records = {record.name: record for record in Ledger(str(tmp_path)).records}
+    assert all(record.has_diverged == (record.status == "failed") for record in records.values())
     assert sum(record.status == "finished" for record in records.values()) == 3
     last = records["chain-4-2-1-guidance-0.0-optimizer-learning-rate-3e-3"]
     before = str(tmp_path / "chain-4-2-guidance-0.0-optimizer-learning-rate-3e-3")

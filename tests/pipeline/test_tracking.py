@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from kac.errors import DistillKacError
 from pipeline import tracking
@@ -351,11 +353,79 @@ def test_what_the_server_refuses_does_not_hold_up_the_rest(
 def test_a_server_that_will_not_have_us_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://me:secret@host")
     with (
-        pytest.raises(DistillKacError, match="nonsense://host: expected a tracking server") as refused,
+        pytest.raises(DistillKacError, match="MLFLOW_TRACKING_URI=nonsense://host ") as refused,
         started(tmp_path),
     ):
         pass
     assert "secret" not in str(refused.value)
+
+
+@pytest.fixture
+def experiment(uri: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of an experiment of this test's own, which new runs are created in."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    return tracking.connect(uri)[1]
+
+
+def test_runs_are_created_in_the_experiment_that_the_environment_names(uri: str, experiment: str, tmp_path: Path):
+    with started(tmp_path, "of another experiment") as run:
+        pass
+    assert known(run).info.experiment_id == experiment
+    assert MlflowClient(uri).get_experiment(experiment).name == "another"
+    assert tracking.find_runs("of another experiment") == [run]
+
+
+def test_a_deleted_experiment_is_one_line_before_the_work(
+    uri: str, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    client = MlflowClient(uri)
+    with started(tmp_path) as run:
+        pass
+    client.delete_experiment(experiment)
+    with pytest.raises(DistillKacError, match=f"restore --experiment-id {experiment}") as refused, started(tmp_path):
+        pytest.fail("the work has started")
+    assert "MLFLOW_EXPERIMENT_NAME" in str(refused.value) and "\n" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "a third")
+    with started(tmp_path) as elsewhere:
+        pass
+    assert known(elsewhere).data.tags[runs.CONTINUES_TAG] == run.run_id
+    client.restore_experiment(experiment)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with started(tmp_path / "restored") as again:
+        pass
+    assert known(again).info.experiment_id == experiment
+    client.delete_experiment(experiment)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_does_not_admit_us_is_one_line_at_once(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>\nno\n</html>")
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Stay silent."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(DistillKacError, match=address) as refused, started(tmp_path):
+            pytest.fail("the work has started")
+        server.shutdown()
+    assert str(status) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_shortened_parameter_is_marked(uri: str, tmp_path: Path):
+    with started(tmp_path) as run:
+        run.params({"whole": "a" * 500, "shortened": "b" * 501})
+    params = known(run).data.params
+    assert params["whole"] == "a" * 500
+    assert params["shortened"] == "b" * 499 + "…"
 
 
 def test_one_request_takes_what_mlflow_takes():
