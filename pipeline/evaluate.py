@@ -16,7 +16,7 @@ from kac.data import open_dataset
 from kac.errors import DistillKacError
 from kac.guidance import check_guidance
 from kac.metrics import Judged, quality_metrics
-from kac.metrics.features import FeatureSpace, open_space, space_identity
+from kac.metrics.features import TORCHSCRIPT, FeatureSpace, open_space, space_identity
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.options import OptionError
@@ -25,6 +25,7 @@ from pipeline import outputs, pictures, storage, tracking
 from pipeline.actor_place import choose_place
 from pipeline.config import EvaluateSpec
 from pipeline.evaluation.actors import make_chunks, open_spaces
+from pipeline.evaluation.feature_trial import try_features
 from pipeline.evaluation.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
 from pipeline.evaluation.inputs import resolve
 from pipeline.evaluation.model_runs import (
@@ -101,13 +102,15 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
     Raises:
         DistillKacError: a model is missing, a student is of another teacher, the data are not the teacher's, or a
-            feature space cannot be had.
+            feature space cannot be had or its network does not work on the data.
     """
     spec = resolve(spec)
     _check_storage(spec)
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     candidates = _candidates(spec)
     content = _content(spec, candidates)
+    if not files.exists(files.join(spec.out, EVALUATION_FILE)):
+        try_features(spec, candidates[0].config.data)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
         print(f"evaluate: {spec.out} is complete: nothing to do", flush=True)
         record = read_record(spec.out)
@@ -134,7 +137,7 @@ def _check_storage(spec: EvaluateSpec) -> None:
     """Refuse paths that only one of several machines sees."""
     assert spec.teacher is not None, "a spec that is resolved has a teacher"
     is_spread = spec.actors != 0
-    files_used = [given for given in spec.features if given.endswith(".pt")]
+    files_used = [given for given in spec.features if given.endswith(TORCHSCRIPT)]
     storage.check_shared(
         {
             "--out": spec.out,

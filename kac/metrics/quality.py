@@ -1,6 +1,7 @@
 """The table of what samples are judged by: one function and one line a metric."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -8,9 +9,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from kac.errors import one_line
 from kac.metrics import distances
 from kac.metrics.metric import Metric
-from kac.metrics.statistics import Statistics
+from kac.metrics.statistics import Moments, Statistics
+from kac.options import OptionError
 
 NEIGHBOURS = 3
 MEMORISATION_ROWS = 2000
@@ -36,6 +39,27 @@ class Reference:
     ) -> None:
         self.train, self.held_out, self.train_pixels, self.floor_count = train, held_out, train_pixels, floor_count
         self._radii: dict[str, Tensor] = {}
+
+    def width(self, space: str) -> int:
+        """Features per row."""
+        return self.train[space].width
+
+    def frechet_distance(self, space: str, moments: Moments) -> float:
+        """Of rows of these moments to the training images.
+
+        Raises:
+            OptionError: the covariances in this space have no eigenvalues that can be computed.
+        """
+        try:
+            distance, problem = distances.frechet_distance(self.train[space].moments, moments), "it is not finite"
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            distance, problem = math.nan, one_line(error, 120)
+        if not math.isfinite(distance):
+            raise OptionError(
+                f"--features {space}: the Frechet distance cannot be computed from the covariances of these features "
+                f"({problem}). Use a network with fewer features per image, scaled to about 1."
+            )
+        return distance
 
     def radii(self, space: str) -> Tensor:
         """How far the training images' neighbours are: [rows]."""
@@ -76,8 +100,8 @@ class Judged:
     def frechet_distance(self, space: str) -> float:
         """To the training images; computed once for the metrics that need it."""
         if space not in self._distances:
-            train, own = self.reference.train[space].moments, self.statistics[space].moments
-            self._distances[space] = distances.frechet_distance(train, own)
+            own = self.statistics[space].moments
+            self._distances[space] = self.reference.frechet_distance(space, own)
         return self._distances[space]
 
 
@@ -99,8 +123,7 @@ def _frechet_of(judged: Judged, space: str) -> float:
 def _frechet_at_floor_count(judged: Judged, space: str) -> float | None:
     if judged.count == judged.reference.floor_count:
         return judged.frechet_distance(space)
-    train, blocks = judged.reference.train[space].moments, judged.statistics[space].full_blocks()
-    found = [distances.frechet_distance(train, block) for block in blocks]
+    found = [judged.reference.frechet_distance(space, block) for block in judged.statistics[space].full_blocks()]
     return sum(found) / len(found) if found else None
 
 

@@ -63,6 +63,11 @@ class Statistics:
         self._fill_blocks(rows)
         self.moments.add(rows)
 
+    @property
+    def width(self) -> int:
+        """Features per row."""
+        return len(self.moments.mean)
+
     @cached_property
     def kept(self) -> Tensor:
         """[rows, width] float32, once all rows are in."""

@@ -60,6 +60,11 @@ def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
     return [open_space(name, dataset, device) for name in names]
 
 
+def task_error(error: Any) -> DistillKacError:
+    """The error of this project that a ``RayTaskError`` carries; one line of any other exception."""
+    return error.cause if isinstance(error.cause, DistillKacError) else DistillKacError(one_line(error.cause))
+
+
 def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Generator[int]:
     spaces = open_spaces(spec.features, data)
     for chunk in todo:
@@ -76,6 +81,6 @@ def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], to
     try:
         yield from each_once(lambda: actor.remote(spec.features, data, expected), most(place.actors), todo)
     except ray.exceptions.RayTaskError as error:
-        raise DistillKacError(one_line(error.cause)) from None
+        raise task_error(error) from None
     except ray.exceptions.RayError as error:
         raise DistillKacError(f"evaluate: the actors failed in Ray: {cluster.innermost(error)}") from None

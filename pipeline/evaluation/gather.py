@@ -11,7 +11,7 @@ from kac.conditioning import known_classes
 from kac.data import DataConfig, open_dataset
 from kac.fingerprint import fingerprint
 from kac.metrics import Judged, Reference, Statistics
-from kac.metrics.features import FeatureSpace, open_space
+from kac.metrics.features import FeatureSpace, check_widths, open_space
 from kac.metrics.features.classifier import Classifier
 from kac.metrics.quality import MEMORISATION_ROWS, PIXELS
 from kac.metrics.statistics import KEPT_ROWS
@@ -84,6 +84,7 @@ def gather(
         speeds += [len(chunk.ids) / rows.seconds] if rows.seconds else []
         for space in spaces:
             made = features(chunk, space, rows.images)
+            check_widths(space.option, made.shape[1], reference.width(space.name))
             statistics.setdefault(space.name, Statistics(made.shape[1], reference.floor_count or 0)).add(made)
             if space.name in classifiers:
                 right += int((classifiers[space.name].labels(made) == rows.label).sum())
@@ -111,6 +112,7 @@ def _train_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
     for chunk in chunks(train):
         rows = features(chunk, space, train.rows(chunk.ids).images)
         made = made or Statistics(rows.shape[1])
+        check_widths(space.option, rows.shape[1], made.width)
         made.add(rows)
     assert made is not None
     files.write_bytes(path, made.to_bytes())

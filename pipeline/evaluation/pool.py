@@ -37,7 +37,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
         done = 0
         while done < len(items):
             (ended,), _ = ray.wait(list(running), num_returns=1)
-            actor, number = running.pop(ended)
+            actor, number = running[ended]
             try:
                 made = ray.get(ended)
             except ray.exceptions.RayActorError:
@@ -46,9 +46,11 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
                     raise
                 if number is not None:
                     left.appendleft(number)
+                del running[ended]
                 ray.kill(actor)
                 begin(start())
                 continue
+            del running[ended]  # only now: an actor whose call raised is killed below
             if number is not None:
                 done += 1
                 losses[None] = 0

@@ -30,7 +30,7 @@ from kac.device import default_device
 from kac.errors import DistillKacError, one_line
 from kac.fingerprint import fingerprint, hashed_values
 from kac.images import delivered, from_bytes, is_image, to_bytes
-from kac.metrics.features import FeatureSpace
+from kac.metrics.features import FeatureSpace, check_features
 from kac.precision import Precision
 from kac.sampling import Sampling, draw
 
@@ -172,7 +172,8 @@ def features(chunk: Chunk, space: FeatureSpace, images: Tensor) -> Tensor:
         return space(images)
     path = files.join(_features_folder(chunk.source, space), _file(chunk.ids, "npy"))
     with _reading(path) as data:
-        return torch.from_numpy(np.load(data, allow_pickle=False))
+        found = torch.from_numpy(np.load(data, allow_pickle=False))
+    return check_features(f"{space.option} (cached in {path})", found, len(chunk.ids))
 
 
 def images_in_parts(data: Dataset) -> Iterator[Tensor]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kac import files
-from kac.checkpoint import CONFIG_FILE
+from kac.checkpoint import CONFIG_FILE, load_teacher_config
 from kac.errors import DistillKacError
 from pipeline import cluster, distill, outputs, storage, store, tracking
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.evaluation.feature_trial import try_features
 from pipeline.evaluation.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
 from pipeline.sweep import checks, space
@@ -45,6 +46,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     assert source.manifest is not None
     storage.check_shared({"--teacher": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **space.identity(spec)}
+    if spec.samples and not files.exists(files.join(spec.out, RESULT_FILE)):
+        judge = _evaluation_spec(spec, source)
+        try_features(judge, load_teacher_config(str(judge.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
     points = _recorded_points(spec, ledger) if spec.search else space.grid_points(spec)
@@ -232,22 +236,26 @@ def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: trackin
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
         return None
-    assert source.manifest is not None
-    out = files.join(spec.out, EVALUATION)
-    judged = EvaluateSpec(
-        teacher=spec.teacher or source.manifest.teacher,
-        students=students,
-        out=out,
-        samples=spec.samples,
-        features=spec.features,
-        label_selector=spec.label_selector,
-    )
+    judged = _evaluation_spec(spec, source, students)
+    out = judged.out
     _drop_other(out, judged)
     evaluate(judged)
     own = tracking.run_of_output(out)
     if own is not None:
         run.tags({"distillkac.evaluation": own.run_id})
     return out
+
+
+def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, ...] = ()) -> EvaluateSpec:
+    assert source.manifest is not None
+    return EvaluateSpec(
+        teacher=spec.teacher or source.manifest.teacher,
+        students=students,
+        out=files.join(spec.out, EVALUATION),
+        samples=spec.samples,
+        features=spec.features,
+        label_selector=spec.label_selector,
+    )
 
 
 def _drop_other(out: str, judged: EvaluateSpec) -> None:

@@ -1,5 +1,28 @@
 """Feature spaces: what samples are compared in. Each takes delivered samples and gives rows of numbers."""
 
-from kac.metrics.features.space import FeatureSpace, check_names, open_space, space_identity, space_name
+from kac.metrics.features.calls import check_features, check_widths
+from kac.metrics.features.space import (
+    OWN,
+    TORCHSCRIPT,
+    FeatureSpace,
+    check_fits,
+    check_names,
+    open_space,
+    space_identity,
+    space_name,
+    try_space,
+)
 
-__all__ = ["FeatureSpace", "check_names", "open_space", "space_identity", "space_name"]
+__all__ = [
+    "OWN",
+    "TORCHSCRIPT",
+    "FeatureSpace",
+    "check_features",
+    "check_fits",
+    "check_names",
+    "check_widths",
+    "open_space",
+    "space_identity",
+    "space_name",
+    "try_space",
+]

@@ -96,8 +96,13 @@ def torchscript(path: str) -> nn.Module:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
     except (RuntimeError, ValueError) as error:
-        raise OptionError(f"--features {path}: expected TorchScript, found {one_line(error, 120)}") from None
-    signature = network.forward.schema  # type: ignore[attr-defined]
+        raise OptionError(
+            f"--features {path}: expected TorchScript, found {one_line(error, 120)}. Save the network with "
+            "torch.jit.script(network).save(FILE), or name a function that builds it: package.module:factory."
+        ) from None
+    signature = getattr(getattr(network, "forward", None), "schema", None)
+    if signature is None:
+        raise OptionError(f"--features {path}: the TorchScript module has no forward method. Save one that has.")
     arguments = {argument.name for argument in signature.arguments}
     return _Detector(network) if "return_features" in arguments else network
 

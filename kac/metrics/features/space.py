@@ -1,5 +1,6 @@
 """What a feature space is, and how it is opened by the name that ``--features`` gives it."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from kac import files
 from kac.data import Dataset
+from kac.errors import one_line
 from kac.fingerprint import fingerprint
 from kac.images import is_image
 from kac.imported import IMPORT_PATH
+from kac.metrics.features.calls import call_network, check_widths, run_network, try_out
 from kac.options import OptionError
 
 BATCH_SIZE = 250
@@ -20,7 +23,10 @@ WIDEST = 32
 """Pixels and the classifier see larger images averaged down to this many pixels a side."""
 
 TORCHSCRIPT = (".pt", ".ts")
-KINDS = ("pixels", "pooled", "classifier", "lite0", "inception")
+OWN = ("pixels", "pooled", "classifier")
+"""Networks of this project; all others are tried on real images before any work."""
+
+KINDS = (*OWN, "lite0", "inception")
 
 
 @dataclass(frozen=True)
@@ -31,25 +37,32 @@ class FeatureSpace:
     fingerprint: str  # of what it computes: features under this name are never another network's
     network: nn.Module  # [batch, *sample] float32 in [-1, 1] -> [batch, width]
     facts: dict[str, float]  # printed and recorded: the classifier's held-out accuracy
+    given: str  # the value of --features
 
     @property
     def is_cheap(self) -> bool:
         """Whether computing the features costs no more than reading them."""
-        return self.name in {"pixels", "pooled"}
+        return self.given in {"pixels", "pooled"}
 
     @torch.inference_mode()
     def __call__(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width] float32, both on the CPU.
 
         Raises:
-            OptionError: the network gives something else.
+            OptionError: the network fails or returns something else.
         """
-        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        parts = [self.network(part.to(device)) for part in torch.split(samples, BATCH_SIZE)]
-        if any(not isinstance(part, Tensor) or part.ndim != 2 for part in parts):
-            found = list(getattr(parts[0], "shape", ())) or type(parts[0]).__name__
-            raise OptionError(f"--features {self.name}: expected features of shape [batch, width], found {found}")
-        return torch.cat(parts).float().cpu()
+        batches = torch.split(samples, BATCH_SIZE)
+        if self.given in OWN:
+            parts = [run_network(self.network, batch).float().cpu() for batch in batches]
+        else:
+            parts = [call_network(self.option, self.network, batch) for batch in batches]
+            check_widths(self.option, *(part.shape[1] for part in parts))
+        return torch.cat(parts)
+
+    @property
+    def option(self) -> str:
+        """The option and its value, which errors name."""
+        return f"--features {self.given}"
 
 
 def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> FeatureSpace:
@@ -64,6 +77,7 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
     """
     from kac.metrics.features import classifier, pretrained
 
+    check_fits(given, data)
     openers: dict[str, Callable[[], tuple[nn.Module, dict[str, float], str]]] = {
         "pixels": lambda: (Pixels(), {}, ""),
         "pooled": lambda: (Pooled(), {}, ""),
@@ -77,13 +91,50 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
         network, facts, content = pretrained.torchscript(given), {}, ""
     else:
         network, facts, content = pretrained.imported(given), {}, ""
+    name = fingerprint({**space_identity(given, data), "content": content})
+    return FeatureSpace(space_name(given), name, _placed(given, network, device), facts, given)
+
+
+def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> None:
+    """Open a space whose network others made, and call the network on a few real images.
+
+    Raises:
+        OptionError: as ``open_space``, or the network does not work on these images.
+    """
+    if given not in OWN:
+        space = open_space(given, data, device)
+        try_out(space.option, space.network, data)
+
+
+def check_fits(given: str, data: Dataset) -> None:
+    """Refuse a space that does not fit the data, without opening it.
+
+    Raises:
+        OptionError: it needs larger images, images at all, or several classes.
+    """
     shape = data.description.sample_shape
     if given in {"pooled", "lite0", "inception"} and not is_image(shape):
         raise OptionError(f"--features {given}: expected images, found samples of {shape}")
     if given == "pooled" and min(shape[1:]) < Pooled.SIDE:
         raise OptionError(f"--features pooled: expected images of at least {Pooled.SIDE} pixels a side, found {shape}")
-    name = fingerprint({**space_identity(given, data), "content": content})
-    return FeatureSpace(space_name(given), name, network.eval().to(device), facts)
+    if given == "classifier" and data.description.num_classes < 2:
+        raise OptionError("--features classifier: expected data of several classes, found one: choose other features")
+
+
+def _placed(given: str, network: nn.Module, device: torch.device | str) -> nn.Module:
+    """The network in evaluation mode on the device."""
+    try:
+        # What torch.export saved has no modes: it refuses eval() and computes as it was exported.
+        with contextlib.suppress(NotImplementedError):
+            network.eval()
+        return network.to(device)
+    except Exception as error:
+        if given in OWN:
+            raise
+        raise OptionError(
+            f"--features {given}: the network cannot be moved to the {torch.device(device).type}: "
+            f"{type(error).__name__}: {one_line(error)}. Save it on the CPU, with all its weights."
+        ) from error
 
 
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
@@ -105,12 +156,15 @@ def check_names(features: Sequence[str]) -> None:
     """Refuse what cannot be a feature space by its name alone.
 
     Raises:
-        ValueError: an unknown name, or one that is there twice.
+        ValueError: an unknown name, one that is there twice, or a network called ``pixels``.
     """
     for given in features:
         if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
             raise ValueError(f"expected {', '.join(KINDS)}, FILE.pt or package.module:factory, found {given!r}")
     names = [space_name(given) for given in features]
+    for given, name in zip(features, names, strict=True):
+        if not name or (name == "pixels" and given != "pixels"):
+            raise ValueError(f"expected a name other than {name!r}, which no other space may have, found {given!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"expected spaces of different names, found {', '.join(names)}")
 

@@ -1,0 +1,148 @@
+"""Feature networks of others: each way in which one does not work on the data is one line before the work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kac.data import DataConfig, Dataset, open_dataset
+from kac.metrics import Reference, Statistics
+from kac.metrics.features import check_names, open_space, try_space
+from kac.options import OptionError
+from tests import feature_networks
+
+FOUND = {
+    "ThreeChannels": "3 channels",
+    "Bytes": "uint8",
+    "ThreeChannelsOfBytes": "3 channels .*uint8",
+    "Large": "32 x 32",
+    "Flat": "flattened",
+    "DoubleWeights": "float64",
+    "OneAtATime": "one sample",
+    "NeedsABatch": r"eval\(\)",
+    "NotANumber": "NaN",
+    "OneRow": r"\[1, 64\] for 16",
+    "ChangingWidth": "2 and 17",
+    "Squeezed": r"\[64\].*squeeze",
+    "Integers": "int64",
+    "Complex": "complex64",
+    "Truths": "bool",
+    "Sparse": "to_dense",
+    "Pair": "tuple of 2",
+    "Dictionary": "pooled, logits",
+    "Listing": "list",
+    "Nothing": "None",
+    "Vector": r"\[16\]",
+    "Sequence": r"\[16, 1, 64\]",
+    "Maps": r"\[16, 1, 8, 8\]",
+    "NoWidth": r"\[16, 0\]",
+    "TooWide": r"\[16, 25600\]",
+    "TooLarge": "1e.12",
+    "Constant": "same features",
+    "Dropping": r"eval\(\)",
+    "TrainingMode": r"eval\(\)",
+    "ElsewhereConstants": "meta",
+    "Raising": "ForeignError: line one line two",
+    "Silent": "ForeignError",
+    "TwoInputs": "y",
+}
+"""A part of the error by the network's class."""
+
+NOT_SCRIPTED = {"Raising", "Silent", "Sparse"}
+"""TorchScript knows neither classes of exceptions nor this layout in its types."""
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(DataConfig())
+
+
+def given_as(kind: str, name: str, folder: Path) -> str:
+    """The value of --features for a network of ``tests.feature_networks``."""
+    if kind == "imported":
+        return f"tests.feature_networks:{name}"
+    path = str(folder / f"{name}.pt")
+    torch.jit.script(getattr(feature_networks, name)()).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["imported", "scripted"])
+@pytest.mark.parametrize("name", FOUND)
+def test_a_network_that_does_not_fit_is_refused_in_one_line(kind: str, name: str, digits: Dataset, tmp_path: Path):
+    if kind == "scripted" and name in NOT_SCRIPTED:
+        pytest.skip("not a TorchScript")
+    given = given_as(kind, name, tmp_path)
+    with pytest.raises(OptionError, match=FOUND[name]) as caught:
+        try_space(given, digits)
+    assert str(caught.value).startswith(f"--features {given}: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("name", ["Rows", "Thin", "Wide", "Changing", "exported"])
+def test_networks_that_give_features_are_taken(name: str, digits: Dataset):
+    given = f"tests.feature_networks:{name}"
+    try_space(given, digits)
+    images = digits.train.rows(torch.arange(3)).images
+    before = images.clone()
+    made = open_space(given, digits)(images)
+    assert made.dtype == torch.float32 and len(made) == 3
+    assert torch.equal(images, before)
+    if name == "exported":
+        torch.testing.assert_close(made, feature_networks.Rows()(images))
+
+
+@pytest.mark.parametrize("name", ["exported_three_channels", "without_weights"])
+def test_a_module_that_torch_guards_or_cannot_move_is_refused(name: str, digits: Dataset):
+    with pytest.raises(OptionError, match=f"--features tests.feature_networks:{name}: "):
+        try_space(f"tests.feature_networks:{name}", digits)
+
+
+def test_points_are_tried_too():
+    moons = open_dataset(DataConfig(kind="moons"))
+    try_space("torch.nn:Flatten", moons)
+    with pytest.raises(OptionError, match=r"float16|\[0, 1\]|failed on 16 samples of shape \[2\]"):
+        try_space("tests.feature_networks:ThreeChannels", moons)
+
+
+@pytest.mark.parametrize(("name", "found"), [("Later", "more than I can take"), ("LaterNaN", "NaN")])
+def test_a_network_that_fails_after_its_trial_is_one_line(name: str, found: str, digits: Dataset):
+    given = f"tests.feature_networks:{name}"
+    try_space(given, digits)
+    with pytest.raises(OptionError, match=found) as caught:
+        open_space(given, digits)(digits.train.rows(torch.arange(250)).images)
+    assert str(caught.value).startswith(f"--features {given}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_widths_that_change_between_batches_are_refused(digits: Dataset):
+    with pytest.raises(OptionError, match="1 and 2"):
+        open_space("tests.feature_networks:LaterWider", digits)(digits.train.rows(torch.arange(251)).images)
+
+
+def test_covariances_without_eigenvalues_are_one_line():
+    """Checked features cannot lead there; a damaged cache of statistics can."""
+    good, bad = Statistics(2), Statistics(2)
+    good.add(torch.rand(10, 2))
+    bad.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
+    for train, samples in ((good, bad), (bad, good)):
+        with pytest.raises(OptionError, match="--features net"):
+            Reference({"net": train}, torch.zeros(1, 1), lambda: iter(())).frechet_distance("net", samples.moments)
+
+
+@pytest.mark.parametrize("given", ["folder/pixels.pt", "some.module:pixels", "folder/---.pt"])
+def test_a_network_called_like_the_pixels_or_nothing_is_refused(given: str):
+    with pytest.raises(ValueError, match="name"):
+        check_names([given])
+
+
+def test_torchscript_without_forward_is_refused(digits: Dataset, tmp_path: Path):
+    class Bare(nn.Module):
+        @torch.jit.export
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    path = str(tmp_path / "bare.pt")
+    torch.jit.script(Bare()).save(path)
+    with pytest.raises(OptionError, match="forward"):
+        open_space(path, digits)
