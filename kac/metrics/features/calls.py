@@ -144,6 +144,8 @@ def try_out(option: str, network: nn.Module, data: Dataset) -> None:
 
 def _advice(network: nn.Module, samples: Tensor) -> Iterator[str]:
     """What to do, found by calling the failing network on changed samples; nothing if no change helps."""
+    if _works(network, samples):  # what failed was the check of its output
+        return
     if len(samples) > 1 and _works(network, samples[:1]):
         yield f"It works on one sample, but not on {len(samples)}. Save it for batches of any size."
         return
@@ -169,7 +171,7 @@ def _changes(shape: tuple[int, ...]) -> list[list[Change]]:
     layouts: list[Change] = []
     sizes: list[Change] = []
     if is_image(shape):
-        values.insert(0, ("uint8 values in 0 .. 255", to_bytes))
+        values.insert(1, ("uint8 values in 0 .. 255", to_bytes))
         if shape[0] == 1:
             layouts.append(("3 channels (the images have 1)", lambda x: x.expand(-1, 3, -1, -1)))
         layouts.append(("flattened images", lambda x: x.flatten(1)))

@@ -97,7 +97,7 @@ def torchscript(path: str) -> nn.Module:
         raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
     except (RuntimeError, ValueError) as error:
         raise OptionError(
-            f"--features {path}: expected TorchScript, found {one_line(error, 120)}. Save the network with "
+            f"--features {path}: expected TorchScript, found {one_line(error).split('. ')[0]}. Save the network with "
             "torch.jit.script(network).save(FILE), or name a function that builds it: package.module:factory."
         ) from None
     signature = getattr(getattr(network, "forward", None), "schema", None)
