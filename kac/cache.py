@@ -13,7 +13,7 @@ def cache_folder(*names: str) -> str:
 
     What lies there is named by its content, so that it can be removed at any time and is never wrong.
     """
-    folder = os.environ.get(VARIABLE) or str(Path.home() / ".cache" / "distillkac")
+    folder = files.normal(os.environ.get(VARIABLE) or str(Path.home() / ".cache" / "distillkac"))
     for name in names:
         folder = files.join(folder, name)
     return folder

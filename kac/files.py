@@ -6,13 +6,14 @@ option holds them and nothing here prints them. ``pipeline/sweep/trials.py`` kee
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 from botocore.exceptions import BotoCoreError
@@ -50,20 +51,60 @@ class Location(NamedTuple):
         return Location(self.fs, join(self.path, name))
 
 
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+
+
+def normal(path: str) -> str:
+    """The one name of a path or URI, by which every function here and every stage knows it.
+
+    Empty parts and ``.`` are dropped, and so is a slash at the end, on S3 as on a disk. ``file://`` is a local path,
+    ``s3a://`` is ``s3://``. All other characters stand for themselves: nothing is decoded, and no pattern is expanded.
+
+    Raises:
+        DistillKacError: an empty path, ``s3://`` without a bucket, or ``..`` in a key, which S3 does not resolve.
+    """
+    if not path:
+        raise DistillKacError("expected a path or s3:// URI, found an empty one")
+    match = SCHEME.match(path)
+    scheme, rest = (match[1], match[2]) if match else ("", path)
+    parts = [part for part in rest.split("/") if part not in {"", "."}]
+    if scheme in {"s3", "s3a"}:
+        if rest.startswith("/") or not parts:
+            raise DistillKacError(f"{path}: expected s3://BUCKET/PREFIX, found no bucket")
+        if ".." in parts:
+            raise DistillKacError(f"{path}: '..' is not resolved on S3. Write the path without it.")
+        return f"s3://{'/'.join(parts)}"
+    if scheme not in {"", "file", "local"}:
+        return path.rstrip("/")
+    if not scheme and parts and parts[0] == "~" and not rest.startswith("/"):
+        return os.path.join(os.path.expanduser("~"), *parts[1:])
+    return ("/" if rest.startswith("/") else "") + "/".join(parts) or "."
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path is a URI of another place than the local disk."""
+    match = SCHEME.match(path)
+    return match is not None and match[1] not in {"file", "local"}
+
+
 def locate(path: str) -> Location:
     """The filesystem of a path or URI, and the path there.
 
     Raises:
-        DistillKacError: a URI scheme that is not installed, or ``s3://`` without a bucket.
+        DistillKacError: as ``normal``, or a URI scheme that is not installed.
     """
-    if path.startswith("s3://") and not path.removeprefix("s3://").partition("/")[0]:
-        raise DistillKacError(f"{path}: expected s3://BUCKET/PREFIX, found no bucket")
-    options = S3_OPTIONS if path.startswith("s3://") else {}
+    name = normal(path)
+    if name.startswith("s3://"):
+        from kac.s3 import ExactS3
+
+        return Location(ExactS3(**S3_OPTIONS), name.removeprefix("s3://"))
+    if not is_uri(name):
+        return Location(LocalFileSystem(), os.path.join(os.getcwd(), name) if name != "." else os.getcwd())
     try:
-        fs, inner = fsspec.core.url_to_fs(path, **options)
+        fs = fsspec.filesystem(name.partition("://")[0])
     except (ImportError, ValueError) as error:
         raise DistillKacError(f"{path}: expected a local path or s3:// URI, found {error}") from None
-    return Location(fs, inner.rstrip("/"))
+    return Location(fs, str(fs._strip_protocol(name)).rstrip("/"))
 
 
 def join(path: str, name: str) -> str:
@@ -73,9 +114,11 @@ def join(path: str, name: str) -> str:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Raise ``DistillKacError`` for errors of S3, which say neither where nor what to do; the local disk's do."""
+    """Raise ``DistillKacError`` for a folder in place of a file, and for errors of S3, which do not name the path."""
     try:
         yield
+    except IsADirectoryError:
+        raise DistillKacError(f"{path}: expected a file, found a folder") from None
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
         raise
     except (OSError, BotoCoreError) as error:
@@ -92,27 +135,60 @@ def exists(path: str) -> bool:
         return bool(location.fs.exists(location.path))
 
 
+def kind_at(path: str) -> Literal["a file", "a folder", "nothing"]:
+    """What is at a path, in the words of an error message."""
+    location = locate(path)
+    with naming(path):
+        if location.fs.isfile(location.path):
+            return "a file"
+        return "a folder" if location.fs.exists(location.path) else "nothing"
+
+
 def list_sizes(folder: str) -> dict[str, int]:
-    """Every file below a folder by its path there, with its size in bytes, sorted; none if there is no folder."""
+    """Every file below a folder by its path there, with its size in bytes, sorted; none if there is no folder.
+
+    Raises:
+        DistillKacError: a key on S3 that no path names.
+    """
     location = locate(folder)
     try:
         with naming(folder):
             found = location.fs.find(location.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    start = len(location.path) + 1
-    return {path[start:]: int(info["size"]) for path, info in sorted(found.items())}
+    return {name: int(found[path]["size"]) for path, name in sorted(_names_below(folder, location, found))}
 
 
 def names_in(folder: str) -> list[str]:
-    """What a folder holds, without what its own folders do, sorted; empty if there is none."""
+    """What a folder holds, without what its own folders do, sorted; empty if there is none.
+
+    Raises:
+        DistillKacError: a key on S3 that no path names.
+    """
     location = locate(folder)
     try:
         with naming(folder):
             found = location.fs.ls(location.path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+    return sorted(name for _, name in _names_below(folder, location, found) if name)
+
+
+def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Paths of a filesystem with their names below a folder; the name is empty for a file in place of the folder.
+
+    Raises:
+        DistillKacError: a key on S3 that no path names: reading its name would read another key.
+    """
+    prefix = f"{location.path.rstrip('/')}/"
+    for path in paths:
+        name = path.removeprefix(prefix) if path != location.path else ""
+        if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise DistillKacError(
+                f"{folder}: found the key {path}, which no path names, since it has an empty part, '.' or '..' between "
+                "slashes. Rename or remove it."
+            )
+        yield path, name
 
 
 class Stamp(NamedTuple):
@@ -147,7 +223,7 @@ def _walk_remote(path: str, location: Location) -> Iterator[Stamp]:
         found = location.fs.find(location.path, detail=True)
     if not found:
         raise DistillKacError(f"{path}: expected a file or folder, found none")
-    names = {name: name.removeprefix(location.path).lstrip("/").split("/") for name in found}
+    names = {name: below.split("/") for name, below in _names_below(path, location, found)}
     for name in sorted(names, key=lambda name: names[name]):
         if not any(part.startswith(".") for part in names[name]):
             info = found[name]
@@ -175,7 +251,7 @@ def read_bytes(path: str) -> bytes:
     """The whole file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. DistillKacError: a folder on the disk.
     """
     location = locate(path)
     with naming(path):
@@ -218,10 +294,19 @@ def remove(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder and all below it, if it is there."""
-    location = locate(path)
-    if location.fs.exists(location.path):
-        location.fs.rm(location.path, recursive=True)
+    """Remove a folder and all below it, if it is there; nothing else, whatever characters its name has."""
+    fs, inner = locate(path)
+    with naming(path):
+        if not isinstance(fs, LocalFileSystem):
+            if normal(path).startswith("s3://"):
+                fs.remove_tree(inner)
+            else:
+                for name in fs.find(inner):
+                    fs.rm_file(name)
+        elif os.path.isdir(inner) and not os.path.islink(inner):
+            shutil.rmtree(inner)
+        elif os.path.lexists(inner):
+            os.unlink(inner)
 
 
 def temporary_name(path: str) -> str:

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kac import files
 from kac.errors import DistillKacError, one_line, without_secrets
 from pipeline import joining, progress
 
@@ -156,21 +157,20 @@ def innermost(error: BaseException) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path or URI as every process of the cluster sees it, with ``~`` expanded.
+    """The path or URI under its one name (``files.normal``), as every process of the cluster sees it.
 
     Raises:
-        DistillKacError: a relative path in a job's working directory, which Ray deletes after the job.
+        DistillKacError: no name, or a relative path in a job's working directory, which Ray deletes after the job.
     """
-    path = os.path.expanduser(path)
-    if "://" in path or os.path.isabs(path):
-        bare = path.rstrip("/")
-        return path if bare in {"", "s3:"} else bare
+    name = files.normal(path)
+    if files.is_uri(name) or os.path.isabs(name):
+        return name
     if in_job_copy():
         raise DistillKacError(
             f"{path}: expected an absolute path or s3:// URI under ray job submit, found a relative one: "
             "the job runs in a copy of the working directory that does not outlive it"
         )
-    return str(Path(path).absolute())
+    return str(Path(name).absolute())
 
 
 def in_job_copy() -> bool:

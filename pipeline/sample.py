@@ -36,7 +36,7 @@ def sample(spec: SampleSpec) -> None:
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
-    probes.check_writable(out.rsplit("/", 1)[0])
+    probes.check_writable(out.rsplit("/", 1)[0] or "/")
     labels = _labels(spec, model.config)
     made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, labels, raw=spec.raw)
     files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made, model.config))

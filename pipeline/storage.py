@@ -83,7 +83,7 @@ def cache_of(is_used: bool = True) -> dict[str, str]:
 
 def is_shared(path: str) -> bool:
     """Whether every machine sees what is there, as far as the path and ``DISTILLKAC_SHARED_FOLDERS`` say."""
-    if "://" in path and not path.startswith(("file://", "local://")):
+    if files.is_uri(path):
         return True
     local = os.path.abspath(files.locate(path).path)
     return any(_is_below(local, folder) for folder in _shared_folders())

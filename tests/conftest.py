@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # As the jobs do, and before anything imports torch or Ray.
 import jobs  # noqa: F401  isort: skip
@@ -48,6 +49,16 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    """The S3 server that a test module names in its environment; see ``tests/pipeline/s3_server.py``."""
+    from tests.pipeline.s3_server import SERVER
+
+    SERVER.start()
+    yield SERVER
+    SERVER.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)

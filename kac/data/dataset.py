@@ -125,4 +125,4 @@ def _found(config: DataConfig) -> tuple[Source, str, decoded.Place]:
 
 
 def _absolute(root: str) -> str:
-    return root.rstrip("/") if root.startswith("s3://") else files.locate(root).path
+    return files.normal(root) if files.is_uri(root) else files.locate(root).path

@@ -106,6 +106,5 @@ def figures(spec: RolloutSpec) -> dict[str, float]:
         order = Order(rank=0, world_size=1, seed=0)
         timed("order of an epoch", lambda: windows(store.shards, order, 0, WINDOW_SHARDS * SHARD_ROWS))
     finally:
-        location = files.locate(manifest)
-        location.fs.rm_file(location.path)
+        files.remove(manifest)
     return taken

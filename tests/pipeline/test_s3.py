@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from pipeline.teach import teach
 from tests.pipeline import faulty
 from tests.pipeline.compare import assert_same_store, list_files
 from tests.pipeline.running import SHARDS, Summary, running_job, spec_of
-from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, FaultKind, environment
+from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, FaultKind, FaultyS3, environment
 from tests.pipeline.stores import make_teacher
 
 # While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
@@ -42,11 +42,9 @@ BUCKET = "kac-bucket"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bucket() -> Iterator[str]:
-    SERVER.start()
-    SERVER.client().create_bucket(Bucket=BUCKET)
-    yield BUCKET
-    SERVER.stop()
+def bucket(s3_server: FaultyS3) -> str:
+    s3_server.client().create_bucket(Bucket=BUCKET)
+    return BUCKET
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""S3 with exact names: a path is one key, or the prefix of the keys below it, whatever characters it has."""
+
+from typing import Any
+
+from fsspec.asyn import sync_wrapper
+from s3fs import S3FileSystem
+
+KEYS_PER_REQUEST = 1000
+"""S3 removes at most this many keys in one request."""
+
+
+class ExactS3(S3FileSystem):  # type: ignore[misc]
+    """s3fs without its interpretation of names.
+
+    s3fs expands ``[ ] ? *`` in a path that is removed or copied as a tree, cuts a key at ``?versionId=``, and lists the
+    empty keys ending in ``/`` that S3 consoles create for folders.
+    """
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        """Bucket, key and no version."""
+        stripped = self._strip_protocol(path).lstrip("/")
+        if "/" not in stripped:
+            return stripped, "", None
+        bucket, key = self._find_bucket_key(stripped)
+        return bucket, key + path[len(path.rstrip("/")) :], None
+
+    async def _expand_path(
+        self, path: str | list[str], recursive: bool = False, maxdepth: int | None = None, assume_literal: bool = True
+    ) -> Any:
+        return await super()._expand_path(path, recursive, maxdepth, assume_literal=True)
+
+    async def _find(self, path: str, maxdepth: int | None = None, withdirs: bool = False, **options: Any) -> Any:
+        detail = options.pop("detail", False)
+        found = await super()._find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True, **options)
+        files = {name: info for name, info in found.items() if not _is_marker(info)}
+        return files if detail else list(files)
+
+    find = sync_wrapper(_find)
+
+    async def _ls(self, path: str, detail: bool = False, **options: Any) -> Any:
+        found = [info for info in await super()._ls(path, detail=True, **options) if not _is_marker(info)]
+        return found if detail else sorted(info["name"] for info in found)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove the key ``path`` and all keys below it.
+
+        Raises:
+            OSError: S3 refuses to remove a key.
+        """
+        bucket, key, _ = self.split_path(path)
+        keys: list[str] = [key]
+        page: dict[str, Any] = {"IsTruncated": True}
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/", "MaxKeys": KEYS_PER_REQUEST}
+        while page["IsTruncated"]:
+            page = self.call_s3("list_objects_v2", **request)
+            keys += [entry["Key"] for entry in page.get("Contents", [])]
+            request["ContinuationToken"] = page.get("NextContinuationToken", "")
+        for start in range(0, len(keys), KEYS_PER_REQUEST):
+            objects = [{"Key": name} for name in keys[start : start + KEYS_PER_REQUEST]]
+            done = self.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            if errors := done.get("Errors"):
+                raise OSError(f"{bucket}/{errors[0]['Key']} was not removed: {errors[0].get('Message', 'no reason')}")
+
+
+def _is_marker(info: dict[str, Any]) -> bool:
+    """Whether an entry is the empty key that a console creates for a folder."""
+    return info["type"] == "file" and info["name"].endswith("/") and not info["size"]
