@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +76,8 @@ def connect() -> Resources:
     Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
 
     Raises:
-        DistillKacError: no cluster takes this process at RAY_ADDRESS: see ``joining``.
+        DistillKacError: no cluster takes this process at RAY_ADDRESS (see ``joining``), or the name of the temporary
+            folder is too long for Ray.
     """
     from pipeline import environment  # which imports this module
 
@@ -104,7 +107,9 @@ def connect() -> Resources:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level=logging.WARNING, **local)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except (OSError, RuntimeError) as error:
+            if too_long := SOCKET_PATH.search(str(error)):
+                raise DistillKacError(_describe_long_folder(int(too_long[1]), too_long[2])) from None
             if not address:
                 raise
             raise DistillKacError(
@@ -117,6 +122,19 @@ def connect() -> Resources:
     quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
     return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+
+
+SOCKET_PATH = re.compile(r"AF_UNIX path length cannot exceed (\d+) bytes: (.*)", re.DOTALL)
+"""What Ray (2.60) says of a temporary folder whose name is too long for its sockets."""
+
+
+def _describe_long_folder(limit: int, socket: str) -> str:
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder, excess = os.environ.get(variable, tempfile.gettempdir()), len(os.fsencode(socket)) - limit
+    return (
+        f"{variable}: the folder {folder} is {excess} bytes too long, since Ray keeps sockets below it, and the system "
+        f"allows paths of {limit} bytes for them. Set {variable} to a shorter folder, such as /tmp."
+    )
 
 
 def keep_to_this_machine() -> None:

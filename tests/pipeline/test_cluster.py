@@ -201,3 +201,24 @@ def test_a_cluster_that_grows_is_several_machines(ray_cluster: None, monkeypatch
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert str(cluster.machines()) == "1 machine and an autoscaler"
     assert not cluster.machines().are_one
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_too_long_for_sockets_is_named(variable: str, tmp_path: Path, project_root: Path):
+    """In a process of its own: this one may have a Ray already."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    words = ["--data", "moons", "--workers", "1", "--out", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_TMPDIR"}}
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.teach", *words],
+        cwd=project_root,
+        env={**environment, variable: str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert f"error: {variable}: " in line and str(folder) in line and f"Set {variable} to a shorter folder" in line
+    assert not (tmp_path / "out" / "config.json").exists()
