@@ -22,9 +22,14 @@ def fingerprint(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def unhashed(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that says where, how fast or how much is made, and changes no sample of it."""
-    return Field(default, description=description, json_schema_extra={"unhashed": True}, **constraints)
+def unhashed(default: Any, description: str, marks: dict[str, Any] | None = None, **constraints: Any) -> Any:
+    """A field that says where, how fast or how much is made, and changes no sample of it.
+
+    Args:
+        marks: what other modules look for in the field.
+    """
+    extra = {"unhashed": True, **(marks or {})}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def hashed_fields(model: BaseModel) -> dict[str, Any]:

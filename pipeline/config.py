@@ -28,6 +28,7 @@ from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.objectives import EndpointConfig, ObjectiveConfig
 from kac.options import Count, Options, flatten
 from kac.path import PathConfig
+from kac.path_options import check_apart, input_path, output_path, reads
 from kac.precision import Precision
 from kac.refinement import NoRefinementConfig, RefinementConfig
 from kac.sampling import TEACHER_STEPS
@@ -54,6 +55,11 @@ class Spec(Options):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _writes_apart_from_what_it_reads(self) -> Self:
+        check_apart(self)
+        return self
+
     def fingerprint(self, **content: Any) -> str:
         """The name of what this spec makes from inputs of this ``content`` (their hashes)."""
         precision = getattr(self, "precision", None)
@@ -70,6 +76,10 @@ class Spec(Options):
         if precision.dtype != "auto":
             return self
         return self.model_copy(update={"precision": precision.settled(on_gpu())})
+
+
+FEATURE_FILE = r".+\.(pt|ts)"
+"""A feature space that is a TorchScript file."""
 
 
 class OptimizerConfig(Options):
@@ -177,7 +187,7 @@ class TeachSpec(Spec):
 
     stage = "teach"
     data: DataConfig = DataConfig()
-    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
+    out: str = output_path(..., "model folder to write: a path or s3:// URI")
     path: PathConfig = PathConfig()
     network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -216,8 +226,8 @@ class ConvertSpec(Spec):
     """Make a teacher of weights that others trained: a U-Net of OpenAI or diffusers, or any module."""
 
     stage = "convert"
-    checkpoint: str = unhashed(..., "file of weights: .safetensors, or one of torch.save; a path or s3:// URI")
-    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
+    checkpoint: str = input_path(..., "file of weights: .safetensors, or one of torch.save; a path or s3:// URI")
+    out: str = output_path(..., "model folder to write: a path or s3:// URI")
     data: DataConfig
     path: PathConfig = PathConfig()
     network: NetworkConfig = UNetConfig(
@@ -264,8 +274,8 @@ class RolloutSpec(RolloutRecipe, Spec):
     """Roll the frozen teacher out into an endpoint store (Ray Data)."""
 
     stage = "rollout"
-    teacher: str = unhashed(..., "model folder of the teacher: a path or s3:// URI")
-    store: str = unhashed(..., "store to write: a path or s3:// URI")
+    teacher: str = input_path(..., "model folder of the teacher: a path or s3:// URI")
+    store: str = output_path(..., "store to write: a path or s3:// URI")
     trajectories: PositiveInt = unhashed(12000, "trajectories for each guidance scale; may be raised later")
     first_sample: NonNegativeInt = unhashed(
         0, "id of the first one, a multiple of --shard-size, for stores to be merged"
@@ -301,11 +311,13 @@ class RolloutSpec(RolloutRecipe, Spec):
 class StudentOptions(Options):
     """What a student and a whole sweep of students have in common."""
 
-    store: str = unhashed(..., "endpoint store: a path or s3:// URI")
+    store: str = input_path(..., "endpoint store: a path or s3:// URI")
     objective: ObjectiveConfig = EndpointConfig()
     refine: RefinementConfig = NoRefinementConfig()
-    init: str = unhashed("teacher", "weights to start from: teacher, or the model folder of a previous student")
-    teacher: str | None = unhashed(None, "folder of the store's teacher; default: where the rollout found it")
+    init: str = input_path(
+        "teacher", "weights to start from: teacher, or the model folder of a previous student", pattern="(?!teacher$).+"
+    )
+    teacher: str | None = input_path(None, "folder of the store's teacher; default: where the rollout found it")
     optimizer: OptimizerConfig = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
     precision: Precision = Precision()
     seed: int = SEED
@@ -325,7 +337,7 @@ class DistillSpec(StudentOptions, Spec):
     """Distill a student of a few macro steps from an endpoint store (Ray Train)."""
 
     stage = "distill"
-    out: str = unhashed(..., "model folder to write: a path or s3:// URI")
+    out: str = output_path(..., "model folder to write: a path or s3:// URI")
     guidance: float | Literal["all"] = Field(
         0.0, description="guidance scale of the store to learn; all: every one, and the network is told which"
     )
@@ -364,7 +376,7 @@ class SweepSpec(StudentOptions, Spec):
     Tune)."""
 
     stage = "sweep"
-    out: str = unhashed(..., "folder to write: one student folder a trial below it, and the answer")
+    out: str = output_path(..., "folder to write: one student folder a trial below it, and the answer")
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
         "macro step counts, short for --grid steps=...; a flow map is one student for all of them; default: 1 2 4 20, "
@@ -396,7 +408,9 @@ class SweepSpec(StudentOptions, Spec):
         None, "what the best student is best in; default: the Frechet distance in the last of --features"
     )
     samples: NonNegativeInt = unhashed(2000, "samples a student that it is judged by; 0: none is judged")
-    features: tuple[str, ...] = unhashed(("pixels", "classifier"), "feature spaces, as of jobs.evaluate", min_length=1)
+    features: tuple[str, ...] = input_path(
+        ("pixels", "classifier"), "feature spaces, as of jobs.evaluate", pattern=FEATURE_FILE, min_length=1
+    )
     rollout: bool = unhashed(False, "add guidance scales that the store lacks to it first")
     register: str | None = unhashed(None, "name under which the best student is registered in MLflow")
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
@@ -468,13 +482,13 @@ class EvaluateSpec(Spec):
     """Compare a teacher and its students from the same noise."""
 
     stage = "evaluate"
-    teacher: str | None = unhashed(
+    teacher: str | None = input_path(
         None, "model folder of the teacher; default: that of the students, with --from-sweep or --runs"
     )
-    students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
-    from_sweep: str | None = unhashed(None, "folder of a finished sweep, whose front is judged again")
+    students: tuple[str, ...] = input_path((), "model folders of students, or folders of a sweep")
+    from_sweep: str | None = input_path(None, "folder of a finished sweep, whose front is judged again")
     runs: tuple[str, ...] = unhashed((), "ids of runs in MLflow, whose students are compared")
-    out: str = unhashed(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
+    out: str = output_path(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples a model")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 2, 4, 20), min_length=1, description="step counts at which any-step students are judged"
@@ -492,6 +506,7 @@ class EvaluateSpec(Spec):
         min_length=1,
         description="feature spaces: pixels; classifier (trained here on the data's labels, cached); lite0 and "
         "inception (ImageNet's, extras of this package); FILE.pt (TorchScript); package.module:factory",
+        json_schema_extra=reads(FEATURE_FILE),
     )
     batch_size: PositiveInt = Field(500, description="samples a network call")
     actors: Count | None = ACTORS
@@ -522,13 +537,13 @@ class StudySpec(Spec):
     """Measure what the papers of Kac flows claim, on a teacher, its store and its students."""
 
     stage = "study"
-    teacher: str = unhashed(..., "model folder of the teacher")
-    store: str | None = unhashed(None, "endpoint store of the teacher; its solver is the teacher's")
-    students: tuple[str, ...] = unhashed((), "model folders of students, or folders of a sweep")
-    rival: str | None = unhashed(
+    teacher: str = input_path(..., "model folder of the teacher")
+    store: str | None = input_path(None, "endpoint store of the teacher; its solver is the teacher's")
+    students: tuple[str, ...] = input_path((), "model folders of students, or folders of a sweep")
+    rival: str | None = input_path(
         None, "model folder of a teacher with a Gaussian path, of the same data, network and budget"
     )
-    out: str = unhashed(..., "folder to write: study.json, one picture a claim")
+    out: str = output_path(..., "folder to write: study.json, one picture a claim")
     claims: tuple[Claim, ...] = Field(
         CLAIMS, min_length=1, description="what is measured; all: everything whose inputs are given"
     )
@@ -554,8 +569,8 @@ class SampleSpec(Spec):
     """Draw images from a teacher or a student."""
 
     stage = "sample"
-    model: str = unhashed(..., "model folder")
-    out: str = unhashed(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
+    model: str = input_path(..., "model folder")
+    out: str = output_path(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
     raw: bool = Field(False, description="the network's own values, neither clipped nor rounded to 8 bits; .npz only")
     count: PositiveInt = Field(100, description="number of images")
     labels: tuple[ClassWord, ...] | None = Field(
@@ -578,7 +593,7 @@ class QuickstartSpec(Spec):
     """The whole story on the handwritten digits, on one machine: teach, rollout, distill, refine, evaluate, report."""
 
     stage = "quickstart"
-    out: str = unhashed(..., "folder to write")
+    out: str = output_path(..., "folder to write")
     seed: int = SEED
     trajectories: PositiveInt = unhashed(12000, "trajectories of the store")
     steps: tuple[PositiveInt, ...] = unhashed(

@@ -16,6 +16,7 @@ from kac.errors import CheckpointError, DistillKacError
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.objectives import Interval, Objective, build_objective
 from kac.options import OptionError, most
+from kac.path_options import check_apart
 from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
 from pipeline import cluster, decode, logged_models, outputs, storage, store, tracking, training
@@ -322,6 +323,7 @@ def check(spec: DistillSpec) -> DistillPlan:
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
     first = load_model(init).config
+    check_apart(spec, {"the teacher of the store": init, "--data.root of the teacher": first.data.root})
     _check_init(spec, objective, source.identity, init, first)
     if spec.refine.kind == "data":
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)

@@ -20,6 +20,7 @@ from kac.metrics.features import TORCHSCRIPT, FeatureSpace, open_space, space_id
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
 from kac.options import OptionError
+from kac.path_options import check_apart
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from pipeline import outputs, pictures, storage, tracking
 from pipeline.actor_place import choose_place
@@ -105,7 +106,10 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
             feature space cannot be had or its network does not work on the data.
     """
     spec = resolve(spec)
-    _check_storage(spec)
+    assert spec.teacher is not None, "a spec that is resolved has a teacher"
+    root = load_teacher_config(spec.teacher).data.root
+    check_apart(spec, {"--data.root of the teacher": root})
+    _check_storage(spec, root)
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     candidates = _candidates(spec)
     content = _content(spec, candidates)
@@ -133,9 +137,8 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     return list(record.scores)
 
 
-def _check_storage(spec: EvaluateSpec) -> None:
-    """Refuse paths that only one of several machines sees."""
-    assert spec.teacher is not None, "a spec that is resolved has a teacher"
+def _check_storage(spec: EvaluateSpec, root: str | None) -> None:
+    """Refuse paths that only one of several machines sees; ``root``: of the teacher's data."""
     is_spread = spec.actors != 0
     files_used = [given for given in spec.features if given.endswith(TORCHSCRIPT)]
     storage.check_shared(
@@ -148,8 +151,7 @@ def _check_storage(spec: EvaluateSpec) -> None:
         },
         lambda: is_spread,
     )
-    if is_spread:
-        storage.check_shared({"--data.root of the teacher": load_teacher_config(spec.teacher).data.root}, lambda: True)
+    storage.check_shared({"--data.root of the teacher": root}, lambda: is_spread)
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from kac.metrics.features.classifier import Classifier
 from kac.metrics.quality import PIXELS
 from kac.networks import VelocityNetwork
 from kac.options import flatten
+from kac.path_options import check_apart
 from kac.sampling import TEACHER_STEPS, Sampling, student_sampling, teacher_sampling
 from kac.solvers import knot_times
 from kac.study.guidance_scales import effect_of_guidance
@@ -160,6 +161,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     absolute = {name: cluster.absolute(place) for name, place in places.items() if place is not None}
     spec = spec.model_copy(update={**absolute, "students": tuple(map(cluster.absolute, spec.students))})
     inputs = _open(spec)
+    check_apart(spec, {"--data.root of the teacher": inputs.teacher.data.root})
     content = _content(inputs)
     if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
         print(f"study: {spec.out} is complete: nothing to do", flush=True)

@@ -21,8 +21,8 @@ from kac.data.idx import IdxSource
 from kac.data.parquet import ParquetSource
 from kac.data.source import Source
 from kac.data.splits import Dataset
-from kac.fingerprint import unhashed
 from kac.options import Kinded
+from kac.path_options import input_path
 
 DataKind = Literal["digits", "moons", "gaussians", "idx", "cifar10", "folder", "parquet"]
 
@@ -36,7 +36,9 @@ class DataConfig(Kinded):
         "modes; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE "
         "or ROOT/{train,test}/CLASS/IMAGE; parquet: images in a column, as Hugging Face has them",
     )
-    root: str | None = unhashed(None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none")
+    root: str | None = input_path(
+        None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none"
+    )
     size: PositiveInt | None = Field(
         None, description="crop images to their middle square and resize it to this side; default: they are of one size"
     )

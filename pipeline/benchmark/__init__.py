@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kac import files, probes
+from kac.path_options import check_output
 from pipeline import cluster
 from pipeline.benchmark.measurement import Measurement, machine, table
 from pipeline.benchmark.spec import BenchmarkSpec
@@ -46,6 +47,7 @@ def benchmark(spec: BenchmarkSpec) -> Done:
 def _scratch(spec: BenchmarkSpec) -> Iterator[str]:
     """A folder of this run alone, removed at its end."""
     folder = files.join(cluster.absolute(spec.folder or tempfile.gettempdir()), f"benchmark-{uuid.uuid4().hex[:12]}")
+    check_output("--folder", folder, spec)
     probes.check_writable(folder)
     try:
         yield folder

@@ -8,6 +8,7 @@ from pydantic import PositiveInt, field_validator, model_validator
 from kac.data import DataConfig
 from kac.fingerprint import unhashed
 from kac.networks import MLPConfig, NetworkConfig
+from kac.path_options import input_path, output_path
 from pipeline.config import Spec
 
 PARTS = {
@@ -44,11 +45,13 @@ class BenchmarkSpec(Spec):
     shards: PositiveInt = unhashed(
         2_000, "made-up shards for store-scale, scheduling-rate and ledger-rate; the first two also take a tenth"
     )
-    teacher: str | None = unhashed(None, "model folder of a teacher; default: an untrained one of --network for --data")
+    teacher: str | None = input_path(
+        None, "model folder of a teacher; default: an untrained one of --network for --data"
+    )
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes see; default: a temporary one on this machine")
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = unhashed(
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = output_path(
         None, "file to write all figures to; - prints them instead of the table"
     )
 

@@ -8,6 +8,7 @@ from kac import probes
 from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
 from kac.options import most
+from kac.path_options import check_apart
 from pipeline import cluster, storage, tracking
 from pipeline.actor_place import choose_place
 from pipeline.config import RolloutSpec
@@ -44,6 +45,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     if spec.source == "forward":
         root = load_teacher_config(spec.teacher).data.root
         storage.check_shared({"--data.root of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
+    check_apart(spec, {"--data.root of the teacher": load_teacher_config(spec.teacher).data.root})
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     plan = make_plan(spec)
     cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"

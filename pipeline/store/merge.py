@@ -12,7 +12,7 @@ import tyro
 from pydantic import field_validator
 
 from kac import files, probes
-from kac.fingerprint import unhashed
+from kac.path_options import input_path, output_path
 from pipeline import cluster
 from pipeline.config import Spec
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, refuse_other
@@ -28,8 +28,8 @@ class MergeSpec(Spec):
     """Join finished stores of one identity, which have no sample ids in common, into one."""
 
     stage = "merge"
-    stores: StorePaths = unhashed(..., "endpoint stores to join: paths or s3:// URIs")
-    into: Annotated[str, tyro.conf.arg(metavar="STORE")] = unhashed(
+    stores: StorePaths = input_path(..., "endpoint stores to join: paths or s3:// URIs")
+    into: Annotated[str, tyro.conf.arg(metavar="STORE")] = output_path(
         ..., "store to write, new or of an earlier try: a path or s3:// URI"
     )
 

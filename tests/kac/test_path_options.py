@@ -1,0 +1,99 @@
+"""Outputs are apart from inputs, whatever names both are given by."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from kac.options import OptionError, Options
+from kac.path_options import check_apart, input_path, output_path, reads
+
+
+class Nested(Options):
+    root: str | None = input_path(None, "a folder")
+
+
+class Example(Options):
+    out: str = output_path(..., "a folder")
+    data: Nested = Nested()
+    init: str = input_path("teacher", "a word or a folder", pattern="(?!teacher$).+")
+    several: tuple[str, ...] = input_path((), "folders")
+    features: tuple[str, ...] = Field((), description="words and files", json_schema_extra=reads(r".+\.pt"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a link to its folder ``data/real``."""
+    (tmp_path / "data" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data/real")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "read", "relation"),
+    [
+        ("data", "data", "is the same place as"),
+        ("data/", "./data", "is the same place as"),
+        ("data//real", "data/real/", "is the same place as"),
+        ("HERE/data", "data", "is the same place as"),
+        ("file://HERE/data", "data", "is the same place as"),
+        ("data/real/../real", "data/real", "is the same place as"),
+        ("link", "data/real", "is the same place as"),
+        ("link/new/run", "data/real", "is inside"),
+        ("data/real/run", "link", "is inside"),
+        ("link/../run", "data", "is inside"),  # the link leads into data
+        ("data/run", "data", "is inside"),
+        ("data", "data/real/file.parquet", "contains"),
+        (".", "link", "contains"),
+        ("/", "data", "contains"),
+        ("..", "data", "contains"),
+        ("s3://b/run", "s3://b/run", "is the same place as"),
+        ("s3a://b/run/", "s3://b//run", "is the same place as"),
+        ("s3://b/run/a", "s3://b/run", "is inside"),
+        ("s3://b", "s3://b/run", "contains"),
+    ],
+)
+def test_an_output_that_meets_an_input_is_refused(out: str, read: str, relation: str, here: Path):
+    out = out.replace("HERE", str(here))
+    with pytest.raises(OptionError, match=rf"^--out .* {relation} --data\.root "):
+        check_apart(Example(out=out, data={"root": read}))
+
+
+@pytest.mark.parametrize(
+    ("out", "read"),
+    [
+        ("run", "data"),
+        ("database", "data"),
+        ("data/other", "data/real"),
+        ("link/../other", "data/real"),
+        ("run", "../data"),
+        ("s3://b/run", "s3://b/ru"),
+        ("s3://b/ru", "s3://b/run"),
+        ("s3://b/run", "s3://c/run"),
+        ("s3://b/run[1]", "s3://b/run1"),
+        ("s3://b/a%2Fb", "s3://b/a"),
+        ("b/run", "s3://b/run"),
+    ],
+)
+def test_neighbours_are_apart(out: str, read: str, here: Path):
+    check_apart(Example(out=out, data={"root": read}))
+
+
+def test_every_kind_of_input_is_looked_at(here: Path):
+    for values in ({"init": "out"}, {"several": ("a", "out/b")}, {"features": ("pixels", "out/net.pt")}):
+        (option,) = values
+        with pytest.raises(OptionError, match=rf"--out out .* --{option} "):
+            check_apart(Example(out="out", **values))
+    with pytest.raises(OptionError, match=r"--out out .* the teacher's data out/data,"):
+        check_apart(Example(out="out"), {"the teacher's data": "out/data", "none": None})
+
+
+def test_words_are_no_paths(here: Path):
+    check_apart(Example(out="teacher"))
+    check_apart(Example(out="pixels", features=("pixels",)))
+
+
+def test_a_path_that_is_none_is_named_by_its_option():
+    with pytest.raises(OptionError, match=r"^--data\.root: s3://: "):
+        check_apart(Example(out="out", data={"root": "s3://"}))
