@@ -1,6 +1,7 @@
 """Idempotent outputs: a folder belongs to one spec; work in it is finished or resumed, and another spec is refused.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
+OUT/claim.json     the process that works there now: see ``claims``
 OUT/training/      what a stopped training goes on from
 OUT/run.json       the run of MLflow that it is made in
 OUT/<result>       written last; with the same fingerprint it says that the work is done
@@ -16,6 +17,7 @@ from kac.checkpoint import ModelConfig, save_model
 from kac.errors import DistillKacError
 from kac.fingerprint import hashed_fields
 from kac.options import flatten
+from pipeline import claims
 from pipeline.config import Spec
 from pipeline.tracking import RUN_FILE, TrackedRun, run_of_output
 
@@ -32,7 +34,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         result: the file that is written last.
 
     Raises:
-        DistillKacError: the folder belongs to another spec, or cannot be written to.
+        DistillKacError: the folder belongs to another spec, another job works there now, or it cannot be written to.
     """
     mine = {**hashed_fields(spec), **content}
     done, begun = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
@@ -46,6 +48,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     if done is not None:
         return False
     probes.check_writable(out)
+    claims.take(out)
     if is_anothers:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     record = {
@@ -59,7 +62,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
 
 
 def check_owner(out: str, fingerprint: str) -> None:
-    """Refuse to write a result into a folder that a job of another spec has taken meanwhile.
+    """Refuse to write a result into a folder that another job has taken meanwhile.
 
     Raises:
         DistillKacError: it has.
@@ -69,6 +72,7 @@ def check_owner(out: str, fingerprint: str) -> None:
         raise DistillKacError(
             f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another --out"
         )
+    claims.check(out, claims.token_of(out))
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
@@ -105,7 +109,7 @@ def _holds_work(out: str) -> bool:
     return any(
         name.rsplit("/", 1)[-1] == STATE_FILE
         if name.startswith(f"{TRAINING_FOLDER}/")
-        else name not in {SPEC_FILE, RUN_FILE}
+        else name not in {SPEC_FILE, RUN_FILE, claims.CLAIM_FILE}
         for name in files.list_sizes(out)
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 from kac import files
 from kac.checkpoint import CONFIG_FILE, load_teacher_config
 from kac.errors import DistillKacError
-from pipeline import cluster, distill, outputs, storage, store, tracking
+from pipeline import claims, cluster, distill, outputs, storage, store, tracking
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.evaluation.feature_trial import try_features
 from pipeline.evaluation.inputs import ANSWER_FILE
@@ -57,6 +57,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
         print(f"sweep: all {total} students in {spec.out} are complete: nothing to do", flush=True)
         return ledger.records
+    claims.take(spec.out)  # a finished sweep that gets more trials has none yet
     checks.await_room(spec)
     inputs = {"rollout": content["store"]}
     fingerprint = spec.fingerprint(**content)
@@ -167,6 +168,7 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
         return True
     plan = distill.check(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
+        claims.release(student.out)  # the process of the trial takes it
         return True
     was_cut_off = record is not None and record.status != "finished"
     if record is None or was_cut_off:

@@ -4,7 +4,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.tracking.server import connect
@@ -29,11 +29,21 @@ def tags() -> dict[str, str]:
 
 def is_dead(run: Any) -> bool:
     """Whether the run is RUNNING in MLflow, but its process on this host is gone."""
-    import psutil
-
     tags: dict[str, str] = run.data.tags
     if run.info.status != "RUNNING" or tags.get(HOST_TAG) != socket.gethostname() or PID_TAG not in tags:
         return False
+    return _is_gone(tags)
+
+
+def is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process with these ``tags`` is on this host and has not ended."""
+    return tags[HOST_TAG] == socket.gethostname() and not _is_gone(tags)
+
+
+def _is_gone(tags: Mapping[str, str]) -> bool:
+    """Whether no process of this host has the id and the start time in the tags."""
+    import psutil
+
     try:
         process = psutil.Process(int(tags[PID_TAG]))
         is_zombie = process.status() == psutil.STATUS_ZOMBIE

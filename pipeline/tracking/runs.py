@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kac import files
 from kac.errors import DistillKacError, one_line
 from kac.options import flatten
+from pipeline import claims
 from pipeline.config import Spec
 from pipeline.tracking import processes
 from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
@@ -158,6 +159,8 @@ def start_run(
 ) -> Iterator[TrackedRun]:
     """The run of the spec's stage; ended as FINISHED, KILLED if the process is told to stop, or else FAILED.
 
+    At its end the claim of the job on ``output`` ends, too.
+
     A rerun goes on in the run that ``OUTPUT/run.json`` names. If that is on another server, or gone, the new run has a
     tag ``distillkac.continues``.
 
@@ -195,6 +198,8 @@ def start_run(
         raise
     finally:
         _end(run, status, seconds)
+        if not stage:
+            claims.release(output)
 
 
 def run_of_output(out: str) -> TrackedRun | None:

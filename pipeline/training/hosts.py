@@ -7,6 +7,7 @@ have, not what other work leaves of it: a group that does not fit gives up after
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from kac import files
 from kac.device import default_device
 from kac.errors import DistillKacError
 from kac.options import OptionError, Range, least, most
-from pipeline import cluster
+from pipeline import claims, cluster
 from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.placement import Share, await_room
@@ -118,6 +119,7 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
     Raises:
         DistillKacError: the loss is not finite, or the workers fail again and again.
     """
+    job = replace(job, claim=claims.token_of(job.out))
     done = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
     return averaged_weights(done)
 

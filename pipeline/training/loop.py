@@ -19,6 +19,7 @@ from torch import Tensor
 from kac.cost import duration
 from kac.errors import DivergedError
 from kac.metrics import Metric
+from pipeline import claims
 from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
@@ -72,6 +73,7 @@ class Job:
     sheets: Sheets = field(default_factory=Sheets)
     validation: Validation | None = None
     checkpoint_seconds: float = math.inf
+    claim: str = ""  # token of the claim on ``out``
 
 
 def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
@@ -79,6 +81,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
     Raises:
         DivergedError: the loss is not finite.
+        DistillKacError: another job has taken the folder.
     """
     total = job.task.optimizer.updates
     learner = job.task.build(worker)
@@ -113,6 +116,8 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             _check_finite(job, loss, done)
             began = checkpoints.clock()
             if is_saved:
+                if worker.rank == 0:
+                    claims.check(job.out, job.claim)
                 state = _save(learner, done, validated)
                 if worker.rank == 0:
                     job.run.flush()  # what is logged may not lie behind the checkpoint that a killed run goes on from

@@ -1,0 +1,144 @@
+"""One job at a time writes a folder: a second one is refused, and one that lost its folder stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kac import files
+from kac.errors import DistillKacError
+from pipeline import claims, outputs
+from pipeline.distill import distill
+from pipeline.teach import teach
+from pipeline.tracking import processes
+from tests.pipeline.s3_server import FaultyS3, environment
+from tests.pipeline.stages import DIVERGING, distill_spec, teach_spec
+
+# While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
+os.environ.update(environment())
+
+ENDLESS = teach_spec(Path("unused")).optimizer.model_copy(update={"updates": 10**7})
+
+JOB = """
+import sys
+from pipeline.teach import teach
+from pipeline.config import TeachSpec
+teach(TeachSpec.model_validate_json(sys.argv[1]))
+"""
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, and an empty prefix."""
+    if request.param == "disk":
+        return str(tmp_path)
+    server: FaultyS3 = request.getfixturevalue("s3_server")
+    server.client().create_bucket(Bucket="claims")
+    return f"s3://claims/{tmp_path.name}"
+
+
+@pytest.fixture
+def job(tmp_path: Path, project_root: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A training that has claimed its folder, ``out``, and does not end."""
+    spec = teach_spec(tmp_path / "out", optimizer=ENDLESS, checkpoint_updates=10**7)
+    words = [sys.executable, "-u", "-c", JOB, spec.model_dump_json()]
+    with subprocess.Popen(words, cwd=project_root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert any("in this process" in line for line in process.stdout)  # printed after the claim
+            yield process
+        finally:
+            process.kill()
+
+
+def claim_from_elsewhere(out: str) -> str:
+    """Claim the folder as a process of another machine would; returns its token."""
+    record = {**processes.tags(), "token": "theirs", processes.HOST_TAG: "another-machine"}
+    files.write_bytes(files.join(out, claims.CLAIM_FILE), json.dumps(record).encode())
+    return "theirs"
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 1}], ids=["same spec", "another spec"])
+def test_a_second_job_is_refused_at_its_start(
+    options: dict[str, int], job: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(claims, "WAIT_SECONDS", 0.0)
+    before = (tmp_path / "out" / "spec.json").read_bytes()
+    with pytest.raises(DistillKacError, match=rf"out: another job is writing this folder, process {job.pid} on "):
+        teach(teach_spec(tmp_path / "out", optimizer=ENDLESS, **options))
+    assert (tmp_path / "out" / "spec.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_does_not_hold_up_the_next(sign: signal.Signals, job: "subprocess.Popen[str]", tmp_path: Path):
+    os.kill(job.pid, sign)
+    out, spec = str(tmp_path / "out"), teach_spec(tmp_path / "out", optimizer=ENDLESS)
+    assert outputs.begin(out, spec, "config.json")
+    assert claims.token_of(out)
+    claims.release(out)
+
+
+def test_a_job_on_another_machine_takes_the_folder(place: str):
+    claims.take(place)
+    mine = claims.token_of(place)
+    claims.check(place, mine)
+    theirs = claim_from_elsewhere(place)
+    with pytest.raises(DistillKacError, match=r"another job has taken this folder, process \d+ on another-machine"):
+        claims.check(place, mine)
+    claims.release(place)
+    claims.check(place, theirs)  # the claim of others stays
+    claims.take(place)
+    with pytest.raises(DistillKacError, match="another job has taken this folder"):
+        claims.check(place, theirs)
+    claims.release(place)
+    assert files.names_in(place) == []
+
+
+def test_a_damaged_claim_holds_up_nobody(tmp_path: Path):
+    (tmp_path / claims.CLAIM_FILE).write_text("{")
+    claims.take(str(tmp_path))
+    claims.release(str(tmp_path))
+    assert not (tmp_path / claims.CLAIM_FILE).exists()
+
+
+def test_a_training_that_lost_its_folder_stops_at_its_next_checkpoint(tmp_path: Path, small_store: str):
+    out, seen = tmp_path / "out", []
+
+    def report(metrics: dict[str, float]) -> None:
+        seen.append(metrics["update"])
+        claim_from_elsewhere(str(out))
+
+    spec = distill_spec(small_store, out, checkpoint_updates=10, validation_updates=0)
+    with pytest.raises(DistillKacError, match="another job has taken this folder"):
+        distill(spec, on_report=report)
+    assert seen == [10.0]
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_training_on_workers_that_lost_its_folder_stops(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """The workers look at the claim that the driver has taken."""
+    take = claims.take
+
+    def take_and_lose(out: str) -> None:
+        take(out)
+        claim_from_elsewhere(out)
+
+    monkeypatch.setattr(claims, "take", take_and_lose)
+    with pytest.raises(DistillKacError, match="another job has taken this folder"):
+        teach(teach_spec(tmp_path / "out", workers=1, checkpoint_updates=10))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_claim_ends_with_the_work(tmp_path: Path):
+    with pytest.raises(DistillKacError, match="expected a finite loss"):
+        teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
+    assert not (tmp_path / "out" / claims.CLAIM_FILE).exists()
+    teach(teach_spec(tmp_path / "out"))
+    assert not (tmp_path / "out" / claims.CLAIM_FILE).exists()
