@@ -10,6 +10,7 @@ from botocore.exceptions import BotoCoreError
 
 from jobs.parsing import SpecType, parse
 from kac.errors import DistillKacError, one_line
+from kac.path_options import check_kinds
 from pipeline import environment, storage
 from pipeline.config import Spec
 
@@ -42,6 +43,7 @@ def main(
     signal.signal(signal.SIGTERM, _end)
     try:
         if spec.is_probed:
+            check_kinds(spec)
             storage.check_answers(spec)
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:

@@ -114,7 +114,9 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
 def _read(path: Path, name: str) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except FileNotFoundError:
+    except IsADirectoryError:
+        raise OptionError(f"--config {name} is a folder. Give a YAML file, or the name of a recipe.") from None
+    except (FileNotFoundError, NotADirectoryError):
         expected = f"expected a YAML file, or one of the recipes {', '.join(recipe_names())}"
         raise OptionError(f"--config {name}: {expected}, found neither") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

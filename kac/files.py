@@ -41,6 +41,10 @@ STALE_SECONDS = 3600.0
 """A temporary file of another host is an orphan after this long."""
 
 
+class FolderError(DistillKacError, IsADirectoryError):
+    """A folder where a file is expected."""
+
+
 class Location(NamedTuple):
     """A filesystem and a path on it."""
 
@@ -114,11 +118,11 @@ def join(path: str, name: str) -> str:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Raise ``DistillKacError`` for a folder in place of a file, and for errors of S3, which do not name the path."""
+    """Raise ``FolderError`` for a folder instead of a file, and ``DistillKacError`` for S3, which names no path."""
     try:
         yield
     except IsADirectoryError:
-        raise DistillKacError(f"{path}: expected a file, found a folder") from None
+        raise FolderError(f"{path}: expected a file, found a folder. Give the file.") from None
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
         raise
     except (OSError, BotoCoreError) as error:
@@ -251,7 +255,7 @@ def read_bytes(path: str) -> bytes:
     """The whole file.
 
     Raises:
-        FileNotFoundError: there is none. DistillKacError: a folder on the disk.
+        FileNotFoundError: there is none. FolderError: a folder on the disk.
     """
     location = locate(path)
     with naming(path):

@@ -1,9 +1,10 @@
-"""Options that name what a stage reads and what it writes, and the check that both are apart."""
+"""Options that name files and folders: outputs are apart from inputs, and no file is given for a folder."""
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -17,24 +18,56 @@ Paths = Mapping[str, str | Iterable[str] | None]
 
 Parts = tuple[str, ...]
 
+PathKind = Literal["file", "folder", "any"]
 
-def input_path(default: Any, description: str, pattern: str = ".+", **constraints: Any) -> Any:
+
+class _Given(NamedTuple):
+    """A path, and the option that gives it."""
+
+    option: str
+    path: str
+    kind: PathKind = "any"
+
+
+def input_path(
+    default: Any, description: str, kind: PathKind = "folder", pattern: str = ".+", **constraints: Any
+) -> Any:
     """A field that names a file or folder to read, or several of them.
 
     Args:
+        kind: what must be at the path.
         pattern: a regular expression that matches a whole value if it is a path; other values are words.
     """
-    return unhashed(default, description, marks=reads(pattern), **constraints)
+    return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 
 
-def output_path(default: Any, description: str) -> Any:
+def output_path(default: Any, description: str, kind: PathKind = "folder") -> Any:
     """A field that names the file or folder to write."""
-    return unhashed(default, description, marks={"writes": ".+"})
+    return unhashed(default, description, marks={"writes": ".+", "path_kind": kind})
 
 
-def reads(pattern: str = ".+") -> dict[str, Any]:
-    """The mark of an ``input_path``, for a field that enters the fingerprint."""
-    return {"reads": pattern}
+def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
+    """The marks of an ``input_path``, for a field that enters the fingerprint."""
+    return {"reads": pattern, "path_kind": kind}
+
+
+def check_kinds(options: BaseModel) -> None:
+    """Refuse a file where a folder is expected, and a folder where a file is expected. Only disks are looked at.
+
+    Raises:
+        OptionError: the first such path.
+    """
+    for option, path, kind in (*_marked(options, "reads"), *_marked(options, "writes")):
+        name = files.normal(path)
+        if files.is_uri(name):
+            continue
+        above = next(folder for folder in Path(os.getcwd(), name).parents if os.path.exists(folder))
+        if os.path.isfile(above):
+            raise OptionError(f"{option} {path}: {above} is a file, so nothing can be below it. Give another path.")
+        if kind == "folder" and os.path.isfile(name):
+            raise OptionError(f"{option} {path} is a file. Give a folder.")
+        if kind == "file" and os.path.isdir(name):
+            raise OptionError(f"{option} {path} is a folder. Give a file.")
 
 
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
@@ -46,13 +79,13 @@ def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
     Raises:
         OptionError: the first such pair.
     """
-    for option, path in _marked(options, "writes"):
-        check_output(option, path, options, derived)
+    for given in _marked(options, "writes"):
+        check_output(given.option, given.path, options, derived)
 
 
 def check_output(option: str, path: str, options: BaseModel, derived: Paths | None = None) -> None:
     """Refuse one output, as ``check_apart`` does."""
-    for given, read in [*_marked(options, "reads"), *_each(derived or {})]:
+    for given, read, _ in [*_marked(options, "reads"), *_each(derived or {})]:
         if relation := _relation(_names(option, path), _names(given, read)):
             raise OptionError(
                 f"{option} {_shown(path)} {relation} {given} {_shown(read)}, and writing there would damage this "
@@ -60,21 +93,25 @@ def check_output(option: str, path: str, options: BaseModel, derived: Paths | No
             )
 
 
-def _marked(options: BaseModel, mark: str, prefix: str = "--") -> Iterator[tuple[str, str]]:
+def _marked(options: BaseModel, mark: str, prefix: str = "--") -> Iterator[_Given]:
     """Every path of the fields with this mark, and the option that gives it."""
     for name, field in type(options).model_fields.items():
-        value, option = getattr(options, name), f"{prefix}{name.replace('_', '-')}"
+        # An option may be called otherwise than its field: --json.
+        words = [str(given) for each in field.metadata if (given := getattr(each, "name", None))]
+        value, option = getattr(options, name), prefix + [name.replace("_", "-"), *words][-1]
+        extra: Any = field.json_schema_extra
         if isinstance(value, BaseModel):
             yield from _marked(value, mark, f"{option}.")
-        elif isinstance(field.json_schema_extra, dict) and mark in field.json_schema_extra:
-            pattern = str(field.json_schema_extra[mark])
-            yield from (pair for pair in _each({option: value}) if re.fullmatch(pattern, pair[1], re.DOTALL))
+        elif extra and mark in extra:
+            for given in _each({option: value}):
+                if re.fullmatch(str(extra[mark]), given.path, re.DOTALL):
+                    yield given._replace(kind=extra["path_kind"])
 
 
-def _each(paths: Paths) -> Iterator[tuple[str, str]]:
+def _each(paths: Paths) -> Iterator[_Given]:
     for option, given in paths.items():
         for path in [given] if isinstance(given, str) else given or []:
-            yield option, path
+            yield _Given(option, path)
 
 
 def _names(option: str, path: str) -> set[Parts]:

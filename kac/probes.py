@@ -54,7 +54,12 @@ def check_writable(path: str) -> None:
         files.write_bytes(probe, PROBE_BYTES)
         files.remove(probe)
     except Exception as error:  # noqa: BLE001 - whatever a filesystem raises, this is what it means
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        is_blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = (
+            "a file where a folder must be"
+            if is_blocked
+            else getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        )
         raise DistillKacError(f"{path}: expected a place that can be written to, found: {one_line(reason)}") from None
 
 

@@ -226,7 +226,9 @@ class ConvertSpec(Spec):
     """Make a teacher of weights that others trained: a U-Net of OpenAI or diffusers, or any module."""
 
     stage = "convert"
-    checkpoint: str = input_path(..., "file of weights: .safetensors, or one of torch.save; a path or s3:// URI")
+    checkpoint: str = input_path(
+        ..., "file of weights: .safetensors, or one of torch.save; a path or s3:// URI", kind="any"
+    )
     out: str = output_path(..., "model folder to write: a path or s3:// URI")
     data: DataConfig
     path: PathConfig = PathConfig()
@@ -409,7 +411,7 @@ class SweepSpec(StudentOptions, Spec):
     )
     samples: NonNegativeInt = unhashed(2000, "samples a student that it is judged by; 0: none is judged")
     features: tuple[str, ...] = input_path(
-        ("pixels", "classifier"), "feature spaces, as of jobs.evaluate", pattern=FEATURE_FILE, min_length=1
+        ("pixels", "classifier"), "feature spaces, as of jobs.evaluate", kind="file", pattern=FEATURE_FILE, min_length=1
     )
     rollout: bool = unhashed(False, "add guidance scales that the store lacks to it first")
     register: str | None = unhashed(None, "name under which the best student is registered in MLflow")
@@ -506,7 +508,7 @@ class EvaluateSpec(Spec):
         min_length=1,
         description="feature spaces: pixels; classifier (trained here on the data's labels, cached); lite0 and "
         "inception (ImageNet's, extras of this package); FILE.pt (TorchScript); package.module:factory",
-        json_schema_extra=reads(FEATURE_FILE),
+        json_schema_extra=reads("file", FEATURE_FILE),
     )
     batch_size: PositiveInt = Field(500, description="samples a network call")
     actors: Count | None = ACTORS
@@ -570,7 +572,7 @@ class SampleSpec(Spec):
 
     stage = "sample"
     model: str = input_path(..., "model folder")
-    out: str = output_path(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)")
+    out: str = output_path(..., "file to write: .png (a sheet) or .npz (images in [-1, 1] and labels)", kind="file")
     raw: bool = Field(False, description="the network's own values, neither clipped nor rounded to 8 bits; .npz only")
     count: PositiveInt = Field(100, description="number of images")
     labels: tuple[ClassWord, ...] | None = Field(

@@ -37,7 +37,7 @@ class DataConfig(Kinded):
         "or ROOT/{train,test}/CLASS/IMAGE; parquet: images in a column, as Hugging Face has them",
     )
     root: str | None = input_path(
-        None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none"
+        None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none", kind="any"
     )
     size: PositiveInt | None = Field(
         None, description="crop images to their middle square and resize it to this side; default: they are of one size"

@@ -52,7 +52,7 @@ class BenchmarkSpec(Spec):
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes see; default: a temporary one on this machine")
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = output_path(
-        None, "file to write all figures to; - prints them instead of the table"
+        None, "file to write all figures to; - prints them instead of the table", kind="file"
     )
 
     @field_validator("only")

@@ -10,6 +10,7 @@ import tyro
 
 from kac.fingerprint import unhashed
 from kac.options import flatten
+from kac.path_options import input_path
 from pipeline.config import Spec
 from pipeline.store.columns import read_rows
 from pipeline.store.layout import KINETIC_ENERGY, Shard
@@ -28,7 +29,7 @@ class DescribeSpec(Spec):
     """Say what a store is: its identity, how much it holds, how much energy its trajectories have."""
 
     stage = "describe"
-    store: StorePath = unhashed(..., "endpoint store: a path or s3:// URI")
+    store: StorePath = input_path(..., "endpoint store: a path or s3:// URI")
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = unhashed(False, "print JSON")
 
 

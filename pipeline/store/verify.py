@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kac import files
 from kac.fingerprint import unhashed
+from kac.path_options import input_path
 from pipeline import cluster, storage
 from pipeline.config import Spec
 from pipeline.store.describe import StorePath
@@ -30,7 +31,7 @@ class VerifySpec(Spec):
     """Read every byte of a store on all cores and name what is wrong; exit 1 unless it is finished and whole."""
 
     stage = "verify"
-    store: StorePath = unhashed(..., "endpoint store: a path or s3:// URI")
+    store: StorePath = input_path(..., "endpoint store: a path or s3:// URI")
     repair: bool = unhashed(
         False, "remove damaged, foreign and duplicated shards, so that a rerun of the rollout redoes just these"
     )

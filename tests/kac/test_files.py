@@ -361,7 +361,7 @@ def test_a_place_below_a_file_is_refused(tmp_path):
     with pytest.raises(DistillKacError, match="expected a place that can be written to") as error:
         probes.check_writable(place)
     assert str(error.value).startswith(f"{place}: ")
-    assert "Not a directory" in str(error.value)
+    assert "a file where a folder must be" in str(error.value)
     assert "\n" not in str(error.value)
 
 

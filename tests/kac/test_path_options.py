@@ -1,4 +1,4 @@
-"""Outputs are apart from inputs, whatever names both are given by."""
+"""Outputs are apart from inputs, whatever names both are given by, and no file is given for a folder."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from kac.options import OptionError, Options
-from kac.path_options import check_apart, input_path, output_path, reads
+from kac.path_options import check_apart, check_kinds, input_path, output_path, reads
 
 
 class Nested(Options):
@@ -18,7 +18,7 @@ class Example(Options):
     data: Nested = Nested()
     init: str = input_path("teacher", "a word or a folder", pattern="(?!teacher$).+")
     several: tuple[str, ...] = input_path((), "folders")
-    features: tuple[str, ...] = Field((), description="words and files", json_schema_extra=reads(r".+\.pt"))
+    features: tuple[str, ...] = Field((), description="words and files", json_schema_extra=reads("file", r".+\.pt"))
 
 
 @pytest.fixture
@@ -97,3 +97,43 @@ def test_words_are_no_paths(here: Path):
 def test_a_path_that_is_none_is_named_by_its_option():
     with pytest.raises(OptionError, match=r"^--data\.root: s3://: "):
         check_apart(Example(out="out", data={"root": "s3://"}))
+
+
+class Kinds(Options):
+    folder: str = input_path("new", "a folder")
+    file: str = output_path("new", "a file", kind="file")
+    either: str = input_path("new", "a file or folder", kind="any")
+
+
+@pytest.mark.parametrize("path", ["here", "file://HERE/here", "new", "new/below", "s3://bucket/file", "here/new"])
+def test_paths_of_the_right_kind_pass(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    path = path.replace("HERE", str(tmp_path))
+    check_kinds(Kinds(folder=path, either=path, file="file"))
+    check_kinds(Kinds(either="file"))
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("folder", "a", "a is a file"),
+        ("folder", "link", "link is a file"),
+        ("folder", "a/b", r"a/b: \S*/a is a file"),
+        ("folder", "a/b/c", r"a/b/c: \S*/a is a file"),
+        ("file", "here", "here is a folder"),
+        ("file", "here/", "here/ is a folder"),
+        ("file", "a/b", r"a/b: \S*/a is a file"),
+        ("either", "a/b", r"a/b: \S*/a is a file"),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_named(
+    option: str, path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a").touch()
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(OptionError, match=rf"^--{option} {message}"):
+        check_kinds(Kinds(**{option: path}))

@@ -1,4 +1,4 @@
-"""No stage writes into what it reads: it refuses before anything is written."""
+"""No stage writes into what it reads, or takes a file for a folder: it refuses before anything is written."""
 
 import runpy
 import sys
@@ -47,7 +47,7 @@ from tests.pipeline.stores import make_spec, make_store
         ("study", "--teacher t --store in --out in/x", ("--out", "--store")),
         ("sample", "--model in --out in/sheet.png", ("--out", "--model")),
         ("store", "merge in/a in/b --into in", ("--into", "--stores")),
-        ("benchmark", "--teacher in --json in/figures.json", ("--json-file", "--teacher")),
+        ("benchmark", "--teacher in --json in/figures.json", ("--json", "--teacher")),
     ],
 )
 def test_a_job_refuses_in_one_line(
@@ -66,6 +66,53 @@ def test_a_job_refuses_in_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and f"error: {options[0]} " in line and f" {options[1]} " in line, line
     assert list(tmp_path.rglob("*")) == [tmp_path / "in"]
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "option"),
+    [
+        ("teach", "--config folder --data moons --out o", "--config folder is a folder"),
+        ("teach", "--config file/x.yaml --data moons --out o", "--config file/x.yaml"),
+        ("teach", "--data parquet --data.root file/x --out o", "--data.root"),
+        ("teach", "--data moons --out file", "--out"),
+        ("convert", "--data moons --checkpoint w.pt --out file/x", "--out"),
+        ("rollout", "--teacher file --store s", "--teacher"),
+        ("rollout", "--teacher t --store file", "--store"),
+        ("distill", "--store file --out o", "--store"),
+        ("distill", "--store s --init file --out o", "--init"),
+        ("sweep", "--store s --teacher file --out o", "--teacher"),
+        ("evaluate", "--teacher t --students file --out o", "--students"),
+        ("evaluate", "--from-sweep file --out o", "--from-sweep"),
+        ("evaluate", "--teacher t --features folder.pt --out o", "--features"),
+        ("study", "--teacher t --rival file --out o", "--rival"),
+        ("sample", "--model file --out o.png", "--model"),
+        ("sample", "--model m --out folder.png", "--out"),
+        ("quickstart", "--out file", "--out"),
+        ("store", "merge file --into o", "--stores"),
+        ("store", "verify file", "--store"),
+        ("store", "describe file", "--store"),
+        ("benchmark", "--json folder", "--json"),
+    ],
+)
+def test_a_job_names_a_path_of_the_wrong_kind_in_one_line(
+    job: str,
+    arguments: str,
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for name in ("folder", "folder.pt", "folder.png"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["job", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code in {1, 2} and f"error: {option}" in line and "[Errno" not in line, line
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture(scope="module")

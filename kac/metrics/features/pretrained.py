@@ -93,7 +93,7 @@ def torchscript(path: str) -> nn.Module:
         data = files.read_bytes(path)
         check_zip(data)
         network: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
     except (RuntimeError, ValueError) as error:
         raise OptionError(

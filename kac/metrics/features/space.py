@@ -198,5 +198,5 @@ class Pooled(nn.Module):
 def _file_sha256(path: str) -> str:
     try:
         return hashlib.sha256(files.read_bytes(path)).hexdigest()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
