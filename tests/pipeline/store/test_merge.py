@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kac import files
+from kac.options import OptionError
 from pipeline import store as endpoint_store
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import Manifest, read_manifest
@@ -211,7 +212,6 @@ def test_a_target_that_holds_something_else_is_refused_and_left_alone(parts, tmp
     run_rollout(make_spec(tmp_path / "begun other", teacher, trajectories=32, seed=8), is_sealed=False)
     for into, says in [
         (tmp_path / "finished", "expected a new store, found a finished one that holds other samples"),
-        (parts[0], "expected a new store, found a finished one that holds other samples"),
         (tmp_path / "other spec", r"found one of another: seed 0 \(found 8\)"),
         (tmp_path / "begun", "found data/guidance=9.0/shard-000000.parquet, which none of the stores to be joined has"),
         (tmp_path / "begun other", r"found one of another: seed 0 \(found 8\)"),
@@ -220,6 +220,13 @@ def test_a_target_that_holds_something_else_is_refused_and_left_alone(parts, tmp
         with pytest.raises(StoreError, match=says):
             join(*parts, into=into)
         assert tree(into) == before
+
+
+def test_a_target_that_is_one_of_the_stores_is_refused(parts) -> None:
+    before = tree(parts[0])
+    with pytest.raises(OptionError, match=r"^--into .* is the same place as --stores "):
+        join(*parts, into=parts[0])
+    assert tree(parts[0]) == before
 
 
 def test_a_merge_goes_on_from_shards_that_a_rollout_left(parts, tmp_path: Path, teacher: str) -> None:
