@@ -1,7 +1,7 @@
 """`python -m jobs.cluster --help`"""
 
 from jobs.command import Command, main_of
-from pipeline import cluster_check
+from pipeline.cluster import check as cluster_check
 
 COMMANDS: dict[str, Command] = {
     "check": (cluster_check.CheckSpec, cluster_check.check),

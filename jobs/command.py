@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from botocore.exceptions import BotoCoreError
 
 from jobs.parsing import SpecType, parse
-from kac.errors import DistillKacError, one_line
-from kac.path_options import check_kinds
-from pipeline import environment, storage
-from pipeline.config import Spec
+from kac.util.errors import DistillKacError, one_line
+from kac.util.path_options import check_kinds
+from pipeline.cluster import environment, storage
+from pipeline.config.specs import Spec
 
 SYNC = "--sync-tracking"
 """An option of every job: first deliver what earlier ones could not; with nothing else that is all."""
@@ -79,7 +79,7 @@ def _end(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _sync(prog: str, is_all: bool) -> None:
-    from pipeline.housekeeping import sync
+    from pipeline.tracking.housekeeping import sync
 
     try:
         sync()

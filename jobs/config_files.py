@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from kac.errors import one_line
-from kac.options import OptionError, nested_models
-from pipeline.config import Spec
+from kac.util.errors import one_line
+from kac.util.options import OptionError, nested_models
+from pipeline.config.specs import Spec
 
 Values = dict[str, Any]
 

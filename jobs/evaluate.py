@@ -1,8 +1,8 @@
 """`python -m jobs.evaluate --help`"""
 
 from jobs.command import main
-from pipeline.config import EvaluateSpec
-from pipeline.evaluate import evaluate
+from pipeline.config.specs import EvaluateSpec
+from pipeline.evaluate.stage import evaluate
 
 if __name__ == "__main__":
     main(EvaluateSpec, evaluate)

@@ -19,8 +19,8 @@ from pydantic_core import PydanticUndefined
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config_files import Values, read_options, recipe_names
-from kac.options import OptionError, UnknownOption, kind_alone, nested_models
-from pipeline.config import Spec
+from kac.util.options import OptionError, UnknownOption, kind_alone, nested_models
+from pipeline.config.specs import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
 

@@ -1,7 +1,7 @@
 """`python -m jobs.runs --help`"""
 
 from jobs.command import Command, main_of
-from pipeline import housekeeping
+from pipeline.tracking import housekeeping
 
 COMMANDS: dict[str, Command] = {
     "close-dead": (housekeeping.CloseDeadSpec, housekeeping.close_dead),

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kac.checkpoint import ModelConfig
+from kac.model import ModelConfig
 from kac.networks import Conditioning, NetworkConfig
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 NO_NULL_LABEL = "this network has no null label (it knows classes only)"
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kac.checkpoint import ModelConfig
 from kac.conditioning import NO_NULL_LABEL, why_no_guidance
+from kac.model import ModelConfig
 from kac.networks import VelocityNetwork
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 
 class GuidedVelocity:

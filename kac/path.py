@@ -8,9 +8,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from kac.clocks import CLOCKS, SIGNALS, ClockName, SignalName
-from kac.errors import check_known
-from kac.options import Kinded
 from kac.process import KacProcess
+from kac.util.errors import check_known
+from kac.util.options import Kinded
 
 
 class PathSample(NamedTuple):

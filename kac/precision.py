@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kac.fingerprint import unhashed
 from kac.networks import VelocityNetwork
-from kac.options import OptionError, Options
+from kac.util.fingerprint import unhashed
+from kac.util.options import OptionError, Options
 
 
 class Precision(Options):

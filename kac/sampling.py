@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from kac import noise
-from kac.checkpoint import Model, ModelConfig
 from kac.conditioning import check_labels, network_labels
-from kac.errors import DivergedError
 from kac.guidance import GuidedVelocity, check_guidance, guide
-from kac.images import delivered
+from kac.model import Model, ModelConfig
 from kac.networks import VelocityNetwork
-from kac.options import OptionError
 from kac.precision import Precision
 from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
+from kac.util.errors import DivergedError
+from kac.util.images import delivered
+from kac.util.options import OptionError
 
 TEACHER_STEPS = 100
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kac.errors import check_known
+from kac.util.errors import check_known
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [batch, *sample], t scalar) -> velocity [batch, *sample]; ``nfe_per_call`` tells what a call costs (default 1)."""

@@ -12,8 +12,8 @@ import json
 import time
 import uuid
 
-from kac import files
-from kac.errors import DistillKacError
+from kac.util import files
+from kac.util.errors import DistillKacError
 from pipeline.tracking import processes
 
 CLAIM_FILE = "claim.json"

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
-from kac.cost import network_cost, short
-from kac.errors import CheckpointError
+from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.networks import build_network
 from kac.networks.adopt import adopt, try_out
-from kac.state_dict import read_weights
-from pipeline import cluster, decode, outputs, tracking
-from pipeline.config import ConvertSpec
+from kac.networks.cost import network_cost, short
+from kac.networks.weight_files import read_weights
+from kac.util.errors import CheckpointError
+from pipeline import decode, outputs, tracking
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import ConvertSpec
 
 
 def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:

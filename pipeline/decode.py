@@ -10,11 +10,12 @@ from typing import Any
 from kac.data import DataConfig, DataDescription, begin_decoding, open_dataset
 from kac.data.class_names import list_classes
 from kac.data.decoded import Piece, Writer
-from kac.errors import DistillKacError, one_line
-from kac.options import OptionError
-from pipeline import cluster, storage
+from kac.util.errors import DistillKacError, one_line
+from kac.util.options import OptionError
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.cluster.ray_data import each
 from pipeline.progress import ProgressBar
-from pipeline.ray_data import each
 from pipeline.tracking import TrackedRun
 
 FROM_IMAGES = 20_000

@@ -10,17 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kac.checkpoint import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.conditioning import known_classes, network_labels
-from kac.errors import CheckpointError, DistillKacError
+from kac.losses import Interval, Objective, build_objective
+from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
+from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
-from kac.objectives import Interval, Objective, build_objective
-from kac.options import OptionError, most
-from kac.path_options import check_apart
-from kac.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.sampling import Sampling, carry
-from pipeline import cluster, decode, logged_models, outputs, storage, store, tracking, training
-from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
+from kac.util.errors import CheckpointError, DistillKacError
+from kac.util.options import OptionError, most
+from kac.util.path_options import check_apart
+from pipeline import decode, outputs, store, tracking, training
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.config.specs import DistillSpec, OptimizerConfig, SweepSpec
+from pipeline.tracking import logged_models
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kac import files, probes
-from kac.checkpoint import ModelConfig, save_model
-from kac.errors import DistillKacError
-from kac.fingerprint import hashed_fields
-from kac.options import flatten
+from kac.model import ModelConfig, save_model
+from kac.util import files, probes
+from kac.util.errors import DistillKacError
+from kac.util.fingerprint import hashed_fields
+from kac.util.options import flatten
 from pipeline import claims
-from pipeline.config import Spec
+from pipeline.config.specs import Spec
 from pipeline.tracking import RUN_FILE, TrackedRun, run_of_output
 
 SPEC_FILE = "spec.json"

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any, Self
 
-from kac.cost import duration
+from kac.networks.cost import duration
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-from kac import files
-from kac.objectives import FlowMapConfig
-from kac.refinement import DataRefinementConfig
-from pipeline import cluster, tracking
-from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
+from kac.losses import FlowMapConfig
+from kac.losses.refinement import DataRefinementConfig
+from kac.util import files
+from pipeline import tracking
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.evaluation.scores import Score
+from pipeline.evaluate.scores import Score
+from pipeline.evaluate.stage import evaluate
 from pipeline.outputs import SPEC_FILE
-from pipeline.report import mlflow_command, write_report
+from pipeline.report.run_report import mlflow_command, write_report
 from pipeline.rollout import rollout
 from pipeline.store.layout import MANIFEST
 from pipeline.teach import teach

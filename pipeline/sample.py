@@ -5,15 +5,15 @@ import io
 import numpy as np
 import torch
 
-from kac import files, probes
-from kac.checkpoint import ModelConfig, load_model
 from kac.data.class_names import label_of, list_classes
-from kac.device import default_device
-from kac.errors import DistillKacError
+from kac.model import ModelConfig, load_model
 from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
-from pipeline import cluster
-from pipeline.config import SampleSpec
-from pipeline.pictures import sheet
+from kac.util import files, probes
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import SampleSpec
+from pipeline.report.pictures import sheet
 
 
 def sample(spec: SampleSpec) -> None:

@@ -15,22 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kac import files
-from kac.checkpoint import ModelConfig, learned_data, load_model, load_teacher_config
 from kac.conditioning import known_classes, why_no_guidance
 from kac.data import Dataset
-from kac.device import default_device
-from kac.errors import DistillKacError
 from kac.guidance import check_guidance
-from kac.images import delivered
 from kac.metrics import Metric, Moments
 from kac.metrics.distances import frechet_distance, nearest_distances
 from kac.metrics.features import FeatureSpace, open_space
 from kac.metrics.features.classifier import Classifier
 from kac.metrics.quality import PIXELS
+from kac.model import ModelConfig, learned_data, load_model, load_teacher_config
 from kac.networks import VelocityNetwork
-from kac.options import flatten
-from kac.path_options import check_apart
 from kac.sampling import TEACHER_STEPS, Sampling, student_sampling, teacher_sampling
 from kac.solvers import knot_times
 from kac.study.guidance_scales import effect_of_guidance
@@ -41,10 +35,18 @@ from kac.study.solver_steps import METHODS, STEPS, moments_in, quality_by_solver
 from kac.study.speed_limit import speeds
 from kac.study.stability import stability
 from kac.study.subject import Subject
-from pipeline import cluster, outputs, store, study_pictures, tracking
-from pipeline.config import StudySpec
-from pipeline.evaluate import load_student_config, student_folders
-from pipeline.evaluation.sources import images_in_parts
+from kac.util import files
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError
+from kac.util.images import delivered
+from kac.util.options import flatten
+from kac.util.path_options import check_apart
+from pipeline import outputs, store, tracking
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import StudySpec
+from pipeline.evaluate.sources import images_in_parts
+from pipeline.evaluate.stage import load_student_config, student_folders
+from pipeline.report import study_pictures
 from pipeline.store.layout import KINETIC_ENERGY, LABEL, knot_column
 
 STUDY_FILE = "study.json"

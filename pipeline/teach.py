@@ -6,13 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kac.checkpoint import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
+from kac.losses.flow_matching import drop_labels, even_times, flip, flow_matching_loss
+from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.networks import VelocityNetwork, build_network
-from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
-from pipeline import cluster, decode, outputs, storage, tracking, training
-from pipeline.config import OptimizerConfig, TeachSpec
+from pipeline import decode, outputs, tracking, training
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.config.specs import OptimizerConfig, TeachSpec
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
     """An embedded Ray with two CPUs, shared by all tests that need one."""
     import ray
 
-    from pipeline import cluster
+    from pipeline.cluster import connection as cluster
 
     os.environ.pop("RAY_ADDRESS", None)
     cluster.keep_to_this_machine()

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kac import files
 from kac.data.source import Contents, Unit, images_a_block
-from kac.errors import DistillKacError, one_line
-from kac.integrity import gunzip
+from kac.util import files
+from kac.util.errors import DistillKacError, one_line
+from kac.util.integrity import gunzip
 
 ARCHIVE = "cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from kac.errors import DistillKacError
+from kac.util.errors import DistillKacError
 
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kac import files
 from kac.data import decoded
 from kac.data.bundled import digits, gaussians, moons
 from kac.data.cifar10 import Cifar10Source
@@ -21,8 +20,9 @@ from kac.data.idx import IdxSource
 from kac.data.parquet import ParquetSource
 from kac.data.source import Source
 from kac.data.splits import Dataset
-from kac.options import Kinded
-from kac.path_options import input_path
+from kac.util import files
+from kac.util.options import Kinded
+from kac.util.path_options import input_path
 
 DataKind = Literal["digits", "moons", "gaussians", "idx", "cifar10", "folder", "parquet"]
 

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kac import files
-from kac.cache import VARIABLE, cache_folder
 from kac.data.source import Contents, Source, check_labels
 from kac.data.splits import HELD_OUT_EVERY, DataDescription, Dataset, LabelledImages, every_nth_of_each_class
-from kac.errors import DistillKacError
-from kac.fingerprint import fingerprint
-from kac.images import from_bytes
+from kac.util import files
+from kac.util.cache import VARIABLE, cache_folder
+from kac.util.errors import DistillKacError
+from kac.util.fingerprint import fingerprint
+from kac.util.images import from_bytes
 
 VERSION = 2
 """Of what is written here; part of every key. 2: images upright by EXIF, names of classes, checksums verified."""

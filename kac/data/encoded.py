@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kac.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kac import files
 from kac.data import layout
 from kac.data.class_names import in_order
 from kac.data.encoded import Decoder
 from kac.data.source import Contents, Unit, images_a_block
-from kac.errors import DistillKacError
+from kac.util import files
+from kac.util.errors import DistillKacError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kac import files
 from kac.data.source import Contents, Unit, count_classes, images_a_block
-from kac.errors import DistillKacError
-from kac.integrity import gunzip
+from kac.util import files
+from kac.util.errors import DistillKacError
+from kac.util.integrity import gunzip
 
 UBYTE = 0x08
 """The code of the only type of values that images and labels are published in."""

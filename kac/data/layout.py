@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from kac import files
 from kac.data.splits import EVERY_FIFTH
-from kac.errors import DistillKacError
+from kac.util import files
+from kac.util.errors import DistillKacError
 
 Part = Literal["train", "validation", "test"]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kac import files
 from kac.data import layout
 from kac.data.encoded import Decoder
 from kac.data.source import Contents, Unit, count_classes, images_a_block
-from kac.errors import DistillKacError, one_line
+from kac.util import files
+from kac.util.errors import DistillKacError, one_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

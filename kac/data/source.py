@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from kac.errors import DistillKacError
-from kac.files import Stamp
+from kac.util.errors import DistillKacError
+from kac.util.files import Stamp
 
 BLOCK_BYTES = 2**24
 """Decoded images are handed over in blocks of about this size, and of one image at least."""

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kac.fingerprint import fingerprint
-from kac.options import Options
+from kac.util.fingerprint import fingerprint
+from kac.util.options import Options
 
 HELD_OUT_EVERY = 5  # of each class, where a dataset has no split of its own
 EVERY_FIFTH = "every fifth image of each class is held out"

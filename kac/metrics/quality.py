@@ -9,11 +9,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from kac.errors import one_line
 from kac.metrics import distances
 from kac.metrics.metric import Metric
 from kac.metrics.statistics import Moments, Statistics
-from kac.options import OptionError
+from kac.util.errors import one_line
+from kac.util.options import OptionError
 
 NEIGHBOURS = 3
 MEMORISATION_ROWS = 2000

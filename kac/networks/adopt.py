@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kac.errors import CheckpointError, DistillKacError, one_line
 from kac.networks.network import NetworkConfig, build_network
 from kac.networks.openai import OUR_CLASSES, from_openai, is_openai, openai_names
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.shown import differing_options
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Conditioning, NetworkModule
-from kac.options import OptionError
-from kac.state_dict import WRAPPERS, WeightsFile, below, choose, prefixes
+from kac.networks.weight_files import WRAPPERS, WeightsFile, below, choose, prefixes
+from kac.util.errors import CheckpointError, DistillKacError, one_line
+from kac.util.options import OptionError
 
 MOST_TRIED = 200
 """Prefixes that are tried. Generic names such as ``0.weight`` are found in many places."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 
 class ConditionedLabels(nn.Embedding):

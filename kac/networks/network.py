@@ -12,7 +12,7 @@ from kac.networks.mlp import MLPConfig, ResidualMLP
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNet, UNetConfig
 from kac.networks.velocity import NetworkModule
-from kac.options import kind_alone
+from kac.util.options import kind_alone
 
 NetworkConfig = Annotated[
     MLPConfig | UNetConfig | DiTConfig | OutsideConfig,

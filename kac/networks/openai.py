@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kac.errors import CheckpointError
 from kac.networks.unet import UNetConfig
-from kac.options import OptionError
+from kac.util.errors import CheckpointError
+from kac.util.options import OptionError
 
 GROUPS = 32
 """Groups of all its norms, which its weights do not show."""

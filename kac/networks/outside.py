@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor, nn
 
-from kac.imported import IMPORT_PATH, find_factory, make_module
 from kac.networks.velocity import Conditioning, NetworkModule, NetworkOptions
-from kac.options import OptionError
+from kac.util.imports import IMPORT_PATH, find_factory, make_module
+from kac.util.options import OptionError
 
 OPTION = "--network.module"
 

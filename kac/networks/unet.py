@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
 from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 
 class UNetConfig(NetworkOptions):

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kac.errors import CheckpointError
-from kac.options import Kinded
+from kac.util.errors import CheckpointError
+from kac.util.options import Kinded
 
 Condition = Literal["end_time", "guidance"]
 """Inputs that a network may have beside time and label: the end time of a step, and the guidance scale."""

@@ -7,11 +7,11 @@ out of range grow with w is measured here.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kac.images import delivered
 from kac.metrics.features import FeatureSpace
 from kac.metrics.features.classifier import Classifier
 from kac.sampling import generate
 from kac.study.subject import Subject
+from kac.util.images import delivered
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 7.0, 10.0)
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kac.images import delivered
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
 from kac.metrics.statistics import Moments
 from kac.sampling import generate
 from kac.solvers import Method
 from kac.study.subject import Subject
+from kac.util.images import delivered
 
 STEPS = (5, 10, 20, 50, 100)
 METHODS: tuple[Method, ...] = ("euler", "heun", "ab2")

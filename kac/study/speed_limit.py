@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from kac.errors import DivergedError
 from kac.sampling import generate
 from kac.study.subject import Subject, Watched
+from kac.util.errors import DivergedError
 
 BINS = 80
 TOP = 2.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kac.checkpoint import ModelConfig
+from kac.model import ModelConfig
 from kac.networks import Condition, VelocityNetwork
 from kac.sampling import Sampling, initial_noise
 

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kac import files, probes
-from kac.path_options import check_output
-from pipeline import cluster
+from kac.util import files, probes
+from kac.util.path_options import check_output
 from pipeline.benchmark.measurement import Measurement, machine, table
 from pipeline.benchmark.spec import BenchmarkSpec
+from pipeline.cluster import connection as cluster
 
 __all__ = ["BenchmarkSpec", "Measurement", "benchmark"]
 

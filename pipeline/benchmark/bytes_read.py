@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import fsspec
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
-from kac import files
-from kac.objectives import EndpointObjective
+from kac.losses import EndpointObjective
+from kac.util import files
 from pipeline import store
 from pipeline.benchmark.measurement import Bar, Measurement
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting

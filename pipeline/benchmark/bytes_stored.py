@@ -2,7 +2,7 @@
 
 import functools
 
-from kac import files
+from kac.util import files
 from pipeline.benchmark.measurement import Bar, Measurement, interleave, seconds_a_call
 from pipeline.benchmark.setting import Setting
 from pipeline.store.columns import read_rows

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kac import files
-from kac.device import default_device
-from kac.objectives import Interval
+from kac.losses import Interval
 from kac.solvers import knot_times
+from kac.util import files
+from kac.util.device import default_device
 from pipeline import training
 from pipeline.benchmark.measurement import Bar, Measurement, interleave, one_thread
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting
-from pipeline.config import DistillSpec, OptimizerConfig
+from pipeline.config.specs import DistillSpec, OptimizerConfig
 from pipeline.distill import DistillTask
 from pipeline.tracking import TrackedRun
 from pipeline.training.loop import LOG_UPDATES, run_updates

@@ -6,9 +6,9 @@ from typing import Any
 
 import ray
 
-from pipeline import cluster
 from pipeline.benchmark.measurement import Measurement
 from pipeline.benchmark.setting import Setting
+from pipeline.cluster import connection as cluster
 from pipeline.rollout.actors import Ledger
 
 ACTORS = 1000

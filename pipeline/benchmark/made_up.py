@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 
-from kac import files
-from pipeline.config import RolloutSpec
+from kac.util import files
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import Outcome
 from pipeline.store.layout import Shard, StoreIdentity
 from pipeline.store.shards import Receipt

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kac.checkpoint import Model, load_model
 from kac.conditioning import network_labels
 from kac.data import open_dataset
-from kac.device import default_device
 from kac.guidance import guide
-from kac.objectives import Interval
+from kac.losses import Interval
+from kac.model import Model, load_model
 from kac.solvers import Method, knot_times, solve
+from kac.util.device import default_device
 from pipeline.benchmark.distill_speed import UNIT, speed, updates_of
 from pipeline.benchmark.measurement import Measurement, interleave, one_thread
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting

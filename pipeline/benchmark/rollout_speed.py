@@ -9,14 +9,14 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from kac import files
-from kac.checkpoint import Model, load_model
-from kac.device import default_device
+from kac.model import Model, load_model
 from kac.sampling import Sampling, generate, initial_noise
-from pipeline import cluster
+from kac.util import files
+from kac.util.device import default_device
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
-from pipeline.config import RolloutSpec
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.actors import SHARDS_IN_FLIGHT
 
 UNIT = "trajectories/s"

@@ -7,11 +7,11 @@ rests, a thousand would not. Here it has none, and what is measured is what the 
 import time
 from typing import NamedTuple
 
-from pipeline import cluster
 from pipeline.benchmark.made_up import NoWork
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting
 from pipeline.benchmark.store_scale import TENTH, store_spec
+from pipeline.cluster import connection as cluster
 from pipeline.memory import peak_memory
 from pipeline.rollout import make_plan
 from pipeline.rollout.actors import compute_on_actors

@@ -6,13 +6,14 @@ from typing import Any
 import ray
 import torch
 
-from kac import files
-from kac.checkpoint import load_config, save_model, teacher_config
+from kac.model import load_config, save_model, teacher_config
 from kac.networks import build_network
 from kac.path import PathConfig
-from pipeline import cluster, store
+from kac.util import files
+from pipeline import store
 from pipeline.benchmark.spec import CALLS_A_SHARD, BenchmarkSpec
-from pipeline.config import RolloutSpec
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import Outcome, compute_shards, make_plan, seal
 
 ACTOR_START_SECONDS = 600

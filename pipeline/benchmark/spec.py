@@ -6,10 +6,10 @@ import tyro
 from pydantic import PositiveInt, field_validator, model_validator
 
 from kac.data import DataConfig
-from kac.fingerprint import unhashed
 from kac.networks import MLPConfig, NetworkConfig
-from kac.path_options import input_path, output_path
-from pipeline.config import Spec
+from kac.util.fingerprint import unhashed
+from kac.util.path_options import input_path, output_path
+from pipeline.config.specs import Spec
 
 PARTS = {
     "peak-memory": "e",  # first, while this process, whose memory is measured, has not yet worked

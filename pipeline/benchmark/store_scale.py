@@ -11,11 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from kac import files
+from kac.util import files
 from pipeline.benchmark.made_up import outcome_of, write_shards
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting
-from pipeline.config import RolloutSpec
+from pipeline.config.specs import RolloutSpec
 from pipeline.memory import peak_memory
 from pipeline.rollout import make_plan, seal
 from pipeline.store.layout import MANIFEST

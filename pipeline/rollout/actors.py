@@ -28,12 +28,12 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kac.errors import DistillKacError, one_line
-from kac.options import most
-from pipeline import cluster
-from pipeline.actor_place import choose_place
-from pipeline.config import RolloutSpec
-from pipeline.ray_data import each
+from kac.util.errors import DistillKacError, one_line
+from kac.util.options import most
+from pipeline.cluster import connection as cluster
+from pipeline.cluster.actor_place import choose_place
+from pipeline.cluster.ray_data import each
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome, ShardMaker
 from pipeline.rollout.teacher import RolloutError, endpoint_rms

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from kac.checkpoint import ModelConfig
-from kac.cost import duration, network_cost, short
+from kac.model import ModelConfig
+from kac.networks.cost import duration, network_cost, short
 from kac.solvers import knot_times, solve
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shards import Outcome

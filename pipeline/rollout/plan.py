@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kac import files
-from kac.checkpoint import DATA_CHANGED, load_teacher_config
 from kac.data import open_dataset
 from kac.guidance import check_guidance
-from pipeline.config import RolloutSpec
+from kac.model import DATA_CHANGED, load_teacher_config
+from kac.util import files
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity, parse_shard_name, refuse_other
 from pipeline.store.manifest import Extent, Manifest, read_manifest, shards_of, unite_extents

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from kac import files
-from pipeline.config import RolloutSpec
+from kac.util import files
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.plan import Plan, refuse_other_store
 from pipeline.rollout.shards import Outcome
 from pipeline.rollout.teacher import RolloutError

@@ -4,9 +4,9 @@ import contextlib
 import threading
 import time
 
-from kac.errors import DistillKacError, one_line
-from kac.options import Options
-from pipeline.config import RolloutSpec
+from kac.util.errors import DistillKacError, one_line
+from kac.util.options import Options
+from pipeline.config.specs import RolloutSpec
 from pipeline.memory import peak_memory
 from pipeline.rollout.teacher import FrozenTeacher, RolloutError, join
 from pipeline.store.layout import Shard, StoreIdentity

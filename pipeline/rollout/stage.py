@@ -4,15 +4,17 @@ import contextlib
 import time
 from collections.abc import Generator, Sequence
 
-from kac import probes
-from kac.checkpoint import load_model, load_teacher_config
 from kac.metrics import Metric
-from kac.options import most
-from kac.path_options import check_apart
-from pipeline import cluster, storage, tracking
-from pipeline.actor_place import choose_place
-from pipeline.config import RolloutSpec
-from pipeline.placement import await_room
+from kac.model import load_model, load_teacher_config
+from kac.util import probes
+from kac.util.options import most
+from kac.util.path_options import check_apart
+from pipeline import tracking
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.cluster.actor_place import choose_place
+from pipeline.cluster.placement import await_room
+from pipeline.config.specs import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
 from pipeline.rollout.plan import Plan, make_plan

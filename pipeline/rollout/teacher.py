@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from kac import noise
-from kac.checkpoint import load_model
 from kac.conditioning import network_labels
 from kac.data import open_dataset
-from kac.device import default_device
-from kac.errors import DistillKacError
 from kac.guidance import guide
+from kac.model import load_model
 from kac.precision import Precision
 from kac.solvers import knot_times, solve
-from pipeline.config import RolloutSpec
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import RolloutSpec
 from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, StoreIdentity
 
 

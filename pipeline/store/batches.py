@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kac.objectives import Interval
+from kac.losses import Interval
 from pipeline.store.columns import Columns
 
 Piece = tuple[Columns, Tensor]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kac import files
+from kac.util import files
 from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard, knot_column
 from pipeline.store.shards import UNREADABLE, check_footer, column_array, reason
 from pipeline.store.threads import in_threads

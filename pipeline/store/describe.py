@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from kac.fingerprint import unhashed
-from kac.options import flatten
-from kac.path_options import input_path
-from pipeline.config import Spec
+from kac.util.fingerprint import unhashed
+from kac.util.options import flatten
+from kac.util.path_options import input_path
+from pipeline.config.specs import Spec
 from pipeline.store.columns import read_rows
 from pipeline.store.layout import KINETIC_ENERGY, Shard
 from pipeline.store.manifest import IdRange, list_shards, merge_ranges

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kac import files
-from kac.errors import one_line
-from pipeline import cluster
+from kac.util import files
+from kac.util.errors import one_line
+from pipeline.cluster import connection as cluster
 from pipeline.store import shards
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, full_shard
 from pipeline.store.manifest import Manifest
@@ -63,7 +63,7 @@ def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, 
     import ray
     from tqdm import tqdm
 
-    from pipeline.ray_data import each
+    from pipeline.cluster.ray_data import each
 
     cluster.connect()
     receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
-from kac.checkpoint import ModelConfig
 from kac.conditioning import known_classes
-from kac.errors import DistillKacError
-from kac.fingerprint import fingerprint, hashed_fields, hashed_values
-from kac.options import flatten
+from kac.model import ModelConfig
 from kac.path import PathConfig
-from pipeline.config import RolloutRecipe
+from kac.util.errors import DistillKacError
+from kac.util.fingerprint import fingerprint, hashed_fields, hashed_values
+from kac.util.options import flatten
+from pipeline.config.specs import RolloutRecipe
 
 MANIFEST = "manifest.json"
 DATA = "data"

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterable, Sequence
 
-from kac import files
-from kac.options import Options
+from kac.util import files
+from kac.util.options import Options
 from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
 from pipeline.store.receipts import is_note
 from pipeline.store.shards import Receipt

@@ -11,10 +11,10 @@ from typing import Annotated, NamedTuple
 import tyro
 from pydantic import field_validator
 
-from kac import files, probes
-from kac.path_options import input_path, output_path
-from pipeline import cluster
-from pipeline.config import Spec
+from kac.util import files, probes
+from kac.util.path_options import input_path, output_path
+from pipeline.cluster import connection as cluster
+from pipeline.config.specs import Spec
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, refuse_other
 from pipeline.store.manifest import Extent, Manifest, list_shards, read_manifest, unite_extents, write_manifest
 from pipeline.store.reader import open_store

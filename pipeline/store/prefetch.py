@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import cluster
+from pipeline.cluster import connection as cluster
 from pipeline.store.columns import Selection, read_group
 from pipeline.store.layout import Shard, StoreError
 
@@ -35,7 +35,7 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
         return
     import ray
 
-    from pipeline.ray_data import each
+    from pipeline.cluster.ray_data import each
 
     cluster.connect()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kac import noise
-from kac.objectives import Interval, Objective
+from kac.losses import Interval, Objective
 from kac.solvers import knot_times
 from pipeline.store import sharing
 from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows

@@ -11,8 +11,8 @@ import re
 import uuid
 from collections.abc import Iterable, Sequence
 
-from kac import files
-from kac.options import Options
+from kac.util import files
+from kac.util.options import Options
 from pipeline.store.layout import StoreError, StoreIdentity
 from pipeline.store.shards import Receipt
 from pipeline.store.threads import in_threads

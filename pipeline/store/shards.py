@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kac import files
-from kac.errors import one_line
-from kac.options import Options
+from kac.util import files
+from kac.util.errors import one_line
+from kac.util.options import Options
 from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, SAMPLE_ID, Shard, StoreError, StoreIdentity
 from pipeline.store.versions import SCHEMA_VERSION, check_version, parse
 

@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kac import files
-from kac.fingerprint import unhashed
-from kac.path_options import input_path
-from pipeline import cluster, storage
-from pipeline.config import Spec
+from kac.util import files
+from kac.util.fingerprint import unhashed
+from kac.util.path_options import input_path
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.config.specs import Spec
 from pipeline.store.describe import StorePath
 from pipeline.store.examine import NOT_OURS, Finding, Kind, examine_all
 from pipeline.store.layout import MANIFEST, StoreError, StoreIdentity, parse_shard_name

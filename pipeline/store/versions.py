@@ -6,9 +6,9 @@ Older: a field that it did not have yet is at its neutral value. Newer: nothing 
 import json
 from typing import Any, TypeVar
 
-from kac.errors import one_line
-from kac.fingerprint import with_neutral_values
-from kac.options import OptionError, Options, UnknownOption
+from kac.util.errors import one_line
+from kac.util.fingerprint import with_neutral_values
+from kac.util.options import OptionError, Options, UnknownOption
 from pipeline.store.layout import StoreError
 
 SCHEMA_VERSION = 1

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kac import files
-from kac.checkpoint import CONFIG_FILE, load_teacher_config
-from kac.errors import DistillKacError
 from kac.guidance import check_guidance
 from kac.metrics import quality_metrics
-from kac.options import OptionError
-from pipeline import cluster, distill, placement, store, training
-from pipeline.config import SweepSpec
+from kac.model import CONFIG_FILE, load_teacher_config
+from kac.util import files
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
+from pipeline import distill, store, training
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import placement
+from pipeline.config.specs import SweepSpec
 from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import Point

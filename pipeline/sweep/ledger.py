@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kac import files
-from kac.errors import DistillKacError
-from kac.options import Options
+from kac.util import files
+from kac.util.errors import DistillKacError
+from kac.util.options import Options
 
 TRIALS_FOLDER = "trials"
 

@@ -14,9 +14,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
-from kac import files
-from kac.cost import duration
-from pipeline.config import SweepSpec
+from kac.networks.cost import duration
+from kac.util import files
+from pipeline.config.specs import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.space import Choice, Draw, Integers, Point, Uniform
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kac import files
-from kac.fingerprint import hashed_fields
-from kac.options import OptionError, nested_models
-from pipeline.config import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
+from kac.util import files
+from kac.util.fingerprint import hashed_fields
+from kac.util.options import OptionError, nested_models
+from pipeline.config.specs import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
 
 NOT_VARIED = (
     "store",

@@ -4,13 +4,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from kac import files
-from kac.checkpoint import CONFIG_FILE, load_teacher_config
-from kac.errors import DistillKacError
-from pipeline import claims, cluster, distill, outputs, storage, store, tracking
-from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
-from pipeline.evaluation.feature_trial import try_features
-from pipeline.evaluation.inputs import ANSWER_FILE
+from kac.model import CONFIG_FILE, load_teacher_config
+from kac.util import files
+from kac.util.errors import DistillKacError
+from pipeline import claims, distill, outputs, store, tracking
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.evaluate.feature_trial import try_features
+from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
 from pipeline.sweep import checks, space
 from pipeline.sweep.answer import write_answer
@@ -233,7 +235,7 @@ def _close_open(ledger: Ledger) -> None:
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
     """Judge the finished students, in a run beside the sweep's; returns the folder, None if nothing is judged."""
-    from pipeline.evaluate import evaluate
+    from pipeline.evaluate.stage import evaluate
 
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
@@ -281,7 +283,7 @@ def _answer(
 
 def _register_best(spec: SweepSpec, name: str) -> None:
     """Register the best student, under the alias ``best``."""
-    from pipeline import logged_models
+    from pipeline.tracking import logged_models
 
     best = json.loads(files.read_bytes(files.join(spec.out, ANSWER_FILE)))["best"]
     own = None if best is None else tracking.run_of_output(best["out"])

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kac.errors import DivergedError, one_line
-from pipeline import cluster, distill, placement, store, tracking
-from pipeline.config import DistillSpec, SweepSpec
+from kac.util.errors import DivergedError, one_line
+from pipeline import distill, store, tracking
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import placement
+from pipeline.config.specs import DistillSpec, SweepSpec
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep import space

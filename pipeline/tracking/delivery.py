@@ -13,7 +13,7 @@ import time
 from collections import deque
 from itertools import islice
 
-from kac.errors import one_line
+from kac.util.errors import one_line
 from pipeline.tracking.entries import MOST, Entry, first_batch
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import client_of, connect, is_refusal, without_password

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from kac import files
-from kac.errors import DistillKacError, one_line
-from kac.options import flatten
+from kac.util import files
+from kac.util.errors import DistillKacError, one_line
+from kac.util.options import flatten
 from pipeline import claims
-from pipeline.config import Spec
+from pipeline.config.specs import Spec
 from pipeline.tracking import processes
 from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
 from pipeline.tracking.entries import Entry, Kind, split

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kac.errors import DistillKacError
+from kac.util.errors import DistillKacError
 from pipeline.tracking.entries import Entry, split
 from pipeline.tracking.server import connect, experiment_name
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kac.cache import cache_folder
-from kac.errors import DistillKacError, without_keys
-from pipeline.cluster import in_job_copy
-from pipeline.environment import database_file, mlflow_address
+from kac.util.cache import cache_folder
+from kac.util.errors import DistillKacError, without_keys
+from pipeline.cluster.connection import in_job_copy
+from pipeline.cluster.environment import database_file, mlflow_address
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

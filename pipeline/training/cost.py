@@ -1,9 +1,9 @@
 """What a training takes, said before it starts."""
 
-from kac.cost import TRAINING_CALLS, network_cost, short
 from kac.networks import NetworkConfig
+from kac.networks.cost import TRAINING_CALLS, network_cost, short
 from kac.precision import Precision
-from pipeline.config import OptimizerConfig
+from pipeline.config.specs import OptimizerConfig
 from pipeline.tracking import TrackedRun
 from pipeline.training.hosts import Place
 

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kac import files
-from kac.device import default_device
-from kac.errors import DistillKacError
-from kac.options import OptionError, Range, least, most
-from pipeline import claims, cluster
-from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
+from kac.util import files
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError, Range, least, most
+from pipeline import claims
+from pipeline.cluster import connection as cluster
+from pipeline.cluster.placement import Share, await_room
+from pipeline.config.specs import DistillSpec, OptimizerConfig, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
-from pipeline.placement import Share, await_room
 from pipeline.training import recovery
 from pipeline.training.learner import Worker
 from pipeline.training.loop import Job, averaged_weights, run_updates

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kac.networks import NetworkModule, VelocityNetwork
 from kac.precision import Precision
-from pipeline.config import OptimizerConfig
+from pipeline.config.specs import OptimizerConfig
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 

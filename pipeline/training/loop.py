@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kac.cost import duration
-from kac.errors import DivergedError
 from kac.metrics import Metric
+from kac.networks.cost import duration
+from kac.util.errors import DivergedError
 from pipeline import claims
-from pipeline.config import OptimizerConfig
+from pipeline.config.specs import OptimizerConfig
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kac import files
-from kac.cost import duration
-from kac.errors import DistillKacError, DivergedError
-from kac.options import Range, least
-from pipeline import cluster, placement
+from kac.networks.cost import duration
+from kac.util import files
+from kac.util.errors import DistillKacError, DivergedError
+from kac.util.options import Range, least
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import placement
+from pipeline.cluster.placement import Share
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
-from pipeline.placement import Share
 
 MAX_FAILURES = 3
 """A worker group that fails more often without getting ahead is a fault to be seen, not to be retried."""

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from kac.checkpoint import Model, ModelConfig
 from kac.conditioning import known_classes
+from kac.model import Model, ModelConfig
 from kac.networks import NetworkModule
 from kac.precision import Precision
 from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
@@ -38,7 +38,7 @@ class Sheets:
         Raises:
             DistillKacError: the network has diverged.
         """
-        from pipeline.pictures import sheet
+        from pipeline.report.pictures import sheet
 
         assert self.config is not None
         labels = known_classes(self.config)[:COUNT] or None

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kac.checkpoint import DATA_CHANGED, Model, ModelConfig
 from kac.conditioning import known_classes
-from kac.cost import TRAINING_CALLS
 from kac.data import DataConfig, LabelledImages, open_dataset
-from kac.errors import DistillKacError
-from kac.images import delivered
+from kac.losses.refinement import open_spaces, refinement_loss
 from kac.metrics import Metric
+from kac.model import DATA_CHANGED, Model, ModelConfig
 from kac.networks import NetworkModule
+from kac.networks.cost import TRAINING_CALLS
 from kac.precision import Precision
-from kac.refinement import open_spaces, refinement_loss
 from kac.sampling import draw, generate, student_sampling
+from kac.util.errors import DistillKacError
+from kac.util.images import delivered
 from pipeline import store
-from pipeline.config import OptimizerConfig
+from pipeline.config.specs import OptimizerConfig
 from pipeline.store.layout import LABEL
 from pipeline.tracking import declare
 from pipeline.training.sheets import SEED, sampling_of

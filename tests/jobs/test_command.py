@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import command
-from kac.errors import DistillKacError
-from pipeline.config import SampleSpec
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import SampleSpec
 
 JOBS = [
     *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),

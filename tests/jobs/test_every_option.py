@@ -19,8 +19,8 @@ from jobs import parsing
 from jobs.parsing import parse
 from kac.data.dataset import KINDS
 from kac.networks.outside import OutsideConfig
-from kac.options import Range, nested_models
-from pipeline.config import CLAIMS, Spec
+from kac.util.options import Range, nested_models
+from pipeline.config.specs import CLAIMS, Spec
 
 for module in pkgutil.iter_modules(jobs.__path__):
     importlib.import_module(f"jobs.{module.name}")

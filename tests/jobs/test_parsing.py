@@ -12,10 +12,10 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from jobs import parsing
 from jobs.parsing import parse
-from kac.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
-from pipeline import config
+from kac.util.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import EvaluateSpec, Spec, SweepSpec, TeachSpec
+from pipeline.config import specs as config
+from pipeline.config.specs import EvaluateSpec, Spec, SweepSpec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec

@@ -10,10 +10,10 @@ import yaml
 from jobs import config_files
 from jobs.config_files import RECIPES, recipe_names
 from jobs.parsing import parse
-from kac.checkpoint import load_model
-from kac.options import OptionError
+from kac.model import load_model
+from kac.util.options import OptionError
 from pipeline import quickstart, store
-from pipeline.config import (
+from pipeline.config.specs import (
     ConvertSpec,
     DistillSpec,
     EvaluateSpec,

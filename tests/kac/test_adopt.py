@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kac.errors import CheckpointError
 from kac.networks import MLPConfig, OutsideConfig, UNetConfig, build_network
 from kac.networks.adopt import Adopted, adopt
 from kac.networks.velocity import NetworkModule
-from kac.state_dict import read_weights
+from kac.networks.weight_files import read_weights
+from kac.util.errors import CheckpointError
 from tests.kac.openai_unet import OpenAIUNet, randomised
 from tests.kac.outside_modules import Field
 

@@ -14,8 +14,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 import kac
-from kac import files
-from kac.checkpoint import (
+from kac.model import (
     CONFIG_FILE,
     DIFFUSERS_WEIGHTS_FILE,
     SCHEMA_VERSION,
@@ -26,9 +25,10 @@ from kac.checkpoint import (
     load_teacher_config,
     save_model,
 )
-from kac.errors import CheckpointError
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
 from kac.path import PathConfig
+from kac.util import files
+from kac.util.errors import CheckpointError
 
 ROOT = Path(kac.__file__).parents[1]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kac.cost import duration, network_cost, short
 from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
+from kac.networks.cost import duration, network_cost, short
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.metrics import Reference, Statistics
 from kac.metrics.features import check_names, open_space, try_space
-from kac.options import OptionError
+from kac.util.options import OptionError
 from tests import feature_networks
 
 FOUND = {

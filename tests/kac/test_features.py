@@ -10,7 +10,7 @@ from kac.data import DataConfig, Dataset, all_rows, open_dataset
 from kac.data.splits import in_memory
 from kac.metrics.features import check_names, classifier, open_space, space_identity, space_name
 from kac.metrics.features.space import averaged_down
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 
 def seeded(seed: int) -> torch.Generator:

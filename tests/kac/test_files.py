@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kac import files, probes
-from kac.errors import DistillKacError
+from kac.util import files, probes
+from kac.util.errors import DistillKacError
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BeforeValidator, Field, create_model
 
-from kac.fingerprint import fingerprint, hashed_fields, hashed_values, unhashed, with_neutral_values
-from kac.options import Kinded, Options
+from kac.util.fingerprint import fingerprint, hashed_fields, hashed_values, unhashed, with_neutral_values
+from kac.util.options import Kinded, Options
 
 
 class Path(Kinded):

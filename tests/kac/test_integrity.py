@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from kac.data import DataConfig, DataDescription, cifar10, idx, open_dataset
-from kac.errors import DistillKacError
-from kac.integrity import check_zip, gunzip
 from kac.metrics.features.pretrained import torchscript
-from kac.state_dict import read_weights
+from kac.networks.weight_files import read_weights
+from kac.util.errors import DistillKacError
+from kac.util.integrity import check_zip, gunzip
 from tests.kac.data import making
 
 FLIPS = 40

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow.fs
 import pytest
 
-from kac import files, probes, s3
-from kac.errors import DistillKacError
+from kac.util import files, probes, s3
+from kac.util.errors import DistillKacError
 from tests.pipeline.s3_server import SERVER, Fault, FaultyS3, environment
 
 # While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.

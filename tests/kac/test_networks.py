@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from jobs.parsing import parse
-from kac.errors import CheckpointError
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
-from kac.options import OptionError
-from pipeline.config import TeachSpec
+from kac.util.errors import CheckpointError
+from kac.util.options import OptionError
+from pipeline.config.specs import TeachSpec
 
 
 def awake(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kac.errors import CheckpointError, DistillKacError
 from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
 from kac.networks.adopt import Adopted, adopt, try_out
 from kac.networks.velocity import NetworkModule
+from kac.util.errors import CheckpointError, DistillKacError
 from tests.kac.openai_unet import OpenAIUNet, randomised
 from tests.kac.weights_files import file_of
 

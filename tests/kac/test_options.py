@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from kac.errors import DistillKacError
-from kac.options import OptionError, Options
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError, Options
 
 
 class Inner(Options):

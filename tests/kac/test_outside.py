@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from jobs.parsing import parse
-from kac.checkpoint import load_model, save_model, teacher_config
-from kac.cost import network_cost
 from kac.data import DataConfig
-from kac.errors import CheckpointError
 from kac.guidance import check_guidance, guide
+from kac.model import load_model, save_model, teacher_config
 from kac.networks import OutsideConfig, build_network, load_weights
 from kac.networks.adopt import adopt, try_out
+from kac.networks.cost import network_cost
 from kac.networks.velocity import NetworkModule
-from kac.options import OptionError
 from kac.path import PathConfig
 from kac.precision import Precision
-from pipeline.config import TeachSpec
+from kac.util.errors import CheckpointError
+from kac.util.options import OptionError
+from pipeline.config.specs import TeachSpec
 from tests.kac.outside_modules import Field
 from tests.kac.weights_files import file_of
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kac.options import OptionError
 from kac.path import CLOCKS, SIGNALS, GaussianPath, KacPath, PathConfig
 from kac.process import KacProcess
+from kac.util.options import OptionError
 
 PATHS = [
     KacPath(),

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from kac.options import OptionError, Options
-from kac.path_options import check_apart, check_kinds, input_path, output_path, reads
+from kac.util.options import OptionError, Options
+from kac.util.path_options import check_apart, check_kinds, input_path, output_path, reads
 
 
 class Nested(Options):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from kac.fingerprint import hashed_values
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
-from kac.options import OptionError
 from kac.precision import Precision
+from kac.util.fingerprint import hashed_values
+from kac.util.options import OptionError
 
 BFLOAT16_TOLERANCE = 0.05
 """Of the velocity's own size: bfloat16 keeps 8 bits, and the errors of four layers add up."""

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from kac.data import DataConfig, Dataset, open_dataset
-from kac.images import delivered
+from kac.losses.refinement import check_spaces, open_spaces, refinement_loss, straight_through
+from kac.losses.refinement.energy import energy_distance
+from kac.losses.refinement.spaces import CLASSIFIER, SpaceName
 from kac.metrics.features import classifier
 from kac.metrics.features.classifier import JUDGE
-from kac.options import OptionError
-from kac.refinement import check_spaces, open_spaces, refinement_loss, straight_through
-from kac.refinement.energy import energy_distance
-from kac.refinement.spaces import CLASSIFIER, SpaceName
+from kac.util.images import delivered
+from kac.util.options import OptionError
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from kac import noise as noises
-from kac.checkpoint import Model, ModelConfig
-from kac.errors import DistillKacError
+from kac.losses import Interval
+from kac.losses.endpoint import endpoint_loss
+from kac.model import Model, ModelConfig
 from kac.networks import MLPConfig, OutsideConfig, build_network
-from kac.objectives import Interval
-from kac.objectives.endpoint import endpoint_loss
-from kac.options import OptionError
 from kac.path import KacPath, PathConfig
 from kac.precision import Precision
 from kac.sampling import Sampling, draw, generate, initial_noise, student_sampling, teacher_sampling
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
 
 
 def config(**changes) -> ModelConfig:

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from kac.losses.flow_matching import drop_labels, even_times, flip, flow_matching_loss
 from kac.networks import MLPConfig, build_network
 from kac.path import GaussianPath, KacPath, PathSample
 from kac.process import KacProcess
-from kac.teacher import drop_labels, even_times, flip, flow_matching_loss
 
 NULL = 10
 

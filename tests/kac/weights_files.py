@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kac.state_dict import WeightsFile
+from kac.networks.weight_files import WeightsFile
 
 
 def file_of(weights: Mapping[str, Tensor]) -> WeightsFile:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kac import files
+from kac.util import files
 
 KNOT_TOLERANCE = 1e-5
 """Between runs that cut the samples into other batches: the order of additions in a matrix product may differ."""

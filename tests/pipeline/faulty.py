@@ -20,9 +20,9 @@ import numpy as np
 import ray
 
 from jobs.command import main
-from kac import files
-from kac.errors import DistillKacError
-from pipeline.config import RolloutSpec
+from kac.util import files
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import actors, rollout
 from pipeline.rollout.shards import Outcome
 from pipeline.rollout.teacher import RolloutError, Rows

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from pipeline.evaluation.scores import Record, Score
+from pipeline.evaluate.scores import Record, Score
 
 TEACHER = {0.0: (0.21, 5.6), 0.5: (0.24, 4.7), 1.0: (0.33, 4.3), 2.0: (0.61, 5.1)}
 """Frechet distances of a teacher in pixels and in the classifier's features, by guidance scale."""

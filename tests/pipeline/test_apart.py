@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kac.checkpoint import save_model, teacher_config
 from kac.data import DataConfig
+from kac.model import save_model, teacher_config
 from kac.networks import MLPConfig, build_network
-from kac.options import OptionError
 from kac.path import PathConfig
+from kac.util.options import OptionError
 from pipeline.benchmark import benchmark
 from pipeline.benchmark.spec import BenchmarkSpec
-from pipeline.config import EvaluateSpec, StudySpec, SweepSpec
+from pipeline.config.specs import EvaluateSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.study import study
 from pipeline.sweep import sweep

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from jobs.parsing import parse
-from kac import files
-from kac.checkpoint import load_config, load_model
+from kac.model import load_config, load_model
 from kac.networks import MLPConfig
-from kac.options import OptionError
+from kac.util import files
+from kac.util.options import OptionError
 from pipeline import store, training
 from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
@@ -26,7 +26,7 @@ from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, pre
 from pipeline.benchmark.setting import compute_unsealed, make_setting
 from pipeline.benchmark.spec import CALLS_A_SHARD, PARTS
 from pipeline.benchmark.store_scale import SHARD_ROWS, UNITS
-from pipeline.config import RolloutSpec
+from pipeline.config.specs import RolloutSpec
 from pipeline.store.layout import plan_shards
 from pipeline.store.shards import adopt, column_array
 from pipeline.training.loop import LOG_UPDATES

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kac import files
-from kac.errors import DistillKacError
+from kac.util import files
+from kac.util.errors import DistillKacError
 from pipeline import claims, outputs
 from pipeline.distill import distill
 from pipeline.teach import teach

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from kac.checkpoint import load_config
 from kac.data import DataConfig, open_dataset
-from kac.errors import DistillKacError
-from pipeline.config import EvaluateSpec, RolloutSpec, SampleSpec
+from kac.model import load_config
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import EvaluateSpec, RolloutSpec, SampleSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.evaluation.scores import read_record
-from pipeline.logged_models import model_of_run
-from pipeline.report import write_report
+from pipeline.evaluate.scores import read_record
+from pipeline.evaluate.stage import evaluate
+from pipeline.report.run_report import write_report
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.teach import teach
 from pipeline.tracking import TrackedRun
+from pipeline.tracking.logged_models import model_of_run
 from pipeline.training import validation
 from pipeline.training.validation import ENERGY_DISTANCE
 from tests.kac.data import making

@@ -13,13 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
-from kac.errors import DistillKacError
-from kac.options import OptionError
-from pipeline import cluster, joining, storage
-from pipeline.cluster import Machines
-from pipeline.config import EvaluateSpec, SweepSpec
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import joining, storage
+from pipeline.cluster.connection import Machines
+from pipeline.config.specs import EvaluateSpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
 from pipeline.teach import teach

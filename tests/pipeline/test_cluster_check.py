@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kac.errors import DistillKacError
-from kac.options import OptionError
-from pipeline import joining
-from pipeline.cluster_check import CheckSpec, check, job_server
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
+from pipeline.cluster import joining
+from pipeline.cluster.check import CheckSpec, check, job_server
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 
-from kac.fingerprint import hashed_fields, hashed_values
-from kac.options import OptionError, Options
 from kac.path import PathConfig
-from pipeline import config
+from kac.util.fingerprint import hashed_fields, hashed_values
+from kac.util.options import OptionError, Options
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
+from pipeline.config import specs as config
+from pipeline.config.specs import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
 from pipeline.store import StoreIdentity
 
 IDENTITY: dict[str, Any] = {

@@ -16,17 +16,17 @@ import safetensors.torch
 import torch
 
 from jobs.parsing import parse
-from kac.checkpoint import load_config, load_model
 from kac.data import DataConfig, open_dataset
-from kac.errors import DistillKacError
 from kac.guidance import guide
+from kac.model import load_config, load_model
 from kac.networks import OutsideConfig, UNetConfig
-from kac.options import OptionError
 from kac.solvers import knot_times, solve
-from pipeline.config import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
+from pipeline.config.specs import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
 from pipeline.convert import convert
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from tests.kac.openai_unet import OpenAIUNet, randomised

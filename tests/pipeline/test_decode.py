@@ -8,9 +8,9 @@ import torch
 
 from kac.data import DataConfig, all_rows, begin_decoding, open_dataset
 from kac.data import dataset as datasets
-from kac.errors import DistillKacError
+from kac.util.errors import DistillKacError
 from pipeline import decode
-from pipeline.config import TeachSpec
+from pipeline.config.specs import TeachSpec
 from pipeline.teach import teach
 from tests.kac.data import making
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from kac import checkpoint
-from kac.checkpoint import load_config, load_model
 from kac.data import open_dataset
 from kac.data.splits import in_memory
-from kac.errors import DistillKacError
-from kac.refinement.energy import energy_distance
+from kac.losses.refinement.energy import energy_distance
+from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling
+from kac.util.errors import DistillKacError
 from pipeline import store
-from pipeline.config import DistillSpec, SampleSpec
+from pipeline.config.specs import DistillSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from tests.pipeline.stages import FEW, distill_spec, run_of

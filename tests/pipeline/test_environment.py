@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from kac.options import OptionError
-from pipeline import environment, tracking
+from kac.util.options import OptionError
+from pipeline import tracking
+from pipeline.cluster import environment
 
 
 @pytest.fixture

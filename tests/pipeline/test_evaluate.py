@@ -12,21 +12,21 @@ import torch
 from mlflow import MlflowClient
 
 from kac import noise as noises
-from kac.checkpoint import load_config, load_model
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.metrics import QUALITY, QualityMetric
+from kac.model import load_config, load_model
 from kac.precision import Precision
 from kac.sampling import teacher_sampling
 from kac.solvers import knot_times, solve
+from kac.util.errors import DistillKacError
 from pipeline import store, tracking
-from pipeline.config import EvaluateSpec, SampleSpec
+from pipeline.config.specs import EvaluateSpec, SampleSpec
 from pipeline.distill import distill
-from pipeline.evaluate import _panels, evaluate, read_scores
-from pipeline.evaluation import actors, sources
-from pipeline.evaluation.scores import Score, mean_score, read_record, table
-from pipeline.report import write_report
+from pipeline.evaluate import actors, sources
+from pipeline.evaluate.scores import Score, mean_score, read_record, table
+from pipeline.evaluate.stage import _panels, evaluate, read_scores
+from pipeline.report.run_report import write_report
 from pipeline.sample import sample
 from tests.pipeline.stages import distill_spec, runs_of
 from tests.pipeline.stores import make_teacher
@@ -291,7 +291,7 @@ def test_a_cache_that_actors_do_not_share_is_told_in_one_line(teacher: str, tmp_
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path):
     model = make_teacher(tmp_path / "bad", "moons")
     config, network = load_config(model), load_model(model).network
-    from kac.checkpoint import save_model
+    from kac.model import save_model
 
     weights = {name: torch.full_like(value, 1e38) for name, value in network.state_dict().items()}
     save_model(model, config, weights)

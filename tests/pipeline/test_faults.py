@@ -13,8 +13,8 @@ import psutil
 import pytest
 import ray
 
-from kac import files
-from pipeline.config import RolloutSpec
+from kac.util import files
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import RolloutError, actors, compute_shards, make_plan, rollout, seal
 from pipeline.store.manifest import list_shards, read_manifest
 from tests.pipeline import faulty
@@ -227,7 +227,7 @@ def test_an_actor_that_failed_computes_no_other_shards_of_its_block(
     teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In rollouts of many shards a block has several, and its rows come when all are done."""
-    monkeypatch.setattr("pipeline.ray_data.MAX_BLOCKS", 1)
+    monkeypatch.setattr("pipeline.cluster.ray_data.MAX_BLOCKS", 1)
     spec = spec_of(teacher, store)
     with pytest.raises(RolloutError, match=r"^data/guidance=0.0/shard-000000.parquet: fails$"):
         list(actors.compute_on_actors(spec, make_plan(spec), faulty.FailingMaker))

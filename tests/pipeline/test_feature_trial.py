@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kac.options import OptionError
-from pipeline.config import EvaluateSpec, SweepSpec
-from pipeline.evaluate import evaluate
+from kac.util.options import OptionError
+from pipeline.config.specs import EvaluateSpec, SweepSpec
+from pipeline.evaluate.stage import evaluate
 from pipeline.sweep import sweep
 from tests import feature_networks
 from tests.pipeline.stages import runs_of
@@ -65,7 +65,7 @@ def test_networks_run_where_the_evaluation_will_call_them(
 ):
     """With actors the driver never calls the network."""
     monkeypatch.setattr(
-        "pipeline.evaluation.feature_trial.try_space", lambda *_: pytest.fail("the driver tried the network")
+        "pipeline.evaluate.feature_trial.try_space", lambda *_: pytest.fail("the driver tried the network")
     )
     with pytest.raises(OptionError, match="3 channels"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "tests.feature_networks:ThreeChannels", actors=1))

@@ -20,14 +20,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from kac.checkpoint import load_config
-from kac.errors import DistillKacError
-from pipeline import logged_models, tracking
-from pipeline.config import SampleSpec
+from kac.model import load_config
+from kac.util.errors import DistillKacError
+from pipeline import tracking
+from pipeline.config.specs import SampleSpec
 from pipeline.distill import distill
-from pipeline.logged_models import LoggedModel, log_finished, log_student, model_of_run, register
 from pipeline.sample import sample
-from pipeline.tracking import TrackedRun
+from pipeline.tracking import TrackedRun, logged_models
+from pipeline.tracking.logged_models import LoggedModel, log_finished, log_student, model_of_run, register
 from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kac.checkpoint import load_config
-from kac.errors import DistillKacError
+from kac.model import load_config
+from kac.util.errors import DistillKacError
 from pipeline import tracking
-from pipeline.config import EvaluateSpec
+from pipeline.config.specs import EvaluateSpec
 from pipeline.distill import distill
-from pipeline.evaluate import _names, evaluate, read_shown
-from pipeline.evaluation.scores import read_record, table
+from pipeline.evaluate.scores import read_record, table
+from pipeline.evaluate.stage import _names, evaluate, read_shown
 from pipeline.teach import teach
 from tests.pipeline.stages import FEW, distill_spec, run_of, runs_of, teach_spec
 from tests.pipeline.stores import make_store, make_teacher
@@ -126,7 +126,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], 
 
 
 def _other_run() -> str:
-    from pipeline.config import RolloutSpec
+    from pipeline.config.specs import RolloutSpec
 
     spec = RolloutSpec(teacher="t", store="s")
     with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output="o") as run:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kac import files
-from pipeline.config import EvaluateSpec, SampleSpec, StudySpec, SweepSpec
+from kac.util import files
+from pipeline.config.specs import EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.store.merge import MergeSpec, merge

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kac.checkpoint import load_config
-from kac.errors import DistillKacError
+from kac.model import load_config
+from kac.util.errors import DistillKacError
 from pipeline import outputs, tracking
 from pipeline.distill import distill
 from pipeline.teach import teach

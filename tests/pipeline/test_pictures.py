@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.pictures import CELL, GAP, comparison, sheet
+from pipeline.report.pictures import CELL, GAP, comparison, sheet
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -10,13 +10,15 @@ import torch.multiprocessing as mp
 import yaml
 
 from jobs.parsing import parse
-from kac.checkpoint import load_model
-from kac.options import OptionError, Range
-from pipeline import cluster, placement, training
-from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
+from kac.model import load_model
+from kac.util.options import OptionError, Range
+from pipeline import training
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import placement
+from pipeline.cluster.placement import Node, Share, await_room
+from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
 from pipeline.distill import DistillTask, distill, resolve
-from pipeline.evaluate import evaluate
-from pipeline.placement import Node, Share, await_room
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
 from pipeline.teach import TeachTask, teach

@@ -11,11 +11,11 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
 )
 
-from kac.errors import DistillKacError
-from kac.options import Range
-from pipeline import placement
+from kac.util.errors import DistillKacError
+from kac.util.options import Range
+from pipeline.cluster import placement
+from pipeline.cluster.placement import Node, Share
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
-from pipeline.placement import Node, Share
 from pipeline.training import recovery
 
 LOST = WorkerGroupError("worker 1 died", {1: RuntimeError("worker 1 died")})

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import EvaluateSpec
-from pipeline.evaluate import evaluate
-from pipeline.evaluation.scores import read_record
-from pipeline.report import write_report
+from pipeline.config.specs import EvaluateSpec
+from pipeline.evaluate.scores import read_record
+from pipeline.evaluate.stage import evaluate
+from pipeline.report.run_report import write_report
 
 
 @pytest.fixture

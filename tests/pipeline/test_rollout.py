@@ -12,16 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from kac import files, noise
-from kac.checkpoint import ModelConfig, load_model, save_model
-from kac.errors import DistillKacError
+from kac import noise
 from kac.guidance import guide
+from kac.model import ModelConfig, load_model, save_model
 from kac.solvers import knot_times, solve
+from kac.util import files
+from kac.util.errors import DistillKacError
 from pipeline import store
-from pipeline.actor_place import Place, choose_place
-from pipeline.cluster import Resources
-from pipeline.config import RolloutSpec
-from pipeline.placement import Node, Share
+from pipeline.cluster.actor_place import Place, choose_place
+from pipeline.cluster.connection import Resources
+from pipeline.cluster.placement import Node, Share
+from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout.actors import MAX_ATTEMPTS, Ledger
 from tests.pipeline.compare import assert_same_store
@@ -171,8 +172,8 @@ def test_another_precision_says_what_it_costs(
 
 def test_fractions_of_a_gpu_make_more_actors(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def place(gpus: int, **options: object) -> Place:
-        monkeypatch.setattr("pipeline.cluster.connect", lambda: Resources(cpus=8, gpus=gpus))
-        monkeypatch.setattr("pipeline.placement.alive", lambda: [Node({"CPU": 8, "GPU": gpus}, {})])
+        monkeypatch.setattr("pipeline.cluster.connection.connect", lambda: Resources(cpus=8, gpus=gpus))
+        monkeypatch.setattr("pipeline.cluster.placement.alive", lambda: [Node({"CPU": 8, "GPU": gpus}, {})])
         return choose_place(spec(teacher, tmp_path, **{"actors": None, **options}))
 
     assert place(0) == Place(8, Share(1))

@@ -16,11 +16,19 @@ import pytest
 import ray
 
 from jobs import command
-from kac import files, probes
-from kac.errors import DistillKacError
-from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, SampleSpec, SweepSpec, TeachSpec
+from kac.util import files, probes
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import (
+    DistillSpec,
+    EvaluateSpec,
+    OptimizerConfig,
+    RolloutSpec,
+    SampleSpec,
+    SweepSpec,
+    TeachSpec,
+)
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import RolloutError, actors, make_plan, rollout
 from pipeline.rollout.shards import ShardMaker
 from pipeline.sample import sample

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kac.errors import DistillKacError
-from pipeline.config import SampleSpec
+from kac.util.errors import DistillKacError
+from pipeline.config.specs import SampleSpec
 from pipeline.sample import sample
 from tests.pipeline.stores import make_teacher
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kac.errors import one_line
-from kac.options import OptionError
+from kac.util.errors import one_line
+from kac.util.options import OptionError
 from pipeline import tracking
-from pipeline.config import DistillSpec, EvaluateSpec
+from pipeline.config.specs import DistillSpec, EvaluateSpec
 from pipeline.store import shards
 from pipeline.store.manifest import read_manifest
 from tests.pipeline.stores import copy_store

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kac.checkpoint import load_config
-from kac.errors import DistillKacError
-from kac.options import OptionError
+from kac.model import load_config
 from kac.path import PathConfig
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
 from pipeline import store, tracking
-from pipeline.config import CLAIMS, StudySpec
+from pipeline.config.specs import CLAIMS, StudySpec
 from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
 from pipeline.study import study
 from pipeline.tracking.metrics import SYSTEM_PREFIX

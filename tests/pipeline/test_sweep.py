@@ -11,12 +11,12 @@ import torch
 from mlflow import MlflowClient
 from ray.tune.search import Searcher
 
-from kac.checkpoint import load_config, load_model
-from kac.errors import DistillKacError
-from kac.objectives import build_objective
+from kac.losses import build_objective
+from kac.model import load_config, load_model
 from kac.precision import Precision
+from kac.util.errors import DistillKacError
 from pipeline import store, tracking
-from pipeline.config import SweepSpec
+from pipeline.config.specs import SweepSpec
 from pipeline.distill import check, distill, resolve, start_run
 from pipeline.store import sharing
 from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep

@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 
 from kac.metrics import Metric
 from pipeline import tracking
-from pipeline.config import SweepSpec
-from pipeline.evaluation.scores import read_record
+from pipeline.config.specs import SweepSpec
+from pipeline.evaluate.scores import read_record
 from pipeline.sweep.answer import write_answer
 from pipeline.sweep.answer.pictures import parameters
 from pipeline.sweep.answer.rows import describe, front, headings, make_rows, ranked

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from jobs.parsing import parse
-from kac.errors import DistillKacError
-from kac.objectives import FlowMapConfig
-from kac.options import OptionError
-from pipeline.config import SweepSpec
+from kac.losses import FlowMapConfig
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
+from pipeline.config.specs import SweepSpec
 from pipeline.sweep import space, sweep
 from tests.pipeline.stages import FEW
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from kac.checkpoint import load_config, load_model
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.errors import DistillKacError
+from kac.model import load_config, load_model
 from kac.networks import UNetConfig
+from kac.util.errors import DistillKacError
 from pipeline import training
 from pipeline.teach import TeachTask, teach
 from pipeline.tracking import TrackedRun

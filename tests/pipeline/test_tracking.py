@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kac.errors import DistillKacError
+from kac.util.errors import DistillKacError
 from pipeline import tracking
-from pipeline.config import SampleSpec
+from pipeline.config.specs import SampleSpec
 from pipeline.tracking import delivery, processes, runs, spill
 from pipeline.tracking.entries import Entry, first_batch
 from pipeline.tracking.sender import Sender
@@ -102,7 +102,7 @@ def test_other_metrics_than_those_of_the_table_are_refused(name: str):
 
 
 def test_parts_of_the_loss_and_names_with_prefixes_are_logged(uri: str, tmp_path: Path):
-    importlib.import_module("pipeline.evaluate")
+    importlib.import_module("pipeline.evaluate.stage")
     importlib.import_module("pipeline.training")
     values = {"loss": 3.0, "loss/endpoint": 1.0, "system/free": 2.0, "steps_4/guidance_1/frechet_distance_pixels": 0.5}
     with started(tmp_path) as run:
@@ -113,7 +113,7 @@ def test_parts_of_the_loss_and_names_with_prefixes_are_logged(uri: str, tmp_path
 def test_every_stages_metrics_are_in_the_table():
     importlib.import_module("pipeline.training")
     importlib.import_module("pipeline.rollout")
-    importlib.import_module("pipeline.evaluate")
+    importlib.import_module("pipeline.evaluate.stage")
     assert {
         "frechet_distance_pixels",
         "label_agreement",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import tracking
-from pipeline.config import SampleSpec
+from pipeline.config.specs import SampleSpec
 from pipeline.teach import teach
 from pipeline.tracking import delivery, start_run
 from tests.pipeline.stages import teach_spec

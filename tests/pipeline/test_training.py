@@ -14,11 +14,11 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
-from kac.errors import DistillKacError
-from kac.options import OptionError
 from kac.precision import Precision
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
 from pipeline import tracking, training
-from pipeline.config import OptimizerConfig, SampleSpec, SweepSpec
+from pipeline.config.specs import OptimizerConfig, SampleSpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.sweep import sweep
 from pipeline.teach import teach

@@ -15,25 +15,25 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from kac.checkpoint import load_config, load_model
-from kac.errors import CheckpointError, DistillKacError
+from kac.model import load_config, load_model
 from kac.networks import OutsideConfig
-from kac.options import OptionError
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.sampling import teacher_sampling
+from kac.util.errors import CheckpointError, DistillKacError
+from kac.util.options import OptionError
 from pipeline import store
-from pipeline.config import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
+from pipeline.config.specs import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.evaluation.sources import ModelSamples
-from pipeline.logged_models import model_of_run
+from pipeline.evaluate.sources import ModelSamples
+from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.study import study
 from pipeline.sweep import sweep
 from pipeline.teach import teach
 from pipeline.tracking import run_of_output
+from pipeline.tracking.logged_models import model_of_run
 from tests.pipeline.stages import distill_spec, metrics_of, teach_spec
 from tests.pipeline.stores import make_spec, make_store, make_teacher
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from kac.checkpoint import load_config, load_model
 from kac.data import DataConfig
-from kac.errors import DistillKacError
-from kac.images import delivered
+from kac.model import load_config, load_model
 from kac.sampling import generate, student_sampling
+from kac.util.errors import DistillKacError
+from kac.util.images import delivered
 from pipeline import decode, store
-from pipeline.config import OptimizerConfig
+from pipeline.config.specs import OptimizerConfig
 from pipeline.distill import check, distill
 from pipeline.teach import teach
 from pipeline.training import Validation, validation

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kac.data import Dataset
-from kac.errors import DistillKacError, one_line
-from kac.images import delivered, is_image, to_bytes
-from kac.options import OptionError
+from kac.util.errors import DistillKacError, one_line
+from kac.util.images import delivered, is_image, to_bytes
+from kac.util.options import OptionError
 
 TRIAL_ROWS = 16
 """Training images that a network is tried on."""

@@ -14,14 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kac import files
-from kac.cache import cache_folder
 from kac.data import Dataset
 from kac.data.splits import Split
-from kac.fingerprint import fingerprint
-from kac.images import delivered, is_image
 from kac.metrics.features.space import averaged_down
-from kac.options import OptionError
+from kac.util import files
+from kac.util.cache import cache_folder
+from kac.util.fingerprint import fingerprint
+from kac.util.images import delivered, is_image
+from kac.util.options import OptionError
 
 FEATURES = 64
 RECIPE = {"version": 1, "features": FEATURES, "batch_size": 128, "learning_rate": 3e-3, "epochs": 4}

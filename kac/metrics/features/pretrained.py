@@ -5,12 +5,12 @@ import io
 import torch
 from torch import Tensor, nn
 
-from kac import files
-from kac.errors import one_line
-from kac.images import to_bytes
-from kac.imported import find_factory, make_module
-from kac.integrity import check_zip
-from kac.options import OptionError
+from kac.util import files
+from kac.util.errors import one_line
+from kac.util.images import to_bytes
+from kac.util.imports import find_factory, make_module
+from kac.util.integrity import check_zip
+from kac.util.options import OptionError
 
 LITE0_SIDE = 64
 

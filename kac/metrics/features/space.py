@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kac import files
 from kac.data import Dataset
-from kac.errors import one_line
-from kac.fingerprint import fingerprint
-from kac.images import is_image
-from kac.imported import IMPORT_PATH
 from kac.metrics.features.calls import call_network, check_widths, run_network, try_out
-from kac.options import OptionError
+from kac.util import files
+from kac.util.errors import one_line
+from kac.util.fingerprint import fingerprint
+from kac.util.images import is_image
+from kac.util.imports import IMPORT_PATH
+from kac.util.options import OptionError
 
 BATCH_SIZE = 250
 WIDEST = 32

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kac import files
-from pipeline import pictures as sheets
+from kac.util import files
 from pipeline import tracking
-from pipeline.config import SweepSpec
-from pipeline.evaluate import read_shown
-from pipeline.evaluation.inputs import ANSWER_FILE
-from pipeline.evaluation.scores import REAL, read_record
+from pipeline.config.specs import SweepSpec
+from pipeline.evaluate.inputs import ANSWER_FILE
+from pipeline.evaluate.scores import REAL, read_record
+from pipeline.evaluate.stage import read_shown
 from pipeline.outputs import SPEC_FILE
+from pipeline.report import pictures as sheets
 from pipeline.sweep.answer import pictures
 from pipeline.sweep.answer.page import make_page
 from pipeline.sweep.answer.rows import COST, SPEED, Trial, describe

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 
-from kac import files
-from pipeline import page
-from pipeline.config import SweepSpec
-from pipeline.evaluation.scores import direction, provenance
-from pipeline.report import mlflow_command
+from kac.util import files
+from pipeline.config.specs import SweepSpec
+from pipeline.evaluate.scores import direction, provenance
+from pipeline.report import page
+from pipeline.report.run_report import mlflow_command
 from pipeline.sweep.answer.table import Answer, head, in_order, line, told
 
 FRONT = (

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kac.metrics import Metric
-from pipeline.evaluation.scores import REAL, Record, direction
+from pipeline.evaluate.scores import REAL, Record, direction
 from pipeline.sweep.answer.rows import COST, SPEED, Row, cost_of, headings, ranked, scale, text
 
 DPI = 150

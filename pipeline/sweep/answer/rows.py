@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from kac.metrics import Metric
 from pipeline import tracking
-from pipeline.evaluation.scores import Record, Score, columns
+from pipeline.evaluate.scores import Record, Score, columns
 
 COST, SPEED = "nfe", "images_per_second"
 """What quality is set against."""

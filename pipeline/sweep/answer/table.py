@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from kac.errors import one_line
 from kac.metrics import Metric
-from pipeline.evaluation.scores import Record, aligned, direction
+from kac.util.errors import one_line
+from pipeline.evaluate.scores import Record, aligned, direction
 from pipeline.sweep.answer.rows import (
     COST,
     SPEED,

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kac.cache import cache_folder
 from kac.data import DataConfig, open_dataset
-from kac.errors import DistillKacError
-from kac.options import OptionError
+from kac.util.cache import cache_folder
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
 from tests.kac.data import making
 
 

@@ -6,7 +6,7 @@ import torch
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.data.dataset import BUNDLED
 from kac.data.splits import every_nth_of_each_class, in_memory
-from kac.options import OptionError
+from kac.util.options import OptionError
 
 DIGITS_SHA256 = "453743eb618751711f3bc7f631f76eb290619dcbf65cfb5cbf7e75c3faaa2e8b"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kac.checkpoint import learned_data, teacher_config
 from kac.data import DataConfig, all_rows, folder, open_dataset
 from kac.data.class_names import in_order, label_of, list_classes
-from kac.errors import DistillKacError
+from kac.model import learned_data, teacher_config
 from kac.networks import MLPConfig
 from kac.path import PathConfig
+from kac.util.errors import DistillKacError
 from tests.kac.data import making
 
 MONTHS = tuple(str(i) for i in range(1, 13))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kac.data import DataConfig, Dataset, all_rows, decoded, encoded, open_dataset
 from kac.data.encoded import Decoder
-from kac.images import from_bytes, to_bytes
+from kac.util.images import from_bytes, to_bytes
 from tests.kac.data import making
 
 PAIRS = np.arange(60) % 2

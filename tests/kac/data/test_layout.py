@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kac.data import DataConfig, DataDescription, open_dataset
-from kac.errors import DistillKacError
+from kac.util.errors import DistillKacError
 from tests.kac.data import making
 
 IMAGES = [making.encoded(image) for image in making.pixels(40)]

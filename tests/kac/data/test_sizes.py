@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from kac.cache import cache_folder
 from kac.data import DataConfig, decoded, open_dataset
 from kac.data.encoded import Decoder
-from kac.errors import DistillKacError
+from kac.util.cache import cache_folder
+from kac.util.errors import DistillKacError
 from tests.kac.data import making
 
 SPARE = 2 * 2**30

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kac.objectives import EndpointConfig, EndpointObjective, Interval, build_objective
-from kac.objectives.endpoint import endpoint_loss as loss_of_interval
-from kac.options import OptionError
+from kac.losses import EndpointConfig, EndpointObjective, Interval, build_objective
+from kac.losses.endpoint import endpoint_loss as loss_of_interval
 from kac.solvers import knot_times
+from kac.util.options import OptionError
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kac.objectives import FlowMapConfig, FlowMapObjective, Interval
-from kac.objectives.flow_map import GRID_SHARE, pair_probabilities
-from kac.options import OptionError
+from kac.losses import FlowMapConfig, FlowMapObjective, Interval
+from kac.losses.flow_map import GRID_SHARE, pair_probabilities
 from kac.solvers import knot_times
+from kac.util.options import OptionError
 
 LAWS = ["grids", "any", "length", "long"]
 GRIDS = (1, 2, 4, 20)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kac.checkpoint import ModelConfig, teacher_config
 from kac.data import DataConfig
+from kac.model import ModelConfig, teacher_config
 from kac.networks import MLPConfig
 from kac.path import PathConfig
 from kac.sampling import Sampling

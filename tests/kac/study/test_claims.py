@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.errors import DistillKacError
 from kac.guidance import guide
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import open_space
@@ -20,6 +19,7 @@ from kac.study.plane import CELLS, density, distance_to, travel
 from kac.study.solver_steps import moments_in, quality_by_solver
 from kac.study.speed_limit import BINS, Speeds, speeds
 from kac.study.stability import stability
+from kac.util.errors import DistillKacError
 from tests.kac.study.fields import Field, subject
 
 EULER = Sampling(0.0, 8, "euler")

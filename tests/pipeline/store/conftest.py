@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kac import files
+from kac.util import files
 from pipeline import store as endpoint_store
 from pipeline.store.reader import Store
 from tests.pipeline.store.reading import KNOTS, ROWS, SCALES, CountingFileSystem

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kac.objectives import Interval
+from kac.losses import Interval
 from pipeline import store as endpoint_store
 from pipeline.store.batches import Batch
 from pipeline.store.shards import adopt, column_array

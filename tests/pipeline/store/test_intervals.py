@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kac.errors import DistillKacError
-from kac.objectives import EndpointObjective, Interval
-from kac.options import OptionError
+from kac.losses import EndpointObjective, Interval
+from kac.util.errors import DistillKacError
+from kac.util.options import OptionError
 from pipeline import store as endpoint_store
 from pipeline.store import reader
 from pipeline.store.layout import StoreError

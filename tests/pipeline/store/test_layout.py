@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kac.checkpoint import load_teacher_config
+from kac.model import load_teacher_config
 from kac.path import PathConfig
 from kac.precision import Precision
-from pipeline.config import RolloutRecipe, RolloutSpec
+from pipeline.config.specs import RolloutRecipe, RolloutSpec
 from pipeline.store.layout import (
     Shard,
     StoreIdentity,

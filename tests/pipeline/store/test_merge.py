@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kac import files
-from kac.options import OptionError
+from kac.util import files
+from kac.util.options import OptionError
 from pipeline import store as endpoint_store
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import Manifest, read_manifest

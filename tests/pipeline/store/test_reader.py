@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kac.objectives import EndpointObjective
+from kac.losses import EndpointObjective
 from pipeline import store as endpoint_store
 from pipeline.store import sharing
 from pipeline.store.columns import Columns, Selection

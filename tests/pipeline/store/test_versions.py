@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field, create_model
 
-from kac.options import Options
 from kac.precision import Precision
+from kac.util.options import Options
 from pipeline import store as endpoint_store
 from pipeline.store.describe import DescribeSpec, describe
 from pipeline.store.layout import StoreIdentity

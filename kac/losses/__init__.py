@@ -1,0 +1,17 @@
+"""Objectives: what a student learns from a store of its teacher's trajectories."""
+
+from kac.losses.endpoint import EndpointConfig, EndpointObjective
+from kac.losses.flow_map import FlowMapConfig, FlowMapObjective
+from kac.losses.objective import ObjectiveConfig, build_objective
+from kac.losses.protocol import Interval, Objective
+
+__all__ = [
+    "EndpointConfig",
+    "EndpointObjective",
+    "FlowMapConfig",
+    "FlowMapObjective",
+    "Interval",
+    "Objective",
+    "ObjectiveConfig",
+    "build_objective",
+]

@@ -1,0 +1,1 @@
+"""What the method needs besides PyTorch: files, options, errors, fingerprints."""

@@ -1,0 +1,1 @@
+"""Ray: the connection to a cluster, its resources, and checks before work begins."""

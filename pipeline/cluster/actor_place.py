@@ -1,0 +1,58 @@
+"""Where the actors of a rollout or an evaluation run, if not in this process."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from kac.util.options import OptionError, Range, most
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import placement
+from pipeline.cluster.placement import Share
+from pipeline.config.specs import EvaluateSpec, RolloutSpec
+
+
+class Place(NamedTuple):
+    """Where actors run."""
+
+    actors: int | Range  # 0: in this process, without Ray
+    share: Share = Share(1.0)  # what each of them takes of a node; without a GPU they compute on CPUs
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether they compute on GPUs."""
+        return self.share.gpus > 0 if self.actors else torch.cuda.is_available()
+
+    def __str__(self) -> str:
+        if not self.actors:
+            return f"in this process on the {'GPU' if self.on_gpu else 'CPU'}"
+        number = str(self.actors).replace(":", " to ")
+        return f"on {number} actor{'s' * (self.actors != 1)} with {self.share} each"
+
+    def for_work(self, parts: int) -> "Place":
+        """With no more actors than there are parts of the work."""
+        if isinstance(self.actors, Range) and self.actors.least < parts:
+            return self._replace(actors=Range(self.actors.least, min(self.actors.most, parts)))
+        return self._replace(actors=min(most(self.actors), parts))
+
+
+def choose_place(spec: RolloutSpec | EvaluateSpec) -> Place:
+    """As the spec says; by default as many actors as the nodes have room for, on GPUs if there are any.
+
+    Raises:
+        OptionError: labels for a place without actors.
+    """
+    if spec.actors == 0:
+        if spec.label_selector:
+            raise OptionError("--label-selector: expected actors to be placed, found --actors 0: leave one out")
+        if spec.gpu and not Place(0).on_gpu:
+            raise OptionError("--gpu: expected a GPU in this machine for --actors 0, found none: leave one out")
+        return Place(0)
+    gpus = cluster.connect().gpus
+    on_gpu = gpus > 0 if spec.gpu is None else spec.gpu
+    cpus = spec.cpus_per_actor if spec.cpus_per_actor is not None else 0.0 if on_gpu else 1.0
+    share = Share(cpus, spec.gpus_per_actor if on_gpu else 0.0, spec.label_selector)
+    if spec.actors is not None:
+        return Place(spec.actors, share)
+    room = placement.room(placement.alive(), share)
+    return Place(max(1, int(room)) if math.isfinite(room) else 1, share)

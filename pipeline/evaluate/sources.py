@@ -1,0 +1,221 @@
+"""Where judged samples come from: a model's, drawn once and kept in the cache, or the real images of a split.
+
+CACHE/samples/<fingerprint>/<first>-<last>.npz      what a model made of its seed's noise: images (uint8) or
+                                                    points (float32), labels, nfe, seconds
+CACHE/features/<space>/<fingerprint>/<...>.npy      the features of these samples, or of real images
+
+Fingerprints name content (weights, how they are sampled, noise; data; network), so what lies there is never another's.
+Where several nodes draw, the cache must be a place that all of them see: a shared folder or an s3:// prefix.
+"""
+
+import functools
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kac.conditioning import known_classes
+from kac.data import DataConfig, Dataset, open_dataset
+from kac.metrics.features import FeatureSpace, check_features
+from kac.model import Model, ModelConfig, load_model
+from kac.precision import Precision
+from kac.sampling import Sampling, draw
+from kac.util import files
+from kac.util.cache import VARIABLE, cache_folder
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError, one_line
+from kac.util.fingerprint import fingerprint, hashed_values
+from kac.util.images import delivered, from_bytes, is_image, to_bytes
+
+CHUNK_ROWS = 1000
+"""Samples that are drawn, kept and read together."""
+
+
+class Rows(NamedTuple):
+    """Some samples, and what they cost."""
+
+    images: Tensor  # [rows, *sample], delivered
+    label: Tensor  # [rows]
+    nfe: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSamples:
+    """The samples 0 .. count - 1 of a model and a seed."""
+
+    path: str
+    config: ModelConfig
+    sampling: Sampling
+    precision: Precision
+    seed: int
+    count: int
+    batch_size: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides the samples; batches, their number and the device do not."""
+        config = self.config
+        return fingerprint(
+            {
+                "weights": config.weights_sha256,
+                "network": hashed_values(config.network),
+                "path": hashed_values(config.path),
+                "class_frequencies": config.class_frequencies,
+                **({} if known_classes(config) else {"labels": "null"}),
+                "sampling": self.sampling._asdict(),
+                "precision": hashed_values(self.precision),
+                "seed": self.seed,
+            }
+        )
+
+    @property
+    def folder(self) -> str:
+        """Where they are kept."""
+        return files.join(cache_folder("samples"), self.fingerprint)
+
+    def rows(self, ids: range) -> Rows:
+        """The samples ``ids``, a chunk that has been made.
+
+        Raises:
+            DistillKacError: they are not in the cache, or damaged there.
+        """
+        path = files.join(self.folder, _file(ids, "npz"))
+        with _reading(path) as data, np.load(data, allow_pickle=False) as found:
+            images, label = (torch.from_numpy(found[name]) for name in ("images", "labels"))
+            nfe, seconds = int(found["nfe"]), float(found["seconds"])
+        return Rows(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
+
+    def make(self, ids: range) -> None:
+        """Draw a chunk and publish it.
+
+        Raises:
+            DistillKacError: the model changed meanwhile, or made values that are not finite.
+        """
+        model = _model(self.path, self.config.weights_sha256)
+        made = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
+        images = to_bytes(made.images) if is_image(self.config.sample_shape) else made.images
+        sink = io.BytesIO()
+        np.savez(sink, images=images, labels=made.label, nfe=made.nfe, seconds=made.seconds)
+        files.write_bytes(files.join(self.folder, _file(ids, "npz")), sink.getvalue())
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The first ``count`` images of a split in a fixed random order."""
+
+    data: DataConfig
+    sha256: str  # of the data
+    split: Literal["train", "held_out"]
+    count: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the images and their order."""
+        return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
+
+    def rows(self, ids: range) -> Rows:
+        """The images ``ids`` of the order, as they would be delivered."""
+        split = getattr(open_dataset(self.data), self.split)
+        images, label = split.rows(_order(len(split))[ids.start : ids.stop])
+        return Rows(delivered(images), label)
+
+
+Source = ModelSamples | RealImages
+
+
+class Chunk(NamedTuple):
+    """The unit of work: some samples of a source."""
+
+    source: Source
+    ids: range
+
+
+def chunks(source: Source) -> list[Chunk]:
+    """All of a source."""
+    starts = range(0, source.count, CHUNK_ROWS)
+    return [Chunk(source, range(start, min(start + CHUNK_ROWS, source.count))) for start in starts]
+
+
+def unfinished(source: Source, spaces: list[FeatureSpace]) -> list[Chunk]:
+    """The chunks of which samples or features are not in the cache."""
+    folders = [(_features_folder(source, space), "npy") for space in spaces if not space.is_cheap]
+    if isinstance(source, ModelSamples):
+        folders.append((source.folder, "npz"))
+    there = [(set(files.list_sizes(folder)), ending) for folder, ending in folders]
+    return [chunk for chunk in chunks(source) if any(_file(chunk.ids, ending) not in names for names, ending in there)]
+
+
+def make(chunk: Chunk, spaces: list[FeatureSpace]) -> None:
+    """Bring a chunk's samples and features into the cache, those that are not there."""
+    source, ids = chunk
+    if isinstance(source, ModelSamples) and not files.exists(files.join(source.folder, _file(ids, "npz"))):
+        source.make(ids)
+    for space in spaces:
+        path = files.join(_features_folder(source, space), _file(ids, "npy"))
+        if not space.is_cheap and not files.exists(path):
+            sink = io.BytesIO()
+            np.save(sink, space(source.rows(ids).images).numpy())
+            files.write_bytes(path, sink.getvalue())
+
+
+def features(chunk: Chunk, space: FeatureSpace, images: Tensor) -> Tensor:
+    """The features [rows, width] of a chunk that has been made, whose ``images`` these are."""
+    if space.is_cheap:
+        return space(images)
+    path = files.join(_features_folder(chunk.source, space), _file(chunk.ids, "npy"))
+    with _reading(path) as data:
+        found = torch.from_numpy(np.load(data, allow_pickle=False))
+    return check_features(f"{space.option} (cached in {path})", found, len(chunk.ids))
+
+
+def images_in_parts(data: Dataset) -> Iterator[Tensor]:
+    """All training images in their own order, in parts [rows, *sample]."""
+    for ids in torch.split(torch.arange(len(data.train)), CHUNK_ROWS):
+        yield delivered(data.train.rows(ids).images)
+
+
+def _features_folder(source: Source, space: FeatureSpace) -> str:
+    return files.join(files.join(cache_folder("features"), space.fingerprint), source.fingerprint)
+
+
+def _file(ids: range, ending: str) -> str:
+    return f"{ids.start:08d}-{ids.stop - 1:08d}.{ending}"
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[io.BytesIO]:
+    """The content of a file that actors have made, for numpy; what numpy raises of damage is for a person to read."""
+    try:
+        yield io.BytesIO(files.read_bytes(path))
+    except FileNotFoundError:
+        raise DistillKacError(
+            f"{path}: expected what the actors have made, found nothing: on several nodes {VARIABLE} must be a folder "
+            "that all of them share, or an s3:// prefix"
+        ) from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DistillKacError(
+            f"{path}: expected what the actors have made, found a damaged file ({one_line(error, 80)}): remove it and "
+            "run the same command again"
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _model(path: str, weights_sha256: str) -> Model:
+    torch.compiler.reset()  # of what was compiled PyTorch keeps a few; here they are all of the model before
+    model = load_model(path, default_device())
+    if model.config.weights_sha256 != weights_sha256:
+        raise DistillKacError(f"{path}: expected weights {weights_sha256[:12]}..., found others: it changed meanwhile")
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

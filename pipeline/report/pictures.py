@@ -1,0 +1,138 @@
+"""Pictures: sheets of samples and the curve of quality against cost, as PNG bytes."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kac.metrics import Metric
+from kac.util.images import to_bytes
+
+CELL, GAP, FONT_SIZE = 64, 3, 14
+"""Pixels: the width that small images are enlarged to, the gap between images, the titles."""
+
+
+def sheet(images: np.ndarray, columns: int = 10) -> bytes:
+    """Delivered samples [count, *sample] as a grid, row by row."""
+    return _png(_grid([images[i : i + columns] for i in range(0, len(images), columns)]))
+
+
+def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
+    """One titled row of delivered samples [count, *sample] a model, the same noise in each column."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = 2 * FONT_SIZE + int(max(font.getlength(title) for title, _ in rows))
+    grid = Image.fromarray(_grid([images for _, images in rows]))
+    page = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    page.paste(grid, (margin, 0))
+    pen, height = ImageDraw.Draw(page), grid.height / len(rows)
+    for row, (title, _) in enumerate(rows):
+        pen.text((margin - FONT_SIZE, (row + 0.5) * height), title, fill="black", font=font, anchor="rm")
+    return _png(np.asarray(page))
+
+
+class Point(NamedTuple):
+    """A model in a panel."""
+
+    kind: str
+    curve: str  # models of one curve are joined: an any-step student's name, or that of all students of one step count
+    guidance: float
+    nfe: float
+    value: float
+
+
+class Panel(NamedTuple):
+    """A metric against network evaluations."""
+
+    metric: Metric
+    points: Sequence[Point]  # of every model
+    real: float | None  # of held-out images
+    real_count: int  # how many there were
+
+
+TITLE_WIDTH = 80
+"""Letters a line above a panel."""
+
+MARKERS, LINES = "osv^D", ("-", "--", "-.")
+"""By which curves of one guidance scale, and so of one colour, are told apart."""
+
+
+def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
+    """The panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axis, (metric, points, real, count) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        if real is not None:
+            axis.axhline(real, color="black", linewidth=0.8, label=f"real images ({count:,})")
+        _draw_curve(axis, points)
+        axis.set(ylabel=metric.heading, title=textwrap.fill(metric.meaning, TITLE_WIDTH))
+        axis.title.set_size(8)
+        if metric.better == "lower":
+            axis.set_ylim(0, 1.1 * max(point.value for point in points))
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=120)
+    return sink.getvalue()
+
+
+def _draw_curve(axis: Any, points: Sequence[Point]) -> None:
+    curves = sorted({point.curve for point in points if point.kind == "student"})
+    for number, w in enumerate(sorted({point.guidance for point in points})):
+        colour = f"C{number}"
+        for place, curve in enumerate(curves):
+            students = sorted(
+                (p.nfe, p.value) for p in points if (p.kind, p.curve, p.guidance) == ("student", curve, w)
+            )
+            if students:
+                look = {
+                    "color": colour,
+                    "marker": MARKERS[place % len(MARKERS)],
+                    "linestyle": LINES[place % len(LINES)],
+                }
+                axis.plot(*zip(*students, strict=True), label=f"{curve}, w = {w:g}", **look)
+        for teacher in (point for point in points if (point.kind, point.guidance) == ("teacher", w)):
+            axis.plot([teacher.nfe], [teacher.value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
+            axis.axhline(teacher.value, color=colour, linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="network evaluations (NFE) per image")
+    axis.set_xticks(sorted({point.nfe for point in points}))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.legend()
+
+
+def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of samples in one picture [height, width, 3], uint8; small images are enlarged by a whole factor."""
+    cells = [[_cell(sample) for sample in row] for row in rows]
+    height, width = cells[0][0].shape[:2]
+    factor, columns = max(1, CELL // width), max(map(len, cells))
+    picture = np.full((len(cells), columns, height * factor + GAP, width * factor + GAP, 3), 255, np.uint8)
+    for place, row in zip(picture, cells, strict=True):
+        for cell, image in zip(place, row, strict=False):
+            cell[: height * factor, : width * factor] = image.repeat(factor, 0).repeat(factor, 1)
+    return picture.swapaxes(1, 2).reshape(len(cells) * (height * factor + GAP), -1, 3)
+
+
+def _cell(sample: np.ndarray) -> np.ndarray:
+    """A sample as an image [height, width, 3], uint8; a point of the plane as a dot between -1.2 and 1.2."""
+    if sample.ndim == 3:
+        pixels = to_bytes(torch.from_numpy(sample[None]))[0].numpy()
+        colours = pixels if len(pixels) == 3 else pixels[:1]
+        return np.moveaxis(np.broadcast_to(colours, (3, *colours.shape[1:])), 0, -1)
+    board = np.full((CELL, CELL, 3), 255, np.uint8)
+    x, y = (np.clip(sample[:2] / 2.4 + 0.5, 0, 1) * (CELL - 4)).astype(int)
+    board[CELL - 4 - y : CELL - y, x : x + 4] = 0
+    return board
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, format="png")
+    return sink.getvalue()
