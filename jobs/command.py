@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from botocore.exceptions import BotoCoreError
 
 from jobs.parsing import SpecType, parse
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, as_options, one_line
+from kac.util.log import show
 from kac.util.path_options import check_kinds
 from pipeline.cluster import environment, storage
 from pipeline.config.specs import Spec
@@ -27,6 +28,7 @@ def main(
     spec_type: type[SpecType], stage: Callable[[SpecType], object], prog: str = "", arguments: list[str] | None = None
 ) -> None:
     """Parse the spec of a job, run its stage, and exit: 0, 1 for an error of the stage, 2 for one of the options."""
+    show()
     prog = prog or f"python -m jobs.{spec_type.stage}"
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -86,12 +88,12 @@ def _sync(prog: str, is_all: bool) -> None:
     except DistillKacError as error:
         if is_all:
             fail(prog, error, 1)
-        print(f"{prog}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{prog}: {as_options(one_line(error))}", file=sys.stderr, flush=True)
     if is_all:
         raise SystemExit(0)
 
 
 def fail(prog: str, error: object, code: int) -> NoReturn:
-    """Say what is wrong in one line and exit."""
-    print(f"{prog}: error: {one_line(error, most=5000)}", file=sys.stderr, flush=True)
+    """Print what is wrong in one line and exit."""
+    print(f"{prog}: error: {as_options(one_line(error, most=5000))}", file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -1,11 +1,11 @@
-"""What ``--config`` takes: a YAML file of options, or a recipe, which has a section of options for each stage.
+"""What ```config``` takes: a YAML file of options, or a recipe, which has a section of options for each stage.
 
     teach:
       network: {kind: unet, channels: [64, 128]}
     rollout:
       trajectories: 50000
 
-The recipes of this folder's ``recipes/`` go by their names: ``--config fashion-mnist``.
+The recipes of this folder's ``recipes/`` go by their names: ```config` fashion-mnist``.
 """
 
 import re
@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from kac.util.errors import one_line
-from kac.util.options import OptionError, nested_models
+from kac.util.errors import ArgumentError, one_line
+from kac.util.options import nested_models
 from pipeline.config.specs import Spec
 
 Values = dict[str, Any]
@@ -92,22 +92,22 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
         spec_type: the options of the stage.
 
     Raises:
-        OptionError: no such file or recipe, no YAML, no mapping, or a recipe without a section for the stage.
+        ArgumentError: no such file or recipe, no YAML, no mapping, or a recipe without a section for the stage.
     """
     values = _read(RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name), name)
     if not isinstance(values, dict):
-        raise OptionError(f"--config {name}: expected a mapping of options, found {type(values).__name__}")
+        raise ArgumentError(f"`config` {name}: expected a mapping of options, found {type(values).__name__}")
     # A stage's name with a plain value is an option: --rollout of the sweep.
     if not any(key in STAGES and (value is None or isinstance(value, dict)) for key, value in values.items()):
         return _as_fields([spec_type], values)
     values = {key: {} if value is None else value for key, value in values.items()}  # a section may be empty
     if others := [str(key) for key, value in values.items() if key not in STAGES or not isinstance(value, dict)]:
-        raise OptionError(
-            f"--config {name}: expected sections of options for {', '.join(STAGES)} alone, since it has some, "
+        raise ArgumentError(
+            f"`config` {name}: expected sections of options for {', '.join(STAGES)} alone, since it has some, "
             f"found {', '.join(others)}"
         )
     if spec_type.stage not in values:
-        raise OptionError(f"--config {name}: expected a section for {spec_type.stage}, found {', '.join(values)}")
+        raise ArgumentError(f"`config` {name}: expected a section for {spec_type.stage}, found {', '.join(values)}")
     return _as_fields([spec_type], values[spec_type.stage])
 
 
@@ -115,12 +115,12 @@ def _read(path: Path, name: str) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except IsADirectoryError:
-        raise OptionError(f"--config {name} is a folder. Give a YAML file, or the name of a recipe.") from None
+        raise ArgumentError(f"`config` {name} is a folder. Give a YAML file, or the name of a recipe.") from None
     except (FileNotFoundError, NotADirectoryError):
         expected = f"expected a YAML file, or one of the recipes {', '.join(recipe_names())}"
-        raise OptionError(f"--config {name}: {expected}, found neither") from None
+        raise ArgumentError(f"`config` {name}: {expected}, found neither") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--config {name}: expected a YAML file, found: {one_line(error)}") from None
+        raise ArgumentError(f"`config` {name}: expected a YAML file, found: {one_line(error)}") from None
 
 
 def _as_fields(models: list[type[BaseModel]], values: Values) -> Values:
@@ -129,7 +129,7 @@ def _as_fields(models: list[type[BaseModel]], values: Values) -> Values:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in named:
-            raise OptionError(f"--config: {name.replace('_', '-')} and {name} are one option. Give it once.")
+            raise ArgumentError(f"`config`: {name.replace('_', '-')} and {name} are one option. Give it once.")
         nested = [inner for model in models for inner in nested_models(model.model_fields.get(name))]
         named[name] = _as_fields(nested, value) if nested and isinstance(value, dict) else value
     return named

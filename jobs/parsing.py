@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config_files import Values, read_options, recipe_names
-from kac.util.options import OptionError, UnknownOption, kind_alone, nested_models
+from kac.util.errors import ArgumentError, UnknownArgument, as_options
+from kac.util.options import kind_alone, nested_models
 from pipeline.config.specs import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
@@ -34,27 +35,27 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     Where there are several kinds, the options are those of the chosen kind: ``--network unet --network.width 64``.
 
     Raises:
-        OptionError: unknown, missing or invalid options, on the command line or in the file.
+        ArgumentError: unknown, missing or invalid options, on the command line or in the file.
     """
     if sum(word.partition("=")[0] == "--config" for word in arguments) > 1:
-        raise OptionError("--config: expected one recipe or YAML file, found several: put all options into one")
+        raise ArgumentError("`config`: expected one recipe or YAML file, found several: put all options into one")
     first, _ = _read(_mirror([spec_type], _filled(spec_type, {})), arguments, add_help=False)
     path = first.get("config")
     file = {} if path is None else read_options(path, spec_type)
     mirror = _mirror([spec_type], _filled(spec_type, _over(file, _kinds(first))))
     given, unknown = _read(mirror, arguments, prog=prog, description=spec_type.__doc__)
     if unknown:
-        raise OptionError(_unknown(unknown[0], mirror))
+        raise ArgumentError(_unknown(unknown[0], mirror))
     values = _filled(spec_type, _over(file, {name: value for name, value in given.items() if name != "config"}))
     for name, field in spec_type.model_fields.items():
         if POSITIONAL in field.metadata and not values.get(name):
-            raise OptionError(f"expected {name.upper()}, found none: see --help")
+            raise ArgumentError(f"expected {name.upper()}, found none: see --help")
         if typing.get_origin(field.annotation) is dict and given.get(name) == []:
-            raise OptionError(f"--{_kebab(name)}: expected NAME=VALUE, found none: leave it out, or see --help")
+            raise ArgumentError(f"`{name}`: expected NAME=VALUE, found none: leave it out, or see --help")
     try:
         return spec_type(**values)
-    except UnknownOption as error:  # those of the command line are known by now
-        raise OptionError(f"--config {path}: {error}") from None
+    except UnknownArgument as error:  # those of the command line are known by now
+        raise ArgumentError(f"`config` {path}: {error}") from None
 
 
 def _kinds(values: Values) -> Values:
@@ -107,7 +108,7 @@ def _read(mirror: Any, arguments: list[str], **how: Any) -> tuple[Values, list[s
     takes_one = {option for option, count in _options(mirror) if count == 1}
     for option, following in pairwise([*arguments, "--"]):
         if _kebab(option) in takes_one and re.match(r"-(?![\d.])", following):
-            raise OptionError(f"{option}: expected a value, found none: see --help")
+            raise ArgumentError(f"{option}: expected a value, found none: see --help")
     # Without this marker tyro looks for help texts in comments of source files, which takes half of its time.
     config = (tyro.conf.HelptextFromCommentsOff,)
     given, unknown = tyro.cli(mirror, args=arguments, return_unknown_args=True, config=config, **how)
@@ -149,11 +150,11 @@ def _mirror(models: list[type[BaseModel]], values: Values, prefix: str = "--") -
             inner = value if isinstance(value, dict) else _filled(nested[0], {})
             hints[name] = _mirror(nested, inner, f"{prefix}{_kebab(name)}.")
         elif name == "kind":
-            text = "; ".join(other.model_fields["kind"].description or "" for other in models)
+            text = as_options("; ".join(other.model_fields["kind"].description or "" for other in models))
             hints[name] = _leaf(Literal[_kinds_of(*models)], value, tyro.conf.arg(help=text, aliases=[prefix[:-1]]))
         else:
             is_flag = has_positional and field.annotation is bool  # a word after it would be taken for the positional
-            about = tyro.conf.arg(help=field.description)
+            about = tyro.conf.arg(help=as_options(field.description or "") or None)
             hints[name] = _leaf(field.annotation, value, about, *field.metadata, is_flag=is_flag)
     if prefix == "--":
         about = tyro.conf.arg(help=_CONFIG_HELP, metavar="RECIPE|FILE.yaml")

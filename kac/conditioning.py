@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kac.model import ModelConfig
 from kac.networks import Conditioning, NetworkConfig
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 NO_NULL_LABEL = "this network has no null label (it knows classes only)"
 
@@ -36,7 +36,7 @@ def known_classes(model: ModelConfig) -> tuple[int, ...]:
 
 
 def check_labels(
-    model: ModelConfig, labels: Sequence[int], option: str = "--labels", any_class: str | None = None
+    model: ModelConfig, labels: Sequence[int], option: str = "`labels`", any_class: str | None = None
 ) -> None:
     """Refuse classes that the network has not seen in training.
 
@@ -44,17 +44,17 @@ def check_labels(
         option: what gave them. any_class: the label that stands for any class; None: there is none.
 
     Raises:
-        OptionError: the message names them.
+        ArgumentError: the message names them.
     """
     known = known_classes(model)
     if not known:
         advice = f"Leave {option} out" if any_class is None else f"Give {any_class}"
-        raise OptionError(f"{option}: this model is unconditional: it was trained without class labels. {advice}.")
+        raise ArgumentError(f"{option}: this model is unconditional: it was trained without class labels. {advice}.")
     unknown = sorted(set(labels) - set(known))
     if unknown or not labels:
         rest = " (the others have no training images)" if len(known) < model.num_classes else ""
         alternative = "" if any_class is None else f", or {any_class} for any"
-        raise OptionError(f"{option}: expected classes {_ranges(known)}{rest}{alternative}, found {unknown[:8]}")
+        raise ArgumentError(f"{option}: expected classes {_ranges(known)}{rest}{alternative}, found {unknown[:8]}")
 
 
 def why_no_guidance(model: ModelConfig) -> str:

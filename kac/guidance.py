@@ -8,7 +8,7 @@ from torch import Tensor
 from kac.conditioning import NO_NULL_LABEL, why_no_guidance
 from kac.model import ModelConfig
 from kac.networks import VelocityNetwork
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 class GuidedVelocity:
@@ -23,7 +23,7 @@ class GuidedVelocity:
         nfe_per_call: network evaluations per call: 1 at w = 0, else 2 (one pass on a doubled batch).
 
     Raises:
-        OptionError: guidance of a network without a null label.
+        ArgumentError: guidance of a network without a null label.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class GuidedVelocity:
         conditions: Callable[[Tensor], dict[str, Tensor]] = lambda t: {},
     ) -> None:
         if w != 0 and network.null_label is None:
-            raise OptionError(_refusal(NO_NULL_LABEL, w))
+            raise ArgumentError(_refusal(NO_NULL_LABEL, w))
         self.network, self.w, self.label, self.conditions = network, w, label, conditions
         self.nfe_per_call = 1 if w == 0 else 2
 
@@ -58,13 +58,13 @@ def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
     """Refuse guidance of a teacher for which it means nothing, before any work.
 
     Raises:
-        OptionError: one of the guidance scales is not 0.
+        ArgumentError: one of the guidance scales is not 0.
     """
     reason = why_no_guidance(model)
     guided = next((w for w in scales if w != 0), None)
     if reason and guided is not None:
-        raise OptionError(_refusal(reason, guided))
+        raise ArgumentError(_refusal(reason, guided))
 
 
 def _refusal(reason: str, w: float) -> str:
-    return f"--guidance {w:g}: {reason}, so it cannot be guided. Choose --guidance 0."
+    return f"`guidance` {w:g}: {reason}, so it cannot be guided. Choose `guidance` 0."

@@ -24,9 +24,9 @@ from kac.networks import Conditioning, NetworkConfig, NetworkModule, build_netwo
 from kac.path import PathConfig
 from kac.solvers import KnotGrid
 from kac.util import files
-from kac.util.errors import CheckpointError, DistillKacError, one_line
+from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
 from kac.util.fingerprint import with_neutral_values
-from kac.util.options import OptionError, Options
+from kac.util.options import Options
 
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -73,7 +73,7 @@ class ModelConfig(Options):
     @model_validator(mode="after")
     def _names_every_class(self) -> Self:
         if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"--class-names: expected {self.num_classes} names, found {len(self.class_names)}")
+            raise ValueError(f"`class_names`: expected {self.num_classes} names, found {len(self.class_names)}")
         return self
 
     @property
@@ -181,7 +181,7 @@ def load_config(path: str) -> ModelConfig:
         raise CheckpointError(f"{path}: {expected}, found {version}: use a newer distillkac")
     try:
         return ModelConfig(**with_neutral_values(ModelConfig, values))
-    except OptionError as error:
+    except ArgumentError as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE}: expected a config of this project, found {error}") from None
 
 
@@ -206,7 +206,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     config = load_config(path)
     try:
         network = build_network(config.network, config.sample_shape, config.num_classes)
-    except OptionError as error:
+    except ArgumentError as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE}: {error}") from None
     weights_path, data = _read_weights(path, network)
     found = hashlib.sha256(data).hexdigest()

@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kac.networks import VelocityNetwork
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import unhashed
-from kac.util.options import OptionError, Options
+from kac.util.options import Options
 
 
 class Precision(Options):
@@ -28,10 +29,10 @@ class Precision(Options):
         """With the type that ``auto`` stands for: fingerprints are made of that.
 
         Raises:
-            OptionError: a type that this device does not have.
+            ArgumentError: a type that this device does not have.
         """
         if self.dtype == "tf32" and not on_gpu:
-            raise OptionError("--precision.dtype: expected float32, bfloat16 or auto without a GPU, found tf32")
+            raise ArgumentError("`precision.dtype`: expected float32, bfloat16 or auto without a GPU, found tf32")
         dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
         return self.model_copy(update={"dtype": dtype})
 

@@ -13,9 +13,8 @@ from kac.model import Model, ModelConfig
 from kac.networks import VelocityNetwork
 from kac.precision import Precision
 from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
-from kac.util.errors import DivergedError
+from kac.util.errors import ArgumentError, DivergedError
 from kac.util.images import delivered
-from kac.util.options import OptionError
 
 TEACHER_STEPS = 100
 
@@ -38,7 +37,7 @@ def teacher_sampling(
     """How to sample a teacher: as the caller chooses; by default without guidance, in 100 steps.
 
     Raises:
-        OptionError: guidance of a teacher that cannot be guided.
+        ArgumentError: guidance of a teacher that cannot be guided.
     """
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
@@ -54,15 +53,15 @@ def student_sampling(config: ModelConfig, steps: int | None = None, guidance: fl
         guidance: other than its own, for a student that has learned all scales of a store.
 
     Raises:
-        OptionError: other steps or another scale than those that are built into it, or a scale beyond those learned.
+        ArgumentError: other steps or another scale than those that are built into it, or a scale beyond those learned.
     """
     assert config.steps is not None and config.guidance is not None
     if steps not in {None, config.steps} and not config.is_any_step:
-        raise OptionError(f"--steps: expected {config.steps}, which is built into this student, found {steps}")
+        raise ArgumentError(f"`steps`: expected {config.steps}, which is built into this student, found {steps}")
     scales = config.guidance_scales or (config.guidance,)
     if guidance is not None and not min(scales) <= guidance <= max(scales):
         expected = f"{scales[0]}, which is built into this student" if len(scales) == 1 else _range_of(scales)
-        raise OptionError(f"--guidance: expected {expected}, found {guidance}")
+        raise ArgumentError(f"`guidance`: expected {expected}, found {guidance}")
     given = config.guidance if guidance is None else guidance
     return Sampling(given if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
 
@@ -160,7 +159,7 @@ def initial_noise(
         labels: classes, repeated in turn; default: drawn by the data's class frequencies.
 
     Raises:
-        OptionError: a class that the model does not know.
+        ArgumentError: a class that the model does not know.
     """
     x_1 = noise.noise(config.path.build(), seed, ids, config.sample_shape)
     if labels is None:

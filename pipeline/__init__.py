@@ -1,1 +1,10 @@
 """The stages on Ray, the endpoint store, and tracking."""
+
+import sys
+
+if "ray" in sys.modules:
+    from kac.util.log import show
+    from pipeline.cluster.connection import is_worker
+
+    if is_worker():  # Ray carries what its workers print to the driver
+        show()

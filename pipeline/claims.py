@@ -44,7 +44,7 @@ def take(out: str) -> None:
         elif time.monotonic() >= deadline:
             raise DistillKacError(
                 f"{out}: another job is writing this folder, {_describe(found)}. Wait until it ends, or choose "
-                "another --out."
+                "another `out`."
             )
         else:
             time.sleep(POLL_SECONDS)
@@ -64,7 +64,7 @@ def check(out: str, token: str) -> None:
     found = _read(out)
     if token and found and found["token"] != token:
         raise DistillKacError(
-            f"{out}: another job has taken this folder, {_describe(found)}, so this job stops. Choose another --out "
+            f"{out}: another job has taken this folder, {_describe(found)}, so this job stops. Choose another `out` "
             "for one of them."
         )
 

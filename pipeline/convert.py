@@ -9,6 +9,7 @@ from kac.networks.adopt import adopt, try_out
 from kac.networks.cost import network_cost, short
 from kac.networks.weight_files import read_weights
 from kac.util.errors import CheckpointError
+from kac.util.log import log
 from pipeline import decode, outputs, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import ConvertSpec
@@ -32,7 +33,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         try_out(network, spec.network, *of_samples)
     content = {"data_sha256": data.sha256, "checkpoint_sha256": found.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        print(f"convert: {spec.out} is complete: nothing to do", flush=True)
+        log.info(f"convert: {spec.out} is complete: nothing to do")
         return load_config(spec.out)
     cost, fingerprint = network_cost(spec.network, *of_samples), spec.fingerprint(**content)
     inputs, name = {"data": data.sha256, "checkpoint": found.sha256}, f"convert-{spec.data.kind}"
@@ -51,11 +52,10 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint, adopted.conditioning)
         config = outputs.write_model(spec.out, config, network.state_dict(), run)
     where = f", {adopted.key}" if adopted.key else ""
-    print(
+    log.info(
         f"convert: {spec.checkpoint}{where} (sha256 {found.sha256[:12]}): {adopted.told}\n"
         f"convert: wrote {spec.out}: {spec.network.kind} of {short(cost.parameters)} parameters, "
-        f"{short(cost.flops_per_call, 'FLOP')} a call (weights sha256 {config.weights_sha256[:12]})",
-        flush=True,
+        f"{short(cost.flops_per_call, 'FLOP')} a call (weights sha256 {config.weights_sha256[:12]})"
     )
     return config
 

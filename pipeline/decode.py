@@ -10,8 +10,8 @@ from typing import Any
 from kac.data import DataConfig, DataDescription, begin_decoding, open_dataset
 from kac.data.class_names import list_classes
 from kac.data.decoded import Piece, Writer
-from kac.util.errors import DistillKacError, one_line
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError, one_line
+from kac.util.log import log
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.cluster.ray_data import each
@@ -35,7 +35,7 @@ def open_described(stage: str, config: DataConfig) -> DataDescription:
     """
     prepare(config)
     data = open_dataset(config).description
-    print("\n".join(f"{stage}: {line}" for line in describe(config, data)), flush=True)
+    log.info("\n".join(f"{stage}: {line}" for line in describe(config, data)))
     return data
 
 
@@ -79,9 +79,9 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
 def _is_for_all(config: DataConfig) -> bool:
     """Whether other machines of the cluster, if there are any, see the files and the cache."""
     try:
-        storage.check_shared({"--data.root": config.root, **storage.cache_of()}, lambda: True)
-    except OptionError as error:
-        print(f"decode: on this machine alone: {error}", flush=True)
+        storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
+    except ArgumentError as error:
+        log.info(f"decode: on this machine alone: {error}")
         return False
     return True
 

@@ -16,8 +16,9 @@ from kac.losses.refinement import DataRefinementConfig, check_spaces, open_space
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.sampling import Sampling, carry
-from kac.util.errors import CheckpointError, DistillKacError
-from kac.util.options import OptionError, most
+from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
+from kac.util.log import log
+from kac.util.options import most
 from kac.util.path_options import check_apart
 from pipeline import decode, outputs, store, tracking, training
 from pipeline.cluster import connection as cluster
@@ -168,21 +169,21 @@ def distill(
     spec = resolve(spec)
     plan = check(spec)
     place = training.choose_place(spec)
-    storage.check_shared({"--teacher": plan.init}, lambda: bool(place.workers))
+    storage.check_shared({"`teacher`": plan.init}, lambda: bool(place.workers))
     _check_passes(spec, place)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
     if spec.dry_run:
-        print(cost, flush=True)
+        log.info(cost)
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
-        print(f"distill: {spec.out} is complete: nothing to do", flush=True)
+        log.info(f"distill: {spec.out} is complete: nothing to do")
         if not end_cut_off(spec) and spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
     training.await_workers("distill", spec.optimizer, place)
     if on_report is None:
-        print(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}", flush=True)
+        log.info(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}")
     with start_run(spec, plan, parent) as run:
         title = f"distill {_told(spec)}"
         training.log_cost(run, *network)
@@ -199,7 +200,7 @@ def distill(
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)
     if on_report is None:
-        print(f"distill: wrote {spec.out} ({_told(spec)})", flush=True)
+        log.info(f"distill: wrote {spec.out} ({_told(spec)})")
     return config
 
 
@@ -257,8 +258,8 @@ def _check_passes(spec: DistillSpec, place: training.Place) -> None:
     """Refuse a refinement in passes of a single image, between which there is no distance."""
     passes = max(1, most(place.workers)) * spec.optimizer.accumulation
     if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
-        raise OptionError(
-            f"--refine data: expected --refine.real-images and --optimizer.batch-size of at least {2 * passes} for "
+        raise ArgumentError(
+            f"`refine` data: expected `refine.real_images` and `optimizer.batch_size` of at least {2 * passes} for "
             f"{passes} passes an update, found {spec.refine.real_images} and {spec.optimizer.batch_size}"
         )
 
@@ -297,10 +298,10 @@ def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
     """
     storage.check_shared(
         {
-            "--store": spec.store,
-            "--out": spec.out,
-            "--init": None if spec.init == "teacher" else spec.init,
-            "--teacher": spec.teacher,
+            "`store`": spec.store,
+            "`out`": spec.out,
+            "`init`": None if spec.init == "teacher" else spec.init,
+            "`teacher`": spec.teacher,
             **storage.cache_of(spec.refine.kind == "data"),
         },
         is_spread,
@@ -319,14 +320,14 @@ def check(spec: DistillSpec) -> DistillPlan:
     source.check_objective(objective)
     scales = _scales(spec, source)
     if spec.held_out_rows and source.identity.source == "forward":
-        raise OptionError(
-            "--held-out-rows: expected 0 for a forward store, whose rows have one interval each, found "
+        raise ArgumentError(
+            "`held_out_rows`: expected 0 for a forward store, whose rows have one interval each, found "
             f"{spec.held_out_rows}"
         )
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
     first = load_model(init).config
-    check_apart(spec, {"the teacher of the store": init, "--data.root of the teacher": first.data.root})
+    check_apart(spec, {"the teacher of the store": init, "`data.root` of the teacher": first.data.root})
     _check_init(spec, objective, source.identity, init, first)
     if spec.refine.kind == "data":
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
@@ -395,7 +396,7 @@ def _check_init(
     if found != identity.teacher_sha256:
         raise CheckpointError(
             f"{init}: expected the store's teacher {identity.teacher_sha256[:12]}... or a student of it, "
-            f"found one of {str(found)[:12]}...: give the right --init or --teacher, "
+            f"found one of {str(found)[:12]}...: give the right `init` or `teacher`, "
             "or roll this teacher out into a store of its own"
         )
     is_conditional = bool(known_classes(first))
@@ -403,15 +404,15 @@ def _check_init(
         its, stores = ("with", "without") if is_conditional else ("without", "with")
         raise CheckpointError(
             f"{init}: this {first.kind} was trained {its} class labels, but the store was rolled out {stores} them. "
-            "Give another --init or --teacher, or roll the teacher out again"
+            "Give another `init` or `teacher`, or roll the teacher out again"
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(
-            f"{init}: expected a student of one step count for --objective {spec.objective.kind}, found a flow map: "
-            "give --objective flow-map"
+            f"{init}: expected a student of one step count for `objective` {spec.objective.kind}, found a flow map: "
+            "give `objective` flow-map"
         )
     known = "all" if first.takes_guidance else first.guidance
     if first.kind == "student" and known != spec.guidance:
         raise CheckpointError(
-            f"{init}: expected a student of guidance {spec.guidance}, found one of {known}: choose another --init"
+            f"{init}: expected a student of guidance {spec.guidance}, found one of {known}: choose another `init`"
         )

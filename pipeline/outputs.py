@@ -43,7 +43,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     if is_anothers and (done is not None or _holds_work(out)):
         raise DistillKacError(
             f"{out}: expected a new folder or one of this spec, found one of another spec"
-            f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another --out, or remove it"
+            f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another `out`, or remove it"
         )
     if done is not None:
         return False
@@ -70,7 +70,7 @@ def check_owner(out: str, fingerprint: str) -> None:
     found = (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint")
     if found != fingerprint:
         raise DistillKacError(
-            f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another --out"
+            f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another `out`"
         )
     claims.check(out, claims.token_of(out))
 

@@ -6,6 +6,7 @@ import time
 from typing import Any, Self
 
 from kac.networks.cost import duration
+from kac.util.log import log, progress_log
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"
@@ -46,14 +47,14 @@ class ProgressBar:
         now = time.perf_counter()
         if self._says_lines and (now - self._last_line >= LINE_SECONDS or self.done >= self.total):
             self._last_line = now
-            print(self._line(now - self._started), file=sys.stderr, flush=True)
+            progress_log.info(self._line(now - self._started))
 
     def say(self, line: str) -> None:
         """A line for itself, above the bar."""
         if self._bar is not None and hasattr(self._bar, "write"):
             self._bar.write(line)
         else:
-            print(line, flush=True)
+            log.info(line)
 
     def close(self) -> None:
         """The work is over."""

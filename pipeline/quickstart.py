@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kac.losses import FlowMapConfig
 from kac.losses.refinement import DataRefinementConfig
 from kac.util import files
+from kac.util.log import log
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
@@ -57,9 +58,9 @@ def quickstart(spec: QuickstartSpec) -> None:
     }
     report = files.join(out, "report.html")
     write_report(report, "quickstart on the handwritten digits", evaluation, sections, uri)
-    print(f"quickstart: {_headline(scores)}", flush=True)
-    print(f"quickstart: the report is {report}", flush=True)
-    print(f"quickstart: compare the runs with: {mlflow_command(uri)}", flush=True)
+    log.info(f"quickstart: {_headline(scores)}")
+    log.info(f"quickstart: the report is {report}")
+    log.info(f"quickstart: compare the runs with: {mlflow_command(uri)}")
 
 
 def _headline(scores: Sequence[Score]) -> str:

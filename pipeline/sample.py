@@ -11,6 +11,7 @@ from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, 
 from kac.util import files, probes
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
+from kac.util.log import log
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import SampleSpec
 from pipeline.report.pictures import sheet
@@ -30,9 +31,9 @@ def sample(spec: SampleSpec) -> None:
     """
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
-        raise DistillKacError(f"--out: expected a .png or .npz file, found {spec.out}")
+        raise DistillKacError(f"`out`: expected a .png or .npz file, found {spec.out}")
     if spec.raw and out.endswith(".png"):
-        raise DistillKacError(f"--raw: expected an .npz file as --out, since a picture has 8 bits, found {spec.out}")
+        raise DistillKacError(f"`raw`: expected an .npz file as `out`, since a picture has 8 bits, found {spec.out}")
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
@@ -41,13 +42,11 @@ def sample(spec: SampleSpec) -> None:
     made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, labels, raw=spec.raw)
     files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made, model.config))
     if model.config.class_names:
-        print(f"sample: classes, label=name: {list_classes(model.config.class_names)}", flush=True)
+        log.info(f"sample: classes, label=name: {list_classes(model.config.class_names)}")
     built_in = model.config.kind == "student" and not model.config.takes_guidance
     guidance = model.config.guidance if built_in else sampling.guidance
     values = ", raw values" if spec.raw else ""
-    print(
-        f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}{values}", flush=True
-    )
+    log.info(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}{values}")
 
 
 def _labels(spec: SampleSpec, config: ModelConfig) -> tuple[int, ...] | None:

@@ -39,6 +39,7 @@ from kac.util import files
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
+from kac.util.log import log
 from kac.util.options import flatten
 from kac.util.path_options import check_apart
 from pipeline import outputs, store, tracking
@@ -100,7 +101,7 @@ class Inputs:
         """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``.
 
         Raises:
-            OptionError: guidance of a teacher that cannot be guided.
+            ArgumentError: guidance of a teacher that cannot be guided.
         """
         if self.store is not None:
             check_guidance(self.teacher, [guidance])
@@ -163,10 +164,10 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     absolute = {name: cluster.absolute(place) for name, place in places.items() if place is not None}
     spec = spec.model_copy(update={**absolute, "students": tuple(map(cluster.absolute, spec.students))})
     inputs = _open(spec)
-    check_apart(spec, {"--data.root of the teacher": inputs.teacher.data.root})
+    check_apart(spec, {"`data.root` of the teacher": inputs.teacher.data.root})
     content = _content(inputs)
     if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
-        print(f"study: {spec.out} is complete: nothing to do", flush=True)
+        log.info(f"study: {spec.out} is complete: nothing to do")
         claims = json.loads(files.read_bytes(files.join(spec.out, STUDY_FILE)))["claims"]
         return _print({claim: found["found"] for claim, found in claims.items()})
     fingerprint = spec.fingerprint(**content)
@@ -189,7 +190,7 @@ def _open(spec: StudySpec) -> Inputs:
     check_guidance(teacher, [w for _, config in students if (w := config.guidance) is not None])
     names = [path.rsplit("/", 1)[-1] for path in folders]
     if len(set(names)) < len(names):
-        raise DistillKacError(f"--students: expected folders of different names, found {', '.join(names)}: rename one")
+        raise DistillKacError(f"`students`: expected folders of different names, found {', '.join(names)}: rename one")
     opened = None if spec.store is None else store.open(spec.store)
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
@@ -288,7 +289,7 @@ def _line(outcome: Outcome) -> str:
 def _print(lines: dict[str, str]) -> dict[str, str]:
     """The table: a line a claim."""
     width = max(map(len, lines))
-    print("\n".join(f"{claim.ljust(width)}  {line}" for claim, line in lines.items()), flush=True)
+    log.info("\n".join(f"{claim.ljust(width)}  {line}" for claim, line in lines.items()))
     return lines
 
 
@@ -303,7 +304,7 @@ def _finite(value: Any) -> Any:
 
 def _stability(inputs: Inputs) -> Outcome:
     if not inputs.students:
-        return "no --students"
+        return "no `students`"
     found, apart = {}, []
     for student in inputs.student_subjects():
         w, steps = student.config.guidance, student.sampling.steps
@@ -315,7 +316,7 @@ def _stability(inputs: Inputs) -> Outcome:
         else:
             found[student.name] = stability(teacher, student)
     if not found:
-        return "; ".join(apart) or "no step count of --steps divides the store's knots"
+        return "; ".join(apart) or "no step count of `steps` divides the store's knots"
     told: list[str] = []
     metrics: dict[str, float] = {}
     for name, knots in found.items():
@@ -390,7 +391,7 @@ def _guidance(inputs: Inputs) -> Outcome:
 
 def _memorisation(inputs: Inputs) -> Outcome:
     if inputs.store is None:
-        return "no --store"
+        return "no `store`"
     identity, w = inputs.store.identity, min(inputs.store.guidance)
     if identity.source == "forward":
         return "a forward store has energies of intervals alone"
@@ -416,7 +417,7 @@ def _nearest(rows: Tensor, parts: Iterable[Tensor]) -> Tensor:
 
 def _marginals(inputs: Inputs) -> Outcome:
     if inputs.store is None:
-        return "no --store"
+        return "no `store`"
     identity, w = inputs.store.identity, min(inputs.store.guidance)
     if identity.source == "forward":
         return "the states of a forward store are noised data to begin with"

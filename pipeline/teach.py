@@ -11,6 +11,7 @@ from kac.data import Dataset, open_dataset
 from kac.losses.flow_matching import drop_labels, even_times, flip, flow_matching_loss
 from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.networks import VelocityNetwork, build_network
+from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
@@ -85,7 +86,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
     )
     storage.check_shared(
-        {"--out": spec.out, "--data.root": root, **storage.cache_of(root is not None)},
+        {"`out`": spec.out, "`data.root`": root, **storage.cache_of(root is not None)},
         is_spread=lambda: bool(training.choose_place(spec).workers),
         writes_to_mlflow=spec.out,
     )
@@ -94,18 +95,18 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     network = (spec.network, data.sample_shape, data.num_classes)
     cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
     if spec.dry_run:
-        print(cost, flush=True)
+        log.info(cost)
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        print(f"teach: {spec.out} is complete: nothing to do", flush=True)
+        log.info(f"teach: {spec.out} is complete: nothing to do")
         config = load_config(spec.out)
         if cut_off := outputs.go_on_after_model(spec.out, config):
             cut_off.end("FINISHED")
         return config
     place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
     training.await_workers("teach", spec.optimizer, place)
-    print(f"{cost}\nteach: {training.describe_place(place, spec.precision)}", flush=True)
+    log.info(f"{cost}\nteach: {training.describe_place(place, spec.precision)}")
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
     with tracking.start_run(
@@ -135,5 +136,5 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         )
         config = outputs.write_model(spec.out, config, training.train(job, place), run)
     unconditional = "" if known_classes(config) else "; unconditional: all stages sample it without class labels"
-    print(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}", flush=True)
+    log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config

@@ -10,6 +10,8 @@ from typing import Any
 import jobs  # noqa: F401  isort: skip
 import pytest
 
+from kac.util.log import show
+
 
 @pytest.fixture(scope="session", autouse=True)
 def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -26,6 +28,12 @@ def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         del os.environ["MLFLOW_TRACKING_URI"]
     else:
         os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def log() -> None:
+    """Print the lines of the project, as the jobs do."""
+    show()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Names of classes: the order of their numbers, what ``--labels`` takes, and one line that lists them."""
+"""Names of classes: the order of their numbers, what ``labels`` takes, and one line that lists them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ def _natural(name: str) -> list[tuple[int, int]]:
 
 
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
-    """The number of the class that a word of ``--labels`` means: its name, or its number.
+    """The number of the class that a word of ``labels`` means: its name, or its number.
 
     Where classes are named by numbers, a number is a name: of the classes 1 .. 12, ``1`` is the class named 1.
 
@@ -47,7 +47,7 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
             return int(word)
     how = "by name, since numbers are names here" if values else "by name or number"
     known = f" {how} (label=name: {list_classes(names)})" if names else f" 0 .. {num_classes - 1}"
-    raise DistillKacError(f"--labels: expected classes{known}, found {word!r}")
+    raise DistillKacError(f"`labels`: expected classes{known}, found {word!r}")
 
 
 def list_classes(names: Sequence[str]) -> str:

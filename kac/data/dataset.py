@@ -52,15 +52,14 @@ class DataConfig(Kinded):
     @model_validator(mode="after")
     def _takes_what_its_kind_takes(self) -> Self:
         if self.kind in BUNDLED and self.root is not None:
-            raise ValueError(f"--root: expected none, since {self.kind} comes without files, found {self.root!r}")
+            raise ValueError(f"`root`: expected none, since {self.kind} comes without files, found {self.root!r}")
         if self.kind in KINDS and not self.root:
-            raise ValueError(f"--root: expected where the files of {self.kind} are, a path or s3:// URI, found none")
+            raise ValueError(f"`root`: expected where the files of {self.kind} are, a path or s3:// URI, found none")
         taken = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in taken and value != field.default:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option}: expected none, since it means nothing for {self.kind}, found {value!r}")
+                raise ValueError(f"`{name}`: expected none, since it means nothing for {self.kind}, found {value!r}")
         return self
 
 

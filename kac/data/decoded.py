@@ -207,7 +207,7 @@ def _check_room(folder: str, contents: Contents) -> None:
         raise DistillKacError(
             f"{parent}: {images:,} images of {side} take {needed / 1e9:,.1f} GB when decoded, and this disk has "
             f"{free / 1e9:,.1f} GB free. Make room, set {VARIABLE} to another disk (TMPDIR if it is on s3://), or make "
-            "the images smaller by --data.size"
+            "the images smaller by `data.size`"
         )
 
 

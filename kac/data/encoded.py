@@ -52,12 +52,12 @@ class Decoder(NamedTuple):
         if image.shape[0] != shape[0]:
             raise DistillKacError(
                 f"{name}: expected {WORDS[shape[0]]} as in the first image, found {WORDS[image.shape[0]]}: "
-                "--data.channels 3 makes every image RGB, --data.channels 1 greyscale"
+                "`data.channels` 3 makes every image RGB, `data.channels` 1 greyscale"
             )
         if image.shape != shape:
             raise DistillKacError(
                 f"{name}: expected {shape[2]}x{shape[1]} as in the first image, found {image.shape[2]}x"
-                f"{image.shape[1]}: --data.size {min(shape[1:])} crops and resizes every image"
+                f"{image.shape[1]}: `data.size` {min(shape[1:])} crops and resizes every image"
             )
         return image
 
@@ -71,7 +71,7 @@ class Decoder(NamedTuple):
             if self.size * self.size * long > MOST_PIXELS * short:
                 raise DistillKacError(
                     f"{name}: found an image of {image.width}x{image.height}, too long to bring its short side to "
-                    f"--data.size {self.size}. Crop or remove it"
+                    f"`data.size` {self.size}. Crop or remove it"
                 )
             image = square(image, self.size)
         pixels = np.asarray(image)
@@ -148,7 +148,7 @@ def _in_channels(image: "Image", name: str, channels: int | None) -> "Image":
         raise DistillKacError(f"{name}: expected 8 bits a channel, found Pillow's mode {image.mode}: convert it")
     elif channels is None:
         raise DistillKacError(
-            f"{name}: expected greyscale or RGB, found Pillow's mode {image.mode}: --data.channels 3 or 1 converts it, "
+            f"{name}: expected greyscale or RGB, found Pillow's mode {image.mode}: `data.channels` 3 or 1 converts it, "
             "without its transparency"
         )
     else:

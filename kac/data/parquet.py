@@ -143,7 +143,7 @@ class ParquetSource:
             if self.label_column not in schema.names or not pa.types.is_integer(schema.field(self.label_column).type):
                 raise DistillKacError(
                     f"{self._name(path)}: expected a column {self.label_column!r} of integers, found "
-                    f"{_described(schema)}: --data.label-column names another; None: no classes"
+                    f"{_described(schema)}: `data.label_column` names another; None: no classes"
                 )
             column = file.read(columns=[self.label_column]).column(0)
             names = _names_of(self._name(path), schema, self.label_column)
@@ -221,7 +221,7 @@ def _check_image_column(name: str, schema: Any, column: str) -> None:
     if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DistillKacError(
             f"{name}: expected a column {column!r} of encoded images, binary or a struct with bytes, found "
-            f"{_described(schema)}: --data.image-column names another"
+            f"{_described(schema)}: `data.image_column` names another"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kac.losses.protocol import Interval
 from kac.losses.velocity_error import LossName, VelocityErrorOptions, velocity_loss
 from kac.networks import Condition, VelocityNetwork
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 class EndpointConfig(VelocityErrorOptions):
@@ -35,12 +35,12 @@ class EndpointObjective:
         """Every ``stored / steps``-th knot.
 
         Raises:
-            OptionError: ``steps`` does not divide the stored knots.
+            ArgumentError: ``steps`` does not divide the stored knots.
         """
         if self.steps < 1 or stored % self.steps:
             divisors = [m for m in range(1, stored + 1) if stored % m == 0]
             expected = f"expected a divisor of the store's {stored} knots {divisors}"
-            raise OptionError(f"--steps: {expected}, found {self.steps}")
+            raise ArgumentError(f"`steps`: {expected}, found {self.steps}")
         return range(0, stored + 1, stored // self.steps)
 
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class EndpointObjective:
         """The endpoint loss alone.
 
         Raises:
-            OptionError: more scales than the images can be halved.
+            ArgumentError: more scales than the images can be halved.
         """
         return {"endpoint": endpoint_loss(network, interval, self.loss, self.scales, self.conditions)}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from kac.losses.protocol import Interval
 from kac.losses.velocity_error import LossName, VelocityErrorOptions, velocity_loss
 from kac.networks import Condition, VelocityNetwork
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 PairLaw = Literal["grids", "any", "length", "long"]
 
@@ -31,7 +31,7 @@ class FlowMapConfig(VelocityErrorOptions):
     kind: Literal["flow-map"] = Field("flow-map", description="flow-map: one student for every step count")
     pairs: PairLaw = Field(
         "grids",
-        description="how two knots are drawn: grids: three of four times an interval of one of the step counts --grids,"
+        description="how two knots are drawn: grids: three of four times an interval of one of the step counts `grids`,"
         " else any; any: all pairs alike; length: all lengths alike; long: in proportion to the length",
     )
     grids: tuple[PositiveInt, ...] = Field(
@@ -57,13 +57,13 @@ class FlowMapObjective:
         """All of them.
 
         Raises:
-            OptionError: a step count of ``grids`` that does not divide the stored knots.
+            ArgumentError: a step count of ``grids`` that does not divide the stored knots.
         """
         for steps in self.grids if self.pairs == "grids" else ():
             if stored % steps:
                 divisors = [m for m in range(1, stored + 1) if stored % m == 0]
                 expected = f"expected divisors of the store's {stored} knots {divisors}"
-                raise OptionError(f"--objective.grids: {expected}, found {steps}")
+                raise ArgumentError(f"`objective.grids`: {expected}, found {steps}")
         return range(stored + 1)
 
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class FlowMapObjective:
         """|| u_student(x_s, s, label, r) - (x_s - x_r) / (s - r) ||^2 per coordinate.
 
         Raises:
-            OptionError: more scales than the images can be halved.
+            ArgumentError: more scales than the images can be halved.
         """
         given = interval.conditions(self.conditions)
         u = network(interval.x_start, interval.t_start, interval.label, **given)

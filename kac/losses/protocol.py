@@ -41,7 +41,7 @@ class Objective(Protocol):
         """Which of the store's knots 0 .. ``stored`` it reads.
 
         Raises:
-            OptionError: the store has no such knots.
+            ArgumentError: the store has no such knots.
         """
         ...
 

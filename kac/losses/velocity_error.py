@@ -6,7 +6,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from kac.util.options import Kinded, OptionError
+from kac.util.errors import ArgumentError
+from kac.util.options import Kinded
 
 LossName = Literal["mse", "huber"]
 
@@ -33,7 +34,7 @@ def velocity_loss(error: Tensor, loss: LossName = "mse", scales: int = 1) -> Ten
         scales: the same loss of the error averaged over 2x2, 4x4, ... pixels is added, and the mean taken.
 
     Raises:
-        OptionError: more scales than the images can be halved.
+        ArgumentError: more scales than the images can be halved.
     """
     return sum((_LOSSES[loss](part) for part in _pyramid(error, scales)), start=error.new_zeros(())) / scales
 
@@ -44,7 +45,7 @@ def _pyramid(error: Tensor, scales: int) -> list[Tensor]:
     for _ in range(scales - 1):
         if error.ndim != 4 or min(parts[-1].shape[2:]) < 2:
             expected = f"expected images that can be halved {scales - 1} times"
-            raise OptionError(f"--objective.scales: {expected}, found {list(error.shape[1:])}")
+            raise ArgumentError(f"`objective.scales`: {expected}, found {list(error.shape[1:])}")
         parts.append(avg_pool2d(parts[-1], 2))
     return parts
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from kac.metrics import distances
 from kac.metrics.metric import Metric
 from kac.metrics.statistics import Moments, Statistics
-from kac.util.errors import one_line
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, one_line
 
 NEIGHBOURS = 3
 MEMORISATION_ROWS = 2000
@@ -48,15 +47,15 @@ class Reference:
         """Of rows of these moments to the training images.
 
         Raises:
-            OptionError: the covariances in this space have no eigenvalues that can be computed.
+            ArgumentError: the covariances in this space have no eigenvalues that can be computed.
         """
         try:
             distance, problem = distances.frechet_distance(self.train[space].moments, moments), "it is not finite"
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             distance, problem = math.nan, one_line(error, 120)
         if not math.isfinite(distance):
-            raise OptionError(
-                f"--features {space}: the Frechet distance cannot be computed from the covariances of these features "
+            raise ArgumentError(
+                f"`features` {space}: the Frechet distance cannot be computed from the covariances of these features "
                 f"({problem}). Use a network with fewer features per image, scaled to about 1."
             )
         return distance

@@ -17,8 +17,7 @@ from kac.networks.shown import differing_options
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Conditioning, NetworkModule
 from kac.networks.weight_files import WRAPPERS, WeightsFile, below, choose, prefixes
-from kac.util.errors import CheckpointError, DistillKacError, one_line
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
 
 MOST_TRIED = 200
 """Prefixes that are tried. Generic names such as ``0.weight`` are found in many places."""
@@ -57,7 +56,7 @@ def adopt(
         key: the prefix of the weights, or its beginning; default: the only weights that fit, or the average of them.
 
     Raises:
-        OptionError: options that do not go with such weights.
+        ArgumentError: options that do not go with such weights.
         CheckpointError: no weights fit, or several do.
     """
     target = _target(network)
@@ -73,7 +72,7 @@ def adopt(
     def attempt(prefix: str, source: dict[str, Tensor]) -> None:
         try:
             fits[prefix] = _fit(source, config, sample_shape, expected)
-        except (CheckpointError, OptionError) as error:
+        except (CheckpointError, ArgumentError) as error:
             failures[prefix] = error
 
     # Longer prefixes first: what fits below one of them is another model, and no part of the model around it.
@@ -125,7 +124,7 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
     second = num_classes - 1 if network.null_label is None else network.null_label
     try:
         velocity: Tensor = network.eval()(x, t, torch.tensor([0, second]))
-    except OptionError:
+    except ArgumentError:
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {one_line(error)}"
@@ -151,7 +150,7 @@ def _is_below(prefix: str, key: str | None) -> bool:
 def _fit(
     source: dict[str, Tensor], config: NetworkConfig, sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
 ) -> _Fit:
-    """The weights under the names of the network; raises ``CheckpointError`` or ``OptionError`` unless they fit."""
+    """The weights under the names of the network; raises ``CheckpointError`` or ``ArgumentError`` unless they fit."""
     found, told, conditioning = source, [], config.conditioning
     if isinstance(config, UNetConfig):
         if is_openai(found):
@@ -219,7 +218,7 @@ def _no_names_in_common(
 ) -> CheckpointError:
     """The refusal of a file of which no name is one of the network's."""
     name, value = next(iter(expected.items()))
-    where, advice = ("", "the --network that was trained") if key is None else (f" under --key {key}", "another --key")
+    where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "another `key`")
     return CheckpointError(
         f"no weights of {_kind(config)} found{where}. The file holds {file.describe()}. Expected {len(expected)} "
         f"tensors, such as {name} {list(value.shape)}. Choose {advice}"
@@ -235,14 +234,14 @@ def _misfit(
     expected: Mapping[str, Tensor],
 ) -> DistillKacError:
     """The refusal of the weights that come nearest: the options that they show, or else what does not fit."""
-    if isinstance(failure, OptionError):
+    if isinstance(failure, ArgumentError):
         return failure
     where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"
     options = differing_options(config, below(file.named, prefix), sample_shape, expected)
     if options:
         found = ", ".join(options)
-        return CheckpointError(f"{where} are of {_kind(config)} with {found}. Choose --network and --data to match")
+        return CheckpointError(f"{where} are of {_kind(config)} with {found}. Choose `network` and `data` to match")
     return CheckpointError(
-        f"{where} do not fit {_kind(config)}: {failure}. The file holds {file.describe()}. Choose the --network and "
-        "--data that they were trained with, or other weights with --key"
+        f"{where} do not fit {_kind(config)}: {failure}. The file holds {file.describe()}. Choose the `network` and "
+        "`data` that they were trained with, or other weights with `key`"
     )

@@ -27,7 +27,7 @@ def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_class
     Matrix products, convolutions and attention are counted; what works element by element is not.
 
     Raises:
-        OptionError: as ``build_network``.
+        ArgumentError: as ``build_network``.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 class ConditionedLabels(nn.Embedding):
@@ -30,14 +30,14 @@ def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:
     """Channels and width of square images once patches of ``patch`` pixels squared have become channels.
 
     Raises:
-        OptionError: no square images, or a patch that does not divide their width.
+        ArgumentError: no square images, or a patch that does not divide their width.
     """
     if len(sample_shape) != 3 or sample_shape[1] != sample_shape[2]:
-        raise OptionError(
-            f"--network: expected square images [channels, width, width] for this kind, found samples of shape "
-            f"{list(sample_shape)}: use --network mlp"
+        raise ArgumentError(
+            f"`network`: expected square images [channels, width, width] for this kind, found samples of shape "
+            f"{list(sample_shape)}: use `network` mlp"
         )
     channels, width = sample_shape[0], sample_shape[1]
     if width % patch:
-        raise OptionError(f"--network.patch: expected a divisor of the image width {width}, found {patch}")
+        raise ArgumentError(f"`network.patch`: expected a divisor of the image width {width}, found {patch}")
     return channels * patch**2, width // patch

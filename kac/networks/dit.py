@@ -24,7 +24,7 @@ class DiTConfig(NetworkOptions):
     def _positions_fit(self) -> Self:
         if self.heads * self.head_channels % 4:  # a sine and a cosine of either coordinate
             found = f"{self.heads} x {self.head_channels}"
-            raise ValueError(f"--head-channels: expected a multiple of 4 from heads x head channels, found {found}")
+            raise ValueError(f"`head_channels`: expected a multiple of 4 from heads x head channels, found {found}")
         return self
 
 

@@ -33,7 +33,7 @@ def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_clas
     """A freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1.
 
     Raises:
-        OptionError: samples that this kind, or these options of it, do not fit.
+        ArgumentError: samples that this kind, or these options of it, do not fit.
     """
     return NETWORKS[config.kind](config, sample_shape, num_classes)
 
@@ -44,7 +44,7 @@ def outline_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_cl
     A module from outside is built as it is, since its factory may need numbers.
 
     Raises:
-        OptionError: as ``build_network``.
+        ArgumentError: as ``build_network``.
     """
     with torch.device("meta") if config.builds_on_meta else contextlib.nullcontext():
         return build_network(config, sample_shape, num_classes)

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kac.networks.unet import UNetConfig
-from kac.util.errors import CheckpointError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, CheckpointError
 
 GROUPS = 32
 """Groups of all its norms, which its weights do not show."""
@@ -68,7 +67,7 @@ def from_openai(
         expected: names and shapes of the weights of diffusers' U-Net of this config.
 
     Raises:
-        OptionError: options that no such U-Net has.
+        ArgumentError: options that no such U-Net has.
         CheckpointError: weights are missing, left over or of another shape; the first three are named.
     """
     _check_options(config)
@@ -92,14 +91,14 @@ def from_openai(
 
 def _check_options(config: UNetConfig) -> None:
     fixed = {
-        "time-scale": (config.time_scale, 1, "it embeds t as it is given"),
+        "time_scale": (config.time_scale, 1, "it embeds t as it is given"),
         "patch": (config.patch, 1, "it takes images as they are"),
         "groups": (config.groups, GROUPS, "all its norms have so many"),
     }
     for option, (found, expected, why) in fixed.items():
         if found != expected:
-            raise OptionError(
-                f"--network.{option}: expected {expected} for a U-Net of OpenAI, since {why}, found {found:g}"
+            raise ArgumentError(
+                f"`network.{option}`: expected {expected} for a U-Net of OpenAI, since {why}, found {found:g}"
             )
 
 
@@ -112,7 +111,7 @@ def _refuse_resblock_updown(weights: Mapping[str, Tensor]) -> None:
     if has_resblock_updown(weights):
         raise CheckpointError(
             "expected a U-Net that halves and doubles images by convolutions, found one of resblock_updown=True, which "
-            "diffusers does not have: use --network outside with the code that it was trained with"
+            "diffusers does not have: use `network` outside with the code that it was trained with"
         )
 
 

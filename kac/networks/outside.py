@@ -10,10 +10,10 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor, nn
 
 from kac.networks.velocity import Conditioning, NetworkModule, NetworkOptions
+from kac.util.errors import ArgumentError
 from kac.util.imports import IMPORT_PATH, find_factory, make_module
-from kac.util.options import OptionError
 
-OPTION = "--network.module"
+OPTION = "`network.module`"
 
 
 class OutsideConfig(NetworkOptions):
@@ -72,7 +72,7 @@ class OutsideConfig(NetworkOptions):
     @model_validator(mode="after")
     def _takes_no_conditions(self) -> Self:
         if self.conditions:
-            raise ValueError(_no_conditions(self))
+            raise ValueError(_no_conditions("conditions", self))
         return self
 
 
@@ -82,26 +82,26 @@ class Outside(NetworkModule):
     def __init__(self, config: OutsideConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         if config.conditions:  # those of an objective are not checked by the config
-            raise OptionError(f"--network.{_no_conditions(config).removeprefix('--')}")
+            raise ArgumentError(_no_conditions("network.conditions", config))
         self.null_label, self.takes = num_classes if config.has_null_label else None, ()
         self.time, self.time_scale, self.labels = config.time, config.time_scale, config.labels
         self.name = config.module
         factory = find_factory(OPTION, config.module)
         # A model folder names the factory, and must not be able to call whatever is installed.
         if not _declares_module(factory):
-            raise OptionError(
+            raise ArgumentError(
                 f"{OPTION} {config.module}: expected a class of nn.Module, or a function annotated to return one "
                 f"(def factory(...) -> nn.Module), found {type(factory).__name__}"
             )
         self.inner = make_module(OPTION, config.module, factory, **config.arguments)
         if next(self.inner.parameters(), None) is None:
-            raise OptionError(f"{OPTION} {config.module}: expected a module with parameters, found none")
+            raise ArgumentError(f"{OPTION} {config.module}: expected a module with parameters, found none")
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """x [batch, *sample_shape], t scalar or [batch] in [0, 1], label [batch] in 0 .. null_label -> like x.
 
         Raises:
-            OptionError: the module gives something else.
+            ArgumentError: the module gives something else.
         """
         is_reversed = self.time == "data_at_1"
         times = (self.time_scale * (1 - t if is_reversed else t).float()).expand(len(x))  # [batch]
@@ -109,7 +109,7 @@ class Outside(NetworkModule):
         velocity = _tensor(self.inner(*given))
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             found = list(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
-            raise OptionError(f"{OPTION} {self.name}: expected a velocity of shape {list(x.shape)}, found {found}")
+            raise ArgumentError(f"{OPTION} {self.name}: expected a velocity of shape {list(x.shape)}, found {found}")
         return -velocity if is_reversed else velocity
 
 
@@ -143,6 +143,6 @@ def _declares_module(factory: Callable[..., Any]) -> bool:
     return isinstance(made, type) and issubclass(made, nn.Module)
 
 
-def _no_conditions(config: OutsideConfig) -> str:
+def _no_conditions(name: str, config: OutsideConfig) -> str:
     found = ", ".join(config.conditions)
-    return f"--conditions: expected none, since a module from outside takes time and label alone, found {found}"
+    return f"`{name}`: expected none, since a module from outside takes time and label alone, found {found}"

@@ -1,4 +1,4 @@
-"""The options of a network that its weights show, for the message that they are not those of ``--network``."""
+"""The options of a network that its weights show, for the message that they are not those of ``network``."""
 
 import re
 from collections.abc import Mapping
@@ -42,19 +42,19 @@ def _shown(
     if isinstance(config, MLPConfig):
         width, size = weights["enter.weight"].shape
         return {
-            "--network.width": (width, config.width),
-            "--network.depth": (_count(r"blocks\.(\d+)\.", weights), config.depth),
-            "values per sample (--data):": (size, expected["enter.weight"].shape[1]),
+            "`network.width`": (width, config.width),
+            "`network.depth`": (_count(r"blocks\.(\d+)\.", weights), config.depth),
+            "values per sample (`data`):": (size, expected["enter.weight"].shape[1]),
             **_classes(weights, "label.weight", expected["label.weight"]),
         }
     if isinstance(config, DiTConfig):
         width, channels, patch, _ = weights["pos_embed.proj.weight"].shape
         table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
         return {
-            "--network.heads x --network.head-channels": (width, config.heads * config.head_channels),
-            "--network.depth": (_count(r"transformer_blocks\.(\d+)\.", weights), config.depth),
-            "--network.patch": (patch, config.patch),
-            "--data.channels": (channels, sample_shape[0]),
+            "`network.heads` x `network.head_channels`": (width, config.heads * config.head_channels),
+            "`network.depth`": (_count(r"transformer_blocks\.(\d+)\.", weights), config.depth),
+            "`network.patch`": (patch, config.patch),
+            "`data.channels`": (channels, sample_shape[0]),
             **_classes(weights, table, expected[table]),
         }
     if isinstance(config, UNetConfig):
@@ -75,14 +75,14 @@ def _unet(
     first = weights["input_blocks.0.0.weight" if theirs else "conv_in.weight"]
     scales = weights[f"{blocks[0][0]}.{embedding}.weight"].shape[0] == 2 * channels[0]
     shown: Shown = {
-        "--network.channels": (channels, config.channels),
-        "--network.blocks": (len(blocks[0]), config.blocks),
-        "--network.attention": (attention, tuple(sorted(config.attention, reverse=True))),
-        "--network.scale-shift": (scales, config.scale_shift),
+        "`network.channels`": (channels, config.channels),
+        "`network.blocks`": (len(blocks[0]), config.blocks),
+        "`network.attention`": (attention, tuple(sorted(config.attention, reverse=True))),
+        "`network.scale_shift`": (scales, config.scale_shift),
         **_classes(weights, CLASSES if theirs else OUR_CLASSES, expected[OUR_CLASSES]),
     }
     taken = expected["conv_in.weight"].shape[1]
-    what = "--data.channels" if config.patch == 1 else "--data.channels x --network.patch squared"
+    what = "`data.channels`" if config.patch == 1 else "`data.channels` x `network.patch` squared"
     return {**shown, what: (first.shape[1], taken)}
 
 
@@ -120,7 +120,7 @@ def _classes(weights: Mapping[str, Tensor], name: str, expected: Tensor) -> Show
     """The rows of the embedding of classes, where those of a U-Net may lack the null label."""
     if name not in weights or (name in {CLASSES, OUR_CLASSES} and len(weights[name]) == len(expected) - 1):
         return {}
-    return {"labels (the classes of --data, and 'no class'):": (len(weights[name]), len(expected))}
+    return {"labels (the classes of `data`, and 'no class'):": (len(weights[name]), len(expected))}
 
 
 def _count(pattern: str, weights: Mapping[str, Tensor]) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
 from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 class UNetConfig(NetworkOptions):
@@ -27,14 +27,14 @@ class UNetConfig(NetworkOptions):
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:
         if any(width % self.groups for width in self.channels):
-            raise ValueError(f"--groups: expected a divisor of the channels {self.channels}, found {self.groups}")
+            raise ValueError(f"`groups`: expected a divisor of the channels {self.channels}, found {self.groups}")
         return self
 
     def heads_divide(self, channels: tuple[int, ...]) -> None:
-        """Raise ``OptionError`` unless the levels with these channels can have attention."""
+        """Raise ``ArgumentError`` unless the levels with these channels can have attention."""
         if any(width % (self.head_channels or width) for width in channels):
-            raise OptionError(
-                f"--network.head-channels: expected a divisor of {sorted(set(channels))}, the channels of the levels "
+            raise ArgumentError(
+                f"`network.head_channels`: expected a divisor of {sorted(set(channels))}, the channels of the levels "
                 f"with attention (the last one always has some), found {self.head_channels}"
             )
 
@@ -71,11 +71,11 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     widths = [size // 2**level for level in range(len(config.channels))]
     if size % 2 ** (len(config.channels) - 1):
         most = 1 + (size & -size).bit_length() - 1
-        raise OptionError(
-            f"--network.channels: expected at most {most} levels for images {size} wide, found {config.channels}"
+        raise ArgumentError(
+            f"`network.channels`: expected at most {most} levels for images {size} wide, found {config.channels}"
         )
     if unknown := [width for width in config.attention if width not in widths]:
-        raise OptionError(f"--network.attention: expected widths of the levels, {widths}, found {unknown}")
+        raise ArgumentError(f"`network.attention`: expected widths of the levels, {widths}, found {unknown}")
     has_attention = [width in config.attention for width in widths]
     attending = zip(config.channels, [*has_attention[:-1], True], strict=True)
     config.heads_divide(tuple(width for width, here in attending if here))

@@ -102,7 +102,7 @@ def choose(keys: Sequence[str]) -> str:
         if len(candidates) == 1:
             return candidates[0]
     named = ", ".join(key or "'' (no prefix)" for key in keys)
-    raise CheckpointError(f"several entries hold weights that fit: {named}. Choose one with --key")
+    raise CheckpointError(f"several entries hold weights that fit: {named}. Choose one with `key`")
 
 
 def groups(names: Collection[str], among: Collection[str]) -> list[tuple[str, int]]:

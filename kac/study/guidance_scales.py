@@ -34,7 +34,7 @@ def effect_of_guidance(
         judge: the classifier's features; None: agreement is not judged.
 
     Raises:
-        OptionError: the network has no null label.
+        ArgumentError: the network has no null label.
     """
     for w in scales:
         outside, values, energy, right = 0, 0, 0.0, 0

@@ -24,8 +24,30 @@ KEY = re.compile(
 """A key in the query of a URI, as a presigned one has them."""
 
 
+ARGUMENT = re.compile(r"`([a-z_][a-z0-9_.]*)`")
+"""The name of an argument in a message."""
+
+
 class DistillKacError(Exception):
     """Base of all refusals: says what was expected, what was found and what to do."""
+
+
+class ArgumentError(DistillKacError, ValueError):
+    """An argument is missing, unknown or out of range.
+
+    Messages write the names of arguments in backquotes: "`steps` is 3, but should be a divisor of 20". The jobs show
+    them as options, see ``as_options``.
+    """
+
+    @property
+    def name(self) -> str:
+        """The first argument that the message names, dotted if it is nested: "optimizer.learning_rate"."""
+        found = ARGUMENT.search(str(self))
+        return found[1] if found else ""
+
+
+class UnknownArgument(ArgumentError):
+    """An argument that does not exist here. A newer version may have it."""
 
 
 class CheckpointError(DistillKacError):
@@ -34,6 +56,11 @@ class CheckpointError(DistillKacError):
 
 class DivergedError(DistillKacError):
     """A network gives NaN or infinity. The same options lead there again."""
+
+
+def as_options(text: str) -> str:
+    """The text with the names of arguments as options of a command line: `batch_size` becomes --batch-size."""
+    return ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
 
 
 def one_line(error: object, most: int = 300) -> str:

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError, UnknownArgument
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -27,14 +27,6 @@ else:
 
 _is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
 """False while the values of a model are checked, those of the models in it too."""
-
-
-class OptionError(DistillKacError):
-    """An option is missing, unknown or out of range."""
-
-
-class UnknownOption(OptionError):
-    """An option that does not exist here; a newer version may have it."""
 
 
 class _Absent:
@@ -51,7 +43,7 @@ class _Metaclass(ModelMetaclass):
 
 
 class Options(BaseModel, metaclass=_Metaclass):
-    """A frozen set of named values; unknown names and values out of range raise ``OptionError``."""
+    """A frozen set of named values; unknown names and values out of range raise ``ArgumentError``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -64,7 +56,7 @@ class Options(BaseModel, metaclass=_Metaclass):
             if not is_outermost:  # pydantic adds the names of the options on the way here
                 raise
             entry = dict(error.errors()[0])
-            kind = UnknownOption if entry["type"] == "extra_forbidden" else OptionError
+            kind = UnknownArgument if entry["type"] == "extra_forbidden" else ArgumentError
             raise kind(_sentence(type(self), entry)) from None
         finally:
             _is_outermost.reset(token)
@@ -171,25 +163,28 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_NAMED_VALUES = "input should be named values"
-_WORDS = {"model_type": _NAMED_VALUES, "model_attributes_type": _NAMED_VALUES, "tuple_type": "input should be a list"}
-"""In place of what pydantic says of Python's types."""
+_NAMED_VALUES = "should be named values"
+_PROBLEMS = {"model_type": _NAMED_VALUES, "model_attributes_type": _NAMED_VALUES, "tuple_type": "should be a list"}
+"""Replacements for what pydantic says about Python's types."""
 
 
 def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
-    where = ".".join(_names(model, entry["loc"])).replace("_", "-")
-    message: str = _WORDS.get(entry["type"], entry["msg"].removeprefix("Value error, "))
-    found = entry["input"]
-    if entry["type"] in {"union_tag_invalid", "union_tag_not_found"}:
-        where, message = f"{where}.kind", f"input should be {entry['ctx'].get('expected_tags')}"
-        found = entry["ctx"].get("tag")
-    if entry["type"] == "extra_forbidden":
-        return f"--{where}: unknown option: see --help"
-    if entry["type"] in {"missing", "union_tag_not_found"}:
-        return f"--{where}: expected a value, found none: see --help"
-    if message.startswith("--"):  # a check over several options of a model names them itself
-        return f"--{where}.{message[2:]}" if where and isinstance(found, dict) else message
-    return f"--{where}: {message[0].lower()}{message[1:]}, found {found!r}" if where else message
+    where, kind, found = ".".join(_names(model, entry["loc"])), entry["type"], entry["input"]
+    context: dict[str, Any] = entry.get("ctx", {})
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        where, found = f"{where}.kind", context.get("tag")
+    if kind == "extra_forbidden":
+        return f"`{where}` is unknown. Check the spelling."
+    if kind in {"missing", "union_tag_not_found"}:
+        return f"`{where}` is required."
+    if kind in {"value_error", "assertion_error"}:
+        message = str(context.get("error", entry["msg"]))
+        if message.startswith("`"):  # the check of a nested model names its own arguments
+            return f"`{where}.{message[1:]}" if where and isinstance(found, dict) else message
+        return f"`{where}` is {found!r}: {message}" if where else message
+    problem = f"should be {context['expected_tags']}" if "expected_tags" in context else _PROBLEMS.get(kind)
+    problem = problem or entry["msg"].removeprefix("Input ")
+    return f"`{where}` is {found!r}, but {problem}."
 
 
 def _names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from kac.util import files
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.fingerprint import unhashed
-from kac.util.options import OptionError
 
 Paths = Mapping[str, str | Iterable[str] | None]
 """Paths by the options that give them."""
@@ -55,7 +54,7 @@ def check_kinds(options: BaseModel) -> None:
     """Refuse a file where a folder is expected, and a folder where a file is expected. Only disks are looked at.
 
     Raises:
-        OptionError: the first such path.
+        ArgumentError: the first such path.
     """
     for option, path, kind in (*_marked(options, "reads"), *_marked(options, "writes")):
         name = files.normal(path)
@@ -63,11 +62,11 @@ def check_kinds(options: BaseModel) -> None:
             continue
         above = next(folder for folder in Path(os.getcwd(), name).parents if os.path.exists(folder))
         if os.path.isfile(above):
-            raise OptionError(f"{option} {path}: {above} is a file, so nothing can be below it. Give another path.")
+            raise ArgumentError(f"{option} {path}: {above} is a file, so nothing can be below it. Give another path.")
         if kind == "folder" and os.path.isfile(name):
-            raise OptionError(f"{option} {path} is a file. Give a folder.")
+            raise ArgumentError(f"{option} {path} is a file. Give a folder.")
         if kind == "file" and os.path.isdir(name):
-            raise OptionError(f"{option} {path} is a folder. Give a file.")
+            raise ArgumentError(f"{option} {path} is a folder. Give a file.")
 
 
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
@@ -77,7 +76,7 @@ def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
         derived: inputs that no option names, such as the data of a teacher.
 
     Raises:
-        OptionError: the first such pair.
+        ArgumentError: the first such pair.
     """
     for given in _marked(options, "writes"):
         check_output(given.option, given.path, options, derived)
@@ -87,23 +86,23 @@ def check_output(option: str, path: str, options: BaseModel, derived: Paths | No
     """Refuse one output, as ``check_apart`` does."""
     for given, read, _ in [*_marked(options, "reads"), *_each(derived or {})]:
         if relation := _relation(_names(option, path), _names(given, read)):
-            raise OptionError(
+            raise ArgumentError(
                 f"{option} {_shown(path)} {relation} {given} {_shown(read)}, and writing there would damage this "
                 f"input. Choose another {option}."
             )
 
 
-def _marked(options: BaseModel, mark: str, prefix: str = "--") -> Iterator[_Given]:
+def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_Given]:
     """Every path of the fields with this mark, and the option that gives it."""
     for name, field in type(options).model_fields.items():
-        # An option may be called otherwise than its field: --json.
+        # An option may have another name than its field.
         words = [str(given) for each in field.metadata if (given := getattr(each, "name", None))]
-        value, option = getattr(options, name), prefix + [name.replace("_", "-"), *words][-1]
+        value, option = getattr(options, name), prefix + [name, *words][-1]
         extra: Any = field.json_schema_extra
         if isinstance(value, BaseModel):
             yield from _marked(value, mark, f"{option}.")
         elif extra and mark in extra:
-            for given in _each({option: value}):
+            for given in _each({f"`{option}`": value}):
                 if re.fullmatch(str(extra[mark]), given.path, re.DOTALL):
                     yield given._replace(kind=extra["path_kind"])
 
@@ -119,7 +118,7 @@ def _names(option: str, path: str) -> set[Parts]:
     try:
         name = files.normal(path)
     except DistillKacError as error:
-        raise OptionError(f"{option}: {error}") from None
+        raise ArgumentError(f"{option}: {error}") from None
     if files.is_uri(name):
         return {tuple(name.split("/"))}
     folder, last = os.path.split(os.path.abspath(name) if name in {".", "/"} else os.path.join(os.getcwd(), name))

@@ -6,13 +6,13 @@ machine does falls on both.
 
 import importlib
 import json
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kac.util import files, probes
+from kac.util.log import log, progress_log
 from kac.util.path_options import check_output
 from pipeline.benchmark.measurement import Measurement, machine, table
 from pipeline.benchmark.spec import BenchmarkSpec
@@ -37,7 +37,7 @@ def benchmark(spec: BenchmarkSpec) -> Done:
     with _scratch(spec) as folder:
         setting = make_setting(spec, folder)
         for part in spec.only:
-            print(f"benchmark: {part} ...", file=sys.stderr, flush=True)
+            progress_log.info(f"benchmark: {part} ...")
             done[part] = importlib.import_module(f"{__name__}.{part.replace('-', '_')}").measure(setting)
     _write(spec, done)
     return done
@@ -47,7 +47,7 @@ def benchmark(spec: BenchmarkSpec) -> Done:
 def _scratch(spec: BenchmarkSpec) -> Iterator[str]:
     """A folder of this run alone, removed at its end."""
     folder = files.join(cluster.absolute(spec.folder or tempfile.gettempdir()), f"benchmark-{uuid.uuid4().hex[:12]}")
-    check_output("--folder", folder, spec)
+    check_output("`folder`", folder, spec)
     probes.check_writable(folder)
     try:
         yield folder
@@ -60,8 +60,8 @@ def _write(spec: BenchmarkSpec, done: Done) -> None:
     record = {"machine": machine(), "options": spec.model_dump(mode="json"), "measurements": figures}
     text = json.dumps(record, indent=2)
     if spec.json_file == "-":
-        print(text, flush=True)
+        log.info(text)
         return
-    print(table(done), flush=True)
+    log.info(table(done))
     if spec.json_file:
         files.write_bytes(cluster.absolute(spec.json_file), text.encode())

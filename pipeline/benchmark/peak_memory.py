@@ -1,11 +1,11 @@
 """Peak memory of a rollout actor and of the driver, against the number of trajectories and the size of a shard."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kac.util import files
+from kac.util.log import log
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
 from pipeline.benchmark.spec import CALLS_A_SHARD
@@ -30,7 +30,7 @@ class Peaks(NamedTuple):
 def measure(setting: Setting) -> list[Measurement]:
     """A rollout of ten times the trajectories, and one with shards of four times the rows, against a plain one."""
     if not os.access(RESET_FILE, os.W_OK):
-        print(f"benchmark: peak-memory is not measured: it needs Linux's {RESET_FILE}", file=sys.stderr, flush=True)
+        log.warning(f"benchmark: peak-memory is not measured: it needs Linux's {RESET_FILE}")
         return []
     rows, size = setting.spec.trajectories, CALLS_A_SHARD * setting.spec.batch_size
     plain, longer, larger = interleave(

@@ -50,7 +50,7 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Find or make the teacher; raises a CheckpointError if ``--teacher`` is no model folder."""
+    """Find or make the teacher; raises a CheckpointError if ``teacher`` is no model folder."""
     teacher = cluster.absolute(spec.teacher) if spec.teacher is not None else files.join(folder, "teacher")
     if spec.teacher is None:
         save_untrained(teacher, spec)

@@ -46,7 +46,7 @@ class BenchmarkSpec(Spec):
         2_000, "made-up shards for store-scale, scheduling-rate and ledger-rate; the first two also take a tenth"
     )
     teacher: str | None = input_path(
-        None, "model folder of a teacher; default: an untrained one of --network for --data"
+        None, "model folder of a teacher; default: an untrained one of `network` for `data`"
     )
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()
@@ -60,7 +60,7 @@ class BenchmarkSpec(Spec):
     def _known(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
         unknown = set(asked) - {*PARTS, *PARTS.values()}
         if unknown:
-            raise ValueError(f"--only: expected parts of {', '.join(PARTS)}, found {min(unknown)}")
+            raise ValueError(f"`only`: expected parts of {', '.join(PARTS)}, found {min(unknown)}")
         return tuple(part for part, letter in PARTS.items() if part in asked or letter in asked)
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class BenchmarkSpec(Spec):
         shard = CALLS_A_SHARD * self.batch_size
         if self.trajectories % shard or self.trajectories < MIN_SHARDS * shard:
             raise ValueError(
-                f"--trajectories: expected a multiple of {CALLS_A_SHARD} x --batch-size {self.batch_size}, "
+                f"`trajectories`: expected a multiple of {CALLS_A_SHARD} x `batch_size` {self.batch_size}, "
                 f"{MIN_SHARDS * shard} at least, found {self.trajectories}"
             )
         return self

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from kac.util.options import OptionError, Range, most
+from kac.util.errors import ArgumentError
+from kac.util.options import Range, most
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.cluster.placement import Share
@@ -40,13 +41,13 @@ def choose_place(spec: RolloutSpec | EvaluateSpec) -> Place:
     """As the spec says; by default as many actors as the nodes have room for, on GPUs if there are any.
 
     Raises:
-        OptionError: labels for a place without actors.
+        ArgumentError: labels for a place without actors.
     """
     if spec.actors == 0:
         if spec.label_selector:
-            raise OptionError("--label-selector: expected actors to be placed, found --actors 0: leave one out")
+            raise ArgumentError("`label_selector`: expected actors to be placed, found `actors` 0: leave one out")
         if spec.gpu and not Place(0).on_gpu:
-            raise OptionError("--gpu: expected a GPU in this machine for --actors 0, found none: leave one out")
+            raise ArgumentError("`gpu`: expected a GPU in this machine for `actors` 0, found none: leave one out")
         return Place(0)
     gpus = cluster.connect().gpus
     on_gpu = gpus > 0 if spec.gpu is None else spec.gpu

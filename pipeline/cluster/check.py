@@ -12,9 +12,9 @@ from typing import Any
 import requests
 
 from kac.util import probes
-from kac.util.errors import DistillKacError, one_line, without_secrets
+from kac.util.errors import ArgumentError, DistillKacError, one_line, without_secrets
 from kac.util.fingerprint import unhashed
-from kac.util.options import OptionError
+from kac.util.log import log
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import environment, joining, storage
@@ -59,14 +59,14 @@ def check(spec: CheckSpec) -> None:
     failed = 0
     for name, answer in asked.items():
         try:
-            print(f"ok     {name}: {answer.result(timeout=max(0.0, until - time.monotonic()))}", flush=True)
+            log.info(f"ok     {name}: {answer.result(timeout=max(0.0, until - time.monotonic()))}")
             continue
         except TimeoutError:
             wrong: object = f"{name}: expected an answer within {LONGEST_SECONDS:.0f} s, found none"
         except DistillKacError as error:
             wrong = error if str(error).startswith(name) else f"{name}: {error}"
         failed += 1
-        print(f"error  {one_line(wrong, most=1000)}", flush=True)
+        log.info(f"error  {one_line(wrong, most=1000)}")
     if failed:
         raise DistillKacError(f"{failed} of {len(looks)} checks failed: see above")
 
@@ -75,13 +75,13 @@ def job_server(given: str | None) -> str:
     """The address of the job server, found as ``ray job submit`` does: the environment comes before what is given.
 
     Raises:
-        OptionError: both are there and differ, or there is one of Ray Client.
+        ArgumentError: both are there and differ, or there is one of Ray Client.
     """
     names = ("RAY_API_SERVER_ADDRESS", joining.VARIABLE)
     variable = next((name for name in names if os.environ.get(name)), "")
     address = _as_http(os.environ[variable]) if variable else _as_http(given or DEFAULT_ADDRESS)
     if variable and given and address != _as_http(given):
-        raise OptionError(
+        raise ArgumentError(
             f"--address: expected that {variable} is not set, which ray job submit goes by, found {one_line(address)} "
             "there: unset it"
         )

@@ -10,8 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from kac.util import cache
-from kac.util.errors import DistillKacError, without_keys
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError, without_keys
 from pipeline.cluster import connection as cluster
 
 TRACKING, REGISTRY = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
@@ -42,7 +41,7 @@ def make_absolute() -> None:
     """Replace relative paths in this process's environment, and ``~``.
 
     Raises:
-        OptionError: a relative path in a submitted job, whose working directory Ray deletes after the job.
+        ArgumentError: a relative path in a submitted job, whose working directory Ray deletes after the job.
     """
     for name in (*PATHS, TRACKING, REGISTRY):
         given = os.environ.get(name, "").strip()
@@ -51,20 +50,20 @@ def make_absolute() -> None:
         try:
             os.environ[name] = _absolute_address(given) if name in {TRACKING, REGISTRY} else _absolute(given)
         except DistillKacError as error:
-            raise OptionError(f"{name}={given}: {error}") from None
+            raise ArgumentError(f"{name}={given}: {error}") from None
 
 
 def mlflow_address() -> str:
     """``MLFLOW_TRACKING_URI``, absolute; empty if it is not set.
 
     Raises:
-        OptionError: it, or ``MLFLOW_REGISTRY_URI``, is no address that MLflow can use.
+        ArgumentError: it, or ``MLFLOW_REGISTRY_URI``, is no address that MLflow can use.
     """
     make_absolute()
     for name in (TRACKING, REGISTRY):
         address = os.environ.get(name, "").strip()
         if address and (trouble := _trouble(address)):
-            raise OptionError(f"{name}={without_keys(address)}: {trouble}")
+            raise ArgumentError(f"{name}={without_keys(address)}: {trouble}")
     return os.environ.get(TRACKING, "").strip()
 
 

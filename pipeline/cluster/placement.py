@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from kac.networks.cost import duration
-from kac.util.options import OptionError, Range, least
+from kac.util.errors import ArgumentError
+from kac.util.log import log
+from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
 
 JOINING = "DISTILLKAC_JOINING_SECONDS"
@@ -86,10 +88,10 @@ def await_room(stage: str, option: str, count: int | Range, share: Share) -> Non
     """Return once the nodes have room for ``count`` shares, or for the least of a range.
 
     Args:
-        option: what asks for them: "--workers".
+        option: what asks for them: "`workers`".
 
     Raises:
-        OptionError: no such room, and none in sight; or labels that Ray does not take.
+        ArgumentError: no such room, and none in sight; or labels that Ray does not take.
     """
     _check_labels(share)
     wanted = least(count)
@@ -99,10 +101,9 @@ def await_room(stage: str, option: str, count: int | Range, share: Share) -> Non
     if is_embedded():
         raise _refusal(option, wanted, share, "this Ray is one machine: ask for less, or set RAY_ADDRESS")
     joining, starting = _seconds(JOINING, 30.0), _seconds(STARTING, 1200.0)
-    print(
+    log.info(
         f"{stage}: waits for nodes with room for {wanted} x ({share}): {duration(joining)}, or {duration(starting)} if "
-        "an autoscaler can start some",
-        flush=True,
+        "an autoscaler can start some"
     )
     started = time.monotonic()
     with asking(wanted, share) as request:
@@ -208,7 +209,7 @@ def _say_if_busy(stage: str, wanted: int, share: Share) -> None:
     until = time.monotonic() + BUSY_SECONDS
     while room(free(), share) < wanted:
         if time.monotonic() > until:
-            print(f"{stage}: waits until other work on the cluster leaves room for {wanted} x ({share})", flush=True)
+            log.info(f"{stage}: waits until other work on the cluster leaves room for {wanted} x ({share})")
             return
         time.sleep(BUSY_SECONDS / 10)
 
@@ -218,7 +219,7 @@ def _check_labels(share: Share) -> None:
 
     if error := validate_label_selector(dict(share.label_selector)):
         given = " ".join(f"{key}={value}" for key, value in share.label_selector.items())
-        raise OptionError(f"--label-selector: expected labels as Ray takes them, found {given}: {error}")
+        raise ArgumentError(f"`label_selector`: expected labels as Ray takes them, found {given}: {error}")
 
 
 def _matches(value: str | None, wanted: str) -> bool:
@@ -228,12 +229,12 @@ def _matches(value: str | None, wanted: str) -> bool:
     return (value in values) != wanted.startswith("!")
 
 
-def _refusal(option: str, wanted: int, share: Share, why: str) -> OptionError:
+def _refusal(option: str, wanted: int, share: Share, why: str) -> ArgumentError:
     nodes = alive()
     kinds = Counter(str(node) for node in nodes)
     there = "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items())
     found = f"room for {room(nodes, share):g} on the nodes that there are ({there})"
-    return OptionError(f"{option}: expected room for {wanted} x ({share}), found {found}; {why}")
+    return ArgumentError(f"{option}: expected room for {wanted} x ({share}), found {found}; {why}")
 
 
 def _told(resources: Mapping[str, float]) -> str:
@@ -244,10 +245,10 @@ def _seconds(variable: str, default: float) -> float:
     """A time that an environment variable names.
 
     Raises:
-        OptionError: it is no number.
+        ArgumentError: it is no number.
     """
     given = os.environ.get(variable, "")
     try:
         return float(given) if given else default
     except ValueError:
-        raise OptionError(f"{variable}: expected seconds, found {given!r}") from None
+        raise ArgumentError(f"{variable}: expected seconds, found {given!r}") from None

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pydantic import BaseModel
 
 from kac.util import cache, files, probes
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError, flatten
+from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.options import flatten
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import environment, joining
@@ -59,7 +59,7 @@ def check_shared(
         return
     for option, path in _each(paths):
         if not is_shared(path):
-            raise OptionError(
+            raise ArgumentError(
                 f"{option}: expected s3:// or a folder that every machine sees, since the cluster has {machines}, "
                 f"found {path}: use s3://, or name the folders that they share in {SHARED_VARIABLE}=/mnt/one:/mnt/other"
             )
@@ -95,7 +95,7 @@ def _shared_folders() -> Iterable[str]:
     folders = [os.path.expanduser(folder) for folder in os.environ.get(SHARED_VARIABLE, "").split(":") if folder]
     wrong = next((folder for folder in folders if not os.path.isabs(folder)), None)
     if wrong is not None:
-        raise OptionError(f"{SHARED_VARIABLE}: expected absolute folders with colons between, found {wrong}")
+        raise ArgumentError(f"{SHARED_VARIABLE}: expected absolute folders with colons between, found {wrong}")
     return [os.path.normpath(folder) for folder in folders]
 
 

@@ -50,7 +50,7 @@ class Spec(Options):
                 has_secret(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
             ):
                 raise ValueError(
-                    f"--{name.replace('_', '-')}: expected a path or URI without a password or key in it, found one: "
+                    f"`{name}`: expected a path or URI without a password or key in it, found one: "
                     "give keys by AWS_* or by the role of the nodes"
                 )
         return self
@@ -67,7 +67,7 @@ class Spec(Options):
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
 
     def settled(self, on_gpu: Callable[[], bool]) -> Self:
-        """With the type that ``--precision.dtype auto`` stands for: whatever runs or names a spec begins with this.
+        """With the type that ``precision.dtype`` auto stands for: whatever runs or names a spec begins with this.
 
         Args:
             on_gpu: whether the work runs on GPUs; asked for only if that matters, since it may start Ray.
@@ -109,7 +109,7 @@ class OptimizerConfig(Options):
     def _accumulation_divides_batch(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"--accumulation: expected a divisor of the batch size {self.batch_size}, found {self.accumulation}"
+                f"`accumulation`: expected a divisor of the batch size {self.batch_size}, found {self.accumulation}"
             )
         return self
 
@@ -160,7 +160,7 @@ def by_name(option: str, given: Any, name: str = "FIELD") -> Any:
     return {key: value for key, _, value in pairs}
 
 
-Labels = Annotated[dict[str, str], BeforeValidator(lambda given: by_name("--label-selector", given, "KEY"))]
+Labels = Annotated[dict[str, str], BeforeValidator(lambda given: by_name("`label_selector`", given, "KEY"))]
 LABEL_SELECTOR = unhashed(
     {}, "labels that a node must have to take part of this work: KEY=VALUE, KEY=!VALUE, 'KEY=in(ONE,OTHER)'"
 )
@@ -171,14 +171,14 @@ REGISTER = unhashed(None, "name to register the student under in MLflow's model 
 def as_registered_name(name: str | None) -> str | None:
     """The name, if MLflow's registry takes it; raises ``ValueError``."""
     if name is not None and (not name.strip() or name in {".", ".."} or set(name) & set("/:")):
-        raise ValueError(f"--register: expected a name without / and :, found {name!r}")
+        raise ValueError(f"`register`: expected a name without / and :, found {name!r}")
     return name
 
 
 def as_teacher(network: NetworkConfig) -> NetworkConfig:
     """The network, if it can be a teacher's; raises ``ValueError``."""
     if network.conditions:
-        raise ValueError("a teacher takes time and label alone: leave --network.conditions out")
+        raise ValueError("a teacher takes time and label alone: leave `network.conditions` out")
     return network
 
 
@@ -216,7 +216,7 @@ class TeachSpec(Spec):
     def _drops_labels_for_a_null_label(self) -> Self:
         if self.label_dropout and not self.network.has_null_label:
             raise ValueError(
-                "--label-dropout: expected 0, since this network has no null label (it knows classes alone), found "
+                "`label_dropout`: expected 0, since this network has no null label (it knows classes alone), found "
                 f"{self.label_dropout}"
             )
         return self
@@ -259,7 +259,7 @@ class RolloutRecipe(Options):
     knots: PositiveInt = Field(20, description="intervals whose ends are stored: knot 0 is noise, the last the image")
     knot_grid: KnotGrid = Field("uniform", description="where the knots lie between t = 1 and t = 0")
     solver: Method = Field("ab2", description="solver of the teacher")
-    solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of --knots")
+    solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
     precision: Precision = Precision()
     seed: int = SEED
     shard_size: PositiveInt = Field(1024, description="trajectories a shard")
@@ -268,7 +268,7 @@ class RolloutRecipe(Options):
     @model_validator(mode="after")
     def _steps_fit_knots(self) -> Self:
         if self.solver_steps % self.knots:
-            raise ValueError(f"--solver-steps: expected a multiple of --knots {self.knots}, found {self.solver_steps}")
+            raise ValueError(f"`solver_steps`: expected a multiple of `knots` {self.knots}, found {self.solver_steps}")
         return self
 
 
@@ -280,7 +280,7 @@ class RolloutSpec(RolloutRecipe, Spec):
     store: str = output_path(..., "store to write: a path or s3:// URI")
     trajectories: PositiveInt = unhashed(12000, "trajectories for each guidance scale; may be raised later")
     first_sample: NonNegativeInt = unhashed(
-        0, "id of the first one, a multiple of --shard-size, for stores to be merged"
+        0, "id of the first one, a multiple of `shard_size`, for stores to be merged"
     )
     guidance: tuple[float, ...] = unhashed(
         (0.0,), "guidance scales w; 0 is none; others may be added later", min_length=1
@@ -305,7 +305,7 @@ class RolloutSpec(RolloutRecipe, Spec):
     def _first_sample_begins_a_shard(self) -> Self:
         if self.first_sample % self.shard_size:
             raise ValueError(
-                f"--first-sample: expected a multiple of --shard-size {self.shard_size}, found {self.first_sample}"
+                f"`first_sample`: expected a multiple of `shard_size` {self.shard_size}, found {self.first_sample}"
             )
         return self
 
@@ -363,7 +363,7 @@ class DistillSpec(StudentOptions, Spec):
     def _refines_one_scale(self) -> Self:
         if self.refine.kind == "data" and self.guidance == "all":
             raise ValueError(
-                "--refine data: expected one --guidance, since the data would bring all scales to the same images, "
+                "`refine` data: expected one `guidance`, since the data would bring all scales to the same images, "
                 "found all"
             )
         return self
@@ -381,11 +381,11 @@ class SweepSpec(StudentOptions, Spec):
     out: str = output_path(..., "folder to write: one student folder a trial below it, and the answer")
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
-        "macro step counts, short for --grid steps=...; a flow map is one student for all of them; default: 1 2 4 20, "
-        "with --chain its counts, with --search 4",
+        "macro step counts, short for `grid` steps=...; a flow map is one student for all of them; default: 1 2 4 20, "
+        "with `chain` its counts, with `search` 4",
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(
-        None, "guidance scales, short for --grid guidance=...; all: one student for all; default: 0"
+        None, "guidance scales, short for `grid` guidance=...; all: one student for all; default: 0"
     )
     grid: dict[str, tuple[Any, ...]] = unhashed(
         {}, "axes of the grid, any field of jobs.distill: steps=1,2 optimizer.learning-rate=1e-3,2e-3"
@@ -398,16 +398,16 @@ class SweepSpec(StudentOptions, Spec):
         "fields to search in place of a grid, whose axes are then drawn from too: "
         "'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, randint (both ends included), choice",
     )
-    trials: NonNegativeInt = unhashed(0, "trials of --search; may be raised later")
-    searcher: Literal["random", "optuna"] = unhashed("optuna", "what proposes the values of --search")
+    trials: NonNegativeInt = unhashed(0, "trials of `search`; may be raised later")
+    searcher: Literal["random", "optuna"] = unhashed("optuna", "what proposes the values of `search`")
     asha: bool = unhashed(False, "stop trials early that are behind the best (asynchronous successive halving)")
     asha_metric: str = unhashed(
-        "validation/energy_distance", "what --asha and optuna go by, of what a trial reports as it trains"
+        "validation/energy_distance", "what `asha` and optuna go by, of what a trial reports as it trains"
     )
     asha_factor: float = unhashed(3.0, "of so many trials one goes on at each halving", gt=1)
     grace_updates: PositiveInt = unhashed(500, "updates before a trial may be stopped")
     metric: str | None = unhashed(
-        None, "what the best student is best in; default: the Frechet distance in the last of --features"
+        None, "what the best student is best in; default: the Frechet distance in the last of `features`"
     )
     samples: NonNegativeInt = unhashed(2000, "samples a student that it is judged by; 0: none is judged")
     features: tuple[str, ...] = input_path(
@@ -416,10 +416,10 @@ class SweepSpec(StudentOptions, Spec):
     rollout: bool = unhashed(False, "add guidance scales that the store lacks to it first")
     register: str | None = unhashed(None, "name under which the best student is registered in MLflow")
     workers: int | None = unhashed(None, "Ray Train workers a trial; default: the trial's own process", ge=0)
-    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial, or with --workers each of them")
+    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs a trial, or with `workers` each of them")
     gpus_per_trial: float | None = unhashed(
         None,
-        "GPUs a trial, or with --workers each of them, or a share of one; default: 1 where the cluster has some, "
+        "GPUs a trial, or with `workers` each of them, or a share of one; default: 1 where the cluster has some, "
         "else 0",
         ge=0,
     )
@@ -430,13 +430,13 @@ class SweepSpec(StudentOptions, Spec):
     def _by_field(cls, given: Any, info: ValidationInfo) -> Any:
         """Words FIELD=VALUE,VALUE as a mapping; a single value is an axis too."""
         if isinstance(given, list | tuple):
-            given = by_name(f"--{info.field_name}", given)
+            given = by_name(f"`{info.field_name}`", given)
         if info.field_name == "search" or not isinstance(given, dict):
             return given
         axes = {name: _axis(values) for name, values in given.items()}
         for name, values in axes.items():
             if not values or any(value in ("", None) for value in values):
-                raise ValueError(f"--grid: expected {name}=VALUE,VALUE, found no value")
+                raise ValueError(f"`grid`: expected {name}=VALUE,VALUE, found no value")
         return axes
 
     @field_validator("chain", mode="before")
@@ -452,7 +452,7 @@ class SweepSpec(StudentOptions, Spec):
     @classmethod
     def _descends(cls, chain: tuple[int, ...]) -> tuple[int, ...]:
         if len(chain) == 1 or any(after >= before for before, after in pairwise(chain)):
-            raise ValueError(f"--chain: expected two or more step counts, each below the one before, found {chain}")
+            raise ValueError(f"`chain`: expected two or more step counts, each below the one before, found {chain}")
         return chain
 
     @field_validator("register")
@@ -464,7 +464,7 @@ class SweepSpec(StudentOptions, Spec):
     @classmethod
     def _has_values(cls, values: tuple[Any, ...] | None, info: ValidationInfo) -> tuple[Any, ...] | None:
         if values == ():
-            raise ValueError(f"--{info.field_name}: expected at least one value, found none")
+            raise ValueError(f"`{info.field_name}`: expected at least one value, found none")
         return values
 
     @field_validator("features")
@@ -485,7 +485,7 @@ class EvaluateSpec(Spec):
 
     stage = "evaluate"
     teacher: str | None = input_path(
-        None, "model folder of the teacher; default: that of the students, with --from-sweep or --runs"
+        None, "model folder of the teacher; default: that of the students, with `from_sweep` or `runs`"
     )
     students: tuple[str, ...] = input_path((), "model folders of students, or folders of a sweep")
     from_sweep: str | None = input_path(None, "folder of a finished sweep, whose front is judged again")
@@ -502,7 +502,7 @@ class EvaluateSpec(Spec):
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="solver steps of the teacher")
     precision: Precision = Precision()
     seed: int = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise, other than the store's")
-    seeds: PositiveInt = Field(1, description="noise seeds, from --seed on; with several the table has means +- 95 %")
+    seeds: PositiveInt = Field(1, description="noise seeds, from `seed` on; with several the table has means +- 95 %")
     features: tuple[str, ...] = Field(
         ("pixels", "classifier"),
         min_length=1,
@@ -526,7 +526,7 @@ class EvaluateSpec(Spec):
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Self:
         if not self.teacher and not self.from_sweep and not self.runs:
-            raise ValueError("--teacher: expected a value, found none: see --help")
+            raise ValueError("`teacher` is required.")
         return self
 
 

@@ -76,7 +76,7 @@ def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], to
     import ray
 
     place = choose_place(spec).for_work(len(todo))
-    await_room("evaluate", "--actors", place.actors, place.share)
+    await_room("evaluate", "`actors`", place.actors, place.share)
     actor: Any = ray.remote(ChunkActor).options(**place.share.remote_options)
     try:
         yield from each_once(lambda: actor.remote(spec.features, data, expected), most(place.actors), todo)

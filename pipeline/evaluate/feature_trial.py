@@ -43,7 +43,7 @@ def _try_on_ray(spec: EvaluateSpec, foreign: Sequence[str], data: DataConfig) ->
     import ray
 
     share = choose_place(spec).share
-    await_room("evaluate", "--actors", 1, share)
+    await_room("evaluate", "`actors`", 1, share)
     trial = ray.remote(_try_all).options(max_retries=0, **share.remote_options)
     try:
         ray.get(trial.remote(foreign, data))
@@ -51,5 +51,5 @@ def _try_on_ray(spec: EvaluateSpec, foreign: Sequence[str], data: DataConfig) ->
         raise task_error(error) from None
     except ray.exceptions.RayError as error:
         raise DistillKacError(
-            f"--features {', '.join(foreign)}: the trial of the networks failed in Ray: {cluster.innermost(error)}"
+            f"`features` {', '.join(foreign)}: the trial of the networks failed in Ray: {cluster.innermost(error)}"
         ) from None

@@ -34,7 +34,7 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
         students += found
         teacher = teacher or next(iter(teachers), None) or _teacher_of_students(spec, found)
     if teacher is None:
-        raise DistillKacError("--teacher: expected the teacher's folder, since nothing here says where it is")
+        raise DistillKacError("`teacher`: expected the teacher's folder, since nothing here says where it is")
     return spec.model_copy(
         update={
             "teacher": cluster.absolute(teacher),
@@ -52,13 +52,13 @@ def _front(sweep: str) -> tuple[dict[str, Any], list[str]]:
         answer = json.loads(files.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DistillKacError(
-            f"--from-sweep {sweep}: expected the folder of a finished sweep, found no {ANSWER_FILE}: finish it first"
+            f"`from_sweep` {sweep}: expected the folder of a finished sweep, found no {ANSWER_FILE}: finish it first"
         ) from None
     except ValueError:
         raise DistillKacError(f"{path}: expected JSON, found a damaged file: run the sweep's command again") from None
     front = [_moved(folder, sweep) for folder in answer.get("front", [])]
     if not front:
-        raise DistillKacError(f"--from-sweep {sweep}: expected finished trials, found none in {ANSWER_FILE}")
+        raise DistillKacError(f"`from_sweep` {sweep}: expected finished trials, found none in {ANSWER_FILE}")
     return answer, front
 
 
@@ -84,18 +84,18 @@ def _folder_of_run(uri: str, run_id: str) -> str:
         where = tracking.without_password(uri)
         if not tracking.is_refusal(error):
             raise DistillKacError(
-                f"--runs {run_id}: expected the tracking server {where} to answer, found that it does not: try again, "
+                f"`runs` {run_id}: expected the tracking server {where} to answer, found that it does not: try again, "
                 "or set MLFLOW_TRACKING_URI"
             ) from None
-        raise DistillKacError(f"--runs {run_id}: expected the id of a run in {where}, found none") from None
+        raise DistillKacError(f"`runs` {run_id}: expected the id of a run in {where}, found none") from None
     if PATH_TAG not in tags:
         raise DistillKacError(
-            f"--runs {run_id}: expected a run that has made a model, found one of the stage "
+            f"`runs` {run_id}: expected a run that has made a model, found one of the stage "
             f"{tags.get(tracking.STAGE_TAG, 'unknown')} without the tag {PATH_TAG}: give finished runs of distill"
         )
     folder = str(tags[PATH_TAG])
     if not files.exists(files.join(folder, CONFIG_FILE)):
-        raise DistillKacError(f"--runs {run_id}: expected a model in {folder}, found no {CONFIG_FILE} there")
+        raise DistillKacError(f"`runs` {run_id}: expected a model in {folder}, found no {CONFIG_FILE} there")
     return folder
 
 

@@ -68,7 +68,7 @@ def read_record(out: str) -> Record:
     values = json.loads(files.read_bytes(path))
     if "features" not in values:
         raise DistillKacError(
-            f"{path}: expected scores of delivered images, found those of an older version: choose another --out"
+            f"{path}: expected scores of delivered images, found those of an older version: choose another `out`"
         )
     return Record(**values)
 

@@ -19,8 +19,8 @@ from kac.metrics.statistics import KEPT_ROWS
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_teacher_config
 from kac.sampling import Sampling, student_sampling, teacher_sampling
 from kac.util import files
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.log import log
 from kac.util.path_options import check_apart
 from pipeline import outputs, tracking
 from pipeline.cluster import storage
@@ -100,7 +100,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     spec = resolve(spec)
     assert spec.teacher is not None, "a spec that is resolved has a teacher"
     root = load_teacher_config(spec.teacher).data.root
-    check_apart(spec, {"--data.root of the teacher": root})
+    check_apart(spec, {"`data.root` of the teacher": root})
     _check_storage(spec, root)
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     candidates = _candidates(spec)
@@ -108,13 +108,13 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     if not files.exists(files.join(spec.out, EVALUATION_FILE)):
         try_features(spec, candidates[0].config.data)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
-        print(f"evaluate: {spec.out} is complete: nothing to do", flush=True)
+        log.info(f"evaluate: {spec.out} is complete: nothing to do")
         record = read_record(spec.out)
-        print(table(record), flush=True)
+        log.info(table(record))
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
         # For one at least; how many there is work for shows later.
-        await_room("evaluate", "--actors", 1, choose_place(spec).share)
+        await_room("evaluate", "`actors`", 1, choose_place(spec).share)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     data = candidates[0].config.data
@@ -125,7 +125,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         compared = _draw(spec, candidates)
         record = _judge(compared, fingerprint)
         _write(compared, run, record)
-    print(table(record), flush=True)
+    log.info(table(record))
     return list(record.scores)
 
 
@@ -135,15 +135,15 @@ def _check_storage(spec: EvaluateSpec, root: str | None) -> None:
     files_used = [given for given in spec.features if given.endswith(TORCHSCRIPT)]
     storage.check_shared(
         {
-            "--out": spec.out,
-            "--teacher": spec.teacher,
-            "--students": spec.students,
-            "--features": files_used,
+            "`out`": spec.out,
+            "`teacher`": spec.teacher,
+            "`students`": spec.students,
+            "`features`": files_used,
             **storage.cache_of(),
         },
         lambda: is_spread,
     )
-    storage.check_shared({"--data.root of the teacher": root}, lambda: is_spread)
+    storage.check_shared({"`data.root` of the teacher": root}, lambda: is_spread)
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
@@ -168,9 +168,9 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     names = _names(list(dict.fromkeys(folders)))
     students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
     if spec.guidance and not any(student.config.takes_guidance for student in students):
-        raise OptionError(
-            "--guidance: no student here takes a guidance scale as an input, so there is nothing to choose. Leave "
-            "--guidance out, or distill a student with --guidance all."
+        raise ArgumentError(
+            "`guidance`: no student here takes a guidance scale as an input, so there is nothing to choose. Leave "
+            "`guidance` out, or distill a student with `guidance` all."
         )
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
@@ -241,7 +241,7 @@ def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
     for space in spaces:
         told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
         if told:
-            print(f"evaluate: features of the {space.name}: {told}", flush=True)
+            log.info(f"evaluate: features of the {space.name}: {told}")
     compared = Comparison(spec, candidates, spaces, *real_images(data, spec.samples))
     todo = [
         *unfinished(compared.train, unfinished_reference(compared.train, spaces)),

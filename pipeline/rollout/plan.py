@@ -87,4 +87,4 @@ def refuse_other_store(store: str, wanted: StoreIdentity, manifest: Manifest | N
     of_shards = (whole_identity(store, name) for name in itertools.islice(found, 8))
     here = manifest.identity if manifest else next(filter(None, of_shards), None)
     if here is not None:
-        refuse_other(store, wanted, here, "choose another --store, or the options of this one")
+        refuse_other(store, wanted, here, "choose another `store`, or the options of this one")

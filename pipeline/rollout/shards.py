@@ -5,6 +5,7 @@ import threading
 import time
 
 from kac.util.errors import DistillKacError, one_line
+from kac.util.log import log
 from kac.util.options import Options
 from pipeline.config.specs import RolloutSpec
 from pipeline.memory import peak_memory
@@ -50,7 +51,7 @@ class ShardMaker:
         try:
             receipt, computed, seconds = self._adopt_or_compute(shard)
         except NotFiniteShard as error:
-            advice = "check the teacher's weights, the solver steps and --dtype"
+            advice = "check the teacher's weights, the solver steps and `dtype`"
             raise RolloutError(f"{error}: nothing of the shard was published; {advice}") from error
         except DistillKacError as error:
             raise RolloutError(str(error)) from error
@@ -78,7 +79,7 @@ class ShardMaker:
         except FileNotFoundError:
             pass  # the usual case: the shard has yet to be made
         except DamagedShard as damage:
-            print(f"rollout: {damage}: redoing it", flush=True)
+            log.info(f"rollout: {damage}: redoing it")
             is_damaged = True
         with contextlib.ExitStack() as at_work:
             at_work.enter_context(self.computing)

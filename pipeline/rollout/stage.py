@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from kac.metrics import Metric
 from kac.model import load_model, load_teacher_config
 from kac.util import probes
+from kac.util.log import log
 from kac.util.options import most
 from kac.util.path_options import check_apart
 from pipeline import tracking
@@ -43,27 +44,27 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     """
     spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
     is_spread = spec.actors != 0
-    storage.check_shared({"--store": spec.store, "--teacher": spec.teacher}, lambda: is_spread)
+    storage.check_shared({"`store`": spec.store, "`teacher`": spec.teacher}, lambda: is_spread)
     if spec.source == "forward":
         root = load_teacher_config(spec.teacher).data.root
-        storage.check_shared({"--data.root of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
-    check_apart(spec, {"--data.root of the teacher": load_teacher_config(spec.teacher).data.root})
+        storage.check_shared({"`data.root` of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
+    check_apart(spec, {"`data.root` of the teacher": load_teacher_config(spec.teacher).data.root})
     spec = spec.settled(lambda: choose_place(spec).on_gpu)
     plan = make_plan(spec)
     cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"
     if spec.dry_run:
-        print(cost, flush=True)
+        log.info(cost)
         return None
     if plan.is_done and plan.manifest is not None:
         remove_orphans(spec.store, plan.manifest.guidance)
-        print(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do", flush=True)
+        log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do")
         return plan.manifest
     teacher = load_model(spec.teacher).config
     place = choose_place(spec)
     if place.actors:
-        await_room("rollout", "--actors", place.for_work(len(plan.todo)).actors, place.share)
+        await_room("rollout", "`actors`", place.for_work(len(plan.todo)).actors, place.share)
     probes.check_writable(spec.store)
-    print(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}", flush=True)
+    log.info(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}")
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",
         spec=spec,
@@ -78,7 +79,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         outcomes = compute_shards(spec, plan)
         manifest = seal(spec, plan, outcomes, moved)
         told = _log(run, spec, plan, outcomes, time.perf_counter() - started)
-    print(told, flush=True)  # below what MLflow prints at the end of a run
+    log.info(told)  # below what MLflow prints at the end of a run
     return manifest
 
 
@@ -96,9 +97,7 @@ def compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
         from pipeline.rollout.actors import endpoint_rms_on_ray
 
         moved = endpoint_rms_on_ray(spec, plan)
-    print(
-        f"rollout: {spec.precision.dtype} moves endpoints by {moved:.2g} from float32's (root mean square)", flush=True
-    )
+    log.info(f"rollout: {spec.precision.dtype} moves endpoints by {moved:.2g} from float32's (root mean square)")
     return moved
 
 

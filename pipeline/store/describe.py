@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 
 from kac.util.fingerprint import unhashed
+from kac.util.log import log
 from kac.util.options import flatten
 from kac.util.path_options import input_path
 from pipeline.config.specs import Spec
@@ -64,7 +65,7 @@ class Description:
 def run(spec: DescribeSpec) -> None:
     """Print the description as text, or as JSON."""
     description = describe(spec)
-    print(json.dumps(asdict(description), indent=2) if spec.as_json else _as_text(description), flush=True)
+    log.info(json.dumps(asdict(description), indent=2) if spec.as_json else _as_text(description))
 
 
 def describe(spec: DescribeSpec) -> Description:

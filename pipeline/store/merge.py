@@ -12,6 +12,7 @@ import tyro
 from pydantic import field_validator
 
 from kac.util import files, probes
+from kac.util.log import log
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import Spec
@@ -80,7 +81,7 @@ def merge(spec: MergeSpec) -> Manifest:
     write_manifest(into, manifest)
     rows = sum(extent.rows for extent in extents)
     kept = sum(was_there for _, was_there in copied)
-    print(f"merge: wrote {into}: {rows:,} rows, {len(copied) - kept} shards copied, {kept} were there", flush=True)
+    log.info(f"merge: wrote {into}: {rows:,} rows, {len(copied) - kept} shards copied, {kept} were there")
     return manifest
 
 
@@ -104,7 +105,7 @@ def _moves(sources: Sequence[tuple[str, Manifest]]) -> list[Move]:
                 raise StoreError(
                     f"{path}: expected sample ids that no other store holds, found those from {shard.start} on of "
                     f"guidance {shard.guidance:g} in {moves[shard.name].source} too: "
-                    "roll one of them out with another --first-sample"
+                    "roll one of them out with another `first_sample`"
                 )
             moves[shard.name] = Move(path, shard, receipts[shard.name])
     return sorted(moves.values(), key=lambda move: move.shard)
@@ -114,7 +115,7 @@ def _check_target(
     into: str, identity: StoreIdentity, extents: tuple[Extent, ...], moves: Sequence[Move]
 ) -> dict[str, Receipt]:
     """Refuse a target that holds something else; returns the receipts of its shards that need no second look."""
-    manifest, found, advice = read_manifest(into), list_shards(into), "choose another --into"
+    manifest, found, advice = read_manifest(into), list_shards(into), "choose another `into`"
     if manifest is not None:
         refuse_other(into, identity, manifest.identity, advice)
         if manifest.extents != extents:

@@ -218,10 +218,10 @@ class Store:
         if self.identity.source == "forward" and "end_time" in objective.conditions:
             raise StoreError(
                 f"{self.path}: expected whole trajectories for a flow map, found a forward store, whose rows have one "
-                "interval each: roll out with --source trajectory"
+                "interval each: roll out with `source` trajectory"
             )
         if self.identity.source == "forward" and len(knots) != stored + 1:
-            raise StoreError(f"--steps: expected {stored}, the intervals of this forward store, found {len(knots) - 1}")
+            raise StoreError(f"`steps`: expected {stored}, the intervals of this forward store, found {len(knots) - 1}")
         return knots
 
     def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
@@ -235,12 +235,12 @@ class Store:
         """Refuse a guidance scale that is not in the store."""
         if guidance not in self.guidance and self.identity.labels == "null":
             raise StoreError(
-                f"--guidance {guidance:g}: the teacher of {self.path} is unconditional, so it cannot be guided. Choose "
-                "--guidance 0."
+                f"`guidance` {guidance:g}: the teacher of {self.path} is unconditional, so it cannot be guided. Choose "
+                "`guidance` 0."
             )
         if guidance not in self.guidance:
             raise StoreError(
-                f"--guidance: expected one of the store's scales {list(self.guidance)}, found {guidance}: "
+                f"`guidance`: expected one of the store's scales {list(self.guidance)}, found {guidance}: "
                 f"add it with: python -m jobs.rollout --store {self.path} --guidance {guidance:g} ..."
             )
 

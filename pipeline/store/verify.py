@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kac.util import files
 from kac.util.fingerprint import unhashed
+from kac.util.log import log
 from kac.util.path_options import input_path
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
@@ -22,7 +23,7 @@ HARMLESS: tuple[Kind, ...] = ("leftover", "extra")
 """Reported and left alone: readers of the store do not look at them."""
 
 REDONE: tuple[Kind, ...] = ("damaged", "not finite", "foreign", "duplicated")
-"""Removed by --repair; what was foreign in an unfinished store stays."""
+"""Removed by `repair`; what was foreign in an unfinished store stays."""
 
 WHOLE: tuple[Kind, ...] = ("", "unplanned")
 """All that can be wrong with such a shard is that the manifest has no use for it."""
@@ -47,7 +48,7 @@ class Report:
     rows: int  # in whole shards
     bytes: int  # read
     problems: tuple[Finding, ...]  # by file name
-    removed: tuple[str, ...]  # by --repair
+    removed: tuple[str, ...]  # by `repair`
 
     @property
     def is_whole(self) -> bool:
@@ -64,9 +65,9 @@ def run(spec: VerifySpec) -> None:
     report = verify(spec)
     for problem in report.problems:
         removed = ": removed" if problem.name in report.removed else ""
-        print(f"verify: {problem.kind}: {problem.name}: {problem.detail}{removed}", flush=True)
+        log.info(f"verify: {problem.kind}: {problem.name}: {problem.detail}{removed}")
     whole, read = f"{report.shards:,} whole shards, {report.rows:,} rows", f"{report.bytes / 2**20:.1f} MiB read"
-    print(f"verify: {report.store}: {whole}, {read}", flush=True)
+    log.info(f"verify: {report.store}: {whole}, {read}")
     if not report.is_whole:
         raise StoreError(_verdict(report))
 

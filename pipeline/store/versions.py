@@ -6,9 +6,9 @@ Older: a field that it did not have yet is at its neutral value. Newer: nothing 
 import json
 from typing import Any, TypeVar
 
-from kac.util.errors import one_line
+from kac.util.errors import ArgumentError, UnknownArgument, one_line
 from kac.util.fingerprint import with_neutral_values
-from kac.util.options import OptionError, Options, UnknownOption
+from kac.util.options import Options
 from pipeline.store.layout import StoreError
 
 SCHEMA_VERSION = 1
@@ -46,15 +46,14 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
         check_version(where, values.get("schema_version"))
     try:
         return model(**with_neutral_values(model, values))
-    except OptionError as error:
-        found = one_line(str(error).removeprefix("--").removesuffix(": see --help"), 160)
+    except ArgumentError as error:
+        found = one_line(error, 160)
         # A newer version writes all fields of this one too, but for those that are None: where one is missing, its name
         # was damaged.
         written = {name for name, field in model.model_fields.items() if field.default is not None}
-        if isinstance(error, UnknownOption) and written <= values.keys():
-            field = found.partition(":")[0]
+        if isinstance(error, UnknownArgument) and written <= values.keys():
             raise NewerVersion(
-                f"{where}: expected fields that this version knows, found {field}: a newer version wrote it: "
+                f"{where}: expected fields that this version knows, found {error.name}: a newer version wrote it: "
                 "use a newer distillkac"
             ) from None
         raise ValueError(found) from None

@@ -7,8 +7,7 @@ from kac.guidance import check_guidance
 from kac.metrics import quality_metrics
 from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import distill, store, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
@@ -25,7 +24,7 @@ def judged_by(spec: SweepSpec) -> tuple[str, str]:
     """The metric that says which student is best, and whether lower or higher is better.
 
     Raises:
-        OptionError: nothing reports it.
+        ArgumentError: nothing reports it.
     """
     known = dict.fromkeys(REPORTED, "lower")
     default = REPORTED[0]
@@ -34,10 +33,10 @@ def judged_by(spec: SweepSpec) -> tuple[str, str]:
         known, default = {**known, **made}, f"frechet_distance_{spec.features[-1]}"
         default = default if default in known else next(iter(made))
     metric = spec.metric or default
-    for option, name, allowed in (("--metric", metric, known), ("--asha-metric", spec.asha_metric, REPORTED)):
+    for option, name, allowed in (("`metric`", metric, known), ("`asha_metric`", spec.asha_metric, REPORTED)):
         if name not in allowed:
-            without = "" if spec.samples else ", since --samples 0 leaves the students unevaluated"
-            raise OptionError(
+            without = "" if spec.samples else ", since `samples` 0 leaves the students unevaluated"
+            raise ArgumentError(
                 f"{option}: expected a metric that is reported ({', '.join(allowed)}){without}, found {name}"
             )
     return metric, known[metric]
@@ -45,18 +44,18 @@ def judged_by(spec: SweepSpec) -> tuple[str, str]:
 
 def _goes_by_reports(spec: SweepSpec) -> str:
     """The option for which trials must report ``asha_metric``; empty: none."""
-    return "--asha" if spec.asha else "--searcher optuna" if spec.search and spec.searcher == "optuna" else ""
+    return "`asha`" if spec.asha else "`searcher` optuna" if spec.search and spec.searcher == "optuna" else ""
 
 
 def check_options(spec: SweepSpec) -> None:
     """Refuse options that do not go together."""
     if bool(spec.search) != bool(spec.trials):
-        has, lacks = ("--search", "--trials") if spec.search else ("--trials", "--search")
-        raise OptionError(f"{lacks}: expected it beside {has}, found none")
+        has, lacks = ("`search`", "`trials`") if spec.search else ("`trials`", "`search`")
+        raise ArgumentError(f"{lacks}: expected it beside {has}, found none")
     if spec.asha and spec.workers:
-        raise OptionError("--asha: expected trials that train in their own process, found --workers: leave one out")
+        raise ArgumentError("`asha`: expected trials that train in their own process, found `workers`: leave one out")
     if spec.chain and (spec.asha or spec.search or spec.objective.kind == "flow-map"):
-        raise OptionError("--chain: expected a grid of students of one step count each, without --asha and --search")
+        raise ArgumentError("`chain`: expected a grid of students of one step count each, without `asha` and `search`")
 
 
 def check_validated(spec: SweepSpec) -> None:
@@ -65,9 +64,9 @@ def check_validated(spec: SweepSpec) -> None:
     if not needs:
         return
     if spec.asha_metric.startswith("validation/") and spec.validation_updates == 0:
-        raise OptionError(f"--validation-updates: expected some for {needs} on {spec.asha_metric}, found 0")
+        raise ArgumentError(f"`validation_updates`: expected some for {needs} on {spec.asha_metric}, found 0")
     if spec.asha_metric.endswith("endpoint_error") and not spec.held_out_rows:
-        raise OptionError(f"--held-out-rows: expected some for {needs} on {spec.asha_metric}, found none")
+        raise ArgumentError(f"`held_out_rows`: expected some for {needs} on {spec.asha_metric}, found none")
 
 
 def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
@@ -81,7 +80,7 @@ def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
     if needs and ended and not any(spec.asha_metric in record.metrics for record in ended):
         raise DistillKacError(
             f"{spec.out}: expected {spec.asha_metric} from the trials for {needs}, found that none has reported it: "
-            "choose another --asha-metric"
+            "choose another `asha_metric`"
         )
 
 
@@ -89,11 +88,11 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
     """The store, and the guidance scales that it lacks; all that can be checked without them is.
 
     Raises:
-        DistillKacError: something does not fit, or scales are missing and ``--rollout`` is not given.
+        DistillKacError: something does not fit, or scales are missing and ``rollout`` is not given.
     """
     source = store.open(spec.store)
     if spec.asha and any(point.spec.optimizer.updates <= spec.grace_updates for point in points):
-        raise OptionError(f"--grace-updates: expected less than all updates of a trial, found {spec.grace_updates}")
+        raise ArgumentError(f"`grace_updates`: expected less than all updates of a trial, found {spec.grace_updates}")
     wanted = dict.fromkeys(point.spec.guidance for point in points)
     missing = [w for w in wanted if w != "all" and w not in source.guidance]
     assert source.manifest is not None
@@ -101,12 +100,14 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
     if missing and (spec.rollout or files.exists(files.join(teacher, CONFIG_FILE))):
         check_guidance(load_teacher_config(teacher), missing)
     if missing and not spec.rollout:
-        raise OptionError(
-            f"--guidance: expected scales of the store {spec.store} ({', '.join(f'{w:g}' for w in source.guidance)}), "
-            f"found {', '.join(f'{w:g}' for w in missing)} missing: add --rollout to have them added first"
+        raise ArgumentError(
+            f"`guidance`: expected scales of the store {spec.store} ({', '.join(f'{w:g}' for w in source.guidance)}), "
+            f"found {', '.join(f'{w:g}' for w in missing)} missing: add `rollout` to have them added first"
         )
     if spec.search and any(isinstance(draw, space.Uniform) for draw in _drawn(spec, "guidance")):
-        raise OptionError("--search guidance: expected choice(...) of scales, found a range: a store has some of them")
+        raise ArgumentError(
+            "`search` guidance: expected choice(...) of scales, found a range: a store has some of them"
+        )
     checked: set[tuple[Any, ...]] = set()
     for point in points:
         training.check_shares(point.spec.optimizer, point.spec.workers or 0)
@@ -127,7 +128,7 @@ def _drawn(spec: SweepSpec, field: str) -> list[space.Draw]:
 def await_room(spec: SweepSpec) -> None:
     """Return once the cluster has room for a trial; raises as ``placement.await_room``."""
     share = share_of_trial(spec, cluster.connect())
-    option, count = ("--workers", spec.workers) if spec.workers else ("--cpus-per-trial, --gpus-per-trial", 1)
+    option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
     placement.await_room("sweep", option, count, share)
 
 

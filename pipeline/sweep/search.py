@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from kac.networks.cost import duration
 from kac.util import files
+from kac.util.log import log
 from pipeline.config.specs import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.space import Choice, Draw, Integers, Point, Uniform
@@ -234,7 +235,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         left = self.total - ended
         if left > 0:
             told.append(f"about {duration((time.perf_counter() - self.started) / self.ended_here * left)} left")
-        print(f"sweep: {ended} of {self.total} students, {record.name}: {', '.join(told)}", flush=True)
+        log.info(f"sweep: {ended} of {self.total} students, {record.name}: {', '.join(told)}")
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger has all."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kac.util import files
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields
-from kac.util.options import OptionError, nested_models
+from kac.util.options import nested_models
 from pipeline.config.specs import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
 
 NOT_VARIED = (
@@ -37,7 +38,7 @@ NOT_VARIED = (
 class Point:
     """A student of the sweep."""
 
-    name: str  # of its folder below --out
+    name: str  # of its folder below `out`
     spec: DistillSpec
     values: dict[str, Any]  # of the fields that vary, by their dotted names
     after: str | None = None  # the point whose student it starts from: its predecessor in a chain
@@ -109,7 +110,7 @@ def parse_draw(field: str, text: str) -> Draw:
     """What an expression such as ``loguniform(1e-4,3e-3)`` stands for; nothing is evaluated.
 
     Raises:
-        OptionError: it cannot be parsed.
+        ArgumentError: it cannot be parsed.
     """
     match = re.fullmatch(r"(uniform|loguniform|randint|choice)\((.+)\)", str(text).strip())
     parts = [part.strip() for part in match[2].split(",")] if match else []
@@ -124,8 +125,8 @@ def parse_draw(field: str, text: str) -> Draw:
             return Uniform(float(low), float(high), is_log)
     except ValueError:
         pass
-    raise OptionError(
-        f"--search {field}: expected uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, randint(LOW,HIGH) or "
+    raise ArgumentError(
+        f"`search` {field}: expected uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, randint(LOW,HIGH) or "
         f"choice(VALUE,...), found {text!r}"
     )
 
@@ -134,16 +135,16 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
     """The axes of the grid, each with its values: guidance scales and step counts first.
 
     Raises:
-        OptionError: an axis that is no field of a student, has no values or is given twice.
+        ArgumentError: an axis that is no field of a student, has no values or is given twice.
     """
     given: dict[str, tuple[Any, ...]] = {}
     for name in (*spec.grid, *spec.search):
         if field_named(name) in given:
-            raise OptionError(f"--grid, --search: expected each field once, found {name} twice")
+            raise ArgumentError(f"`grid`, `search`: expected each field once, found {name} twice")
         given[field_named(name)] = spec.grid.get(name, ())
     for name, short in (("guidance", spec.guidance), ("steps", spec.steps)):
         if short is not None and name in given:
-            raise OptionError(f"--{name}: expected the values of {name} once, found them in --grid or --search too")
+            raise ArgumentError(f"`{name}`: expected the values of {name} once, found them in `grid` or `search` too")
     searched = {field_named(name) for name in spec.search}
     default_steps: tuple[int, ...] = spec.chain or (
         (DistillSpec.model_fields["steps"].default,) if spec.search else STEP_COUNTS
@@ -160,7 +161,7 @@ def draws_of(spec: SweepSpec) -> dict[str, Draw]:
     """What each field of a search is drawn from; the axes of its grid are choices.
 
     Raises:
-        OptionError: an expression that cannot be parsed, or as ``axes_of``.
+        ArgumentError: an expression that cannot be parsed, or as ``axes_of``.
     """
     draws = {field_named(name): parse_draw(name, text) for name, text in spec.search.items()}
     return {**{name: Choice(values) for name, values in axes_of(spec).items()}, **draws}
@@ -170,14 +171,14 @@ def field_named(name: str) -> str:
     """The dotted name of a field as specs have it; an object is named by its kind.
 
     Raises:
-        OptionError: a student has no such field, or it makes no other student.
+        ArgumentError: a student has no such field, or it makes no other student.
     """
     field = name.strip().lstrip("-").replace("-", "_")
     top, _, below = field.partition(".")
     allowed = [known for known in DistillSpec.model_fields if known not in NOT_VARIED]
     if top not in allowed:
         near = difflib.get_close_matches(top, allowed, n=1)
-        raise OptionError(
+        raise ArgumentError(
             f"{name}: expected a field of jobs.distill that changes its student ({', '.join(allowed)})"
             f"{f', perhaps {near[0]}' if near else ''}, found {top}"
         )
@@ -188,7 +189,7 @@ def grid_points(spec: SweepSpec) -> list[Point]:
     """The points of the grid, and those of the chains, after those that they start from.
 
     Raises:
-        OptionError: a point that is no valid spec, or as ``axes_of``.
+        ArgumentError: a point that is no valid spec, or as ``axes_of``.
     """
     axes = axes_of(spec)
     if spec.chain and spec.chain[0] not in {int(m) for m in axes["steps"]}:
@@ -226,7 +227,7 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
         name: of its folder; default: made of the values. head: what such a name begins with.
 
     Raises:
-        OptionError: they do not go together.
+        ArgumentError: they do not go together.
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0
@@ -235,7 +236,7 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
         share = {"gpus_per_worker": spec.gpus_per_trial} if spec.gpus_per_trial else {}
         options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector, **gpu, **share}
     if values.get("precision.dtype") == "auto":
-        raise OptionError("precision.dtype: expected types to be compared, found auto, which stands for one of them")
+        raise ArgumentError("precision.dtype: expected types to be compared, found auto, which stands for one of them")
     # A kind comes first: the other fields of its object are that kind's.
     for field in sorted(values, key=lambda field: not field.endswith(".kind")):
         options = _with(options, field.split("."), values[field])
@@ -258,7 +259,7 @@ def sample_points(spec: SweepSpec) -> list[Point]:
     """Points of a search that are valid if all are: each field at the ends of its range, the others at their first.
 
     Raises:
-        OptionError: one that is not.
+        ArgumentError: one that is not.
     """
     draws = draws_of(spec)
     first = {name: draw.ends()[0] for name, draw in draws.items()}

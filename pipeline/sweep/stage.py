@@ -7,6 +7,7 @@ from typing import Any
 from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
 from kac.util.errors import DistillKacError
+from kac.util.log import log
 from pipeline import claims, distill, outputs, store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
@@ -46,7 +47,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     # Where the trials run decides, not this process: whoever resumes the sweep must come to the same students.
     spec = spec.settled(lambda: checks.gpus_a_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
-    storage.check_shared({"--teacher": spec.teacher or source.manifest.teacher}, lambda: True)
+    storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **space.identity(spec)}
     if spec.samples and not files.exists(files.join(spec.out, RESULT_FILE)):
         judge = _evaluation_spec(spec, source)
@@ -57,7 +58,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     total = max(len(points), spec.trials) if spec.search else len(points)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
     if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
-        print(f"sweep: all {total} students in {spec.out} are complete: nothing to do", flush=True)
+        log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
     claims.take(spec.out)  # a finished sweep that gets more trials has none yet
     checks.await_room(spec)
@@ -85,7 +86,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     students = [record.name for record in ledger.records]
     listing = {"fingerprint": fingerprint, "students": students, "judged": judged}
     files.write_bytes(files.join(spec.out, RESULT_FILE), json.dumps(listing, indent=2).encode())
-    print(f"sweep: wrote {total - complete} students to {spec.out} ({complete} were complete)", flush=True)
+    log.info(f"sweep: wrote {total - complete} students to {spec.out} ({complete} were complete)")
     return ledger.records
 
 
@@ -121,8 +122,8 @@ def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
     advice = []
     if any(record.has_diverged for record in failed):
         advice.append(
-            "A trial that diverged would diverge again: sweep without its values, or lower --optimizer.learning-rate, "
-            "and give a new --out."
+            "A trial that diverged would diverge again: sweep without its values, or lower `optimizer.learning_rate`, "
+            "and give a new `out`."
         )
     if not all(record.has_diverged for record in failed):
         advice.append("Run the same command again to retry the trials that failed for another reason.")
@@ -289,4 +290,4 @@ def _register_best(spec: SweepSpec, name: str) -> None:
     own = None if best is None else tracking.run_of_output(best["out"])
     if own is not None:
         version = logged_models.register(own, name, alias="best")
-        print(f"sweep: registered {best['name']} as models:/{name}@best, version {version}", flush=True)
+        log.info(f"sweep: registered {best['name']} as models:/{name}@best, version {version}")

@@ -99,7 +99,7 @@ def _proposer(spec: SweepSpec, ledger: Ledger) -> Any:
 def _lend(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.Loan]:
     """The columns that the students read, once in the memory that the processes of a node share.
 
-    None where they do not fit ``--memory-gib`` or Ray's object store: there every trial reads for itself.
+    None where they do not fit ``memory_gib`` or Ray's object store: there every trial reads for itself.
     """
     import ray
 

@@ -7,13 +7,13 @@ by the next run of any process with this server, or by ``--sync-tracking``.
 
 import atexit
 import os
-import sys
 import threading
 import time
 from collections import deque
 from itertools import islice
 
 from kac.util.errors import one_line
+from kac.util.log import log
 from pipeline.tracking.entries import MOST, Entry, first_batch
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import client_of, connect, is_refusal, without_password
@@ -259,4 +259,4 @@ def _why(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"tracking: {text}", file=sys.stderr, flush=True)
+    log.warning(f"tracking: {text}")

@@ -2,6 +2,7 @@
 
 from kac.util.errors import DistillKacError, one_line
 from kac.util.fingerprint import unhashed
+from kac.util.log import log
 from pipeline import tracking
 from pipeline.config.specs import Spec
 from pipeline.tracking.server import without_password
@@ -37,8 +38,8 @@ def close_dead(spec: CloseDeadSpec) -> list[str]:
             "set MLFLOW_TRACKING_URI, or try again later"
         ) from error
     for run_id in closed:
-        print(f"close-dead: {run_id} is KILLED", flush=True)
-    print(f"close-dead: {len(closed)} runs of {without_password(uri)} closed", flush=True)
+        log.info(f"close-dead: {run_id} is KILLED")
+    log.info(f"close-dead: {len(closed)} runs of {without_password(uri)} closed")
     return closed
 
 
@@ -49,7 +50,7 @@ def sync(spec: SyncSpec | None = None) -> None:
         DistillKacError: some still waits.
     """
     delivered, waiting = tracking.sync(tracking.tracking_uri("."))
-    print(f"sync: {delivered:,} entries delivered", flush=True)
+    log.info(f"sync: {delivered:,} entries delivered")
     if waiting:
         raise DistillKacError(
             f"expected tracking servers that answer, found {waiting:,} entries that still wait: try again later"

@@ -14,7 +14,6 @@ they are, and many threads may do it at once.
 
 import json
 import logging
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from kac.model import CONFIG_FILE, ModelConfig, load_config
 from kac.networks import outline_network
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
+from kac.util.log import log
 from pipeline import store, tracking
 from pipeline.config.specs import DistillSpec
 from pipeline.tracking import TrackedRun
@@ -77,11 +77,9 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Log
         if spec.register:
             register(model, spec.register)
     except Exception as error:  # noqa: BLE001 - whatever MLflow, its server or its disk raise
-        print(
+        log.warning(
             f"distill: warning: {spec.out} is complete, but MLflow "
-            f"({tracking.without_password(run.tracking_uri)}) did not take it as a model: {_told(error)}",
-            file=sys.stderr,
-            flush=True,
+            f"({tracking.without_password(run.tracking_uri)}) did not take it as a model: {_told(error)}"
         )
         return None
     return model

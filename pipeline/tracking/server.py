@@ -41,7 +41,7 @@ def tracking_uri(beside: str) -> str:
     A submitted job's directory does not outlive it: its database lies beside the stage's output ``beside``.
 
     Raises:
-        OptionError: MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI is no address that MLflow can use.
+        ArgumentError: MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI is no address that MLflow can use.
     """
     if configured := mlflow_address():
         return configured

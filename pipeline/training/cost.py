@@ -22,7 +22,7 @@ def describe_cost(
         calls: of the network for each sample of an update.
 
     Raises:
-        OptionError: samples that the network does not fit.
+        ArgumentError: samples that the network does not fit.
     """
     cost, samples = network_cost(network, sample_shape, num_classes), optimizer.updates * optimizer.batch_size
     whole = short(TRAINING_CALLS * calls * samples * cost.flops_per_call, "FLOP")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kac.util import files
 from kac.util.device import default_device
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError, Range, least, most
+from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.options import Range, least, most
 from pipeline import claims
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.placement import Share, await_room
@@ -59,7 +59,7 @@ def choose_place(spec: TeachSpec | DistillSpec) -> Place:
     A cluster that scales from nothing has no GPU yet: there both must be asked for.
 
     Raises:
-        OptionError: options that do not go together.
+        ArgumentError: options that do not go together.
     """
     if spec.workers == 0:
         return _checked(spec, Place(0, False))
@@ -71,16 +71,16 @@ def choose_place(spec: TeachSpec | DistillSpec) -> Place:
 
 def _checked(spec: TeachSpec | DistillSpec, place: Place) -> Place:
     if spec.gpu and not place.on_gpu:
-        raise OptionError("--gpu: expected a GPU here or in the cluster, found none: add --workers to wait for some")
+        raise ArgumentError("`gpu`: expected a GPU here or in the cluster, found none: add `workers` to wait for some")
     if spec.label_selector and not place.workers:
-        raise OptionError("--label-selector: expected workers to be placed, found none: add --workers")
+        raise ArgumentError("`label_selector`: expected workers to be placed, found none: add `workers`")
     if spec.label_selector and isinstance(place.workers, Range):
         # Its elastic groups count the room on nodes of any labels, and then wait for workers that cannot start.
-        raise OptionError(f"--label-selector: expected a fixed number of --workers, found {place.workers}")
+        raise ArgumentError(f"`label_selector`: expected a fixed number of `workers`, found {place.workers}")
     if place.use_gpu and spec.gpus_per_worker < 1 and most(place.workers) > 1:
         # NCCL refuses two ranks on one GPU.
-        raise OptionError(
-            f"--gpus-per-worker: expected whole GPUs for several workers, found {spec.gpus_per_worker:g}: "
+        raise ArgumentError(
+            f"`gpus_per_worker`: expected whole GPUs for several workers, found {spec.gpus_per_worker:g}: "
             "leave it out, or take one worker"
         )
     return place
@@ -90,12 +90,12 @@ def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
     """Refuse workers that cannot share a batch equally.
 
     Raises:
-        OptionError: it says so.
+        ArgumentError: it says so.
     """
     batch, parts = optimizer.batch_size, optimizer.accumulation
     if workers and batch % (most(workers) * parts):
         passes = f", of {parts} passes an update each" * (parts > 1)
-        raise OptionError(f"--workers: expected a divisor of the batch size {batch}{passes}, found {workers}")
+        raise ArgumentError(f"`workers`: expected a divisor of the batch size {batch}{passes}, found {workers}")
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
@@ -105,7 +105,7 @@ def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
     """
     check_shares(optimizer, place.workers)
     if place.workers and not cluster.is_worker():
-        await_room(stage, "--workers", place.workers, place.share)
+        await_room(stage, "`workers`", place.workers, place.share)
 
 
 def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str, Tensor]:

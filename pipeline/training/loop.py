@@ -19,6 +19,7 @@ from torch import Tensor
 from kac.metrics import Metric
 from kac.networks.cost import duration
 from kac.util.errors import DivergedError
+from kac.util.log import log
 from pipeline import claims
 from pipeline.config.specs import OptimizerConfig
 from pipeline.memory import peak_bytes
@@ -222,13 +223,13 @@ class _Remaining:
             self.started = time.perf_counter()
         if update == self.first + LOG_UPDATES and update < self.total:
             seconds = (time.perf_counter() - self.started) / (LOG_UPDATES - SLOW_UPDATES)
-            print(f"{self.title}: about {duration(seconds * (self.total - update))} left", flush=True)
+            log.info(f"{self.title}: about {duration(seconds * (self.total - update))} left")
 
 
 def _check_finite(job: Job, loss: float, update: int) -> None:
     if not math.isfinite(loss):
         raise DivergedError(
-            f"{job.out}: expected a finite loss, found {loss} by update {update}: lower --optimizer.learning-rate"
+            f"{job.out}: expected a finite loss, found {loss} by update {update}: lower `optimizer.learning_rate`"
         )
 
 

@@ -10,7 +10,6 @@ Ray Train (2.60) can start a group again by itself. Here every failure ends its 
   training shows its traceback once.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from kac.networks.cost import duration
 from kac.util import files
 from kac.util.errors import DistillKacError, DivergedError
+from kac.util.log import log
 from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
@@ -63,14 +63,11 @@ def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, worker
             has_no_room = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             group = _fitting(workers, share) if has_no_room else workers
             if has_no_room and _others_hold_it(workers, share):
-                print(
-                    f"{title}: waits until other work on the cluster leaves room for {_told(workers, share)}",
-                    flush=True,
-                )
+                log.info(f"{title}: waits until other work on the cluster leaves room for {_told(workers, share)}")
                 continue
             failures += 1
             _check_hope(error, out, failures)
-            print(f"{title}: {_what_failed(error)}: going on from the last checkpoint", flush=True)
+            log.info(f"{title}: {_what_failed(error)}: going on from the last checkpoint")
             if isinstance(workers, Range) and _lost_ranks(error):
                 # An elastic group that begins with a node which is about to be found dead waits for ever.
                 time.sleep(NOTICE_SECONDS)
@@ -88,7 +85,7 @@ def _check_hope(error: Exception, out: str, failures: int) -> None:
     if failures <= MAX_FAILURES and not told:  # what a worker tells people, it would tell again
         return
     if _raised(error) and not told:
-        print(error, file=sys.stderr, flush=True)
+        log.warning(error)
     kind = DivergedError if any(isinstance(each, DivergedError) for each in told) else DistillKacError
     raise kind(f"{out}: training failed: {told[0] if told else cluster.innermost(error)}") from error
 
@@ -109,13 +106,11 @@ def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> No
             if waited >= WAIT_SECONDS or placement.is_embedded():
                 raise DistillKacError(
                     f"{out}: expected room for {_told(workers, share)}, found too little for {duration(waited)}: add "
-                    "nodes or lower --workers, and run the same command again to go on from the last checkpoint"
+                    "nodes or lower `workers`, and run the same command again to go on from the last checkpoint"
                 )
             if waited >= said + SAY_SECONDS:
                 said, left = waited, duration(WAIT_SECONDS - waited)
-                print(
-                    f"{title}: no room for {_told(workers, share)}: waiting for nodes, for {left} at most", flush=True
-                )
+                log.info(f"{title}: no room for {_told(workers, share)}: waiting for nodes, for {left} at most")
             time.sleep(placement.POLL_SECONDS)
 
 

@@ -19,6 +19,7 @@ from kac.precision import Precision
 from kac.sampling import draw, generate, student_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
+from kac.util.log import log
 from pipeline import store
 from pipeline.config.specs import OptimizerConfig
 from pipeline.store.layout import LABEL
@@ -161,7 +162,7 @@ def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
             raise DistillKacError(DATA_CHANGED)
         split = data.held_out
     except (DistillKacError, OSError) as error:
-        print(f"validation: no energy distance, since the data of the teacher cannot be read: {error}", flush=True)
+        log.info(f"validation: no energy distance, since the data of the teacher cannot be read: {error}")
         return None
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SEED))
     return split.rows(order[:REAL_IMAGES])

@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from jobs import parsing
 from jobs.parsing import parse
-from kac.util.options import Kinded, OptionError, Options, flatten, kind_alone, nested_models
+from kac.util.errors import ArgumentError
+from kac.util.options import Kinded, Options, flatten, kind_alone, nested_models
 from pipeline.benchmark import BenchmarkSpec
 from pipeline.config import specs as config
 from pipeline.config.specs import EvaluateSpec, Spec, SweepSpec, TeachSpec
@@ -96,7 +97,7 @@ def options(text: str, spec_type: type[Spec] = TrainSpec) -> Any:
 
 
 def refusal(text: str, spec_type: type[Spec] = TrainSpec) -> str:
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         options(text, spec_type)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -11,7 +11,7 @@ from jobs import config_files
 from jobs.config_files import RECIPES, recipe_names
 from jobs.parsing import parse
 from kac.model import load_model
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline import quickstart, store
 from pipeline.config.specs import (
     ConvertSpec,
@@ -143,7 +143,7 @@ def test_what_is_no_recipe_is_refused(config: str, message: str, tmp_path: Path)
     (tmp_path / "file.yaml").write_text("teach: {out: there}")
     (tmp_path / "mixed.yaml").write_text("teach: {out: there}\nupdates: 7")
     path = config.format(file=tmp_path / "file.yaml", mixed=tmp_path / "mixed.yaml")
-    with pytest.raises(OptionError, match="--config") as refused:
+    with pytest.raises(ArgumentError, match="--config") as refused:
         options(RolloutSpec, f"--config {path}")
     assert str(refused.value).startswith(f"--config {path}: {message}")
 

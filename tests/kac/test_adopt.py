@@ -191,7 +191,7 @@ def test_several_weights_that_fit_are_offered(content: Any, tmp_path: Path):
 
 def test_a_key_without_weights_is_refused_with_what_there_is(tmp_path: Path):
     said = refusal(written({"model": W, "discriminator": OTHER}, tmp_path), "discriminator")
-    assert "under --key discriminator" in said
+    assert "under `key` discriminator" in said
     assert f"model ({len(W)}), discriminator (3)" in said
 
 
@@ -217,7 +217,7 @@ def test_a_file_of_another_network_is_described(content: Any, holds: str, tmp_pa
 
 def test_shapes_that_differ_name_the_option(tmp_path: Path):
     said = refusal(written(under("net.", W), tmp_path), config=UNetConfig(channels=(64,), blocks=1, time_scale=1.0))
-    assert "the weights under net are of a unet with --network.channels 32 (given: 64)" in said
+    assert "the weights under net are of a unet with `network.channels` 32 (given: 64)" in said
 
 
 def test_a_network_that_only_begins_alike_is_not_taken_for_one_with_other_options(tmp_path: Path):

@@ -383,7 +383,7 @@ def test_refuses_the_config_of_another_project(folder):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"heads": 4}, "--heads: unknown option"),
+        ({"heads": 4}, "`heads`: unknown option"),
         ({"kind": "critic"}, "--kind"),
         ({"network": {"kind": "mlp", "width": 8, "depth": 2, "dropout": 0.1}}, "dropout: unknown option"),
         ({"network": {"kind": "transformer"}}, "found 'transformer'"),

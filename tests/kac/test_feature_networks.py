@@ -9,7 +9,7 @@ from torch import nn
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.metrics import Reference, Statistics
 from kac.metrics.features import check_names, open_space, try_space
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from tests import feature_networks
 
 FOUND = {
@@ -59,7 +59,7 @@ def digits() -> Dataset:
 
 
 def given_as(kind: str, name: str, folder: Path) -> str:
-    """The value of --features for a network of ``tests.feature_networks``."""
+    """The value of `features` for a network of ``tests.feature_networks``."""
     if kind == "imported":
         return f"tests.feature_networks:{name}"
     path = str(folder / f"{name}.pt")
@@ -73,9 +73,9 @@ def test_a_network_that_does_not_fit_is_refused_in_one_line(kind: str, name: str
     if kind == "scripted" and name in NOT_SCRIPTED:
         pytest.skip("not a TorchScript")
     given = given_as(kind, name, tmp_path)
-    with pytest.raises(OptionError, match=FOUND[name]) as caught:
+    with pytest.raises(ArgumentError, match=FOUND[name]) as caught:
         try_space(given, digits)
-    assert str(caught.value).startswith(f"--features {given}: ")
+    assert str(caught.value).startswith(f"`features` {given}: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
@@ -94,14 +94,14 @@ def test_networks_that_give_features_are_taken(name: str, digits: Dataset):
 
 @pytest.mark.parametrize("name", ["exported_three_channels", "without_weights"])
 def test_a_module_that_torch_guards_or_cannot_move_is_refused(name: str, digits: Dataset):
-    with pytest.raises(OptionError, match=f"--features tests.feature_networks:{name}: "):
+    with pytest.raises(ArgumentError, match=f"`features` tests.feature_networks:{name}: "):
         try_space(f"tests.feature_networks:{name}", digits)
 
 
 def test_points_are_tried_too():
     moons = open_dataset(DataConfig(kind="moons"))
     try_space("torch.nn:Flatten", moons)
-    with pytest.raises(OptionError, match=r"float16|\[0, 1\]|failed on 16 samples of shape \[2\]"):
+    with pytest.raises(ArgumentError, match=r"float16|\[0, 1\]|failed on 16 samples of shape \[2\]"):
         try_space("tests.feature_networks:ThreeChannels", moons)
 
 
@@ -109,14 +109,14 @@ def test_points_are_tried_too():
 def test_a_network_that_fails_after_its_trial_is_one_line(name: str, found: str, digits: Dataset):
     given = f"tests.feature_networks:{name}"
     try_space(given, digits)
-    with pytest.raises(OptionError, match=found) as caught:
+    with pytest.raises(ArgumentError, match=found) as caught:
         open_space(given, digits)(digits.train.rows(torch.arange(250)).images)
-    assert str(caught.value).startswith(f"--features {given}: ")
+    assert str(caught.value).startswith(f"`features` {given}: ")
     assert "\n" not in str(caught.value)
 
 
 def test_widths_that_change_between_batches_are_refused(digits: Dataset):
-    with pytest.raises(OptionError, match="1 and 2"):
+    with pytest.raises(ArgumentError, match="1 and 2"):
         open_space("tests.feature_networks:LaterWider", digits)(digits.train.rows(torch.arange(251)).images)
 
 
@@ -126,7 +126,7 @@ def test_covariances_without_eigenvalues_are_one_line():
     good.add(torch.rand(10, 2))
     bad.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
     for train, samples in ((good, bad), (bad, good)):
-        with pytest.raises(OptionError, match="--features net"):
+        with pytest.raises(ArgumentError, match="`features` net"):
             Reference({"net": train}, torch.zeros(1, 1), lambda: iter(())).frechet_distance("net", samples.moments)
 
 
@@ -144,5 +144,5 @@ def test_torchscript_without_forward_is_refused(digits: Dataset, tmp_path: Path)
 
     path = str(tmp_path / "bare.pt")
     torch.jit.script(Bare()).save(path)
-    with pytest.raises(OptionError, match="forward"):
+    with pytest.raises(ArgumentError, match="forward"):
         open_space(path, digits)

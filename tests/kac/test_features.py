@@ -10,7 +10,7 @@ from kac.data import DataConfig, Dataset, all_rows, open_dataset
 from kac.data.splits import in_memory
 from kac.metrics.features import check_names, classifier, open_space, space_identity, space_name
 from kac.metrics.features.space import averaged_down
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -123,16 +123,16 @@ def test_a_torchscript_file_and_an_import_path_are_spaces(tmp_path):
     ],
 )
 def test_a_space_that_cannot_be_had_is_refused_in_one_line(given: str, message: str):
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         open_space(given, images_of((1, 2, 2)))
 
 
 def test_a_file_that_is_no_torchscript_and_features_of_another_shape_are_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"something")
-    with pytest.raises(OptionError, match=r"x.pt: expected TorchScript, found"):
+    with pytest.raises(ArgumentError, match=r"x.pt: expected TorchScript, found"):
         open_space(str(tmp_path / "x.pt"), images_of((1, 2, 2)))
     space = open_space("torch.nn:Identity", images_of((1, 2, 2)))
-    with pytest.raises(OptionError, match=r"--features torch.nn:Identity: .*shape \[2, 1, 2, 2\]"):
+    with pytest.raises(ArgumentError, match=r"`features` torch.nn:Identity: .*shape \[2, 1, 2, 2\]"):
         space(torch.rand(2, 1, 2, 2))
 
 
@@ -146,17 +146,17 @@ def test_an_extra_that_is_missing_is_named(given: str, extra: str, monkeypatch: 
         return found(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(OptionError, match=rf"pip install 'distillkac\[{given}\]'"):
+    with pytest.raises(ArgumentError, match=rf"pip install 'distillkac\[{given}\]'"):
         open_space(given, images_of((1, 8, 8)))
 
 
 def test_a_classifier_of_one_class_and_images_that_are_points_are_refused():
-    with pytest.raises(OptionError, match=r"--features classifier: expected data of several classes"):
+    with pytest.raises(ArgumentError, match=r"`features` classifier: expected data of several classes"):
         open_space("classifier", images_of((1, 8, 8), classes=1))
-    with pytest.raises(OptionError, match=r"--features lite0: expected images, found samples of \(2,\)"):
+    with pytest.raises(ArgumentError, match=r"`features` lite0: expected images, found samples of \(2,\)"):
         open_space("lite0", images_of((2,)))
     with pytest.raises(
-        OptionError, match=r"--features pooled: expected images of at least 4 pixels .*, found \(1, 3, 8\)"
+        ArgumentError, match=r"`features` pooled: expected images of at least 4 pixels .*, found \(1, 3, 8\)"
     ):
         open_space("pooled", images_of((1, 3, 8)))
 

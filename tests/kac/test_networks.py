@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from jobs.parsing import parse
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
-from kac.util.errors import CheckpointError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, CheckpointError
 from pipeline.config.specs import TeachSpec
 
 
@@ -108,7 +107,7 @@ def test_every_parameter_learns():
 
 @pytest.mark.parametrize("bad", [{"width": 0}, {"depth": -1}, {"kind": "resnet"}, {"heads": 4}])
 def test_config_refuses_what_cannot_be_built(bad):
-    with pytest.raises(OptionError, match=f"--{next(iter(bad))}: "):
+    with pytest.raises(ArgumentError, match=f"--{next(iter(bad))}: "):
         MLPConfig(**bad)
 
 
@@ -392,7 +391,7 @@ def test_attention_is_where_it_is_asked_for():
 
 def refusal(words: str, sample_shape: tuple[int, ...] = SHAPE) -> str:
     """What is said of these words of a command line and samples of this shape."""
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         spec = parse(TeachSpec, ["--out", "o", *words.split()], "teach")
         build_network(spec.network, sample_shape, CLASSES)
     message = str(error.value)
@@ -403,58 +402,58 @@ def refusal(words: str, sample_shape: tuple[int, ...] = SHAPE) -> str:
 @pytest.mark.parametrize(
     ("words", "sample_shape", "message"),
     [
-        ("--network unet", (3, 16, 8), "--network: expected square images [channels, width, width] for this kind"),
-        ("--network unet", (2,), "found samples of shape [2]: use --network mlp"),
-        ("--network dit", (3, 16, 8), "found samples of shape [3, 16, 8]: use --network mlp"),
-        ("--network dit", (64,), "found samples of shape [64]: use --network mlp"),
-        ("--network unet --network.patch 3", SHAPE, "--network.patch: expected a divisor of the image width 16, found"),
-        ("--network dit --network.patch 32", SHAPE, "--network.patch: expected a divisor of the image width 16, found"),
+        ("`network` unet", (3, 16, 8), "`network`: expected square images [channels, width, width] for this kind"),
+        ("`network` unet", (2,), "found samples of shape [2]: use `network` mlp"),
+        ("`network` dit", (3, 16, 8), "found samples of shape [3, 16, 8]: use `network` mlp"),
+        ("`network` dit", (64,), "found samples of shape [64]: use `network` mlp"),
+        ("`network` unet `network.patch` 3", SHAPE, "`network.patch`: expected a divisor of the image width 16, found"),
+        ("`network` dit `network.patch` 32", SHAPE, "`network.patch`: expected a divisor of the image width 16, found"),
         (
-            "--network unet --network.channels 32 32 32 32 --network.patch 4",
+            "`network` unet `network.channels` 32 32 32 32 `network.patch` 4",
             SHAPE,
-            "--network.channels: expected at most 3 levels for images 4 wide, found (32, 32, 32, 32)",
+            "`network.channels`: expected at most 3 levels for images 4 wide, found (32, 32, 32, 32)",
         ),
         (
-            "--network unet --network.channels 32 32",
+            "`network` unet `network.channels` 32 32",
             (1, 7, 7),
-            "--network.channels: expected at most 1 levels for images 7 wide, found (32, 32)",
+            "`network.channels`: expected at most 1 levels for images 7 wide, found (32, 32)",
         ),
         (
-            "--network unet --network.attention 8 5",
+            "`network` unet `network.attention` 8 5",
             SHAPE,
-            "--network.attention: expected widths of the levels, [16, 8], found [5]",
+            "`network.attention`: expected widths of the levels, [16, 8], found [5]",
         ),
         (
-            "--network unet --network.attention 16 --network.patch 2",
+            "`network` unet `network.attention` 16 `network.patch` 2",
             SHAPE,
-            "--network.attention: expected widths of the levels, [8, 4], found [16]",
+            "`network.attention`: expected widths of the levels, [8, 4], found [16]",
         ),
         (
-            "--network unet --network.channels 32 64 --network.head-channels 48",
+            "`network` unet `network.channels` 32 64 `network.head_channels` 48",
             SHAPE,
-            "--network.head-channels: expected a divisor of [64], the channels of the levels with attention",
+            "`network.head_channels`: expected a divisor of [64], the channels of the levels with attention",
         ),
         (
-            "--network unet --network.channels 32 64 --network.attention 16 --network.head-channels 64",
+            "`network` unet `network.channels` 32 64 `network.attention` 16 `network.head_channels` 64",
             SHAPE,
-            "--network.head-channels: expected a divisor of [32, 64], the channels of the levels with attention",
+            "`network.head_channels`: expected a divisor of [32, 64], the channels of the levels with attention",
         ),
         (
-            "--network unet --network.channels 32 48",
+            "`network` unet `network.channels` 32 48",
             SHAPE,
-            "--network.groups: expected a divisor of the channels (32, 48), found 32",
+            "`network.groups`: expected a divisor of the channels (32, 48), found 32",
         ),
-        ("--network unet --network.channels 32 0", SHAPE, "--network.channels: input should be greater than 0, found"),
-        ("--network unet --network.channels", SHAPE, "--network.channels: "),
-        ("--network unet --network.dropout 1", SHAPE, "--network.dropout: input should be less than 1, found '1'"),
-        ("--network unet --network.time-scale 0", SHAPE, "--network.time-scale: input should be greater than 0"),
-        ("--network unet --network.heads 3", SHAPE, "--network.heads: unknown option"),
-        ("--network dit --network.channels 3", SHAPE, "--network.channels: unknown option"),
-        ("--network dit --network.heads 0", SHAPE, "--network.heads: input should be greater than 0"),
+        ("`network` unet `network.channels` 32 0", SHAPE, "`network.channels`: input should be greater than 0, found"),
+        ("`network` unet `network.channels`", SHAPE, "`network.channels`: "),
+        ("`network` unet `network.dropout` 1", SHAPE, "`network.dropout`: input should be less than 1, found '1'"),
+        ("`network` unet `network.time_scale` 0", SHAPE, "`network.time_scale`: input should be greater than 0"),
+        ("`network` unet `network.heads` 3", SHAPE, "`network.heads`: unknown option"),
+        ("`network` dit `network.channels` 3", SHAPE, "`network.channels`: unknown option"),
+        ("`network` dit `network.heads` 0", SHAPE, "`network.heads`: input should be greater than 0"),
         (
-            "--network dit --network.heads 3 --network.head-channels 6",
+            "`network` dit `network.heads` 3 `network.head_channels` 6",
             SHAPE,
-            "--network.head-channels: expected a multiple of 4 from heads x head channels, found 3 x 6",
+            "`network.head_channels`: expected a multiple of 4 from heads x head channels, found 3 x 6",
         ),
     ],
 )

@@ -126,19 +126,19 @@ def test_wrappers_and_other_types_do_not_matter():
 @pytest.mark.parametrize(
     ("options", "differing"),
     [
-        ({"channels": (32, 64, 64)}, ["--network.channels 32 64 (given: 32 64 64)"]),
-        ({"channels": (32, 96)}, ["--network.channels 32 64 (given: 32 96)"]),
-        ({"blocks": 2}, ["--network.blocks 1 (given: 2)"]),
-        ({"attention": ()}, ["--network.attention 8 (given: without a value)"]),
-        ({"attention": (8, 16)}, ["--network.attention 8 (given: 16 8)"]),
-        ({"scale_shift": True}, ["--network.scale-shift False (given: True)"]),
+        ({"channels": (32, 64, 64)}, ["`network.channels` 32 64 (given: 32 64 64)"]),
+        ({"channels": (32, 96)}, ["`network.channels` 32 64 (given: 32 96)"]),
+        ({"blocks": 2}, ["`network.blocks` 1 (given: 2)"]),
+        ({"attention": ()}, ["`network.attention` 8 (given: without a value)"]),
+        ({"attention": (8, 16)}, ["`network.attention` 8 (given: 16 8)"]),
+        ({"scale_shift": True}, ["`network.scale_shift` False (given: True)"]),
         (
             {"channels": (64,), "blocks": 3, "attention": (), "scale_shift": True},
             [
-                "--network.channels 32 64 (given: 64)",
-                "--network.blocks 1 (given: 3)",
-                "--network.attention 8 (given: without a value)",
-                "--network.scale-shift False (given: True)",
+                "`network.channels` 32 64 (given: 64)",
+                "`network.blocks` 1 (given: 3)",
+                "`network.attention` 8 (given: without a value)",
+                "`network.scale_shift` False (given: True)",
             ],
         ),
     ],
@@ -149,7 +149,7 @@ def test_options_that_are_not_the_originals_are_named(options: dict[str, Any], d
     if source == "diffusers":
         weights = build_network(unet(attention=(8,)), SHAPE, CLASSES).state_dict()
     message = refusal(weights, unet(**{"attention": (8,), **options}))
-    assert re.findall(r"--network[^(]*\([^)]*\)", message) == differing
+    assert re.findall(r"`network`[^(]*\([^)]*\)", message) == differing
 
 
 @pytest.mark.parametrize("source", ["openai", "diffusers"])
@@ -159,7 +159,7 @@ def test_data_of_other_channels_or_classes_are_named(source: str):
             return randomised(OpenAIUNet((32, 64), 1, (), None, False, shape, classes)).state_dict()
         return build_network(unet(), shape, classes).state_dict()
 
-    assert "--data.channels 1 (given: 3)" in refusal(weights((1, 16, 16), CLASSES), unet())
+    assert "`data.channels` 1 (given: 3)" in refusal(weights((1, 16, 16), CLASSES), unet())
     message = refusal(weights(SHAPE, 10), unet())
     assert re.search(r"labels .*: 1[01] \(given: 5\)", message), message
 
@@ -167,15 +167,15 @@ def test_data_of_other_channels_or_classes_are_named(source: str):
 @pytest.mark.parametrize(
     ("theirs", "given", "differing"),
     [
-        (MLPConfig(width=8, depth=3), MLPConfig(width=8, depth=1), ["--network.depth 3 (given: 1)"]),
-        (MLPConfig(width=16, depth=1), MLPConfig(width=8, depth=1), ["--network.width 16 (given: 8)"]),
+        (MLPConfig(width=8, depth=3), MLPConfig(width=8, depth=1), ["`network.depth` 3 (given: 1)"]),
+        (MLPConfig(width=16, depth=1), MLPConfig(width=8, depth=1), ["`network.width` 16 (given: 8)"]),
         (
             DiTConfig(heads=2, head_channels=8, depth=2, patch=4),
             DiTConfig(heads=4, head_channels=8, depth=1, patch=2),
             [
-                "--network.heads x --network.head-channels 16 (given: 32)",
-                "--network.depth 2 (given: 1)",
-                "--network.patch 4 (given: 2)",
+                "`network.heads` x `network.head_channels` 16 (given: 32)",
+                "`network.depth` 2 (given: 1)",
+                "`network.patch` 4 (given: 2)",
             ],
         ),
     ],
@@ -183,15 +183,15 @@ def test_data_of_other_channels_or_classes_are_named(source: str):
 )
 def test_the_options_of_other_kinds_are_named(theirs: Any, given: Any, differing: list[str]):
     message = refusal(build_network(theirs, SHAPE, CLASSES).state_dict(), given)
-    assert re.findall(r"--network[^(]*\([^)]*\)", message) == differing
+    assert re.findall(r"`network`[^(]*\([^)]*\)", message) == differing
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"time_scale": 1000}, "--network.time-scale: expected 1 for a U-Net of OpenAI, since it embeds t as it is"),
-        ({"groups": 16}, "--network.groups: expected 32 for a U-Net of OpenAI, since all its norms have so many"),
-        ({"patch": 2}, "--network.patch: expected 1 for a U-Net of OpenAI, since it takes images as they are"),
+        ({"time_scale": 1000}, "`network.time_scale`: expected 1 for a U-Net of OpenAI, since it embeds t as it is"),
+        ({"groups": 16}, "`network.groups`: expected 32 for a U-Net of OpenAI, since all its norms have so many"),
+        ({"patch": 2}, "`network.patch`: expected 1 for a U-Net of OpenAI, since it takes images as they are"),
     ],
 )
 def test_what_the_weights_do_not_show_is_checked(options: dict[str, Any], message: str):

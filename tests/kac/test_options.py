@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError, Options
+from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.options import Options
 
 
 class Inner(Options):
@@ -48,31 +48,31 @@ def test_values_are_taken_and_defaults_filled_in():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "--out: expected a value, found none: see --help"),
-        ({"out": "a", "batchsize": 3}, "--batchsize: unknown option: see --help"),
-        ({"out": "a", "batch_size": 0}, "--batch-size: input should be greater than 0, found 0"),
+        ({}, "`out`: expected a value, found none: see --help"),
+        ({"out": "a", "batchsize": 3}, "`batchsize`: unknown option: see --help"),
+        ({"out": "a", "batch_size": 0}, "`batch_size`: input should be greater than 0, found 0"),
         ({"out": "a", "batch_size": "many"}, "found 'many'"),
-        ({"out": "a", "rate": 1.0}, "--rate: input should be less than 1, found 1.0"),
-        ({"out": "a", "guidance": math.nan}, "--guidance: input should be a finite number, found nan"),
-        ({"out": "a", "guidance": -math.inf}, "--guidance: input should be a finite number, found -inf"),
-        ({"out": "a", "solver": "rk4"}, "--solver: input should be 'euler' or 'ab2', found 'rk4'"),
-        ({"out": "a", "steps": [4, 0]}, "--steps: input should be greater than 0, found 0"),
-        ({"out": "a", "network": {"width": -1}}, "--network.width: input should be greater than 0, found -1"),
-        ({"out": "a", "network": {"depth": 1}}, "--network.depth: unknown option"),
+        ({"out": "a", "rate": 1.0}, "`rate`: input should be less than 1, found 1.0"),
+        ({"out": "a", "guidance": math.nan}, "`guidance`: input should be a finite number, found nan"),
+        ({"out": "a", "guidance": -math.inf}, "`guidance`: input should be a finite number, found -inf"),
+        ({"out": "a", "solver": "rk4"}, "`solver`: input should be 'euler' or 'ab2', found 'rk4'"),
+        ({"out": "a", "steps": [4, 0]}, "`steps`: input should be greater than 0, found 0"),
+        ({"out": "a", "network": {"width": -1}}, "`network.width`: input should be greater than 0, found -1"),
+        ({"out": "a", "network": {"depth": 1}}, "`network.depth`: unknown option"),
         ({"out": "a", "solver": "euler", "batch_size": 1}, "euler wants more than one"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("make", [lambda v: Outer(**v), Outer.model_validate], ids=["call", "validate"])
 def test_refusals_name_the_option_and_the_value(values, message, make):
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         make(values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_refusals_are_those_of_the_project():
-    assert issubclass(OptionError, DistillKacError)
+    assert issubclass(ArgumentError, DistillKacError)
 
 
 def test_options_are_frozen_values():
@@ -86,7 +86,7 @@ def test_options_are_frozen_values():
 def test_options_and_their_refusals_travel_between_processes():
     made = Outer(out="a", network=Inner(width=5))
     assert pickle.loads(pickle.dumps(made)) == made
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         Outer()
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
@@ -115,5 +115,5 @@ class Chosen(Options):
 def test_words_are_members_of_a_literal():
     made = Chosen(side="8", sides=["16", 8], scale="all")
     assert (made.side, made.sides, made.scale) == (8, (16, 8), "all")
-    with pytest.raises(OptionError, match=r"--side: .*found '9'"):
+    with pytest.raises(ArgumentError, match=r"`side`: .*found '9'"):
         Chosen(side="9")

@@ -17,8 +17,7 @@ from kac.networks.cost import network_cost
 from kac.networks.velocity import NetworkModule
 from kac.path import PathConfig
 from kac.precision import Precision
-from kac.util.errors import CheckpointError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, CheckpointError
 from pipeline.config.specs import TeachSpec
 from tests.kac.outside_modules import Field
 from tests.kac.weights_files import file_of
@@ -46,7 +45,7 @@ def batch(count: int = 5, shape: tuple[int, ...] = (2,)) -> tuple[torch.Tensor, 
 
 
 def refusal(name: str, **options: Any) -> str:
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         built(name, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -111,13 +110,13 @@ def test_a_module_without_labels_is_called_without():
 def test_guidance_of_a_module_without_a_null_label_is_refused():
     network, (x, t, _) = built(labels="without_null", arguments={"classes": CLASSES}), batch()
     label = torch.zeros(5, dtype=torch.int64)
-    message = r"^--guidance 1\.5: this network has no null label"
+    message = r"^`guidance` 1\.5: this network has no null label"
     assert torch.equal(guide(network, 0.0, label)(x, t), network(x, t, label))
     for wrapped in (network, Precision(dtype="bfloat16", compile=False).wrap(network)):
-        with pytest.raises(OptionError, match=message):
+        with pytest.raises(ArgumentError, match=message):
             guide(wrapped, 1.5, label)
     teacher = teacher_config(config(labels="without_null"), PathConfig(), DataConfig(kind="moons"))
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         check_guidance(teacher, (0.0, 1.5))
     check_guidance(teacher, (0.0,))
 
@@ -136,10 +135,10 @@ def test_something_else_than_a_velocity_is_refused(kind: str, found: str | None)
     if found is None:
         try_out(network, config("Odd", arguments={"kind": kind}), (2,), CLASSES)
         return
-    message = rf"^--network.module tests.kac.outside_modules:Odd: expected a velocity of shape \[5, 2\], found {found}$"
-    with pytest.raises(OptionError, match=message):
+    message = rf"^`network.module` tests.kac.outside_modules:Odd: expected a velocity of shape \[5, 2\], found {found}$"
+    with pytest.raises(ArgumentError, match=message):
         network(*batch())
-    with pytest.raises(OptionError, match="expected a velocity of shape"):
+    with pytest.raises(ArgumentError, match="expected a velocity of shape"):
         try_out(network, config("Odd", arguments={"kind": kind}), (2,), CLASSES)
 
 
@@ -189,12 +188,12 @@ def test_classes_and_annotated_functions_are_factories(name: str):
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_in_one_line(name: str, options: dict[str, Any], message: str):
-    assert refusal(name, **options).startswith(f"--network.module {HERE}:{name}: {message}")
+    assert refusal(name, **options).startswith(f"`network.module` {HERE}:{name}: {message}")
 
 
 def test_a_module_that_is_not_installed_is_named():
     with pytest.raises(
-        OptionError, match=r"^--network.module no.such:net: expected package.*found No module named 'no'"
+        ArgumentError, match=r"^`network.module` no.such:net: expected package.*found No module named 'no'"
     ):
         build_network(OutsideConfig(module="no.such:net"), (2,), CLASSES)
 
@@ -206,7 +205,7 @@ def test_a_folder_can_call_no_other_function_than_a_factory_of_modules(tmp_path)
     trap = tmp_path / "trap"
     values["network"] = {"kind": "outside", "module": "os:mkdir", "arguments": {"path": str(trap)}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"config.json: --network.module os:mkdir: expected a class of nn.Module"):
+    with pytest.raises(CheckpointError, match=r"config.json: `network.module` os:mkdir: expected a class of nn.Module"):
         load_model(str(tmp_path / "model"))
     assert not trap.exists()
     assert isinstance(made, NetworkModule)
@@ -215,20 +214,20 @@ def test_a_folder_can_call_no_other_function_than_a_factory_of_modules(tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"module": "no_colon"}, "--module: expected package.module:factory, found 'no_colon'"),
-        ({"conditions": ("end_time",)}, "--conditions: expected none, since a module from outside takes time and"),
-        ({"arguments": ("width",)}, "--arguments: expected NAME=VALUE, found"),
-        ({"arguments": ("a-b=3",)}, "--arguments: expected NAME=VALUE, found"),
-        ({"arguments": ("a=[1",)}, "--arguments: expected lists and mappings as JSON has them, found"),
-        ({"arguments": {"a": {1, 2}}}, "--arguments: expected numbers, text, truth values, lists and mappings of them"),
-        ({"arguments": {"a": float("nan")}}, "--arguments: expected numbers, text, truth values, lists"),
-        ({"time_scale": 0}, "--time_scale: input should be greater than 0".replace("_", "-")),
-        ({"labels": "some"}, "--labels: input should be 'with_null', 'without_null' or 'none'"),
+        ({"module": "no_colon"}, "`module`: expected package.module:factory, found 'no_colon'"),
+        ({"conditions": ("end_time",)}, "`conditions`: expected none, since a module from outside takes time and"),
+        ({"arguments": ("width",)}, "`arguments`: expected NAME=VALUE, found"),
+        ({"arguments": ("a-b=3",)}, "`arguments`: expected NAME=VALUE, found"),
+        ({"arguments": ("a=[1",)}, "`arguments`: expected lists and mappings as JSON has them, found"),
+        ({"arguments": {"a": {1, 2}}}, "`arguments`: expected numbers, text, truth values, lists and mappings of them"),
+        ({"arguments": {"a": float("nan")}}, "`arguments`: expected numbers, text, truth values, lists"),
+        ({"time_scale": 0}, "`time_scale`: input should be greater than 0".replace("_", "-")),
+        ({"labels": "some"}, "`labels`: input should be 'with_null', 'without_null' or 'none'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, Any], message: str):
-    with pytest.raises(OptionError) as error:
+    with pytest.raises(ArgumentError) as error:
         OutsideConfig(**{"module": "a:b", **options})
     assert str(error.value).startswith(message)
 
@@ -236,7 +235,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
 def test_an_objectives_conditions_are_refused_too():
     """A student's config is its teacher's with the objective's conditions, unchecked."""
     asked = config().model_copy(update={"conditions": ("end_time", "guidance")})
-    with pytest.raises(OptionError, match=r"^--network.conditions: expected none.*found end_time, guidance"):
+    with pytest.raises(ArgumentError, match=r"^`network.conditions`: expected none.*found end_time, guidance"):
         build_network(asked, (2,), CLASSES)
 
 
@@ -258,7 +257,7 @@ def test_arguments_are_the_same_from_words_a_file_and_python(tmp_path):
 
 def test_teaching_a_network_without_null_label_drops_no_labels():
     network = config(labels="without_null")
-    with pytest.raises(OptionError, match=r"--label-dropout: expected 0, since this network has no null label.*0\.1"):
+    with pytest.raises(ArgumentError, match=r"`label_dropout`: expected 0, since this network has no null label.*0\.1"):
         TeachSpec(out="o", network=network)
     assert TeachSpec(out="o", network=network, label_dropout=0).network == network
 
@@ -287,7 +286,7 @@ def test_a_folder_whose_module_is_gone_is_refused_in_one_line(tmp_path):
     saved(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(file.read_text().replace(f"{HERE}:Field", "gone.away:Field"))
-    with pytest.raises(CheckpointError, match=r"config.json: --network.module gone.away:Field: expected package"):
+    with pytest.raises(CheckpointError, match=r"config.json: `network.module` gone.away:Field: expected package"):
         load_model(str(tmp_path / "model"))
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from kac.path import CLOCKS, SIGNALS, GaussianPath, KacPath, PathConfig
 from kac.process import KacProcess
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 PATHS = [
     KacPath(),
@@ -215,5 +215,5 @@ def test_config_builds_the_path_it_describes():
 
 @pytest.mark.parametrize("bad", [{"a": 0}, {"c": -1}, {"a": math.nan}, {"c": math.inf}, {"kind": "levy"}, {"b": 1}])
 def test_config_refuses_what_no_path_can_be_made_of(bad):
-    with pytest.raises(OptionError, match=f"--{next(iter(bad))}: "):
+    with pytest.raises(ArgumentError, match=f"--{next(iter(bad))}: "):
         PathConfig(**bad)

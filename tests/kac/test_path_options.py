@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from kac.util.options import OptionError, Options
+from kac.util.errors import ArgumentError
+from kac.util.options import Options
 from kac.util.path_options import check_apart, check_kinds, input_path, output_path, reads
 
 
@@ -56,7 +57,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_an_output_that_meets_an_input_is_refused(out: str, read: str, relation: str, here: Path):
     out = out.replace("HERE", str(here))
-    with pytest.raises(OptionError, match=rf"^--out .* {relation} --data\.root "):
+    with pytest.raises(ArgumentError, match=rf"^`out` .* {relation} `data\.root` "):
         check_apart(Example(out=out, data={"root": read}))
 
 
@@ -83,9 +84,9 @@ def test_neighbours_are_apart(out: str, read: str, here: Path):
 def test_every_kind_of_input_is_looked_at(here: Path):
     for values in ({"init": "out"}, {"several": ("a", "out/b")}, {"features": ("pixels", "out/net.pt")}):
         (option,) = values
-        with pytest.raises(OptionError, match=rf"--out out .* --{option} "):
+        with pytest.raises(ArgumentError, match=rf"`out` out .* --{option} "):
             check_apart(Example(out="out", **values))
-    with pytest.raises(OptionError, match=r"--out out .* the teacher's data out/data,"):
+    with pytest.raises(ArgumentError, match=r"`out` out .* the teacher's data out/data,"):
         check_apart(Example(out="out"), {"the teacher's data": "out/data", "none": None})
 
 
@@ -95,7 +96,7 @@ def test_words_are_no_paths(here: Path):
 
 
 def test_a_path_that_is_none_is_named_by_its_option():
-    with pytest.raises(OptionError, match=r"^--data\.root: s3://: "):
+    with pytest.raises(ArgumentError, match=r"^`data\.root`: s3://: "):
         check_apart(Example(out="out", data={"root": "s3://"}))
 
 
@@ -135,5 +136,5 @@ def test_a_path_of_the_wrong_kind_is_named(
     (tmp_path / "here").mkdir()
     (tmp_path / "a").touch()
     (tmp_path / "link").symlink_to("a")
-    with pytest.raises(OptionError, match=rf"^--{option} {message}"):
+    with pytest.raises(ArgumentError, match=rf"^--{option} {message}"):
         check_kinds(Kinds(**{option: path}))

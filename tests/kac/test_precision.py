@@ -8,8 +8,8 @@ from torch import nn
 
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
 from kac.precision import Precision
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
-from kac.util.options import OptionError
 
 BFLOAT16_TOLERANCE = 0.05
 """Of the velocity's own size: bfloat16 keeps 8 bits, and the errors of four layers add up."""
@@ -164,7 +164,7 @@ def test_choices_are_made_by_the_device():
         compile=False, memory_format="contiguous"
     )
     assert str(there) == "bfloat16, channels_last, compiled"
-    with pytest.raises(OptionError, match="expected float32, bfloat16 or auto without a GPU, found tf32"):
+    with pytest.raises(ArgumentError, match="expected float32, bfloat16 or auto without a GPU, found tf32"):
         Precision(dtype="tf32").wrap(mlp())
 
 

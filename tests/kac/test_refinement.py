@@ -12,8 +12,8 @@ from kac.losses.refinement.energy import energy_distance
 from kac.losses.refinement.spaces import CLASSIFIER, SpaceName
 from kac.metrics.features import classifier
 from kac.metrics.features.classifier import JUDGE
+from kac.util.errors import ArgumentError
 from kac.util.images import delivered
-from kac.util.options import OptionError
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -127,9 +127,9 @@ def test_the_classifier_that_teaches_is_not_the_one_that_judges():
 
 
 def test_spaces_that_the_data_do_not_have_are_refused():
-    with pytest.raises(OptionError, match=r"--refine.spaces pooled: expected images of at least 4 .*, found \[2\]"):
+    with pytest.raises(ArgumentError, match=r"`refine.spaces` pooled: expected images of at least 4 .*, found \[2\]"):
         check_spaces(["pixels", "pooled"], (2,), 2)
-    with pytest.raises(OptionError, match=r"--refine.spaces classifier: expected data of several classes, found one"):
+    with pytest.raises(ArgumentError, match=r"`refine.spaces` classifier: expected data of several classes, found one"):
         check_spaces(["classifier"], (1, 8, 8), 1)
 
 

@@ -11,8 +11,7 @@ from kac.networks import MLPConfig, OutsideConfig, build_network
 from kac.path import KacPath, PathConfig
 from kac.precision import Precision
 from kac.sampling import Sampling, draw, generate, initial_noise, student_sampling, teacher_sampling
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 
 
 def config(**changes) -> ModelConfig:
@@ -49,10 +48,10 @@ def test_a_student_of_all_scales_takes_those_between_the_ones_it_learned():
     both = config(guidance=0.0, guidance_scales=(0.0, 0.5, 2.0), network=MLPConfig(conditions=("guidance",)))
     assert student_sampling(both, guidance=1.2) == Sampling(1.2, 4, "euler", "uniform")
     with pytest.raises(
-        OptionError, match=r"--guidance: expected 0.0 .. 2.0, since this student has learned .*, found 3"
+        ArgumentError, match=r"`guidance`: expected 0.0 .. 2.0, since this student has learned .*, found 3"
     ):
         student_sampling(both, guidance=3.0)
-    with pytest.raises(OptionError, match=r"--guidance: expected 1.5, which is built into this student, found 1.0"):
+    with pytest.raises(ArgumentError, match=r"`guidance`: expected 1.5, which is built into this student, found 1.0"):
         student_sampling(config(), guidance=1.0)
 
 
@@ -62,14 +61,14 @@ def test_noise_and_labels_are_those_of_the_numbers():
     assert torch.equal(label, noises.labels(5, range(10, 14), [0.25] * 4))
     assert initial_noise(config(), 5, range(1, 6), (3, 0))[1].tolist() == [0, 3, 0, 3, 0]
     for labels in ((4,), ()):
-        with pytest.raises(DistillKacError, match=r"--labels: expected classes 0 .. 3, found"):
+        with pytest.raises(DistillKacError, match=r"`labels`: expected classes 0 .. 3, found"):
             initial_noise(config(), 5, range(3), labels)
 
 
 def test_classes_without_training_images_are_refused():
     gaps = config(class_frequencies=(0.5, 0.0, 0.5, 0.0))
     assert initial_noise(gaps, 5, range(3), (2, 0))[1].tolist() == [2, 0, 2]
-    with pytest.raises(DistillKacError, match=r"--labels: expected classes 0, 2 .*, found \[1, 3\]"):
+    with pytest.raises(DistillKacError, match=r"`labels`: expected classes 0, 2 .*, found \[1, 3\]"):
         initial_noise(gaps, 5, range(3), (3, 1, 2))
 
 
@@ -78,7 +77,7 @@ def test_an_unconditional_model_is_given_the_null_label_only():
     x_1, label = initial_noise(unconditional, 5, range(10, 14))
     assert torch.equal(x_1, initial_noise(config(), 5, range(10, 14))[0])
     assert label.tolist() == [4, 4, 4, 4]
-    with pytest.raises(OptionError, match=r"^--labels: this model is unconditional"):
+    with pytest.raises(ArgumentError, match=r"^`labels`: this model is unconditional"):
         initial_noise(unconditional, 5, range(3), (0,))
 
 
@@ -95,7 +94,7 @@ def test_an_unconditional_model_is_given_the_null_label_only():
 def test_a_teacher_for_which_guidance_means_nothing_is_not_guided(facts, reason):
     teacher = config(kind="teacher", steps=None, guidance=None, **facts)
     assert teacher_sampling(teacher, 0.0) == Sampling(0.0, 100, "ab2")
-    with pytest.raises(OptionError, match=rf"^--guidance 1.5: .*{reason}"):
+    with pytest.raises(ArgumentError, match=rf"^`guidance` 1.5: .*{reason}"):
         teacher_sampling(teacher, 1.5)
 
 

@@ -13,7 +13,7 @@ from kac.data import DataConfig
 from kac.model import save_model, teacher_config
 from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline.benchmark import benchmark
 from pipeline.benchmark.spec import BenchmarkSpec
 from pipeline.config.specs import EvaluateSpec, StudySpec, SweepSpec
@@ -29,25 +29,25 @@ from tests.pipeline.stores import make_spec, make_store
 @pytest.mark.parametrize(
     ("job", "arguments", "options"),
     [
-        ("teach", "--data folder --data.root in --out in/out", ("--out", "--data.root")),
-        ("convert", "--data moons --checkpoint in/w.pt --out in", ("--out", "--checkpoint")),
-        ("convert", "--data folder --data.root in --checkpoint w.pt --out in", ("--out", "--data.root")),
-        ("rollout", "--teacher in --store in/store", ("--store", "--teacher")),
-        ("distill", "--store in --out in/student", ("--out", "--store")),
-        ("distill", "--store s --teacher in --out in/student", ("--out", "--teacher")),
-        ("distill", "--store s --init in --out in", ("--out", "--init")),
-        ("sweep", "--store in/store --out in", ("--out", "--store")),
-        ("sweep", "--store s --features in/net.pt --out in", ("--out", "--features")),
-        ("evaluate", "--teacher in --out in/evaluation", ("--out", "--teacher")),
-        ("evaluate", "--teacher t --students s in --out in/evaluation", ("--out", "--students")),
-        ("evaluate", "--teacher t --features pixels in/net.ts --out in", ("--out", "--features")),
-        ("evaluate", "--from-sweep in --out in/front", ("--out", "--from-sweep")),
-        ("study", "--teacher t --rival in --out in", ("--out", "--rival")),
-        ("study", "--teacher t --students in --out in/x", ("--out", "--students")),
-        ("study", "--teacher t --store in --out in/x", ("--out", "--store")),
-        ("sample", "--model in --out in/sheet.png", ("--out", "--model")),
-        ("store", "merge in/a in/b --into in", ("--into", "--stores")),
-        ("benchmark", "--teacher in --json in/figures.json", ("--json", "--teacher")),
+        ("teach", "`data` folder `data.root` in `out` in/out", ("--out", "--data.root")),
+        ("convert", "`data` moons `checkpoint` in/w.pt `out` in", ("--out", "--checkpoint")),
+        ("convert", "`data` folder `data.root` in `checkpoint` w.pt `out` in", ("--out", "--data.root")),
+        ("rollout", "`teacher` in `store` in/store", ("--store", "--teacher")),
+        ("distill", "`store` in `out` in/student", ("--out", "--store")),
+        ("distill", "`store` s `teacher` in `out` in/student", ("--out", "--teacher")),
+        ("distill", "`store` s `init` in `out` in", ("--out", "--init")),
+        ("sweep", "`store` in/store `out` in", ("--out", "--store")),
+        ("sweep", "`store` s `features` in/net.pt `out` in", ("--out", "--features")),
+        ("evaluate", "`teacher` in `out` in/evaluation", ("--out", "--teacher")),
+        ("evaluate", "`teacher` t `students` s in `out` in/evaluation", ("--out", "--students")),
+        ("evaluate", "`teacher` t `features` pixels in/net.ts `out` in", ("--out", "--features")),
+        ("evaluate", "`from_sweep` in `out` in/front", ("--out", "--from-sweep")),
+        ("study", "`teacher` t `rival` in `out` in", ("--out", "--rival")),
+        ("study", "`teacher` t `students` in `out` in/x", ("--out", "--students")),
+        ("study", "`teacher` t `store` in `out` in/x", ("--out", "--store")),
+        ("sample", "`model` in `out` in/sheet.png", ("--out", "--model")),
+        ("store", "merge in/a in/b `into` in", ("--into", "--stores")),
+        ("benchmark", "`teacher` in `json` in/figures.json", ("--json", "--teacher")),
     ],
 )
 def test_a_job_refuses_in_one_line(
@@ -71,27 +71,27 @@ def test_a_job_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("job", "arguments", "option"),
     [
-        ("teach", "--config folder --data moons --out o", "--config folder is a folder"),
-        ("teach", "--config file/x.yaml --data moons --out o", "--config file/x.yaml"),
-        ("teach", "--data parquet --data.root file/x --out o", "--data.root"),
-        ("teach", "--data moons --out file", "--out"),
-        ("convert", "--data moons --checkpoint w.pt --out file/x", "--out"),
-        ("rollout", "--teacher file --store s", "--teacher"),
-        ("rollout", "--teacher t --store file", "--store"),
-        ("distill", "--store file --out o", "--store"),
-        ("distill", "--store s --init file --out o", "--init"),
-        ("sweep", "--store s --teacher file --out o", "--teacher"),
-        ("evaluate", "--teacher t --students file --out o", "--students"),
-        ("evaluate", "--from-sweep file --out o", "--from-sweep"),
-        ("evaluate", "--teacher t --features folder.pt --out o", "--features"),
-        ("study", "--teacher t --rival file --out o", "--rival"),
-        ("sample", "--model file --out o.png", "--model"),
-        ("sample", "--model m --out folder.png", "--out"),
-        ("quickstart", "--out file", "--out"),
-        ("store", "merge file --into o", "--stores"),
+        ("teach", "--config folder `data` moons `out` o", "--config folder is a folder"),
+        ("teach", "--config file/x.yaml `data` moons `out` o", "--config file/x.yaml"),
+        ("teach", "`data` parquet `data.root` file/x `out` o", "--data.root"),
+        ("teach", "`data` moons `out` file", "--out"),
+        ("convert", "`data` moons `checkpoint` w.pt `out` file/x", "--out"),
+        ("rollout", "`teacher` file `store` s", "--teacher"),
+        ("rollout", "`teacher` t `store` file", "--store"),
+        ("distill", "`store` file `out` o", "--store"),
+        ("distill", "`store` s `init` file `out` o", "--init"),
+        ("sweep", "`store` s `teacher` file `out` o", "--teacher"),
+        ("evaluate", "`teacher` t `students` file `out` o", "--students"),
+        ("evaluate", "`from_sweep` file `out` o", "--from-sweep"),
+        ("evaluate", "`teacher` t `features` folder.pt `out` o", "--features"),
+        ("study", "`teacher` t `rival` file `out` o", "--rival"),
+        ("sample", "`model` file `out` o.png", "--model"),
+        ("sample", "`model` m `out` folder.png", "--out"),
+        ("quickstart", "`out` file", "--out"),
+        ("store", "merge file `into` o", "--stores"),
         ("store", "verify file", "--store"),
         ("store", "describe file", "--store"),
-        ("benchmark", "--json folder", "--json"),
+        ("benchmark", "`json` folder", "--json"),
     ],
 )
 def test_a_job_names_a_path_of_the_wrong_kind_in_one_line(
@@ -150,7 +150,7 @@ STAGES: dict[str, Callable[[str, str, Path], object]] = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_an_input_was_made_from_is_an_input_too(stage: str, images: Path, models: tuple[str, str]):
     before = sorted(images.rglob("*"))
-    with pytest.raises(OptionError, match=rf"^--\w+ {images}/new\S* is inside --data\.root of the teacher {images},"):
+    with pytest.raises(ArgumentError, match=rf"^--\w+ {images}/new\S* is inside `data\.root` of the teacher {images},"):
         STAGES[stage](*models, images / "new")
     assert sorted(images.rglob("*")) == before
 
@@ -158,11 +158,11 @@ def test_what_an_input_was_made_from_is_an_input_too(stage: str, images: Path, m
 @pytest.mark.parametrize("stage", ["distill", "sweep"])
 def test_the_teacher_of_a_store_is_an_input(stage: str, models: tuple[str, str]):
     teacher, store = models
-    with pytest.raises(OptionError, match=rf"^--out {teacher}/new\S* is inside the teacher of the store {teacher},"):
+    with pytest.raises(ArgumentError, match=rf"^`out` {teacher}/new\S* is inside the teacher of the store {teacher},"):
         STAGES[stage](teacher, store, Path(teacher) / "new")
     assert not (Path(teacher) / "new").exists()
 
 
 def test_the_scratch_folder_of_a_benchmark_is_apart(models: tuple[str, str], ray_cluster: None):
-    with pytest.raises(OptionError, match=r"^--folder .* is inside --teacher "):
+    with pytest.raises(ArgumentError, match=r"^`folder` .* is inside `teacher` "):
         benchmark(BenchmarkSpec(teacher=models[0], folder=models[0]))

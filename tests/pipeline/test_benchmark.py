@@ -14,7 +14,7 @@ from jobs.parsing import parse
 from kac.model import load_config, load_model
 from kac.networks import MLPConfig
 from kac.util import files
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline import store, training
 from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
@@ -306,11 +306,11 @@ def test_options():
     def options(text: str) -> BenchmarkSpec:
         return parse(BenchmarkSpec, text.split(), "python -m jobs.benchmark")
 
-    spec = options("--only c rollout-speed c --json figures.json --repeats 3")
+    spec = options("`only` c rollout-speed c `json` figures.json `repeats` 3")
     assert (spec.only, spec.json_file, spec.repeats) == (("rollout-speed", "bytes-read"), "figures.json", 3)
-    assert sorted(options("--only a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
-    for bad, name in (("--only z", "found z"), ("--trajectories 1000", "--trajectories"), ("--repeats 0", "--repeats")):
-        with pytest.raises(OptionError, match=name):
+    assert sorted(options("`only` a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
+    for bad, name in (("`only` z", "found z"), ("`trajectories` 1000", "--trajectories"), ("`repeats` 0", "--repeats")):
+        with pytest.raises(ArgumentError, match=name):
             options(bad)
 
 

@@ -105,7 +105,7 @@ def test_samples_are_of_the_classes_named(models: dict[str, str], tmp_path: Path
         assert found["class_names"].tolist() == list(NAMES)
     assert "sample: classes, label=name: 0=1, 1=2, 2=10" in capsys.readouterr().out.splitlines()
     for word in ("0", "3", "cat"):
-        with pytest.raises(DistillKacError, match=f"--labels: .*'{word}'"):
+        with pytest.raises(DistillKacError, match=f"`labels`: .*'{word}'"):
             sample(SampleSpec(model=models["student"], out=str(tmp_path / "x.npz"), labels=(word,)))
     assert not (tmp_path / "x.npz").exists()
 

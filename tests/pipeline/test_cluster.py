@@ -13,8 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import joining, storage
 from pipeline.cluster.connection import Machines
@@ -155,7 +154,7 @@ def test_a_path_of_one_machine_is_refused_on_two(
     told = (
         r"--(out|store): expected s3:// or a folder that every machine sees, since the cluster has 2 machines, found /"
     )
-    with pytest.raises(OptionError, match=told):
+    with pytest.raises(ArgumentError, match=told):
         run()
     assert not (tmp_path / "out").exists()
     if stage in {"teach", "distill", "sweep"}:
@@ -178,7 +177,7 @@ def test_a_worker_goes_by_what_its_driver_has_asked(two_machines: None):
             storage.check_shared({"--out": "/local"}, lambda: True)
         return True
 
-    with pytest.raises(OptionError, match="--out: expected s3://"):
+    with pytest.raises(ArgumentError, match="`out`: expected s3://"):
         storage.check_shared({"--out": "/local"}, lambda: True)
     assert ray.get(ask.remote())
 
@@ -190,7 +189,7 @@ def test_which_folders_are_shared(monkeypatch: pytest.MonkeyPatch):
     for path in ("/mnt/efs2/a", "/mnt/efs/../local", "/tmp/a"):
         assert not storage.is_shared(path)
     monkeypatch.setenv(storage.SHARED_VARIABLE, "efs")
-    with pytest.raises(OptionError, match=f"{storage.SHARED_VARIABLE}: expected absolute folders"):
+    with pytest.raises(ArgumentError, match=f"{storage.SHARED_VARIABLE}: expected absolute folders"):
         storage.is_shared("/tmp/a")
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.cluster import joining
 from pipeline.cluster.check import CheckSpec, check, job_server
 
@@ -109,5 +108,7 @@ def test_the_address_is_that_of_ray_job_submit(monkeypatch: pytest.MonkeyPatch):
     assert job_server("10.0.0.1:6379") == job_server("ray://10.0.0.1:10001") == "http://10.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert job_server(None) == job_server("http://head:8265/") == "http://head:8265"
-    with pytest.raises(OptionError, match="--address: expected that RAY_ADDRESS is not set, which ray job submit goes"):
+    with pytest.raises(
+        ArgumentError, match="--address: expected that RAY_ADDRESS is not set, which ray job submit goes"
+    ):
         job_server("http://other:8265")

@@ -6,8 +6,9 @@ import pytest
 from pydantic import BaseModel, create_model
 
 from kac.path import PathConfig
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields, hashed_values
-from kac.util.options import OptionError, Options
+from kac.util.options import Options
 from pipeline.benchmark import BenchmarkSpec
 from pipeline.config import specs as config
 from pipeline.config.specs import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
@@ -174,5 +175,5 @@ def test_every_field_of_every_spec_has_a_description():
 
 
 def test_a_teacher_with_conditions_is_refused():
-    with pytest.raises(OptionError, match=r"--network: a teacher takes time and label alone"):
+    with pytest.raises(ArgumentError, match=r"`network`: a teacher takes time and label alone"):
         TeachSpec(out="o", network={"kind": "mlp", "conditions": ("end_time",)})

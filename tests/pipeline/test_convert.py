@@ -21,8 +21,7 @@ from kac.guidance import guide
 from kac.model import load_config, load_model
 from kac.networks import OutsideConfig, UNetConfig
 from kac.solvers import knot_times, solve
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config.specs import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
 from pipeline.convert import convert
 from pipeline.distill import distill
@@ -174,11 +173,11 @@ def test_guidance_of_a_teacher_without_null_label_is_refused_before_work(tmp_pat
     torch.save(Field(classes=2).state_dict(), tmp_path / "field.pt")
     network = FIELD.model_copy(update={"labels": "without_null", "arguments": {"classes": 2}})
     convert(outside(tmp_path / "field.pt", tmp_path / "teacher", network=network))
-    message = r"^--guidance 1: this network has no null label"
-    with pytest.raises(OptionError, match=message):
+    message = r"^`guidance` 1: this network has no null label"
+    with pytest.raises(ArgumentError, match=message):
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), guidance=(0.0, 1.0)))
     assert not (tmp_path / "store").exists()
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         sample(SampleSpec(model=str(tmp_path / "teacher"), out=str(tmp_path / "x.npz"), guidance=1.0))
     rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), trajectories=32))
     sample(SampleSpec(model=str(tmp_path / "teacher"), out=str(tmp_path / "x.npz"), count=3))
@@ -197,7 +196,7 @@ def test_a_converted_teacher_is_given_the_labels_that_its_weights_show(
     if label is None:
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
         return
-    with pytest.raises(OptionError, match=r"^--guidance 1: this teacher"):
+    with pytest.raises(ArgumentError, match=r"^`guidance` 1: this teacher"):
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
     rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **{**options, "guidance": (0.0,)}))
     table = pq.read_table(tmp_path / "store" / "data" / "guidance=0.0")
@@ -285,11 +284,11 @@ def test_a_folder_is_refused_with_the_files_in_it(tmp_path: Path, field: Field):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"network": UNET.model_copy(update={"blocks": 2})}, "FILE: the weights are of a unet with --network.blocks 1"),
-        ({"network": UNET.model_copy(update={"time_scale": 1000.0})}, "--network.time-scale: expected 1"),
+        ({"network": UNET.model_copy(update={"blocks": 2})}, "FILE: the weights are of a unet with `network.blocks` 1"),
+        ({"network": UNET.model_copy(update={"time_scale": 1000.0})}, "`network.time_scale`: expected 1"),
         ({"network": FIELD}, "FILE: no weights of tests.kac.outside_modules:Field found. The file holds 12"),
-        ({"data": "moons"}, "--network: expected square images"),
-        ({"network": UNET.model_copy(update={"attention": (16,)})}, "--network.attention: expected widths of"),
+        ({"data": "moons"}, "`network`: expected square images"),
+        ({"network": UNET.model_copy(update={"attention": (16,)})}, "`network.attention`: expected widths of"),
     ],
     ids=["blocks", "time scale", "outside", "data", "attention"],
 )  # fmt: skip
@@ -311,13 +310,13 @@ def test_a_network_without_a_velocity_is_refused_before_anything_is_written(tmp_
 
 
 def test_conditions_are_no_teachers(tmp_path: Path):
-    with pytest.raises(OptionError, match=r"a teacher takes time and label alone: leave --network.conditions out"):
+    with pytest.raises(ArgumentError, match=r"a teacher takes time and label alone: leave `network.conditions` out"):
         spec(tmp_path, tmp_path, network={"kind": "mlp", "conditions": ("end_time",)})
 
 
 # The command line
 
-WORDS = "--checkpoint ema_400000.pt --out teacher --data digits --path.a 9 --path.c 3"
+WORDS = "`checkpoint` ema_400000.pt `out` teacher `data` digits `path.a` 9 `path.c` 3"
 
 
 def test_the_networks_default_is_the_authors():
@@ -325,19 +324,19 @@ def test_the_networks_default_is_the_authors():
     assert made.network == UNetConfig(
         channels=(128, 256, 256, 256), blocks=2, attention=(16,), head_channels=64, time_scale=1.0
     )
-    smaller = parse(ConvertSpec, shlex.split(f"{WORDS} --network unet --network.channels 32 64"), "prog")
+    smaller = parse(ConvertSpec, shlex.split(f"{WORDS} `network` unet `network.channels` 32 64"), "prog")
     assert smaller.network == made.network.model_copy(update={"channels": (32, 64)})
-    with pytest.raises(OptionError, match="--data: expected a value, found none"):
-        parse(ConvertSpec, shlex.split("--checkpoint c --out o"), "prog")
+    with pytest.raises(ArgumentError, match="`data`: expected a value, found none"):
+        parse(ConvertSpec, shlex.split("`checkpoint` c `out` o"), "prog")
 
 
 def test_the_job_converts(tmp_path: Path, project_root: Path):
     torch.save(openai().state_dict(), tmp_path / "ema_400000.pt")
     options = (
-        "--network unet --network.channels 32 64 --network.blocks 1 --network.attention 4 --network.head-channels 32"
+        "`network` unet `network.channels` 32 64 `network.blocks` 1 `network.attention` 4 `network.head_channels` 32"
     )
     words = shlex.split(
-        f"{WORDS} {options}".replace("ema_", f"{tmp_path}/ema_").replace("--out ", f"--out {tmp_path}/")
+        f"{WORDS} {options}".replace("ema_", f"{tmp_path}/ema_").replace("`out` ", f"`out` {tmp_path}/")
     )
     ended = subprocess.run(
         [sys.executable, "-m", "jobs.convert", *words], cwd=project_root, capture_output=True, text=True, check=False

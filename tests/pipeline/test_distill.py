@@ -56,8 +56,8 @@ def test_students_can_start_from_the_previous_one(student: str, small_store: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 3}, r"--steps: expected a divisor of the store's 4 knots \[1, 2, 4\], found 3"),
-        ({"guidance": 2.0}, r"--guidance: expected one of the store's scales \[0.0, 1.0\], found 2.0"),
+        ({"steps": 3}, r"`steps`: expected a divisor of the store's 4 knots \[1, 2, 4\], found 3"),
+        ({"guidance": 2.0}, r"`guidance`: expected one of the store's scales \[0.0, 1.0\], found 2.0"),
         ({"guidance": 1.0, "init": "STUDENT"}, "expected a student of guidance 1.0, found one of 0.0"),
         ({"init": "OTHER"}, "expected the store's teacher"),
         ({"teacher": "OTHER"}, "expected the store's teacher"),
@@ -109,7 +109,7 @@ def test_forward_stores_distill_too(teacher: str, tmp_path: Path):
     make_store(path, teacher, source="forward", trajectories=200)
     distill(distill_spec(path, tmp_path / "out", steps=4))
     assert load_config(str(tmp_path / "out")).steps == 4
-    with pytest.raises(DistillKacError, match="--steps: expected 4"):
+    with pytest.raises(DistillKacError, match="`steps`: expected 4"):
         distill(distill_spec(path, tmp_path / "two", steps=2))
 
 
@@ -188,8 +188,8 @@ def test_what_cannot_be_refined_is_refused_before_anything_is_written(
             distill(distill_spec(small_store, tmp_path / "out", **options))
         assert not (tmp_path / "out").exists()
 
-    refused("expected a student of one step count for --objective endpoint, found a flow map", init=any_step_student)
-    refused("--refine.spaces pooled: expected images of at least 4", refine={"kind": "data", "spaces": ("pooled",)})
+    refused("expected a student of one step count for `objective` endpoint, found a flow map", init=any_step_student)
+    refused("`refine.spaces` pooled: expected images of at least 4", refine={"kind": "data", "spaces": ("pooled",)})
     refused("of at least 2 for 1 passes an update, found 1 and 64", refine={"kind": "data", "real_images": 1})
     passes = FEW.model_copy(update={"accumulation": 64})
     refused("of at least 128 for 64 passes an update, found 512 and 64", refine="data", optimizer=passes)
@@ -270,5 +270,5 @@ def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, sma
 
 
 def test_all_scales_are_not_refined_at_once(small_store: str, tmp_path: Path):
-    with pytest.raises(DistillKacError, match=r"--refine data: expected one --guidance, since .*, found all"):
+    with pytest.raises(DistillKacError, match=r"`refine` data: expected one `guidance`, since .*, found all"):
         distill_spec(small_store, tmp_path / "out", guidance="all", refine="data")

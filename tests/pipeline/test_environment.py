@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline import tracking
 from pipeline.cluster import environment
 
@@ -54,7 +54,7 @@ def test_an_address_is_made_absolute_once(
 )
 def test_a_folder_of_runs_is_absolute_where_mlflow_takes_one(given: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(environment.TRACKING, given.format(folder=folder))
-    with pytest.raises(OptionError, match=environment.TRACKING):
+    with pytest.raises(ArgumentError, match=environment.TRACKING):
         environment.mlflow_address()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert environment.mlflow_address() == (folder / "mlruns").as_uri()
@@ -78,7 +78,7 @@ def test_an_address_that_mlflow_cannot_use_is_named(
     variable: str, given: str, advice: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(variable, given)
-    with pytest.raises(OptionError, match=variable) as refused:
+    with pytest.raises(ArgumentError, match=variable) as refused:
         environment.mlflow_address()
     assert advice in str(refused.value)
 

@@ -146,7 +146,7 @@ def test_a_student_of_any_steps_and_all_scales_has_a_row_for_each(teacher: str, 
     ]
     between = evaluate(small(teacher, tmp_path / "between", **judged, guidance=(0.5,)))
     assert [s.guidance for s in between if s.kind == "student"] == [0.5, 0.5]
-    with pytest.raises(DistillKacError, match=r"--guidance: expected 0.0 .. 1.0, .*, found 2"):
+    with pytest.raises(DistillKacError, match=r"`guidance`: expected 0.0 .. 1.0, .*, found 2"):
         evaluate(small(teacher, tmp_path / "beyond", **judged, guidance=(2.0,)))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline.config.specs import EvaluateSpec, SweepSpec
 from pipeline.evaluate.stage import evaluate
 from pipeline.sweep import sweep
@@ -44,7 +44,7 @@ def test_an_evaluation_draws_and_writes_nothing_before_a_refusal(
 ):
     """Not even the classifier is trained, though it is named first."""
     given, runs = scripted(tmp_path, name), len(runs_of("evaluate"))
-    with pytest.raises(OptionError, match=f"--features {given}: "):
+    with pytest.raises(ArgumentError, match=f"`features` {given}: "):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "classifier", given))
     assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
     assert len(runs_of("evaluate")) == runs
@@ -55,7 +55,7 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_written(
     given: str, digits_teacher: str, cache: Path, tmp_path: Path
 ):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    with pytest.raises(OptionError, match="--features"):
+    with pytest.raises(ArgumentError, match="--features"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", given.replace("FOLDER", str(tmp_path))))
     assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
 
@@ -67,7 +67,7 @@ def test_networks_run_where_the_evaluation_will_call_them(
     monkeypatch.setattr(
         "pipeline.evaluate.feature_trial.try_space", lambda *_: pytest.fail("the driver tried the network")
     )
-    with pytest.raises(OptionError, match="3 channels"):
+    with pytest.raises(ArgumentError, match="3 channels"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "tests.feature_networks:ThreeChannels", actors=1))
     assert not (tmp_path / "out").exists()
 
@@ -85,14 +85,14 @@ def test_unusual_features_are_evaluated(name: str, digits_teacher: str, tmp_path
 @pytest.mark.parametrize("samples", [50, 300])
 def test_a_network_that_fails_later_is_one_line(name: str, samples: int, digits_teacher: str, tmp_path: Path):
     given = f"tests.feature_networks:{name}"
-    with pytest.raises(OptionError, match=f"--features {given}: ") as caught:
+    with pytest.raises(ArgumentError, match=f"`features` {given}: ") as caught:
         evaluate(spec_of(digits_teacher, tmp_path / "out", given, samples=samples))
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_that_fails_later_on_an_actor_is_one_line(digits_teacher: str, tmp_path: Path, ray_cluster: None):
     given = "tests.feature_networks:Later"
-    with pytest.raises(OptionError, match=f"--features {given}: .*more than I can take") as caught:
+    with pytest.raises(ArgumentError, match=f"`features` {given}: .*more than I can take") as caught:
         evaluate(spec_of(digits_teacher, tmp_path / "out", given, actors=1))
     assert "\n" not in str(caught.value)
 
@@ -109,7 +109,7 @@ def test_features_of_an_older_cache_that_are_not_finite_are_named(digits_teacher
     evaluate(spec_of(digits_teacher, tmp_path / "first", given))
     for path in (cache / "features").rglob("*.npy"):
         np.save(path, np.full_like(np.load(path), np.nan))
-    with pytest.raises(OptionError, match=f"--features {given} .*features/.*NaN"):
+    with pytest.raises(ArgumentError, match=f"`features` {given} .*features/.*NaN"):
         evaluate(spec_of(digits_teacher, tmp_path / "second", given, batch_size=100))
 
 
@@ -118,6 +118,6 @@ def test_a_sweep_trains_nothing_before_a_refusal(digits_teacher: str, tmp_path: 
     make_store(store, digits_teacher, trajectories=64, shard_size=64, guidance=(0.0,))
     given, runs = "tests.feature_networks:ThreeChannels", len(runs_of("sweep"))
     spec = SweepSpec(store=store, out=str(tmp_path / "sweep"), steps=(2,), guidance=(0.0,), features=(given,))
-    with pytest.raises(OptionError, match=f"--features {given}: .*3 channels"):
+    with pytest.raises(ArgumentError, match=f"`features` {given}: .*3 channels"):
         sweep(spec)
     assert not (tmp_path / "sweep").exists() and len(runs_of("sweep")) == runs

@@ -224,7 +224,7 @@ def test_a_model_needs_no_files_of_its_data_set(flow_map: str, tmp_path: Path):
         ([-2], {}, r"found \[-2\]"),
         ([0], {"seed": -1}, "seed: expected 0 .. 2147483647, found -1"),
         ([0], {"steps": -1}, "steps: expected at least 1, found -1"),
-        ([0], {"guidance": 9.0}, "--guidance: expected 0.0 .. 1.0"),
+        ([0], {"guidance": 9.0}, "`guidance`: expected 0.0 .. 1.0"),
     ],
 )
 def test_images_that_a_model_cannot_make_are_refused(
@@ -302,5 +302,5 @@ def test_a_server_that_fails_costs_a_warning_and_not_the_student(
 
 
 def test_names_that_mlflow_does_not_take_are_refused_before_anything_is_trained(small_store: str, tmp_path: Path):
-    with pytest.raises(DistillKacError, match=r"--register: expected a name without / and :, found 'a/b'"):
+    with pytest.raises(DistillKacError, match=r"`register`: expected a name without / and :, found 'a/b'"):
         distill_spec(small_store, tmp_path / "out", register="a/b")

@@ -86,8 +86,8 @@ def test_a_sweep_that_is_stopped(trials: Trials) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "market", "process"),
     [
-        ("rollout", "--trajectories 512 --actors 1", "spot", "ray::MapWorker"),
-        ("distill", "--optimizer.updates 50 --workers 1", "on-demand", "ray::RayTrainWorker"),
+        ("rollout", "`trajectories` 512 `actors` 1", "spot", "ray::MapWorker"),
+        ("distill", "`optimizer.updates` 50 `workers` 1", "on-demand", "ray::RayTrainWorker"),
     ],
     ids=["rollout", "distill"],
 )

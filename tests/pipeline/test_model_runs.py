@@ -111,10 +111,10 @@ def test_the_store_knows_a_teacher_without_a_run(small_store: str, student: str,
 
 def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], tmp_path: Path):
     for message, options in {
-        "--runs nothing: expected the id of a run in sqlite": {"runs": ("nothing",)},
+        "`runs` nothing: expected the id of a run in sqlite": {"runs": ("nothing",)},
         "found one of the stage rollout": {"runs": (_other_run(),)},
         "expected the folder of a finished sweep, found no answer.json": {"from_sweep": str(tmp_path)},
-        "--teacher: expected a value, found none": {},
+        "`teacher`: expected a value, found none": {},
     }.items():
         with pytest.raises(DistillKacError, match=message) as caught:
             judge(tmp_path / "out", **options)

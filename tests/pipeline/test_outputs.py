@@ -61,7 +61,7 @@ def test_what_a_stopped_job_left_to_do_after_its_model_is_done_by_the_next(
 
 def test_after_a_divergence_the_advice_of_its_message_can_be_followed(tmp_path: Path):
     """The folder holds no checkpoint: a gentler spec may have it."""
-    with pytest.raises(DistillKacError, match=r"expected a finite loss.*: lower --optimizer.learning-rate"):
+    with pytest.raises(DistillKacError, match=r"expected a finite loss.*: lower `optimizer.learning_rate`"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
     gentler = teach_spec(tmp_path / "out")
     assert teach(gentler).fingerprint == load_config(str(tmp_path / "out")).fingerprint
@@ -88,7 +88,7 @@ def test_a_folder_in_which_another_spec_has_left_work_is_refused(left: str, tmp_
     (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / left).write_bytes(b"work")
     assert outputs.begin(str(tmp_path), spec, "config.json")
-    with pytest.raises(DistillKacError, match=r"found one of another spec \(seed is 0, not 3\): choose another --out"):
+    with pytest.raises(DistillKacError, match=r"found one of another spec \(seed is 0, not 3\): choose another `out`"):
         outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
     assert (tmp_path / left).read_bytes() == b"work"
 

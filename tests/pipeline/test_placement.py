@@ -11,7 +11,8 @@ import yaml
 
 from jobs.parsing import parse
 from kac.model import load_model
-from kac.util.options import OptionError, Range
+from kac.util.errors import ArgumentError
+from kac.util.options import Range
 from pipeline import training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
@@ -47,8 +48,8 @@ def parsed(spec: type[Any], words: str) -> Any:
 )
 def test_a_number_or_a_range_is_the_same_from_all_sides(tmp_path: Path, given: str, expected: int | Range):
     (tmp_path / "options.yaml").write_text(f"actors: {given}\n")
-    rest = "--teacher t --store s"
-    spec = parsed(RolloutSpec, f"--actors {given} {rest}")
+    rest = "`teacher` t `store` s"
+    spec = parsed(RolloutSpec, f"`actors` {given} {rest}")
     assert spec.actors == expected
     assert parsed(RolloutSpec, f"--config {tmp_path / 'options.yaml'} {rest}") == spec
     assert RolloutSpec(teacher="t", store="s", actors=expected) == spec
@@ -57,18 +58,18 @@ def test_a_number_or_a_range_is_the_same_from_all_sides(tmp_path: Path, given: s
 
 @pytest.mark.parametrize("given", ["0:4", "8:2", "-1", "2:", "two", "1.5"])
 def test_what_is_neither_is_refused(given: str):
-    with pytest.raises(OptionError, match=r"^--workers: expected a number N .*MIN:MAX .*, found"):
+    with pytest.raises(ArgumentError, match=r"^`workers`: expected a number N .*MIN:MAX .*, found"):
         DistillSpec(store="s", out="o", workers=given)
 
 
 def test_a_selector_is_words_or_a_mapping(tmp_path: Path):
     (tmp_path / "options.yaml").write_text("label_selector: {market: spot}\n")
-    for spec, rest in ((TeachSpec, "--out o"), (SweepSpec, "--out o --store s"), (EvaluateSpec, "--out o --teacher t")):
-        given = parsed(spec, f"--label-selector market=spot {rest}")
+    for spec, rest in ((TeachSpec, "`out` o"), (SweepSpec, "`out` o `store` s"), (EvaluateSpec, "`out` o `teacher` t")):
+        given = parsed(spec, f"`label_selector` market=spot {rest}")
         assert given.label_selector == {"market": "spot"}
         assert parsed(spec, f"--config {tmp_path / 'options.yaml'} {rest}") == given
-    with pytest.raises(OptionError, match="--label-selector: expected KEY=VALUE, found 'spot'"):
-        parsed(TeachSpec, "--label-selector spot --out o")
+    with pytest.raises(ArgumentError, match="`label_selector`: expected KEY=VALUE, found 'spot'"):
+        parsed(TeachSpec, "`label_selector` spot `out` o")
 
 
 def test_a_node_has_room_for_whole_shares():
@@ -179,19 +180,19 @@ def test_what_an_embedded_ray_has_no_room_for_is_refused_at_once(
         "solver_steps": 4,
     }
     for run, message in (
-        (lambda: teach(teach_spec(tmp_path / "t", workers=4)), r"--workers: expected room for 4 x \(1 CPU\), found"),
-        (lambda: teach(teach_spec(tmp_path / "t", workers="4:8")), r"--workers: expected room for 4 x"),
+        (lambda: teach(teach_spec(tmp_path / "t", workers=4)), r"`workers`: expected room for 4 x \(1 CPU\), found"),
+        (lambda: teach(teach_spec(tmp_path / "t", workers="4:8")), r"`workers`: expected room for 4 x"),
         (lambda: distill(distill_spec(small_store, tmp_path / "d", workers=1, gpu=True)), r"1 x \(1 CPU, 1 GPU\)"),
-        (lambda: rollout(RolloutSpec(**roll, gpu=True, gpus_per_actor=0.5)), r"--actors: .*1 x \(0.5 GPU\)"),
+        (lambda: rollout(RolloutSpec(**roll, gpu=True, gpus_per_actor=0.5)), r"`actors`: .*1 x \(0.5 GPU\)"),
         (lambda: rollout(RolloutSpec(**roll, label_selector={"market": "spot"})), "1 CPU of a node with market=spot"),
         (lambda: rollout(RolloutSpec(**{**roll, "actors": 2}, cpus_per_actor=1.5)), r"2 x \(1.5 CPU\)"),
         (lambda: evaluate(EvaluateSpec(**actors, out=str(tmp_path / "e"), gpu=True)), r"1 x \(1 GPU\)"),
         (
             lambda: sweep(SweepSpec(store=small_store, out=str(tmp_path / "s"), steps=(1,), workers=4, samples=0)),
-            r"--workers: expected room for 4 x",
+            r"`workers`: expected room for 4 x",
         ),
     ):
-        with pytest.raises(OptionError, match=message + r".*2 CPU, 0 GPU\); this Ray is one machine"):
+        with pytest.raises(ArgumentError, match=message + r".*2 CPU, 0 GPU\); this Ray is one machine"):
             run()
     assert not (tmp_path / "store").exists()
 
@@ -222,7 +223,7 @@ def clock(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_cluster_is_given_time_and_then_refused(clock: Clock, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(OptionError, match=r"1 x \(1 CPU, 1 GPU\), found room for 0 .* no autoscaler .*; waited 30 s"):
+    with pytest.raises(ArgumentError, match=r"1 x \(1 CPU, 1 GPU\), found room for 0 .* no autoscaler .*; waited 30 s"):
         await_room("distill", "--workers", 1, GPU)
     assert clock.now == 30
     assert "distill: waits for nodes with room for 1 x (1 CPU, 1 GPU)" in capsys.readouterr().out
@@ -249,17 +250,17 @@ def test_what_an_autoscaler_may_start_is_waited_for_longer(
     may_have = r"the autoscaler may have 2 x \(8 CPU, 1 GPU, market=spot\); waited "
     for count, share, waited in ((2, GPU, 1200), (3, GPU, 30), (1, GPU._replace(label_selector={"market": "x"}), 30)):
         clock.now = 0.0
-        with pytest.raises(OptionError, match=may_have):
+        with pytest.raises(ArgumentError, match=may_have):
             await_room("distill", "--workers", count, share)
         assert clock.now == waited
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, ray_cluster: None):
     for options, message in (
-        ({"label_selector": {"a": "b"}}, "--label-selector: expected workers"),
-        ({"label_selector": {"a": "b"}, "workers": "1:2"}, "--label-selector: expected a fixed number of --workers"),
-        ({"label_selector": {"a": "b c"}, "workers": 1}, "--label-selector: expected labels as Ray takes them, found"),
-        ({"gpus_per_worker": 0.5, "workers": 2, "gpu": True}, "--gpus-per-worker: expected whole GPUs"),
+        ({"label_selector": {"a": "b"}}, "`label_selector`: expected workers"),
+        ({"label_selector": {"a": "b"}, "workers": "1:2"}, "`label_selector`: expected a fixed number of `workers`"),
+        ({"label_selector": {"a": "b c"}, "workers": 1}, "`label_selector`: expected labels as Ray takes them, found"),
+        ({"gpus_per_worker": 0.5, "workers": 2, "gpu": True}, "`gpus_per_worker`: expected whole GPUs"),
     ):
-        with pytest.raises(OptionError, match=message):
+        with pytest.raises(ArgumentError, match=message):
             teach(teach_spec(tmp_path / "t", **options))

@@ -103,9 +103,9 @@ def test_a_group_that_fails_where_it_failed_before_is_an_error(
 def test_what_a_worker_tells_people_is_told_at_once(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = UserExceptionWithTraceback(DistillKacError("lower --optimizer.learning-rate"), "a traceback")
+    told = UserExceptionWithTraceback(DistillKacError("lower `optimizer.learning_rate`"), "a traceback")
     diverged = WorkerGroupError("2 of 2 failed", {0: told, 1: RuntimeError("rank 0 does not answer")})
-    with pytest.raises(DistillKacError, match=r"training failed: lower --optimizer.learning-rate$"):
+    with pytest.raises(DistillKacError, match=r"training failed: lower `optimizer.learning_rate`$"):
         fit(cluster, tmp_path, (diverged, True))
     assert len(cluster.groups) == 1
     assert capsys.readouterr() == ("", "")

@@ -31,9 +31,9 @@ def test_samples_are_the_models_images_of_the_labels_asked_for(kind: str, teache
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": (2,)}, "--labels: expected classes 0 .. 1"),
-        ({"steps": 3}, "--steps: expected 2"),
-        ({"guidance": 1.0}, "--guidance: expected 0"),
+        ({"labels": (2,)}, "`labels`: expected classes 0 .. 1"),
+        ({"steps": 3}, "`steps`: expected 2"),
+        ({"guidance": 1.0}, "`guidance`: expected 0"),
     ],
 )
 def test_samples_that_a_student_cannot_make_are_refused(
@@ -53,5 +53,5 @@ def test_images_are_delivered_in_8_bits_and_raw_values_on_request(tmp_path: Path
             made[raw] = found["images"]
     assert np.abs(made[True]).max() > 1
     np.testing.assert_array_equal(made[False], np.floor(made[True] * 127.5 + 128).clip(0, 255) / np.float32(127.5) - 1)
-    with pytest.raises(DistillKacError, match=r"--raw: expected an .npz file as --out"):
+    with pytest.raises(DistillKacError, match=r"`raw`: expected an .npz file as `out`"):
         sample(SampleSpec(model=model, out=str(tmp_path / "x.png"), raw=True))

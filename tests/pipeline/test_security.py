@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kac.util.errors import one_line
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, one_line
 from pipeline import tracking
 from pipeline.config.specs import DistillSpec, EvaluateSpec
 from pipeline.store import shards
@@ -74,7 +73,7 @@ def test_an_option_with_a_password_is_refused_without_showing_it(path: str):
         lambda: DistillSpec(store=path, out="o"),
         lambda: EvaluateSpec(teacher="t", students=("s", path), out="o"),
     ):
-        with pytest.raises(OptionError, match="without a password or key in it, found one") as refusal:
+        with pytest.raises(ArgumentError, match="without a password or key in it, found one") as refusal:
             make()
         assert PASSWORD not in str(refusal.value)
 

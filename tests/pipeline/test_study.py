@@ -11,8 +11,7 @@ from mlflow import MlflowClient
 
 from kac.model import load_config
 from kac.path import PathConfig
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
 from pipeline.config.specs import CLAIMS, StudySpec
 from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
@@ -92,10 +91,10 @@ def test_a_claim_without_its_inputs_is_left_out_and_says_why(tmp_path: Path, cap
     claims = ("plane", "speed", "stability", "memorisation", "marginals")
     lines = study(small(gaussian, tmp_path / "out", claims=claims))
     assert lines == {
-        "stability": "left out: no --students",
+        "stability": "left out: no `students`",
         "speed": "left out: the teacher's path has no speed limit",
-        "memorisation": "left out: no --store",
-        "marginals": "left out: no --store",
+        "memorisation": "left out: no `store`",
+        "marginals": "left out: no `store`",
         "plane": "left out: the samples are no points of the plane",
     }
     assert all(f"{claim.ljust(12)}  {line}" in capsys.readouterr().out for claim, line in list(lines.items())[:1])
@@ -144,7 +143,7 @@ def test_a_student_whose_steps_do_not_divide_the_teachers_is_told_apart(
 def test_claims_are_named_once_and_all_is_all():
     assert StudySpec(teacher="t", out="o", claims=("solver", "all")).claims == CLAIMS
     assert StudySpec(teacher="t", out="o", claims=("solver", "speed", "speed")).claims == ("speed", "solver")
-    with pytest.raises(OptionError, match=r"--claims: input should be .* found 'fame'"):
+    with pytest.raises(ArgumentError, match=r"`claims`: input should be .* found 'fame'"):
         StudySpec(teacher="t", out="o", claims=("fame",))
 
 

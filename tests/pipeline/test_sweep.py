@@ -219,9 +219,9 @@ def test_a_trial_may_take_all_of_the_cluster_for_its_workers(small_store: str, t
 
 def test_more_than_the_cluster_has_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
     for options, message in (
-        ({"cpus_per_trial": 3}, r"--cpus-per-trial, .*: expected room for 1 x \(3 CPU\), found room for 0 on"),
-        ({"gpus_per_trial": 0.25}, r"--gpus-per-trial: expected room for 1 x \(1 CPU, 0.25 GPU\), found room for 0 on"),
-        ({"workers": 4}, r"--workers: expected room for 4 x \(1 CPU\), found room for 2 on"),
+        ({"cpus_per_trial": 3}, r"`cpus_per_trial`, .*: expected room for 1 x \(3 CPU\), found room for 0 on"),
+        ({"gpus_per_trial": 0.25}, r"`gpus_per_trial`: expected room for 1 x \(1 CPU, 0.25 GPU\), found room for 0 on"),
+        ({"workers": 4}, r"`workers`: expected room for 4 x \(1 CPU\), found room for 2 on"),
         ({"label_selector": {"market": "spot"}}, "expected room for 1 x .1 CPU of a node with market=spot., found"),
     ):
         with pytest.raises(DistillKacError, match=message):

@@ -7,8 +7,7 @@ import pytest
 
 from jobs.parsing import parse
 from kac.losses import FlowMapConfig
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config.specs import SweepSpec
 from pipeline.sweep import space, sweep
 from tests.pipeline.stages import FEW
@@ -108,7 +107,7 @@ def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
     ],
 )
 def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
-    with pytest.raises(DistillKacError, match=r"--search optimizer\.learning-rate: expected uniform"):
+    with pytest.raises(DistillKacError, match=r"`search` optimizer\.learning-rate: expected uniform"):
         space.draws_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
 
 
@@ -117,31 +116,31 @@ def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
     [
         ({"grid": ["colour=1"]}, "colour: expected a field of jobs.distill"),
         ({"grid": ["store=a,b"]}, "store: expected a field of jobs.distill"),
-        ({"grid": ["optimizer.speed=1"]}, "--optimizer.speed: unknown option"),
-        ({"grid": ["optimizer.updates=x"]}, "--optimizer.updates: "),
-        ({"grid": ["optimizer.updates"]}, "--grid: expected FIELD=VALUE"),
-        ({"grid": ["optimizer.updates="]}, "--grid: expected optimizer.updates=VALUE,VALUE, found no value"),
+        ({"grid": ["optimizer.speed=1"]}, "`optimizer.speed`: unknown option"),
+        ({"grid": ["optimizer.updates=x"]}, "`optimizer.updates`: "),
+        ({"grid": ["optimizer.updates"]}, "`grid`: expected FIELD=VALUE"),
+        ({"grid": ["optimizer.updates="]}, "`grid`: expected optimizer.updates=VALUE,VALUE, found no value"),
         ({"grid": {"optimizer.updates": []}}, "found no value"),
-        ({"steps": ()}, "--steps: expected at least one value"),
-        ({"grid": ["steps=1,2"], "steps": (1,)}, "--steps: expected the values of steps once"),
-        ({"grid": ["steps=1,3"]}, "--steps: "),
-        ({"guidance": (0.0, 0.5)}, r"--guidance: expected scales of the store .* found 0.5 missing: add --rollout"),
-        ({"trials": 3}, "--search: expected it beside --trials"),
-        ({"search": ["optimizer.updates=randint(1,2)"]}, "--trials: expected it beside --search"),
-        ({"metric": "beauty"}, "--metric: expected a metric that is reported"),
-        ({"metric": "frechet_distance_pixels"}, "since --samples 0 leaves the students unevaluated"),
-        ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "--asha-metric: expected a metric"),
-        ({"asha": True, "grace_updates": 60}, "--grace-updates: expected less than all updates"),
+        ({"steps": ()}, "`steps`: expected at least one value"),
+        ({"grid": ["steps=1,2"], "steps": (1,)}, "`steps`: expected the values of steps once"),
+        ({"grid": ["steps=1,3"]}, "`steps`: "),
+        ({"guidance": (0.0, 0.5)}, r"`guidance`: expected scales of the store .* found 0.5 missing: add `rollout`"),
+        ({"trials": 3}, "`search`: expected it beside `trials`"),
+        ({"search": ["optimizer.updates=randint(1,2)"]}, "`trials`: expected it beside `search`"),
+        ({"metric": "beauty"}, "`metric`: expected a metric that is reported"),
+        ({"metric": "frechet_distance_pixels"}, "since `samples` 0 leaves the students unevaluated"),
+        ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "`asha_metric`: expected a metric"),
+        ({"asha": True, "grace_updates": 60}, "`grace_updates`: expected less than all updates"),
         (
             {"asha": True, "grace_updates": 9, "validation_updates": 0},
-            "--validation-updates: expected some for --asha on validation/energy_distance, found 0",
+            "`validation_updates`: expected some for `asha` on validation/energy_distance, found 0",
         ),
         (
             {"asha": True, "grace_updates": 9, "asha_metric": "validation/endpoint_error"},
-            "--held-out-rows: expected some for --asha",
+            "`held_out_rows`: expected some for `asha`",
         ),
-        ({"chain": (1, 2)}, "--chain: expected two or more step counts"),
-        ({"chain": (4, 2), "asha": True}, "--chain: expected a grid"),
+        ({"chain": (1, 2)}, "`chain`: expected two or more step counts"),
+        ({"chain": (4, 2), "asha": True}, "`chain`: expected a grid"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(
@@ -159,5 +158,5 @@ def test_bad_input_is_one_line_before_anything_is_written(
 
 @pytest.mark.parametrize("option", ["--grid", "--search"])
 def test_an_empty_space_is_refused(option: str):
-    with pytest.raises(OptionError, match=f"^{option}: expected NAME=VALUE, found none"):
+    with pytest.raises(ArgumentError, match=f"^{option}: expected NAME=VALUE, found none"):
         parse(SweepSpec, ["--store", "/store", "--out", "/out", option], "sweep")

@@ -15,8 +15,7 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from kac.precision import Precision
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking, training
 from pipeline.config.specs import OptimizerConfig, SampleSpec, SweepSpec
 from pipeline.distill import distill
@@ -188,12 +187,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Pa
 
 def test_a_batch_that_the_workers_cannot_share_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
     """Before the work, and so before there is a run of it."""
-    message = "--workers: expected a divisor of the batch size 64, found (1:)?3$"
-    with pytest.raises(OptionError, match=message):
+    message = "`workers`: expected a divisor of the batch size 64, found (1:)?3$"
+    with pytest.raises(ArgumentError, match=message):
         teach(teach_spec(tmp_path / "teacher", workers=3))
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         distill(distill_spec(small_store, tmp_path / "student", workers="1:3"))
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         sweep(SweepSpec(store=small_store, out=str(tmp_path / "sweep"), optimizer=FEW, workers=3))
     assert not list(tmp_path.rglob("run.json"))
 
@@ -273,10 +272,10 @@ def test_accumulated_passes_are_one_batch(tmp_path: Path):
     whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), HERE_ALONE)
     options = OPTIONS.model_copy(update={"accumulation": 4})
     assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), HERE_ALONE), tolerance=1e-5)
-    with pytest.raises(DistillKacError, match="--workers: expected a divisor of the batch size 64, of 4 passes"):
+    with pytest.raises(DistillKacError, match="`workers`: expected a divisor of the batch size 64, of 4 passes"):
         training.check_shares(options, 32)
     training.check_shares(options, 16)
-    with pytest.raises(DistillKacError, match="--accumulation: expected a divisor of the batch size 64, found 3"):
+    with pytest.raises(DistillKacError, match="`accumulation`: expected a divisor of the batch size 64, found 3"):
         OptimizerConfig(batch_size=64, accumulation=3)
 
 

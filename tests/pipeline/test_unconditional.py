@@ -20,8 +20,7 @@ from kac.networks import OutsideConfig
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.sampling import teacher_sampling
-from kac.util.errors import CheckpointError, DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from pipeline import store
 from pipeline.config.specs import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
@@ -159,9 +158,9 @@ def test_samples_are_those_of_the_null_label(unconditional: str, its_student: st
         with np.load(tmp_path / "made.npz") as made:
             assert np.isfinite(made["images"]).all()
             assert made["labels"].tolist() == [NULL] * 5
-        with pytest.raises(OptionError, match=r"^--labels: this model is unconditional"):
+        with pytest.raises(ArgumentError, match=r"^`labels`: this model is unconditional"):
             sample(SampleSpec(model=model, out=str(tmp_path / "made.npz"), labels=(0, 1)))
-        with pytest.raises(OptionError, match=r"^--guidance"):
+        with pytest.raises(ArgumentError, match=r"^`guidance`"):
             sample(SampleSpec(model=model, out=str(tmp_path / "made.npz"), guidance=1.0))
 
 
@@ -174,7 +173,7 @@ def test_an_evaluation_reports_no_label_agreement_of_it(unconditional: str, its_
     for score in (teacher, student):
         assert "label_agreement" not in score.metrics
         assert math.isfinite(score.metrics["frechet_distance_classifier"])
-    with pytest.raises(OptionError, match=r"^--guidance 1: this teacher is unconditional"):
+    with pytest.raises(ArgumentError, match=r"^`guidance` 1: this teacher is unconditional"):
         evaluate(spec.model_copy(update={"guidance": (1.0,), "out": str(tmp_path / "guided")}))
     assert not (tmp_path / "guided").exists()
 
@@ -228,7 +227,7 @@ def test_its_logged_model_takes_no_class(its_student: str):
 @pytest.mark.parametrize("conditioning", ["none", "classes"])
 def test_a_rollout_refuses_guidance(conditioning: Any, tmp_path: Path):
     teacher = make_teacher(tmp_path / "teacher", conditioning=conditioning)
-    with pytest.raises(OptionError, match=r"^--guidance 2: this teacher"):
+    with pytest.raises(ArgumentError, match=r"^`guidance` 2: this teacher"):
         rollout(make_spec(tmp_path / "store", teacher, guidance=(0.0, 2.0)))
     assert not (tmp_path / "store").exists()
 
@@ -236,18 +235,18 @@ def test_a_rollout_refuses_guidance(conditioning: Any, tmp_path: Path):
 @pytest.mark.parametrize("rolls_out", [False, True])
 def test_a_sweep_refuses_guidance_before_it_begins(rolls_out: bool, its_store: str, tmp_path: Path):
     spec = SweepSpec(store=its_store, out=str(tmp_path / "sweep"), guidance=(0.0, 2.0), steps=(2,), rollout=rolls_out)
-    with pytest.raises(OptionError, match=r"^--guidance 2: this teacher is unconditional"):
+    with pytest.raises(ArgumentError, match=r"^`guidance` 2: this teacher is unconditional"):
         sweep(spec)
     assert not (tmp_path / "sweep").exists()
 
 
 def test_a_student_of_guidance_is_refused(its_store: str, tmp_path: Path):
-    with pytest.raises(DistillKacError, match=r"^--guidance 2: the teacher of .* is unconditional"):
+    with pytest.raises(DistillKacError, match=r"^`guidance` 2: the teacher of .* is unconditional"):
         distill(distill_spec(its_store, tmp_path / "out", guidance=2.0))
 
 
 def test_scales_for_students_that_take_none_are_refused(teacher: str, student: str, tmp_path: Path):
-    with pytest.raises(OptionError, match=r"^--guidance: no student here"):
+    with pytest.raises(ArgumentError, match=r"^`guidance`: no student here"):
         evaluate(
             EvaluateSpec(teacher=teacher, students=(student,), out=str(tmp_path), guidance=(1.0,), samples=50, actors=0)
         )

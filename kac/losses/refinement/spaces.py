@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kac.data import Dataset
 from kac.metrics.features.classifier import ClassifierRecipe, open_classifier
 from kac.metrics.features.space import Pooled, averaged_down
+from kac.util.errors import ArgumentError
 from kac.util.images import is_image
-from kac.util.options import OptionError
 
 SpaceName = Literal["pixels", "pooled", "classifier", "random"]
 
@@ -33,13 +33,13 @@ def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_
     """Refuse spaces that the data do not have.
 
     Raises:
-        OptionError: ``pooled`` for points or images that are too small, ``classifier`` for data of one class.
+        ArgumentError: ``pooled`` for points or images that are too small, ``classifier`` for data of one class.
     """
     if "pooled" in names and not (is_image(sample_shape) and min(sample_shape[1:]) >= Pooled.SIDE):
         expected = f"expected images of at least {Pooled.SIDE} pixels a side"
-        raise OptionError(f"--refine.spaces pooled: {expected}, found {list(sample_shape)}")
+        raise ArgumentError(f"`refine.spaces` pooled: {expected}, found {list(sample_shape)}")
     if "classifier" in names and num_classes < 2:
-        raise OptionError("--refine.spaces classifier: expected data of several classes, found one")
+        raise ArgumentError("`refine.spaces` classifier: expected data of several classes, found one")
 
 
 def open_spaces(names: Sequence[SpaceName], data: Dataset, device: torch.device) -> list[RefinementSpace]:

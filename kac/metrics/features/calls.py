@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kac.data import Dataset
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import ArgumentError, DistillKacError, one_line
 from kac.util.images import delivered, is_image, to_bytes
-from kac.util.options import OptionError
 
 TRIAL_ROWS = 16
 """Training images that a network is tried on."""
@@ -27,7 +26,7 @@ SAME = 0.02
 Change = tuple[str, Callable[[Tensor], Tensor]]
 
 
-class NetworkFailed(OptionError):
+class NetworkFailed(ArgumentError):
     """A feature network raised an exception of its own."""
 
 
@@ -42,11 +41,11 @@ def call_network(option: str, network: nn.Module, samples: Tensor) -> Tensor:
     """The features [batch, width] of samples [batch, *sample], float32 on the CPU.
 
     Args:
-        option: what errors name, such as ``--features net.pt``.
+        option: what errors name, such as ``features net.pt``.
 
     Raises:
         NetworkFailed: the network raised an exception.
-        OptionError: the network returned something other than one row of finite features per sample.
+        ArgumentError: the network returned something other than one row of finite features per sample.
     """
     try:
         found = run_network(network, samples)
@@ -64,11 +63,11 @@ def check_features(option: str, found: object, count: int) -> Tensor:
     """``found`` as float32 [count, width] on the CPU.
 
     Raises:
-        OptionError: it is anything but a tensor of one row of finite real numbers per sample.
+        ArgumentError: it is anything but a tensor of one row of finite real numbers per sample.
     """
 
-    def refuse(what: str, advice: str) -> OptionError:
-        return OptionError(f"{option}: the network returned {what} for {count} samples. {advice}")
+    def refuse(what: str, advice: str) -> ArgumentError:
+        return ArgumentError(f"{option}: the network returned {what} for {count} samples. {advice}")
 
     if not isinstance(found, Tensor):
         raise refuse(_describe_object(found), "Wrap it in a module that returns one tensor [batch, width].")
@@ -98,11 +97,11 @@ def check_widths(option: str, *widths: int) -> None:
     """Refuse features of several widths.
 
     Raises:
-        OptionError: not all widths are equal.
+        ArgumentError: not all widths are equal.
     """
     if len(set(widths)) > 1:
         found = " and ".join(str(width) for width in sorted(set(widths))[:2])
-        raise OptionError(
+        raise ArgumentError(
             f"{option}: the network returned {found} features per sample in different batches. "
             "Return the same width for every batch."
         )
@@ -112,7 +111,7 @@ def try_out(option: str, network: nn.Module, data: Dataset) -> None:
     """Call a network on a few training images, together and one of them by itself.
 
     Raises:
-        OptionError: it fails, returns no features, or its features do not depend on the image only.
+        ArgumentError: it fails, returns no features, or its features do not depend on the image only.
     """
     ids = torch.linspace(0, len(data.train) - 1, min(TRIAL_ROWS, len(data.train))).long()
     samples = delivered(data.train.rows(ids).images)
@@ -120,23 +119,23 @@ def try_out(option: str, network: nn.Module, data: Dataset) -> None:
         try:
             together = call_network(option, network, samples)
         except NetworkFailed as error:
-            raise OptionError(" ".join([str(error), *_advice(network, samples)])) from error
+            raise ArgumentError(" ".join([str(error), *_advice(network, samples)])) from error
         try:
             single = call_network(option, network, samples[:1])
         except NetworkFailed as error:
-            raise OptionError(
+            raise ArgumentError(
                 f"{error} It works on {len(samples)} samples at once. If it is in training mode, call network.eval() "
                 "before you save it."
             ) from error
     check_widths(option, together.shape[1], single.shape[1])
     if float((single - together[:1]).norm()) > SAME * float(together[:1].norm()):
-        raise OptionError(
+        raise ArgumentError(
             f"{option}: the network returned other features for a sample by itself than in a batch of {len(samples)}. "
             "They are random or depend on the batch. Call network.eval() before you save it."
         )
     is_constant = torch.allclose(together, together[:1].expand_as(together), rtol=1e-6, atol=0)
     if is_constant and not torch.equal(samples, samples[:1].expand_as(samples)):
-        raise OptionError(
+        raise ArgumentError(
             f"{option}: the network returned the same features for {len(samples)} different samples. "
             "Distances between such features mean nothing. Use a network that depends on its input."
         )

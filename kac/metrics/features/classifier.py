@@ -19,9 +19,9 @@ from kac.data.splits import Split
 from kac.metrics.features.space import averaged_down
 from kac.util import files
 from kac.util.cache import cache_folder
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import fingerprint
 from kac.util.images import delivered, is_image
-from kac.util.options import OptionError
 
 FEATURES = 64
 RECIPE = {"version": 1, "features": FEATURES, "batch_size": 128, "learning_rate": 3e-3, "epochs": 4}
@@ -94,11 +94,11 @@ def open_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> tuple[Cl
     """The recipe's classifier of this data, its held-out accuracy, and the sha256 of its weights; cached.
 
     Raises:
-        OptionError: data of a single class.
+        ArgumentError: data of a single class.
     """
     known = data.description
     if known.num_classes < 2:
-        raise OptionError("--features classifier: expected data of several classes, found one: choose other features")
+        raise ArgumentError("`features` classifier: expected data of several classes, found one: choose other features")
     place = files.join(cache_folder("classifiers"), recipe.identity(known.sha256))
     weights_path, record_path = (f"{place}.{ending}" for ending in ("safetensors", "json"))
     try:

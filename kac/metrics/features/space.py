@@ -1,4 +1,4 @@
-"""What a feature space is, and how it is opened by the name that ``--features`` gives it."""
+"""What a feature space is, and how it is opened by the name that ``features`` gives it."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from kac.data import Dataset
 from kac.metrics.features.calls import call_network, check_widths, run_network, try_out
 from kac.util import files
-from kac.util.errors import one_line
+from kac.util.errors import ArgumentError, one_line
 from kac.util.fingerprint import fingerprint
 from kac.util.images import is_image
 from kac.util.imports import IMPORT_PATH
-from kac.util.options import OptionError
 
 BATCH_SIZE = 250
 WIDEST = 32
@@ -37,7 +36,7 @@ class FeatureSpace:
     fingerprint: str  # of what it computes: features under this name are never another network's
     network: nn.Module  # [batch, *sample] float32 in [-1, 1] -> [batch, width]
     facts: dict[str, float]  # printed and recorded: the classifier's held-out accuracy
-    given: str  # the value of --features
+    given: str  # the value of `features`
 
     @property
     def is_cheap(self) -> bool:
@@ -49,7 +48,7 @@ class FeatureSpace:
         """[batch, *sample] -> [batch, width] float32, both on the CPU.
 
         Raises:
-            OptionError: the network fails or returns something else.
+            ArgumentError: the network fails or returns something else.
         """
         batches = torch.split(samples, BATCH_SIZE)
         if self.given in OWN:
@@ -62,18 +61,18 @@ class FeatureSpace:
     @property
     def option(self) -> str:
         """The option and its value, which errors name."""
-        return f"--features {self.given}"
+        return f"`features` {self.given}"
 
 
 def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> FeatureSpace:
-    """The space that ``--features`` calls so; the classifier is trained first if the cache has none for this data.
+    """The space that ``features`` calls so; the classifier is trained first if the cache has none for this data.
 
     Args:
         given: one of ``KINDS``, a TorchScript file (.pt, .ts; a path or s3:// URI), or an import path
             ``package.module:factory`` of a function without arguments that returns an ``nn.Module``.
 
     Raises:
-        OptionError: an unknown name, a package or file that is missing, or a space that does not fit the data.
+        ArgumentError: an unknown name, a package or file that is missing, or a space that does not fit the data.
     """
     from kac.metrics.features import classifier, pretrained
 
@@ -99,7 +98,7 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     """Open a space whose network others made, and call the network on a few real images.
 
     Raises:
-        OptionError: as ``open_space``, or the network does not work on these images.
+        ArgumentError: as ``open_space``, or the network does not work on these images.
     """
     if given not in OWN:
         space = open_space(given, data, device)
@@ -110,15 +109,17 @@ def check_fits(given: str, data: Dataset) -> None:
     """Refuse a space that does not fit the data, without opening it.
 
     Raises:
-        OptionError: it needs larger images, images at all, or several classes.
+        ArgumentError: it needs larger images, images at all, or several classes.
     """
     shape = data.description.sample_shape
     if given in {"pooled", "lite0", "inception"} and not is_image(shape):
-        raise OptionError(f"--features {given}: expected images, found samples of {shape}")
+        raise ArgumentError(f"`features` {given}: expected images, found samples of {shape}")
     if given == "pooled" and min(shape[1:]) < Pooled.SIDE:
-        raise OptionError(f"--features pooled: expected images of at least {Pooled.SIDE} pixels a side, found {shape}")
+        raise ArgumentError(
+            f"`features` pooled: expected images of at least {Pooled.SIDE} pixels a side, found {shape}"
+        )
     if given == "classifier" and data.description.num_classes < 2:
-        raise OptionError("--features classifier: expected data of several classes, found one: choose other features")
+        raise ArgumentError("`features` classifier: expected data of several classes, found one: choose other features")
 
 
 def _placed(given: str, network: nn.Module, device: torch.device | str) -> nn.Module:
@@ -131,8 +132,8 @@ def _placed(given: str, network: nn.Module, device: torch.device | str) -> nn.Mo
     except Exception as error:
         if given in OWN:
             raise
-        raise OptionError(
-            f"--features {given}: the network cannot be moved to the {torch.device(device).type}: "
+        raise ArgumentError(
+            f"`features` {given}: the network cannot be moved to the {torch.device(device).type}: "
             f"{type(error).__name__}: {one_line(error)}. Save it on the CPU, with all its weights."
         ) from error
 
@@ -199,4 +200,4 @@ def _file_sha256(path: str) -> str:
     try:
         return hashlib.sha256(files.read_bytes(path)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
-        raise OptionError(f"--features: expected a TorchScript file, found none at {path}") from None
+        raise ArgumentError(f"`features`: expected a TorchScript file, found none at {path}") from None

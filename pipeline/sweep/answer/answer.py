@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kac.util import files
+from kac.util.log import log
 from pipeline import tracking
 from pipeline.config.specs import SweepSpec
 from pipeline.evaluate.inputs import ANSWER_FILE
@@ -60,7 +61,7 @@ def write_answer(
         files.write_bytes(files.join(spec.out, name), data)
         run.artifact(name, data)
     _track(answer, run)
-    print(f"{printed(answer)}\nsweep: the report is {files.join(spec.out, REPORT_FILE)}", flush=True)
+    log.info(f"{printed(answer)}\nsweep: the report is {files.join(spec.out, REPORT_FILE)}")
 
 
 def draw(answer: Answer, evaluation: str | None) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -12,8 +12,7 @@ import pytest
 
 from kac.data import DataConfig, open_dataset
 from kac.util.cache import cache_folder
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from tests.kac.data import making
 
 
@@ -60,13 +59,13 @@ def test_a_corrupt_image_is_named(folder: Path):
 
 def test_mixed_sizes(folder: Path):
     (folder / "a" / "00003.png").write_bytes(making.encoded(making.pixels(1, 3, 12)[0]))
-    expected = "ROOT/a/00003.png: expected 8x8 as in the first image, found 12x12: --data.size 8 crops and resizes"
+    expected = "ROOT/a/00003.png: expected 8x8 as in the first image, found 12x12: `data.size` 8 crops and resizes"
     assert refusal("folder", folder).startswith(expected)
 
 
 def test_greyscale_where_the_first_image_is_rgb(folder: Path):
     (folder / "a" / "00003.png").write_bytes(making.encoded(making.pixels(1, 1)[0]))
-    expected = "ROOT/a/00003.png: expected RGB as in the first image, found greyscale: --data.channels 3 makes every"
+    expected = "ROOT/a/00003.png: expected RGB as in the first image, found greyscale: `data.channels` 3 makes every"
     assert refusal("folder", folder).startswith(expected)
 
 
@@ -190,7 +189,7 @@ def test_parquet_without_its_columns(tmp_path: Path):
     assert "expected a column 'label' of encoded images" in refusal("parquet", tmp_path, image_column="label")
     found = refusal("parquet", tmp_path, label_column="image")
     assert "expected a column 'image' of integers, found image: struct" in found
-    assert found.endswith("--data.label-column names another; None: no classes")
+    assert found.endswith("`data.label_column` names another; None: no classes")
     path.write_bytes(path.read_bytes()[:-4])
     assert "p.parquet: expected Parquet, found: " in refusal("parquet", tmp_path)
 
@@ -227,13 +226,13 @@ def test_parquet_files_that_are_none_or_empty(tmp_path: Path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "idx", "root": "/d", "size": 32}, r"--size: expected none, since it means nothing for idx, found 32"),
-        ({"kind": "moons", "horizontal_flip": True}, r"--horizontal-flip: expected none, .* for moons, found True"),
-        ({"kind": "folder", "root": "/d", "label_column": None}, r"--label-column: expected none, .* for folder"),
-        ({"kind": "folder"}, r"--root: expected where the files of folder are, a path or s3:// URI, found none"),
-        ({"kind": "folder", "root": "/d", "channels": 2}, r"--channels: input should be 1 or 3, found 2"),
+        ({"kind": "idx", "root": "/d", "size": 32}, r"`size`: expected none, since it means nothing for idx, found 32"),
+        ({"kind": "moons", "horizontal_flip": True}, r"`horizontal_flip`: expected none, .* for moons, found True"),
+        ({"kind": "folder", "root": "/d", "label_column": None}, r"`label_column`: expected none, .* for folder"),
+        ({"kind": "folder"}, r"`root`: expected where the files of folder are, a path or s3:// URI, found none"),
+        ({"kind": "folder", "root": "/d", "channels": 2}, r"`channels`: input should be 1 or 3, found 2"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(values: dict, message: str):
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         DataConfig(**values)

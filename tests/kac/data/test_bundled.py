@@ -6,7 +6,7 @@ import torch
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.data.dataset import BUNDLED
 from kac.data.splits import every_nth_of_each_class, in_memory
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 DIGITS_SHA256 = "453743eb618751711f3bc7f631f76eb290619dcbf65cfb5cbf7e75c3faaa2e8b"
 
@@ -124,9 +124,11 @@ def test_a_dataset_is_opened_once_a_process():
 
 
 def test_refuses_an_unknown_kind_and_a_root_that_is_not_read():
-    with pytest.raises(OptionError, match=r"--kind: input should be 'digits', 'moons', 'gaussians', .* found 'mnist'"):
+    with pytest.raises(
+        ArgumentError, match=r"`kind`: input should be 'digits', 'moons', 'gaussians', .* found 'mnist'"
+    ):
         DataConfig(kind="mnist")
-    with pytest.raises(OptionError, match=r"--root: expected none, .* found '/data'"):
+    with pytest.raises(ArgumentError, match=r"`root`: expected none, .* found '/data'"):
         DataConfig(kind="digits", root="/data")
-    with pytest.raises(OptionError, match=r"--root: expected where the files of idx are, .* found none"):
+    with pytest.raises(ArgumentError, match=r"`root`: expected where the files of idx are, .* found none"):
         DataConfig(kind="idx")

@@ -1,4 +1,4 @@
-"""Names of classes: their order, what a word of --labels means, where the names come from, and what changes meaning."""
+"""Names of classes: their order, what a word of `labels` means, where the names come from, and what changes meaning."""
 
 import json
 import pickle

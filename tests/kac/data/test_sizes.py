@@ -123,7 +123,7 @@ def test_an_image_of_too_many_pixels(side: int):
 
 def test_an_image_that_is_far_too_long_to_be_resized():
     image = np.zeros((3, 1, 20_000), np.uint8)
-    with pytest.raises(DistillKacError, match=r"^i: found an image of 20000x1, too long .* --data.size 256"):
+    with pytest.raises(DistillKacError, match=r"^i: found an image of 20000x1, too long .* `data.size` 256"):
         Decoder(size=256).shape_of(making.encoded(image), "i")
     assert Decoder(size=8).shape_of(making.encoded(image), "i") == (3, 8, 8)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kac.losses import EndpointConfig, EndpointObjective, Interval, build_objective
 from kac.losses.endpoint import endpoint_loss as loss_of_interval
 from kac.solvers import knot_times
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -100,7 +100,7 @@ def test_it_reads_the_knots_at_the_ends_of_its_steps(stored, steps, knots):
 
 @pytest.mark.parametrize("steps", [0, 3, 21])
 def test_refuses_steps_that_do_not_divide_the_knots(steps):
-    with pytest.raises(OptionError, match=rf"--steps: expected a divisor of the store's 20 knots .*, found {steps}"):
+    with pytest.raises(ArgumentError, match=rf"`steps`: expected a divisor of the store's 20 knots .*, found {steps}"):
         EndpointObjective(steps).knots(20)
 
 
@@ -156,5 +156,5 @@ def test_scales_average_the_loss_of_ever_smaller_images():
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2,)])
 def test_more_scales_than_halvings_are_refused(shape):
-    with pytest.raises(OptionError, match="scales"):
+    with pytest.raises(ArgumentError, match="scales"):
         losses_of(torch.ones(2, *shape), scales=4)

@@ -6,7 +6,7 @@ import torch
 from kac.losses import FlowMapConfig, FlowMapObjective, Interval
 from kac.losses.flow_map import GRID_SHARE, pair_probabilities
 from kac.solvers import knot_times
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 
 LAWS = ["grids", "any", "length", "long"]
 GRIDS = (1, 2, 4, 20)
@@ -59,7 +59,9 @@ def test_the_ends_of_the_unit_interval_draw_pairs_too():
 
 def test_it_reads_all_knots_and_refuses_grids_that_are_not_among_them():
     assert list(FlowMapConfig().build(4).knots(20)) == list(range(21))
-    with pytest.raises(OptionError, match=r"--objective.grids: expected divisors of the store's 20 knots .*, found 3"):
+    with pytest.raises(
+        ArgumentError, match=r"`objective.grids`: expected divisors of the store's 20 knots .*, found 3"
+    ):
         FlowMapConfig(grids=(1, 3)).build(4).knots(20)
     assert list(FlowMapConfig(grids=(1, 3), pairs="any").build(4).knots(20)) == list(range(21))
 

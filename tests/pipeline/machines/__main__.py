@@ -48,10 +48,10 @@ def main() -> int:
 
 
 RECIPE = (
-    "teach --out {place}/teach",
-    "rollout --teacher {place}/teach --store {place}/store",
-    "sweep --store {place}/store --out {place}/sweep --samples 0",
-    "evaluate --teacher {place}/teach --students {place}/sweep --out {place}/evaluation",
+    "teach `out` {place}/teach",
+    "rollout `teacher` {place}/teach `store` {place}/store",
+    "sweep `store` {place}/store `out` {place}/sweep `samples` 0",
+    "evaluate `teacher` {place}/teach `students` {place}/sweep `out` {place}/evaluation",
 )
 
 

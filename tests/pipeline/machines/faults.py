@@ -23,7 +23,7 @@ CUT_SECONDS = 30.0
 LATE_SECONDS = 100.0
 NOTICE_SECONDS = 90.0
 """A raylet that was given up ends itself once it hears of it."""
-TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
+TRAINING = f"`optimizer.batch_size` 64 `validation_updates` 0 `checkpoint_updates` {CHECKPOINT_UPDATES}".split()
 
 
 class Stage(NamedTuple):
@@ -73,37 +73,37 @@ CHECKPOINTS = ("state.pt",)
 
 STAGES = {
     "teach": Stage(
-        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 400 --out {out}",
+        "jobs.teach `data` digits `network.width` 64 `network.depth` 1 `workers` 2 `optimizer.updates` 400 `out` {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "rollout": Stage(
-        "jobs.rollout --teacher {plain}/teach --trajectories 4096 --shard-size 32 --actors 2 --store {out}",
+        "jobs.rollout `teacher` {plain}/teach `trajectories` 4096 `shard_size` 32 `actors` 2 `store` {out}",
         ("{out}/data", (".parquet",)),
         16,
         store_difference,
     ),
     "distill": Stage(
-        "jobs.distill --store {plain}/rollout --steps 4 --workers 2 --optimizer.updates 400 --out {out}",
+        "jobs.distill `store` {plain}/rollout `steps` 4 `workers` 2 `optimizer.updates` 400 `out` {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "elastic": Stage(
-        "jobs.distill --store {plain}/rollout --steps 4 --workers 1:2 --optimizer.updates 400 --out {out}",
+        "jobs.distill `store` {plain}/rollout `steps` 4 `workers` 1:2 `optimizer.updates` 400 `out` {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "sweep": Stage(
-        "jobs.sweep --store {plain}/rollout --grid steps=1,4 --optimizer.updates 400 --samples 1000 --out {out}",
+        "jobs.sweep `store` {plain}/rollout `grid` steps=1,4 `optimizer.updates` 400 `samples` 1000 `out` {out}",
         ("{out}", CHECKPOINTS),
         3,
         weights_difference,
     ),
     "evaluate": Stage(
-        "jobs.evaluate --teacher {plain}/teach --students {plain}/sweep --samples 8000 --actors 2 --out {out}",
+        "jobs.evaluate `teacher` {plain}/teach `students` {plain}/sweep `samples` 8000 `actors` 2 `out` {out}",
         ("cache/samples", (".npz",)),
         3,
         scores_difference,

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from kac.losses import EndpointObjective, Interval
-from kac.util.errors import DistillKacError
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store as endpoint_store
 from pipeline.store import reader
 from pipeline.store.layout import StoreError
@@ -179,7 +178,7 @@ def test_a_forward_store_has_one_step_count_and_no_knots_to_choose(forward: Path
         (3, "expected a divisor"),
         (8, "expected a divisor"),
     ]:
-        with pytest.raises(DistillKacError, match=f"--steps: {says}"):
+        with pytest.raises(DistillKacError, match=f"`steps`: {says}"):
             next(store.interval_batches(4, EndpointObjective(steps)))
     with pytest.raises(StoreError, match="knots: expected None for a forward store"):
         next(store.batches(4, knots=[0]))
@@ -187,7 +186,7 @@ def test_a_forward_store_has_one_step_count_and_no_knots_to_choose(forward: Path
 
 @pytest.mark.parametrize("steps", [0, 3, 8, -1])
 def test_a_step_count_that_does_not_divide_the_knots_is_refused(store: Store, steps: int) -> None:
-    with pytest.raises(OptionError, match=rf"expected a divisor of the store's 4 knots \[1, 2, 4\], found {steps}"):
+    with pytest.raises(ArgumentError, match=rf"expected a divisor of the store's 4 knots \[1, 2, 4\], found {steps}"):
         next(store.interval_batches(4, EndpointObjective(steps), 0.0))
 
 

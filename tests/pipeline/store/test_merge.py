@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kac.util import files
-from kac.util.options import OptionError
+from kac.util.errors import ArgumentError
 from pipeline import store as endpoint_store
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import Manifest, read_manifest
@@ -224,7 +224,7 @@ def test_a_target_that_holds_something_else_is_refused_and_left_alone(parts, tmp
 
 def test_a_target_that_is_one_of_the_stores_is_refused(parts) -> None:
     before = tree(parts[0])
-    with pytest.raises(OptionError, match=r"^--into .* is the same place as --stores "):
+    with pytest.raises(ArgumentError, match=r"^`into` .* is the same place as `stores` "):
         join(*parts, into=parts[0])
     assert tree(parts[0]) == before
 

@@ -124,7 +124,7 @@ def test_an_unknown_guidance_scale_is_refused_by_name(store: Store) -> None:
         lambda: next(store.interval_batches(4, EndpointObjective(1), 2.0)),
         lambda: store.rows(2.0),
     ):
-        with pytest.raises(StoreError, match=r"--guidance: expected one of the store's scales \[0.0, 1.5\], found 2.0"):
+        with pytest.raises(StoreError, match=r"`guidance`: expected one of the store's scales \[0.0, 1.5\], found 2.0"):
             read()
     with pytest.raises(StoreError, match=r"guidance: expected one of \[0.0, 1.5\], found None"):
         next(store.batches(4))
