@@ -1,1 +1,1 @@
-"""What the method needs besides PyTorch: files, options, errors, fingerprints."""
+"""Support code: files, options, errors, logging, fingerprints."""

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again: decoded datasets, classifiers, reference statistics, drawn samples."""
+"""The cache of results that can be recomputed: decoded data sets, classifiers, reference statistics, samples."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ VARIABLE = "DISTILLKAC_CACHE"
 
 
 def cache_folder(*names: str) -> str:
-    """A folder of the cache: below ``DISTILLKAC_CACHE``, a path or s3:// URI; default: ``~/.cache/distillkac``.
+    """Return a folder in the cache, which is at ``DISTILLKAC_CACHE`` (a path or s3:// URI) or ``~/.cache/distillkac``.
 
-    What lies there is named by its content, so that it can be removed at any time and is never wrong.
+    Cached files are named by what they were computed from, so they never go stale and can be deleted at any time.
     """
     folder = files.normal(os.environ.get(VARIABLE) or str(Path.home() / ".cache" / "distillkac"))
     for name in names:

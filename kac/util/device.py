@@ -1,8 +1,8 @@
-"""Where this process computes."""
+"""The device that this process computes on."""
 
 import torch
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """Return the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
-"""Fingerprints: the one way this project names content, made so that options can be added later.
+"""Fingerprints, which name results by the options that determine them. New options do not change old fingerprints.
 
-A field of an option model enters a fingerprint unless it has its neutral value, which is its default; fields without
-a default and those called ``kind`` always do. A field that is added later therefore changes no fingerprint until
-somebody uses it. Whoever changes a default keeps the old one as the neutral value:
+A field of an option model is left out of the fingerprint while it has its neutral value, by default its default value.
+Fields without a default and fields named ``kind`` are always included. A new field therefore changes no fingerprint
+until it is set. To change a default, keep the old one as the neutral value:
 ``Field(new, json_schema_extra={"neutral": old})``.
 """
 
@@ -18,38 +18,38 @@ from kac.util.options import nested_models
 
 
 def fingerprint(values: dict[str, Any]) -> str:
-    """sha256 of the values as canonical JSON."""
+    """Return the sha256 of the values as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def unhashed(default: Any, description: str, marks: dict[str, Any] | None = None, **constraints: Any) -> Any:
-    """A field that says where, how fast or how much is made, and changes no sample of it.
+    """Return a field that is never part of a fingerprint, because it changes no result: a path, a speed, a count.
 
     Args:
-        marks: what other modules look for in the field.
+        marks: more entries for the field's ``json_schema_extra``, which other modules look for.
     """
     extra = {"unhashed": True, **(marks or {})}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def hashed_fields(model: BaseModel) -> dict[str, Any]:
-    """Every field that can enter a fingerprint with its value, those at their neutral values too, as plain values."""
+    """Return all fields that can be part of a fingerprint, also those with neutral values, as JSON values."""
     fields = type(model).model_fields.items()
     return {name: _plain(getattr(model, name)) for name, field in fields if not _extra(field).get("unhashed")}
 
 
 def hashed_values(model: BaseModel) -> dict[str, Any]:
-    """What of a model enters its fingerprint, as plain values."""
-    entering = {}
+    """Return the fields that are part of the model's fingerprint, as JSON values."""
+    hashed = {}
     for name, plain in hashed_fields(model).items():
         if name == "kind" or not _is_neutral(type(model).model_fields[name], plain):
             value = getattr(model, name)
-            entering[name] = hashed_values(value) if isinstance(value, BaseModel) else plain
-    return entering
+            hashed[name] = hashed_values(value) if isinstance(value, BaseModel) else plain
+    return hashed
 
 
 def with_neutral_values(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Values that were written before some fields were added, with these at their neutral values (not defaults)."""
+    """Add the fields that stored values lack, because an older version wrote them, with their neutral values."""
     filled = dict(values)
     for name, field in model.model_fields.items():
         if name not in values and "neutral" in _extra(field):

@@ -1,7 +1,6 @@
-"""The logger of this project, ``distillkac``.
+"""The project's logger, ``distillkac``.
 
-Python code that uses the project sees its lines where it asks for them: ``logging.basicConfig(level="INFO")``. The
-jobs and their Ray workers call ``show``.
+In Python, ``logging.basicConfig(level="INFO")`` shows its lines. The jobs and their Ray workers call ``show``.
 """
 
 import logging
@@ -12,20 +11,20 @@ from kac.util.errors import as_options
 log = logging.getLogger("distillkac")
 log.addHandler(logging.NullHandler())
 progress_log = log.getChild("progress")
-"""For lines that say how far the work is, which are no results."""
+"""For progress lines, which are not results."""
 
 
 class _Printed(logging.Handler):
-    """Prints records without decoration: warnings and progress to stderr, all others to stdout."""
+    """Prints plain messages: warnings and progress to stderr, everything else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_result = record.levelno < logging.WARNING and record.name != progress_log.name
-        stream = sys.stdout if is_result else sys.stderr  # looked up here, because tests replace both
+        stream = sys.stdout if is_result else sys.stderr  # looked up for each record, because tests replace both
         print(as_options(self.format(record)), file=stream, flush=True)
 
 
 def show() -> None:
-    """Print the lines of this project for people, with arguments as options of a command line."""
+    """Print the project's log lines for users, with argument names as command-line options."""
     if not any(isinstance(handler, _Printed) for handler in log.handlers):
         log.addHandler(_Printed())
         log.setLevel(logging.INFO)
