@@ -1,1 +1,1 @@
-"""The Kac flow and its distillation, in plain PyTorch: no Ray, no MLflow, no endpoint store."""
+"""The Kac flow and its distillation in plain PyTorch. Independent of Ray and MLflow."""

@@ -1,6 +1,6 @@
-"""Schedules of the path: the signal f(t), the share of the data, and the clock g(t), the time of the Kac process.
+"""Schedules of a path: the signal f(t), which scales the data, and the clock g(t), the time of the Kac process.
 
-A schedule returns its value together with its derivative, so that the two cannot drift apart.
+Each schedule computes its value and its derivative together.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,27 @@ from torch import Tensor
 
 
 class ScheduleValue(NamedTuple):
-    """A schedule at some times, with its slope there."""
+    """A schedule evaluated at given times, with its derivative."""
 
     value: Tensor
     derivative: Tensor
 
 
 class Schedule(NamedTuple):
-    """A scalar function of t on [0, 1], and the supremum of its slope's absolute value there."""
+    """A scalar function of t on [0, 1] with the supremum of its absolute slope."""
 
     at: Callable[[Tensor], ScheduleValue]  # t in [0, 1], any shape
     slope_bound: float
 
 
 SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
-"""f(t), the share of the data: f(0) = 1, f(1) = 0."""
+"""f(t), the weight of the data: f(0) = 1, f(1) = 0."""
 
 CLOCKS = {
     "linear": Schedule(lambda t: ScheduleValue(t, torch.ones_like(t)), 1.0),
     "quadratic": Schedule(lambda t: ScheduleValue(t * t, 2 * t), 2.0),
 }
-"""g(t), the time of the Kac process at time t of the path: g(0) = 0."""
+"""g(t), the time of the Kac process at path time t: g(0) = 0."""
 
 SignalName = Literal["linear"]
 ClockName = Literal["linear", "quadratic"]

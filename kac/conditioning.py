@@ -1,7 +1,7 @@
-"""What a model was conditioned on, and the labels that its network is given.
+"""The conditioning of a model and the labels passed to its network.
 
-A model records in ``ModelConfig.conditioning`` what its network saw in training. Every stage that calls a network maps
-the labels of its samples with ``network_labels``, and asks ``why_no_guidance`` before it guides.
+``ModelConfig.conditioning`` records which labels the network saw in training. Every stage that calls a network maps
+sample labels with ``network_labels`` and checks ``guidance_problem`` before it applies guidance.
 """
 
 from collections.abc import Sequence
@@ -13,63 +13,65 @@ from kac.model import ModelConfig
 from kac.networks import Conditioning, NetworkConfig
 from kac.util.errors import ArgumentError
 
-NO_NULL_LABEL = "this network has no null label (it knows classes only)"
+NO_NULL_LABEL = "this network has no null label (it was trained only with class labels)"
 
 
 def learned_conditioning(network: NetworkConfig, label_dropout: float) -> Conditioning:
-    """What a teacher is conditioned on that is trained with this share of its labels dropped."""
+    """The conditioning of a teacher trained with this fraction of its labels dropped."""
     if network.conditioning == "none" or label_dropout == 1:
         return "none"
     return "classes" if label_dropout == 0 else network.conditioning
 
 
 def network_labels(model: ModelConfig, label: Tensor) -> Tensor:
-    """The labels that the network is given for samples of these classes [batch]: the null label if it knows none."""
+    """Labels [batch] to pass to the network for these classes: the null label if the model is unconditional."""
     return torch.full_like(label, model.num_classes) if model.conditioning == "none" else label
 
 
 def known_classes(model: ModelConfig) -> tuple[int, ...]:
-    """The classes that the network has seen in training; none of an unconditional model."""
+    """The classes that the network saw in training; empty for an unconditional model."""
     if model.conditioning == "none":
         return ()
-    return tuple(label for label, share in enumerate(model.class_frequencies) if share > 0)
+    return tuple(label for label, frequency in enumerate(model.class_frequencies) if frequency > 0)
 
 
 def check_labels(
     model: ModelConfig, labels: Sequence[int], option: str = "`labels`", any_class: str | None = None
 ) -> None:
-    """Refuse classes that the network has not seen in training.
+    """Check that the network saw these classes in training.
 
     Args:
-        option: what gave them. any_class: the label that stands for any class; None: there is none.
+        option: name of the argument in the error message.
+        any_class: label that means any class; None: no such label exists.
 
     Raises:
-        ArgumentError: the message names them.
+        ArgumentError: unknown classes, no classes, or an unconditional model.
     """
     known = known_classes(model)
     if not known:
         advice = f"Leave {option} out" if any_class is None else f"Give {any_class}"
-        raise ArgumentError(f"{option}: this model is unconditional: it was trained without class labels. {advice}.")
+        raise ArgumentError(f"{option}: this model is unconditional (trained without class labels). {advice}.")
     unknown = sorted(set(labels) - set(known))
     if unknown or not labels:
-        rest = " (the others have no training images)" if len(known) < model.num_classes else ""
-        alternative = "" if any_class is None else f", or {any_class} for any"
-        raise ArgumentError(f"{option}: expected classes {_ranges(known)}{rest}{alternative}, found {unknown[:8]}")
+        problem = f"contains unknown classes {unknown[:8]}" if unknown else "is empty"
+        rest = " (other classes have no training images)" if len(known) < model.num_classes else ""
+        alternative = "" if any_class is None else f", or use {any_class} for any class"
+        raise ArgumentError(f"{option} {problem}. Choose from {_ranges(known)}{rest}{alternative}.")
 
 
-def why_no_guidance(model: ModelConfig) -> str:
-    """Why guidance of a teacher means nothing; empty: it can be guided."""
+def guidance_problem(model: ModelConfig) -> str:
+    """The reason why a teacher cannot be guided; empty if it can."""
     if model.conditioning == "none":
-        return "this teacher is unconditional (it was trained without class labels)"
+        return "this teacher is unconditional (trained without class labels)"
     if not model.network.has_null_label:
         return NO_NULL_LABEL
     if model.conditioning == "classes":
-        return "this teacher has never seen the null label (it was trained without label dropout)"
-    return "the data of this teacher have one class" if len(known_classes(model)) == 1 else ""
+        return "this teacher has never seen the null label (trained without label dropout)"
+    return "the data of this teacher have only one class" if len(known_classes(model)) == 1 else ""
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """Ascending numbers, neighbours as a range: 0 .. 3, 7; after eight ranges an ellipsis."""
+    """Ascending numbers with neighbours joined, such as "0 .. 3, 7"; at most eight ranges, then an ellipsis."""
     present = set(numbers)
     starts = [number for number in numbers if number - 1 not in present]
     ends = [number for number in numbers if number + 1 not in present]

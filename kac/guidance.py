@@ -1,29 +1,30 @@
-"""Classifier-free guidance in velocity space: the only copy of the formula."""
+"""Classifier-free guidance of velocities. No other module contains its formula."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from kac.conditioning import NO_NULL_LABEL, why_no_guidance
+from kac.conditioning import NO_NULL_LABEL, guidance_problem
 from kac.model import ModelConfig
 from kac.networks import VelocityNetwork
 from kac.util.errors import ArgumentError
 
 
 class GuidedVelocity:
-    """u_w = (1 + w) u(x, t, label) - w u(x, t, null) for these labels, as ``solvers.solve`` takes it.
+    """u_w = (1 + w) u(x, t, label) - w u(x, t, null) for fixed labels, in the form that ``solvers.solve`` expects.
 
-    w = 0 is no guidance (arXiv 2509.21513).
+    w = 0 means no guidance (arXiv 2509.21513).
 
     Args:
-        label: [batch]. conditions: t -> those that the network takes at that time, scalars.
+        label: [batch].
+        conditions: maps t to the values, scalars, of further network inputs.
 
     Attributes:
-        nfe_per_call: network evaluations per call: 1 at w = 0, else 2 (one pass on a doubled batch).
+        nfe_per_call: network evaluations per call: 1 for w = 0, else 2 (one pass on a doubled batch).
 
     Raises:
-        ArgumentError: guidance of a network without a null label.
+        ArgumentError: w is not 0 and the network has no null label.
     """
 
     def __init__(
@@ -39,32 +40,32 @@ class GuidedVelocity:
         self.nfe_per_call = 1 if w == 0 else 2
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [batch, *sample], t scalar or [batch] -> velocity [batch, *sample]."""
-        given = self.conditions(t)
+        """The velocity [batch, *sample] at x [batch, *sample] and t, a scalar or [batch]."""
+        conditions = self.conditions(t)
         if self.w == 0:
-            return self.network(x, t, self.label, **given)
+            return self.network(x, t, self.label, **conditions)
         assert self.network.null_label is not None
-        both = torch.cat([self.label, torch.full_like(self.label, self.network.null_label)])
+        labels = torch.cat([self.label, torch.full_like(self.label, self.network.null_label)])
         t_doubled = t if t.ndim == 0 else torch.cat([t, t])
-        u, u_null = self.network(torch.cat([x, x]), t_doubled, both, **given).chunk(2)
+        u, u_null = self.network(torch.cat([x, x]), t_doubled, labels, **conditions).chunk(2)
         return (1 + self.w) * u - self.w * u_null
 
 
 guide = GuidedVelocity
-"""``guide(network, w, label)``: the network under guidance."""
+"""``guide(network, w, label)``: the guided velocity of a network."""
 
 
 def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
-    """Refuse guidance of a teacher for which it means nothing, before any work.
+    """Check that a teacher supports these guidance scales.
 
     Raises:
-        ArgumentError: one of the guidance scales is not 0.
+        ArgumentError: a scale is not 0 and the teacher cannot be guided.
     """
-    reason = why_no_guidance(model)
+    problem = guidance_problem(model)
     guided = next((w for w in scales if w != 0), None)
-    if reason and guided is not None:
-        raise ArgumentError(_refusal(reason, guided))
+    if problem and guided is not None:
+        raise ArgumentError(_refusal(problem, guided))
 
 
-def _refusal(reason: str, w: float) -> str:
-    return f"`guidance` {w:g}: {reason}, so it cannot be guided. Choose `guidance` 0."
+def _refusal(problem: str, w: float) -> str:
+    return f"`guidance` {w:g}: {problem}, so it cannot be guided. Choose `guidance` 0."

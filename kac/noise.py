@@ -1,8 +1,8 @@
-"""Noise and labels by counter: what sample i starts from depends on (seed, i) alone.
+"""Counter-based noise and labels: those of sample i depend only on (seed, i).
 
-A counter-based generator (Philox, from numpy, whose raw stream is stable across versions and platforms) gives every
-sample its own stretch of random numbers, so the result is the same for any batch, shard, process or machine. Everything
-is drawn on the CPU in float64 and rounded once at the end.
+NumPy's Philox generator, whose raw stream is stable across versions and platforms, assigns each sample its own section
+of random numbers. The result is therefore independent of batches, shards, processes and machines. All numbers are drawn
+on the CPU in float64 and rounded once at the end.
 """
 
 import math
@@ -15,13 +15,13 @@ from torch import Tensor
 from kac.path import Path
 
 NOISE_STREAM, LABEL_STREAM, DATA_STREAM = 0, 1, 2
-WORDS_PER_COUNT = 4  # 64-bit numbers that Philox4x64 makes from one value of its counter
+WORDS_PER_COUNT = 4  # 64-bit numbers that Philox4x64 generates per counter value
 
 
 def uniforms(seed: int, stream: int, ids: range, width: int) -> Tensor:
-    """Uniforms in (0, 1), float64, [len(ids), width]; row i depends on (seed, stream, ids[i], width) alone."""
+    """Uniforms in (0, 1): [len(ids), width], float64. Row i depends only on (seed, stream, ids[i], width)."""
     if ids.step != 1:
-        raise ValueError(f"ids must be a range of step 1, got {ids}")
+        raise ValueError(f"`ids` is {ids}, but must be a range of step 1.")
     counts = -(-width // WORDS_PER_COUNT)
     bits = np.random.Philox(key=[seed, stream], counter=ids.start * counts)
     words = bits.random_raw(len(ids) * counts * WORDS_PER_COUNT).reshape(len(ids), counts * WORDS_PER_COUNT)[:, :width]
@@ -29,24 +29,24 @@ def uniforms(seed: int, stream: int, ids: range, width: int) -> Tensor:
 
 
 def noise(path: Path, seed: int, ids: range, sample_shape: Sequence[int]) -> Tensor:
-    """x_1 of the samples ``ids``: [len(ids), *sample_shape], float32."""
+    """The noise x_1 of the samples ``ids``: [len(ids), *sample_shape], float32."""
     return path.point(0.0, 1.0, noise_uniforms(path, seed, ids, sample_shape)).float()
 
 
 def noise_uniforms(path: Path, seed: int, ids: range, sample_shape: Sequence[int]) -> Tensor:
-    """The uniforms behind the noise of ``ids``: [uniforms_per_coordinate, len(ids), *sample_shape]."""
+    """The uniforms that determine the noise of ``ids``: [uniforms_per_coordinate, len(ids), *sample_shape]."""
     per_coordinate, size = path.uniforms_per_coordinate, math.prod(sample_shape)
     draws = uniforms(seed, NOISE_STREAM, ids, per_coordinate * size)
     return draws.reshape(len(ids), per_coordinate, *sample_shape).movedim(1, 0)
 
 
 def labels(seed: int, ids: range, class_frequencies: Sequence[float]) -> Tensor:
-    """The labels of the samples ``ids``, drawn by the classes' frequencies: [len(ids)], int64."""
+    """Labels of the samples ``ids``, drawn with the class frequencies: [len(ids)], int64."""
     edges = torch.tensor(class_frequencies, dtype=torch.float64).cumsum(0)[:-1]
     return torch.searchsorted(edges, uniforms(seed, LABEL_STREAM, ids, 1)[:, 0].contiguous(), right=True)
 
 
 def data_points(seed: int, ids: range, count: int, intervals: int) -> tuple[Tensor, Tensor]:
-    """For forward rollouts: the data point (below ``count``) and the interval (below ``intervals``) of each id."""
+    """The data point (below ``count``) and the interval (below ``intervals``) of each id, for forward rollouts."""
     draws = uniforms(seed, DATA_STREAM, ids, 2)
     return (draws[:, 0] * count).long(), (draws[:, 1] * intervals).long()

@@ -1,4 +1,4 @@
-"""How a network is called: its precision, memory format and compilation, in training, rollout and sampling alike."""
+"""Precision, memory format and compilation of a network, used in training, rollout and sampling."""
 
 from typing import Any, Literal
 
@@ -13,31 +13,31 @@ from kac.util.options import Options
 
 
 class Precision(Options):
-    """How a network is called. The weights, and what goes in and out, stay float32."""
+    """How a network computes. Its weights, inputs and outputs stay float32."""
 
     dtype: Literal["float32", "tf32", "bfloat16", "auto"] = Field(
         "float32",
-        description="type that the network computes in; tf32: float32 in the tensor cores of a GPU; "
-        "auto: bfloat16 on GPUs, else float32",
+        description="type of the network's arithmetic; tf32: float32 on a GPU's tensor cores; "
+        "auto: bfloat16 on a GPU, else float32",
     )
-    compile: bool | None = unhashed(None, "compile the network with torch.compile; default: on a GPU")
+    compile: bool | None = unhashed(None, "compile the network with torch.compile; default: only on a GPU")
     memory_format: Literal["auto", "contiguous", "channels_last"] = unhashed(
-        "auto", "layout of images in the network; auto: channels_last for convolutions on a GPU"
+        "auto", "memory layout of images; auto: channels_last for convolutions on a GPU, else contiguous"
     )
 
     def settled(self, on_gpu: bool) -> "Precision":
-        """With the type that ``auto`` stands for: fingerprints are made of that.
+        """A copy in which the type ``auto`` is replaced. Fingerprints include the actual type.
 
         Raises:
-            ArgumentError: a type that this device does not have.
+            ArgumentError: ``tf32`` without a GPU.
         """
         if self.dtype == "tf32" and not on_gpu:
-            raise ArgumentError("`precision.dtype`: expected float32, bfloat16 or auto without a GPU, found tf32")
+            raise ArgumentError("`precision.dtype` tf32 needs a GPU. Choose float32, bfloat16 or auto.")
         dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
         return self.model_copy(update={"dtype": dtype})
 
     def on(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """With every choice made: on a GPU or not, for a network with convolutions or without."""
+        """A copy without automatic values, for a network with or without convolutions on a GPU or CPU."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,
@@ -46,34 +46,34 @@ class Precision(Options):
         )
 
     def chosen(self, network: nn.Module) -> "Precision":
-        """With every choice made for a network where it is."""
+        """A copy without automatic values, for the network on its current device."""
         parameters = list(network.parameters())
         gpu = any(parameter.is_cuda for parameter in parameters)
         return self.on(gpu, convolutions=any(parameter.ndim == 4 for parameter in parameters))
 
     def lay_out(self, network: nn.Module) -> None:
-        """Put the weights into their memory format: before anything copies them or keeps numbers beside them."""
+        """Convert the weights to the memory format. Call this before creating an optimizer or an EMA of them."""
         if self.chosen(network).memory_format == "channels_last":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
-        """``network`` in this precision, with the same signature, null label, parameters and gradients."""
+        """The network computing in this precision, with the same signature, null label, parameters and gradients."""
         self.lay_out(network)
         chosen = self.chosen(network)
         plain = Precision(dtype="float32", compile=False, memory_format="contiguous")
-        # On a GPU even float32 needs a wrapper: by default PyTorch's convolutions there compute in tf32.
+        # On a GPU float32 needs a wrapper too, because PyTorch convolutions use tf32 there by default.
         on_cpu = not any(parameter.is_cuda for parameter in network.parameters())
         is_plain = chosen == plain and on_cpu and hasattr(network, "null_label")
         return network if is_plain else _Wrapped(network, chosen)  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        """In words, of one that is ``chosen``."""
+        """A description for people, such as "bfloat16, channels_last, compiled", of a copy without automatic values."""
         return f"{self.dtype}, {self.memory_format}, {'compiled' if self.compile else 'not compiled'}"
 
 
 class _Wrapped:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
-        plain: Any = getattr(network, "module", network)  # of a data-parallel one
+        plain: Any = getattr(network, "module", network)  # the network inside DistributedDataParallel
         self.null_label, self.takes = plain.null_label, getattr(plain, "takes", ())
         self.dtype = torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
         self.tf32 = precision.dtype == "tf32"
@@ -84,7 +84,7 @@ class _Wrapped:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         if x.is_cuda:
-            # Set at every call and left so: the backward pass comes after it, and another network may differ.
+            # Set in every call, because networks may differ, and not reset, because the backward pass follows.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)

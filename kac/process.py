@@ -1,7 +1,7 @@
-"""The Kac process of one coordinate: a particle of speed c that turns round at Poisson times of rate a.
+"""The Kac process of one coordinate: a particle of speed c that reverses at the events of a Poisson process of rate a.
 
 Its density solves the damped wave equation p_tt + 2 a p_t = c^2 p_xx (arXiv 2506.20641, section 2).
-Below, r = sqrt((ct - x)(ct + x)) and z = a r / c.
+In this module, r = sqrt((ct - x)(ct + x)) and z = a r / c.
 """
 
 import math
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 SERIES_LIMIT = 0.25
-"""Below this z^2 the Bessel functions are taken from their power series: their ratios have a root at z = 0."""
+"""Below this z^2, ratios of Bessel functions use their power series, because the closed form divides by z."""
 
 CDF_NODES, CDF_REACH = 96, 12.0
-"""The cdf integrates the density over at most this many standard deviations: the rest is below 1e-30."""
+"""Quadrature nodes of the cdf, and its reach in standard deviations. The mass beyond the reach is below 1e-30."""
 
 
 class KacNoise(NamedTuple):
-    """A draw of the process: where the particle is, and whether it never turned."""
+    """A draw of the process: the displacement of a particle and whether it has never reversed."""
 
-    displacement: Tensor  # K_t, the shape of t, |K_t| <= c t
-    is_atom: Tensor  # bool, the shape of t: no reversal yet, so |K_t| = c t
+    displacement: Tensor  # K_t, same shape as t, |K_t| <= c t
+    is_atom: Tensor  # bool, same shape as t; True: no reversal yet, so |K_t| = c t
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class KacProcess:
     """The damped-wave process with reversal rate ``a`` (1/time) and speed ``c`` (length/time).
 
     Raises:
-        ValueError: unless a and c are positive and finite.
+        ValueError: a or c is not positive and finite.
     """
 
     a: float = 9.0
@@ -40,44 +40,42 @@ class KacProcess:
     def __post_init__(self) -> None:
         for name, value in (("a", self.a), ("c", self.c)):
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"KacProcess: {name} must be positive and finite, got {value}")
+                raise ValueError(f"`{name}` is {value}, but must be positive and finite.")
 
     def sample(self, t: Tensor | float, generator: torch.Generator | None = None) -> KacNoise:
         """Draw K_t exactly, one independent particle for each element of ``t`` (any shape, t >= 0).
 
-        N ~ Poisson(a t) reversals leave the share B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time to the
-        first direction, and K = +-ct (2B - 1). Under the fair first sign, Beta(k + 1, k) and Beta(k, k) give the
-        same K, so with k = ceil(N/2) only the symmetric beta is needed, and that one has a closed form in two
-        uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
+        With N ~ Poisson(a t) reversals, the particle moves in its first direction for a fraction
+        B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time, so K = +-ct (2B - 1). Because the first sign is fair,
+        Beta(k + 1, k) and Beta(k, k) with k = ceil(N/2) give the same distribution of K. The symmetric beta has a
+        closed form in two uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
 
-        All randomness comes from ``generator``, which must live on t's device.
+        Args:
+            generator: source of all randomness, on the device of ``t``.
 
         Raises:
-            ValueError: a negative or non-finite t; on a GPU, which the check would wait for, nobody looks.
+            ValueError: a negative or non-finite t. Not checked on a GPU, where the check would force a synchronisation.
         """
         t = _as_times(t)
         if not t.is_cuda and not bool(((t >= 0) & (t < math.inf)).all()):
-            raise ValueError("KacProcess.sample: times must be finite and >= 0")
+            raise ValueError("`t` contains negative or non-finite times. All times must be finite and at least 0.")
         reversals = torch.poisson(self.a * t, generator=generator)
         u = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)
         angle = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device).mul_(2 * math.pi)
         is_atom = reversals == 0
-        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; what an atom gets is not used.
+        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; the value of an atom is not used.
         exponent = reversals.clamp_(min=1).add_(1).div_(2, rounding_mode="floor").mul_(2).sub_(1)
         inside = u.log_().mul_(2).div_(exponent).expm1_().neg_().sqrt_().mul_(angle.cos())
         coin = torch.where(angle < math.pi, 1.0, -1.0).to(t.dtype)
         return KacNoise(torch.where(is_atom, coin, inside).mul_(self.c * t), is_atom)
 
     def from_uniforms(self, uniforms: Tensor, t: float) -> Tensor:
-        """K_t at one common time from three uniforms a particle: the same number for the same uniforms, anywhere.
+        """K_t at one common time, computed from three uniforms per particle: [*shape], float64.
 
-        Each particle has its own three, which a counter-based generator can produce for any particle alone.
+        The result for a particle depends only on its own uniforms, so a counter-based generator can reproduce it.
 
         Args:
-            uniforms: [3, *shape] in (0, 1), float64: they choose the reversals, the radius and the angle.
-
-        Returns:
-            The displacements, [*shape], float64.
+            uniforms: [3, *shape] in (0, 1), float64. They determine the reversals, the radius and the angle.
         """
         rate = self.a * t
         most = int(rate + 12 * math.sqrt(rate) + 40)
@@ -91,21 +89,24 @@ class KacProcess:
         return self.c * t * torch.where(reversals == 0, coin, inside)
 
     def velocity(self, x: Tensor, t: Tensor | float, is_atom: Tensor | None = None) -> Tensor:
-        """The conditional velocity E[dK_t/dt | K_t = x], of the broadcast shape of x and t; never above c.
+        """The conditional velocity E[dK_t/dt | K_t = x]: broadcast shape of x and t, absolute value at most c.
 
-        v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z) inside the cone, sign(x) c on an atom
-        (``is_atom``; None: nowhere). Outside |x| <= ct there is no mass; the field is continued there by its
-        value at the cone's edge, so that rounding of x or ct cannot lift it above c. Gradients are finite everywhere.
+        Inside the cone v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z); on an atom v = sign(x) c. Outside the cone
+        |x| <= ct, where the density is 0, the velocity keeps its value at the edge. Rounding of x or ct therefore
+        cannot raise it above c. Gradients are finite everywhere.
+
+        Args:
+            is_atom: bool, which particles have never reversed; None: no particle is an atom.
         """
         t = _as_times(t, like=x)
         edge = self.c * t
         x_inside = torch.minimum(torch.maximum(x, -edge), edge)
-        # x or ct may be rounded beyond the edge, where z^2 < 0 and h would fall below 2: there z = 0.
+        # Rounding can move x beyond the edge, where z^2 < 0 and h would fall below 2. Use z = 0 there.
         v = self.a * x_inside / (self.a * t + _h(self._z_squared(x, t).clamp(min=0)))
         return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
 
     def density(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """The density of the continuous part, 0 outside the cone; its mass is 1 - exp(-a t).
+        """The density of the continuous part, whose mass is 1 - exp(-a t); 0 outside the cone.
 
         p = a exp(-a t) / (2 c) (I0(z) + (c t / r) I1(z)), evaluated with scaled Bessel functions.
         """
@@ -117,14 +118,14 @@ class KacProcess:
         i1_over_z = 0.5 * (1 + q / 8 * (1 + q / 24 * (1 + q / 48 * (1 + q / 80))))
         near_edge = torch.exp(-at) * (i0 + at * i1_over_z)
         z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
-        # exp(z - a t), with z - a t = -(a x / c)^2 / (a t + z): the difference itself would cancel.
+        # exp(z - a t) with z - a t = -(a x / c)^2 / (a t + z), because the plain difference would cancel.
         scale = torch.exp(-((self.a * x / self.c) ** 2) / (at + z))
         inside = scale * (torch.special.i0e(z) + at * torch.special.i1e(z) / z)
         density = self.a / (2 * self.c) * torch.where(z_squared < SERIES_LIMIT, near_edge, inside)
         return torch.where(x.abs() <= self.c * t, density, torch.zeros_like(density))
 
     def cdf(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """P(K_t <= x), atoms included. Gauss-Legendre over the density: CDF_NODES times the memory of x."""
+        """P(K_t <= x), including the atoms. Gauss-Legendre quadrature uses CDF_NODES times the memory of x."""
         t = _as_times(t, like=x)
         nodes, weights = _gauss_legendre(CDF_NODES, x)
         reach = torch.minimum(torch.minimum(x.abs(), self.c * t), CDF_REACH * self.variance(t).sqrt())
@@ -135,7 +136,7 @@ class KacProcess:
         return torch.where(x >= edge, 1.0, torch.where(x < -edge, 0.0, inside)).to(x.dtype)
 
     def variance(self, t: Tensor | float) -> Tensor:
-        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
+        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), same shape as t."""
         t = _as_times(t)
         u = 2 * self.a * t
         tail = 1 - u / 6 * (1 - u / 7 * (1 - u / 8 * (1 - u / 9)))
@@ -143,7 +144,7 @@ class KacProcess:
         return self.c**2 / (2 * self.a**2) * torch.where(u < SERIES_LIMIT, series, u + torch.expm1(-u))
 
     def _z_squared(self, x: Tensor, t: Tensor) -> Tensor:
-        # ct - x cancels near the cone's edge, and the rounding of ct alone would cost fp32 its last digits there.
+        # In float64: near the cone's edge ct - x cancels, and in fp32 the rounding of ct would cost the last digits.
         edge, x_wide = self.c * t.double(), x.double()
         return ((self.a / self.c) ** 2 * ((edge - x_wide) * (edge + x_wide))).to(x.dtype)
 
@@ -158,12 +159,12 @@ def _h(z_squared: Tensor) -> Tensor:
     """h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... for z^2 >= 0."""
     q = z_squared.clamp(max=SERIES_LIMIT)
     series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q / 15 * (1 - q * 13 / 192))))
-    # The square root's slope is infinite at 0, and an unselected infinity still poisons the gradient: keep away.
+    # The slope of sqrt is infinite at 0, which makes the gradient NaN even in the branch that is not selected.
     z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
     return torch.where(z_squared < SERIES_LIMIT, series, z * torch.special.i0e(z) / torch.special.i1e(z))
 
 
 def _gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [0, 1]."""
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy((nodes + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)

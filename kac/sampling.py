@@ -1,4 +1,4 @@
-"""Images from a model, teacher or student: how it is sampled, from which noise, and the sampling itself."""
+"""Images from a teacher or student: sampling options, initial noise and sampling itself."""
 
 import time
 from typing import NamedTuple
@@ -19,11 +19,11 @@ from kac.util.images import delivered
 TEACHER_STEPS = 100
 
 BATCH_SIZE = 500
-"""Samples a network call, where nobody chooses: another number gives other last digits."""
+"""Default number of samples per network call. Another number changes the last digits of the images."""
 
 
 class Sampling(NamedTuple):
-    """How a model is sampled."""
+    """How to sample a model."""
 
     guidance: float
     steps: int
@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
 def teacher_sampling(
     config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
 ) -> Sampling:
-    """How to sample a teacher: as the caller chooses; by default without guidance, in 100 steps.
+    """How to sample a teacher: without guidance and in 100 steps unless specified.
 
     Raises:
         ArgumentError: guidance of a teacher that cannot be guided.
@@ -44,39 +44,38 @@ def teacher_sampling(
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
-    """How to sample a student: one Euler step on each interval of its own grid.
+    """How to sample a student: one Euler step per interval of its grid.
 
-    Its guidance scale is built into its weights, unless its network takes the scale as an input.
+    The guidance scale is built into the weights, unless the network takes the scale as an input.
 
     Args:
-        steps: other than its own, for a student that takes any.
-        guidance: other than its own, for a student that has learned all scales of a store.
+        steps: student steps; only an any-step student accepts a number other than its default.
+        guidance: only a student trained on several guidance scales accepts a scale other than its default.
 
     Raises:
-        ArgumentError: other steps or another scale than those that are built into it, or a scale beyond those learned.
+        ArgumentError: steps or guidance that this student was not trained for.
     """
     assert config.steps is not None and config.guidance is not None
     if steps not in {None, config.steps} and not config.is_any_step:
-        raise ArgumentError(f"`steps`: expected {config.steps}, which is built into this student, found {steps}")
+        raise ArgumentError(f"`steps` is {steps}, but this student takes only {config.steps} steps. Leave `steps` out.")
     scales = config.guidance_scales or (config.guidance,)
     if guidance is not None and not min(scales) <= guidance <= max(scales):
-        expected = f"{scales[0]}, which is built into this student" if len(scales) == 1 else _range_of(scales)
-        raise ArgumentError(f"`guidance`: expected {expected}, found {guidance}")
-    given = config.guidance if guidance is None else guidance
-    return Sampling(given if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
-
-
-def _range_of(scales: tuple[float, ...]) -> str:
-    return f"{min(scales)} .. {max(scales)}, since this student has learned {list(scales)}"
+        if len(scales) == 1:
+            limit = f"this student has guidance {scales[0]} built in. Leave `guidance` out."
+        else:
+            limit = f"this student was trained on {list(scales)}. Choose a value from {min(scales)} to {max(scales)}."
+        raise ArgumentError(f"`guidance` is {guidance}, but {limit}")
+    w = config.guidance if guidance is None else guidance
+    return Sampling(w if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
 
 
 class Samples(NamedTuple):
-    """What was drawn from a model."""
+    """Images drawn from a model."""
 
     images: Tensor  # [count, *sample], float32, on the CPU
-    label: Tensor  # [count], as the network was given them
-    nfe: int  # network evaluations an image
-    seconds: float  # of the network at work
+    label: Tensor  # [count], as passed to the network
+    nfe: int  # network evaluations per image
+    seconds: float  # time spent in the network
 
 
 def draw(
@@ -91,52 +90,54 @@ def draw(
     first: int = 0,
     raw: bool = False,
 ) -> Samples:
-    """The samples first .. first + count - 1 of a seed as they are delivered, ``batch_size`` a network call.
+    """Generate the delivered samples first .. first + count - 1 of a seed.
 
     Args:
-        raw: the network's own values instead, as far out of range as they are.
+        batch_size: samples per network call.
+        labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
+        raw: return the network outputs without clipping and rounding.
 
     Raises:
-        DivergedError: values that are not finite.
-        DistillKacError: as ``initial_noise``.
+        DivergedError: the model generates NaN or infinity.
+        ArgumentError: as ``initial_noise``.
     """
     device, network = next(model.network.parameters()).device, precision.wrap(model.network)
-    images, classes, nfe, seconds = [], [], 0, 0.0
+    batches, classes, nfe, seconds = [], [], 0, 0.0
     for start in range(first, first + count, batch_size):
         x_1, label = initial_noise(model.config, seed, range(start, min(start + batch_size, first + count)), labels)
-        x_1, given = x_1.to(device), label.to(device)
+        x_1, label_on_device = x_1.to(device), label.to(device)
         started = time.perf_counter()
-        solution = generate(network, x_1, given, sampling)
-        images.append(solution.x.cpu())
+        solution = generate(network, x_1, label_on_device, sampling)
+        batches.append(solution.x.cpu())
         seconds += time.perf_counter() - started
         classes.append(label)
         nfe = solution.nfe
-    if not all(torch.isfinite(made).all() for made in images):
-        raise DivergedError("expected finite images of the model, found NaN or infinity: it has diverged")
-    outputs = torch.cat(images)
+    if not all(torch.isfinite(batch).all() for batch in batches):
+        raise DivergedError("The model generates NaN or infinity: it has diverged. Train it again with other options.")
+    outputs = torch.cat(batches)
     return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 
 
 @torch.inference_mode()
 def generate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
-    """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample], without gradients."""
-    return carry(network, x_1, label, sampling)
+    """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], without gradients."""
+    return integrate(network, x_1, label, sampling)
 
 
-def carry(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
-    """Carry noise ``x_1`` [batch, *sample] to images [batch, *sample].
+def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
+    """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], with gradients.
 
-    A network that takes the end time of a step, or the guidance scale, is given it.
+    A network with the input ``end_time`` or ``guidance`` receives it.
     """
     velocity = velocity_of(network, x_1, label, sampling)
     return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:
-    """What ``carry`` solves: the guided velocity of these labels, at the times of the sampling's grid.
+    """The guided velocity that ``integrate`` solves. Its times must be on the grid of ``sampling``.
 
     Args:
-        x_1: [batch, *sample], of the type and on the device of all states.
+        x_1: [batch, *sample], with the type and device of all states.
     """
     times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
     rounded = times.to(x_1.dtype)
@@ -144,8 +145,8 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
     dtype, device = x_1.dtype, x_1.device
 
     def conditions(t: Tensor) -> dict[str, Tensor]:
-        given = {name: next_time[t.item()] if name == "end_time" else sampling.guidance for name in takes}
-        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in given.items()}
+        values = {name: next_time[t.item()] if name == "end_time" else sampling.guidance for name in takes}
+        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in values.items()}
 
     return guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
 
@@ -153,10 +154,10 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
 def initial_noise(
     config: ModelConfig, seed: int, ids: range, labels: tuple[int, ...] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Noise [len(ids), *sample] and the network's labels [len(ids)] of samples by number.
+    """Noise [len(ids), *sample] and network labels [len(ids)] of the samples ``ids``.
 
     Args:
-        labels: classes, repeated in turn; default: drawn by the data's class frequencies.
+        labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
 
     Raises:
         ArgumentError: a class that the model does not know.

@@ -1,4 +1,7 @@
-"""Solvers of dx/dt = u(x, t) from noise to data: one signature, any decreasing grid; ``nfe``: network evaluations."""
+"""Solvers of dx/dt = u(x, t) from noise to data on any decreasing time grid.
+
+``nfe`` is the number of network evaluations.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,59 +13,59 @@ from torch import Tensor
 from kac.util.errors import check_known
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [batch, *sample], t scalar) -> velocity [batch, *sample]; ``nfe_per_call`` tells what a call costs (default 1)."""
+"""(x [batch, *sample], t scalar) -> velocity [batch, *sample]; attribute ``nfe_per_call``: evaluations (default 1)."""
 
 Method = Literal["euler", "heun", "ab2"]
 
 KnotGrid = Literal["uniform"]
 
 GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
-"""The share of the knots still to come (1 at the noise, 0 at the image) to time: increasing, 0 to 0 and 1 to 1."""
+"""Maps from the fraction of remaining knots (1: noise, 0: image) to time. They are increasing, with 0 to 0, 1 to 1."""
 
 
 class Solution(NamedTuple):
-    """Where the flow ended, and the states on the way that were asked for."""
+    """The final state of a flow and the requested intermediate states."""
 
     x: Tensor  # [batch, *sample], at times[-1]
     nfe: int
-    knots: list[Tensor]  # one [batch, *sample] for each kept index
+    knots: list[Tensor]  # one [batch, *sample] per index in ``keep``
     kinetic_energy: Tensor  # [batch], the integral of |u|^2 |dt|
 
 
 def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
-    """The times t_0 = 1 > t_1 > ... > t_knots = 0 of the knots 0 .. knots: [knots + 1], float64, exact at both ends.
+    """The times t_0 = 1 > t_1 > ... > t_knots = 0: [knots + 1], float64, exact at both ends.
 
-    The only grid: of stored knots, a student's steps and solver steps. ``knot_times(m) == knot_times(m * n)[::n]``.
+    Stored knots, student steps and solver steps all use this grid. ``knot_times(m) == knot_times(m * n)[::n]``.
 
     Raises:
-        ValueError: less than one knot, or an unknown grid.
+        ValueError: fewer than one knot, or an unknown grid.
     """
     if knots < 1:
-        raise ValueError(f"knots must be at least 1, got {knots}")
+        raise ValueError(f"`knots` is {knots}, but must be at least 1.")
     check_known("grid", grid, GRIDS)
     return GRIDS[grid](torch.arange(knots, -1, -1, dtype=torch.float64) / knots)
 
 
 def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", keep: Sequence[int] = ()) -> Solution:
-    """Integrate from times[0] down to times[-1], one solver step for each gap of the grid.
+    """Integrate from times[0] down to times[-1] with one solver step per interval of the grid.
 
     euler: x += h u_n.  heun: x += h (u_n + u(x + h u_n, t_{n+1})) / 2.
-    ab2: x += h ((1 + ratio/2) u_n - (ratio/2) u_{n-1}), ratio = h / h_prev; the first step is Euler's.
-    The kinetic energy is integrated by the same rule. Orders 1, 2, 2.
+    ab2: x += h ((1 + ratio/2) u_n - (ratio/2) u_{n-1}), ratio = h / h_prev; the first step is an Euler step.
+    The same rule integrates the kinetic energy. The orders of convergence are 1, 2 and 2.
 
     Args:
         x: [batch, *sample], the state at times[0].
         times: [steps + 1], strictly decreasing.
-        keep: indices into ``times`` whose states are returned, in that order; nothing else is kept.
+        keep: indices into ``times`` of the states to return, in this order. Other states are freed.
 
     Raises:
-        ValueError: an unknown method, a grid that does not decrease, or a kept index outside it.
+        ValueError: an unknown method, times that do not decrease, or an index in ``keep`` outside the grid.
     """
     check_known("solver", method, STEPPERS)
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
-        raise ValueError("times must be a strictly decreasing vector of at least 2 entries")
+        raise ValueError("`times` must be a strictly decreasing vector with at least 2 entries.")
     if not all(0 <= k < len(times) for k in keep):
-        raise ValueError(f"keep must lie within 0..{len(times) - 1}, got {list(keep)}")
+        raise ValueError(f"`keep` is {list(keep)}, but its indices must be between 0 and {len(times) - 1}.")
     kept = {0: x}
     energy, calls = torch.zeros(len(x), dtype=x.dtype, device=x.device), 0
     for n, step in enumerate(STEPPERS[method](velocity, x, times.tolist()), start=1):
@@ -115,7 +118,7 @@ STEPPERS: dict[Method, Stepper] = {"euler": _euler, "heun": _heun, "ab2": _ab2}
 
 
 def _scalar(t: float, x: Tensor) -> Tensor:
-    # Filled on the device: for a copy of a number the host would wait until a GPU has done all that is before it.
+    # torch.full fills the scalar on the device. A copy from the host would wait for all pending GPU work.
     return torch.full((), t, dtype=x.dtype, device=x.device)
 
 
