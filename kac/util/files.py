@@ -1,7 +1,8 @@
-"""Local folders and ``s3://`` prefixes behind one door, and files that are published whole or not at all.
+"""One interface to local folders and ``s3://`` prefixes, with atomic writes.
 
-S3 endpoint and keys come from the standard AWS_* variables (or what else botocore finds, such as a node's role): no
-option holds them and nothing here prints them. ``pipeline/sweep/trials.py`` keeps them out of Ray Tune's logs.
+The S3 endpoint and keys come from the standard AWS_* variables, or from another source that botocore knows, such as a
+node's role. No option holds them, and this module never prints them. ``pipeline/sweep/trials.py`` keeps them out of Ray
+Tune's logs.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ from fsspec.implementations.local import LocalFileSystem
 from kac.util.errors import DistillKacError, one_line
 
 S3_OPTIONS: dict[str, Any] = {
-    # Another process may publish at any moment: a cached listing is a wrong one.
+    # Other processes publish files at any time, so a cached listing would be out of date.
     "use_listings_cache": False,
-    # Readers here ask for exact ranges (Parquet footers and column chunks); read-ahead would fetch the other columns.
+    # Readers request exact ranges (Parquet footers and column chunks). Read-ahead would fetch the other columns.
     "default_cache_type": "none",
-    # 503 SlowDown, resets and time-outs are retried with back-off, and the end of it is an error. s3fs repeats what
-    # botocore gave up on 5 times: 4 attempts here are up to 20, some 20 seconds.
+    # botocore retries 503 SlowDown, resets and time-outs with back-off, then raises an error. s3fs repeats such a call
+    # up to 5 times, so 4 attempts here can be 20 attempts, in about 20 seconds.
     "config_kwargs": {
         "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "4"))},
         "connect_timeout": 10,
@@ -38,11 +39,11 @@ S3_OPTIONS: dict[str, Any] = {
 
 TEMPORARY_SUFFIX = ".tmp"
 STALE_SECONDS = 3600.0
-"""A temporary file of another host is an orphan after this long."""
+"""A temporary file from another host is an orphan when it is older than this."""
 
 
 class FolderError(DistillKacError, IsADirectoryError):
-    """A folder where a file is expected."""
+    """The path of a file is a folder."""
 
 
 class Location(NamedTuple):
@@ -59,24 +60,24 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 
 
 def normal(path: str) -> str:
-    """The one name of a path or URI, by which every function here and every stage knows it.
+    """Return the normal form of a path or URI, which all functions here and all stages use.
 
-    Empty parts and ``.`` are dropped, and so is a slash at the end, on S3 as on a disk. ``file://`` is a local path,
-    ``s3a://`` is ``s3://``. All other characters stand for themselves: nothing is decoded, and no pattern is expanded.
+    Empty parts, ``.`` and a slash at the end are dropped, on S3 as on a disk. ``file://`` becomes a local path, and
+    ``s3a://`` becomes ``s3://``. All other characters are literal: nothing is decoded, and no pattern is expanded.
 
     Raises:
-        DistillKacError: an empty path, ``s3://`` without a bucket, or ``..`` in a key, which S3 does not resolve.
+        DistillKacError: the path is empty, has ``s3://`` without a bucket, or has ``..`` in a key.
     """
     if not path:
-        raise DistillKacError("expected a path or s3:// URI, found an empty one")
+        raise DistillKacError("The path is empty. Give a path or an s3:// URI.")
     match = SCHEME.match(path)
     scheme, rest = (match[1], match[2]) if match else ("", path)
     parts = [part for part in rest.split("/") if part not in {"", "."}]
     if scheme in {"s3", "s3a"}:
         if rest.startswith("/") or not parts:
-            raise DistillKacError(f"{path}: expected s3://BUCKET/PREFIX, found no bucket")
+            raise DistillKacError(f"{path}: the bucket is missing. Write s3://BUCKET/PREFIX.")
         if ".." in parts:
-            raise DistillKacError(f"{path}: '..' is not resolved on S3. Write the path without it.")
+            raise DistillKacError(f"{path}: S3 does not resolve '..'. Write the path without it.")
         return f"s3://{'/'.join(parts)}"
     if scheme not in {"", "file", "local"}:
         return path.rstrip("/")
@@ -86,16 +87,16 @@ def normal(path: str) -> str:
 
 
 def is_uri(path: str) -> bool:
-    """Whether a path is a URI of another place than the local disk."""
+    """Return whether a path is a URI that is not on the local disk."""
     match = SCHEME.match(path)
     return match is not None and match[1] not in {"file", "local"}
 
 
 def locate(path: str) -> Location:
-    """The filesystem of a path or URI, and the path there.
+    """Return the filesystem of a path or URI, and the path on it.
 
     Raises:
-        DistillKacError: as ``normal``, or a URI scheme that is not installed.
+        DistillKacError: as ``normal``, or no installed package supports the URI's scheme.
     """
     name = normal(path)
     if name.startswith("s3://"):
@@ -107,109 +108,110 @@ def locate(path: str) -> Location:
     try:
         fs = fsspec.filesystem(name.partition("://")[0])
     except (ImportError, ValueError) as error:
-        raise DistillKacError(f"{path}: expected a local path or s3:// URI, found {error}") from None
+        reason = one_line(error).rstrip(".")
+        raise DistillKacError(f"{path}: {reason}. Give a local path or an s3:// URI.") from None
     return Location(fs, str(fs._strip_protocol(name)).rstrip("/"))
 
 
 def join(path: str, name: str) -> str:
-    """``name`` below a path or URI."""
+    """Return ``name`` below a path or URI."""
     return f"{path.rstrip('/')}/{name}"
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Raise ``FolderError`` for a folder instead of a file, and ``DistillKacError`` for S3, which names no path."""
+def errors_naming(path: str) -> Iterator[None]:
+    """Turn an error about a folder instead of a file into ``FolderError``, and S3's errors into ``DistillKacError``."""
     try:
         yield
     except IsADirectoryError:
-        raise FolderError(f"{path}: expected a file, found a folder. Give the file.") from None
+        raise FolderError(f"{path} is a folder. Give a file.") from None
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
         raise
     except (OSError, BotoCoreError) as error:
         if not path.startswith("s3://"):
             raise
-        found = one_line(error)
-        raise DistillKacError(f"{path}: expected S3 to answer, found: {found}: check AWS_* and try again") from error
+        reason = one_line(error).rstrip(".")
+        raise DistillKacError(f"{path}: a request to S3 failed ({reason}). Check AWS_* and try again.") from error
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or folder."""
+    """Return whether there is a file or folder at a path."""
     location = locate(path)
-    with naming(path):
+    with errors_naming(path):
         return bool(location.fs.exists(location.path))
 
 
 def kind_at(path: str) -> Literal["a file", "a folder", "nothing"]:
-    """What is at a path, in the words of an error message."""
+    """Return what is at a path, worded for error messages."""
     location = locate(path)
-    with naming(path):
+    with errors_naming(path):
         if location.fs.isfile(location.path):
             return "a file"
         return "a folder" if location.fs.exists(location.path) else "nothing"
 
 
 def list_sizes(folder: str) -> dict[str, int]:
-    """Every file below a folder by its path there, with its size in bytes, sorted; none if there is no folder.
+    """Return the sizes in bytes of all files below a folder, sorted by their paths in it; empty if it does not exist.
 
     Raises:
-        DistillKacError: a key on S3 that no path names.
+        DistillKacError: a key on S3 is not a normal path.
     """
     location = locate(folder)
     try:
-        with naming(folder):
-            found = location.fs.find(location.path, detail=True)
+        with errors_naming(folder):
+            infos = location.fs.find(location.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {name: int(found[path]["size"]) for path, name in sorted(_names_below(folder, location, found))}
+    return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
 
 
 def names_in(folder: str) -> list[str]:
-    """What a folder holds, without what its own folders do, sorted; empty if there is none.
+    """Return the names of the files and folders in a folder, sorted; empty if it does not exist.
 
     Raises:
-        DistillKacError: a key on S3 that no path names.
+        DistillKacError: a key on S3 is not a normal path.
     """
     location = locate(folder)
     try:
-        with naming(folder):
-            found = location.fs.ls(location.path, detail=False)
+        with errors_naming(folder):
+            paths = location.fs.ls(location.path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for _, name in _names_below(folder, location, found) if name)
+    return sorted(name for _, name in _names_below(folder, location, paths) if name)
 
 
 def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Paths of a filesystem with their names below a folder; the name is empty for a file in place of the folder.
+    """Yield paths with their names relative to a folder. The name is empty if the path is ``folder`` itself, a file.
 
     Raises:
-        DistillKacError: a key on S3 that no path names: reading its name would read another key.
+        DistillKacError: a key on S3 is not a normal path, so its normal form would be another key.
     """
     prefix = f"{location.path.rstrip('/')}/"
     for path in paths:
         name = path.removeprefix(prefix) if path != location.path else ""
         if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise DistillKacError(
-                f"{folder}: found the key {path}, which no path names, since it has an empty part, '.' or '..' between "
-                "slashes. Rename or remove it."
+                f"{folder}: the key {path} has an empty part, '.' or '..' between slashes, so no path leads to it. "
+                "Rename or remove it."
             )
         yield path, name
 
 
 class Stamp(NamedTuple):
-    """A file, and what changes when its content does."""
+    """A file with its size and version, which change with its content."""
 
-    path: str  # below the folder that was walked; empty if that is the file itself
+    path: str  # relative to the folder that was walked; empty if a file was walked
     size: int  # in bytes
     version: str
 
 
 def walk(path: str) -> Iterator[Stamp]:
-    """A file, or every file below a folder, sorted by the parts of its path; hidden ones are left out.
+    """Yield a file, or all files below a folder except hidden ones, sorted by the parts of their paths.
 
-    A local folder without any is given as its path with a slash at the end.
+    An empty folder inside a local folder is yielded too, with a slash at the end of its path.
 
     Raises:
-        DistillKacError: there is nothing.
+        DistillKacError: the path does not exist.
     """
     location = locate(path)
     if not isinstance(location.fs, LocalFileSystem):
@@ -219,25 +221,25 @@ def walk(path: str) -> Iterator[Stamp]:
     elif os.path.exists(location.path):
         yield _local_stamp("", os.stat(location.path))
     else:
-        raise DistillKacError(f"{path}: expected a file or folder, found none")
+        raise DistillKacError(f"{path} does not exist. Give an existing file or folder.")
 
 
 def _walk_remote(path: str, location: Location) -> Iterator[Stamp]:
-    with naming(path):
-        found = location.fs.find(location.path, detail=True)
-    if not found:
-        raise DistillKacError(f"{path}: expected a file or folder, found none")
-    names = {name: below.split("/") for name, below in _names_below(path, location, found)}
+    with errors_naming(path):
+        infos = location.fs.find(location.path, detail=True)
+    if not infos:
+        raise DistillKacError(f"{path} does not exist. Give an existing file or folder.")
+    names = {name: below.split("/") for name, below in _names_below(path, location, infos)}
     for name in sorted(names, key=lambda name: names[name]):
         if not any(part.startswith(".") for part in names[name]):
-            info = found[name]
+            info = infos[name]
             version = info.get("ETag") or info.get("LastModified") or ""
             yield Stamp("/".join(names[name]), int(info["size"]), str(version))
 
 
 def _walk_local(folder: str, below: str) -> Iterator[Stamp]:
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir():
             yield from _walk_local(entry.path, f"{below}{entry.name}/")
@@ -252,25 +254,25 @@ def _local_stamp(path: str, status: os.stat_result) -> Stamp:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole file.
+    """Return the content of a file.
 
     Raises:
-        FileNotFoundError: there is none. FolderError: a folder on the disk.
+        FileNotFoundError: the file does not exist. FolderError: the path is a local folder.
     """
     location = locate(path)
-    with naming(path):
+    with errors_naming(path):
         return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
 
 
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
-    """Publish ``data`` under ``path``: readers see all of it or nothing. Returns whether it was written.
+    """Write a file atomically: readers see all of ``data`` or nothing. Returns whether the file was written.
 
-    Locally a temporary file is synced and renamed; on S3 it is one PUT or a completed multipart upload.
+    On a disk, a temporary file is synced and renamed. On S3, it is one PUT or a completed multipart upload.
 
     Args:
-        if_absent: leave a file that is already there as it is.
+        if_absent: do not replace an existing file.
     """
-    with naming(path):
+    with errors_naming(path):
         return _write(locate(path), data, if_absent)
 
 
@@ -282,8 +284,8 @@ def _write(location: Location, data: bytes, if_absent: bool) -> bool:
     try:
         location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
     except OSError:
-        # S3 servers report a lost race in different ways; and a PUT that is retried because its answer was lost finds
-        # its own first copy.
+        # S3 servers report in different ways that another writer was first. A PUT that is retried because its response
+        # was lost finds its own first copy.
         if if_absent and location.fs.exists(location.path):
             return False
         raise
@@ -291,16 +293,16 @@ def _write(location: Location, data: bytes, if_absent: bool) -> bool:
 
 
 def remove(path: str) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     location = locate(path)
-    with naming(path), contextlib.suppress(FileNotFoundError):
+    with errors_naming(path), contextlib.suppress(FileNotFoundError):
         location.fs.rm_file(location.path)
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder and all below it, if it is there; nothing else, whatever characters its name has."""
+    """Remove a folder and everything in it, if it exists. All characters of its name are literal."""
     fs, inner = locate(path)
-    with naming(path):
+    with errors_naming(path):
         if not isinstance(fs, LocalFileSystem):
             if normal(path).startswith("s3://"):
                 fs.remove_tree(inner)
@@ -314,19 +316,19 @@ def remove_tree(path: str) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """A hidden name beside ``path`` that says which process writes it."""
+    """Return a hidden name next to ``path`` that contains the host and id of this process."""
     folder, name = os.path.split(path)
     writer = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     return os.path.join(folder, f".{name}.{writer}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's base name is one of ``temporary_name``'s."""
+    """Return whether a base name has the form that ``temporary_name`` returns."""
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def remove_orphans(folder: str) -> int:
-    """Remove what dead writers left in a local folder; returns how many. On S3 an unfinished upload is no object."""
+    """Remove temporary files of dead processes from a local folder; return their number. S3 has no such files."""
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
@@ -335,12 +337,12 @@ def remove_orphans(folder: str) -> int:
 
 
 def _remove_folder(path: str) -> bool:
-    shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
+    shutil.rmtree(path, ignore_errors=True)  # another process may remove it at the same time
     return not os.path.exists(path)
 
 
 def _unlink(path: str) -> bool:
-    """Remove a file; whether it was there."""
+    """Remove a file; return whether it existed."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -351,18 +353,18 @@ def _unlink(path: str) -> bool:
 def _is_orphan(entry: "os.DirEntry[str]") -> bool:
     writer, _, pid = entry.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0].rpartition(".")
     if pid.isdigit() and writer.endswith(f".{socket.gethostname()}"):
-        return not _alive(int(pid))
+        return not _is_alive(int(pid))
     try:
         return time.time() - entry.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:
         return False
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # another user's refuses the signal
+        return not isinstance(error, ProcessLookupError)  # PermissionError: another user's process
     return True
 
 
@@ -383,12 +385,12 @@ def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
 
 
 def _link(temporary: str, path: str) -> bool:
-    """Give the file its name unless another process was first."""
+    """Give the temporary file its final name unless that name exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a filesystem without hard links: the rename is atomic too, but the later writer wins
+    except OSError:  # no hard links here: the rename is atomic too, but of two writers the later one wins
         if os.path.exists(path):
             return False
         os.replace(temporary, path)

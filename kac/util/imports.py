@@ -1,4 +1,4 @@
-"""Modules that others wrote, by an import path ``package.module:factory``."""
+"""User code, imported by a path ``package.module:factory``."""
 
 import importlib
 import re
@@ -10,34 +10,45 @@ from torch import nn
 from kac.util.errors import ArgumentError, one_line
 
 IMPORT_PATH = re.compile(r"[\w.]+:\w+")
-"""What looks like one: package.module:factory."""
+"""The syntax of an import path."""
 
 
 def find_factory(option: str, given: str) -> Callable[..., Any]:
-    """What is found at an import path, which ``option`` gave.
+    """Import a factory.
+
+    Args:
+        option: the argument in backquotes, for error messages.
+        given: the import path.
 
     Raises:
-        ArgumentError: nothing can be imported there.
+        ArgumentError: the import fails.
     """
     module, _, name = given.partition(":")
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ArgumentError(f"{option} {given}: expected package.module:factory, found {one_line(error)}") from error
+        raise ArgumentError(
+            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory."
+        ) from error
     return factory
 
 
 def make_module(option: str, given: str, factory: Callable[..., Any], **arguments: Any) -> nn.Module:
-    """What the factory at the import path ``given`` makes of ``arguments``.
+    """Call the factory at the import path ``given`` with ``arguments``, and return the module that it builds.
 
     Raises:
-        ArgumentError: it fails, or makes no module.
+        ArgumentError: the factory fails, or returns something other than a module.
     """
     try:
-        made = factory(**arguments)
+        module = factory(**arguments)
     except Exception as error:
-        found = f"{type(error).__name__}: {one_line(error)}"
-        raise ArgumentError(f"{option} {given}: expected it to make an nn.Module, found {found}") from error
-    if not isinstance(made, nn.Module):
-        raise ArgumentError(f"{option} {given}: expected an nn.Module of it, found {type(made).__name__}")
-    return made
+        raise ArgumentError(f"{option} {given} raised {describe_exception(error)}.") from error
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"{option} {given} returned {type(module).__name__}. It should return an nn.Module.")
+    return module
+
+
+def describe_exception(error: Exception) -> str:
+    """Return an exception's type and its text on one line, without a period at the end."""
+    text = one_line(error).rstrip(".")
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"

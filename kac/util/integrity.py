@@ -1,4 +1,4 @@
-"""Checksums at the end of compressed files: a file is read to its end before anything in it is used."""
+"""Checksums of compressed files, which are verified before any of the content is used."""
 
 import gzip
 import io
@@ -10,18 +10,19 @@ from kac.util.errors import DistillKacError, one_line
 
 BLOCK = 2**20
 HEAD = 64
-"""How much of a file is unpacked to learn how large it is."""
+"""The number of bytes that are decompressed first, to find the size of the content."""
 
 
-def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: str = "fetch it again") -> bytes:
-    """The content of a gzip file, whose checksum has been verified.
+def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: str = "Download it again.") -> bytes:
+    """Decompress a gzip file and verify its checksum.
 
     Args:
-        path, advice: for messages.
-        size_of: from the first bytes of the content, the largest size that it may have. May raise.
+        path: the file's path, for error messages.
+        size_of: returns the largest valid size of the content, in bytes, given its first bytes. It may raise.
+        advice: a sentence for error messages.
 
     Raises:
-        DistillKacError: it is no gzip file, is damaged or cut short, or holds more than that.
+        DistillKacError: the file is not in gzip format, is damaged or truncated, or has more than the valid content.
     """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
@@ -30,18 +31,17 @@ def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: st
             while block := file.read(BLOCK):
                 content += block
                 if len(content) > most:
-                    raise DistillKacError(
-                        f"{path}: the gzip file holds more than the expected {most:,} bytes: {advice}"
-                    )
+                    raise DistillKacError(f"{path} decompresses to more than the expected {most:,} bytes. {advice}")
     except (OSError, EOFError, zlib.error) as error:
-        raise DistillKacError(f"{path}: expected a whole gzip file, found: {one_line(error)}: {advice}") from None
+        reason = one_line(error).rstrip(".")
+        raise DistillKacError(f"{path} is not a complete gzip file ({reason}). {advice}") from None
     return bytes(content)
 
 
 def check_zip(data: bytes) -> None:
-    """Verify the checksum of every file in a zip archive, the format of PyTorch's files, since PyTorch does not.
+    """Verify all checksums in a zip archive. PyTorch saves files in this format and does not verify them.
 
-    Other formats, and archives that were written without checksums, have none.
+    Other formats, and archives without checksums, are not checked.
 
     Raises:
         ValueError: the archive is damaged.
@@ -53,6 +53,6 @@ def check_zip(data: bytes) -> None:
             has_checksums = any(entry.CRC for entry in archive.infolist())  # torch.save can leave them out
             damaged = archive.testzip() if has_checksums else None
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"a damaged file ({one_line(error, 120)})") from None
+        raise ValueError(f"the file is damaged ({one_line(error, 120)})") from None
     if damaged is not None:
-        raise ValueError(f"a damaged file (the checksum of {damaged} is wrong)")
+        raise ValueError(f"the file is damaged (the checksum of {damaged} is wrong)")

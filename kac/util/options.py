@@ -1,4 +1,4 @@
-"""Frozen option models whose errors are one line for the person who gave the options."""
+"""Frozen option models with one-line errors for users."""
 
 import functools
 import re
@@ -26,24 +26,24 @@ else:
     ModelMetaclass = type(BaseModel)
 
 _is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
-"""False while the values of a model are checked, those of the models in it too."""
+"""False while a model validates its values, which can be models themselves."""
 
 
 class _Absent:
-    """An attribute of the metaclass that a class does not seem to have, unless it is its own."""
+    """Hides a method of the metaclass, so that its classes do not seem to have an attribute of that name."""
 
     def __get__(self, model: type, metaclass: type) -> Any:
-        raise AttributeError("a method of abstract base classes, which option models have no use for")
+        raise AttributeError("option models hide this method of abstract base classes")
 
 
 class _Metaclass(ModelMetaclass):
-    """Frees the names of its methods for fields: pydantic would take a method for a field's default."""
+    """Frees the name ``register`` for fields. Pydantic would use the metaclass's method as the field's default."""
 
     register = _Absent()
 
 
 class Options(BaseModel, metaclass=_Metaclass):
-    """A frozen set of named values; unknown names and values out of range raise ``ArgumentError``."""
+    """A frozen set of named values. Unknown names and invalid values raise ``ArgumentError``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ class Options(BaseModel, metaclass=_Metaclass):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            if not is_outermost:  # pydantic adds the names of the options on the way here
+            if not is_outermost:  # pydantic adds the names of the outer fields
                 raise
             entry = dict(error.errors()[0])
             kind = UnknownArgument if entry["type"] == "extra_forbidden" else ArgumentError
@@ -63,17 +63,17 @@ class Options(BaseModel, metaclass=_Metaclass):
 
     @model_validator(mode="before")
     @classmethod
-    def _literals_from_words(cls, values: Any) -> Any:
-        """Words of a command line or a grid as members of a ``Literal``; pydantic converts words to other types."""
+    def _parse_literals(cls, values: Any) -> Any:
+        """Convert text to members of ``Literal`` types that are not text. Pydantic converts it to all other types."""
         if not isinstance(values, dict):
             return values
-        spelled = {name: _spelled_literals(cls, name) for name in values if name in cls.model_fields}
-        return {name: _from_words(value, spelled.get(name, {})) for name, value in values.items()}
+        members = {name: _literals_by_text(cls, name) for name in values if name in cls.model_fields}
+        return {name: _parse_literal(value, members.get(name, {})) for name, value in values.items()}
 
 
 @functools.cache
-def _spelled_literals(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """The members of a field's ``Literal`` types that are not text, by their spelling."""
+def _literals_by_text(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """Return the members of a field's ``Literal`` types that are not text, keyed by their text."""
 
     def members(annotation: Any) -> list[Any]:
         parts = typing.get_args(annotation)
@@ -84,29 +84,29 @@ def _spelled_literals(model: type[BaseModel], name: str) -> dict[str, Any]:
     return {str(member): member for member in members(model.model_fields[name].annotation) if type(member) is not str}
 
 
-def _from_words(value: Any, spelled: Mapping[str, Any]) -> Any:
-    if spelled and isinstance(value, list | tuple):
-        return [_from_words(each, spelled) for each in value]
-    return spelled.get(value, value) if isinstance(value, str) else value
+def _parse_literal(value: Any, members: Mapping[str, Any]) -> Any:
+    if members and isinstance(value, list | tuple):
+        return [_parse_literal(item, members) for item in value]
+    return members.get(value, value) if isinstance(value, str) else value
 
 
 class Kinded(Options):
-    """Options told apart by their field ``kind``; if the rest may stay at its defaults, the kind alone is enough."""
+    """One kind of options in a union, distinguished by the field ``kind``. A kind's name stands for its defaults."""
 
     @model_validator(mode="before")
     @classmethod
-    def _kind_alone(cls, values: Any) -> Any:
+    def _expand_kind(cls, values: Any) -> Any:
         return kind_alone(values)
 
 
 def kind_alone(values: Any) -> Any:
-    """A kind as the values of that kind: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
+    """Convert a kind's name to ``{"kind": name}``; the ``BeforeValidator`` of a union discriminated by ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
 
 
 @dataclass(frozen=True)
 class Range:
-    """From ``least`` to ``most``, both included; written ``least:most``."""
+    """The integers from ``least`` to ``most``, inclusive; written ``least:most``."""
 
     metavar: ClassVar[str] = "MIN:MAX"
     least: int
@@ -117,7 +117,7 @@ class Range:
 
 
 def as_count(given: Any) -> int | Range:
-    """A number from 0 on, or a range from 1 on; raises ``ValueError``."""
+    """Parse ``N`` >= 0 or ``MIN:MAX`` with 1 <= MIN <= MAX; raises ``ValueError``."""
     if isinstance(given, Range):
         given = str(given)
     match = re.fullmatch(r"(\d+)(?::(\d+))?", str(given).strip())
@@ -126,7 +126,7 @@ def as_count(given: Any) -> int | Range:
     if match and 1 <= int(match[1]) <= int(match[2]):
         least, most = int(match[1]), int(match[2])
         return least if least == most else Range(least, most)
-    raise ValueError(f"expected a number N from 0 on, or {Range.metavar} with 1 <= MIN <= MAX")
+    raise ValueError(f"give a number N >= 0, or {Range.metavar} with 1 <= MIN <= MAX.")
 
 
 Count = Annotated[
@@ -134,21 +134,21 @@ Count = Annotated[
     PlainValidator(as_count),
     PlainSerializer(lambda count: str(count) if isinstance(count, Range) else count),
 ]
-"""How many there are of something: so many, or as many of a range as there is room for."""
+"""A number, or a MIN:MAX range from which the largest number that fits is used."""
 
 
 def least(count: int | Range) -> int:
-    """The fewest that will do."""
+    """Return the smallest number of a count."""
     return count.least if isinstance(count, Range) else count
 
 
 def most(count: int | Range) -> int:
-    """The most that there may be."""
+    """Return the largest number of a count."""
     return count.most if isinstance(count, Range) else count
 
 
 def nested_models(field: FieldInfo | None) -> list[type[BaseModel]]:
-    """The option models that a field may hold: none, one, or those of a union; none without a field."""
+    """Return the option models that a field can hold: one, the members of a union, or none."""
     if field is None:
         return []
     parts = typing.get_args(field.annotation) or (field.annotation,)
@@ -156,7 +156,7 @@ def nested_models(field: FieldInfo | None) -> list[type[BaseModel]]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
+    """Return nested values in one dictionary, under dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
@@ -165,11 +165,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 _NAMED_VALUES = "should be named values"
 _PROBLEMS = {"model_type": _NAMED_VALUES, "model_attributes_type": _NAMED_VALUES, "tuple_type": "should be a list"}
-"""Replacements for what pydantic says about Python's types."""
+"""Replacements for pydantic messages that name Python types."""
 
 
 def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
-    where, kind, found = ".".join(_names(model, entry["loc"])), entry["type"], entry["input"]
+    """Describe one of pydantic's errors in a sentence that names the argument."""
+    where, kind, found = ".".join(_argument_names(model, entry["loc"])), entry["type"], entry["input"]
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         where, found = f"{where}.kind", context.get("tag")
@@ -179,7 +180,7 @@ def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
         return f"`{where}` is required."
     if kind in {"value_error", "assertion_error"}:
         message = str(context.get("error", entry["msg"]))
-        if message.startswith("`"):  # the check of a nested model names its own arguments
+        if message.startswith("`"):  # a nested model names the argument itself
             return f"`{where}.{message[1:]}" if where and isinstance(found, dict) else message
         return f"`{where}` is {found!r}: {message}" if where else message
     problem = f"should be {context['expected_tags']}" if "expected_tags" in context else _PROBLEMS.get(kind)
@@ -187,8 +188,8 @@ def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
     return f"`{where}` is {found!r}, but {problem}."
 
 
-def _names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """The names of the options on the way to an error, without places in tuples and the tags of unions."""
+def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Return the argument names in an error's location, without the indices of tuples and the tags of unions."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)

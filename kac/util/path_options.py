@@ -1,4 +1,4 @@
-"""Options that name files and folders: outputs are apart from inputs, and no file is given for a folder."""
+"""Options that are paths: their fields, and checks that outputs and inputs do not overlap and have the right kind."""
 
 import os
 import re
@@ -13,15 +13,15 @@ from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.fingerprint import unhashed
 
 Paths = Mapping[str, str | Iterable[str] | None]
-"""Paths by the options that give them."""
+"""Paths, keyed by the argument names in backquotes or by a description."""
 
 Parts = tuple[str, ...]
 
 PathKind = Literal["file", "folder", "any"]
 
 
-class _Given(NamedTuple):
-    """A path, and the option that gives it."""
+class _PathOption(NamedTuple):
+    """A path and the option whose value it is."""
 
     option: str
     path: str
@@ -31,38 +31,38 @@ class _Given(NamedTuple):
 def input_path(
     default: Any, description: str, kind: PathKind = "folder", pattern: str = ".+", **constraints: Any
 ) -> Any:
-    """A field that names a file or folder to read, or several of them.
+    """Return a field for the path of a file or folder to read, or for several such paths.
 
     Args:
-        kind: what must be at the path.
-        pattern: a regular expression that matches a whole value if it is a path; other values are words.
+        kind: whether the path must be a file or a folder.
+        pattern: a regular expression. Only values that match it completely are paths.
     """
     return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 
 
 def output_path(default: Any, description: str, kind: PathKind = "folder") -> Any:
-    """A field that names the file or folder to write."""
+    """Return a field for the path of a file or folder to write."""
     return unhashed(default, description, marks={"writes": ".+", "path_kind": kind})
 
 
 def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
-    """The marks of an ``input_path``, for a field that enters the fingerprint."""
+    """Return the marks of an ``input_path``, for a field that is part of the fingerprint."""
     return {"reads": pattern, "path_kind": kind}
 
 
 def check_kinds(options: BaseModel) -> None:
-    """Refuse a file where a folder is expected, and a folder where a file is expected. Only disks are looked at.
+    """Check that no local path is a file instead of a folder, or a folder instead of a file.
 
     Raises:
-        ArgumentError: the first such path.
+        ArgumentError: a path has the wrong kind. The first such path is reported.
     """
     for option, path, kind in (*_marked(options, "reads"), *_marked(options, "writes")):
         name = files.normal(path)
         if files.is_uri(name):
             continue
-        above = next(folder for folder in Path(os.getcwd(), name).parents if os.path.exists(folder))
-        if os.path.isfile(above):
-            raise ArgumentError(f"{option} {path}: {above} is a file, so nothing can be below it. Give another path.")
+        parent = next(folder for folder in Path(os.getcwd(), name).parents if os.path.exists(folder))
+        if os.path.isfile(parent):
+            raise ArgumentError(f"{option} {path} is below {parent}, which is a file. Give another path.")
         if kind == "folder" and os.path.isfile(name):
             raise ArgumentError(f"{option} {path} is a file. Give a folder.")
         if kind == "file" and os.path.isdir(name):
@@ -70,55 +70,55 @@ def check_kinds(options: BaseModel) -> None:
 
 
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
-    """Refuse an output that is an input, is inside an input, or contains one: writing it would damage the input.
+    """Check that no output overlaps an input, because writing the output would damage the input.
 
     Args:
-        derived: inputs that no option names, such as the data of a teacher.
+        derived: inputs that are not options, such as a teacher's data.
 
     Raises:
-        ArgumentError: the first such pair.
+        ArgumentError: an output is an input, is inside an input or contains an input. The first pair is reported.
     """
-    for given in _marked(options, "writes"):
-        check_output(given.option, given.path, options, derived)
+    for output in _marked(options, "writes"):
+        check_output(output.option, output.path, options, derived)
 
 
 def check_output(option: str, path: str, options: BaseModel, derived: Paths | None = None) -> None:
-    """Refuse one output, as ``check_apart`` does."""
-    for given, read, _ in [*_marked(options, "reads"), *_each(derived or {})]:
-        if relation := _relation(_names(option, path), _names(given, read)):
+    """Check one output, as ``check_apart`` does."""
+    for other, read, _ in [*_marked(options, "reads"), *_flat(derived or {})]:
+        if relation := _relation(_resolve(option, path), _resolve(other, read)):
             raise ArgumentError(
-                f"{option} {_shown(path)} {relation} {given} {_shown(read)}, and writing there would damage this "
+                f"{option} {_describe(path)} {relation} {other} {_describe(read)}, so writing it would damage this "
                 f"input. Choose another {option}."
             )
 
 
-def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_Given]:
-    """Every path of the fields with this mark, and the option that gives it."""
+def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_PathOption]:
+    """Yield the paths in all fields with this mark."""
     for name, field in type(options).model_fields.items():
-        # An option may have another name than its field.
-        words = [str(given) for each in field.metadata if (given := getattr(each, "name", None))]
-        value, option = getattr(options, name), prefix + [name, *words][-1]
+        # An option can have another name than its field.
+        names = [str(other) for entry in field.metadata if (other := getattr(entry, "name", None))]
+        value, option = getattr(options, name), prefix + [name, *names][-1]
         extra: Any = field.json_schema_extra
         if isinstance(value, BaseModel):
             yield from _marked(value, mark, f"{option}.")
         elif extra and mark in extra:
-            for given in _each({f"`{option}`": value}):
-                if re.fullmatch(str(extra[mark]), given.path, re.DOTALL):
-                    yield given._replace(kind=extra["path_kind"])
+            for found in _flat({f"`{option}`": value}):
+                if re.fullmatch(str(extra[mark]), found.path, re.DOTALL):
+                    yield found._replace(kind=extra["path_kind"])
 
 
-def _each(paths: Paths) -> Iterator[_Given]:
-    for option, given in paths.items():
-        for path in [given] if isinstance(given, str) else given or []:
-            yield _Given(option, path)
+def _flat(paths: Paths) -> Iterator[_PathOption]:
+    for option, value in paths.items():
+        for path in [value] if isinstance(value, str) else value or []:
+            yield _PathOption(option, path)
 
 
-def _names(option: str, path: str) -> set[Parts]:
-    """The parts of the names of a path: that of the place it leads to, and that of a link at its end."""
+def _resolve(option: str, path: str) -> set[Parts]:
+    """Return the parts of a path with all links resolved, and with all but a link at its end resolved."""
     try:
         name = files.normal(path)
     except DistillKacError as error:
-        raise ArgumentError(f"{option}: {error}") from None
+        raise ArgumentError(f"{option} is invalid. {error}") from None
     if files.is_uri(name):
         return {tuple(name.split("/"))}
     folder, last = os.path.split(os.path.abspath(name) if name in {".", "/"} else os.path.join(os.getcwd(), name))
@@ -130,17 +130,17 @@ def _parts(path: str) -> Parts:
 
 
 def _relation(written: set[Parts], read: set[Parts]) -> str:
-    """How one path lies to another; empty if they are apart."""
+    """Return how two paths overlap, or an empty string."""
     pairs = [(one, other) for one in written for other in read]
     if any(one == other for one, other in pairs):
-        return "is the same place as"
+        return "is the same path as"
     if any(one[: len(other)] == other for one, other in pairs):
         return "is inside"
     return "contains" if any(other[: len(one)] == one for one, other in pairs) else ""
 
 
-def _shown(path: str) -> str:
-    """The path as it was given, and the one that it leads to if links are on the way."""
+def _describe(path: str) -> str:
+    """Return the path, followed by its target in parentheses if it has links."""
     name = files.normal(path)
     if files.is_uri(name) or os.path.realpath(name) == os.path.abspath(name):
         return path

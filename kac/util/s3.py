@@ -1,4 +1,4 @@
-"""S3 with exact names: a path is one key, or the prefix of the keys below it, whatever characters it has."""
+"""S3 with literal names: a path is one key or one prefix, and no character has a special meaning."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 KEYS_PER_REQUEST = 1000
-"""S3 removes at most this many keys in one request."""
+"""The largest number of keys that S3 removes in one request."""
 
 
 class ExactS3(S3FileSystem):  # type: ignore[misc]
     """s3fs without its interpretation of names.
 
-    s3fs expands ``[ ] ? *`` in a path that is removed or copied as a tree, cuts a key at ``?versionId=``, and lists the
-    empty keys ending in ``/`` that S3 consoles create for folders.
+    When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It cuts a key at ``?versionId=``. It lists
+    the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of that.
     """
 
     def split_path(self, path: str) -> tuple[str, str, None]:
-        """Bucket, key and no version."""
+        """Return the bucket, the key and no version."""
         stripped = self._strip_protocol(path).lstrip("/")
         if "/" not in stripped:
             return stripped, "", None
@@ -45,7 +45,7 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
         """Remove the key ``path`` and all keys below it.
 
         Raises:
-            OSError: S3 refuses to remove a key.
+            OSError: S3 did not remove a key.
         """
         bucket, key, _ = self.split_path(path)
         keys: list[str] = [key]
@@ -63,5 +63,5 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
 
 
 def _is_marker(info: dict[str, Any]) -> bool:
-    """Whether an entry is the empty key that a console creates for a folder."""
+    """Return whether an entry is the empty key that a console creates for a folder."""
     return info["type"] == "file" and info["name"].endswith("/") and not info["size"]

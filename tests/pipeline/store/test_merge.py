@@ -224,7 +224,7 @@ def test_a_target_that_holds_something_else_is_refused_and_left_alone(parts, tmp
 
 def test_a_target_that_is_one_of_the_stores_is_refused(parts) -> None:
     before = tree(parts[0])
-    with pytest.raises(ArgumentError, match=r"^`into` .* is the same place as `stores` "):
+    with pytest.raises(ArgumentError, match=r"^`into` .* is the same path as `stores` "):
         join(*parts, into=parts[0])
     assert tree(parts[0]) == before
 
