@@ -1,12 +1,12 @@
-"""MLflow: one experiment, one run a thing, the chain teacher -> store -> student -> evaluation by fingerprint tags.
+"""MLflow tracking: one experiment, one run per output; fingerprint tags link teacher, store, student and evaluation.
 
-metrics.py     the table of metric names
-server.py      which server, its experiment, and its address without a password
-runs.py        a run: begun or gone on with, written to from any process, ended
-delivery.py    what runs log waits in a queue, so that a server that fails costs no work (entries, sender, spill)
-processes.py   whose runs these are, and the end of those whose process has died
-source.py      the command, the commit and the data behind a run
-system.py      processor, memory, disk and GPU while a run lasts
+runs.py         start, resume, log to and end a run, from any process
+delivery.py     a queue in front of the server, so that a failing server never stops the work (entries, sender, spill)
+server.py       the address of the server, and its experiment
+metrics.py      the table of metric names
+processes.py    which process a run belongs to, and closing the runs of dead processes
+source.py       tags for the command, the commit and the data behind a run
+system.py       CPU, memory, disk, network and GPU use during a run
 """
 
 from pipeline.tracking.delivery import sync

@@ -1,8 +1,8 @@
-"""Delivery: what is logged waits in a queue of this process and one thread sends it, in order.
+"""Deliver log entries to a tracking server: a queue per process and server, which one thread sends in order.
 
-A server that fails costs retries and never the work: from the first failure on, and when the queue is full, entries
-wait in a file (``spill.py``), so that a killed process loses none of them. What is left there at the end is delivered
-by the next run of any process with this server, or by ``--sync-tracking``.
+A server that fails never stops the work. From the first failure on, and whenever the queue is full, entries wait in a
+file (``spill.py``), so that a killed process loses none. If entries remain in the file when the process ends, the next
+run of any process with this server delivers them, and so does ``python -m jobs.runs sync``.
 """
 
 import atexit
@@ -14,22 +14,24 @@ from itertools import islice
 
 from kac.util.errors import one_line
 from kac.util.log import log
-from pipeline.tracking.entries import MOST, Entry, first_batch
+from pipeline.tracking.entries import REQUEST_LIMITS, Entry, first_batch
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import client_of, connect, is_refusal, without_password
-from pipeline.tracking.spill import Spill, leftovers, servers_that_wait, set_aside
+from pipeline.tracking.spill import Spill, leftovers, save_unlocked, waiting_servers
 
-MOST_ENTRIES, MOST_BYTES = 10_000, 64 * 2**20
-"""Of the queue in memory."""
+MAX_ENTRIES, MAX_BYTES = 10_000, 64 * 2**20
+"""Limits of the queue in memory."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
-"""Seconds between two attempts: at first, and after many."""
+"""Seconds between two attempts; the pause doubles with each failure."""
 
 END_SECONDS = 10.0
 """How long the end of a process waits for a server that does not answer."""
 
 FILE_ATTEMPTS = 3
-"""A file that cannot be stored while the server answers is set aside after so many, or it would hold up the rest."""
+"""Attempts to store a file while the server answers. Then the file is set aside, so that other entries are sent."""
+
+SYNC_COMMAND = "python -m jobs.runs sync"
 
 
 class Delivery:
@@ -52,8 +54,8 @@ class Delivery:
         """Queue entries; never waits for the server."""
         with self._changed:
             size = sum(entry.size for entry in entries)
-            is_full = len(self._memory) >= MOST_ENTRIES or self._bytes + size > MOST_BYTES
-            if (self._spill or is_full or self.is_failing) and self._spilled(entries):
+            is_full = len(self._memory) >= MAX_ENTRIES or self._bytes + size > MAX_BYTES
+            if (self._spill or is_full or self.is_failing) and self._append_to_file(entries):
                 pass
             elif not is_full:
                 self._memory.extend(entries)
@@ -61,10 +63,11 @@ class Delivery:
             self._changed.notify_all()
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
-        """Wait until all is delivered; returns whether it is.
+        """Wait until all entries are delivered; returns whether they are.
 
         Args:
-            on_disk_is_enough: do not wait for a server that fails.
+            seconds: the longest time to wait.
+            on_disk_is_enough: if the server fails, stop waiting once all entries are in the file.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -76,21 +79,21 @@ class Delivery:
         return True
 
     def keep(self) -> int:
-        """Put all that is not delivered into the file; returns how much that is."""
+        """Move all undelivered entries into the file; returns their number."""
         with self._changed:
-            self._to_disk()
+            self._move_to_file()
             return len(self._spill) + len(self._memory)
 
     def wait_for_server(self, seconds: float) -> bool:
-        """Whether the server answers, now or before ``seconds`` have passed.
+        """Wait up to ``seconds`` for the server; returns whether it answers.
 
         Raises:
-            Exception: it answers that it will not have us.
+            Exception: the server answers and refuses this client.
         """
         deadline = time.monotonic() + seconds
         if self.is_failing and seconds <= 0:
             return False
-        is_told = False
+        is_reported = False
         while True:
             try:
                 connect(self.uri)
@@ -101,13 +104,13 @@ class Delivery:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                if not is_told:
-                    is_told = True
-                    _say(f"{without_password(self.uri)} does not answer ({_why(error)}): trying for {seconds:.0f} s")
+                if not is_reported:
+                    is_reported = True
+                    self._warn(f"does not answer ({_format_error(error)}): trying for {seconds:.0f} s")
                 time.sleep(min(1.0, left))
 
     def deliver_leftovers(self) -> tuple[int, int]:
-        """Deliver what ended processes have left; returns how many entries are delivered, and how many still wait."""
+        """Deliver the entries of ended processes; returns the numbers of delivered and of still waiting entries."""
         delivered, waiting = 0, 0
         for leftover in leftovers(self.uri):
             entries = leftover.entries()
@@ -128,30 +131,30 @@ class Delivery:
             with self._changed:
                 while not self._memory and not self._spill:
                     self._changed.wait()
-                is_on_disk = not self._memory  # and stays so for this batch, whatever is put into the queue meanwhile
-                waiting = self._spill.first() if is_on_disk else list(islice(self._memory, MOST["metrics"]))
+                is_on_disk = not self._memory  # decided once per batch: ``put`` may fill the memory meanwhile
+                waiting = self._spill.first() if is_on_disk else list(islice(self._memory, REQUEST_LIMITS["metrics"]))
             batch = first_batch(waiting)
             try:
                 self._send(batch)
             except Exception as error:  # noqa: BLE001
-                self._fail(batch, error, is_on_disk)
+                self._handle_failure(batch, error, is_on_disk)
             else:
-                self._delivered(len(batch), is_on_disk)
+                self._remove_delivered(len(batch), is_on_disk)
 
     def _send(self, batch: list[Entry]) -> None:
-        """Deliver a batch; of one that is refused, whatever is not."""
+        """Deliver a batch. If the server refuses it, send its entries one by one and drop the refused ones."""
         try:
             self.sender.send(batch)
         except Exception as error:
             if not is_refusal(error):
                 raise
             if len(batch) == 1:
-                _say(f"refused by {without_password(self.uri)} and dropped: {_told(batch[0])}: {_why(error)}")
+                self._warn(f"refuses {_describe(batch[0])}, which is dropped: {_format_error(error)}")
                 return
             for entry in batch:
                 self._send([entry])
 
-    def _delivered(self, count: int, is_on_disk: bool) -> None:
+    def _remove_delivered(self, count: int, is_on_disk: bool) -> None:
         with self._changed:
             was_failing, self.is_failing, self._failures = self.is_failing, False, 0
             if is_on_disk:
@@ -161,56 +164,62 @@ class Delivery:
                     self._bytes -= self._memory.popleft().size
             self._changed.notify_all()
         if was_failing:
-            _say(f"{without_password(self.uri)} answers again")
+            self._warn("answers again")
 
-    def _fail(self, batch: list[Entry], error: Exception, is_on_disk: bool) -> None:
+    def _handle_failure(self, batch: list[Entry], error: Exception, is_on_disk: bool) -> None:
         self._failures += 1
-        if batch[0].kind == "file" and self._failures >= FILE_ATTEMPTS and self._answers():
-            set_aside(self.uri, batch[0])
-            _say(f"{_told(batch[0])} cannot be stored ({_why(error)}) and is set aside for --sync-tracking")
-            self._delivered(1, is_on_disk)
+        if batch[0].kind == "file" and self._failures >= FILE_ATTEMPTS and self._server_answers():
+            save_unlocked(self.uri, batch[0])
+            self._warn(
+                f"cannot store {_describe(batch[0])} ({_format_error(error)}). "
+                f"It waits on this disk: {SYNC_COMMAND} tries again"
+            )
+            self._remove_delivered(1, is_on_disk)
             return
         with self._changed:
             was_failing, self.is_failing = self.is_failing, True
-            self._to_disk()
+            self._move_to_file()
             self._changed.notify_all()
         if not was_failing:
-            _say(
-                f"{without_password(self.uri)} does not answer ({_why(error)}): the work goes on, "
-                "and what it logs waits on this disk until the server is back"
+            self._warn(
+                f"does not answer ({_format_error(error)}). The work continues; "
+                "log entries wait on this disk until the server is back"
             )
         time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures, 10)))
 
-    def _answers(self) -> bool:
+    def _server_answers(self) -> bool:
         try:
             client_of(self.uri).search_experiments(max_results=1)
         except Exception:  # noqa: BLE001
             return False
         return True
 
-    def _to_disk(self) -> None:
+    def _move_to_file(self) -> None:
         if not self._memory:
             return
         try:
             self._spill.prepend(list(self._memory))
         except OSError as error:
-            self._tell_disk(error)
+            self._warn_disk_full(error)
             return
         self._memory.clear()
         self._bytes = 0
 
-    def _spilled(self, entries: tuple[Entry, ...]) -> bool:
+    def _append_to_file(self, entries: tuple[Entry, ...]) -> bool:
         try:
             self._spill.append(entries)
         except OSError as error:
-            self._tell_disk(error)
+            self._warn_disk_full(error)
             return False
         return True
 
-    def _tell_disk(self, error: OSError) -> None:
+    def _warn_disk_full(self, error: OSError) -> None:
         if not self._is_disk_full:
             self._is_disk_full = True
-            _say(f"what waits for {without_password(self.uri)} cannot be written ({_why(error)}): some may be lost")
+            self._warn(f"has entries waiting that this disk cannot store ({_format_error(error)}): some may be lost")
+
+    def _warn(self, text: str) -> None:
+        log.warning(f"tracking: {without_password(self.uri)} {text}")
 
 
 _deliveries: dict[tuple[int, str], Delivery] = {}
@@ -218,7 +227,7 @@ _lock = threading.Lock()
 
 
 def delivery_to(uri: str) -> Delivery:
-    """The queue of this process for a server; a forked process has its own."""
+    """The queue of this process for a server. A forked process has its own."""
     key = os.getpid(), uri
     with _lock:
         if key not in _deliveries:
@@ -227,36 +236,35 @@ def delivery_to(uri: str) -> Delivery:
 
 
 def sync(uri: str) -> tuple[int, int]:
-    """Deliver what ended processes have left, for ``uri`` and all other servers; (delivered, still waiting)."""
-    shown = without_password(uri)
-    counts = [delivery_to(uri).deliver_leftovers()]
-    counts += [delivery_to(other).deliver_leftovers() for other in sorted(servers_that_wait() - {shown})]
+    """Deliver the entries of ended processes to ``uri`` and to every other server with waiting entries.
+
+    Returns:
+        The numbers of delivered and of still waiting entries.
+    """
+    others = sorted(waiting_servers() - {without_password(uri)})
+    counts = [delivery_to(server).deliver_leftovers() for server in (uri, *others)]
     delivered, waiting = (sum(each) for each in zip(*counts, strict=True))
     return delivered, waiting
 
 
 @atexit.register
 def finish(seconds: float = END_SECONDS) -> None:
-    """The end of the process: wait for a while, and say what is left in files."""
+    """At the end of the process, wait for the deliveries and report the entries that remain in files."""
     deadline = time.monotonic() + seconds
     mine = [delivery for (pid, _), delivery in _deliveries.items() if pid == os.getpid()]
     for delivery in mine:
         if not delivery.flush(deadline - time.monotonic()) and (count := delivery.keep()):
-            _say(
-                f"{count:,} entries for {without_password(delivery.uri)} wait in {delivery._spill.path}: "
-                "the next run delivers them, or --sync-tracking"
+            delivery._warn(
+                f"has {count:,} entries waiting in {delivery._spill.path}. "
+                f"The next run delivers them, and so does {SYNC_COMMAND}"
             )
 
 
-def _told(entry: Entry) -> str:
+def _describe(entry: Entry) -> str:
     names = entry.content.get("name") or ", ".join(map(str, entry.content))
     return f"{entry.kind} {one_line(names, most=80)} of run {entry.run_id}"
 
 
-def _why(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     text = one_line(error, most=1000)
     return without_password(text if len(text) < 120 else f"{type(error).__name__}: ...{text[-100:]}")
-
-
-def _say(text: str) -> None:
-    log.warning(f"tracking: {text}")

@@ -1,7 +1,7 @@
-"""What is logged, as it waits in a queue or in a file: one entry of plain values, with the time at which it was logged.
+"""Log entries: plain values that wait in a queue or in a file, each with the time at which it was logged.
 
-Delivered twice it leaves what it leaves once: a metric of one name, step, value and time is one point for MLflow, a
-file of one name one file, and the rest are values that are set.
+Delivering an entry twice is harmless. MLflow stores two metrics with the same name, step, value and time as one point,
+and a file with the same name as one file. All other entries set values.
 """
 
 import json
@@ -9,39 +9,39 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-MOST = {"metrics": 1000, "params": 100, "tags": 100}
-"""What MLflow takes in one request; 1,000 in all."""
+REQUEST_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
+"""The most values of each kind that MLflow accepts in one request. The limit for all kinds together is 1,000."""
 
 Kind = Literal["create", "metrics", "params", "tags", "file", "datasets", "status"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is logged to one run."""
+    """A change to one run."""
 
     run_id: str
     kind: Kind
     content: dict[str, Any]
-    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds, as MLflow counts
+    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds, as in MLflow
     step: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes that it takes, roughly."""
+        """Approximate size in bytes."""
         if self.kind == "file":
             return 200 + len(self.content["data"])
         return 200 + 100 * len(self.content)
 
     def line(self) -> str:
-        """As a line of a file."""
+        """The entry as one line of JSON."""
         return json.dumps(asdict(self)) + "\n"
 
     @classmethod
     def of_line(cls, line: str) -> Self:
-        """The entry of a line.
+        """Parse a line.
 
         Raises:
-            ValueError: a line that a process which died has left unfinished.
+            ValueError: the line is incomplete, because the process that wrote it was killed.
         """
         try:
             return cls(**json.loads(line))
@@ -49,19 +49,20 @@ class Entry:
             raise ValueError(str(error)) from None
 
 
-def split(kind: Literal["metrics", "params", "tags"], content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The content in parts of which MLflow takes one a request."""
-    items = list(content.items())
-    return [dict(items[start : start + MOST[kind]]) for start in range(0, len(items), MOST[kind])]
+def split_content(kind: Literal["metrics", "params", "tags"], content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split values into parts that fit into one request each."""
+    items, size = list(content.items()), REQUEST_LIMITS[kind]
+    return [dict(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def first_batch(entries: list[Entry]) -> list[Entry]:
-    """The entries at the beginning that one request can deliver."""
-    counts = dict.fromkeys(MOST, 0)
-    for place, entry in enumerate(entries):
-        if entry.kind not in MOST or entry.run_id != entries[0].run_id:
-            return entries[: max(1, place)]
+    """The longest prefix of ``entries`` that one request can deliver; at least one entry."""
+    counts = dict.fromkeys(REQUEST_LIMITS, 0)
+    for index, entry in enumerate(entries):
+        if entry.kind not in REQUEST_LIMITS or entry.run_id != entries[0].run_id:
+            return entries[: max(1, index)]
         counts[entry.kind] += len(entry.content)
-        if any(counts[kind] > most for kind, most in MOST.items()) or sum(counts.values()) > MOST["metrics"]:
-            return entries[: max(1, place)]
+        is_full = any(counts[kind] > limit for kind, limit in REQUEST_LIMITS.items())
+        if is_full or sum(counts.values()) > REQUEST_LIMITS["metrics"]:
+            return entries[: max(1, index)]
     return entries

@@ -1,15 +1,15 @@
-"""Students in MLflow: each is a logged model of its run, which anybody can load, serve and register by name.
+"""Students as logged models of MLflow, which can be loaded, served, and registered under a name.
 
-The artifact of a model is its folder and the code that reads it, nothing pickled:
+The artifact of a logged model has the model folder and the code that loads it, and no pickles:
 
-MLmodel               signature, store and teacher, what to load
+MLmodel               signature, fingerprints, store and teacher
 student_pyfunc.py     the code that MLflow runs
-code/kac/             what that code imports: a model needs no other copy of this project
+code/kac/             the package that this code imports, so that no other copy of this project is needed
 artifacts/model/      the model folder: config.json and the weights as safetensors
 input_example.json, serving_input_example.json, requirements.txt, ...
 
-Everything goes through clients of the run's own server: the tracking URI and the active run of the process stay as
-they are, and many threads may do it at once.
+All calls use clients of the run's own server. They are thread-safe and do not change the tracking URI and the active
+run of the process.
 """
 
 import json
@@ -41,72 +41,69 @@ MODEL_FOLDER = "artifacts/model"
 CODE_FILE = Path(__file__).with_name("student_pyfunc.py")
 TAG = "distillkac."
 MODEL_ID_TAG = f"{TAG}model_id"
-"""On a run: the model that was logged to it."""
+"""Tag of a run with the id of its logged model."""
 
 VERSIONS_TAG = "mlflow.modelVersions"
-"""On a logged model: where MLflow looks for its registered versions."""
+"""Tag of a logged model in which MLflow looks for its registered versions."""
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "fsspec", "botocore")
-"""What ``kac`` needs to sample, and MLflow to serve."""
+"""The packages that ``kac`` needs to sample, and MLflow to serve."""
 
-_one_at_a_time = threading.Lock()
-"""MLflow runs a model's code with a module ``dbutils`` of its own making, which two threads at once leave behind."""
+_save_lock = threading.Lock()
+"""Serialises MLflow's ``save_model``: in two threads at once, it would leave a fake module ``dbutils`` behind."""
 
 
 @dataclass(frozen=True)
 class LoggedModel:
-    """A model in MLflow: only text, as ``TrackedRun``."""
+    """A logged model. It holds only text, like ``TrackedRun``."""
 
     tracking_uri: str
     model_id: str
 
     @property
     def uri(self) -> str:
-        """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` take."""
+        """The URI for ``mlflow.pyfunc.load_model`` and ``mlflow models serve``."""
         return f"models:/{self.model_id}"
 
 
 def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> LoggedModel | None:
-    """Log the student that ``spec`` has made to its run, and register it if asked for.
+    """Log a trained student to its run, and register it if ``spec.register`` is set.
 
-    The student is on disk already: whatever the server refuses costs a warning, and the result is None.
+    If MLflow fails, this warns and returns None: the student is complete on disk.
     """
-    run.flush()  # the model takes over what the run has logged
+    run.flush()  # the logged model copies the run's parameters and metrics
     try:
-        model = log_student(run, spec.out, config, links_of(spec))
+        manifest = store.read_manifest(spec.store)
+        teacher = spec.teacher or (manifest.teacher if manifest else "")
+        model = log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
         if spec.register:
             register(model, spec.register)
-    except Exception as error:  # noqa: BLE001 - whatever MLflow, its server or its disk raise
+    except Exception as error:  # noqa: BLE001 - MLflow, its server and its disk raise errors of any type
         log.warning(
             f"distill: warning: {spec.out} is complete, but MLflow "
-            f"({tracking.without_password(run.tracking_uri)}) did not take it as a model: {_told(error)}"
+            f"({tracking.without_password(run.tracking_uri)}) did not store it as a model: {_format_error(error)}"
         )
         return None
     return model
 
 
-def links_of(spec: DistillSpec) -> dict[str, str]:
-    """Where a student's store and teacher lie."""
-    manifest = store.read_manifest(spec.store)
-    teacher = spec.teacher or (manifest.teacher if manifest else "")
-    return {"store": spec.store, "teacher": teacher}
-
-
 def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> LoggedModel:
-    """The student in ``folder`` as a model of its run; one that is there already is returned as it is.
+    """Log the student in ``folder`` to its run. If the run has this model already, return that.
 
     Args:
+        run: the run that made the student.
         folder: model folder, a path or s3:// URI.
-        links: more to know about it, such as the folders of its store and teacher.
+        config: the student's config.
+        links: further tags, such as the paths of its store and teacher.
 
     Raises:
-        MlflowException: the server does not take it.
+        MlflowException: the server refuses the model.
     """
     client = _client(run.tracking_uri)
     info = client.get_run(run.run_id)
-    known = _find(client, info.info.experiment_id, config, info.info.run_id)
-    if known:
-        return LoggedModel(run.tracking_uri, known)
+    existing = _find(client, info.info.experiment_id, config, info.info.run_id)
+    if existing:
+        return LoggedModel(run.tracking_uri, existing)
     facts = {
         "stage": "distill",
         "fingerprint": config.fingerprint,
@@ -139,18 +136,19 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
 
 
 def register(run_or_model: TrackedRun | LoggedModel, name: str, alias: str | None = None) -> str:
-    """Make a logged student the newest version of the registered model ``name``; returns the version.
+    """Register a logged student as the newest version of the model ``name``; returns the version.
 
-    A student that is a version of it already stays that version.
+    A student that is registered under ``name`` already keeps its version.
 
     Args:
         run_or_model: a student's run, or its logged model.
-        alias: the version can be had as ``models:/NAME@ALIAS`` from now on.
+        name: name of the registered model.
+        alias: alias to give to the version: ``models:/NAME@ALIAS``.
 
     Raises:
-        DistillKacError: no model was logged to the run, or MLflow refuses the name or alias, or does not answer.
+        DistillKacError: the run has no logged model, or MLflow refuses the name or the alias, or does not answer.
     """
-    with _naming(run_or_model.tracking_uri):
+    with _mlflow_errors(run_or_model.tracking_uri):
         return _register(_client(run_or_model.tracking_uri), run_or_model, name, alias)
 
 
@@ -160,8 +158,8 @@ def _register(client: "MlflowClient", run_or_model: TrackedRun | LoggedModel, na
     model = run_or_model if isinstance(run_or_model, LoggedModel) else model_of_run(run_or_model)
     if model is None:
         raise DistillKacError(
-            f"MLflow run {getattr(run_or_model, 'run_id', '')}: expected a logged model to register, found none: "
-            "remove the student and distill it again"
+            f"The MLflow run {getattr(run_or_model, 'run_id', '')} has no logged model to register. "
+            "Remove the student and distill it again."
         )
     try:
         client.create_registered_model(name)
@@ -169,7 +167,8 @@ def _register(client: "MlflowClient", run_or_model: TrackedRun | LoggedModel, na
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     logged = client.get_logged_model(model.model_id)
-    versions = client.search_model_versions(f"name = '{_quoted(name)}'")
+    quoted = name.replace("'", "''")
+    versions = client.search_model_versions(f"name = '{quoted}'")
     number = next((str(other.version) for other in versions if other.source == logged.artifact_location), None)
     number = number or _new_version(client, name, logged)
     if alias:
@@ -178,13 +177,13 @@ def _register(client: "MlflowClient", run_or_model: TrackedRun | LoggedModel, na
 
 
 def register_folder(folder: str, name: str) -> str:
-    """Register the student in a folder, by its fingerprint; a student that no server took yet is logged first.
+    """Register the student in a folder. It is logged first if its run, found by its fingerprint, has no model.
 
     Raises:
-        DistillKacError: MLflow knows no run of it, or as ``register``.
+        DistillKacError: MLflow has no run of this student, or as ``register``.
     """
     uri = tracking.tracking_uri(folder)
-    with _naming(uri):
+    with _mlflow_errors(uri):
         return register(_model_of_folder(folder, uri), name)
 
 
@@ -195,33 +194,33 @@ def _model_of_folder(folder: str, uri: str) -> LoggedModel:
     runs = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
     if not runs:
         raise DistillKacError(
-            f"{folder}: expected a run of this student in MLflow ({tracking.without_password(uri)}), found none: set "
-            "MLFLOW_TRACKING_URI to the server that it was trained with"
+            f"{folder}: MLflow ({tracking.without_password(uri)}) has no run of this student. Set MLFLOW_TRACKING_URI "
+            "to the server that was used to train it."
         )
     run, links = TrackedRun(uri, runs[0].info.run_id), runs[0].data.params
     return log_student(run, folder, config, {name: links[name] for name in ("store", "teacher") if name in links})
 
 
 def model_of_run(run: TrackedRun) -> LoggedModel | None:
-    """The student that was logged to a run, if there is one."""
-    found = _client(run.tracking_uri).get_run(run.run_id).data.tags.get(MODEL_ID_TAG)
-    return LoggedModel(run.tracking_uri, found) if found else None
+    """The student that was logged to a run, or None."""
+    model_id = _client(run.tracking_uri).get_run(run.run_id).data.tags.get(MODEL_ID_TAG)
+    return LoggedModel(run.tracking_uri, model_id) if model_id else None
 
 
 @contextmanager
-def _naming(uri: str) -> Iterator[None]:
-    """Raise ``DistillKacError`` for what MLflow raises, in one line that says where."""
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    """Turn errors of MLflow into a ``DistillKacError`` that names the server."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        where = tracking.without_password(uri)
-        raise DistillKacError(f"MLflow ({where}): expected it to take the model, found: {_told(error)}") from error
+        server = tracking.without_password(uri)
+        raise DistillKacError(f"MLflow ({server}) failed to register the model: {_format_error(error)}.") from error
 
 
-def _told(error: Exception) -> str:
-    return tracking.without_password(one_line(error))
+def _format_error(error: Exception) -> str:
+    return tracking.without_password(one_line(error)).rstrip(".")
 
 
 def _client(uri: str) -> "MlflowClient":
@@ -231,18 +230,18 @@ def _client(uri: str) -> "MlflowClient":
 
 
 def _find(client: "MlflowClient", experiment_id: str, config: ModelConfig, run_id: str) -> str | None:
-    """The model of these weights that was logged to the run, and is complete."""
-    found = client.search_logged_models(
+    """The id of the complete logged model of the run with these weights."""
+    models = client.search_logged_models(
         [experiment_id], f"source_run_id = '{run_id}' and tags.`{TAG}weights_sha256` = '{config.weights_sha256}'"
     )
-    return next((str(model.model_id) for model in found if str(model.status) == "READY"), None)
+    return next((str(model.model_id) for model in models if str(model.status) == "READY"), None)
 
 
 def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
-    """Name the model in its run, and give it the run's last metrics: MLflow compares models by their own."""
+    """Link the model to its run, and copy the run's last metrics, by which MLflow compares models."""
     from mlflow.entities import LoggedModelOutput, Metric, RunTag
 
-    # With their times and steps, so that the server takes them for the run's own and not for new ones.
+    # With the original times and steps, so that the server does not add new points to the run.
     run_id = info.info.run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     metrics = [
@@ -255,24 +254,20 @@ def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
 
 def _new_version(client: "MlflowClient", name: str, logged: Any) -> str:
     tags = {key: value for key, value in logged.tags.items() if key.startswith(TAG)}
-    # By the folder of the artifact: MLflow looks a source models:/ID up in the tracking URI of the process.
+    # The source is the artifact's folder: MLflow would look up models:/ID on the process's own tracking server.
     created = client.create_model_version(
         name, logged.artifact_location, run_id=logged.source_run_id, tags=tags, model_id=logged.model_id
     )
-    # A server does this itself, a database does not: the model's page names its versions.
-    known = json.loads(client.get_logged_model(logged.model_id).tags.get(VERSIONS_TAG, "[]"))
-    mine = {"name": name, "version": created.version}
-    if not any(str(other["version"]) == str(created.version) and other["name"] == name for other in known):
-        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps([*known, mine])})
+    # For the model's page in MLflow. A server sets this tag itself, a database does not.
+    versions = json.loads(client.get_logged_model(logged.model_id).tags.get(VERSIONS_TAG, "[]"))
+    new = {"name": name, "version": created.version}
+    if not any(str(other["version"]) == str(created.version) and other["name"] == name for other in versions):
+        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps([*versions, new])})
     return str(created.version)
 
 
-def _quoted(name: str) -> str:
-    return name.replace("'", "''")
-
-
 def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: dict[str, str], run_id: str) -> None:
-    """Write the artifact of a model into the new folder ``path``."""
+    """Write the artifact of a logged model into the new folder ``path``."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
@@ -283,7 +278,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
         model_id=created.model_id,
         metadata={**facts, **({"class_names": list(config.class_names)} if config.class_names else {})},
     )
-    with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"), _one_at_a_time:
+    with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"), _save_lock:
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(CODE_FILE),
@@ -294,7 +289,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
             mlflow_model=model,
         )
     _copy_model(folder, path / MODEL_FOLDER)
-    # MLflow's own copying of artifacts draws a progress bar, and records where its source was for a moment.
+    # MLflow would copy the artifact with a progress bar, and record the temporary path of its source.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": MODEL_FOLDER, "uri": folder}}
     flavor["model_code_path"] = CODE_FILE.name
@@ -303,7 +298,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
 
 
 def signature(config: ModelConfig) -> Any:
-    """What the model takes and gives: labels to images, by seed, steps and guidance."""
+    """The signature of the model: labels to images, with seed, steps and guidance as parameters."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
@@ -322,7 +317,7 @@ def signature(config: ModelConfig) -> Any:
 
 
 def example(config: ModelConfig) -> tuple[Any, dict[str, int]]:
-    """Images of the first and the last class, and one of any."""
+    """An input example: the first class, the last class, and any class."""
     import pandas
 
     known = known_classes(config)
@@ -330,7 +325,7 @@ def example(config: ModelConfig) -> tuple[Any, dict[str, int]]:
 
 
 def _copy_model(folder: str, into: Path) -> None:
-    """Copy what ``load_model`` reads of a model folder."""
+    """Copy the files of a model folder that ``load_model`` reads."""
     for name in files.list_sizes(folder):
         if name.endswith(".safetensors") or Path(name).name == CONFIG_FILE:
             path = into / name
@@ -339,7 +334,7 @@ def _copy_model(folder: str, into: Path) -> None:
 
 
 def _copy_code(into: Path) -> Path:
-    """Copy the code of ``kac``, without what else lies there; returns the copy."""
+    """Copy the Python files of ``kac``; returns the copy."""
     source = Path(kac.__file__).parent
     for path in source.rglob("*.py"):
         copy = into / "kac" / path.relative_to(source)
@@ -349,7 +344,7 @@ def _copy_code(into: Path) -> Path:
 
 
 def _requirements(config: ModelConfig) -> list[str]:
-    """As installed here; a build for one kind of GPU or none is the same version everywhere else."""
+    """Requirements with the installed versions, without local suffixes such as +cu128."""
     network = outline_network(config.network, config.sample_shape, config.num_classes)
     names = (*REQUIREMENTS, "diffusers") if network.diffusers_name else REQUIREMENTS
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
@@ -357,17 +352,17 @@ def _requirements(config: ModelConfig) -> list[str]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Keep back what this thread's calls of MLflow tell about their progress."""
+    """Hide log lines below warnings from this thread's calls of MLflow."""
     thread = threading.get_ident()
 
-    def passes(record: logging.LogRecord) -> bool:
+    def is_shown(record: logging.LogRecord) -> bool:
         return record.thread != thread or record.levelno >= logging.WARNING
 
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
-        logger.addFilter(passes)
+        logger.addFilter(is_shown)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(passes)
+            logger.removeFilter(is_shown)

@@ -1,17 +1,17 @@
-"""The one table of metrics."""
+"""The table of all metrics."""
 
 from collections.abc import Iterable
 
 from kac.metrics import Metric
 
 METRICS: dict[str, Metric] = {}
-"""Every metric in MLflow by its name; ``declare`` adds them where they are computed."""
+"""Every metric that is logged to MLflow, by name. The modules that compute metrics add them by ``declare``."""
 
 PART_PREFIX = "loss/"
-"""``loss/<part>``: the parts of a loss, which need no declaration."""
+"""Prefix of the parts of a loss, ``loss/<part>``. They need no declaration."""
 
 SYSTEM_PREFIX = "system/"
-"""``system/<name>``: what MLflow's own monitors measure."""
+"""Prefix of the measurements of MLflow's monitors, ``system/<name>``."""
 
 
 def declare(*metrics: Metric) -> None:
@@ -20,19 +20,19 @@ def declare(*metrics: Metric) -> None:
 
 
 def declared(name: str) -> Metric | None:
-    """What is known of a metric, whose name may have prefixes: ``steps_4/guidance_1/<name>``; None: nothing."""
+    """The declaration of a metric, or None. Its name may have prefixes: ``steps_4/guidance_1/<name>``."""
     while name not in METRICS and "/" in name:
         name = name.partition("/")[2]
     return METRICS.get(name)
 
 
 def check_declared(names: Iterable[str]) -> None:
-    """Refuse metrics that are not in the table.
+    """Check that metrics are declared.
 
     Raises:
-        KeyError: it names them.
+        KeyError: the metrics that are not.
     """
-    free = (PART_PREFIX, SYSTEM_PREFIX)
-    unknown = {name for name in names if not name.startswith(free) and declared(name) is None}
+    undeclared = (PART_PREFIX, SYSTEM_PREFIX)
+    unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:
-        raise KeyError(f"not in METRICS: {sorted(unknown)}")
+        raise KeyError(f"These metrics are not in METRICS: {sorted(unknown)}. Declare them by tracking.declare.")

@@ -1,4 +1,4 @@
-"""Whose runs these are, and the end of those whose process has died: MLflow would show them as RUNNING for ever."""
+"""The process of a run, and closing runs of dead processes, which MLflow would otherwise show as RUNNING forever."""
 
 import functools
 import os
@@ -11,8 +11,8 @@ from pipeline.tracking.server import connect
 
 HOST_TAG, PID_TAG, STARTED_TAG = "distillkac.host", "distillkac.pid", "distillkac.process_started"
 
-MANY = 1000
-"""Runs a page of MLflow's search."""
+PAGE_SIZE = 1000
+"""Runs per page of MLflow's search."""
 
 
 @functools.cache
@@ -23,12 +23,12 @@ def _started(pid: int) -> str:
 
 
 def tags() -> dict[str, str]:
-    """Of the runs of this process: ids of processes are used again, so its start belongs to it."""
+    """Tags that identify this process. They include its start time, because process ids are reused."""
     return {HOST_TAG: socket.gethostname(), PID_TAG: str(os.getpid()), STARTED_TAG: _started(os.getpid())}
 
 
 def is_dead(run: Any) -> bool:
-    """Whether the run is RUNNING in MLflow, but its process on this host is gone."""
+    """Whether the run is RUNNING in MLflow, although its process on this host has ended."""
     tags: dict[str, str] = run.data.tags
     if run.info.status != "RUNNING" or tags.get(HOST_TAG) != socket.gethostname() or PID_TAG not in tags:
         return False
@@ -36,12 +36,12 @@ def is_dead(run: Any) -> bool:
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process with these ``tags`` is on this host and has not ended."""
+    """Whether the process with these ``tags`` is running on this host."""
     return tags[HOST_TAG] == socket.gethostname() and not _is_gone(tags)
 
 
 def _is_gone(tags: Mapping[str, str]) -> bool:
-    """Whether no process of this host has the id and the start time in the tags."""
+    """Whether no process on this host has the id and the start time of the tags."""
     import psutil
 
     try:
@@ -55,31 +55,32 @@ def _is_gone(tags: Mapping[str, str]) -> bool:
 
 
 def close_dead(uri: str, older_than: float | None = None) -> list[str]:
-    """End runs as KILLED whose process on this host is gone; returns their ids.
+    """Mark runs as KILLED whose process on this host has ended; returns their ids.
 
     Args:
-        older_than: runs of other hosts too, if nothing was logged to them for so many hours.
+        older_than: also mark runs of other hosts that have logged nothing for this number of hours.
 
     Raises:
-        Exception: whatever MLflow raises if the server does not answer.
+        Exception: any error of MLflow, for example if the server does not answer.
     """
     client, experiment = connect(uri)
-    running = _all(client, experiment, "attributes.status = 'RUNNING'")
-    silent = [run for run in running if older_than is not None and _silence(client, run) > older_than]
+    running = _search(client, experiment, "attributes.status = 'RUNNING'")
+    silent = [run for run in running if older_than is not None and _hours_silent(client, run) > older_than]
     return _close(client, [run for run in running if is_dead(run) or (run in silent and not _is_here(run))])
 
 
 def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:
-    """The ids of the runs nested in this one that are RUNNING, but whose process on this host is gone."""
-    below = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{run_id}'"
-    return [str(run.info.run_id) for run in _all(client, experiment, below) if is_dead(run)]
+    """The ids of nested runs that are RUNNING although their process on this host has ended."""
+    query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{run_id}'"
+    return [str(run.info.run_id) for run in _search(client, experiment, query) if is_dead(run)]
 
 
-def _all(client: Any, experiment: str, which: str) -> list[Any]:
+def _search(client: Any, experiment: str, query: str) -> list[Any]:
+    """All runs that match, from every page of MLflow's search."""
     found: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([experiment], which, max_results=MANY, page_token=token)
+        page = client.search_runs([experiment], query, max_results=PAGE_SIZE, page_token=token)
         found += page
         token = page.token
         if not token:
@@ -98,9 +99,9 @@ def _is_here(run: Any) -> bool:
     return bool(run.data.tags.get(HOST_TAG) == socket.gethostname())
 
 
-def _silence(client: Any, run: Any) -> float:
-    """Hours since the run's start or its last metric, whichever is later."""
-    # The newest point of each metric: the ones that are logged all the time tell, and one name is enough of each kind.
+def _hours_silent(client: Any, run: Any) -> float:
+    """Hours since the run's last metric, or since its start if it has none."""
+    # Two metrics that running stages log all the time are enough.
     latest = max(
         (
             point.timestamp

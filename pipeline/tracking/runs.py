@@ -1,4 +1,4 @@
-"""A run a thing: begun or gone on with, written to from any process, and ended whatever happens."""
+"""One MLflow run per output. A rerun resumes it, any process can log to it, and it is always closed."""
 
 import base64
 import contextlib
@@ -18,9 +18,9 @@ from pipeline import claims
 from pipeline.config.specs import Spec
 from pipeline.tracking import processes
 from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
-from pipeline.tracking.entries import Entry, Kind, split
+from pipeline.tracking.entries import Entry, Kind, split_content
 from pipeline.tracking.metrics import SYSTEM_PREFIX, check_declared
-from pipeline.tracking.sender import LOCAL, PARENT_TAG, NotThereYet
+from pipeline.tracking.sender import LOCAL, PARENT_TAG, RunNotCreatedYet
 from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset, source_tags
 from pipeline.tracking.system import system_metrics
@@ -32,50 +32,50 @@ STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerpr
 CONTINUES_TAG = "distillkac.continues"
 
 START_SECONDS, NESTED_SECONDS = 60.0, 10.0
-"""How long a run waits for a server that does not answer at its start; nested ones wait less: it did a moment ago."""
+"""How long a run and a nested run wait at their start for a server that does not answer."""
 
 KILLED_SECONDS = 2.0
-"""Ray kills a job that has not ended three seconds after it was told to."""
+"""How long a stopped job waits for the server. Ray kills it three seconds after asking it to stop."""
 
 PARAM_LENGTH = 500
-"""Longest value of a parameter that this project logs; longer values end in an ellipsis."""
+"""Longest logged value of a parameter. Longer values are cut, and end in an ellipsis."""
 
 THUMBNAIL = 256
-"""Largest side in pixels of the small copy that MLflow's pages show of a picture in a series."""
+"""Largest side, in pixels, of the small copies of pictures that MLflow's pages show."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run of MLflow that any process can write to: only text, so that it travels to workers.
+    """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
 
-    What is written waits in a queue (``delivery.py``): no call here fails or waits because of the server. A run with an
-    empty URI is nowhere, and keeps nothing.
+    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the
+    server. A run with an empty URI drops all values.
     """
 
     tracking_uri: str
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics of ``METRICS``, and parts of the loss.
+        """Log metrics of ``METRICS`` and parts of the loss.
 
         Raises:
-            KeyError: another name.
+            KeyError: a metric is not declared.
         """
         check_declared(values)
         numbers = {name: float(value) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "metrics", part, step=step) for part in split("metrics", numbers)))
+        self._put(*(Entry(self.run_id, "metrics", part, step=step) for part in split_content("metrics", numbers)))
 
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
-        self._put(*(Entry(self.run_id, "tags", part) for part in split("tags", values)))
+        self._put(*(Entry(self.run_id, "tags", part) for part in split_content("tags", values)))
 
     def params(self, values: dict[str, Any]) -> None:
-        """Log parameters; of a rerun those that have changed become tags ``distillkac.rerun.<name>``."""
-        texts = {name: _shortened(str(value)) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "params", part) for part in split("params", texts)))
+        """Log parameters. In a rerun, changed parameters become tags ``distillkac.rerun.<name>``."""
+        texts = {name: _truncate(str(value)) for name, value in values.items()}
+        self._put(*(Entry(self.run_id, "params", part) for part in split_content("params", texts)))
 
     def artifact(self, name: str, data: bytes) -> None:
-        """Attach a file; its name may have folders."""
+        """Attach a file. Its name may contain folders."""
         self._put(self._entry("file", {"name": name, "data": base64.b64encode(data).decode()}))
 
     def image(self, name: str, png: bytes, step: int) -> None:
@@ -85,7 +85,7 @@ class TrackedRun:
         picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         picture.convert("RGB").save(small, "webp")
-        # The names by which MLflow's pages find the pictures of a series, as its client makes them.
+        # MLflow's pages find the pictures of a series by these names, which MLflow's client creates.
         now = time.time_ns() // 1_000_000
         path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now}+{uuid.uuid4()}"
         self.artifact(f"{path}.png", png)
@@ -93,49 +93,49 @@ class TrackedRun:
         self.tags({"mlflow.loggedImages": "True"})
 
     def datasets(self, datasets: Sequence[Dataset]) -> None:
-        """Name what the run reads."""
+        """Log the data that the run reads."""
         if datasets:
             self._put(self._entry("datasets", {"datasets": [dataset.values() for dataset in datasets]}))
 
     def last_step(self, name: str) -> int:
-        """The last step of a metric that the server has; 0 if it has none, or does not answer."""
-        history = self._asked(lambda client, run_id: client.get_metric_history(run_id, name), [])
+        """The last step of a metric on the server; 0 without one, or if the server does not answer."""
+        history = self._query(lambda client, run_id: client.get_metric_history(run_id, name), [])
         return max((int(point.step) for point in history), default=0)
 
     def last_metrics(self) -> dict[str, float]:
-        """The metrics that the server has, each as it was logged last; none if it does not answer."""
-        return dict(self._asked(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
+        """The last value of each metric on the server; empty if the server does not answer."""
+        return dict(self._query(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
 
     def status(self) -> str:
-        """What the server has: RUNNING, FINISHED, FAILED or KILLED; empty if it does not answer."""
-        return str(self._asked(lambda client, run_id: client.get_run(run_id).info.status, ""))
+        """The run's status on the server: RUNNING, FINISHED, FAILED or KILLED; empty if the server does not answer."""
+        return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End a run of which the process is over; ``start_run`` ends its own."""
+        """End the run of a process that has ended; ``start_run`` ends its own runs."""
         self._put(self._entry("status", {"status": status}))
 
     def nest(self, parent: "TrackedRun") -> None:
-        """Show the run below another one."""
+        """Nest the run below another one."""
         self.tags({PARENT_TAG: parent.run_id})
 
     def flush(self, seconds: float = END_SECONDS) -> bool:
-        """Wait until all that this process has logged is with the server, or on disk if the server fails.
+        """Wait until the server has all log entries of this process, or until they are on disk if the server fails.
 
         Returns:
-            Whether the server has it all.
+            Whether the server has all entries.
         """
         return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
 
-    def _asked(self, ask: Callable[["MlflowClient", str], Any], otherwise: Any) -> Any:
-        """What the server says, or ``otherwise`` if it fails: the work goes on without."""
+    def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
+        """The server's answer; ``default`` if the server fails, so that the work continues."""
         if not self.tracking_uri:
-            return otherwise
+            return default
         sender = delivery_to(self.tracking_uri).sender
         try:
             client, _ = sender.connected()
-            return ask(client, sender.id_of(self.run_id))
-        except Exception:  # noqa: BLE001 - MLflow's stores raise what they like
-            return otherwise
+            return query(client, sender.id_of(self.run_id))
+        except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
+            return default
 
     def _entry(self, kind: Kind, content: dict[str, Any]) -> Entry:
         return Entry(self.run_id, kind, content)
@@ -157,22 +157,26 @@ def start_run(
     stage: str | None = None,
     datasets: Sequence[Dataset] = (),
 ) -> Iterator[TrackedRun]:
-    """The run of the spec's stage; ended as FINISHED, KILLED if the process is told to stop, or else FAILED.
+    """Start or resume the run of a stage, and end it with the block.
 
-    At its end the claim of the job on ``output`` ends, too.
+    The run ends as FINISHED, as KILLED if the process is asked to stop, or as FAILED. The job's claim on ``output`` is
+    then released.
 
-    A rerun goes on in the run that ``OUTPUT/run.json`` names. If that is on another server, or gone, the new run has a
-    tag ``distillkac.continues``.
+    A rerun resumes the run that ``OUTPUT/run.json`` names. If that run was deleted or is on another server, a new run
+    starts, with the tag ``distillkac.continues``.
 
     Args:
-        fingerprint: of what the stage makes. inputs: fingerprints of what it is made from, by stage.
-        output: where the stage writes. parent: the run to nest this one under.
-        name: what the run is called in MLflow; default: the stage.
-        stage: another than the spec's: such a run has no file of its own and is always a new one.
-        datasets: what it reads.
+        spec: the options of the stage.
+        fingerprint: fingerprint of the output.
+        inputs: fingerprints of the inputs, by the stage that made them.
+        output: folder or URI that the stage writes.
+        parent: run to nest this run under.
+        name: name of the run in MLflow; default: the stage.
+        stage: stage to log instead of the spec's. Such a run writes no ``run.json`` and is always new.
+        datasets: data that the stage reads.
 
     Raises:
-        DistillKacError: the server will not have us; one that does not answer is no error.
+        DistillKacError: the server refuses the run. A server that does not answer is no error.
     """
     uri = parent.tracking_uri if parent else tracking_uri(output)
     tags = {
@@ -184,13 +188,13 @@ def start_run(
         **processes.tags(),
         **({PARENT_TAG: parent.run_id} if parent else {}),
     }
-    run = _open(uri, tags, None if stage else output, is_nested=parent is not None)
+    run = _open_run(uri, tags, None if stage else output, is_nested=parent is not None)
     run.params(flatten(spec.model_dump(mode="json")))
     run.datasets(datasets)
-    measuring = contextlib.nullcontext() if stage else system_metrics(_in_steps(run))
+    monitoring = contextlib.nullcontext() if stage else system_metrics(_system_logger(run))
     status, seconds = "FAILED", END_SECONDS
     try:
-        with measuring:
+        with monitoring:
             yield run
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -203,7 +207,7 @@ def start_run(
 
 
 def run_of_output(out: str) -> TrackedRun | None:
-    """The run that an output was made in, if that is on the server that is used now."""
+    """The run that made an output; None if it is on another server, or unknown."""
     record, uri = _read_record(out), tracking_uri(out)
     if record is None or record["tracking_uri"] != without_password(uri):
         return None
@@ -211,64 +215,64 @@ def run_of_output(out: str) -> TrackedRun | None:
 
 
 def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
-    """The runs that made what has this fingerprint, the newest first; none if the server does not answer.
-
-    An empty fingerprint names nothing.
+    """The runs whose output has this fingerprint, newest first; none if the server does not answer.
 
     Args:
-        stage: of this stage alone. uri: the server; default: ``tracking_uri`` of the current directory.
+        fingerprint: fingerprint of the output; no run matches an empty one.
+        stage: only runs of this stage.
+        uri: the server; default: ``tracking_uri`` of the current directory.
     """
     uri = uri or tracking_uri(".")
     if not fingerprint:
         return []
-    which = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'" + (f" and tags.`{STAGE_TAG}` = '{stage}'" if stage else "")
+    query = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'" + (f" and tags.`{STAGE_TAG}` = '{stage}'" if stage else "")
     try:
         client, experiment = delivery_to(uri).sender.connected()
-        found = client.search_runs([experiment], which, order_by=["attributes.start_time DESC"])
-    except Exception:  # noqa: BLE001 - as above
+        matches = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])
+    except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
         return []
-    return [TrackedRun(uri, str(run.info.run_id)) for run in found]
+    return [TrackedRun(uri, str(run.info.run_id)) for run in matches]
 
 
-def _open(uri: str, tags: dict[str, str], output: str | None, is_nested: bool) -> TrackedRun:
-    """The run of an output, or a new one; ``output`` None: a new one, of no output."""
+def _open_run(uri: str, tags: dict[str, str], output: str | None, is_nested: bool) -> TrackedRun:
+    """Resume the run of an output, or create one; without an output, always create one."""
     delivery = delivery_to(uri)
-    is_up = _answers(delivery, 0.0 if delivery.is_failing else NESTED_SECONDS if is_nested else START_SECONDS)
+    is_up = _wait_for_server(delivery, 0.0 if delivery.is_failing else NESTED_SECONDS if is_nested else START_SECONDS)
     if is_up:
-        delivery.deliver_leftovers()  # of this machine, which may be another one than the driver's
+        delivery.deliver_leftovers()  # of this machine, which may not be the driver's
     record = _read_record(output) if output else None
     if record is not None and record["fingerprint"] == tags[FINGERPRINT_TAG]:
         if record["tracking_uri"] == without_password(uri) and not (is_up and _is_gone(delivery, record["run_id"])):
-            return _go_on(TrackedRun(uri, record["run_id"]), tags, is_up)
+            return _resume(TrackedRun(uri, record["run_id"]), tags, is_up)
         tags = {**tags, CONTINUES_TAG: record["run_id"]}
     run = _create(delivery, tags, is_up)
     if output:
-        written = {
+        record = {
             "tracking_uri": without_password(uri),
             "run_id": run.run_id,
             "fingerprint": tags[FINGERPRINT_TAG],
         }
-        files.write_bytes(files.join(output, RUN_FILE), json.dumps(written, indent=2).encode())
+        files.write_bytes(files.join(output, RUN_FILE), json.dumps(record, indent=2).encode())
     return run
 
 
-def _answers(delivery: Delivery, seconds: float) -> bool:
+def _wait_for_server(delivery: Delivery, seconds: float) -> bool:
     try:
         return delivery.wait_for_server(seconds)
     except DistillKacError:
         raise
     except Exception as error:
         raise DistillKacError(
-            f"MLFLOW_TRACKING_URI={without_password(delivery.uri)} is no tracking server or database that can be used: "
-            f"{_safe(error)}. Set another address."
+            f"MLflow cannot use MLFLOW_TRACKING_URI={without_password(delivery.uri)} ({_format_error(error)}). "
+            "Set it to the address of a tracking server or a database."
         ) from error
 
 
-def _shortened(text: str) -> str:
+def _truncate(text: str) -> str:
     return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
 
 
-def _safe(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return without_password(one_line(error))
 
 
@@ -276,22 +280,22 @@ def _is_gone(delivery: Delivery, run_id: str) -> bool:
     try:
         client, _ = delivery.sender.connected()
         return bool(client.get_run(delivery.sender.id_of(run_id)).info.lifecycle_stage != "active")
-    except NotThereYet:
+    except RunNotCreatedYet:
         return True
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - MLflow's stores raise errors of any type
         return is_refusal(error)
 
 
-def _go_on(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
+def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
     delivery = delivery_to(run.tracking_uri)
     delivery.put(Entry(run.run_id, "status", {"status": "RUNNING"}))
     run.tags(tags)
     if is_up:
-        # Of a server that has just failed, the next start asks again.
+        # If the server fails here, the next start closes these runs.
         with contextlib.suppress(Exception):
             client, experiment = delivery.sender.connected()
             dead = processes.dead_below(client, experiment, delivery.sender.id_of(run.run_id))
-            # Through the queue, which tries again: SQLite refuses one of two writers at once.
+            # Use the queue, which retries: SQLite refuses one of two simultaneous writers.
             delivery.put(*(Entry(run_id, "status", {"status": "KILLED"}) for run_id in dead))
             run.flush()
     return run
@@ -305,8 +309,8 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
         except Exception as error:
             if is_refusal(error, at_start=True):
                 raise DistillKacError(
-                    f"{without_password(delivery.uri)} refuses a new run: {_safe(error)}. Set another address in "
-                    f"MLFLOW_TRACKING_URI, or another experiment in {EXPERIMENT_VARIABLE}."
+                    f"{without_password(delivery.uri)} refuses a new run ({_format_error(error)}). "
+                    f"Set MLFLOW_TRACKING_URI to another address, or {EXPERIMENT_VARIABLE} to another experiment."
                 ) from error
     run = TrackedRun(delivery.uri, f"{LOCAL}{uuid.uuid4().hex}")
     delivery.put(Entry(run.run_id, "create", tags, now))
@@ -320,8 +324,8 @@ def _end(run: TrackedRun, status: str, seconds: float) -> None:
         delivery.deliver_leftovers()
 
 
-def _in_steps(run: TrackedRun) -> Callable[[dict[str, float]], None]:
-    """Logs each measurement as a step of its own, after those of the run so far."""
+def _system_logger(run: TrackedRun) -> Callable[[dict[str, float]], None]:
+    """A function that logs each measurement as a new step, after the steps of a resumed run."""
     next_step: list[int] = []
 
     def log(values: dict[str, float]) -> None:
@@ -334,7 +338,7 @@ def _in_steps(run: TrackedRun) -> Callable[[dict[str, float]], None]:
 
 
 def _read_record(out: str) -> dict[str, str] | None:
-    """What ``run.json`` says; None without one, or if it is not whole: tracking holds up no work."""
+    """The content of ``run.json``; None if it is missing or damaged, since tracking must not stop the work."""
     try:
         record = json.loads(files.read_bytes(files.join(out, RUN_FILE)))
         return {name: str(record[name]) for name in ("tracking_uri", "run_id", "fingerprint")}

@@ -1,4 +1,4 @@
-"""Entries to requests of MLflow."""
+"""Turn log entries into requests to MLflow."""
 
 import base64
 import tempfile
@@ -7,32 +7,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kac.util.errors import DistillKacError
-from pipeline.tracking.entries import Entry, split
+from pipeline.tracking.entries import Entry, split_content
 from pipeline.tracking.server import connect, experiment_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCAL = "local-"
-"""A run that began while the server was away has an id of our own until the server has created it."""
+"""Prefix of the id that a run has in this project until an absent server can create it."""
 
 LOCAL_ID_TAG, PARENT_TAG, RERUN_TAG = "distillkac.local_id", "mlflow.parentRunId", "distillkac.rerun."
 
 
-class NotThereYet(DistillKacError):
-    """A run that another process is to create when the server is back."""
+class RunNotCreatedYet(DistillKacError):
+    """The server does not have this run yet. Another process will create it."""
 
 
 class Sender:
-    """Delivers to one server."""
+    """Sends log entries to one server."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._known: dict[str, str] = {}  # ids of the server by ours
-        self._connected: dict[str, tuple[MlflowClient, str]] = {}  # by the name of the experiment
+        self._known: dict[str, str] = {}  # the server's ids by local ids
+        self._connected: dict[str, tuple[MlflowClient, str]] = {}  # by name of the experiment
 
     def connected(self) -> tuple["MlflowClient", str]:
-        """The client, and the experiment's id."""
+        """A client, and the id of the experiment."""
         name = experiment_name()
         if name not in self._connected:
             self._connected[name] = connect(self.uri)
@@ -42,7 +42,7 @@ class Sender:
         """The server's id of a run.
 
         Raises:
-            NotThereYet: it is to be created.
+            RunNotCreatedYet: the server does not have the run yet.
         """
         if not run_id.startswith(LOCAL):
             return run_id
@@ -50,12 +50,12 @@ class Sender:
             client, experiment = self.connected()
             found = client.search_runs([experiment], f"tags.`{LOCAL_ID_TAG}` = '{run_id}'", max_results=1)
             if not found:
-                raise NotThereYet(f"{run_id}: expected a run of {self.uri}, found none yet")
+                raise RunNotCreatedYet(f"{self.uri} does not have the run {run_id} yet.")
             self._known[run_id] = str(found[0].info.run_id)
         return self._known[run_id]
 
     def create(self, tags: dict[str, str], started: int) -> str:
-        """A new run, and its id."""
+        """Create a run; returns its id."""
         client, experiment = self.connected()
         tags = dict(tags)
         if PARENT_TAG in tags:
@@ -63,16 +63,16 @@ class Sender:
         return str(client.create_run(experiment, start_time=started, tags=tags).info.run_id)
 
     def send(self, batch: list[Entry]) -> None:
-        """Deliver entries that go together, see ``first_batch``.
+        """Deliver a batch of ``first_batch``.
 
         Raises:
-            Exception: whatever MLflow raises.
+            Exception: any error of MLflow.
         """
         first = batch[0]
         if first.kind == "create":
             try:
-                self.id_of(first.run_id)  # an answer of the server may have been lost
-            except NotThereYet:
+                self.id_of(first.run_id)  # the run may exist, if the server's answer was lost
+            except RunNotCreatedYet:
                 self._known[first.run_id] = self.create({**first.content, LOCAL_ID_TAG: first.run_id}, first.time)
             return
         client, _ = self.connected()
@@ -118,7 +118,7 @@ def _send_values(client: "MlflowClient", run_id: str, batch: list[Entry]) -> Non
 
 
 def _send_changed(client: "MlflowClient", run_id: str, params: dict[str, str]) -> None:
-    """Parameters of a rerun: MLflow keeps the first value of each, so that another one becomes a tag."""
+    """Log the parameters of a rerun. MLflow never changes a parameter, so that a new value becomes a tag."""
     from mlflow.entities import Param, RunTag
 
     known: dict[str, str] = client.get_run(run_id).data.params
@@ -127,7 +127,7 @@ def _send_changed(client: "MlflowClient", run_id: str, params: dict[str, str]) -
         params=[Param(name, value) for name, value in params.items() if name not in known],
     )
     changed = {RERUN_TAG + name: value for name, value in params.items() if known.get(name, value) != value}
-    for part in split("tags", changed):
+    for part in split_content("tags", changed):
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in part.items()])
 
 
@@ -146,10 +146,10 @@ def _send_datasets(client: "MlflowClient", run_id: str, datasets: list[dict[str,
         run_id,
         [
             DatasetInput(
-                Dataset(known["name"], known["digest"], known["source_type"], known["source"]),
-                [InputTag("mlflow.data.context", known["context"])],
+                Dataset(dataset["name"], dataset["digest"], dataset["source_type"], dataset["source"]),
+                [InputTag("mlflow.data.context", dataset["context"])],
             )
-            for known in datasets
+            for dataset in datasets
         ],
     )
 

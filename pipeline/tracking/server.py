@@ -1,4 +1,4 @@
-"""The tracking server, or a local database that takes its place."""
+"""The tracking server, or a local database instead."""
 
 import fcntl
 import hashlib
@@ -17,99 +17,100 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT, EXPERIMENT_VARIABLE = "distillkac", "MLFLOW_EXPERIMENT_NAME"
-"""The experiment of all runs, unless MLflow's own variable names another."""
+"""All runs are in this experiment, unless MLflow's own variable names another one."""
 
 RUN_FILE = "run.json"
-"""Beside an output: which run it was made in."""
+"""A file in an output's folder that names the run that made the output."""
 
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""Delivery tries again by itself: MLflow's own retries would hold a request for minutes and print a line each."""
+"""No retries by MLflow: they take minutes and print a line each, and ``delivery.py`` retries anyway."""
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
+"""MLflow's error codes for a request that will never succeed."""
 
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-"""A job ends with one of these at its start. Later the entries wait, because a token or a proxy may come back."""
+"""Error codes that end a job at its start. Later, log entries wait instead: a token or a proxy may be mended."""
 
 
 class DeletedExperimentError(DistillKacError):
-    """The experiment was deleted, and takes no runs until it is restored."""
+    """The experiment was deleted. It accepts no runs until it is restored."""
 
 
-def tracking_uri(beside: str) -> str:
-    """MLFLOW_TRACKING_URI, or ``mlflow.db`` in the current directory.
+def tracking_uri(output: str) -> str:
+    """The address of the tracking server: MLFLOW_TRACKING_URI, or else ``mlflow.db`` in the current directory.
 
-    A submitted job's directory does not outlive it: its database lies beside the stage's output ``beside``.
+    Args:
+        output: output of the stage. A submitted job's database is beside it, since Ray deletes the job's directory.
 
     Raises:
-        ArgumentError: MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI is no address that MLflow can use.
+        ArgumentError: MLflow cannot use MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI.
     """
     if configured := mlflow_address():
         return configured
     folder = os.getcwd()
-    if in_job_copy() and "://" not in beside:
-        folder = os.path.dirname(os.path.abspath(beside))
+    if in_job_copy() and "://" not in output:
+        folder = os.path.dirname(os.path.abspath(output))
     return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
 
 
 def without_password(uri: str) -> str:
-    """The address as it may be shown and stored."""
+    """The address without its password, for messages and files."""
     return without_keys(uri)
 
 
 def connect(uri: str) -> tuple["MlflowClient", str]:
-    """A client of the server, and the id of the experiment there, which is created if there is none.
+    """A client of the server, and the id of the experiment, which is created if it does not exist.
 
     Raises:
         DeletedExperimentError: the experiment was deleted.
-        Exception: whatever MLflow raises if the server does not answer, see ``is_refusal``.
+        Exception: any error of MLflow, for example if the server does not answer; see ``is_refusal``.
     """
     from mlflow.exceptions import MlflowException
 
-    with _alone(uri):
+    with _locked(uri):
         _make_database(uri)
         client = client_of(uri)
         name = experiment_name()
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            # A local database names the folder of its artifacts itself, or it would be that of whichever process came
-            # first.
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # Without this location, artifacts would be in the working directory of the first process.
             file = database_file(uri)
             location = file.with_name("mlartifacts").as_uri() if file else None
             try:
                 return client, str(client.create_experiment(name, artifact_location=location))
-            except MlflowException:  # another host may have been first
-                found = client.get_experiment_by_name(name)
-                if found is None:
+            except MlflowException:  # another host may have created it meanwhile
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
                     raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise DeletedExperimentError(
             f"The MLflow experiment {name!r} at {without_password(uri)} was deleted. Restore it (mlflow experiments "
-            f"restore --experiment-id {found.experiment_id}) or name another experiment in {EXPERIMENT_VARIABLE}."
+            f"restore --experiment-id {experiment.experiment_id}), or choose another one with {EXPERIMENT_VARIABLE}."
         )
-    return client, str(found.experiment_id)
+    return client, str(experiment.experiment_id)
 
 
 def client_of(uri: str) -> "MlflowClient":
-    """A client of the server; a fresh local database is left to ``connect``."""
+    """A client of the server. Only ``connect`` may create a local database."""
     from mlflow import MlflowClient
 
     for name, value in REQUEST.items():
         os.environ.setdefault(name, value)
-    if without_password(uri) != uri:  # MLflow prints the address of a run that has ended
+    if without_password(uri) != uri:  # MLflow prints the address when a run ends
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     return MlflowClient(uri)
 
 
 def experiment_name() -> str:
-    """The name of the experiment that runs are created in."""
+    """The name of the experiment of new runs."""
     return os.environ.get(EXPERIMENT_VARIABLE, "").strip() or EXPERIMENT
 
 
 def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
-    """Whether the server has understood the request and refuses it, so that another attempt would change nothing.
+    """Whether the server refuses the request for good, so that a retry is pointless.
 
     Args:
-        at_start: count ``START_REFUSALS`` too.
+        at_start: include ``START_REFUSALS``.
     """
     from mlflow.exceptions import MlflowException
 
@@ -121,7 +122,7 @@ def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
 
 
 def local_folder() -> Path:
-    """A folder of this machine for what waits to be delivered: below the cache, unless that is an S3 prefix."""
+    """The folder on this machine for waiting log entries: in the cache, or in ~/.cache if the cache is on S3."""
     folder = Path(cache_folder("tracking"))
     if "://" in cache_folder():
         folder = Path.home() / ".cache" / "distillkac" / "tracking"
@@ -129,13 +130,13 @@ def local_folder() -> Path:
     return folder
 
 
-def name_of(uri: str) -> str:
-    """A file name for a server."""
+def file_name_of(uri: str) -> str:
+    """A file name that is unique to a server."""
     return hashlib.sha256(without_password(uri).encode()).hexdigest()[:16]
 
 
 def _make_database(uri: str) -> None:
-    """A fresh SQLite database appears whole: MLflow cannot use one whose maker was killed halfway."""
+    """Create a SQLite database and then rename it: MLflow cannot use a database that is half created."""
     path = database_file(uri)
     if path is None or path.exists():
         return
@@ -147,11 +148,11 @@ def _make_database(uri: str) -> None:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time: two that create the tables of a fresh SQLite database at once crash in MLflow."""
+def _locked(uri: str) -> Iterator[None]:
+    """Let one process at a time create a SQLite database: MLflow crashes if two create the tables at once."""
     if not uri.startswith("sqlite:"):
         yield
         return
-    with (local_folder() / f"{name_of(uri)}.lock").open("w") as lock:
+    with (local_folder() / f"{file_name_of(uri)}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

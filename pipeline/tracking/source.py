@@ -1,4 +1,4 @@
-"""What a run was made with: the command, the commit, the user, and the data."""
+"""Where a run comes from: the command, the commit, the user and the data."""
 
 import functools
 import getpass
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 DIGEST_LENGTH = 16
-"""Hexadecimal digits of a digest: MLflow's databases take 36 at most."""
+"""Hexadecimal digits of a digest. MLflow's databases accept at most 36."""
 
 
 class Dataset(NamedTuple):
-    """Data that a run read: a data set, or a store."""
+    """Data that a run reads: a dataset or a store."""
 
     name: str
-    digest: str  # sha256 or fingerprint of the content
-    path: str  # a path or URI, or what else says where it comes from
+    digest: str  # SHA-256 or fingerprint of the content
+    path: str  # path, URI or other description of the source
     context: str = "training"
 
     def values(self) -> dict[str, str]:
-        """As MLflow takes it."""
+        """The fields of MLflow's ``Dataset``."""
         return {
             "name": self.name,
             "digest": self.digest[:DIGEST_LENGTH],
@@ -32,7 +32,7 @@ class Dataset(NamedTuple):
 
 
 def source_tags(stage: str) -> dict[str, str]:
-    """MLflow's own tags: they fill its column Source."""
+    """MLflow's own tags for the source of a run, which its pages show."""
     tags = {"mlflow.source.name": f"python -m jobs.{stage}", "mlflow.source.type": "LOCAL"}
     if user := _user():
         tags["mlflow.user"] = user
@@ -43,19 +43,19 @@ def source_tags(stage: str) -> dict[str, str]:
 
 @functools.cache
 def _commit() -> str:
-    """The commit that is checked out; empty if this is no checkout."""
+    """The checked-out commit; empty outside of a git checkout."""
     if not (ROOT / ".git").exists():
         return ""
     try:
-        asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return ""

@@ -1,6 +1,6 @@
-"""Files of entries that wait: one a process and server, first in, first out.
+"""Files of waiting log entries: one per process and server, first in, first out.
 
-A process holds the lock of its file as long as it lives, so that whoever gets the lock may deliver what is in it.
+A process holds the lock of its file until it ends. Another process that gets the lock may deliver the entries.
 """
 
 import contextlib
@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.tracking.entries import Entry
-from pipeline.tracking.server import local_folder, name_of, without_password
+from pipeline.tracking.server import file_name_of, local_folder, without_password
 
 READ_BYTES = 4 * 2**20
-"""Read back at a time, and at least one line."""
+"""How much is read from a file at a time; at least one line."""
 
 
 class Spill:
-    """The file of this process for one server; there is none while nothing waits in it."""
+    """The file of this process for one server. It exists only while entries wait in it."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.path: Path | None = None
         self._file: IO[bytes] | None = None
-        self._start = 0  # where the first entry that waits begins
+        self._start = 0  # position of the first waiting entry
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Put entries at the end.
+        """Add entries at the end.
 
         Raises:
-            OSError: the disk does not take them.
+            OSError: the disk is full, or cannot be written to.
         """
         if self._file is None:
             self._open()
@@ -48,25 +48,25 @@ class Spill:
         self._count += len(lines)
 
     def prepend(self, entries: list[Entry]) -> None:
-        """Put entries before those that wait.
+        """Add entries before the waiting ones.
 
         Raises:
-            OSError: the disk does not take them.
+            OSError: the disk is full, or cannot be written to.
         """
-        waiting = self.first(most_bytes=-1) if self._count else []
+        waiting = self.first(max_bytes=-1) if self._count else []
         before, path = self._file, self.path
         self._file, self.path, self._count = None, None, 0
         self.append([*entries, *waiting])
         _remove(before, path)
 
-    def first(self, most_bytes: int = READ_BYTES) -> list[Entry]:
-        """The entries at the beginning; all of them for ``most_bytes`` of -1."""
+    def first(self, max_bytes: int = READ_BYTES) -> list[Entry]:
+        """The first entries, about ``max_bytes`` of them; -1 for all entries."""
         assert self._file is not None
         self._file.seek(self._start)
-        return [Entry.of_line(line.decode()) for line in self._file.readlines(most_bytes)]
+        return [Entry.of_line(line.decode()) for line in self._file.readlines(max_bytes)]
 
     def drop(self, count: int) -> None:
-        """The first entries are delivered."""
+        """Remove the first ``count`` entries, which are delivered."""
         assert self._file is not None
         self._file.seek(self._start)
         for _ in range(count):
@@ -77,15 +77,15 @@ class Spill:
             self._file, self.path = None, None
 
     def _open(self) -> None:
-        self.path = local_folder() / f"{name_of(self.uri)}-{uuid.uuid4().hex}.jsonl"
+        self.path = local_folder() / f"{file_name_of(self.uri)}-{uuid.uuid4().hex}.jsonl"
         self._file = self.path.open("w+b")
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.write(json.dumps({"tracking_uri": without_password(self.uri)}).encode() + b"\n")
         self._start = self._file.tell()
 
 
-def set_aside(uri: str, entry: Entry) -> None:
-    """Keep one entry in a file that nobody holds, for a later ``leftovers``."""
+def save_unlocked(uri: str, entry: Entry) -> None:
+    """Save an entry in a file that no process locks, so that ``leftovers`` finds it later."""
     spill = Spill(uri)
     spill.append([entry])
     assert spill._file is not None
@@ -93,21 +93,21 @@ def set_aside(uri: str, entry: Entry) -> None:
 
 
 class Leftover:
-    """A file of a process that has ended."""
+    """The file of a process that has ended."""
 
     def __init__(self, path: Path, lines: list[bytes]) -> None:
         self.path, self.lines = path, lines
 
     def entries(self) -> list[Entry]:
-        """What waits in it, but for a line that was cut off."""
-        found = []
+        """The waiting entries, without a line that was cut off."""
+        entries = []
         for line in self.lines[1:]:
             with contextlib.suppress(ValueError):
-                found.append(Entry.of_line(line.decode()))
-        return found
+                entries.append(Entry.of_line(line.decode()))
+        return entries
 
     def keep(self, entries: list[Entry]) -> None:
-        """These still wait; none: the file is removed."""
+        """Replace the file's entries by those that still wait. Without any, remove the file."""
         if not entries:
             self.path.unlink(missing_ok=True)
             return
@@ -116,8 +116,8 @@ class Leftover:
         fresh.replace(self.path)
 
 
-def servers_that_wait() -> set[str]:
-    """The addresses (without passwords) of all servers for which there are files."""
+def waiting_servers() -> set[str]:
+    """The addresses, without passwords, of all servers with entries waiting on this machine."""
     return {uri for path in local_folder().glob("*.jsonl") if (uri := _server_of(path))}
 
 
@@ -130,8 +130,8 @@ def _server_of(path: Path) -> str:
 
 
 def leftovers(uri: str) -> Iterator[Leftover]:
-    """What ended processes have left for a server, the oldest first, each held while it is worked on."""
-    for path in sorted(local_folder().glob(f"{name_of(uri)}-*.jsonl"), key=_age):
+    """The files that ended processes left for a server, the oldest first. Each is locked while the caller uses it."""
+    for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl"), key=_age):
         try:
             file = path.open("rb")
         except OSError:
@@ -140,7 +140,7 @@ def leftovers(uri: str) -> Iterator[Leftover]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                continue  # its process is alive and delivers it itself
+                continue  # its process is alive and delivers the entries itself
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino and (lines := file.readlines()):
                 yield Leftover(path, lines)
 

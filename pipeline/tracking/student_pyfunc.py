@@ -1,6 +1,6 @@
-"""What MLflow runs as a logged student: it executes a copy of this file, which lies beside the weights and ``kac``.
+"""The code of a logged student. MLflow executes a copy of this file, stored beside the weights and a copy of ``kac``.
 
-Nothing but ``kac`` is imported from here, so that a model needs neither Ray, nor a data set, nor this checkout.
+It imports only ``kac`` from this project, so that a logged model needs neither Ray, nor a dataset, nor this checkout.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ from kac.util.errors import DistillKacError
 
 
 class Student(PythonModel):  # type: ignore[misc]
-    """Images of a student, those that ``jobs.sample`` draws for the same seed, labels and steps."""
+    """Draws the same images as ``jobs.sample`` for the same seed, labels and steps."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model folder, onto the GPU where there is one."""
+        """Load the model folder, onto the GPU if the machine has one."""
         self.model = load_model(context.artifacts["model"], default_device())
 
     def predict(
@@ -34,41 +34,42 @@ class Student(PythonModel):  # type: ignore[misc]
         """Images [rows, *sample], float32 in [-1, 1] on the 8-bit grid; row i is sample i of the seed.
 
         Args:
-            model_input: the column ``label``: a class per row, or -1 for one by the data's class frequencies; an
-                unconditional student takes only -1.
-            params: ``seed``, ``steps`` and ``guidance``; default: 0, and the student's own.
+            context: unused.
+            model_input: column ``label`` with a class per row; -1 draws a class by the data's class frequencies. An
+                unconditional student accepts only -1.
+            params: ``seed`` (default 0), ``steps`` and ``guidance`` (default: the student's own).
 
         Raises:
-            MlflowException: a class that the student does not know, a seed out of range, or steps or guidance that it
-                was not made for.
+            MlflowException: the student does not know the class, was not trained for these steps or this guidance, or
+                the seed is out of range.
         """
         try:
             return self._images(model_input["label"].to_numpy(), params or {})
         except DistillKacError as error:
-            # A server answers this one with its message, others with a traceback.
+            # A server answers with the message of this exception, and with a traceback for all others.
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _images(self, labels: Any, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
         config = self.model.config
         seed = int(given.get("seed") or 0)
         if not 0 <= seed < 2**31:
-            raise DistillKacError(f"seed: expected 0 .. {2**31 - 1}, found {seed}")
+            raise DistillKacError(f"`seed` is {seed}. Choose a number from 0 to {2**31 - 1}.")
         sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
         if sampling.steps < 1:
-            raise DistillKacError(f"steps: expected at least 1, found {sampling.steps}")
+            raise DistillKacError(f"`steps` is {sampling.steps}. Choose at least 1.")
         if not len(labels):
             return np.zeros((0, *config.sample_shape), np.float32)
         classes = _classes(config, seed, labels)
-        made = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, classes)
-        return made.images.numpy()
+        samples = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, classes)
+        return samples.images.numpy()
 
 
 def _classes(config: ModelConfig, seed: int, given: Any) -> tuple[int, ...] | None:
-    """The class of each row, drawn where it is -1; None of an unconditional student."""
+    """The class of each row, drawn where the label is -1; None for an unconditional student."""
     label = torch.tensor(np.asarray(given, np.int64))
     chosen = tuple(label[label != -1].tolist())
     if chosen:
-        check_labels(config, chosen, "label", any_class="-1")
+        check_labels(config, chosen, "`label`", any_class="-1")
     drawn = noise.labels(seed, range(len(label)), config.class_frequencies)
     return tuple(torch.where(label < 0, drawn, label).tolist()) if known_classes(config) else None
 

@@ -1,4 +1,4 @@
-"""Processor, memory, disk, network and GPU while a run lasts, by MLflow's own monitors and names (``system/...``)."""
+"""Log CPU, memory, disk, network and GPU use during a run, with MLflow's own monitors and names (``system/...``)."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.tracking.metrics import SYSTEM_PREFIX
 
 FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
-"""A run that is over sooner has no such metrics; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is another interval."""
+"""When measuring begins, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL. Shorter runs log none."""
 
 
 @contextmanager
@@ -16,36 +16,36 @@ def system_metrics(log: Callable[[dict[str, float]], None]) -> Iterator[None]:
     """Measure in a thread until the block ends.
 
     Args:
-        log: takes the metrics of one measurement.
+        log: called with the metrics of each measurement.
     """
-    over = threading.Event()
-    thread = threading.Thread(target=_measure, args=(log, over), daemon=True, name="system-metrics")
+    ended = threading.Event()
+    thread = threading.Thread(target=_measure, args=(log, ended), daemon=True, name="system-metrics")
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join(5)
 
 
-def _measure(log: Callable[[dict[str, float]], None], over: threading.Event) -> None:
+def _measure(log: Callable[[dict[str, float]], None], ended: threading.Event) -> None:
     import os
 
     every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or EVERY_SECONDS)
-    if over.wait(min(FIRST_SECONDS, every)):
+    if ended.wait(min(FIRST_SECONDS, every)):
         return
     import psutil
 
-    psutil.cpu_percent()  # the first answer is 0: it measures since the last one
+    psutil.cpu_percent()  # measures since the previous call; the first call returns 0
     monitors = _monitors()
     wait = min(1.0, every)
-    while not over.wait(wait):
-        found: dict[str, float] = {}
+    while not ended.wait(wait):
+        values: dict[str, float] = {}
         for monitor in monitors:
             monitor.collect_metrics()
-            found.update(monitor.aggregate_metrics())
+            values.update(monitor.aggregate_metrics())
             monitor.clear_metrics()
-        log({f"{SYSTEM_PREFIX}{name}": float(value) for name, value in found.items()})
+        log({f"{SYSTEM_PREFIX}{name}": float(value) for name, value in values.items()})
         wait = every
 
 
@@ -58,6 +58,6 @@ def _monitors() -> list[Any]:
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     try:
         monitors.append(GPUMonitor())
-    except Exception:  # noqa: BLE001 - no library of NVIDIA's, or no GPU, and each says so in its own way
+    except Exception:  # noqa: BLE001 - without a GPU or NVIDIA's library, the error is of any type
         return monitors
     return monitors
