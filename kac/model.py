@@ -52,7 +52,7 @@ class ModelConfig(Options):
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="fraction of each class in the data")
-    class_names: tuple[str, ...] = Field((), description="names of the classes, in order; empty: the classes have no names")
+    class_names: tuple[str, ...] = Field((), description="names of the classes, in order; empty if unnamed")
     conditioning: Conditioning = Field(
         "classes_and_null", description="labels seen in training; none: only the null label"
     )
@@ -63,7 +63,7 @@ class ModelConfig(Options):
     guidance: float | None = Field(
         None, description="guidance scale of a student, the default if it takes several; None for a teacher"
     )
-    guidance_scales: tuple[float, ...] = Field((), description="guidance scales learned by a student that takes several")
+    guidance_scales: tuple[float, ...] = Field((), description="guidance scales that a student of several has learned")
     refined_in: tuple[str, ...] = Field((), description="feature spaces used to refine a student on the data")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
@@ -174,8 +174,8 @@ def load_config(path: str) -> ModelConfig:
     try:
         values: dict[str, Any] = json.loads(raw)
         version = values.get("schema_version")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}/{CONFIG_FILE} is not a JSON object: {one_line(error)}.") from None
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{path}/{CONFIG_FILE} is not a JSON object. Copy the folder again.") from None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         limit = f"this version of distillkac reads up to {SCHEMA_VERSION}. Install a newer distillkac."
         raise CheckpointError(f"{path} has schema version {version}, but {limit}")

@@ -1,4 +1,4 @@
-"""Objectives: what a student learns from a store of its teacher's trajectories."""
+"""Losses: flow matching for teachers; objectives and refinement for students."""
 
 from kac.losses.endpoint import EndpointConfig, EndpointObjective
 from kac.losses.flow_map import FlowMapConfig, FlowMapObjective

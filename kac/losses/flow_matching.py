@@ -1,4 +1,4 @@
-"""The teacher's flow-matching loss (design: arXiv 2509.21513, section on conditional flow matching), and its draws."""
+"""The flow-matching loss of a teacher (arXiv 2509.21513, conditional flow matching) and its random inputs."""
 
 import torch
 from torch import Tensor
@@ -13,27 +13,29 @@ def flow_matching_loss(
     """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate; a scalar.
 
     Args:
-        x_0: [batch, *sample] in [-1, 1]. t: [batch] in [0, 1], uniform. label: [batch], some dropped.
-        generator: of the path's noise, on the device of ``x_0``.
+        x_0: [batch, *sample] in [-1, 1].
+        t: [batch], uniform in [0, 1].
+        label: [batch], some of them null labels.
+        generator: source of the path's noise, on the device of ``x_0``.
     """
     point = path.sample(x_0, t, generator)
     return (network(point.x_t, t, label) - point.target).square().mean()
 
 
-def even_times(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform times in (0, 1), one in each of ``count`` even strata, in random order: [count].
+def stratified_times(count: int, generator: torch.Generator) -> Tensor:
+    """Stratified uniform times in (0, 1), one per interval of length 1 / ``count``, in random order: [count].
 
-    Each is uniform, and their spread over a batch adds nothing to the noise of the loss.
+    Stratification reduces the variance of the loss.
     """
     strata = torch.randperm(count, generator=generator)
     return (strata + torch.rand(count, generator=generator)) / count
 
 
 def drop_labels(label: Tensor, is_dropped: Tensor, null_label: int) -> Tensor:
-    """``label`` [batch] with the null label, which guidance needs, where ``is_dropped`` [batch] says so."""
+    """``label`` [batch] with the null label where ``is_dropped`` [batch] is true. Guidance needs this training."""
     return torch.where(is_dropped, torch.full_like(label, null_label), label)
 
 
 def flip(images: Tensor, is_flipped: Tensor) -> Tensor:
-    """Images [batch, channels, height, width], mirrored left to right where ``is_flipped`` [batch] says so."""
+    """Images [batch, channels, height, width], mirrored horizontally where ``is_flipped`` [batch] is true."""
     return torch.where(is_flipped[:, None, None, None], images.flip(-1), images)

@@ -1,4 +1,4 @@
-"""Objectives by kind. A new kind is one module with its config and ``Objective``; the config joins the union here."""
+"""All objectives. To add one, write a module with its config and ``Objective``, and add the config to this union."""
 
 from typing import Annotated
 
@@ -12,16 +12,16 @@ from kac.util.options import kind_alone
 
 ObjectiveConfig = Annotated[
     EndpointConfig | FlowMapConfig,
-    Field(discriminator="kind", description="what the student learns, and its options"),
+    Field(discriminator="kind", description="training objective of the student"),
     BeforeValidator(kind_alone),
 ]
-"""The config of any kind, as the command line, YAML and Python all take it."""
+"""The config of any objective. The string "flow-map" is short for its default config."""
 
 
 def build_objective(config: ObjectiveConfig, steps: int, takes: tuple[Condition, ...] = ()) -> Objective:
-    """What a student of ``steps`` macro steps learns.
+    """The objective of a student with ``steps`` steps.
 
     Args:
-        takes: what its network takes beside time and label whatever the objective is: ``guidance`` for all scales.
+        takes: network inputs, besides time and label, that any objective may have, such as ``guidance``.
     """
     return config.build(steps, takes)

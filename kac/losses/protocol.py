@@ -1,4 +1,4 @@
-"""What an objective is: which knots it reads, which intervals between them, and the parts of its loss."""
+"""The interface of objectives: the knots to read, the intervals to draw, and the losses."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -6,54 +6,67 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from kac.networks import Condition, VelocityNetwork
+from kac.util.errors import ArgumentError
 
 
 class Interval(NamedTuple):
-    """A batch of pairs of states on the teacher's trajectories, each pair from one trajectory."""
+    """A batch of pairs of teacher states. The two states of a pair belong to the same trajectory."""
 
     x_start: Tensor  # [batch, *sample], float32
     x_end: Tensor  # [batch, *sample]
     t_start: Tensor  # [batch], float32
-    t_end: Tensor  # [batch], below t_start
+    t_end: Tensor  # [batch], less than t_start
     label: Tensor  # [batch], int64
-    guidance: Tensor  # [batch], float32: the scale at which the teacher made each pair
+    guidance: Tensor  # [batch], float32, the guidance scale of the trajectory
 
     def mean_velocity(self) -> Tensor:
-        """(x_start - x_end) / (t_start - t_end), [batch, *sample]: the velocity that lands in one step."""
+        """(x_start - x_end) / (t_start - t_end), [batch, *sample]: the velocity that reaches x_end in one step."""
         h = (self.t_start - self.t_end).reshape(-1, *[1] * (self.x_start.ndim - 1))
         return (self.x_start - self.x_end) / h
 
     def conditions(self, names: Sequence[Condition]) -> dict[str, Tensor]:
-        """What a network that takes these beside time and label is given for the step: [batch] each."""
-        known: dict[Condition, Tensor] = {"end_time": self.t_end, "guidance": self.guidance}
-        return {name: known[name] for name in names}
+        """Values of the network inputs ``names``, [batch] each."""
+        values: dict[Condition, Tensor] = {"end_time": self.t_end, "guidance": self.guidance}
+        return {name: values[name] for name in names}
 
 
 class Objective(Protocol):
-    """What a student learns."""
+    """A training objective for students."""
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What the student's network must take in beside time and label."""
+        """Inputs of the student's network besides time and label."""
         ...
 
     def knots(self, stored: int) -> range:
-        """Which of the store's knots 0 .. ``stored`` it reads.
+        """The knots to read from a store with the knots 0 .. ``stored``.
 
         Raises:
-            ArgumentError: the store has no such knots.
+            ArgumentError: the store lacks these knots.
         """
         ...
 
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """Random intervals: where they start and end, as positions in ``knots``, each [batch] int64.
+        """Random intervals: their start and end as positions in ``knots``, [batch] each, int64.
 
         Args:
             uniforms: [batch, 2] in (0, 1), float64.
-            stored: the store has the knots 0 .. ``stored``.
+            stored: last knot of the store.
         """
         ...
 
     def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
-        """The parts of the loss by name, scalars; what is minimised is their sum."""
+        """Named scalar losses. Training minimises their sum."""
         ...
+
+
+def check_divides_knots(argument: str, steps: int, stored: int) -> None:
+    """Check that ``steps`` student steps start and end on knots of a store with ``stored`` intervals.
+
+    Raises:
+        ArgumentError: ``steps`` does not divide ``stored``. The message names the argument.
+    """
+    if steps < 1 or stored % steps:
+        *divisors, last = [str(m) for m in range(1, stored + 1) if stored % m == 0]
+        choices = f"{', '.join(divisors)} or {last}" if divisors else last
+        raise ArgumentError(f"`{argument}` {steps} does not divide the store's {stored} knots. Choose {choices}.")

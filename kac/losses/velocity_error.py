@@ -1,4 +1,4 @@
-"""How a velocity's error becomes a loss: what the objectives that follow the teacher have in common."""
+"""Losses of a velocity error, shared by the objectives."""
 
 from typing import Literal
 
@@ -12,40 +12,42 @@ from kac.util.options import Kinded
 LossName = Literal["mse", "huber"]
 
 HUBER_SCALE = 0.03
-"""c / sqrt(d) of the pseudo-Huber loss, where a sample's error is measured as a norm over d coordinates: far below a
-velocity, whose coordinates are about 1, so that most samples pull with equal force (c = 0.00054 sqrt(d) in
-arXiv 2310.14189 is for errors a hundred times smaller)."""
+"""c / sqrt(d) of the pseudo-Huber loss, whose norm covers the d coordinates of a sample.
+
+It is far smaller than a velocity, whose coordinates are about 1, so most samples have gradients of equal norm.
+arXiv 2310.14189 uses c = 0.00054 sqrt(d) for errors that are about a hundred times smaller.
+"""
 
 
 class VelocityErrorOptions(Kinded):
-    """How far a velocity is from the one that is to be learned."""
+    """Options of the loss of a velocity error."""
 
-    loss: LossName = Field("mse", description="mse: the mean squared error; huber: grows linearly far from 0")
+    loss: LossName = Field("mse", description="mse: mean squared error; huber: grows linearly for large errors")
     scales: PositiveInt = Field(
-        1, description="image sizes at which the error is taken, each half the one before; their losses are averaged"
+        1, description="number of image sizes, each half the previous one, over which the loss is averaged"
     )
 
 
 def velocity_loss(error: Tensor, loss: LossName = "mse", scales: int = 1) -> Tensor:
-    """The loss of a velocity that is off by ``error`` [batch, *sample]; a scalar.
+    """The loss of the velocity error ``error`` [batch, *sample]; a scalar.
 
     Args:
-        loss: ``mse`` is the mean square; ``huber`` takes of each sample sqrt(mean square + c^2) - c.
-        scales: the same loss of the error averaged over 2x2, 4x4, ... pixels is added, and the mean taken.
+        loss: ``mse`` is the mean square; ``huber`` is sqrt(mean square + c^2) - c per sample.
+        scales: average the losses of the error pooled over 1x1, 2x2, 4x4, ... pixels.
 
     Raises:
-        ArgumentError: more scales than the images can be halved.
+        ArgumentError: the images are too small for ``scales``.
     """
     return sum((_LOSSES[loss](part) for part in _pyramid(error, scales)), start=error.new_zeros(())) / scales
 
 
 def _pyramid(error: Tensor, scales: int) -> list[Tensor]:
-    """The error, and what is left of it when 2x2 pixels are averaged, again and again: ``scales`` in all."""
+    """The error at ``scales`` image sizes, each obtained by averaging 2x2 pixels of the previous one."""
     parts = [error]
     for _ in range(scales - 1):
         if error.ndim != 4 or min(parts[-1].shape[2:]) < 2:
-            expected = f"expected images that can be halved {scales - 1} times"
-            raise ArgumentError(f"`objective.scales`: {expected}, found {list(error.shape[1:])}")
+            problem = f"samples of shape {list(error.shape[1:])} cannot be halved {scales - 1} times"
+            raise ArgumentError(f"`objective.scales` {scales} is too large: {problem}. Choose a smaller value.")
         parts.append(avg_pool2d(parts[-1], 2))
     return parts
 

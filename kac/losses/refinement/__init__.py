@@ -1,13 +1,13 @@
-"""Refinement: a student's images are brought to the training images, class by class; the data are what it learns now.
+"""Refinement: training that moves a student's images towards the training images of the same class.
 
-A student that follows its teacher can be no better than the teacher. Here images are drawn from the student in a few
-steps, delivered, and compared with real ones by an energy distance (G. J. Szekely and M. L. Rizzo, J. Stat. Plan.
-Inference 143, 2013) in one or several spaces:
+A student that only imitates its teacher cannot become better than the teacher. Refinement generates student images in a
+few steps, clips and rounds them, and compares them with training images by an energy distance (G. J. Szekely and
+M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) in one or several feature spaces:
 
-    D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only where X and Y have one law.
+    D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only if X and Y have the same distribution.
 
-X and Y are joined with their classes, so that each class is matched with itself. The objective of the student stays as
-the anchor: without it precision is lost.
+X and Y include their classes, so images are compared class by class. The student's objective remains in the loss as an
+anchor, because precision drops without it.
 """
 
 from kac.losses.refinement.config import DataRefinementConfig, NoRefinementConfig, RefinementConfig

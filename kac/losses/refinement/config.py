@@ -1,4 +1,4 @@
-"""The options of refinement."""
+"""Options of refinement."""
 
 from typing import Annotated, Literal
 
@@ -9,40 +9,40 @@ from kac.util.options import Kinded, kind_alone
 
 
 class NoRefinementConfig(Kinded):
-    """The student follows its teacher alone."""
+    """No refinement."""
 
-    kind: Literal["none"] = Field("none", description="none: follow the teacher alone")
+    kind: Literal["none"] = Field("none", description="none: only imitate the teacher")
 
 
 class DataRefinementConfig(Kinded):
-    """Bring the student's images to the training images."""
+    """Refinement on the training images."""
 
-    kind: Literal["data"] = Field("data", description="data: bring the student's images to the training images as well")
-    anchor: NonNegativeFloat = Field(0.05, description="weight of the objective beside the energy distance")
+    kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
+    anchor: NonNegativeFloat = Field(0.05, description="weight of the objective relative to the energy distance")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,
-        description="step counts that an any-step student is sampled with, in turn; others are with their own",
+        description="step counts for sampling an any-step student, in turn; other students use their own",
     )
     spaces: tuple[SpaceName, ...] = Field(
         ("pixels",),
         min_length=1,
-        description="where images are compared: pixels; pooled: means of 4x4 pixels; classifier: the layers of one "
-        "that is trained for this and judges nothing; random: those of an untrained network, a new one every update",
+        description="feature spaces for comparing images: pixels; pooled: averages of 4x4 pixels; "
+        "classifier: layers of a classifier not used in evaluation; random: layers of a random network, new per update",
     )
     real_images: PositiveInt = Field(
-        512, description="training images an update, over all workers; they cost little, and the more the less noise"
+        512, description="training images per update, over all workers; more reduce the noise and cost little"
     )
     class_weight: NonNegativeFloat = Field(
         0.5,
-        description="distance between images of different classes, in mean distances between real images; an "
-        "unconditional student is compared without classes",
+        description="distance between classes, relative to the mean distance between training images; "
+        "unused for unconditional students",
     )
 
 
 RefinementConfig = Annotated[
     NoRefinementConfig | DataRefinementConfig,
-    Field(discriminator="kind", description="what a student learns beside its teacher, and the options of that"),
+    Field(discriminator="kind", description="training beyond the teacher"),
     BeforeValidator(kind_alone),
 ]
-"""The config of any kind, as the command line, YAML and Python all take it."""
+"""The config of any refinement. The string "data" is short for its default config."""

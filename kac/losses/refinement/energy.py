@@ -1,4 +1,4 @@
-"""The energy distance of delivered samples to real images, class by class, with its gradient."""
+"""The energy distance between delivered samples and training images, class by class."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from kac.losses.refinement.spaces import RefinementSpace
 from kac.util.images import delivered
 
 TINY = 1e-12
-"""Squared distances below it are none: their root has no slope."""
+"""Lower limit of squared distances, because the slope of their square root is infinite at 0."""
 
 
 def straight_through(samples: Tensor) -> Tensor:
-    """Samples as they are delivered; the gradient passes as if nothing had been clipped or rounded."""
+    """Delivered samples, whose gradient ignores the clipping and rounding."""
     return samples + (delivered(samples) - samples).detach()
 
 
@@ -32,18 +32,20 @@ def refinement_loss(
     num_classes: int,
     update: int = 0,
 ) -> Tensor:
-    """The mean over ``spaces`` of the energy distance between samples and real images, joined with their classes.
+    """The energy distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
 
-    Each space is measured by the mean distance between the real images in it, so that all count alike and the loss is
-    about 1 for samples that have nothing in common with them; a scalar.
+    Distances are divided by the mean distance between real images, so all spaces have equal weight and the loss is
+    about 1 for samples unrelated to the data.
 
     Args:
-        samples, real: [batch, *sample]; label, real_label: [batch]. Without a ``label`` classes are not compared.
-        update: what random spaces are drawn by.
+        samples, real: [batch, *sample].
+        label, real_label: [batch]. If ``label`` is None, classes are ignored.
+        class_weight: distance between images of different classes, in the same unit.
+        update: seed of random spaces.
     """
 
-    def one_hot(each: Tensor) -> Tensor:
-        return class_weight / 2**0.5 * nn.functional.one_hot(each, num_classes).to(samples.dtype)
+    def one_hot(classes: Tensor) -> Tensor:
+        return class_weight / 2**0.5 * nn.functional.one_hot(classes, num_classes).to(samples.dtype)
 
     classes, real_classes = ([], []) if label is None else ([one_hot(label)], [one_hot(real_label)])
 
@@ -59,10 +61,10 @@ def refinement_loss(
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Between the points x [n, width] and y [m, width]: [n, m].
+    """Distances between the points x [n, width] and y [m, width]: [n, m].
 
-    By a matrix product, which torch.cdist's gradient does without and so takes many times as long; in float64, since
-    squares are subtracted, and then the result.
+    A matrix product makes the gradient many times faster than that of torch.cdist. The differences of large squares
+    need float64.
     """
     dtype, x, y = x.dtype, x.double(), y.double()
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
@@ -70,6 +72,6 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mean_distance(x: Tensor) -> Tensor:
-    """Between different ones of the points x [n, width]."""
+    """Mean distance between different points of x [n, width]."""
     n = len(x)
     return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))

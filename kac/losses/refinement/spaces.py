@@ -1,7 +1,7 @@
-"""Where refinement compares images: pixels at several scales, and features that no evaluation judges by.
+"""Feature spaces of refinement: pixels at two sizes, and features that no evaluation uses.
 
-What a student was refined in cannot judge it. So the classifier here is another one than an evaluation's (other seed,
-other width), and random features come from another network in every update: there is none that could be fooled.
+Features used in training must not evaluate the result. The classifier therefore differs in seed and width from the one
+used in evaluation. Random features come from a new network in each update, so a student cannot overfit to them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,31 +19,33 @@ from kac.util.images import is_image
 SpaceName = Literal["pixels", "pooled", "classifier", "random"]
 
 RefinementSpace = Callable[[Tensor, int], list[Tensor]]
-"""Samples [batch, *sample] and the update's number to one or several sets of features, each [batch, width]."""
+"""(samples [batch, *sample], number of the update) -> one or several sets of features, each [batch, width]."""
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
-"""Neither the width nor the seed of the one that judges."""
+"""Its width and seed differ from those of the classifier used in evaluation."""
 
 RANDOM_WIDTHS = (32, 64, 128)
 MAP_SIDE = 4
-"""Maps of features are averaged down to this many places a side."""
+"""Feature maps are averaged down to this height and width."""
 
 
 def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Refuse spaces that the data do not have.
+    """Check that the feature spaces exist for these data.
 
     Raises:
-        ArgumentError: ``pooled`` for points or images that are too small, ``classifier`` for data of one class.
+        ArgumentError: ``pooled`` with points or too small images, or ``classifier`` with only one class.
     """
     if "pooled" in names and not (is_image(sample_shape) and min(sample_shape[1:]) >= Pooled.SIDE):
-        expected = f"expected images of at least {Pooled.SIDE} pixels a side"
-        raise ArgumentError(f"`refine.spaces` pooled: {expected}, found {list(sample_shape)}")
+        needs = f"needs images of at least {Pooled.SIDE}x{Pooled.SIDE} pixels"
+        raise ArgumentError(
+            f"`refine.spaces` pooled {needs}, but the samples have shape {list(sample_shape)}. Choose other spaces."
+        )
     if "classifier" in names and num_classes < 2:
-        raise ArgumentError("`refine.spaces` classifier: expected data of several classes, found one")
+        raise ArgumentError("`refine.spaces` classifier needs several classes. Choose other spaces.")
 
 
 def open_spaces(names: Sequence[SpaceName], data: Dataset, device: torch.device) -> list[RefinementSpace]:
-    """The spaces by name, which the data have; the classifier is trained first if the cache has none for this data."""
+    """The named spaces, checked by ``check_spaces``. Trains the classifier if the cache has none for these data."""
     return [_OPENERS[name](data, device) for name in names]
 
 
@@ -80,7 +82,7 @@ _OPENERS: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = 
 
 
 def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
-    """Layers with fresh weights, on the CPU: convolutions for images, the first of which keeps their size."""
+    """Randomly initialised layers on the CPU: convolutions of stride 1, 2, 2 for images, linear layers for points."""
     layers: list[nn.Module] = [] if is_image(shape) else [nn.Flatten()]
     width = shape[0] if is_image(shape) else torch.Size(shape).numel()
     for number, out in enumerate(RANDOM_WIDTHS):
@@ -92,10 +94,10 @@ def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
-    """What comes out of every activation: [batch, width] each, maps averaged down."""
-    found, values = [], samples
+    """The output of every activation, [batch, width] each. Feature maps are averaged down."""
+    features, values = [], samples
     for layer in layers:
         values = layer(values)
         if isinstance(layer, nn.ReLU | nn.LeakyReLU):
-            found.append(averaged_down(values, MAP_SIDE).flatten(1))
-    return found
+            features.append(averaged_down(values, MAP_SIDE).flatten(1))
+    return features
