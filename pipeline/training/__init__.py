@@ -1,6 +1,5 @@
-"""Training, written once: a task builds a learner, a loop calls it, and a host runs the loop."""
+"""Training, shared by all stages: a task builds a learner, the loop updates it, and a host runs the loop."""
 
-from pipeline.training.ahead import made_ahead, on_device, pinned
 from pipeline.training.cost import describe_cost, describe_place, log_cost
 from pipeline.training.hosts import OnReport, Place, await_workers, check_shares, choose_place, train
 from pipeline.training.learner import (
@@ -16,6 +15,7 @@ from pipeline.training.learner import (
     update_generator,
 )
 from pipeline.training.loop import Job, Task
+from pipeline.training.prefetcher import on_device, pinned, prefetched
 from pipeline.training.sheets import Sheets
 from pipeline.training.validation import HeldOut, Validation
 
@@ -40,9 +40,9 @@ __all__ = [
     "describe_cost",
     "describe_place",
     "log_cost",
-    "made_ahead",
     "on_device",
     "pinned",
+    "prefetched",
     "seed_dropout",
     "slot_generator",
     "train",

@@ -1,7 +1,8 @@
-"""When the loop saves: by updates, and by time where updates are slow.
+"""When the training loop saves a checkpoint: after a number of updates, and after some time if updates are slow.
 
-All workers must save at the same update, and clocks differ. The worker of rank 0 looks at its own and says at which
-update the next checkpoint is due; the others hear of it when metrics are logged, so no update waits for a message.
+All workers must save after the same update, but their clocks differ. So the worker of rank 0 reads its clock and
+broadcasts the update after which the next checkpoint is due. It does so when metrics are logged, so that no other
+update waits for communication.
 """
 
 import math
@@ -13,22 +14,23 @@ import torch.distributed as dist
 
 from pipeline.training.learner import Worker
 
-MOST_SHARE = 0.05
-"""Of the time of a training that goes into checkpoints, where one takes ``FREE_SECONDS`` or more."""
+MAX_SAVING_SHARE = 0.05
+"""Saving takes at most this share of the training time, unless it takes less than ``FREE_SECONDS`` per checkpoint."""
 
 FREE_SECONDS = 1.0
 
 NEVER = 2**62
 
 
-class Checkpoints:
-    """When a checkpoint is due. Every worker asks the same questions in the same order.
+class CheckpointSchedule:
+    """Decides when a checkpoint is due. Every worker must make the same calls in the same order.
 
     Args:
-        updates: one is due every so many. seconds: and when so many have passed since the last.
-        first: how many updates are done already.
-        every: updates between two agreements; before the first they come at 1, 2, 4, ...
-        clock: in seconds.
+        updates: save after every ``updates`` updates.
+        seconds: also save when ``seconds`` have passed since the last checkpoint.
+        first: number of updates done before this process started.
+        every: updates between two broadcasts. The first ones come earlier: after 1, 2, 4, ... updates.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -42,39 +44,40 @@ class Checkpoints:
     ) -> None:
         self.updates, self.seconds, self.worker = updates, seconds, worker
         self.first, self.every, self.clock = first, every, clock
-        self._due, self._not_before = NEVER, 0  # updates, as agreed
-        self._is_new = False  # a checkpoint has just been taken: how long it took is not agreed yet
-        self._took = 0.0  # seconds, of the last checkpoint
-        self._saved = self._seen = clock()  # when the last checkpoint, and the last agreement, was
-        self._seen_update = first
+        self._due, self._not_before = NEVER, 0  # update numbers, as last broadcast
+        self._is_new = False  # whether the duration of the last checkpoint has not been broadcast yet
+        self._saving_seconds = 0.0  # duration of the last checkpoint
+        self._saved_at = self._broadcast_at = clock()  # times of the last checkpoint and of the last broadcast
+        self._broadcast_update = first
 
     def is_due(self, done: int) -> bool:
-        """Whether to save after this update."""
-        if self._is_new or self._is_agreed_at(done):
-            self._agree(done)
-        by_updates = done % self.updates == 0 and done >= self._not_before
-        return by_updates or done >= self._due
+        """Whether to save a checkpoint after update ``done``."""
+        if self._is_new or self._is_broadcast_due(done):
+            self._broadcast(done)
+        is_due_by_updates = done % self.updates == 0 and done >= self._not_before
+        return is_due_by_updates or done >= self._due
 
     def saved(self, done: int, began: float) -> None:
-        """A checkpoint of this update, begun at ``began`` of the clock, is saved."""
-        self._saved = self._seen = self.clock()
-        self._took, self._seen_update = self._saved - began, done
+        """Record that a checkpoint of update ``done`` has been saved; saving began at time ``began``."""
+        self._saved_at = self._broadcast_at = self.clock()
+        self._saving_seconds, self._broadcast_update = self._saved_at - began, done
         self._is_new = True
 
-    def _is_agreed_at(self, done: int) -> bool:
+    def _is_broadcast_due(self, done: int) -> bool:
         since = done - self.first
         return done % self.every == 0 or (since < self.every and since & (since - 1) == 0)
 
-    def _agree(self, done: int) -> None:
+    def _broadcast(self, done: int) -> None:
         now = self.clock()
-        an_update = max(now - self._seen, 1e-9) / max(1, done - self._seen_update)
-        self._seen, self._seen_update = now, done
-        pause = self._took / MOST_SHARE if self._took >= FREE_SECONDS else 0.0
-        left = [(seconds - (now - self._saved)) / an_update for seconds in (max(self.seconds, pause), pause)]
-        wanted = [done + math.ceil(min(max(0.0, updates), NEVER / 2)) for updates in left]
+        seconds_per_update = max(now - self._broadcast_at, 1e-9) / max(1, done - self._broadcast_update)
+        self._broadcast_at, self._broadcast_update = now, done
+        pause = self._saving_seconds / MAX_SAVING_SHARE if self._saving_seconds >= FREE_SECONDS else 0.0
+        intervals = (max(self.seconds, pause), pause)
+        updates_left = [(interval - (now - self._saved_at)) / seconds_per_update for interval in intervals]
+        schedule = [done + math.ceil(min(max(0.0, updates), NEVER / 2)) for updates in updates_left]
         if dist.is_initialized():
-            agreed = torch.tensor(wanted, device=self.worker.device)
-            dist.broadcast(agreed, src=0)
-            wanted = agreed.tolist()
-        self._due, self._not_before = wanted
+            message = torch.tensor(schedule, device=self.worker.device)
+            dist.broadcast(message, src=0)
+            schedule = message.tolist()
+        self._due, self._not_before = schedule
         self._is_new = False

@@ -1,4 +1,4 @@
-"""What a training takes, said before it starts."""
+"""What a training costs and where it runs, for the lines before it starts and for the tracked run."""
 
 from kac.networks import NetworkConfig
 from kac.networks.cost import TRAINING_CALLS, network_cost, short
@@ -16,28 +16,28 @@ def describe_cost(
     rows: int,
     calls: float = 1.0,
 ) -> str:
-    """The updates, samples and operations of a training on ``rows`` samples, in words.
+    """Describe the updates, samples and operations of a training on ``rows`` samples, in one line.
 
     Args:
-        calls: of the network for each sample of an update.
+        calls: network calls per sample of an update.
 
     Raises:
-        ArgumentError: samples that the network does not fit.
+        ArgumentError: the network does not fit the samples.
     """
     cost, samples = network_cost(network, sample_shape, num_classes), optimizer.updates * optimizer.batch_size
-    whole = short(TRAINING_CALLS * calls * samples * cost.flops_per_call, "FLOP")
+    total = short(TRAINING_CALLS * calls * samples * cost.flops_per_call, "FLOP")
     return (
         f"{optimizer.updates:,} updates of {optimizer.batch_size:,} samples, {samples:,} in all: "
         f"{samples / rows:,.1f} epochs of {rows:,}; {short(cost.parameters)} parameters, "
-        f"{short(cost.flops_per_call, 'FLOP')} a call, about {whole} in all"
+        f"{short(cost.flops_per_call, 'FLOP')} per call, about {total} in all"
     )
 
 
 def describe_place(place: Place, precision: Precision) -> str:
-    """Where a training runs and how, in words; ``auto`` and its like are what they stand for there."""
+    """Describe where a training runs, and its precision with ``auto`` resolved, in one line."""
     return f"{place}, {precision.on(place.on_gpu)}"
 
 
 def log_cost(run: TrackedRun, network: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Log what the network costs."""
+    """Log the parameters and operations of the network."""
     run.params(network_cost(network, sample_shape, num_classes)._asdict())

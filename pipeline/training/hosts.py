@@ -1,8 +1,8 @@
-"""Where the training loop runs: in this process, which may be a trial of Ray Tune, or on workers of Ray Train.
+"""Where the training loop runs: in this process (which may be a trial of Ray Tune) or on workers of Ray Train.
 
-A range of workers is Ray Train's elastic group (Ray 2.60). It looks for more room once a minute, and counts what nodes
-have, not what other work leaves of it: a group that does not fit gives up after a minute
-(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S) and begins smaller; see ``recovery``.
+A range of workers is an elastic worker group of Ray Train (2.60). Ray Train checks once a minute whether the group can
+grow. It counts the total resources of the nodes, including those that other jobs use. A group that does not fit fails
+to start after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S); then ``recovery`` starts a smaller one.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from torch import Tensor
 from kac.util import files
 from kac.util.device import default_device
 from kac.util.errors import ArgumentError, DistillKacError
-from kac.util.options import Range, least, most
+from kac.util.options import Range, most
 from pipeline import claims
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.placement import Share, await_room
@@ -28,80 +28,87 @@ from pipeline.training.learner import Worker
 from pipeline.training.loop import Job, averaged_weights, run_updates
 
 OnReport = Callable[[dict[str, float]], None]
-"""The metrics of a validation or a checkpoint: see ``loop.Report``."""
+"""Called with the metrics of a validation or a checkpoint; see ``loop.Report``."""
 
 
 class Place(NamedTuple):
-    """Where a training runs."""
+    """The workers that run a training, and their resources."""
 
-    workers: int | Range  # of Ray Train; 0: this process
-    use_gpu: bool  # whether each of them takes a GPU, or a share of one
-    share: Share = Share(1.0)  # what each of them takes of a node
+    workers: int | Range  # of Ray Train; 0 means this process
+    use_gpu: bool  # whether each worker uses a GPU or a fraction of one
+    share: Share = Share(1.0)  # resources per worker
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it computes on GPUs."""
+        """Whether the training runs on GPUs."""
         return self.use_gpu if self.workers else torch.cuda.is_available()
 
     def __str__(self) -> str:
         device = "GPU" if self.on_gpu else "CPU"
         if not self.workers:
             return f"in this process on the {device}"
-        number = f"{least(self.workers)} to {most(self.workers)}" if isinstance(self.workers, Range) else self.workers
-        if self.share == Share(1.0, float(self.use_gpu)):
-            return f"on {number} worker{'s' * (self.workers != 1)} with a {device} each"
-        return f"on {number} worker{'s' * (self.workers != 1)} with {self.share} each"
+        number = str(self.workers).replace(":", " to ")
+        resources = f"a {device}" if self.share == Share(1.0, float(self.use_gpu)) else self.share
+        return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
 
 
 def choose_place(spec: TeachSpec | DistillSpec) -> Place:
-    """How many Ray Train workers, and what each takes: by default one a GPU, or none and this process.
+    """Choose the workers of a training and their resources.
 
-    A cluster that scales from nothing has no GPU yet: there both must be asked for.
+    The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
+    no GPU yet; there both ``workers`` and ``gpu`` must be set.
 
     Raises:
-        ArgumentError: options that do not go together.
+        ArgumentError: the options cannot be combined.
     """
     if spec.workers == 0:
-        return _checked(spec, Place(0, False))
-    gpus = cluster.connect().gpus
-    use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
-    share = Share(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
-    return _checked(spec, Place(gpus if spec.workers is None else spec.workers, use_gpu, share))
-
-
-def _checked(spec: TeachSpec | DistillSpec, place: Place) -> Place:
-    if spec.gpu and not place.on_gpu:
-        raise ArgumentError("`gpu`: expected a GPU here or in the cluster, found none: add `workers` to wait for some")
-    if spec.label_selector and not place.workers:
-        raise ArgumentError("`label_selector`: expected workers to be placed, found none: add `workers`")
-    if spec.label_selector and isinstance(place.workers, Range):
-        # Its elastic groups count the room on nodes of any labels, and then wait for workers that cannot start.
-        raise ArgumentError(f"`label_selector`: expected a fixed number of `workers`, found {place.workers}")
-    if place.use_gpu and spec.gpus_per_worker < 1 and most(place.workers) > 1:
-        # NCCL refuses two ranks on one GPU.
-        raise ArgumentError(
-            f"`gpus_per_worker`: expected whole GPUs for several workers, found {spec.gpus_per_worker:g}: "
-            "leave it out, or take one worker"
-        )
+        place = Place(0, use_gpu=False)
+    else:
+        gpus = cluster.connect().gpus
+        use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
+        share = Share(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
+        place = Place(gpus if spec.workers is None else spec.workers, use_gpu, share)
+    _check_options(spec, place)
     return place
 
 
+def _check_options(spec: TeachSpec | DistillSpec, place: Place) -> None:
+    if spec.gpu and not place.on_gpu:
+        raise ArgumentError(
+            "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."
+        )
+    if spec.label_selector and not place.workers:
+        raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
+    if spec.label_selector and isinstance(place.workers, Range):
+        # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
+        raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {place.workers}.")
+    if place.use_gpu and spec.gpus_per_worker < 1 and most(place.workers) > 1:
+        raise ArgumentError(  # because NCCL refuses two ranks on one GPU
+            f"`gpus_per_worker` is {spec.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or use "
+            "one worker."
+        )
+
+
 def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
-    """Refuse workers that cannot share a batch equally.
+    """Check that the workers can split a batch equally.
 
     Raises:
-        ArgumentError: it says so.
+        ArgumentError: they cannot.
     """
-    batch, parts = optimizer.batch_size, optimizer.accumulation
-    if workers and batch % (most(workers) * parts):
-        passes = f", of {parts} passes an update each" * (parts > 1)
-        raise ArgumentError(f"`workers`: expected a divisor of the batch size {batch}{passes}, found {workers}")
+    batch, passes = optimizer.batch_size, optimizer.accumulation
+    if workers and batch % (most(workers) * passes):
+        parts = f"each of the {passes} parts of a batch of {batch}" if passes > 1 else f"a batch of {batch}"
+        raise ArgumentError(
+            f"`workers` is {workers}, but {most(workers)} workers cannot split {parts} samples equally. Choose a "
+            f"divisor of {batch // passes}."
+        )
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
-    """Return once the cluster has room for the workers; raises as ``check_shares`` and ``placement.await_room``.
+    """Wait until the nodes can fit the workers. Raises as ``check_shares`` and ``placement.await_room``.
 
-    The driver of a sweep has asked for its trials: one that finds less has lost a node; ``recovery`` waits for that.
+    A trial of a sweep does not wait here, because the sweep has done so. If a trial does not fit, a node was lost, and
+    ``recovery`` waits for its replacement.
     """
     check_shares(optimizer, place.workers)
     if place.workers and not cluster.is_worker():
@@ -109,20 +116,19 @@ def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
 
 
 def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str, Tensor]:
-    """Run the loop and return the averaged weights.
+    """Run the training loop and return the averaged weights.
 
     Args:
-        place: Ray Train's workers are data-parallel. Between the ends of a range any number of them computes the same;
-            where it changes, they go on from the last checkpoint.
-        on_report: called at every validation and checkpoint of a loop in this process, and after the last one of
-            workers.
+        place: where to run it. Workers of Ray Train are data-parallel. Any number of workers within a range gives the
+            same result; when the number changes, they resume from the last checkpoint.
+        on_report: called after every validation and checkpoint in this process; with workers, only after the last.
 
     Raises:
-        DistillKacError: the loss is not finite, or the workers fail again and again.
+        DistillKacError: the loss is not finite, or the workers fail repeatedly.
     """
     job = replace(job, claim=claims.token_of(job.out))
-    done = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
-    return averaged_weights(done)
+    state = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
+    return averaged_weights(state)
 
 
 def _train_here(job: Job, on_report: OnReport | None) -> bytes:
@@ -148,7 +154,10 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
     def make_trainer(workers: int | Range) -> TorchTrainer:
         return TorchTrainer(
             _ray_worker,
-            train_loop_config={"job": job, "most": place.workers.most if isinstance(place.workers, Range) else None},
+            train_loop_config={
+                "job": job,
+                "max_workers": place.workers.most if isinstance(place.workers, Range) else None,
+            },
             scaling_config=ScalingConfig(
                 num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
                 use_gpu=place.use_gpu,
@@ -156,20 +165,20 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
                 label_selector=dict(place.share.label_selector) or None,
             ),
             run_config=RunConfig(
-                # The same name in the same folder resumes: the folder belongs to one spec.
+                # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
                 name=TRAINING_FOLDER,
                 storage_path=location.path,
                 storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
-                # It starts again in recovery.fit, if at all.
+                # Only recovery.fit restarts a failed training.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                logging_config=LoggingConfig(log_level="CRITICAL"),  # its log files have everything
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # the log files are complete
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
 
     result = recovery.fit(make_trainer, job.title, job.out, place.workers, place.share)
     if result.checkpoint is None:
-        raise DistillKacError(f"{job.out}: training ended without a checkpoint")
+        raise DistillKacError(f"{job.out}: training ended without a checkpoint.")
     if on_report is not None:
         on_report(result.metrics)
     return _state_in(result.checkpoint)
@@ -183,7 +192,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["most"])
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["max_workers"])
 
     def report(metrics: dict[str, float], state: bytes | None) -> None:
         with tempfile.TemporaryDirectory() as folder:

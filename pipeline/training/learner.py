@@ -1,4 +1,4 @@
-"""What is trained: networks, each with its optimizer and its average; the batches and random numbers of an update."""
+"""Learners: networks with their optimizers and averages, and the batches and random numbers of an update."""
 
 import contextlib
 import math
@@ -18,89 +18,89 @@ from pipeline.config.specs import OptimizerConfig
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 AVERAGE = "average"
-"""Where a learner's state has the weights that become the model."""
+"""Key of a learner's state that holds the weights of the model."""
 
 
 class Worker(NamedTuple):
-    """Where a copy of the loop runs."""
+    """One copy of the training loop."""
 
     rank: int
     world_size: int
     device: torch.device
-    most: int | None = None  # workers that the group may have, if their number may change
+    max_workers: int | None = None  # maximum number of workers, if their number may change
 
     @property
     def seats(self) -> int:
-        """How many workers an update's batch is cut for; fewer do the work of several each."""
-        return self.most or self.world_size
+        """The number of workers for which a batch is split. A smaller group takes several parts per worker."""
+        return self.max_workers or self.world_size
 
 
 class MicroBatch(NamedTuple):
-    """A part of an update's batch: what a worker takes in one pass.
+    """One part of an update's batch, which a worker processes in one pass.
 
-    What is random about it depends on its slot, whichever worker has it: one worker with two micro-batches an update
-    computes what two workers with one each do. The slots are those of a group of full size, its first seat's first; a
-    smaller group shares them out as evenly as it can.
+    The batch has a fixed number of slots: ``accumulation`` per seat of a group of full size, ordered by seat. A smaller
+    group distributes the slots as evenly as possible. The random numbers of a micro-batch depend on its slot and not on
+    its worker, so one worker with two micro-batches per update computes the same as two workers with one each.
     """
 
     update: int
-    number: int  # 0 .. passes - 1, on its worker
+    number: int  # 0 .. passes - 1 on its worker
     accumulation: int
     worker: Worker
 
     @property
     def slots(self) -> int:
-        """How many parts the update's batch has."""
+        """The number of parts of the update's batch."""
         return self.worker.seats * self.accumulation
 
     @property
     def slot(self) -> int:
-        """Which of them this is."""
-        return self._own.start + self.number
+        """The index of this part in the batch."""
+        return self._slots_of_worker.start + self.number
 
     @property
     def seat(self) -> int:
-        """The rank of the worker that has it in a group of full size."""
+        """The rank of its worker in a group of full size."""
         return self.slot // self.accumulation
 
     @property
     def passes(self) -> int:
-        """How many its worker takes in an update."""
-        return len(self._own)
+        """The number of micro-batches of its worker per update."""
+        return len(self._slots_of_worker)
 
     @property
     def is_last(self) -> bool:
-        """Whether it is the last that its worker takes in the update."""
+        """Whether this is the last micro-batch of its worker in the update."""
         return self.number == self.passes - 1
 
     @property
-    def _own(self) -> range:
+    def _slots_of_worker(self) -> range:
         rank, size = self.worker.rank, self.worker.world_size
         return range(rank * self.slots // size, (rank + 1) * self.slots // size)
 
     def next(self) -> "MicroBatch":
-        """What its worker takes after it."""
+        """The micro-batch that its worker processes next."""
         update, number = (self.update + 1, 0) if self.is_last else (self.update, self.number + 1)
         return self._replace(update=update, number=number)
 
     def share(self, rows: Tensor) -> Tensor:
-        """Its rows of what there is for the whole batch: [batch, ...] to [batch / slots, ...]."""
+        """The rows of a whole batch that belong to this part: [batch, ...] to [batch / slots, ...]."""
         return rows[self.slot :: self.slots]
 
 
 Losses = Callable[[VelocityNetwork, MicroBatch], dict[str, Tensor]]
-"""(network, micro-batch) -> the parts of the loss on it by name, scalars."""
+"""(network, micro-batch) -> the terms of the loss by name, scalars."""
 
 
 class Progress(NamedTuple):
-    """What an update says of itself; scalars."""
+    """The scalars of one update."""
 
-    losses: dict[str, Tensor]  # the parts of the loss by name: what is minimised is their sum
-    diagnostics: dict[str, Tensor]  # metrics of the table that are no part of it
+    losses: dict[str, Tensor]  # the terms of the loss by name; their sum is minimised
+    diagnostics: dict[str, Tensor]  # other metrics by name
 
 
 class Learner(Protocol):
-    """What the loop trains: one network, or several with an optimizer each."""
+    """What the loop trains: one network, or several networks with one optimizer each."""
 
     def update(self, number: int) -> Progress:
         """Do update ``number``."""
@@ -111,23 +111,23 @@ class Learner(Protocol):
         ...
 
     def averaged(self) -> NetworkModule:
-        """The network that becomes the model, with its averaged weights, in evaluation mode."""
+        """The network of the future model, with averaged weights, in evaluation mode."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that goes on with the next update; under ``AVERAGE`` the weights that become the model."""
+        """The state to resume from, with the weights of the model under ``AVERAGE``."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         ...
 
 
 class TrainedNetwork:
-    """A network in training on one worker: data-parallel, with AdamW and an exponential moving average.
+    """A network in training: data-parallel, with AdamW and an exponential moving average of its weights.
 
     Attributes:
-        forward: the network as the loss calls it: in its precision, its gradients averaged over the workers.
+        forward: the network for the loss, in its precision; its gradients are averaged over the workers.
     """
 
     def __init__(
@@ -148,19 +148,19 @@ class TrainedNetwork:
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def descend(self, loss: Tensor, update: int) -> Tensor:
-        """One optimizer step down the gradient of ``loss``, at the learning rate of ``update``; as ``step``."""
+        """Compute the gradient of ``loss`` and take one optimizer step; see ``step``."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         return self.step(update)
 
     def accumulate(self, loss: Callable[[], Tensor], is_last: bool) -> None:
-        """Add the gradient of a part of an update's loss; the workers exchange theirs after the last part alone."""
-        alone = not is_last and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
-        with self.parallel.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+        """Add the gradient of one part of an update's loss. Workers exchange gradients only after the last part."""
+        is_local = not is_last and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
+        with self.parallel.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
             loss().backward()  # type: ignore[no-untyped-call]
 
     def step(self, update: int) -> Tensor:
-        """One optimizer step down the gradients, at the learning rate of ``update``; returns their norm, a scalar."""
+        """Take one optimizer step at the learning rate of ``update``. Return the unclipped gradient norm, a scalar."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * learning_rate_factor(update, self.options)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.options.max_gradient_norm)
@@ -177,7 +177,7 @@ class TrainedNetwork:
         return self.average.module  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, their average and the optimizer's state."""
+        """The weights, their average and the state of the optimizer."""
         return {
             "network": self.network.state_dict(),
             AVERAGE: self.average.module.state_dict(),
@@ -186,20 +186,20 @@ class TrainedNetwork:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, which may have been saved in another memory format."""
+        """Resume from a state, which may have another memory format."""
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state[AVERAGE])
         self.average.n_averaged.fill_(state["averaged_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # The fused optimizer reads memory in its order: numbers kept for a weight must lie as the weight does.
-        for weight, kept in self.optimizer.state.items():
-            for name, value in kept.items():
+        # The fused optimizer requires its moments to have the memory format of their weight.
+        for weight, moments in self.optimizer.state.items():
+            for name, value in moments.items():
                 if value.shape == weight.shape:
-                    kept[name] = torch.empty_like(weight).copy_(value)
+                    moments[name] = torch.empty_like(weight).copy_(value)
 
 
 class NetworkLearner(TrainedNetwork):
-    """A learner of one network."""
+    """A learner with one network."""
 
     def __init__(
         self,
@@ -213,58 +213,58 @@ class NetworkLearner(TrainedNetwork):
         self.losses, self.worker = losses, worker
 
     def update(self, number: int) -> Progress:
-        """Do update ``number``: the mean of the losses of its micro-batches."""
+        """Do update ``number`` on the mean loss of its micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
-        found = [self._add(first._replace(number=n)) for n in range(first.passes)]
-        # A worker that takes more passes than others counts for more in the mean over the workers.
+        losses = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]
+        # A worker with more passes than others has more weight in the mean over the workers.
         weight = first.passes * self.worker.world_size / first.slots
-        means = {name: weight * torch.stack([parts[name] for parts in found]).mean() for name in found[0]}
+        means = {name: weight * torch.stack([terms[name] for terms in losses]).mean() for name in losses[0]}
         return Progress(means, {"gradient_norm": self.step(number)})
 
-    def _add(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """Add the gradient of one micro-batch; returns the parts of its loss."""
-        parts: dict[str, Tensor] = {}
+    def _add_gradient(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """Add the gradient of one micro-batch. Return the terms of its loss."""
+        terms: dict[str, Tensor] = {}
 
         def loss() -> Tensor:
-            parts.update(self.losses(self.forward, micro))
-            # The workers' gradients are averaged over them, whatever the number of passes behind each.
-            return torch.stack(list(parts.values())).sum() / (micro.slots / micro.worker.world_size)
+            terms.update(self.losses(self.forward, micro))
+            # DistributedDataParallel takes the mean over workers, whatever their number of passes.
+            return torch.stack(list(terms.values())).sum() / (micro.slots / micro.worker.world_size)
 
         self.accumulate(loss, micro.is_last)
-        return {name: part.detach() for name, part in parts.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
 
-# Random numbers: functions of (seed, update, slot) alone, so that no random state needs to be saved.
+# Random numbers depend only on (seed, update, slot), so that checkpoints need no random state.
 ORDER_STREAM, UPDATE_STREAM, SLOT_STREAM, DROPOUT_STREAM = 1, 2, 3, 4
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A CPU generator whose stream depends on the whole ``key``, whose first number is one of the streams."""
+    """A CPU generator seeded by all numbers of ``key``. The first number is one of the streams above."""
     word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def update_generator(seed: int, update: int) -> torch.Generator:
-    """The random numbers that an update's whole batch has in common, on the CPU of every worker alike."""
+    """A CPU generator for numbers that the whole batch of an update shares; the same on every worker."""
     return seeded(UPDATE_STREAM, seed, update)
 
 
 def slot_generator(seed: int, micro: MicroBatch) -> torch.Generator:
-    """The random numbers of one micro-batch, on the device of its worker."""
+    """A generator for one micro-batch, on the device of its worker."""
     number = seeded(SLOT_STREAM, seed, micro.update, micro.slot).initial_seed()
     return torch.Generator(micro.worker.device).manual_seed(number)
 
 
 def seed_dropout(seed: int, micro: MicroBatch) -> None:
-    """Let PyTorch's own generators, from which dropout draws, begin anew for a micro-batch."""
+    """Seed PyTorch's global generators, which dropout uses, for a micro-batch."""
     torch.manual_seed(seeded(DROPOUT_STREAM, seed, micro.update, micro.slot).initial_seed())
 
 
 class EpochOrder:
-    """Endless shuffled epochs over ``count`` rows, cut into batches; an epoch is shuffled once, when it begins.
+    """Endless shuffled epochs over ``count`` rows, split into batches. Each epoch is shuffled once.
 
-    All that it keeps is the order of the epochs of one batch: 8 bytes a row each.
+    It keeps only the order of the epochs in the current batch: 8 bytes per row and epoch.
     """
 
     def __init__(self, seed: int, count: int, batch_size: int) -> None:
@@ -272,7 +272,7 @@ class EpochOrder:
         self._shuffled: dict[int, Tensor] = {}
 
     def batch(self, update: int) -> Tensor:
-        """The rows of an update's batch: [batch_size], int64."""
+        """The row numbers of an update's batch: [batch_size], int64."""
         first, last = update * self.batch_size, (update + 1) * self.batch_size
         epochs = range(first // self.count, (last - 1) // self.count + 1)
         known = self._shuffled
@@ -285,7 +285,7 @@ class EpochOrder:
 
 
 def learning_rate_factor(update: int, options: OptimizerConfig) -> float:
-    """Linear warm-up, then half a cosine down to 0 at the last update, or the same rate to the end."""
+    """The factor on the learning rate: a linear warm-up, then half a cosine down to 0, or a constant 1."""
     if update < options.warmup_updates:
         return (update + 1) / options.warmup_updates
     if options.schedule == "constant":
@@ -295,7 +295,7 @@ def learning_rate_factor(update: int, options: OptimizerConfig) -> float:
 
 
 def _warmed_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """An exponential moving average whose decay grows with its age, so that the first weights are soon forgotten."""
+    """An exponential moving average whose decay starts low, so that the initial weights are forgotten quickly."""
 
     @torch.no_grad()
     def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:

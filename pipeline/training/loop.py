@@ -1,7 +1,7 @@
-"""The training loop: update after update, with metrics, checkpoints and a progress bar; it knows no host.
+"""The training loop: updates, metrics, checkpoints and a progress bar, independent of where it runs.
 
-What one update does is a function of (task, update, rank, world size) alone: a resumed run goes on as if it had not
-been stopped. What is logged is the mean over all workers.
+An update depends only on (task, update, rank, world size), so a resumed training gives the same result as an
+uninterrupted one. Logged metrics are means over all workers.
 """
 
 import io
@@ -25,46 +25,47 @@ from pipeline.config.specs import OptimizerConfig
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
-from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.checkpoints import CheckpointSchedule
 from pipeline.training.learner import AVERAGE, Learner, Progress, Worker
 from pipeline.training.sheets import Sheets
 from pipeline.training.validation import Validation
 
 LOG_UPDATES = 50
 SLOW_UPDATES = 10
-"""The first ones, which also load, compile and warm up, are left out of the estimate of the time that is left."""
+"""The estimate of the remaining time ignores the first updates, which also load, compile and warm up."""
 
 declare(
-    Metric("loss", "training loss, the mean of the last updates", better="lower"),
+    Metric("loss", "training loss, mean of the updates since the last point", better="lower"),
     Metric("learning_rate", "learning rate of the last update"),
-    Metric("gradient_norm", "norm of the gradient before it is scaled down, the mean of the last updates"),
-    Metric("samples_per_second", "training samples a second", better="higher"),
-    Metric("peak_memory_bytes", "most memory held so far: of tensors on a GPU, of the process without", better="lower"),
+    Metric("gradient_norm", "norm of the gradient before clipping, mean of the updates since the last point"),
+    Metric("samples_per_second", "training samples per second", better="higher"),
+    Metric("peak_memory_bytes", "peak memory so far: of tensors on a GPU, of the process on a CPU", better="lower"),
 )
 
 Report = Callable[[dict[str, float], bytes | None], None]
-"""(metrics, training state): at every validation and every checkpoint, which alone has a state, on every worker alike.
+"""(metrics, training state): called on every worker after each validation and each checkpoint.
 
-The metrics are ``update``, ``loss``, and those of the last validation, which the worker of rank 0 alone has.
+The metrics are ``update``, ``loss`` and, only on the worker of rank 0, those of the last validation. The state is None
+unless a checkpoint is due.
 """
 
 
 class Task(Protocol):
-    """What is trained: picklable, so that it travels to workers."""
+    """What to train. A task is pickled and sent to the workers."""
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """How it is trained."""
+        """The options of the optimizer."""
         ...
 
     def build(self, worker: Worker) -> Learner:
-        """What this worker trains, with its first weights."""
+        """Return the learner of one worker, with its initial weights."""
         ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task, where its results go, how often it is saved, and what is drawn and measured on the way."""
+    """A task, its output folder and tracked run, and how often to save, draw samples and validate."""
 
     task: Task
     title: str
@@ -78,21 +79,21 @@ class Job:
 
 
 def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
-    """Train from ``resume`` (or the start) to the last update; returns the final state.
+    """Train from the state ``resume``, or from the start, to the last update. Return the final state.
 
     Raises:
         DivergedError: the loss is not finite.
-        DistillKacError: another job has taken the folder.
+        DistillKacError: another job writes to the folder now.
     """
     total = job.task.optimizer.updates
     learner = job.task.build(worker)
     first, validated = _restore(learner, resume)
     window = _Window(learner, job.task.optimizer.batch_size, worker)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
-    remaining = _Remaining(job.title, first, total)
-    # A run that goes on, from a checkpoint or for want of one anew, does some updates again that it has logged before.
-    logged = _Logged(job.run, is_asked=worker.rank == 0)
-    checkpoints = Checkpoints(job.checkpoint_updates, job.checkpoint_seconds, worker, first, LOG_UPDATES)
+    time_left = _TimeLeft(job.title, first, total)
+    # A resumed training repeats the updates since its checkpoint, or all updates. The run has their metrics already.
+    logged = _LoggedSteps(job.run, is_logging=worker.rank == 0)
+    checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker, first, LOG_UPDATES)
     state = resume
     for done in range(first + 1, total + 1):
         window.add(learner.update(done - 1))
@@ -104,7 +105,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             if worker.rank == 0 and done > logged.step("loss"):
                 job.run.metrics(metrics, step=done)
         if worker.rank == 0:
-            remaining.done(done)
+            time_left.update(done)
             if job.sheets.are_due(done) and done > logged.step("loss"):
                 job.run.image("samples", job.sheets.draw(learner.averaged()), step=done)
         is_validated = job.validation is not None and job.validation.is_due(done)
@@ -121,7 +122,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
                     claims.check(job.out, job.claim)
                 state = _save(learner, done, validated)
                 if worker.rank == 0:
-                    job.run.flush()  # what is logged may not lie behind the checkpoint that a killed run goes on from
+                    job.run.flush()  # a run resumed from this checkpoint does not log these metrics again
             report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
             if is_saved:
                 checkpoints.saved(done, began)
@@ -130,31 +131,31 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
-    """The averaged weights in a training state: they become the model."""
+    """The averaged weights in a training state, which become the model."""
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
 
 
-def _validate(job: Job, learner: Learner, update: int, logged: "_Logged") -> dict[str, float]:
-    """Measure the averaged weights, and log what was found."""
+def _validate(job: Job, learner: Learner, update: int, logged: "_LoggedSteps") -> dict[str, float]:
+    """Measure the averaged network, and log and return its metrics."""
     assert job.validation is not None
-    found = job.validation.measure(learner.averaged())
-    fresh = {name: value for name, value in found.items() if update > logged.step(name)}
-    if fresh:
-        job.run.metrics(fresh, step=update)
-    return found
+    metrics = job.validation.measure(learner.averaged())
+    new = {name: value for name, value in metrics.items() if update > logged.step(name)}
+    if new:
+        job.run.metrics(new, step=update)
+    return metrics
 
 
-class _Logged:
-    """What the run has of updates that are done again, since they came after the checkpoint that is gone on from."""
+class _LoggedSteps:
+    """The steps that the tracked run had when the training resumed, so that no metric is logged twice."""
 
-    def __init__(self, run: TrackedRun, is_asked: bool) -> None:
-        self.run, self.is_asked = run, is_asked
+    def __init__(self, run: TrackedRun, is_logging: bool) -> None:
+        self.run, self.is_logging = run, is_logging
         self._steps: dict[str, int] = {}
 
     def step(self, name: str) -> int:
-        """The last update for which the run has the metric; 0: none."""
+        """The last update for which the run has the metric; 0 if it has none."""
         if name not in self._steps:
-            self._steps[name] = self.run.last_step(name) if self.is_asked else 0
+            self._steps[name] = self.run.last_step(name) if self.is_logging else 0
         return self._steps[name]
 
 
@@ -168,23 +169,23 @@ class _Window:
         self.started = time.perf_counter()
 
     def add(self, update: Progress) -> None:
-        """What an update says of itself."""
+        """Add the progress of an update."""
         self.updates.append(update)
         self.last = update
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is no part of training."""
-        begun = time.perf_counter()
+        """Exclude the time in this context from the training speed."""
+        began = time.perf_counter()
         yield
-        self.started += time.perf_counter() - begun
+        self.started += time.perf_counter() - began
 
     def last_loss(self) -> float:
         """The loss of the last update."""
         return sum(_means([self.last.losses]).values())
 
     def close(self) -> dict[str, float]:
-        """The metrics of the window; a new one begins."""
+        """Return the metrics of the window and start a new one."""
         losses = _means([update.losses for update in self.updates])
         metrics = {
             "loss": sum(losses.values()),
@@ -199,7 +200,7 @@ class _Window:
 
 
 def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each scalar over updates and workers; every worker must ask for the same ones."""
+    """The mean of each scalar over updates and workers. All workers must pass the same names."""
     names = list(dict.fromkeys(name for each in scalars for name in each))
     if not names:
         return {}
@@ -210,15 +211,15 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
-class _Remaining:
-    """Says once how long a training will go on, when that can be known."""
+class _TimeLeft:
+    """Logs once how long the training will take, after enough updates for an estimate."""
 
     def __init__(self, title: str, first: int, total: int) -> None:
         self.title, self.first, self.total = title, first, total
         self.started = time.perf_counter()
 
-    def done(self, update: int) -> None:
-        """So many updates are done."""
+    def update(self, update: int) -> None:
+        """Record that ``update`` is done."""
         if update == self.first + SLOW_UPDATES:
             self.started = time.perf_counter()
         if update == self.first + LOG_UPDATES and update < self.total:
@@ -228,9 +229,7 @@ class _Remaining:
 
 def _check_finite(job: Job, loss: float, update: int) -> None:
     if not math.isfinite(loss):
-        raise DivergedError(
-            f"{job.out}: expected a finite loss, found {loss} by update {update}: lower `optimizer.learning_rate`"
-        )
+        raise DivergedError(f"{job.out}: the loss is {loss} at update {update}. Lower `optimizer.learning_rate`.")
 
 
 def _save(learner: Learner, update: int, validated: dict[str, float]) -> bytes:
@@ -240,7 +239,7 @@ def _save(learner: Learner, update: int, validated: dict[str, float]) -> bytes:
 
 
 def _restore(learner: Learner, resume: bytes | None) -> tuple[int, dict[str, float]]:
-    """Put the learner where a state was saved; returns how many updates were done by then, and the last validation."""
+    """Load a saved state into the learner. Return its number of updates and its last validation metrics."""
     if resume is None:
         return 0, {}
     state = _load(resume)

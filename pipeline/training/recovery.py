@@ -1,13 +1,13 @@
-"""A training on Ray Train's workers outlives them: it goes on from its last checkpoint, as often as it gets ahead.
+"""Restarts a training on Ray Train workers from its last checkpoint, as long as it makes progress.
 
-Ray Train (2.60) can start a group again by itself. Here every failure ends its ``fit`` and another one begins, because
-- it counts failures over the whole training, which over days on nodes that come and go are soon too many; here they
-  count only as long as there is no new checkpoint;
-- what is left of an elastic group that has lost too much it lets wait for nodes in silence and for ever; here it is
-  said, the autoscaler is told, and it ends;
-- an elastic group that asks for what other work holds ends; here it begins smaller;
-- a lost worker costs two hundred lines of tracebacks of all the others; here it is one line, and a bug that ends the
-  training shows its traceback once.
+Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because
+- Ray Train counts failures over the whole training, and days on unreliable nodes exceed any limit. Here the count
+  restarts at every new checkpoint.
+- Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is logged,
+  reported to the autoscaler and limited.
+- Ray Train fails if an elastic group requests resources that other jobs use. Here a smaller group starts.
+- Ray Train prints two hundred lines of tracebacks for a lost worker. Here it is one line, and only a bug that ends the
+  training shows its traceback, once.
 """
 
 import time
@@ -25,28 +25,28 @@ from pipeline.cluster.placement import Share
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 
 MAX_FAILURES = 3
-"""A worker group that fails more often without getting ahead is a fault to be seen, not to be retried."""
+"""A training ends with an error after more failures than this without a new checkpoint."""
 
 WAIT_SECONDS = 1200.0
-"""How long a group waits for nodes in the place of lost ones: an autoscaler brings them in minutes or not at all."""
+"""How long to wait for nodes that replace lost ones. An autoscaler starts them within minutes or not at all."""
 
-SAY_SECONDS = 60.0
-"""Between two lines about it."""
+LOG_SECONDS = 60.0
+"""Time between two log lines about the wait."""
 
-NOTICE_SECONDS = 30.0
-"""Ray takes up to this long to see that a node is gone."""
+DETECTION_SECONDS = 30.0
+"""Ray needs up to this long to detect that a node is lost."""
 
 
 def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, share: Share) -> Any:
-    """The result of a trainer's ``fit``; while there are new checkpoints a failed one is made and fitted anew.
+    """Fit a trainer of Ray Train, with a new trainer after each failure. Return the result of the last one.
 
     Args:
-        make_trainer: of Ray Train, for so many workers; it goes on from the last checkpoint below ``out``, and starts
-            its workers once.
-        workers: that are to share the work. share: what each takes of a node.
+        make_trainer: makes a trainer for a number of workers. It resumes from the last checkpoint below ``out`` and
+            does not restart its workers.
+        share: resources per worker.
 
     Raises:
-        DistillKacError: the workers fail again and again at one place, or there is no room for them.
+        DistillKacError: the workers fail repeatedly without a new checkpoint, or the cluster cannot fit them.
     """
     from ray.train import TrainingFailedError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -60,85 +60,88 @@ def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, worker
         except TrainingFailedError as error:
             if _checkpoints(out) != before:
                 failures = 0
-            has_no_room = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-            group = _fitting(workers, share) if has_no_room else workers
-            if has_no_room and _others_hold_it(workers, share):
-                log.info(f"{title}: waits until other work on the cluster leaves room for {_told(workers, share)}")
+            lacks_resources = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+            group = _fitting(workers, share) if lacks_resources else workers
+            if lacks_resources and _are_resources_in_use(workers, share):
+                log.info(f"{title}: waiting until other jobs on the cluster free {_describe_resources(workers, share)}")
                 continue
             failures += 1
-            _check_hope(error, out, failures)
-            log.info(f"{title}: {_what_failed(error)}: going on from the last checkpoint")
+            _check_retry(error, out, failures)
+            log.info(f"{title}: {_describe_failure(error)}; resuming from the last checkpoint")
             if isinstance(workers, Range) and _lost_ranks(error):
-                # An elastic group that begins with a node which is about to be found dead waits for ever.
-                time.sleep(NOTICE_SECONDS)
+                # An elastic group waits forever if it starts with a dead node that Ray has not detected yet.
+                time.sleep(DETECTION_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
 
 
-def _check_hope(error: Exception, out: str, failures: int) -> None:
-    """Raise what ends the training, if another attempt is not worth it; a bug shows its traceback whole.
+def _check_retry(error: Exception, out: str, failures: int) -> None:
+    """Raise a ``DistillKacError`` if another attempt is pointless. For a bug, log the whole traceback first.
 
     Args:
-        failures: since the last new checkpoint.
+        failures: number of failures since the last new checkpoint.
     """
-    told = [each for each in _raised(error) if isinstance(each, DistillKacError)]
-    if failures <= MAX_FAILURES and not told:  # what a worker tells people, it would tell again
+    worker_errors = _worker_errors(error)
+    refusals = [each for each in worker_errors if isinstance(each, DistillKacError)]
+    if failures <= MAX_FAILURES and not refusals:  # a refusal would only repeat itself
         return
-    if _raised(error) and not told:
+    if worker_errors and not refusals:
         log.warning(error)
-    kind = DivergedError if any(isinstance(each, DivergedError) for each in told) else DistillKacError
-    raise kind(f"{out}: training failed: {told[0] if told else cluster.innermost(error)}") from error
+    kind = DivergedError if any(isinstance(each, DivergedError) for each in refusals) else DistillKacError
+    raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
 
 
 def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> None:
-    """Return once the nodes have room for the workers; if other work holds it now, Ray Train waits for that.
+    """Wait until the nodes can fit the workers. Ray Train itself waits for resources that other jobs use.
 
     Raises:
-        DistillKacError: no such room for ``WAIT_SECONDS``, or on the one machine of an embedded Ray.
+        DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray is too small.
     """
     wanted, started = least(workers), time.monotonic()
     if placement.room(placement.alive(), share) >= wanted:
         return
-    said = -SAY_SECONDS
+    logged = -LOG_SECONDS
     with placement.asking(wanted, share):
         while placement.room(placement.alive(), share) < wanted:
             waited = time.monotonic() - started
             if waited >= WAIT_SECONDS or placement.is_embedded():
                 raise DistillKacError(
-                    f"{out}: expected room for {_told(workers, share)}, found too little for {duration(waited)}: add "
-                    "nodes or lower `workers`, and run the same command again to go on from the last checkpoint"
+                    f"{out}: the nodes cannot fit {_describe_resources(workers, share)}, after waiting for "
+                    f"{duration(waited)}. Add nodes or lower `workers`, then run the same command again to resume from "
+                    "the last checkpoint."
                 )
-            if waited >= said + SAY_SECONDS:
-                said, left = waited, duration(WAIT_SECONDS - waited)
-                log.info(f"{title}: no room for {_told(workers, share)}: waiting for nodes, for {left} at most")
+            if waited >= logged + LOG_SECONDS:
+                logged, left = waited, duration(WAIT_SECONDS - waited)
+                needed = _describe_resources(workers, share)
+                log.info(f"{title}: the nodes cannot fit {needed}; waiting at most {left} for more nodes")
             time.sleep(placement.POLL_SECONDS)
 
 
-def _others_hold_it(workers: int | Range, share: Share) -> bool:
-    """Whether other work of the cluster holds the room; the Ray of this process alone has none that would end."""
+def _are_resources_in_use(workers: int | Range, share: Share) -> bool:
+    """Whether other jobs on the cluster use the resources. An embedded Ray has no other jobs."""
     return not placement.is_embedded() and placement.room(placement.free(), share) < least(workers)
 
 
 def _fitting(workers: int | Range, share: Share) -> int | Range:
-    """A range with no more workers than other work leaves room for."""
+    """A range without the workers that do not fit beside other jobs; a fixed number is unchanged."""
     if not isinstance(workers, Range):
         return workers
     free = placement.room(placement.free(), share)
     return Range(workers.least, int(max(workers.least, min(workers.most, free))))
 
 
-def _told(workers: int | Range, share: Share) -> str:
+def _describe_resources(workers: int | Range, share: Share) -> str:
     return f"{least(workers)} x ({share})"
 
 
 def _lost_ranks(error: Exception) -> list[int]:
-    """The workers that are gone: where one is, the others fail because they do not reach it."""
+    """The ranks of lost workers. The other workers fail only because they cannot reach the lost ones."""
     failed = getattr(error, "worker_failures", {})
     return sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
 
 
-def _what_failed(error: Exception) -> str:
-    """In one line."""
+def _describe_failure(error: Exception) -> str:
+    """What failed, in one line."""
     failed = getattr(error, "worker_failures", {})
     if not failed:
         return cluster.innermost(error)
@@ -148,8 +151,8 @@ def _what_failed(error: Exception) -> str:
     return f"the worker of rank {first} failed ({cluster.innermost(failed[first])})"
 
 
-def _raised(error: Exception) -> list[BaseException]:
-    """What the training loop raised in the workers."""
+def _worker_errors(error: Exception) -> list[BaseException]:
+    """The exceptions that the training loop raised in the workers."""
     failed = getattr(error, "worker_failures", {})
     return [each._base_exc for each in failed.values() if hasattr(each, "_base_exc")]
 

@@ -1,4 +1,4 @@
-"""Sheets of samples while a training runs: the averaged weights, always from the same noise."""
+"""Sample sheets: images of the averaged network during training, always from the same noise."""
 
 from dataclasses import dataclass, field
 
@@ -10,18 +10,18 @@ from kac.sampling import Sampling, draw, student_sampling, teacher_sampling
 
 COUNT = 40
 TEACHER_STEPS = 20
-"""Solver steps: enough to see what a teacher has learned."""
+"""Solver steps of a teacher: enough to see what it has learned."""
 
 SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class Sheets:
-    """What is drawn, and how often.
+    """How often sample sheets are drawn, and of which model.
 
     Attributes:
-        every: updates between two sheets; None: there are none.
-        config: of the model that the training makes.
+        every: updates between two sheets; None draws none.
+        config: of the model in training. Required if ``every`` is set.
     """
 
     every: int | None = None
@@ -29,11 +29,11 @@ class Sheets:
     precision: Precision = field(default_factory=Precision)
 
     def are_due(self, update: int) -> bool:
-        """Whether there is one after so many updates."""
+        """Whether to draw a sheet after this update."""
         return self.every is not None and update % self.every == 0
 
     def draw(self, network: NetworkModule) -> bytes:
-        """A sheet of the classes in turn, PNG; a student takes its own steps.
+        """Return a sheet of samples as PNG, with the classes in turn. A student takes its own steps.
 
         Raises:
             DistillKacError: the network has diverged.
@@ -42,11 +42,11 @@ class Sheets:
 
         assert self.config is not None
         labels = known_classes(self.config)[:COUNT] or None
-        precision = self.precision.model_copy(update={"compile": False})  # for a few calls it would not pay
+        precision = self.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
         model, sampling = Model(network, self.config), sampling_of(self.config)
         return sheet(draw(model, sampling, precision, SEED, COUNT, COUNT, labels).images.numpy())
 
 
 def sampling_of(config: ModelConfig) -> Sampling:
-    """How a model is sampled in the middle of its training."""
+    """How to sample a model during its training."""
     return student_sampling(config) if config.kind == "student" else teacher_sampling(config, steps=TEACHER_STEPS)

@@ -1,4 +1,4 @@
-"""Validation while a training runs: what the averaged weights are worth, always from the same noise."""
+"""Validation during training: metrics of the averaged network, always from the same noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,45 +26,44 @@ from pipeline.store.layout import LABEL
 from pipeline.tracking import declare
 from pipeline.training.sheets import SEED, sampling_of
 
-FEWEST_SAMPLES, MOST_SAMPLES, REAL_IMAGES = 64, 512, 2048
+MIN_SAMPLES, MAX_SAMPLES, REAL_IMAGES = 64, 512, 2048
 
-MOST_SHARE = 0.05
-"""Of the network calls of a training, for validations: where they would be more, fewer samples are drawn."""
+MAX_CALLS_SHARE = 0.05
+"""Validations draw so few samples that they take at most this share of the network calls."""
 
-FEWEST_UPDATES = 50
-"""Between two validations, by default."""
+MIN_UPDATES = 50
+"""Minimum number of updates between two validations, by default."""
 
 ENERGY_DISTANCE, ENDPOINT_ERROR = "validation/energy_distance", "validation/endpoint_error"
 
 declare(
     Metric(
         ENERGY_DISTANCE,
-        "energy distance of a few samples to held-out images, pixels with class (without, if the model is "
-        "unconditional), the unbiased estimate (0 or below: no difference can be seen)",
+        "energy distance between a few samples and held-out images, in pixels and class (pixels only for an "
+        "unconditional model); the unbiased estimate (0 or below: no detectable difference)",
         better="lower",
     ),
-    Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images of held-out noise", better="lower"),
+    Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images from held-out noise", better="lower"),
 )
 
 
 class HeldOut(NamedTuple):
-    """The last rows of a store, which the student does not learn."""
+    """The last rows of a store, on which the student is not trained."""
 
     store: str
-    scales: tuple[float, ...]  # of guidance
-    rows: int  # of each
+    scales: tuple[float, ...]  # guidance scales
+    rows: int  # per guidance scale
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is measured, and how often.
+    """What to measure during training, and how often.
 
     Attributes:
-        every: updates between two validations; None: a tenth of all, at least ``FEWEST_UPDATES``, but no validation if
-            one takes more network calls than the training; 0: there are none.
-        config: of the model that the training makes.
-        optimizer: of the training.
-        held_out: of a student's store.
+        every: updates between two validations; 0 means never. None means a tenth of all updates, but at least
+            ``MIN_UPDATES``; never if one validation takes more network calls than the training.
+        config: of the model in training.
+        held_out: the held-out rows of a student's store.
     """
 
     every: int | None
@@ -74,95 +73,97 @@ class Validation:
     held_out: HeldOut | None = None
 
     def is_due(self, update: int) -> bool:
-        """Whether there is a validation after so many updates; the last weights are always measured."""
+        """Whether to validate after this update. The last update is always validated."""
         every = self._interval
         return every > 0 and (update % every == 0 or update == self.optimizer.updates)
 
     @property
     def samples(self) -> int:
-        """How many are drawn: as many as cost no more than ``MOST_SHARE`` of the updates since the last time."""
-        trained = self._calls_an_update * min(self._interval, self.optimizer.updates)
-        return min(MOST_SAMPLES, max(FEWEST_SAMPLES, int(MOST_SHARE * trained / sampling_of(self.config).steps)))
+        """The number of samples to draw per validation, within ``MAX_CALLS_SHARE`` if possible."""
+        training_calls = self._calls_per_update * min(self._interval, self.optimizer.updates)
+        affordable = int(MAX_CALLS_SHARE * training_calls / sampling_of(self.config).steps)
+        return min(MAX_SAMPLES, max(MIN_SAMPLES, affordable))
 
     @property
     def _interval(self) -> int:
         updates = self.optimizer.updates
         if self.every is not None:
             return self.every
-        is_cheaper = FEWEST_SAMPLES * sampling_of(self.config).steps <= updates * self._calls_an_update
-        return max(FEWEST_UPDATES, updates // 10) if is_cheaper else 0
+        is_cheaper = MIN_SAMPLES * sampling_of(self.config).steps <= updates * self._calls_per_update
+        return max(MIN_UPDATES, updates // 10) if is_cheaper else 0
 
     @property
-    def _calls_an_update(self) -> int:
+    def _calls_per_update(self) -> int:
         return TRAINING_CALLS * self.optimizer.batch_size
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
-        """The metrics of a network in evaluation mode, by name; those whose inputs there are.
+        """Return the metrics of a network in evaluation mode, by name.
+
+        A metric is left out if its held-out images or rows are not available.
 
         Raises:
             DistillKacError: the network has diverged.
         """
-        # For a few calls compiling would not pay.
-        precision = self.precision.model_copy(update={"compile": False})
-        found = {}
+        precision = self.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
+        metrics = {}
         if (real := _real_images(self.config.data, self.config.data_sha256)) is not None:
-            found[ENERGY_DISTANCE] = self._energy_distance(network, precision, real)
+            metrics[ENERGY_DISTANCE] = self._energy_distance(network, precision, real)
         if self.held_out is not None and self.held_out.rows:
-            found[ENDPOINT_ERROR] = self._endpoint_error(network, precision, self.held_out)
-        return found
+            metrics[ENDPOINT_ERROR] = self._endpoint_error(network, precision, self.held_out)
+        return metrics
 
     def _energy_distance(self, network: NetworkModule, precision: Precision, real: LabelledImages) -> float:
-        """Of delivered samples and images, in units of the mean distance between images."""
+        """The energy distance of delivered samples and images, in units of the mean distance between images."""
         config = self.config
-        made = draw(Model(network, config), sampling_of(config), precision, SEED, self.samples, self.samples)
+        samples = draw(Model(network, config), sampling_of(config), precision, SEED, self.samples, self.samples)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
         images = delivered(real.images)
-        label = made.label if known_classes(config) else None
-        return float(refinement_loss(made.images, label, images, real.labels, spaces, 1.0, config.num_classes))
+        label = samples.label if known_classes(config) else None
+        return float(refinement_loss(samples.images, label, images, real.labels, spaces, 1.0, config.num_classes))
 
     def _endpoint_error(self, network: NetworkModule, precision: Precision, held_out: HeldOut) -> float:
-        """The mean over scales; delivered images are compared."""
+        """The endpoint error of delivered images, the mean over the guidance scales."""
         device, wrapped = next(network.parameters()).device, precision.wrap(network)
         errors = []
         for w, rows in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
             sampling = student_sampling(self.config, guidance=w)
-            made = generate(wrapped, rows.noise.to(device), rows.label.to(device), sampling).x.cpu()
-            errors.append((delivered(made) - delivered(rows.image)).square().mean().sqrt())
+            images = generate(wrapped, rows.noise.to(device), rows.label.to(device), sampling).x.cpu()
+            errors.append((delivered(images) - delivered(rows.image)).square().mean().sqrt())
         return float(torch.stack(errors).mean())
 
 
 class _Rows(NamedTuple):
-    """Ends of trajectories."""
+    """The two ends of held-out trajectories."""
 
     noise: Tensor  # [rows, *sample]
-    image: Tensor  # [rows, *sample], the teacher's
+    image: Tensor  # [rows, *sample], of the teacher
     label: Tensor  # [rows]
 
 
 @lru_cache(maxsize=1)
 def _rows(held_out: HeldOut, most: int) -> tuple[_Rows, ...]:
-    """The held-out rows of each scale, or the ``most`` last ones."""
+    """The last ``most`` held-out rows of each guidance scale."""
     source = store.open(held_out.store)
     first, *_, last = source.identity.knot_columns
 
-    def ends() -> Iterator[_Rows]:
+    def read() -> Iterator[_Rows]:
         for w in held_out.scales:
             columns = source.last(min(held_out.rows, most), w, [LABEL, first, last])
             yield _Rows(columns[first].float(), columns[last].float(), columns[LABEL].long())
 
-    return tuple(ends())
+    return tuple(read())
 
 
 @lru_cache(maxsize=1)
 def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
-    """Held-out images; None if the data are not here, or have changed, which a student does not mind."""
+    """Held-out images; None if the data cannot be read or have changed, since a student can be trained without them."""
     try:
         data = open_dataset(config)
         if data.description.sha256 != sha256:
             raise DistillKacError(DATA_CHANGED)
         split = data.held_out
     except (DistillKacError, OSError) as error:
-        log.info(f"validation: no energy distance, since the data of the teacher cannot be read: {error}")
+        log.info(f"validation: no energy distance, because the teacher's data cannot be read: {error}")
         return None
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SEED))
     return split.rows(order[:REAL_IMAGES])

@@ -1,17 +1,17 @@
-"""When a checkpoint is due: by updates or by time, at a bounded cost, and on all workers alike."""
+"""When a checkpoint is due: by updates or by time, at a bounded cost, and after the same update on all workers."""
 
 import pytest
 import torch
 
 from pipeline.training import Worker
-from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.checkpoints import CheckpointSchedule
 
 HERE = Worker(0, 1, torch.device("cpu"))
 EVERY = 50
 
 
 class Clock:
-    """Seconds that pass as the test says."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -21,68 +21,68 @@ class Clock:
 
 
 def saved_at(
-    total: int, updates: int, seconds: float, an_update: float, saving: float, first: int = 0
+    total: int, updates: int, seconds: float, update_seconds: float, saving: float, first: int = 0
 ) -> list[tuple[int, float]]:
-    """The updates after which a training saves, and the seconds of training since the last time."""
+    """The updates after which a training saves, each with the seconds since the previous checkpoint."""
     clock = Clock()
-    checkpoints = Checkpoints(updates, seconds, HERE, first, EVERY, clock)
-    found, before = [], clock.now
+    checkpoints = CheckpointSchedule(updates, seconds, HERE, first, EVERY, clock)
+    checkpointed, before = [], clock.now
     for done in range(first + 1, total + 1):
-        clock.now += an_update
+        clock.now += update_seconds
         if checkpoints.is_due(done):
-            found.append((done, clock.now - before))
+            checkpointed.append((done, clock.now - before))
             began = clock.now
             clock.now += saving
             checkpoints.saved(done, began)
             before = clock.now
-    return found
+    return checkpointed
 
 
-def test_fast_updates_are_saved_by_their_number():
-    assert [done for done, _ in saved_at(2000, 500, 600, an_update=0.01, saving=0.1)] == [500, 1000, 1500, 2000]
+def test_fast_updates_are_saved_by_number():
+    assert [done for done, _ in saved_at(2000, 500, 600, update_seconds=0.01, saving=0.1)] == [500, 1000, 1500, 2000]
     assert [done for done, _ in saved_at(2000, 500, 600, 0.01, 0.1, first=1100)] == [1500, 2000]
 
 
-@pytest.mark.parametrize("an_update", [0.9, 7.0, 45.0, 700.0])
-def test_slow_updates_are_saved_by_time(an_update: float):
-    """Not an update later than it must be, from the first one on."""
-    found = saved_at(int(6000 / an_update) + 2, 10**9, 600, an_update, saving=0.5)
+@pytest.mark.parametrize("update_seconds", [0.9, 7.0, 45.0, 700.0])
+def test_slow_updates_are_saved_by_time(update_seconds: float):
+    """Each checkpoint is at most two updates late, including the first."""
+    found = saved_at(int(6000 / update_seconds) + 2, 10**9, 600, update_seconds, saving=0.5)
     assert len(found) >= 2
-    assert all(600 - an_update <= since < 600 + 2 * an_update for _, since in found)
+    assert all(600 - update_seconds <= since < 600 + 2 * update_seconds for _, since in found)
 
 
 @pytest.mark.parametrize(("updates", "seconds"), [(500, 600), (1, 1e9), (10**9, 1)])
-def test_saving_takes_a_twentieth_of_the_time_at_most(updates: int, seconds: float):
+def test_saving_takes_at_most_a_twentieth_of_the_time(updates: int, seconds: float):
     saving = 40.0
-    found = saved_at(20_000, updates, seconds, an_update=0.3, saving=saving)
+    found = saved_at(20_000, updates, seconds, update_seconds=0.3, saving=saving)
     assert len(found) > 3
     assert all(saving / (saving + since) <= 0.05 for _, since in found[1:])
 
 
-def test_what_is_saved_at_once_is_saved_as_often_as_asked():
-    assert len(saved_at(100, 1, 600, an_update=0.001, saving=0.02)) == 100
+def test_fast_saving_is_not_limited():
+    assert len(saved_at(100, 1, 600, update_seconds=0.001, saving=0.02)) == 100
 
 
 def test_updates_that_become_slow_are_noticed_at_the_next_log():
     clock = Clock()
-    checkpoints = Checkpoints(10**9, 600, HERE, 0, EVERY, clock)
+    checkpoints = CheckpointSchedule(10**9, 600, HERE, 0, EVERY, clock)
     due = []
     for done in range(1, 400):
         clock.now += 0.1 if done <= 210 else 20
         if checkpoints.is_due(done):
             due.append(done)
             checkpoints.saved(done, clock.now)
-    # 600 seconds are over at update 239, and the log after that is at 250.
+    # 600 seconds have passed at update 239, and the next log is at update 250.
     assert due[0] == 250
 
 
-def test_all_workers_save_when_the_first_one_says_so(monkeypatch: pytest.MonkeyPatch):
-    """Whatever their own clocks say; what is sent is the same number of messages from each."""
+def test_all_workers_save_after_the_update_that_rank_0_chooses(monkeypatch: pytest.MonkeyPatch):
+    """The clocks of the workers differ, and every broadcast is received."""
     sent: list[list[int]] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     clocks = [Clock(), Clock()]
     first, second = (
-        Checkpoints(10**9, 600, Worker(rank, 2, torch.device("cpu")), 0, EVERY, clocks[rank]) for rank in (0, 1)
+        CheckpointSchedule(10**9, 600, Worker(rank, 2, torch.device("cpu")), 0, EVERY, clocks[rank]) for rank in (0, 1)
     )
 
     def broadcast(values: torch.Tensor, src: int) -> None:

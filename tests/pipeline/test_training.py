@@ -1,4 +1,4 @@
-"""The training loop: what it computes, how it resumes, what it refuses."""
+"""The training loop: results, resuming, and refused options."""
 
 import gc
 import io
@@ -15,23 +15,23 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from kac.precision import Precision
-from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError, DivergedError
 from pipeline import tracking, training
 from pipeline.config.specs import OptimizerConfig, SampleSpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.sweep import sweep
 from pipeline.teach import teach
 from pipeline.tracking import TrackedRun
-from pipeline.training.ahead import BATCHES_AHEAD, Ahead, made_ahead
 from pipeline.training.learner import TrainedNetwork, learning_rate_factor
 from pipeline.training.loop import run_updates
+from pipeline.training.prefetcher import BATCHES_AHEAD, Prefetcher, prefetched
 from tests.pipeline.stages import FEW, distill_spec, teach_spec
 
 DIAGNOSTICS = {"learning_rate", "gradient_norm", "samples_per_second", "peak_memory_bytes"}
 
 
 class NoTracking(TrackedRun):
-    """A run that keeps its metrics to itself."""
+    """A run that checks its metrics and logs nothing."""
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         assert set(values) == {"loss", "loss/regression", *DIAGNOSTICS}
@@ -40,15 +40,15 @@ class NoTracking(TrackedRun):
 
 UNTRACKED = NoTracking("", "")
 HERE = training.Worker(0, 1, torch.device("cpu"))
-HERE_ALONE = training.Place(0, use_gpu=False)
+THIS_PROCESS = training.Place(0, use_gpu=False)
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A linear map of 64 fixed points; its rows are split between the workers, as a batch is."""
+    """Fits a linear map to 64 fixed points, which the workers split like a batch."""
 
     optimizer: OptimizerConfig
-    dies_at: int = -1
+    dies_at: int = -1  # update at which the worker of rank 1 exits, if the file ``mark`` does not exist
     mark: str = ""
     poison_at: int = -1
 
@@ -70,7 +70,7 @@ class Regression:
 
 
 class Linear(nn.Linear):
-    """As a velocity network is called."""
+    """A linear map with the signature of a velocity network."""
 
     null_label = 0
 
@@ -94,8 +94,8 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
         torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance)
 
 
-def test_it_learns_and_returns_the_average(tmp_path: Path):
-    weights = training.train(job(tmp_path, Regression(OPTIONS)), HERE_ALONE)
+def test_training_reduces_the_error_and_returns_the_average(tmp_path: Path):
+    weights = training.train(job(tmp_path, Regression(OPTIONS)), THIS_PROCESS)
     state = run_updates(job(tmp_path, Regression(OPTIONS)), HERE, _ignore, None)
     trained = torch.load(io.BytesIO(state), weights_only=True)["learner"]
     assert_same(weights, trained["average"])
@@ -105,12 +105,12 @@ def test_it_learns_and_returns_the_average(tmp_path: Path):
 
 
 def _ignore(metrics: dict[str, float], state: bytes) -> None:
-    """A report function that keeps nothing."""
+    """A report function that does nothing."""
 
 
 @pytest.mark.parametrize("stop_after", [10, 30, 50])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_after: int):
-    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), HERE_ALONE)
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path, stop_after: int):
+    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), THIS_PROCESS)
 
     class Stopped(Exception):
         pass
@@ -121,14 +121,14 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop_afte
 
     stopped = job(tmp_path / "stopped", Regression(OPTIONS))
     with pytest.raises(Stopped):
-        training.train(stopped, HERE_ALONE, on_report=stop)
-    assert_same(whole, training.train(stopped, HERE_ALONE))
+        training.train(stopped, THIS_PROCESS, on_report=stop)
+    assert_same(whole, training.train(stopped, THIS_PROCESS))
 
 
-def test_what_is_logged_is_delivered_before_its_checkpoint_is_reported(tmp_path: Path):
+def test_metrics_are_flushed_before_their_checkpoint_is_reported(tmp_path: Path):
     events: list[str] = []
 
-    class Told(TrackedRun):
+    class Recorded(TrackedRun):
         def metrics(self, values: dict[str, float], step: int = 0) -> None:
             events.append(f"metrics {step}")
 
@@ -136,8 +136,8 @@ def test_what_is_logged_is_delivered_before_its_checkpoint_is_reported(tmp_path:
             events.append("flush")
             return True
 
-    watched = training.Job(Regression(OPTIONS), "test", str(tmp_path), Told("", ""), 55)
-    training.train(watched, HERE_ALONE, on_report=lambda metrics: events.append(f"report {metrics['update']:.0f}"))
+    watched = training.Job(Regression(OPTIONS), "test", str(tmp_path), Recorded("", ""), 55)
+    training.train(watched, THIS_PROCESS, on_report=lambda metrics: events.append(f"report {metrics['update']:.0f}"))
     assert events == ["metrics 50", "flush", "report 55", "metrics 60", "flush", "report 60"]
 
 
@@ -159,14 +159,14 @@ def test_a_resumed_run_logs_no_update_twice(tmp_path: Path):
 
         states: list[bytes] = []
         with pytest.raises(Stopped):
-            training.train(resumed, HERE_ALONE, on_report=stop)
-        training.train(resumed, HERE_ALONE)
+            training.train(resumed, THIS_PROCESS, on_report=stop)
+        training.train(resumed, THIS_PROCESS)
         run.flush()
     steps = [point.step for point in MlflowClient().get_metric_history(run.run_id, "loss")]
     assert steps == [50, 100, 150, 200, 250, 300]
 
 
-def test_a_run_that_begins_anew_for_want_of_a_checkpoint_logs_no_update_twice(tmp_path: Path):
+def test_a_run_restarted_without_a_checkpoint_logs_no_update_twice(tmp_path: Path):
     with tracking.start_run(
         spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=str(tmp_path)
     ) as run:
@@ -178,39 +178,42 @@ def test_a_run_that_begins_anew_for_want_of_a_checkpoint_logs_no_update_twice(tm
     assert steps == [50, 60, 100, 120]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path):
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path: Path):
     poisoned = job(tmp_path, Regression(OPTIONS, poison_at=9))
-    with pytest.raises(DistillKacError, match="expected a finite loss, found nan by update 10"):
-        training.train(poisoned, HERE_ALONE)
+    with pytest.raises(DivergedError, match="nan at update 10"):
+        training.train(poisoned, THIS_PROCESS)
     assert not (tmp_path / "training" / "state.pt").exists()
 
 
-def test_a_batch_that_the_workers_cannot_share_is_refused(small_store: str, tmp_path: Path, ray_cluster: None):
-    """Before the work, and so before there is a run of it."""
-    message = "`workers`: expected a divisor of the batch size 64, found (1:)?3$"
-    with pytest.raises(ArgumentError, match=message):
-        teach(teach_spec(tmp_path / "teacher", workers=3))
-    with pytest.raises(ArgumentError, match=message):
-        distill(distill_spec(small_store, tmp_path / "student", workers="1:3"))
-    with pytest.raises(ArgumentError, match=message):
-        sweep(SweepSpec(store=small_store, out=str(tmp_path / "sweep"), optimizer=FEW, workers=3))
+def test_a_batch_that_the_workers_cannot_split_is_refused_before_a_run_starts(
+    small_store: str, tmp_path: Path, ray_cluster: None
+):
+    stages = [
+        lambda: teach(teach_spec(tmp_path / "teacher", workers=3)),
+        lambda: distill(distill_spec(small_store, tmp_path / "student", workers="1:3")),
+        lambda: sweep(SweepSpec(store=small_store, out=str(tmp_path / "sweep"), optimizer=FEW, workers=3)),
+    ]
+    for stage in stages:
+        with pytest.raises(ArgumentError, match=r"(1:)?3, .* batch of 64") as refusal:
+            stage()
+        assert refusal.value.name == "workers"
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_two_workers_one_killed_end_where_one_process_ends(tmp_path: Path, ray_cluster: None):
-    alone = training.train(job(tmp_path / "alone", Regression(OPTIONS)), HERE_ALONE)
+def test_two_workers_with_one_killed_give_the_result_of_one_process(tmp_path: Path, ray_cluster: None):
+    single = training.train(job(tmp_path / "single", Regression(OPTIONS)), THIS_PROCESS)
     mark = tmp_path / "killed"
     task = Regression(OPTIONS, dies_at=35, mark=str(mark))
     together = training.train(
-        # Checkpoints by time too, in which the two must agree.
+        # Also saves checkpoints by time, on which the two workers must agree.
         replace(job(tmp_path / "together", task, checkpoint_updates=10), checkpoint_seconds=0.5),
         training.Place(2, use_gpu=False),
     )
     assert mark.exists()
-    assert_same(alone, together, tolerance=1e-5)
+    assert_same(single, together, tolerance=1e-5)
 
 
-def test_learning_rate_warms_up_and_falls_to_nothing():
+def test_the_learning_rate_warms_up_and_decays_to_zero():
     factors = [learning_rate_factor(update, OPTIONS) for update in range(OPTIONS.updates)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
@@ -220,7 +223,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
 
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 20), (5, 5)])
-def test_every_row_is_drawn_once_an_epoch(count: int, batch: int):
+def test_every_row_is_drawn_once_per_epoch(count: int, batch: int):
     order = training.EpochOrder(3, count, batch)
     drawn = torch.cat([order.batch(update) for update in range(30)])
     for epoch in range(len(drawn) // count):
@@ -253,87 +256,89 @@ def test_random_numbers_differ_by_seed_update_and_rank():
     assert torch.rand(4, generator=training.slot_generator(*keys[0])).tolist() == draws[0]
 
 
-def test_every_row_is_in_one_slot_however_the_batch_is_split():
+def test_every_row_is_in_the_same_slot_for_every_split_of_the_batch():
     rows = torch.arange(24)
     splits = [(1, 6), (2, 3), (3, 2), (6, 1)]
-    found = []
+    slots = []
     for workers, accumulation in splits:
         micro = [
             training.MicroBatch(0, n, accumulation, training.Worker(rank, workers, torch.device("cpu")))
             for rank in range(workers)
             for n in range(accumulation)
         ]
-        found.append({each.slot: each.share(rows).tolist() for each in micro})
-    assert all(each == found[0] for each in found)
-    assert sorted(row for slot in found[0].values() for row in slot) == rows.tolist()
+        slots.append({each.slot: each.share(rows).tolist() for each in micro})
+    assert all(each == slots[0] for each in slots)
+    assert sorted(row for part in slots[0].values() for row in part) == rows.tolist()
 
 
-def test_accumulated_passes_are_one_batch(tmp_path: Path):
-    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), HERE_ALONE)
+def test_accumulated_passes_equal_one_batch(tmp_path: Path):
+    whole = training.train(job(tmp_path / "whole", Regression(OPTIONS)), THIS_PROCESS)
     options = OPTIONS.model_copy(update={"accumulation": 4})
-    assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), HERE_ALONE), tolerance=1e-5)
-    with pytest.raises(DistillKacError, match="`workers`: expected a divisor of the batch size 64, of 4 passes"):
+    assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), THIS_PROCESS), tolerance=1e-5)
+    with pytest.raises(ArgumentError, match="4 parts of a batch of 64") as refusal:
         training.check_shares(options, 32)
+    assert refusal.value.name == "workers"
     training.check_shares(options, 16)
-    with pytest.raises(DistillKacError, match="`accumulation`: expected a divisor of the batch size 64, found 3"):
+    with pytest.raises(ArgumentError, match="3") as refusal:
         OptimizerConfig(batch_size=64, accumulation=3)
+    assert refusal.value.name == "accumulation"
 
 
 class Row(NamedTuple):
-    """A batch of one number."""
+    """A batch with one tensor."""
 
     value: Tensor
 
 
-def test_batches_made_ahead_are_those_that_were_asked_for():
-    made = []
+def test_a_prefetcher_returns_the_requested_batches():
+    calls = []
 
     def make(micro: training.MicroBatch) -> Row:
-        made.append(micro)
+        calls.append(micro)
         if micro.update == 9:
             raise DistillKacError("update 9 is damaged")
         return Row(torch.tensor([micro.update, micro.number]))
 
-    ahead, micro = Ahead(make), training.MicroBatch(3, 0, 2, HERE)
+    prefetcher, micro = Prefetcher(make), training.MicroBatch(3, 0, 2, HERE)
     for update in (3, 4):
         for number in (0, 1):
-            assert ahead(micro).value.tolist() == [update, number]
+            assert prefetcher(micro).value.tolist() == [update, number]
             micro = micro.next()
-    ahead.thread.shutdown()
-    assert len(made) <= 4 + BATCHES_AHEAD
-    ahead = Ahead(make)
+    prefetcher.thread.shutdown()
+    assert len(calls) <= 4 + BATCHES_AHEAD
+    prefetcher = Prefetcher(make)
     micro = micro._replace(update=8, number=1)
-    assert ahead(micro).value.tolist() == [8, 1]
+    assert prefetcher(micro).value.tolist() == [8, 1]
     with pytest.raises(DistillKacError, match="update 9 is damaged"):
-        ahead(micro.next())
-    assert ahead(micro._replace(update=1)).value.tolist() == [1, 1]  # and it can begin anew elsewhere
+        prefetcher(micro.next())
+    assert prefetcher(micro._replace(update=1)).value.tolist() == [1, 1]  # another batch than the next one
 
 
-def test_they_are_made_ahead_for_a_gpu_alone():
+def test_batches_are_prefetched_only_for_a_gpu():
     def make(micro: training.MicroBatch) -> Row:
         return Row(torch.zeros(1))
 
-    assert made_ahead(make, torch.device("cpu")) is make
-    assert isinstance(made_ahead(make, torch.device("cuda")), Ahead)
+    assert prefetched(make, torch.device("cpu")) is make
+    assert isinstance(prefetched(make, torch.device("cuda")), Prefetcher)
 
 
-def test_its_thread_ends_with_it():
-    ahead = Ahead(lambda micro: Row(torch.zeros(1)))
-    ahead(training.MicroBatch(0, 0, 1, HERE))
-    (thread,) = ahead.thread._threads
-    del ahead
+def test_the_thread_ends_with_its_prefetcher():
+    prefetcher = Prefetcher(lambda micro: Row(torch.zeros(1)))
+    prefetcher(training.MicroBatch(0, 0, 1, HERE))
+    (thread,) = prefetcher.thread._threads
+    del prefetcher
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_the_loop_says_once_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    training.train(job(tmp_path, Regression(OPTIONS)), HERE_ALONE)
+def test_the_loop_logs_the_remaining_time_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    training.train(job(tmp_path, Regression(OPTIONS)), THIS_PROCESS)
     assert len(re.findall(r"test: about \d+ seconds left", capsys.readouterr().out)) == 1
 
 
-def test_a_state_of_another_memory_format_goes_on(tmp_path: Path):
-    """The fused optimizer reads memory in its order."""
+def test_training_resumes_from_a_state_with_another_memory_format(tmp_path: Path):
+    """The fused optimizer depends on the memory layout of its state."""
     results = []
     for formats in (("contiguous", "contiguous"), ("channels_last", "contiguous"), ("contiguous", "channels_last")):
         torch.manual_seed(0)
@@ -354,7 +359,7 @@ def test_a_state_of_another_memory_format_goes_on(tmp_path: Path):
 
 @dataclass(frozen=True)
 class Duel:
-    """A task whose learner has two networks with an optimizer each, as a second stage has."""
+    """A task whose learner has two networks with one optimizer each."""
 
     optimizer: OptimizerConfig
 
@@ -387,7 +392,7 @@ class DuelLearner:
         self.critic.load_state_dict(state["critic"])
 
 
-def test_a_learner_of_two_networks_resumes_and_logs_its_parts_by_name(tmp_path: Path):
+def test_a_learner_with_two_networks_resumes_and_logs_its_losses_by_name(tmp_path: Path):
     logged: list[dict[str, float]] = []
 
     class Kept(TrackedRun):
@@ -397,7 +402,7 @@ def test_a_learner_of_two_networks_resumes_and_logs_its_parts_by_name(tmp_path: 
     def duel(folder: str) -> training.Job:
         return training.Job(Duel(OPTIONS), "duel", str(tmp_path / folder), Kept("", ""), 10)
 
-    whole = training.train(duel("whole"), HERE_ALONE)
+    whole = training.train(duel("whole"), THIS_PROCESS)
     for values in logged:
         assert values["loss"] == pytest.approx(values["loss/student"] + values["loss/critic"])
     state: list[bytes] = []
