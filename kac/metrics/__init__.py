@@ -1,9 +1,11 @@
-"""How good samples are. A new metric is one function and its line in ``quality.QUALITY``; a new feature space is one
-function and its line in ``features.space.KINDS``. Table, MLflow, report and plots take both from there.
+"""Metrics of sample quality.
+
+To add a metric, write a function and add a line to ``quality.QUALITY``. To add a feature space, write a function and
+register it in ``features.space``. The table, MLflow, the report and the plots then show it.
 """
 
 from kac.metrics.metric import Metric
-from kac.metrics.quality import QUALITY, Judged, QualityMetric, Reference, quality_metrics
+from kac.metrics.quality import QUALITY, Evaluated, QualityMetric, Reference, quality_metrics
 from kac.metrics.statistics import Moments, Statistics
 
-__all__ = ["QUALITY", "Judged", "Metric", "Moments", "QualityMetric", "Reference", "Statistics", "quality_metrics"]
+__all__ = ["QUALITY", "Evaluated", "Metric", "Moments", "QualityMetric", "Reference", "Statistics", "quality_metrics"]

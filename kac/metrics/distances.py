@@ -6,14 +6,17 @@ from torch import Tensor
 from kac.metrics.statistics import Moments
 
 SLICES = 256
-ROWS_A_BLOCK = 1000
+ROWS_PER_BLOCK = 1000
 
 
 def frechet_distance(real: Moments, fake: Moments) -> float:
-    """|mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r S_f)^(1/2)), of at least two rows each.
+    """Return |mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r S_f)^(1/2)).
 
-    Through the symmetric root of S_r, which is kept with it: for wide features much faster than torchmetrics'
-    eigenvalues of S_r S_f, which are the same.
+    It uses the symmetric root of S_r, which ``real`` caches. For wide features this is much faster than the eigenvalues
+    of S_r S_f, which torchmetrics computes, and gives the same result.
+
+    Args:
+        real, fake: moments of at least two rows each.
     """
     cross = torch.linalg.eigvalsh(real.root @ fake.covariance @ real.root).clamp_min(0).sqrt().sum()
     gap = real.mean - fake.mean
@@ -21,9 +24,12 @@ def frechet_distance(real: Moments, fake: Moments) -> float:
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
-    """KID (arXiv 1801.01401): the unbiased squared MMD of the kernel (x.y / width + 1)^3, of at least two rows each.
+    """Return the KID (arXiv 1801.01401): the unbiased squared MMD with the kernel (x.y / width + 1)^3.
 
-    Over all pairs of [rows, width], which has the expectation of the usual mean over random subsets, and less noise.
+    It uses all pairs. The expectation is that of the usual mean over random subsets, with less noise.
+
+    Args:
+        real, fake: features [rows, width] of at least two rows each.
     """
     within = [
         (_kernel_sum(rows, rows) - _kernel_diagonal(rows)) / (len(rows) * (len(rows) - 1)) for rows in (real, fake)
@@ -32,7 +38,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def _kernel_sum(rows: Tensor, others: Tensor) -> float:
-    kernels = (part @ others.T / rows.shape[1] + 1 for part in torch.split(rows, ROWS_A_BLOCK))
+    kernels = (part @ others.T / rows.shape[1] + 1 for part in torch.split(rows, ROWS_PER_BLOCK))
     return sum(float((kernel * kernel * kernel).sum(dtype=torch.float64)) for kernel in kernels)
 
 
@@ -41,9 +47,9 @@ def _kernel_diagonal(rows: Tensor) -> float:
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor) -> float:
-    """The squared 2-Wasserstein distance of [rows, width] along ``SLICES`` random directions, their mean.
+    """Return the mean squared 2-Wasserstein distance of [rows, width] along ``SLICES`` random directions.
 
-    Sets of unequal size are compared at as many quantiles as the smaller one has rows.
+    Sets of different sizes are compared by their quantiles. The number of quantiles is the size of the smaller set.
     """
     directions = torch.randn(real.shape[1], SLICES, generator=torch.Generator().manual_seed(0))
     directions = directions / directions.norm(dim=0)
@@ -53,30 +59,30 @@ def sliced_wasserstein(real: Tensor, fake: Tensor) -> float:
 
 
 def _quantiles(values: Tensor, count: int) -> Tensor:
-    """``count`` quantiles of each column of [rows, columns], by increasing value."""
+    """Return ``count`` quantiles of each column of [rows, columns], in increasing order."""
     ordered = values.double().sort(dim=0).values
     if len(ordered) == count:
         return ordered
-    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered) - 0.5
-    below = places.floor().long().clamp(0, len(ordered) - 2)
-    return torch.lerp(ordered[below], ordered[below + 1], (places - below)[:, None])
+    positions = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered) - 0.5
+    below = positions.floor().long().clamp(0, len(ordered) - 2)
+    return torch.lerp(ordered[below], ordered[below + 1], (positions - below)[:, None])
 
 
 def nearest_distances(rows: Tensor, others: Tensor) -> Tensor:
-    """The Euclidean distance of each of ``rows`` [rows, width] to the nearest of ``others``: [rows]."""
-    return torch.cat([torch.cdist(part, others).amin(1) for part in torch.split(rows, ROWS_A_BLOCK)])
+    """Return the Euclidean distance [rows] from each row [rows, width] to the nearest row of ``others``."""
+    return torch.cat([torch.cdist(part, others).amin(1) for part in torch.split(rows, ROWS_PER_BLOCK)])
 
 
 def neighbour_radii(rows: Tensor, k: int = 3) -> Tensor:
-    """The distance of each of [rows, width] to its k-th nearest other row: [rows]."""
-    parts = [torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, ROWS_A_BLOCK)]
+    """Return the distance [rows] from each row [rows, width] to its k-th nearest neighbour, itself excluded."""
+    parts = [torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, ROWS_PER_BLOCK)]
     return torch.cat(parts)
 
 
 def coverage(rows: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of ``rows`` within the radius of at least one centre (arXiv 1904.06991).
+    """Return the fraction of ``rows`` within the radius of at least one centre (arXiv 1904.06991).
 
-    With real centres and samples as rows this is precision, the other way round it is recall.
+    With samples as rows and real data as centres, this is precision. The other way round, it is recall.
     """
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in torch.split(rows, ROWS_A_BLOCK)]
+    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in torch.split(rows, ROWS_PER_BLOCK)]
     return float(torch.cat(inside).double().mean())

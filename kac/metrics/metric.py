@@ -1,4 +1,4 @@
-"""What is known of a number before it is computed."""
+"""The name and description of a metric."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is logged, and how it is shown."""
+    """A metric that is logged, and how it is displayed."""
 
-    name: str  # in MLflow and in records
+    name: str  # in MLflow and in stored records
     meaning: str
-    heading: str = ""  # of its column in the table; empty: it has none
+    heading: str = ""  # of its column in the table; empty: no column
     format: str = ".4f"
     better: Literal["lower", "higher", ""] = ""
-    is_plotted: bool = False  # against network evaluations; then it must apply to teachers and students
+    is_plotted: bool = False  # against network evaluations; only for metrics of both teachers and students

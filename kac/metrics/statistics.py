@@ -1,4 +1,4 @@
-"""What is kept of features that stream by, so that any number of samples is judged in bounded memory."""
+"""Statistics of streamed features: any number of samples is evaluated in bounded memory."""
 
 from functools import cached_property
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 KEPT_ROWS = 10_000
-"""The first rows of each set are kept for what needs the features themselves: nearest neighbours, kernels, slices."""
+"""The number of rows kept for metrics that need the features themselves: neighbours, kernels and slices."""
 
 MAX_BLOCKS = 10
-"""A Frechet distance at a smaller count is the mean over at most so many disjoint blocks of rows."""
+"""The largest number of disjoint blocks over which a Frechet distance at a smaller count is averaged."""
 
 
 class Moments:
-    """Count, mean [width] and covariance [width, width] (of n - 1) of rows, in float64."""
+    """The count, mean [width] and covariance [width, width] (unbiased, by n - 1) of rows, in float64."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -22,32 +22,33 @@ class Moments:
         self._scatter = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Count rows [rows, width] in."""
+        """Add rows [rows, width]."""
         rows = rows.double()
         total, mean = self.count + len(rows), rows.mean(0)
         centred, gap = rows - mean, mean - self.mean
-        # Chan, Golub, LeVeque: the scatter about the common mean.
+        # The scatter about the common mean (Chan, Golub, LeVeque).
         self._scatter += centred.T @ centred + torch.outer(gap, gap) * (self.count * len(rows) / total)
         self.mean, self.count = self.mean + gap * (len(rows) / total), total
 
     @property
     def covariance(self) -> Tensor:
-        """[width, width]; of at least two rows."""
+        """The covariance [width, width] of at least two rows."""
         return self._scatter / (self.count - 1)
 
     @cached_property
     def root(self) -> Tensor:
-        """The symmetric root of the covariance, once all rows are in."""
+        """The symmetric root of the covariance. Read it only after all rows are added."""
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         return root
 
 
 class Statistics:
-    """The moments of all rows, the first ``KEPT_ROWS`` of them, and the moments of the first blocks.
+    """The moments of all rows, the first ``KEPT_ROWS`` rows, and the moments of the first blocks of rows.
 
     Args:
-        block: rows a block; 0: none.
+        width: features per row.
+        block: rows per block; 0: no blocks.
     """
 
     def __init__(self, width: int, block: int = 0) -> None:
@@ -56,7 +57,7 @@ class Statistics:
         self._kept: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
-        """Count the features [rows, width] in."""
+        """Add features [rows, width]."""
         missing = KEPT_ROWS - self.moments.count
         if missing > 0:
             self._kept.append(rows[:missing].float())
@@ -65,38 +66,38 @@ class Statistics:
 
     @property
     def width(self) -> int:
-        """Features per row."""
+        """The number of features per row."""
         return len(self.moments.mean)
 
     @cached_property
     def kept(self) -> Tensor:
-        """[rows, width] float32, once all rows are in."""
+        """The kept rows [rows, width] in float32. Read it only after all rows are added."""
         return torch.cat(self._kept)
 
     def _fill_blocks(self, rows: Tensor) -> None:
-        start, place = 0, self.moments.count
-        while self.block and start < len(rows) and place < MAX_BLOCKS * self.block:
-            if place % self.block == 0:
+        start, position = 0, self.moments.count
+        while self.block and start < len(rows) and position < MAX_BLOCKS * self.block:
+            if position % self.block == 0:
                 self.blocks.append(Moments(rows.shape[1]))
-            stop = start + min(self.block - place % self.block, len(rows) - start)
+            stop = start + min(self.block - position % self.block, len(rows) - start)
             self.blocks[-1].add(rows[start:stop])
-            start, place = stop, place + stop - start
+            start, position = stop, position + stop - start
 
     def full_blocks(self) -> list[Moments]:
-        """The blocks that have all their rows."""
+        """Return the blocks that are complete."""
         return [block for block in self.blocks if block.count == self.block]
 
     def to_bytes(self) -> bytes:
-        """Everything but the blocks, for a cache."""
+        """Serialise everything except the blocks, for a cache."""
         moments = self.moments
         tensors = {"mean": moments.mean, "scatter": moments._scatter, "kept": self.kept}
         return safetensors.torch.save(tensors, metadata={"count": str(moments.count)})
 
     @staticmethod
     def from_bytes(data: bytes, count: int) -> "Statistics":
-        """What ``to_bytes`` made of ``count`` rows."""
+        """Restore the statistics of ``count`` rows that ``to_bytes`` serialised."""
         tensors = safetensors.torch.load(data)
-        made = Statistics(len(tensors["mean"]))
-        made.moments.count, made.moments.mean = count, tensors["mean"]
-        made.moments._scatter, made._kept = tensors["scatter"], [tensors["kept"]]
-        return made
+        statistics = Statistics(len(tensors["mean"]))
+        statistics.moments.count, statistics.moments.mean = count, tensors["mean"]
+        statistics.moments._scatter, statistics._kept = tensors["scatter"], [tensors["kept"]]
+        return statistics

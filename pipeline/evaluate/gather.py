@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kac.conditioning import known_classes
 from kac.data import DataConfig, open_dataset
-from kac.metrics import Judged, Reference, Statistics
+from kac.metrics import Evaluated, Reference, Statistics
 from kac.metrics.features import FeatureSpace, check_widths, open_space
 from kac.metrics.features.classifier import Classifier
 from kac.metrics.quality import MEMORISATION_ROWS, PIXELS
@@ -58,7 +58,7 @@ def gather(
     reference: Reference,
     teacher: ModelSamples | None = None,
     teacher_metrics: dict[str, float] | None = None,
-) -> Judged:
+) -> Evaluated:
     """Read a source's chunks, which have been made.
 
     Args:
@@ -84,7 +84,7 @@ def gather(
         if teacher is not None:
             gap = rows.images - teacher.rows(chunk.ids).images
             squares, values = squares + float(gap.double().square().sum()), values + gap.numel()
-    return Judged(
+    return Evaluated(
         statistics,
         reference,
         label_agreement=right / source.count if classifiers else None,

@@ -12,7 +12,7 @@ import torch
 
 from kac.data import open_dataset
 from kac.guidance import check_guidance
-from kac.metrics import Judged, quality_metrics
+from kac.metrics import Evaluated, quality_metrics
 from kac.metrics.features import TORCHSCRIPT, FeatureSpace, open_space, space_identity
 from kac.metrics.quality import PIXELS, at_floor_count
 from kac.metrics.statistics import KEPT_ROWS
@@ -283,7 +283,7 @@ def _judge(compared: Comparison, fingerprint: str) -> Record:
     return record.model_copy(update={"scores": tuple(scores)})
 
 
-def _score(record: Record, candidate: Candidate, judged: Judged, source: ModelSamples | RealImages) -> Score:
+def _score(record: Record, candidate: Candidate, judged: Evaluated, source: ModelSamples | RealImages) -> Score:
     computed = {name: metric.compute(judged) for name, metric in record.metrics().items()}
     is_model = isinstance(source, ModelSamples)
     return Score(

