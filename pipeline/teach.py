@@ -1,4 +1,4 @@
-"""Teach: train a Kac-flow teacher by flow matching."""
+"""Train a Kac-flow teacher by flow matching."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
-from kac.losses.flow_matching import drop_labels, even_times, flip, flow_matching_loss
+from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
 from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.networks import VelocityNetwork, build_network
 from kac.util.log import log
@@ -18,68 +18,15 @@ from pipeline.cluster import storage
 from pipeline.config.specs import OptimizerConfig, TeachSpec
 
 
-@dataclass(frozen=True)
-class TeachTask:
-    """The flow-matching loss on a dataset."""
-
-    spec: TeachSpec
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """How it is trained."""
-        return self.spec.optimizer
-
-    def build(self, worker: training.Worker) -> training.Learner:
-        """The teacher with its first weights."""
-        spec, data = self.spec, open_dataset(self.spec.data)
-        torch.manual_seed(spec.seed)
-        network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path, batch = spec.path.build(), training.made_ahead(_Batches(spec, data), worker.device)
-
-        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
-            training.seed_dropout(spec.seed, micro)
-            noise = training.slot_generator(spec.seed, micro)
-            return {"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)}
-
-        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
-
-
-class TrainingBatch(NamedTuple):
-    """What the loss takes."""
-
-    x_0: Tensor  # [rows, *sample]
-    t: Tensor  # [rows]
-    label: Tensor  # [rows], some dropped
-
-
-class _Batches:
-    """The batches of a training. Only the rows of a micro-batch are read, and nothing is kept of them."""
-
-    def __init__(self, spec: TeachSpec, data: Dataset) -> None:
-        self.spec, self.data = spec, data
-        self.order = training.EpochOrder(spec.seed, len(data.train), spec.optimizer.batch_size)
-
-    def __call__(self, micro: training.MicroBatch) -> TrainingBatch:
-        """Its share of what is drawn for the update as a whole, so that it is the same however the batch is split."""
-        spec, size = self.spec, self.spec.optimizer.batch_size
-        draws = training.update_generator(spec.seed, micro.update)
-        t, drop_coin, flip_coin = even_times(size, draws), *torch.rand(2, size, generator=draws)
-        images, label = self.data.train.rows(micro.share(self.order.batch(micro.update)))
-        label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, self.data.description.num_classes)
-        if spec.data.horizontal_flip:
-            images = flip(images, micro.share(flip_coin) < 0.5)
-        return TrainingBatch(images, micro.share(t), label)
-
-
 def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig | None:
-    """Train the teacher of ``spec`` and write its model folder; a complete one is returned as it is.
+    """Train a teacher and write its model folder. A complete folder stays unchanged.
 
     Returns:
-        The config of the teacher; None after a dry run.
+        The teacher's config, or None after a dry run.
 
     Raises:
-        DistillKacError: the data do not hold together, the folder belongs to another spec or cannot be written, or
-            training diverged.
+        DistillKacError: the data is missing or damaged, the folder belongs to another spec or cannot be written, or
+            the training diverged.
     """
     root = spec.data.root and cluster.absolute(spec.data.root)
     spec = spec.model_copy(
@@ -99,10 +46,10 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        log.info(f"teach: {spec.out} is complete: nothing to do")
+        log.info(f"teach: {spec.out} is complete. Nothing to do.")
         config = load_config(spec.out)
-        if cut_off := outputs.go_on_after_model(spec.out, config):
-            cut_off.end("FINISHED")
+        if unfinished := outputs.reopen_run(spec.out, config):
+            unfinished.end("FINISHED")
         return config
     place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
     training.await_workers("teach", spec.optimizer, place)
@@ -135,6 +82,59 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
             spec.checkpoint_seconds,
         )
         config = outputs.write_model(spec.out, config, training.train(job, place), run)
-    unconditional = "" if known_classes(config) else "; unconditional: all stages sample it without class labels"
+    unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config
+
+
+@dataclass(frozen=True)
+class TeachTask:
+    """Minimise the flow-matching loss on a dataset."""
+
+    spec: TeachSpec
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's options."""
+        return self.spec.optimizer
+
+    def build(self, worker: training.Worker) -> training.Learner:
+        """Return a learner for a teacher with initial weights."""
+        spec, data = self.spec, open_dataset(self.spec.data)
+        torch.manual_seed(spec.seed)
+        network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
+        path, batch = spec.path.build(), training.prefetched(_Batches(spec, data), worker.device)
+
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+            training.seed_dropout(spec.seed, micro)
+            noise = training.slot_generator(spec.seed, micro)
+            return {"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)}
+
+        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
+
+
+class TrainingBatch(NamedTuple):
+    """The inputs of the loss."""
+
+    x_0: Tensor  # [rows, *sample]
+    t: Tensor  # [rows]
+    label: Tensor  # [rows], some replaced by the null label
+
+
+class _Batches:
+    """Makes the micro-batches of a training. Reads only the rows of the micro-batch, and keeps none of them."""
+
+    def __init__(self, spec: TeachSpec, data: Dataset) -> None:
+        self.spec, self.data = spec, data
+        self.order = training.EpochOrder(spec.seed, len(data.train), spec.optimizer.batch_size)
+
+    def __call__(self, micro: training.MicroBatch) -> TrainingBatch:
+        """Draw random numbers for the whole batch and return the part of ``micro``: no split changes the batch."""
+        spec, size = self.spec, self.spec.optimizer.batch_size
+        draws = training.update_generator(spec.seed, micro.update)
+        t, drop_coin, flip_coin = stratified_times(size, draws), *torch.rand(2, size, generator=draws)
+        images, label = self.data.train.rows(micro.share(self.order.batch(micro.update)))
+        label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, self.data.description.num_classes)
+        if spec.data.horizontal_flip:
+            images = flip(images, micro.share(flip_coin) < 0.5)
+        return TrainingBatch(images, micro.share(t), label)
