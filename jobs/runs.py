@@ -9,5 +9,5 @@ COMMANDS: dict[str, Command] = {
 }
 
 if __name__ == "__main__":
-    about = "Look after the runs in MLflow: end those whose process has died, deliver what an absent server missed."
+    about = "Manage runs in MLflow: close runs of dead processes, and deliver log entries after a server failure."
     main_of(COMMANDS, "python -m jobs.runs", about)

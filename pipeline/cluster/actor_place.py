@@ -1,4 +1,4 @@
-"""Where the actors of a rollout or an evaluation run, if not in this process."""
+"""Where a rollout or an evaluation computes: in this process, or on Ray actors."""
 
 import math
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from pipeline.config.specs import EvaluateSpec, RolloutSpec
 
 
 class Place(NamedTuple):
-    """Where actors run."""
+    """The number of actors, and their resources."""
 
     actors: int | Range  # 0: in this process, without Ray
-    share: Share = Share(1.0)  # what each of them takes of a node; without a GPU they compute on CPUs
+    share: Share = Share(1.0)  # resources of each actor; without a GPU it computes on CPUs
 
     @property
     def on_gpu(self) -> bool:
-        """Whether they compute on GPUs."""
+        """Whether the work is computed on GPUs."""
         return self.share.gpus > 0 if self.actors else torch.cuda.is_available()
 
     def __str__(self) -> str:
@@ -31,23 +31,23 @@ class Place(NamedTuple):
         return f"on {number} actor{'s' * (self.actors != 1)} with {self.share} each"
 
     def for_work(self, parts: int) -> "Place":
-        """With no more actors than there are parts of the work."""
+        """The same place with at most one actor per part of the work."""
         if isinstance(self.actors, Range) and self.actors.least < parts:
             return self._replace(actors=Range(self.actors.least, min(self.actors.most, parts)))
         return self._replace(actors=min(most(self.actors), parts))
 
 
 def choose_place(spec: RolloutSpec | EvaluateSpec) -> Place:
-    """As the spec says; by default as many actors as the nodes have room for, on GPUs if there are any.
+    """The place that the spec asks for; by default as many actors as fit on the nodes, on GPUs if there are any.
 
     Raises:
-        ArgumentError: labels for a place without actors.
+        ArgumentError: without actors, labels were given, or a GPU that this machine does not have.
     """
     if spec.actors == 0:
         if spec.label_selector:
-            raise ArgumentError("`label_selector`: expected actors to be placed, found `actors` 0: leave one out")
+            raise ArgumentError("`label_selector` needs actors, but `actors` is 0. Leave out one of them.")
         if spec.gpu and not Place(0).on_gpu:
-            raise ArgumentError("`gpu`: expected a GPU in this machine for `actors` 0, found none: leave one out")
+            raise ArgumentError("`gpu` with `actors` 0 needs a GPU in this machine, which has none. Leave out `gpu`.")
         return Place(0)
     gpus = cluster.connect().gpus
     on_gpu = gpus > 0 if spec.gpu is None else spec.gpu

@@ -1,4 +1,4 @@
-"""Before a job is submitted: whether the cluster, its storage and the tracking server will take it, a line each."""
+"""Check a cluster, the storage and the tracking server before a job is submitted."""
 
 import functools
 import os
@@ -21,69 +21,71 @@ from pipeline.cluster import environment, joining, storage
 from pipeline.config.specs import Spec
 from pipeline.tracking.server import client_of
 
-SECONDS = 10.0
-"""For a request of HTTP; S3 has ``probes.PROBE_SECONDS``."""
+REQUEST_SECONDS = 10.0
+"""Time limit of an HTTP request; S3 has ``probes.PROBE_SECONDS``."""
 
-LONGEST_SECONDS = 30.0
-"""All that is asked is asked at once: no check takes longer."""
+MAX_SECONDS = 30.0
+"""Time limit of all checks, which run at the same time."""
 
 DEFAULT_ADDRESS = f"http://127.0.0.1:{joining.JOB_PORT}"
 
 
 class CheckSpec(Spec):
-    """Say in a few lines, within half a minute, whether a job that is submitted to a cluster will work."""
+    """Check within 30 seconds whether a job that you submit to a cluster will work."""
 
     stage = "check"
     is_probed = False
     address: str | None = unhashed(
-        None, f"the job server, as of ray job submit; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or {DEFAULT_ADDRESS}"
+        None, f"job server, as in ray job submit; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or {DEFAULT_ADDRESS}"
     )
-    paths: tuple[str, ...] = unhashed((), "paths or s3:// URIs that the job will read and write; tried from here")
+    paths: tuple[str, ...] = unhashed((), "paths or s3:// URIs that the job will read and write; checked from here")
     gpus: int = unhashed(0, "GPUs that the job will need", ge=0)
 
 
 def check(spec: CheckSpec) -> None:
-    """Print a line for each thing that was looked at: ``ok``, or what is wrong and what to do.
+    """Run all checks, and log a line for each: ``ok``, or what is wrong and what to do.
 
     Raises:
-        DistillKacError: something is wrong.
+        DistillKacError: a check failed.
     """
     address = job_server(spec.address)
-    looks: dict[str, Callable[[], str]] = {
-        f"cluster {without_secrets(address)}": lambda: f"{_told_versions(address)}; {_told_nodes(address, spec.gpus)}",
-        **{path: functools.partial(_told_path, path) for path in spec.paths},
-        "mlflow": _told_tracking,
+    checks: dict[str, Callable[[], str]] = {
+        f"cluster {without_secrets(address)}": lambda: (
+            f"{_check_versions(address)}; {_check_nodes(address, spec.gpus)}"
+        ),
+        **{path: functools.partial(_check_path, path) for path in spec.paths},
+        "mlflow": _check_tracking,
     }
-    asked = {name: _ask(look) for name, look in looks.items()}
-    until = time.monotonic() + LONGEST_SECONDS
+    results = {name: _run_in_thread(run_check) for name, run_check in checks.items()}
+    deadline = time.monotonic() + MAX_SECONDS
     failed = 0
-    for name, answer in asked.items():
+    for name, result in results.items():
         try:
-            log.info(f"ok     {name}: {answer.result(timeout=max(0.0, until - time.monotonic()))}")
+            log.info(f"ok     {name}: {result.result(timeout=max(0.0, deadline - time.monotonic()))}")
             continue
         except TimeoutError:
-            wrong: object = f"{name}: expected an answer within {LONGEST_SECONDS:.0f} s, found none"
+            problem: object = f"{name}: no answer in {MAX_SECONDS:.0f} s."
         except DistillKacError as error:
-            wrong = error if str(error).startswith(name) else f"{name}: {error}"
+            problem = error if str(error).startswith(name) else f"{name}: {error}"
         failed += 1
-        log.info(f"error  {one_line(wrong, most=1000)}")
+        log.info(f"error  {one_line(problem, most=1000)}")
     if failed:
-        raise DistillKacError(f"{failed} of {len(looks)} checks failed: see above")
+        raise DistillKacError(f"{failed} of {len(checks)} checks failed. See the lines above.")
 
 
 def job_server(given: str | None) -> str:
-    """The address of the job server, found as ``ray job submit`` does: the environment comes before what is given.
+    """The address of the job server, as ``ray job submit`` finds it: environment variables override ``given``.
 
     Raises:
-        ArgumentError: both are there and differ, or there is one of Ray Client.
+        ArgumentError: an environment variable and ``given`` differ.
     """
     names = ("RAY_API_SERVER_ADDRESS", joining.VARIABLE)
     variable = next((name for name in names if os.environ.get(name)), "")
     address = _as_http(os.environ[variable]) if variable else _as_http(given or DEFAULT_ADDRESS)
     if variable and given and address != _as_http(given):
         raise ArgumentError(
-            f"--address: expected that {variable} is not set, which ray job submit goes by, found {one_line(address)} "
-            "there: unset it"
+            f"`address` is {one_line(given)}, but {variable} is set to {one_line(address)}, and ray job submit would "
+            f"use that. Unset {variable}."
         )
     return address
 
@@ -92,59 +94,55 @@ def _as_http(address: str) -> str:
     scheme, separator, rest = address.rstrip("/").rpartition("://")
     if scheme in {"http", "https"}:
         return f"{scheme}{separator}{rest}"
-    # That of a cluster, or of Ray Client: the job server has a port of its own on the same machine.
+    # An address of a cluster or of Ray Client: the job server has another port on the same machine.
     return f"http://{rest.rpartition(':')[0] or rest}:{joining.JOB_PORT}"
 
 
-def _ask(look: Callable[[], str]) -> "Future[str]":
-    """What it says, by a thread that does not hold up the end of the process."""
-    answer: Future[str] = Future()
+def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
+    """Run a check in a thread, which does not delay the end of the process."""
+    result: Future[str] = Future()
 
     def run() -> None:
         try:
-            answer.set_result(look())
-        except Exception as error:  # noqa: BLE001 - the line of this look says it
-            told = error if isinstance(error, DistillKacError) else DistillKacError(f"found {one_line(error)}")
-            answer.set_exception(told)
+            result.set_result(run_check())
+        except Exception as error:  # noqa: BLE001 - reported as the result of this check
+            result.set_exception(error if isinstance(error, DistillKacError) else DistillKacError(one_line(error)))
 
     threading.Thread(target=run, daemon=True).start()
-    return answer
+    return result
 
 
-def _told_versions(address: str) -> str:
-    found = _get(address, "/api/v0/cluster_metadata")
-    there = joining.Versions(found["rayVersion"], found["pythonVersion"])
+def _check_cluster(address: str, gpus: int) -> str:
+    metadata = _get(address, "/api/v0/cluster_metadata")
+    there = joining.Versions(metadata["rayVersion"], metadata["pythonVersion"])
     joining.check_versions(f"cluster {without_secrets(address)}", there)
-    return f"{there}, as here"
-
-
-def _told_nodes(address: str, gpus: int) -> str:
-    listed = _get(address, "/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
-    alive = [node for node in listed if node["state"] == "ALIVE"]
-    total = {kind: sum(node["resources_total"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU")}
-    grows = any(cluster.NODE_GROUP_LABEL in node["labels"] for node in alive)
-    told = [f"{number} x ({node})" for node, number in Counter(_told_node(node) for node in alive).items()]
-    there = f"{'; '.join(told)}{'; an autoscaler may add some' * grows}"
-    if gpus > total["GPU"] and not grows:
+    nodes = _get(address, "/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
+    alive = [node for node in nodes if node["state"] == "ALIVE"]
+    total = sum(node["resources_total"].get("GPU", 0) for node in alive)
+    may_grow = any(cluster.NODE_GROUP_LABEL in node["labels"] for node in alive)
+    kinds = Counter(_describe_node(node) for node in alive)
+    described = "; ".join(f"{number} x ({node})" for node, number in kinds.items())
+    described += "; an autoscaler may add nodes" * may_grow
+    if gpus > total and not may_grow:
         raise DistillKacError(
-            f"expected {gpus} GPUs, found {there}: start nodes that have some (ray start --address ... on them)"
+            f"the nodes have {total:g} of {gpus} GPUs: {described}. Start nodes with GPUs (ray start --address ...)."
         )
-    return there
+    return f"{there}, as here; {described}"
 
 
-def _told_node(node: dict[str, Any]) -> str:
+def _describe_node(node: dict[str, Any]) -> str:
     resources = [f"{node['resources_total'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
     labels = [
         f"{name}={value}" for name, value in sorted(node["labels"].items()) if not name.startswith("ray.io/node-id")
     ]
-    return ", ".join([*(told for told in resources if not told.startswith("0 ")), *labels])
+    return ", ".join([*(text for text in resources if not text.startswith("0 ")), *labels])
 
 
 def _get(address: str, path: str) -> Any:
-    """What the job server says, as ``ray job submit`` would hear it.
+    """The job server's answer, which it would also give to ``ray job submit``.
 
     Raises:
-        DistillKacError: nobody answers in time, something else than Ray, or it does not let us in.
+        DistillKacError: nothing answers in time, the server is not Ray, or it refuses this process.
     """
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray.exceptions import AuthenticationError
@@ -155,47 +153,47 @@ def _get(address: str, path: str) -> Any:
     except AuthenticationError:
         headers = {}
     try:
-        answer = requests.get(address + path, headers=headers, timeout=SECONDS, allow_redirects=False)
+        answer = requests.get(address + path, headers=headers, timeout=REQUEST_SECONDS, allow_redirects=False)
     except requests.Timeout:
         raise DistillKacError(
-            f"expected a job server at {where}, found no answer in {SECONDS:.0f} s: mend the address, or let this "
-            "machine through to its port, for example by ssh -L"
+            f"no answer from the job server at {where} in {REQUEST_SECONDS:.0f} s. Correct the address, or open its "
+            "port for this machine, for example with ssh -L."
         ) from None
     except requests.RequestException:
         raise DistillKacError(
-            f"expected a job server at {where}, found that nobody answers: start the cluster, or mend the address; "
-            "its dashboard listens on the head alone unless told otherwise: ssh -L 8265:127.0.0.1:8265 HEAD"
+            f"no job server answers at {where}. Start the cluster, or correct the address. By default, Ray's dashboard "
+            "listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
         ) from None
     if answer.status_code in {401, 403}:
-        raise DistillKacError(f"expected to be let in, found {joining.token_trouble()}")
+        raise DistillKacError(f"access is denied: {joining.token_trouble()}")
     try:
         return answer.json()["data"]
     except (ValueError, KeyError, TypeError):
         raise DistillKacError(
-            f"expected the job server of Ray at {where}, found status {answer.status_code} of something else: "
-            "give the port of Ray's dashboard, often 8265"
+            f"the server at {where} is not Ray's job server (status {answer.status_code}). Use the port of Ray's "
+            "dashboard, often 8265."
         ) from None
 
 
-def _told_path(path: str) -> str:
+def _check_path(path: str) -> str:
     path = cluster.absolute(path)
     probes.check_answers(path)
     probes.check_writable(path)
     if storage.is_shared(path):
-        return "written and read from here"
-    return f"written and read here; where there are more machines it needs s3://, or {storage.SHARED_VARIABLE}"
+        return "read and written from here"
+    return f"read and written here; with several machines, use s3:// or set {storage.SHARED_VARIABLE}"
 
 
-def _told_tracking() -> str:
+def _check_tracking() -> str:
     uri = environment.mlflow_address()
     if not uri or environment.local_path(uri):
-        return "no server (MLFLOW_TRACKING_URI): runs go into a file of SQLite, which works on one machine only"
+        return "no server (MLFLOW_TRACKING_URI is not set to one); a SQLite file works only with one machine"
     where = tracking.without_password(uri)
     try:
         client_of(uri).search_experiments(max_results=1)
-    except Exception as error:  # noqa: BLE001 - MLflow raises what it likes
+    except Exception as error:  # noqa: BLE001 - MLflow raises errors of any type
         raise DistillKacError(
-            f"expected a tracking server at {where}, found: {one_line(error, 200)}: start it, or "
-            "mend the address; names other than localhost want mlflow server --allowed-hosts"
+            f"no tracking server answers at {where} ({one_line(error, 200)}). Start it, or correct the address. If its "
+            "host name is not localhost, it needs mlflow server --allowed-hosts."
         ) from None
-    return f"{where} answers; jobs need MLFLOW_TRACKING_URI in their own environment, that of the nodes"
+    return f"{where} answers; the nodes also need MLFLOW_TRACKING_URI in their environment"

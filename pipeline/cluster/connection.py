@@ -1,4 +1,4 @@
-"""Where the work runs: the cluster that RAY_ADDRESS names, or an embedded Ray on this machine."""
+"""Connect to Ray: the cluster at RAY_ADDRESS, or an embedded Ray on this machine."""
 
 import logging
 import os
@@ -17,25 +17,25 @@ from pipeline.cluster import joining
 
 
 class Resources(NamedTuple):
-    """What the cluster has now."""
+    """The total resources of the cluster."""
 
     cpus: int
     gpus: int
 
 
 NODE_GROUP_LABEL = "ray.io/node-group"
-"""Ray puts it on the nodes of an autoscaler."""
+"""Ray adds this label to the nodes of a cluster with an autoscaler."""
 
 
 class Machines(NamedTuple):
-    """The machines of the cluster that are alive, and whether an autoscaler may add some."""
+    """The number of live machines, and whether an autoscaler may add some."""
 
     number: int
     may_grow: bool
 
     @property
     def are_one(self) -> bool:
-        """Whether there is one, for good."""
+        """Whether there is only one machine, and no autoscaler."""
         return self.number == 1 and not self.may_grow
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Machines(NamedTuple):
 
 
 def machines() -> Machines:
-    """What the work may be spread over; several nodes may be on one machine.
+    """The machines of the cluster. Several nodes may be on one machine.
 
     Raises:
         DistillKacError: as ``connect``.
@@ -52,18 +52,18 @@ def machines() -> Machines:
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    grows = any(NODE_GROUP_LABEL in node.get("Labels", {}) for node in nodes)
-    return Machines(len({node["NodeManagerAddress"] for node in nodes}), grows)
+    may_grow = any(NODE_GROUP_LABEL in node.get("Labels", {}) for node in nodes)
+    return Machines(len({node["NodeManagerAddress"] for node in nodes}), may_grow)
 
 
 def is_connected() -> bool:
-    """Whether this process is part of a cluster already."""
+    """Whether this process is connected to Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
 def is_worker() -> bool:
-    """Whether this process is one of Ray's workers, which does a part of some driver's work."""
+    """Whether this process is a Ray worker, and not a driver."""
     if not is_connected():
         return False
     import ray
@@ -72,15 +72,15 @@ def is_worker() -> bool:
 
 
 def connect() -> Resources:
-    """Connect once; start an embedded Ray if RAY_ADDRESS is not set.
+    """Connect to Ray, unless connected; start an embedded Ray if RAY_ADDRESS is not set.
 
-    Under ``ray job submit`` RAY_ADDRESS is set by Ray itself, so the same command runs in both places.
+    ``ray job submit`` sets RAY_ADDRESS, so that the same command works on a cluster and on a laptop.
 
     Raises:
-        DistillKacError: no cluster takes this process at RAY_ADDRESS (see ``joining``), or the name of the temporary
-            folder is too long for Ray.
+        DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``joining``), or the path of the
+            temporary folder is too long for Ray.
     """
-    from pipeline.cluster import environment  # which imports this module
+    from pipeline.cluster import environment  # imported here, because it imports this module
 
     environment.make_absolute()
     address = os.environ.get(joining.VARIABLE, "")
@@ -89,19 +89,19 @@ def connect() -> Resources:
     import ray
 
     if not ray.is_initialized():
-        # Without the dashboard Ray Train's placement-group cleaner warns again and again: it cannot query the state.
-        # Without an address Ray would join whatever cluster was last started on this machine.
+        # Without the dashboard, Ray Train's placement-group cleaner cannot query the state, and warns repeatedly.
+        # Without an address, Ray would join the cluster that was last started on this machine.
         local = {} if address else {"address": "local", "include_dashboard": True}
-        # By default Ray keeps one idle worker per CPU and ends the others after a second; a new one takes four seconds
-        # to start, and tasks that read ahead of a training loop are idle most of the time.
+        # By default, Ray keeps one idle worker per CPU and ends the others after a second. But a new worker takes four
+        # seconds to start, and tasks that read ahead of a training loop are idle most of the time.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-        # Ray Train would show what its workers print a second time, as a line of its log.
+        # Otherwise Ray Train also logs each line that its workers print.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         if progress.on_terminal():
             os.environ[progress.TERMINAL_VARIABLE] = "1"
         else:
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        # It warns at every start that tokens are on; who needs to know is told by what fails without one.
+        # At every start, this logger warns that tokens are on. Errors about tokens are reported anyway.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         if address:
             joining.check_address(address)
@@ -114,11 +114,11 @@ def connect() -> Resources:
             if not address:
                 raise
             raise DistillKacError(
-                f"{joining.VARIABLE}: expected a cluster at {one_line(address)}, found: {innermost(error)}: "
-                "see python -m jobs.cluster check"
+                f"Cannot join the cluster at {joining.VARIABLE}={one_line(address)}: {innermost(error)}. Run python -m "
+                "jobs.cluster check."
             ) from error
         keep_on_sigterm(on_sigterm)
-    import ray.data  # it configures the loggers, which would undo what follows
+    import ray.data  # imported first, because it configures the loggers
 
     quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
@@ -126,23 +126,23 @@ def connect() -> Resources:
 
 
 SOCKET_PATH = re.compile(r"AF_UNIX path length cannot exceed (\d+) bytes: (.*)", re.DOTALL)
-"""What Ray (2.60) says of a temporary folder whose name is too long for its sockets."""
+"""The error of Ray (2.60) for a temporary folder whose path is too long for its sockets."""
 
 
 def _describe_long_folder(limit: int, socket: str) -> str:
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder, excess = os.environ.get(variable, tempfile.gettempdir()), len(os.fsencode(socket)) - limit
     return (
-        f"{variable}: the folder {folder} is {excess} bytes too long, since Ray keeps sockets below it, and the system "
-        f"allows paths of {limit} bytes for them. Set {variable} to a shorter folder, such as /tmp."
+        f"{variable}: the path {folder} is {excess} bytes too long: Ray creates sockets in it, and their paths have at "
+        f"most {limit} bytes. Set {variable} to a folder with a shorter path, such as /tmp."
     )
 
 
 def keep_to_this_machine() -> None:
-    """Let an embedded Ray listen on this machine's own address (127.0.0.1), not on those that others can reach.
+    """Make an embedded Ray listen only on 127.0.0.1, where other machines cannot reach it.
 
-    By Ray's switch for Windows and macOS, the only one there is (2.60): it takes whatever address is given to it for a
-    machine's public one. What was started by others is left as it is.
+    This uses Ray's switch for Windows and macOS: Ray 2.60 has no other, since it replaces a given address by the
+    machine's public one. It does not affect a Ray that other processes started.
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
@@ -150,16 +150,16 @@ def keep_to_this_machine() -> None:
 
 
 def keep_on_sigterm(handler: Any) -> None:
-    """Put the handler of SIGTERM back that Ray has replaced by its own: that prints a stack, and takes Ray down first.
+    """Restore the handler of SIGTERM after ``ray.init``, whose own handler prints a stack and stops Ray first.
 
-    A process that had none keeps Ray's, but for the stack: it comes from C++, which a handler of Python is put before.
+    Without an earlier handler, this reinstalls Ray's Python handler, in front of the C++ handler that prints the stack.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler if callable(handler) else signal.getsignal(signal.SIGTERM))
 
 
 def quiet(*names: str) -> None:
-    """Let these loggers of Ray show errors only; its log files keep everything."""
+    """Show only errors of these loggers of Ray; its log files keep all lines."""
     for name in names:
         logger = logging.getLogger(name)
         for handler in logger.handlers:
@@ -170,24 +170,24 @@ def quiet(*names: str) -> None:
 
 
 def innermost(error: BaseException) -> str:
-    """The line of an error that says what went wrong, out of the layers that Ray wraps around it."""
+    """The last line of an error, which has the cause below the layers that Ray wraps around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return without_secrets(lines[-1]) if lines else type(error).__name__
 
 
 def absolute(path: str) -> str:
-    """The path or URI under its one name (``files.normal``), as every process of the cluster sees it.
+    """The path or URI in its absolute and normal form (``files.normal``), which is valid in every process.
 
     Raises:
-        DistillKacError: no name, or a relative path in a job's working directory, which Ray deletes after the job.
+        DistillKacError: the path is empty, or relative in a submitted job, whose working directory Ray deletes.
     """
     name = files.normal(path)
     if files.is_uri(name) or os.path.isabs(name):
         return name
     if in_job_copy():
         raise DistillKacError(
-            f"{path}: expected an absolute path or s3:// URI under ray job submit, found a relative one: "
-            "the job runs in a copy of the working directory that does not outlive it"
+            f"{path} is a relative path, but a submitted job runs in a copy of the working directory, which Ray "
+            "deletes after the job. Use an absolute path or an s3:// URI."
         )
     return str(Path(name).absolute())
 

@@ -1,14 +1,13 @@
-"""What a part of a stage's work takes of a node, and whether the cluster has room for it, or can get some.
+"""The resources that a worker needs on a node, and whether the cluster has or can get them.
 
-Ray itself waits for ever, without a word, for what no node can give. ``await_room`` is asked before the work begins.
-What fits on the nodes that are alive may go, even if other jobs hold them now: Ray queues it. What does not fit is
-waited for as long as nodes may be joining (``JOINING``) or, where an autoscaler can add them, starting (``STARTING``),
-and then refused. While it waits, a pending placement group tells the autoscaler what is missing.
+Ray waits silently for resources that no node can provide. Stages call ``await_room`` first. It accepts resources that
+fit on the live nodes, even if other jobs use them now, since Ray queues such work. Otherwise it waits for nodes that
+may still join (``JOINING``), or that an autoscaler may start (``STARTING``), and then raises. While it waits, a pending
+placement group shows the autoscaler which resources are missing.
 
-How a driver learns what the autoscaler can add (Ray 2.60): the head that ``ray up`` starts has its configuration in
-``CONFIG_FILE``; elsewhere (KubeRay) the autoscaler's state in Ray's control store says which requests are infeasible
-and which nodes are on their way. ``get_max_resources_from_cluster_config``, which Ray Train asks, knows of none outside
-of Anyscale's platform.
+How a driver learns what the autoscaler can add (Ray 2.60): on the head that ``ray up`` starts, the configuration is in
+``CONFIG_FILE``. Elsewhere (KubeRay), the autoscaler's state in Ray's control store lists infeasible requests and nodes
+that are starting. ``get_max_resources_from_cluster_config``, which Ray Train uses, works only on Anyscale's platform.
 """
 
 import contextlib
@@ -29,19 +28,19 @@ from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
 
 JOINING = "DISTILLKAC_JOINING_SECONDS"
-"""For so long (default 30 s) nodes that nobody has announced may join the cluster."""
+"""How long to wait for nodes to join (default: 30 seconds) if there is no autoscaler."""
 
 STARTING = "DISTILLKAC_STARTING_SECONDS"
-"""For so long (default 20 minutes) nodes of the autoscaler may take to come."""
+"""How long to wait for an autoscaler to start nodes (default: 20 minutes)."""
 
 CONFIG_FILE = "~/ray_bootstrap_config.yaml"
 POLL_SECONDS = 1.0
 BUSY_SECONDS = 2.0
-"""What an earlier stage held is free soon after its end."""
+"""Resources of an earlier stage are free this long after its end."""
 
 
 class Share(NamedTuple):
-    """What a worker, an actor or a trial takes of a node."""
+    """The resources that one worker, actor or trial needs on a node."""
 
     cpus: float
     gpus: float = 0.0
@@ -49,129 +48,134 @@ class Share(NamedTuple):
 
     @property
     def resources(self) -> dict[str, float]:
-        """As Ray names them, those above 0."""
+        """The resources above 0, by Ray's names."""
         return {name: value for name, value in (("CPU", self.cpus), ("GPU", self.gpus)) if value}
 
     @property
     def remote_options(self) -> dict[str, Any]:
-        """As Ray's tasks and actors take them."""
+        """Options for a task or an actor of Ray."""
         labels = {"label_selector": dict(self.label_selector)} if self.label_selector else {}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **labels}
 
     def __str__(self) -> str:
         labels = ", ".join(f"{key}={value}" for key, value in self.label_selector.items())
-        return (_told(self.resources) or "no CPU") + f" of a node with {labels}" * bool(labels)
+        return (_format_resources(self.resources) or "no CPU") + f" on nodes with {labels}" * bool(labels)
 
 
 class Node(NamedTuple):
-    """A node, or one that may be started."""
+    """The resources and labels of a node, or of one that an autoscaler may start."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
 
     def room(self, share: Share) -> float:
-        """How many such shares it has room for; infinite for nothing."""
+        """How many workers with these resources fit on the node; infinity if they need none."""
         if not all(_matches(self.labels.get(key), wanted) for key, wanted in share.label_selector.items()):
             return 0
-        has = {name: self.resources.get(name, 0) for name in share.resources}
-        rooms = [int(has[name] / asked + 1e-9) for name, asked in share.resources.items()]
-        if 0 < share.gpus < 1:  # a share lies on one GPU
-            rooms.append(int(has["GPU"]) * int(1 / share.gpus + 1e-9))
-        return min(rooms, default=float("inf"))
+        counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in share.resources.items()]
+        if 0 < share.gpus < 1:  # a worker cannot use parts of two GPUs
+            counts.append(int(self.resources.get("GPU", 0)) * int(1 / share.gpus + 1e-9))
+        return min(counts, default=float("inf"))
 
     def __str__(self) -> str:
         labels = [f"{key}={value}" for key, value in self.labels.items() if key != "ray.io/node-id"]
-        return ", ".join([_told({name: self.resources.get(name, 0) for name in ("CPU", "GPU")}), *labels])
+        return ", ".join([_format_resources({name: self.resources.get(name, 0) for name in ("CPU", "GPU")}), *labels])
 
 
 def await_room(stage: str, option: str, count: int | Range, share: Share) -> None:
-    """Return once the nodes have room for ``count`` shares, or for the least of a range.
+    """Wait until the nodes can fit ``count`` workers, or the minimum of a range.
 
     Args:
-        option: what asks for them: "`workers`".
+        stage: name of the stage, for log lines.
+        option: the argument that asks for the workers, such as "`workers`".
+        count: number of workers.
+        share: resources of each worker.
 
     Raises:
-        ArgumentError: no such room, and none in sight; or labels that Ray does not take.
+        ArgumentError: no nodes can provide the resources, or Ray does not accept the labels.
     """
     _check_labels(share)
     wanted = least(count)
     if room(alive(), share) >= wanted:
-        _say_if_busy(stage, wanted, share)
+        _log_if_busy(stage, wanted, share)
         return
     if is_embedded():
-        raise _refusal(option, wanted, share, "this Ray is one machine: ask for less, or set RAY_ADDRESS")
+        raise _too_small(
+            option, wanted, share, "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
+        )
     joining, starting = _seconds(JOINING, 30.0), _seconds(STARTING, 1200.0)
     log.info(
-        f"{stage}: waits for nodes with room for {wanted} x ({share}): {duration(joining)}, or {duration(starting)} if "
-        "an autoscaler can start some"
+        f"{stage}: waiting for nodes that can fit {wanted} x ({share}): at most {duration(joining)}, or "
+        f"{duration(starting)} with an autoscaler"
     )
     started = time.monotonic()
     with asking(wanted, share) as request:
         while room(alive(), share) < wanted:
             waited, growth = time.monotonic() - started, _growth(wanted, share, request)
             if waited >= (starting if growth.is_possible else joining):
-                why = f"{growth.told}; waited {duration(waited)}: start nodes, or ask for less"
-                raise _refusal(option, wanted, share, why)
+                reason = f"{growth.description}. Waited {duration(waited)}. Start nodes, or ask for less."
+                raise _too_small(option, wanted, share, reason)
             time.sleep(POLL_SECONDS)
 
 
 def room(nodes: Sequence[Node], share: Share) -> float:
-    """How many such shares the nodes have room for."""
+    """How many workers with these resources fit on the nodes."""
     return sum(node.room(share) for node in nodes)
 
 
 def alive() -> list[Node]:
-    """The nodes of the cluster."""
+    """The live nodes of the cluster, with their total resources."""
     import ray
 
     return [Node(node["Resources"], node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
 
 
 def free() -> list[Node]:
-    """The nodes with what nothing holds of them now; Ray is told of it with a delay of about a second."""
+    """The live nodes of the cluster, with their unused resources, which Ray reports about a second late."""
     import ray
 
+    # Ray has no public function for the available resources of each node.
     left = ray._private.state.available_resources_per_node()
     return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
 
 
 def is_embedded() -> bool:
-    """Whether this process has started its Ray for itself."""
+    """Whether this process has started its own Ray."""
     import ray
 
+    # Ray has no public function for this.
     own = ray._private.worker._global_node
     return own is not None and bool(own.head)
 
 
 class _Growth(NamedTuple):
-    """What may be expected of the autoscaler."""
+    """Whether an autoscaler may add the missing nodes, and a description of what it does."""
 
     is_possible: bool
-    told: str
+    description: str
 
 
 def _growth(wanted: int, share: Share, request: str) -> _Growth:
-    """Whether the autoscaler may make the room, as far as that can be known here."""
     nodes = alive()
     if not any(cluster.NODE_GROUP_LABEL in node.labels for node in nodes):
-        return _Growth(False, "there is no autoscaler to start some")
+        return _Growth(False, "There is no autoscaler to add nodes")
     config = Path(CONFIG_FILE).expanduser()
     if config.exists():
         types = _node_types(yaml.safe_load(config.read_text()))
-        told = "; ".join(f"{number} x ({node})" for node, number in types) or "nothing"
+        limits = "; ".join(f"{number} x ({node})" for node, number in types) or "no nodes"
         grown = sum(node.room(share) * number for node, number in types)
-        return _Growth(room(nodes, share) + grown >= wanted, f"the autoscaler may have {told}")
+        return _Growth(room(nodes, share) + grown >= wanted, f"The autoscaler can add at most {limits}")
     state = _autoscaling_state()
     if state.pending_instances or state.pending_instance_requests:
-        return _Growth(True, "nodes that the autoscaler has begun to start have not come")
+        return _Growth(True, "The nodes that the autoscaler requested have not joined")
     if any(gang.details.startswith(request) for gang in state.infeasible_gang_resource_requests):
-        # Either for ever, or as long as other jobs hold the nodes that it has.
-        return _Growth(room(free(), share) < room(nodes, share), "the autoscaler cannot start any for this")
-    return _Growth(True, "the autoscaler has not started any")
+        # The request may become feasible when other jobs release nodes.
+        return _Growth(room(free(), share) < room(nodes, share), "The autoscaler cannot add such nodes")
+    return _Growth(True, "The autoscaler has not added any nodes")
 
 
 def _node_types(config: Mapping[str, Any]) -> list[tuple[Node, int]]:
-    """The nodes that a cluster's configuration allows, and at most how many of each; not the head, which is there."""
+    """The nodes that a cluster configuration can add, without the head, and the maximum number of each."""
     most = int(config.get("max_workers", 0))
     kinds = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
     return [
@@ -181,7 +185,7 @@ def _node_types(config: Mapping[str, Any]) -> list[tuple[Node, int]]:
 
 
 def _autoscaling_state() -> Any:
-    """What the autoscaler has last said of itself (its version 2, that of ``ray up`` and KubeRay)."""
+    """The last state that the autoscaler reported (version 2, which ``ray up`` and KubeRay use)."""
     import ray
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -193,7 +197,7 @@ def _autoscaling_state() -> Any:
 
 @contextlib.contextmanager
 def asking(wanted: int, share: Share) -> Iterator[str]:
-    """Show the autoscaler what is missing; gives the request's id."""
+    """Request the resources from the autoscaler during the block; gives the id of the request."""
     from ray.util import placement_group, remove_placement_group
 
     labels = [dict(share.label_selector)] * wanted if share.label_selector else None
@@ -204,51 +208,53 @@ def asking(wanted: int, share: Share) -> Iterator[str]:
         remove_placement_group(group)
 
 
-def _say_if_busy(stage: str, wanted: int, share: Share) -> None:
-    """Tell people when it is other work that this waits for."""
+def _log_if_busy(stage: str, wanted: int, share: Share) -> None:
+    """Log a line if the stage has to wait for other jobs."""
     until = time.monotonic() + BUSY_SECONDS
     while room(free(), share) < wanted:
         if time.monotonic() > until:
-            log.info(f"{stage}: waits until other work on the cluster leaves room for {wanted} x ({share})")
+            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({share})")
             return
         time.sleep(BUSY_SECONDS / 10)
 
 
 def _check_labels(share: Share) -> None:
-    from ray._private.label_utils import validate_label_selector
+    from ray._private.label_utils import validate_label_selector  # Ray's public functions check labels much later
 
     if error := validate_label_selector(dict(share.label_selector)):
         given = " ".join(f"{key}={value}" for key, value in share.label_selector.items())
-        raise ArgumentError(f"`label_selector`: expected labels as Ray takes them, found {given}: {error}")
+        raise ArgumentError(f"`label_selector` is {given}, which Ray does not accept: {error.strip().rstrip('.')}.")
 
 
 def _matches(value: str | None, wanted: str) -> bool:
-    """Whether a node's label is what a selector of Ray asks for: V, !V, in(V, W), !in(V, W)."""
+    """Whether a node's label matches a selector of Ray: V, !V, in(V, W) or !in(V, W)."""
     inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
     values = [part.strip() for part in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
     return (value in values) != wanted.startswith("!")
 
 
-def _refusal(option: str, wanted: int, share: Share, why: str) -> ArgumentError:
+def _too_small(option: str, wanted: int, share: Share, reason: str) -> ArgumentError:
     nodes = alive()
     kinds = Counter(str(node) for node in nodes)
-    there = "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items())
-    found = f"room for {room(nodes, share):g} on the nodes that there are ({there})"
-    return ArgumentError(f"{option}: expected room for {wanted} x ({share}), found {found}; {why}")
+    total = "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items()) or "nothing"
+    return ArgumentError(
+        f"{option}: the nodes cannot fit {wanted} x ({share}). They have {total}, enough for {room(nodes, share):g}. "
+        f"{reason}"
+    )
 
 
-def _told(resources: Mapping[str, float]) -> str:
+def _format_resources(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{value:g} {name}" for name, value in resources.items())
 
 
 def _seconds(variable: str, default: float) -> float:
-    """A time that an environment variable names.
+    """The number of seconds in an environment variable.
 
     Raises:
-        ArgumentError: it is no number.
+        ArgumentError: it is not a number.
     """
     given = os.environ.get(variable, "")
     try:
         return float(given) if given else default
     except ValueError:
-        raise ArgumentError(f"{variable}: expected seconds, found {given!r}") from None
+        raise ArgumentError(f"{variable} is {given!r}. Set it to a number of seconds, or unset it.") from None

@@ -1,4 +1,4 @@
-"""Items one by one on Ray Data, with the settings that the rollout, readers ahead and the check of a store share."""
+"""Process items with Ray Data, with the settings that the rollout, prefetching and the verification of stores share."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import ray
 
 MAX_BLOCKS = 10_000
-"""Each costs the driver 5 to 8 ms of CPU (Ray 2.60). What a dead actor leaves is done again by the block."""
+"""Each block costs the driver 5 to 8 ms of CPU (Ray 2.60). If an actor dies, its whole block is processed again."""
 
 
 def each(
@@ -19,41 +19,43 @@ def each(
     blocks: int | None = None,
     **map_options: Any,
 ) -> "ray.data.Dataset":
-    """What ``work`` makes of each item, in a lazy ``ray.data.Dataset``.
+    """Apply ``work`` to each item; returns the results as a lazy ``ray.data.Dataset``.
 
     Args:
-        items: all that a call needs to know of its own part of the work. What ``work`` itself refers to is sent to
-            every actor, and unpacked for every task.
-        work: a function, or a class for actors; it takes one item a call, as ``batch["item"][0]``.
-        pause_seconds: see ``_pause``. map_options: of ``ray.data.Dataset.map_batches``.
-        blocks: into how many the items are cut; default: one an item, ``MAX_BLOCKS`` at most.
+        items: the items, which should hold all that differs between calls: data that ``work`` refers to is sent to
+            every actor, and unpickled for every task.
+        work: a function, or a class for actors. Each call gets one item, as ``batch["item"][0]``.
+        pause_seconds: pause after each round of Ray Data's loop, see ``_pause``.
+        blocks: number of blocks of items; default: one per item, at most ``MAX_BLOCKS``.
+        map_options: options of ``ray.data.Dataset.map_batches``.
     """
     import ray
 
     blocks = blocks or min(len(items), MAX_BLOCKS)
-    done = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
+    results = ray.data.from_items(list(items), override_num_blocks=blocks).map_batches(
         work, batch_size=1, batch_format="numpy", **map_options
     )
-    done.context.enable_progress_bars = False
-    done.context.max_errored_blocks = 0  # more would drop blocks in silence
-    done.context.custom_execution_callback_classes = [_pause(pause_seconds)]
-    return done
+    results.context.enable_progress_bars = False
+    results.context.max_errored_blocks = 0  # a larger value would silently drop blocks
+    results.context.custom_execution_callback_classes = [_pause(pause_seconds)]
+    return results
 
 
 def _pause(seconds: float) -> type:
-    """A rest of Ray Data's loop, in the process that consumes the rows, after each of its rounds.
+    """A callback that pauses Ray Data's scheduling loop after each round, in the process that consumes the rows.
 
-    The loop waits for nothing but tasks, at most a tenth of a second. When none is running, because enough is read
-    ahead, it spins, which leaves a training loop in the same process a fifth of its speed; while tasks take long, its
-    ten rounds a second cost 4 % of a core (Ray 2.60).
+    The loop only waits for running tasks, for at most 0.1 s. When enough rows are prefetched and no task runs, it
+    spins, and a training loop in the same process has a fifth of its speed. During long tasks, its ten rounds per
+    second cost 4 % of a core (Ray 2.60).
     """
+    # Ray Data has no public setting for this.
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pause(ExecutionCallback):  # type: ignore[misc]
-        """Made by Ray Data, without arguments."""
+        """Ray Data creates it without arguments."""
 
         def on_execution_step(self, executor: Any) -> None:
-            """After each round."""
+            """Pause after each round."""
             time.sleep(seconds)
 
     return Pause

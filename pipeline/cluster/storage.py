@@ -1,7 +1,7 @@
-"""Where the inputs and outputs of a stage lie: asked before its work begins.
+"""Check the paths of a stage before its work begins.
 
-A path of one machine's disk means another file, or none, on the next machine. ``check_shared`` refuses such paths where
-the work may run on several; folders that all machines see are named in ``DISTILLKAC_SHARED_FOLDERS``.
+A local path means another file on another machine, or none. If the work may run on several machines, ``check_shared``
+raises for local paths, except in the folders of ``DISTILLKAC_SHARED_FOLDERS``, which all machines share.
 """
 
 import os
@@ -17,14 +17,14 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import environment, joining
 
 SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
-"""Folders that every machine of the cluster sees under the same name: ``/mnt/efs:/home``."""
+"""Folders that every machine of the cluster has under the same path, separated by colons: ``/mnt/efs:/home``."""
 
 
 def check_answers(options: BaseModel) -> None:
-    """Look at every bucket that the options name, and at that of the cache, for ``probes.PROBE_SECONDS`` at most.
+    """Check that S3 answers for every bucket in the options and for the cache's, within ``probes.PROBE_SECONDS`` each.
 
     Raises:
-        DistillKacError: S3 does not let us look at one, or does not answer.
+        DistillKacError: S3 refuses access to a bucket, or does not answer.
     """
     values = flatten(options.model_dump(mode="json"))
     texts = [text for value in values.values() for text in (value if isinstance(value, list) else [value])]
@@ -36,21 +36,19 @@ def check_answers(options: BaseModel) -> None:
 def check_shared(
     paths: Mapping[str, str | Iterable[str] | None], is_spread: Callable[[], bool], writes_to_mlflow: str | None = None
 ) -> None:
-    """Refuse paths that only one of the cluster's machines sees.
-
-    An embedded Ray is one machine: nothing is asked of it.
+    """Check that all machines of the cluster can use the paths. An embedded Ray has only one machine.
 
     Args:
-        paths: by the options that give them; None: not used.
-        is_spread: whether the work goes to Ray's workers, rather than to this process alone.
-        writes_to_mlflow: the output of a stage whose workers log to MLflow themselves.
+        paths: paths by the name of their argument or variable; None for unused arguments.
+        is_spread: whether Ray's workers do the work, and not only this process.
+        writes_to_mlflow: output of a stage whose workers log to MLflow; None if they do not.
 
     Raises:
-        DistillKacError: the first such path, or no cluster takes this process.
+        DistillKacError: a path is local to this machine, or this process cannot join the cluster.
     """
     if not os.environ.get(joining.VARIABLE) and not cluster.is_connected():
         return
-    if cluster.is_worker():  # its driver has asked, whose environment says what is shared
+    if cluster.is_worker():  # its driver has checked, and only the driver's environment names the shared folders
         return
     if not is_spread():
         return
@@ -60,15 +58,15 @@ def check_shared(
     for option, path in _each(paths):
         if not is_shared(path):
             raise ArgumentError(
-                f"{option}: expected s3:// or a folder that every machine sees, since the cluster has {machines}, "
-                f"found {path}: use s3://, or name the folders that they share in {SHARED_VARIABLE}=/mnt/one:/mnt/other"
+                f"{option} is {path}, but the cluster has {machines}, which may not share this path. Use s3://, or "
+                f"name the shared folders in {SHARED_VARIABLE}=/mnt/one:/mnt/other."
             )
     uri = "" if writes_to_mlflow is None else tracking.tracking_uri(writes_to_mlflow)
     local = environment.local_path(uri)
     if local and not is_shared(str(local)):
         raise DistillKacError(
-            f"MLFLOW_TRACKING_URI: expected a tracking server, since the cluster has {machines}, found {uri}, a file "
-            "of this one: start mlflow server, and set it to http://HOST:5000"
+            f"The runs would be tracked in {uri}, a file on this machine, but the cluster has {machines}. Start mlflow "
+            "server, and set MLFLOW_TRACKING_URI to http://HOST:5000."
         )
 
 
@@ -79,12 +77,12 @@ def _each(paths: Mapping[str, str | Iterable[str] | None]) -> Iterator[tuple[str
 
 
 def cache_of(is_used: bool = True) -> dict[str, str]:
-    """The cache as one of ``check_shared``'s paths, where machines must find in it what others have put there."""
+    """The cache folder as a path for ``check_shared``, if machines read files from it that others wrote."""
     return {cache.VARIABLE: cache.cache_folder()} if is_used else {}
 
 
 def is_shared(path: str) -> bool:
-    """Whether every machine sees what is there, as far as the path and ``DISTILLKAC_SHARED_FOLDERS`` say."""
+    """Whether all machines can use the path: it is a URI, or in a folder of ``DISTILLKAC_SHARED_FOLDERS``."""
     if files.is_uri(path):
         return True
     local = os.path.abspath(files.locate(path).path)
@@ -95,7 +93,7 @@ def _shared_folders() -> Iterable[str]:
     folders = [os.path.expanduser(folder) for folder in os.environ.get(SHARED_VARIABLE, "").split(":") if folder]
     wrong = next((folder for folder in folders if not os.path.isabs(folder)), None)
     if wrong is not None:
-        raise ArgumentError(f"{SHARED_VARIABLE}: expected absolute folders with colons between, found {wrong}")
+        raise ArgumentError(f"{SHARED_VARIABLE} has {wrong}. Set it to absolute folders, separated by colons.")
     return [os.path.normpath(folder) for folder in folders]
 
 
