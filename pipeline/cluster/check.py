@@ -50,9 +50,7 @@ def check(spec: CheckSpec) -> None:
     """
     address = job_server(spec.address)
     checks: dict[str, Callable[[], str]] = {
-        f"cluster {without_secrets(address)}": lambda: (
-            f"{_check_versions(address)}; {_check_nodes(address, spec.gpus)}"
-        ),
+        f"cluster {without_secrets(address)}": functools.partial(_check_cluster, address, spec.gpus),
         **{path: functools.partial(_check_path, path) for path in spec.paths},
         "mlflow": _check_tracking,
     }
