@@ -1,3 +1,5 @@
-"""What the papers of Kac flows claim, measured on trained networks: one module a claim, pure functions of tensors and
-networks. Quality is that of delivered images; velocities and energies are the network's own.
+"""The claims of the papers on Kac flows, measured on trained networks. There is one module per claim.
+
+The modules have pure functions of tensors and networks. Quality is measured on delivered images. Velocities and
+energies are measured on the network's own output.
 """

@@ -1,7 +1,7 @@
-"""Claim: guidance in velocity space keeps the energy finite, and buys fidelity with it (arXiv 2509.21513).
+"""Claim: guidance in velocity space keeps the energy finite and trades energy for fidelity (arXiv 2509.21513).
 
-u_w = (1 + w) u - w u_null is not bounded by the speed limit, only by (1 + 2w) times it: how energy, labels and values
-out of range grow with w is measured here.
+u_w = (1 + w) u - w u_null can exceed the speed limit, by a factor of at most 1 + 2w. This module measures how kinetic
+energy, label agreement and the number of values out of range grow with w.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,35 +17,35 @@ SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 7.0, 10.0)
 
 
 class GuidancePoint(NamedTuple):
-    """What a guidance scale does."""
+    """The effect of one guidance scale."""
 
     guidance: float
-    out_of_range: float  # share of the network's own values beyond [-1, 1]
-    kinetic_energy: float  # the mean over samples of the integral of |u_w|^2 |dt|
-    agreement: float | None  # share of delivered samples to which the classifier gives their label
+    out_of_range: float  # fraction of the network's output values outside [-1, 1]
+    kinetic_energy: float  # integral of |u_w|^2 |dt|, the mean over samples
+    agreement: float | None  # fraction of delivered samples that the classifier assigns to their label
 
 
 def effect_of_guidance(
-    subject: Subject, judge: FeatureSpace | None, scales: Sequence[float] = SCALES
+    subject: Subject, classifier: FeatureSpace | None, scales: Sequence[float] = SCALES
 ) -> Iterator[GuidancePoint]:
-    """The points of the scales, one at a time.
+    """Yield the effect of each guidance scale.
 
     Args:
-        judge: the classifier's features; None: agreement is not judged.
+        classifier: the feature space of the classifier; None: label agreement is not measured.
 
     Raises:
         ArgumentError: the network has no null label.
     """
     for w in scales:
-        outside, values, energy, right = 0, 0, 0.0, 0
+        outside, values, energy, correct = 0, 0, 0.0, 0
         for x_1, label in subject.starts():
             solution = generate(subject.network, x_1, label, subject.sampling._replace(guidance=w))
             outside += int((solution.x.abs() > 1).sum())
             values += solution.x.numel()
             energy += solution.kinetic_energy.double().sum().item()
-            if judge is not None:
-                assert isinstance(judge.network, Classifier)
-                named = judge.network.labels(judge(delivered(solution.x.cpu())))
-                right += int((named == label.cpu()).sum())
-        agreement = None if judge is None else right / subject.count
+            if classifier is not None:
+                assert isinstance(classifier.network, Classifier)
+                predicted = classifier.network.labels(classifier(delivered(solution.x.cpu())))
+                correct += int((predicted == label.cpu()).sum())
+        agreement = None if classifier is None else correct / subject.count
         yield GuidancePoint(w, outside / values, energy / subject.count, agreement)

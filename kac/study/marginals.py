@@ -1,7 +1,8 @@
 """Claim: the flow carries noise through the marginals of the path, x_t = f(t) x_0 + K_{g(t)} (arXiv 2506.20641).
 
-A teacher that learned its field well has at each time the distribution of data noised to that time. Measured is their
-sliced Wasserstein distance, beside its floor: that of two independent sets of noised data.
+At each time, the states of a well-trained teacher have the distribution of data noised to that time. This module
+measures the sliced Wasserstein distance between the two, and its floor: the distance between two independent sets of
+noised data.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from kac.path import Path
 
 
 class Marginal(NamedTuple):
-    """How far the states of one time are from noised data: squared sliced 2-Wasserstein distances."""
+    """The squared sliced 2-Wasserstein distance between states at one time and noised data, with its floor."""
 
     t: float
     distance: float
@@ -23,12 +24,12 @@ class Marginal(NamedTuple):
 
 
 def marginal(states: Tensor, t: float, path: Path, data: Dataset, generator: torch.Generator) -> Marginal:
-    """Compare ``states`` [rows, *sample] of the time ``t`` with as many training images noised to it."""
+    """Compare states [rows, *sample] at time ``t`` with the same number of training images noised to ``t``."""
     first, second = (noised(path, data, t, len(states), generator).flatten(1) for _ in range(2))
     return Marginal(t, sliced_wasserstein(first, states.flatten(1).float()), sliced_wasserstein(first, second))
 
 
 def noised(path: Path, data: Dataset, t: float, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` training images, drawn with replacement, noised to the time ``t``: [count, *sample]."""
+    """Draw ``count`` training images with replacement, and noise them to time ``t``: [count, *sample]."""
     x_0 = data.train.rows(torch.randint(len(data.train), (count,), generator=generator)).images
     return path.sample(x_0, torch.tensor(t), generator).x_t

@@ -1,6 +1,7 @@
-"""Claim: since its velocities are bounded, a Kac flow is followed well in few solver steps (arXiv 2509.21513).
+"""Claim: a Kac flow needs few solver steps, because its velocities are bounded (arXiv 2509.21513).
 
-Measured is the Frechet distance of delivered samples to the training images for each solver and step count.
+This module measures the Frechet distance between delivered samples and the training images for each solver and number
+of steps.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +22,16 @@ METHODS: tuple[Method, ...] = ("euler", "heun", "ab2")
 
 
 class SolverPoint(NamedTuple):
-    """The quality under one solver and step count."""
+    """The quality with one solver and one number of steps."""
 
     method: Method
     steps: int
     nfe: int
-    distances: dict[str, float]  # by feature space
+    distances: dict[str, float]  # Frechet distances by feature space
 
 
 def moments_in(spaces: Sequence[FeatureSpace], parts: Iterable[Tensor]) -> dict[str, Moments]:
-    """The moments of delivered samples, which come in parts [rows, *sample], in each feature space."""
+    """Return the moments of delivered samples, given in parts [rows, *sample], in each feature space."""
     moments: dict[str, Moments] = {}
     for part in parts:
         for space in spaces:
@@ -46,20 +47,20 @@ def quality_by_solver(
     methods: Sequence[Method] = METHODS,
     steps: Sequence[int] = STEPS,
 ) -> Iterator[SolverPoint]:
-    """The points of every solver and step count, one at a time.
+    """Yield the quality for each combination of solver and number of steps.
 
     Args:
-        train: the training images' moments by feature space.
+        train: the moments of the training images, by feature space.
     """
     for method in methods:
         for count in steps:
-            ways = subject.sampled(subject.sampling._replace(solver=method, steps=count))
-            solutions = (generate(ways.network, x_1, label, ways.sampling) for x_1, label in ways.starts())
+            sampling = subject.sampling._replace(solver=method, steps=count)
             nfe = 0
-            made: list[Tensor] = []
-            for solution in solutions:
+            parts: list[Tensor] = []
+            for x_1, label in subject.starts():
+                solution = generate(subject.network, x_1, label, sampling)
                 nfe = solution.nfe
-                made.append(delivered(solution.x.cpu()))
-            found = moments_in(spaces, made)
-            distances = {space.name: frechet_distance(train[space.name], found[space.name]) for space in spaces}
+                parts.append(delivered(solution.x.cpu()))
+            moments = moments_in(spaces, parts)
+            distances = {space.name: frechet_distance(train[space.name], moments[space.name]) for space in spaces}
             yield SolverPoint(method, count, nfe, distances)

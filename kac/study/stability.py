@@ -1,14 +1,14 @@
-"""Claim: a student that lands close to its teacher at the ends of its steps is close on the whole way.
+"""Claim: a student that is close to its teacher at the end of each single step is close along the whole trajectory.
 
-arXiv 2509.21513 proves it for endpoint distillation by Groenwall's inequality. Here the discrete form is measured: with
-e_k the distance of the two states at the student's knot k,
+arXiv 2509.21513 proves this for endpoint distillation by Groenwall's inequality. This module measures the discrete
+form. Let e_k be the distance between the two states at the student's knot k. Then
 
     e_{k+1} <= lambda_k e_k + delta_k,
 
-where lambda_k is how far the teacher's flow of that interval pulls two states apart, and delta_k the error of the
-student's step. With delta_k from the student's own state this is the triangle inequality and always holds
-(``certain``). Distillation only sees delta_k from the teacher's state: that the inequality holds with it too is the
-claim (``one_step``; ``bound`` over all steps so far).
+where lambda_k is the factor by which the teacher's flow separates two states on this interval, and delta_k is the error
+of the student's step. If delta_k is measured from the student's state, this is the triangle inequality, which always
+holds (``certain``). Distillation only reduces delta_k measured from the teacher's state. The claim is that the
+inequality also holds with this delta_k (``one_step``; ``bound`` accumulates it over all steps so far).
 """
 
 from typing import NamedTuple
@@ -21,51 +21,52 @@ from kac.solvers import knot_times, solve
 from kac.study.subject import Subject
 
 COINCIDE = 1e-5
-"""States that are closer than this, per coordinate, are rounding apart: they say nothing of how the flow stretches."""
+"""States closer than this per coordinate differ by rounding only, so they are not used to measure the stretch."""
 
 
 class StabilityKnot(NamedTuple):
-    """A knot of the student; distances are root mean squares per coordinate over all samples."""
+    """A knot of the student. Distances are root mean squares per coordinate over all samples."""
 
     t: float
-    error: float  # e_k, between the student's state and the teacher's
-    one_step: float  # lambda e + delta of the step that ends here
-    bound: float  # the same from step errors alone, one after the other: e is taken at its own bound
-    certain: float  # as ``bound``, of steps that start from the student's states
+    error: float  # e_k, the distance between the student's and the teacher's state
+    one_step: float  # lambda e + delta for the step that ends here
+    bound: float  # lambda e + delta, with the bound of the previous knot as e
+    certain: float  # as ``bound``, with delta from the student's states
     step_error: float  # delta of the step that ends here, from the teacher's state; 0 at the noise
-    stretch: float  # lambda of the step that ends here, the largest of all samples; 1 at the noise
+    stretch: float  # lambda of the step that ends here, the maximum over samples; 1 at the noise
 
     @property
     def holds(self) -> bool:
-        """Whether the inequality holds for the step that ends here (but for rounding)."""
+        """Whether the inequality holds for the step that ends here, up to rounding."""
         return self.error <= self.one_step * (1 + 1e-4) + 1e-6
 
 
 @torch.inference_mode()
 def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
-    """The student's knots, noise first. Both start from the same noise.
+    """Compare a student with its teacher at the student's knots, from noise to image. Both start from the same noise.
 
     Raises:
         ValueError: the student's steps do not divide the teacher's.
     """
     steps, factor = student.sampling.steps, teacher.sampling.steps // student.sampling.steps
     if factor * steps != teacher.sampling.steps:
-        raise ValueError(f"expected a multiple of {steps} teacher's steps, found {teacher.sampling.steps}")
-    squares = torch.zeros(4, steps + 1, dtype=torch.float64)  # of error, step from teacher's state, student's, restart
+        raise ValueError(f"The student's {steps} steps do not divide the teacher's {teacher.sampling.steps} steps.")
+    # Sums of squares: error, step from the teacher's state, step from the student's state, restart of the solver.
+    squares = torch.zeros(4, steps + 1, dtype=torch.float64)
     stretch, values = [0.0] * (steps + 1), 0
     for x_1, label in student.starts():
         values += x_1.numel()
         _add_batch(teacher, student, x_1, label, factor, squares, stretch)
     error, from_teacher, from_student, restart = (squares / values).sqrt().tolist()
     times, bound, certain = knot_times(steps, student.sampling.knot_grid).tolist(), 0.0, 0.0
-    found = [StabilityKnot(times[0], 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)]
+    knots = [StabilityKnot(times[0], 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)]
     for k in range(1, steps + 1):
-        pull = stretch[k] or 1.0  # nothing was apart
-        one_step = pull * error[k - 1] + from_teacher[k]
-        bound = pull * bound + from_teacher[k]
-        certain = pull * certain + from_student[k] + restart[k]
-        found.append(StabilityKnot(times[k], error[k], one_step, bound, certain, from_teacher[k], pull))
-    return found
+        growth = stretch[k] or 1.0  # 0 if all states coincide
+        one_step = growth * error[k - 1] + from_teacher[k]
+        bound = growth * bound + from_teacher[k]
+        certain = growth * certain + from_student[k] + restart[k]
+        knots.append(StabilityKnot(times[k], error[k], one_step, bound, certain, from_teacher[k], growth))
+    return knots
 
 
 def _add_batch(
@@ -73,32 +74,32 @@ def _add_batch(
 ) -> None:
     steps = student.sampling.steps
     times = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
-    coarse = times[::factor]
+    knots = times[::factor]
     method = teacher.sampling.solver
     flow = velocity_of(teacher.network, x_1, label, teacher.sampling)
     flow_of_both = velocity_of(teacher.network, x_1, torch.cat([label, label]), teacher.sampling)
     step = velocity_of(student.network, x_1, label, student.sampling)
-    there = solve(flow, x_1, times, method, keep=range(0, len(times), factor)).knots
+    teacher_states = solve(flow, x_1, times, method, keep=range(0, len(times), factor)).knots
     x = x_1
     for k in range(steps):
-        inside, ends = times[k * factor : (k + 1) * factor + 1], coarse[k : k + 2]
-        both = solve(flow_of_both, torch.cat([x, there[k]]), inside, method).x
-        carried, again = both.chunk(2)
+        inside, ends = times[k * factor : (k + 1) * factor + 1], knots[k : k + 2]
+        both = solve(flow_of_both, torch.cat([x, teacher_states[k]]), inside, method).x
+        from_student, restarted = both.chunk(2)
         stepped = solve(step, x, ends, "euler").x
-        before, after = _rms_each(x - there[k]), _rms_each(carried - again)
+        before, after = _rms_each(x - teacher_states[k]), _rms_each(from_student - restarted)
         apart = before > COINCIDE
         if bool(apart.any()):
             stretch[k + 1] = max(stretch[k + 1], (after[apart] / before[apart]).max().item())
         gaps = (
-            stepped - there[k + 1],
-            solve(step, there[k], ends, "euler").x - there[k + 1],
-            stepped - carried,
-            again - there[k + 1],  # a solver of several steps that starts anew goes a slightly different way
+            stepped - teacher_states[k + 1],
+            solve(step, teacher_states[k], ends, "euler").x - teacher_states[k + 1],
+            stepped - from_student,
+            restarted - teacher_states[k + 1],  # a multistep solver that restarts differs slightly
         )
         squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
         x = stepped
 
 
 def _rms_each(gap: Tensor) -> Tensor:
-    """[batch, *sample] -> [batch], root mean squares per coordinate."""
+    """[batch, *sample] -> [batch], the root mean square over coordinates."""
     return gap.flatten(1).double().square().mean(1).sqrt()

@@ -1,6 +1,5 @@
-"""Who is studied: a network, how it is sampled, and the noise that it starts from."""
+"""The subject of a study: a network, its sampling, and the noise that it starts from."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from kac.sampling import Sampling, initial_noise
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under study. All subjects of a study start from the same uniforms and labels."""
+    """A model that is studied. All subjects of a study start from the same uniform numbers and labels."""
 
     name: str
     network: VelocityNetwork
@@ -25,12 +24,8 @@ class Subject:
     count: int
     batch_size: int
 
-    def sampled(self, sampling: Sampling) -> "Subject":
-        """The same model, sampled in another way."""
-        return dataclasses.replace(self, sampling=sampling)
-
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Noise [batch, *sample] and labels [batch] of all samples, on the subject's device."""
+        """Yield the noise [batch, *sample] and labels [batch] of all samples, on the subject's device."""
         for first in range(0, self.count, self.batch_size):
             ids = range(first, min(first + self.batch_size, self.count))
             x_1, label = initial_noise(self.config, self.seed, ids)
@@ -38,7 +33,7 @@ class Subject:
 
 
 class Watched:
-    """A network that shows each velocity it computes, before any guidance."""
+    """A network that passes each velocity it computes, before guidance, to a callback."""
 
     def __init__(self, network: VelocityNetwork, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         self.network, self.see = network, see
@@ -46,7 +41,7 @@ class Watched:
         self.takes: tuple[Condition, ...] = getattr(network, "takes", ())
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """As ``VelocityNetwork``; calls ``see(x, t, u)``."""
+        """Call the network, then ``see(x, t, u)``; otherwise as ``VelocityNetwork``."""
         u = self.network(x, t, label, **conditions)
         self.see(x, t, u)
         return u

@@ -162,7 +162,8 @@ def check_names(features: Sequence[str]) -> None:
     for given in features:
         if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
             raise ValueError(
-                f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or package.module:factory."
+                f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or "
+                "package.module:factory."
             )
     names = [space_name(given) for given in features]
     for given, name in zip(features, names, strict=True):
