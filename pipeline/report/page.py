@@ -1,6 +1,6 @@
-"""Pages: what every report is built from. A page is one file: pictures are in it, and nothing is fetched.
+"""Building blocks of HTML reports. A page is one self-contained file: it embeds its pictures and loads nothing.
 
-On a phone tables and listings scroll inside their own box; in print they shrink, and no picture is cut in two.
+On a phone, tables and listings scroll inside their own box. In print they shrink, and no picture is split.
 """
 
 import base64
@@ -49,10 +49,10 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
 
 
 def page(title: str, parts: Sequence[str]) -> bytes:
-    """The page's file.
+    """The content of the HTML file.
 
     Args:
-        parts: HTML, one below the other.
+        parts: HTML, from top to bottom.
     """
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -68,17 +68,17 @@ def heading(text: str, level: int = 2) -> str:
 
 
 def paragraph(*lines: str, kind: str = "") -> str:
-    """Text, a line below the other."""
+    """A paragraph, with a line break after each line."""
     return f"<p{_class(kind)}>{'<br>'.join(map(html.escape, lines))}</p>"
 
 
 def listing(text: str) -> str:
-    """Text as it would be typed or written into a file."""
+    """Preformatted text."""
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def across(parts: Sequence[str]) -> str:
-    """Parts that are printed on pages of their own, across."""
+def landscape(parts: Sequence[str]) -> str:
+    """Parts that are printed on landscape pages of their own."""
     return f'<section class="landscape">{"".join(parts)}</section>'
 
 
@@ -88,13 +88,13 @@ def table(
     """A table that scrolls inside its own box.
 
     Args:
-        texts: columns whose cells stand left; the others are numbers.
-        marked: rows that are set off.
+        texts: columns of text, aligned left; the other columns are numbers, aligned right.
+        marked: highlighted rows.
     """
     top = "".join(f"<th{_class('text' if n in texts else '')}>{html.escape(cell)}</th>" for n, cell in enumerate(heads))
     lines = [
         f"<tr{_class('marked' if number in marked else '')}>"
-        + "".join(f"<td{_class(_kind(n in texts, cell))}>{html.escape(cell)}</td>" for n, cell in enumerate(row))
+        + "".join(f"<td{_class(_cell_class(n in texts, cell))}>{html.escape(cell)}</td>" for n, cell in enumerate(row))
         + "</tr>"
         for number, row in enumerate(rows)
     ]
@@ -103,15 +103,15 @@ def table(
 
 
 LONG_TEXT = 48
-"""Letters from which on a cell may be broken into lines."""
+"""Cells with more characters may wrap."""
 
 
-def _kind(is_text: bool, cell: str) -> str:
+def _cell_class(is_text: bool, cell: str) -> str:
     return " ".join([*(["text"] if is_text else []), *(["long"] if is_text and len(cell) > LONG_TEXT else [])])
 
 
 def picture(png: bytes, alt: str, caption: str = "", is_wide: bool = False) -> str:
-    """A picture, inside the page, with what it shows for those who do not see it; a wide one scrolls on a phone."""
+    """An embedded picture. ``alt`` describes it to screen readers; a wide picture scrolls on a phone."""
     data = base64.b64encode(png).decode()
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
@@ -119,7 +119,7 @@ def picture(png: bytes, alt: str, caption: str = "", is_wide: bool = False) -> s
 
 
 def pictures(parts: Sequence[str]) -> str:
-    """Pictures side by side, as many as there is room for."""
+    """A grid of pictures, with as many columns as fit."""
     return f'<div class="pictures">{"".join(parts)}</div>'
 
 

@@ -1,4 +1,4 @@
-"""What must hold before a sweep begins: options that go together, a store that has what is asked for, a cluster too."""
+"""Checks before a sweep begins: do the options fit together, the store and the cluster?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,82 +17,90 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import Point
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
-"""What a trial reports while it trains; of all of them lower is better."""
+"""Metrics that a trial reports during training. Lower is better for each of them."""
 
 
-def judged_by(spec: SweepSpec) -> tuple[str, str]:
-    """The metric that says which student is best, and whether lower or higher is better.
+def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
+    """The metric that ranks the students, and whether "lower" or "higher" is better.
 
     Raises:
-        ArgumentError: nothing reports it.
+        ArgumentError: ``metric`` or ``asha_metric`` is not reported by this sweep.
     """
     known = dict.fromkeys(REPORTED, "lower")
     default = REPORTED[0]
     if spec.samples:
-        made = {metric.name: metric.better for metric in quality_metrics(spec.features).values() if metric.better}
-        known, default = {**known, **made}, f"frechet_distance_{spec.features[-1]}"
-        default = default if default in known else next(iter(made))
+        evaluated = {metric.name: metric.better for metric in quality_metrics(spec.features).values() if metric.better}
+        known, default = {**known, **evaluated}, f"frechet_distance_{spec.features[-1]}"
+        default = default if default in known else next(iter(evaluated))
     metric = spec.metric or default
     for option, name, allowed in (("`metric`", metric, known), ("`asha_metric`", spec.asha_metric, REPORTED)):
         if name not in allowed:
-            without = "" if spec.samples else ", since `samples` 0 leaves the students unevaluated"
+            reason = "" if spec.samples else " With `samples` 0 the students are not evaluated."
             raise ArgumentError(
-                f"{option}: expected a metric that is reported ({', '.join(allowed)}){without}, found {name}"
+                f"{option} is {name}, which this sweep does not report.{reason} Choose one of: {', '.join(allowed)}."
             )
     return metric, known[metric]
 
 
-def _goes_by_reports(spec: SweepSpec) -> str:
-    """The option for which trials must report ``asha_metric``; empty: none."""
-    return "`asha`" if spec.asha else "`searcher` optuna" if spec.search and spec.searcher == "optuna" else ""
-
-
 def check_options(spec: SweepSpec) -> None:
-    """Refuse options that do not go together."""
+    """Raise ``ArgumentError`` if options conflict."""
     if bool(spec.search) != bool(spec.trials):
-        has, lacks = ("`search`", "`trials`") if spec.search else ("`trials`", "`search`")
-        raise ArgumentError(f"{lacks}: expected it beside {has}, found none")
+        given, missing = ("`search`", "`trials`") if spec.search else ("`trials`", "`search`")
+        raise ArgumentError(f"{missing} is required with {given}.")
     if spec.asha and spec.workers:
-        raise ArgumentError("`asha`: expected trials that train in their own process, found `workers`: leave one out")
+        raise ArgumentError("`asha` cannot stop trials that train on Ray Train workers. Drop `asha` or `workers`.")
     if spec.chain and (spec.asha or spec.search or spec.objective.kind == "flow-map"):
-        raise ArgumentError("`chain`: expected a grid of students of one step count each, without `asha` and `search`")
-
-
-def check_validated(spec: SweepSpec) -> None:
-    """Refuse to go by a validation that is not made."""
-    needs = _goes_by_reports(spec)
-    if not needs:
-        return
-    if spec.asha_metric.startswith("validation/") and spec.validation_updates == 0:
-        raise ArgumentError(f"`validation_updates`: expected some for {needs} on {spec.asha_metric}, found 0")
-    if spec.asha_metric.endswith("endpoint_error") and not spec.held_out_rows:
-        raise ArgumentError(f"`held_out_rows`: expected some for {needs} on {spec.asha_metric}, found none")
-
-
-def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
-    """Refuse to have gone by a metric that no trial has reported.
-
-    Raises:
-        DistillKacError: it names the metric.
-    """
-    needs = _goes_by_reports(spec)
-    ended = [record for record in ledger.records if record.status in {"finished", "stopped"}]
-    if needs and ended and not any(spec.asha_metric in record.metrics for record in ended):
-        raise DistillKacError(
-            f"{spec.out}: expected {spec.asha_metric} from the trials for {needs}, found that none has reported it: "
-            "choose another `asha_metric`"
+        raise ArgumentError(
+            "`chain` needs a grid of students with fixed step counts. Drop `asha`, `search` and `objective.kind` "
+            "flow-map."
         )
 
 
+def check_validation(spec: SweepSpec) -> None:
+    """Raise ``ArgumentError`` if ASHA or Optuna would use a validation metric that is not computed."""
+    user = _user_of_reports(spec)
+    if not user:
+        return
+    if spec.asha_metric.startswith("validation/") and spec.validation_updates == 0:
+        raise ArgumentError(
+            f"`validation_updates` is 0, but {user} compares trials by {spec.asha_metric}. Choose 1 or more."
+        )
+    if spec.asha_metric.endswith("endpoint_error") and not spec.held_out_rows:
+        raise ArgumentError(
+            f"`held_out_rows` is 0, but {user} compares trials by {spec.asha_metric}. Choose 1 or more."
+        )
+
+
+def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
+    """Raise ``DistillKacError`` if no trial has reported the metric that ASHA or Optuna needs."""
+    user = _user_of_reports(spec)
+    ended = [record for record in ledger.records if record.status in {"finished", "stopped"}]
+    if user and ended and not any(spec.asha_metric in record.metrics for record in ended):
+        raise DistillKacError(
+            f"{spec.out}: no trial reported {spec.asha_metric}, which {user} needs. Choose another `asha_metric`."
+        )
+
+
+def _user_of_reports(spec: SweepSpec) -> str:
+    """The option that makes the sweep use ``asha_metric``; empty if none does."""
+    return "`asha`" if spec.asha else "`searcher` optuna" if spec.search and spec.searcher == "optuna" else ""
+
+
 def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, list[float]]:
-    """The store, and the guidance scales that it lacks; all that can be checked without them is.
+    """Open the store and check every student against it.
+
+    Returns:
+        The store, and the guidance scales that it lacks. Students of these scales are checked when they start.
 
     Raises:
-        DistillKacError: something does not fit, or scales are missing and ``rollout`` is not given.
+        DistillKacError: an option does not fit, or scales are missing and ``rollout`` is not given.
     """
     source = store.open(spec.store)
-    if spec.asha and any(point.spec.optimizer.updates <= spec.grace_updates for point in points):
-        raise ArgumentError(f"`grace_updates`: expected less than all updates of a trial, found {spec.grace_updates}")
+    shortest = min(point.spec.optimizer.updates for point in points)
+    if spec.asha and shortest <= spec.grace_updates:
+        raise ArgumentError(
+            f"`grace_updates` is {spec.grace_updates}, but a trial has only {shortest} updates. Choose a smaller value."
+        )
     wanted = dict.fromkeys(point.spec.guidance for point in points)
     missing = [w for w in wanted if w != "all" and w not in source.guidance]
     assert source.manifest is not None
@@ -101,17 +109,17 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
         check_guidance(load_teacher_config(teacher), missing)
     if missing and not spec.rollout:
         raise ArgumentError(
-            f"`guidance`: expected scales of the store {spec.store} ({', '.join(f'{w:g}' for w in source.guidance)}), "
-            f"found {', '.join(f'{w:g}' for w in missing)} missing: add `rollout` to have them added first"
+            f"`guidance` {', '.join(f'{w:g}' for w in missing)} is not in the store {spec.store}, which has "
+            f"{', '.join(f'{w:g}' for w in source.guidance)}. Add `rollout` to compute the missing scales first."
         )
-    if spec.search and any(isinstance(draw, space.Uniform) for draw in _drawn(spec, "guidance")):
+    if spec.search and isinstance(space.draws_of(spec).get("guidance"), space.Uniform):
         raise ArgumentError(
-            "`search` guidance: expected choice(...) of scales, found a range: a store has some of them"
+            "`search` draws guidance from a range, but a store has only some guidance scales. Use choice(...) instead."
         )
     checked: set[tuple[Any, ...]] = set()
     for point in points:
         training.check_shares(point.spec.optimizer, point.spec.workers or 0)
-        # A chain's student starts from one that is not there yet; it is checked again when it starts.
+        # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
         init = spec.init if point.after else point.spec.init
         student = distill.resolve(point.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
@@ -121,22 +129,18 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
     return source, missing
 
 
-def _drawn(spec: SweepSpec, field: str) -> list[space.Draw]:
-    return [draw for name, draw in space.draws_of(spec).items() if name == field]
-
-
-def await_room(spec: SweepSpec) -> None:
-    """Return once the cluster has room for a trial; raises as ``placement.await_room``."""
-    share = share_of_trial(spec, cluster.connect())
+def wait_for_resources(spec: SweepSpec) -> None:
+    """Return once the cluster can run one trial; raises as ``placement.await_room``."""
+    needs = resources_per_trial(spec, cluster.connect())
     option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
-    placement.await_room("sweep", option, count, share)
+    placement.await_room("sweep", option, count, needs)
 
 
-def share_of_trial(spec: SweepSpec, resources: cluster.Resources) -> placement.Share:
-    """What a trial takes of a node, or each of its workers."""
-    return placement.Share(spec.cpus_per_trial, gpus_a_trial(spec, resources), spec.label_selector)
+def resources_per_trial(spec: SweepSpec, resources: cluster.Resources) -> placement.Share:
+    """The resources that a trial needs, or each of its workers."""
+    return placement.Share(spec.cpus_per_trial, gpus_per_trial(spec, resources), spec.label_selector)
 
 
-def gpus_a_trial(spec: SweepSpec, resources: cluster.Resources) -> float:
-    """GPUs that a trial takes, or the share of one."""
+def gpus_per_trial(spec: SweepSpec, resources: cluster.Resources) -> float:
+    """The number of GPUs per trial; may be a fraction of one."""
     return spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)

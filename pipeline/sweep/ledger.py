@@ -1,7 +1,7 @@
-"""The ledger: what is known of each trial of a sweep, in OUT/trials/NAME.json: local or on S3.
+"""The ledger: a record of each trial of a sweep, in OUT/trials/NAME.json, local or on S3.
 
-A trial's record is written before it starts and as it goes on, by the driver alone: whatever is killed, the same
-command reads here which trials there are, with which values, how far they came and what they reported.
+Only the driver writes records, before a trial starts and while it runs. After any crash, the same command reads from
+them which trials exist, with which values, how far they came and what they reported.
 """
 
 import json
@@ -19,28 +19,28 @@ Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 
 class TrialRecord(Options):
-    """A trial."""
+    """The state of a trial."""
 
     number: int
     name: str
-    out: str  # student folder
-    values: dict[str, Any]  # of the fields that vary, by their dotted names; and "chain": "20-4" of a chain's student
+    out: str  # folder of the student
+    values: dict[str, Any]  # varied fields by dotted name; "chain": "20-4" for a student of a chain
     status: Status = "waiting"
-    updates: int = 0  # done
-    seconds: float = 0.0  # of training, over all starts
-    metrics: dict[str, float] = Field({}, description="as last reported")
+    updates: int = 0  # completed
+    seconds: float = 0.0  # of training, summed over all starts
+    metrics: dict[str, float] = Field({}, description="latest value of each metric")
     error: str = ""
-    has_diverged: bool = False  # it, or the student that it starts from
-    reports: tuple[dict[str, float], ...] = ()  # all that it has reported, each with its "update"
+    has_diverged: bool = False  # the student, or the student that it starts from
+    reports: tuple[dict[str, float], ...] = ()  # every report, each with its "update"
 
     @property
     def is_open(self) -> bool:
-        """Whether there is something left to do: a failed trial is tried again by the next command."""
+        """Whether work is left. The next command retries a failed trial."""
         return self.status in {"waiting", "running", "failed"}
 
 
 class Ledger:
-    """The records below ``out``, as they were and as they are written from here on."""
+    """The records of the sweep in ``out``. Changes are written at once."""
 
     def __init__(self, out: str) -> None:
         self.folder = files.join(out, TRIALS_FOLDER)
@@ -52,15 +52,15 @@ class Ledger:
 
     @property
     def records(self) -> list[TrialRecord]:
-        """All records by number."""
+        """All records, sorted by number."""
         return sorted(self._records.values(), key=lambda record: record.number)
 
     def get(self, name: str) -> TrialRecord | None:
-        """The record of a trial; None if it has none."""
+        """The record of a trial, or None."""
         return self._records.get(name)
 
     def next_number(self) -> int:
-        """The number of a trial that has no record yet."""
+        """The number for the next new trial."""
         return max((record.number for record in self._records.values()), default=-1) + 1
 
     def put(self, record: TrialRecord) -> TrialRecord:
@@ -70,19 +70,20 @@ class Ledger:
         return record
 
     def change(self, name: str, **changes: Any) -> TrialRecord:
-        """Write a record with some of its fields changed."""
+        """Change some fields of a record and write it."""
         return self.put(self._records[name].model_copy(update=changes))
 
     def report(self, name: str, report: dict[str, float], base_seconds: float = 0.0) -> TrialRecord:
-        """Write down what a running trial reports.
+        """Add a report of a running trial to its record.
 
         Args:
-            report: its metrics with "update", and "seconds" since it started. base_seconds: before that.
+            report: metrics, with "update" and the "seconds" since the trial started.
+            base_seconds: seconds of training before this start.
         """
         metrics = {key: value for key, value in report.items() if key not in {"update", "seconds"}}
         updates, record = int(report.get("update", 0)), self._records[name]
-        # A trial that went on from its last checkpoint reports some updates again.
-        kept = tuple(known for known in record.reports if known["update"] < updates)
+        # A trial that resumed from a checkpoint reports some updates again.
+        kept = tuple(earlier for earlier in record.reports if earlier["update"] < updates)
         return self.change(
             name,
             status="running",
@@ -97,4 +98,6 @@ class Ledger:
         try:
             return TrialRecord(**json.loads(files.read_bytes(path)))
         except (ValueError, TypeError, DistillKacError) as error:
-            raise DistillKacError(f"{path}: expected the record of a trial, found {error}: remove it") from None
+            raise DistillKacError(
+                f"{path} is not a valid trial record ({error}). Delete it and run the sweep again."
+            ) from None

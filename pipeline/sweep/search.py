@@ -1,7 +1,7 @@
-"""Which trial of a sweep is next, what its reports lead to, and which trials are stopped early.
+"""Which trial of a sweep starts next, how reports reach the ledger, and which trials stop early.
 
-Tune asks and tells; what is known lies in the ledger. So a restarted sweep begins where the ledger ends: first the
-trials that it has not finished, with the values that they had, then new ones.
+The ledger holds all state, so a restarted sweep resumes from it: first the unfinished trials with their values, then
+new trials.
 """
 
 import random
@@ -23,41 +23,41 @@ from pipeline.sweep.space import Choice, Draw, Integers, Point, Uniform
 
 OPTUNA_FILE = "optuna.log"
 CONTROL = ("update", "seconds", "is_done", "error", "has_diverged")
-"""What a report says beside metrics."""
+"""The entries of a report that are not metrics."""
 
 
 class Proposer(Protocol):
-    """Where a search has its values from."""
+    """A search algorithm: proposes the values of each trial."""
 
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of the trial of this number."""
+        """The values of trial ``number``."""
         ...
 
-    def tell(self, record: TrialRecord) -> None:
-        """How a trial ended."""
+    def observe(self, record: TrialRecord) -> None:
+        """Learn from a trial that has ended."""
         ...
 
 
 class RandomDraws:
-    """Values at random: a trial's depend on the seed and its number alone."""
+    """Random search. The values of a trial depend only on the seed and the trial's number."""
 
     def __init__(self, draws: Mapping[str, Draw], seed: int) -> None:
         self.draws, self.seed = draws, seed
 
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of the trial of this number."""
+        """The values of trial ``number``."""
         generator = random.Random(f"{self.seed}-{number}")
         return {name: draw.sample(generator) for name, draw in self.draws.items()}
 
-    def tell(self, record: TrialRecord) -> None:
-        """Nothing is learned."""
+    def observe(self, record: TrialRecord) -> None:
+        """Do nothing."""
 
 
 class Optuna:
-    """Values that Optuna proposes (its tree of Parzen estimators), from all that the ledger knows.
+    """Optuna's TPE (tree-structured Parzen estimator), with the trials of the ledger as its history.
 
-    The study is made anew from the ledger at each start: of the two the ledger cannot be the one that is behind. For a
-    local sweep it is kept in OUT/optuna.log, where Optuna's dashboard finds it.
+    Each start rebuilds the study from the ledger, which is never behind the study. A local sweep also writes the study
+    to OUT/optuna.log for Optuna's dashboard.
     """
 
     def __init__(self, draws: Mapping[str, Draw], seed: int, metric: str, ledger: Ledger, out: str) -> None:
@@ -74,37 +74,32 @@ class Optuna:
             files.write_bytes(path, b"")
             storage = JournalStorage(JournalFileBackend(path))
         records = ledger.records
-        # A sampler that starts again from the same seed would propose again what it proposed first.
+        # With the same seed, a restarted sampler would repeat its first proposals.
         sampler = optuna.samplers.TPESampler(seed=seed + len(records), constant_liar=True)
         space = {name: _distribution(draw) for name, draw in draws.items()}
         self.search = OptunaSearch(
             space, metric=metric, mode="min", sampler=sampler, storage=storage, study_name="distillkac"
         )
-        self.asked: set[str] = set()
-        self.values: dict[str, dict[str, Any]] = {}
+        self.proposed: set[str] = set()
         for record in records:
             if not record.is_open:
-                self.tell(record)
+                self.observe(record)
 
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of the trial of this number."""
+        """The values of trial ``number``."""
         name = f"trial-{number:04d}"
-        self.asked.add(name)
+        self.proposed.add(name)
         return dict(self.search.suggest(name))
 
-    def tell(self, record: TrialRecord) -> None:
-        """How a trial ended: one that was stopped early counts with what it had reached."""
+    def observe(self, record: TrialRecord) -> None:
+        """Add a trial that has ended to the study. A trial that stopped early counts with its last value."""
         value = record.metrics.get(self.metric)
         has_failed = record.status == "failed" or value is None
-        if record.name in self.asked:
+        if record.name in self.proposed:
             result = None if has_failed else {self.metric: value}
             self.search.on_trial_complete(record.name, result, error=has_failed)
             return
-        values = {
-            # The record has typed values, a choice the words that they were given in.
-            name: _chosen(draw, record.values.get(name))
-            for name, draw in self.draws.items()
-        }
+        values = {name: _as_given(draw, record.values.get(name)) for name, draw in self.draws.items()}
         if None not in values.values():
             self.search.add_evaluated_point(values, value, error=has_failed)
 
@@ -120,13 +115,14 @@ def _distribution(draw: Draw) -> Any:
     return CategoricalDistribution(draw.values)
 
 
-def _chosen(draw: Draw, value: Any) -> Any:
+def _as_given(draw: Draw, value: Any) -> Any:
+    """The value as the user wrote it: a record has typed values, but a choice has text. None if no choice matches."""
     if not isinstance(draw, Choice):
         return value
-    return next((choice for choice in draw.values if _same(choice, value)), None)
+    return next((choice for choice in draw.values if _is_same(choice, value)), None)
 
 
-def _same(choice: Any, value: Any) -> bool:
+def _is_same(choice: Any, value: Any) -> bool:
     try:
         return float(choice) == float(value)
     except (TypeError, ValueError):
@@ -134,12 +130,12 @@ def _same(choice: Any, value: Any) -> bool:
 
 
 class LedgerSearch(Searcher):  # type: ignore[misc]
-    """Tune's searcher over the ledger: hands out the open points in order, then what is proposed.
+    """Searcher for Ray Tune: suggests the open points in order, then the proposals of a search.
 
     Args:
-        points: those of the grid, or of a search's recorded trials, that are not done.
-        make_point: makes the point of a search's new trial from its number and values.
-        total: trials of the whole sweep.
+        points: unfinished points of the grid, or unfinished recorded trials of a search.
+        total: the number of trials of the whole sweep.
+        make_point: makes the point of a new trial from its number and values.
     """
 
     def __init__(
@@ -154,11 +150,11 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         super().__init__()
         self.spec, self.ledger, self.waiting, self.total = spec, ledger, list(points), total
         self.proposer, self.make_point = proposer, make_point
-        self.running: dict[str, tuple[str, float]] = {}  # name, and seconds of earlier starts, by Tune's id
+        self.running: dict[str, tuple[str, float]] = {}  # Tune's id -> name, and seconds of earlier starts
         self.started, self.ended_here = time.perf_counter(), 0
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial; None while all that are left wait for others; FINISHED if there are none."""
+        """The next trial; None while every remaining trial waits for another one; FINISHED at the end."""
         point = self._next()
         if point is None:
             return None if self.waiting else Searcher.FINISHED
@@ -173,13 +169,13 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
     def _next(self) -> Point | None:
         for point in list(self.waiting):
-            # Of one that is to be tried again, the ledger still knows how it ended last time.
-            is_before_it = any(other.name == point.after for other in self.waiting)
-            before = self.ledger.get(point.after) if point.after and not is_before_it else None
-            if before is not None and before.status in {"failed", "stopped"}:
+            # The record of a predecessor that still waits for its retry has the status of the last attempt.
+            will_be_retried = any(other.name == point.after for other in self.waiting)
+            predecessor = self.ledger.get(point.after) if point.after and not will_be_retried else None
+            if predecessor is not None and predecessor.status in {"failed", "stopped"}:
                 self.waiting.remove(point)
-                self._fail(point, before)
-            elif point.after is None or (before is not None and before.status == "finished"):
+                self._fail(point, predecessor)
+            elif point.after is None or (predecessor is not None and predecessor.status == "finished"):
                 self.waiting.remove(point)
                 return point
         if self.proposer is None or self.waiting or len(self.ledger.records) >= self.spec.trials:
@@ -188,80 +184,77 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         number = self.ledger.next_number()
         return self.make_point(number, self.proposer.propose(number))
 
-    def _fail(self, point: Point, before: TrialRecord) -> None:
-        """Fail a trial that cannot start, because the student before it in the chain is not complete."""
-        error = f"{before.name}, which it starts from, {before.status}"
+    def _fail(self, point: Point, predecessor: TrialRecord) -> None:
+        """Fail a trial whose predecessor in the chain has no student."""
+        error = f"its predecessor {predecessor.name} {predecessor.status}"
         record = self.ledger.get(point.name) or TrialRecord(
             number=self.ledger.next_number(), name=point.name, out=point.spec.out, values=point.values
         )
-        changes = {"status": "failed", "error": error, "has_diverged": before.has_diverged}
-        self._say(self.ledger.put(record.model_copy(update=changes)))
+        changes = {"status": "failed", "error": error, "has_diverged": predecessor.has_diverged}
+        self._log_ended(self.ledger.put(record.model_copy(update=changes)))
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Write down what a trial reports."""
-        name, before = self.running[trial_id]
+        """Add a report to the ledger."""
+        name, base_seconds = self.running[trial_id]
         if "update" in result and not result.get("error"):
-            self.ledger.report(name, _report(result), before)
+            self.ledger.report(name, _report(result), base_seconds)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Write down how it ended."""
+        """Record the end of a trial."""
         if trial_id not in self.running:
             return
-        name, before = self.running.pop(trial_id)
+        name, base_seconds = self.running.pop(trial_id)
         result = result or {}
         if error or result.get("error"):
-            why = str(result.get("error") or "its process died")
+            message = str(result.get("error") or "its process died")
             has_diverged = bool(result.get("has_diverged"))
-            record = self.ledger.change(name, status="failed", error=why, has_diverged=has_diverged)
+            record = self.ledger.change(name, status="failed", error=message, has_diverged=has_diverged)
         else:
             if "update" in result:
-                self.ledger.report(name, _report(result), before)
+                self.ledger.report(name, _report(result), base_seconds)
             record = self.ledger.change(name, status="finished" if result.get("is_done") else "stopped")
         if self.proposer is not None:
-            self.proposer.tell(record)
-        self._say(record)
+            self.proposer.observe(record)
+        self._log_ended(record)
 
-    def _say(self, record: TrialRecord) -> None:
-        """One line for a trial that has ended."""
+    def _log_ended(self, record: TrialRecord) -> None:
         self.ended_here += 1
-        ended = sum(not known.is_open or known.status == "failed" for known in self.ledger.records)
+        ended = sum(not other.is_open or other.status == "failed" for other in self.ledger.records)
         metric = self.spec.asha_metric if self.spec.asha_metric in record.metrics else "loss"
-        told = [] if metric not in record.metrics else [f"{_words(metric)} {record.metrics[metric]:.4g}"]
-        told.append(f"{record.seconds:.0f} s")
+        parts = []
+        if metric in record.metrics:
+            parts.append(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')} {record.metrics[metric]:.4g}")
+        parts.append(f"{record.seconds:.0f} s")
         if record.status == "stopped":
-            told.insert(0, f"stopped early after {record.updates:,} updates")
+            parts.insert(0, f"stopped early after {record.updates:,} updates")
         if record.status == "failed":
-            told = [f"failed: {record.error}"]
+            parts = [f"failed: {record.error}"]
         left = self.total - ended
         if left > 0:
-            told.append(f"about {duration((time.perf_counter() - self.started) / self.ended_here * left)} left")
-        log.info(f"sweep: {ended} of {self.total} students, {record.name}: {', '.join(told)}")
+            parts.append(f"about {duration((time.perf_counter() - self.started) / self.ended_here * left)} left")
+        log.info(f"sweep: {ended} of {self.total} students, {record.name}: {', '.join(parts)}")
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger has all."""
+        """Do nothing: the ledger holds all state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger has all."""
-
-
-def _words(metric: str) -> str:
-    return metric.rsplit("/", 1)[-1].replace("_", " ")
+        """Do nothing: the ledger holds all state."""
 
 
 def _report(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the trial itself has put into a result of Tune."""
+    """The trial's own entries of a result; Ray Tune adds others."""
     names = [name for name in str(result.get("reported", "")).split() if name in result]
     return {name: float(result[name]) for name in ("update", "seconds", *names) if name in result}
 
 
 class Halving(FIFOScheduler):  # type: ignore[misc]
-    """Tune's ASHA with trials known by their names, so that those of an earlier start count in its rungs.
+    """Ray Tune's ASHA, whose rungs also count trials of earlier starts, by name.
 
-    A trial in its last update is left to end: it has to write its student.
+    A trial at its last update always continues, because it has to write its student.
 
     Args:
-        updates: of a whole training, by the trial's name.
-        most_updates: where the last rung is below.
+        updates: the trial's name -> updates of its whole training.
+        most_updates: upper limit of the last rung.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, updates: Callable[[str], int], most_updates: int) -> None:
@@ -277,28 +270,28 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
             stop_last_trials=False,
         )
         for record in ledger.records:
-            known = SimpleNamespace(trial_id=record.name)
-            self.asha.on_trial_add(None, known)
+            trial = SimpleNamespace(trial_id=record.name)
+            self.asha.on_trial_add(None, trial)
             for report in record.reports:
-                self.asha.on_trial_result(None, known, report)
+                self.asha.on_trial_result(None, trial, report)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial has been made."""
-        self.asha.on_trial_add(tune_controller, _named(trial))
+        """Add a trial to the lowest rung."""
+        self.asha.on_trial_add(tune_controller, _by_name(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether a trial goes on."""
+        """CONTINUE or STOP."""
         if result.get("update", 0) >= self.updates(trial.config["trial"]):
             return str(FIFOScheduler.CONTINUE)
-        return str(self.asha.on_trial_result(tune_controller, _named(trial), result))
+        return str(self.asha.on_trial_result(tune_controller, _by_name(trial), result))
 
 
-def _named(trial: Any) -> SimpleNamespace:
+def _by_name(trial: Any) -> SimpleNamespace:
     return SimpleNamespace(trial_id=trial.config["trial"])
 
 
 def report_to_tune(metrics: Mapping[str, float], started: float, **more: Any) -> None:
-    """Report from a trial, with the names of what is its own."""
+    """Report from a trial to Ray Tune; ``started``: ``time.perf_counter()`` at its start."""
     names = [name for name in metrics if name not in CONTROL]
     tune.report(
         {

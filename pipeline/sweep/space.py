@@ -1,6 +1,7 @@
-"""The space of a sweep: the points of a grid, chains of step counts, and what a search draws values from."""
+"""The students of a sweep: the points of a grid, chains of step counts, and the distributions of a search."""
 
 import difflib
+import functools
 import itertools
 import math
 import random
@@ -31,7 +32,7 @@ NOT_VARIED = (
     "validation_updates",
     "register",
 )
-"""Fields that make no other student."""
+"""Fields that do not change the student, so a sweep cannot vary them."""
 
 
 @dataclass(frozen=True)
@@ -40,77 +41,77 @@ class Point:
 
     name: str  # of its folder below `out`
     spec: DistillSpec
-    values: dict[str, Any]  # of the fields that vary, by their dotted names
-    after: str | None = None  # the point whose student it starts from: its predecessor in a chain
+    values: dict[str, Any]  # varied fields by dotted name
+    after: str | None = None  # name of its predecessor in a chain, whose student it starts from
 
 
 class Draw(Protocol):
-    """What a search draws a value from."""
+    """A distribution of a search."""
 
     def sample(self, draws: random.Random) -> Any:
-        """A value."""
+        """A random value."""
         ...
 
     def ends(self) -> tuple[Any, ...]:
-        """Values between which all are: what they allow, the others do too; all of them if they are choices."""
+        """The bounds, or every choice. If these values are valid, all values are."""
         ...
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """A number between two others, or its logarithm is."""
+    """A uniform or log-uniform number."""
 
     low: float
     high: float
     is_log: bool = False
 
     def sample(self, draws: random.Random) -> float:
-        """A value."""
+        """A random value."""
         if self.is_log:
             return math.exp(draws.uniform(math.log(self.low), math.log(self.high)))
         return draws.uniform(self.low, self.high)
 
     def ends(self) -> tuple[float, ...]:
-        """Values between which all are."""
+        """The bounds."""
         return (self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Integers:
-    """A whole number from the first to the last, both included."""
+    """A uniform integer between two bounds, both included."""
 
     low: int
     high: int
 
     def sample(self, draws: random.Random) -> int:
-        """A value."""
+        """A random value."""
         return draws.randint(self.low, self.high)
 
     def ends(self) -> tuple[int, ...]:
-        """Values between which all are."""
+        """The bounds."""
         return (self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of several values, with equal probability."""
 
     values: tuple[Any, ...]
 
     def sample(self, draws: random.Random) -> Any:
-        """A value."""
+        """A random value."""
         return draws.choice(self.values)
 
     def ends(self) -> tuple[Any, ...]:
-        """Values between which all are."""
+        """Every choice."""
         return self.values
 
 
 def parse_draw(field: str, text: str) -> Draw:
-    """What an expression such as ``loguniform(1e-4,3e-3)`` stands for; nothing is evaluated.
+    """Parse an expression such as ``loguniform(1e-4,3e-3)``. No code is evaluated.
 
     Raises:
-        ArgumentError: it cannot be parsed.
+        ArgumentError: the expression cannot be parsed.
     """
     match = re.fullmatch(r"(uniform|loguniform|randint|choice)\((.+)\)", str(text).strip())
     parts = [part.strip() for part in match[2].split(",")] if match else []
@@ -126,25 +127,25 @@ def parse_draw(field: str, text: str) -> Draw:
     except ValueError:
         pass
     raise ArgumentError(
-        f"`search` {field}: expected uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, randint(LOW,HIGH) or "
-        f"choice(VALUE,...), found {text!r}"
+        f"`search` cannot parse {text!r} for {field}. Use uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, "
+        "randint(LOW,HIGH) or choice(VALUE,...)."
     )
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
-    """The axes of the grid, each with its values: guidance scales and step counts first.
+    """The axes of the grid with their values; guidance scales and step counts come first.
 
     Raises:
-        ArgumentError: an axis that is no field of a student, has no values or is given twice.
+        ArgumentError: an axis is not a field of a student, or is given twice.
     """
     given: dict[str, tuple[Any, ...]] = {}
     for name in (*spec.grid, *spec.search):
         if field_named(name) in given:
-            raise ArgumentError(f"`grid`, `search`: expected each field once, found {name} twice")
+            raise ArgumentError(f"`grid` and `search` give {name} twice. Give each field once.")
         given[field_named(name)] = spec.grid.get(name, ())
     for name, short in (("guidance", spec.guidance), ("steps", spec.steps)):
         if short is not None and name in given:
-            raise ArgumentError(f"`{name}`: expected the values of {name} once, found them in `grid` or `search` too")
+            raise ArgumentError(f"`{name}` is also in `grid` or `search`. Give its values once.")
     searched = {field_named(name) for name in spec.search}
     default_steps: tuple[int, ...] = spec.chain or (
         (DistillSpec.model_fields["steps"].default,) if spec.search else STEP_COUNTS
@@ -158,20 +159,22 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
 
 
 def draws_of(spec: SweepSpec) -> dict[str, Draw]:
-    """What each field of a search is drawn from; the axes of its grid are choices.
+    """The distribution of each field of a search. Axes of the grid become choices.
 
     Raises:
-        ArgumentError: an expression that cannot be parsed, or as ``axes_of``.
+        ArgumentError: an expression cannot be parsed, or as ``axes_of``.
     """
     draws = {field_named(name): parse_draw(name, text) for name, text in spec.search.items()}
     return {**{name: Choice(values) for name, values in axes_of(spec).items()}, **draws}
 
 
 def field_named(name: str) -> str:
-    """The dotted name of a field as specs have it; an object is named by its kind.
+    """The dotted name of a field, as in specs: "optimizer.learning-rate" becomes "optimizer.learning_rate".
+
+    The name of an object stands for its kind: "objective" becomes "objective.kind".
 
     Raises:
-        ArgumentError: a student has no such field, or it makes no other student.
+        ArgumentError: a student has no such field, or the field does not change the student.
     """
     field = name.strip().lstrip("-").replace("-", "_")
     top, _, below = field.partition(".")
@@ -179,17 +182,17 @@ def field_named(name: str) -> str:
     if top not in allowed:
         near = difflib.get_close_matches(top, allowed, n=1)
         raise ArgumentError(
-            f"{name}: expected a field of jobs.distill that changes its student ({', '.join(allowed)})"
-            f"{f', perhaps {near[0]}' if near else ''}, found {top}"
+            f"{name} is not a field that a sweep can vary.{f' Did you mean {near[0]}?' if near else ''} "
+            f"Choose one of: {', '.join(allowed)}."
         )
     return field if below or not nested_models(DistillSpec.model_fields[top]) else f"{top}.kind"
 
 
 def grid_points(spec: SweepSpec) -> list[Point]:
-    """The points of the grid, and those of the chains, after those that they start from.
+    """The points of the grid, then the points of the chains, each after its predecessor.
 
     Raises:
-        ArgumentError: a point that is no valid spec, or as ``axes_of``.
+        ArgumentError: a point is not a valid spec, or as ``axes_of``.
     """
     axes = axes_of(spec)
     if spec.chain and spec.chain[0] not in {int(m) for m in axes["steps"]}:
@@ -207,7 +210,7 @@ def grid_points(spec: SweepSpec) -> list[Point]:
 
 
 def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[Point]:
-    """The students of a chain but its first, which is a point of the grid."""
+    """The students of a chain without the first one, which is a point of the grid."""
     counts = spec.chain
     before = make_point(spec, {**values, "steps": counts[0]}).name
     for length in range(2, len(counts) + 1):
@@ -221,13 +224,15 @@ def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> Point:
-    """The student with these values of its fields.
+    """The point of the student with these values of its fields.
 
     Args:
-        name: of its folder; default: made of the values. head: what such a name begins with.
+        values: by dotted name.
+        name: of its folder; built from the values if empty.
+        head: beginning of a name that is built from the values.
 
     Raises:
-        ArgumentError: they do not go together.
+        ArgumentError: the values conflict.
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0
@@ -236,13 +241,19 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
         share = {"gpus_per_worker": spec.gpus_per_trial} if spec.gpus_per_trial else {}
         options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector, **gpu, **share}
     if values.get("precision.dtype") == "auto":
-        raise ArgumentError("precision.dtype: expected types to be compared, found auto, which stands for one of them")
-    # A kind comes first: the other fields of its object are that kind's.
+        raise ArgumentError(
+            "`precision.dtype` auto stands for one of the other types. Compare float32, tf32 and bfloat16 instead."
+        )
+    # The kind of an object comes first, because the other fields depend on it.
     for field in sorted(values, key=lambda field: not field.endswith(".kind")):
-        options = _with(options, field.split("."), values[field])
+        options = _set(options, field.split("."), values[field])
     student = DistillSpec(out=spec.out, **options)
     is_any_step = student.objective.kind == "flow-map"
-    varied = {field: _value(student, field) for field in values if name or not (is_any_step and field == "steps")}
+    varied = {
+        field: functools.reduce(getattr, field.split("."), student)
+        for field in values
+        if name or not (is_any_step and field == "steps")
+    }
     if not name:
         others = [(field, given) for field, given in values.items() if field not in {"steps", "guidance"}]
         parts = [head or ("any-steps" if is_any_step else f"steps-{student.steps}"), f"guidance-{student.guidance}"]
@@ -251,15 +262,15 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
 
 
 def drawn_point(spec: SweepSpec, number: int, values: Mapping[str, Any]) -> Point:
-    """The student of a search's trial of this number; raises as ``make_point``."""
+    """The point of trial ``number`` of a search; raises as ``make_point``."""
     return make_point(spec, values, name=f"trial-{number:04d}")
 
 
 def sample_points(spec: SweepSpec) -> list[Point]:
-    """Points of a search that are valid if all are: each field at the ends of its range, the others at their first.
+    """Sample points of a search, for checks: each field in turn takes its end values, the others their first value.
 
     Raises:
-        ArgumentError: one that is not.
+        ArgumentError: a point is not valid.
     """
     draws = draws_of(spec)
     first = {name: draw.ends()[0] for name, draw in draws.items()}
@@ -269,7 +280,7 @@ def sample_points(spec: SweepSpec) -> list[Point]:
 
 
 def identity(spec: SweepSpec) -> dict[str, Any]:
-    """What the space of a sweep is, for its fingerprint."""
+    """The part of a sweep's fingerprint that describes its students."""
     axes = {name: [str(value) for value in values] for name, values in axes_of(spec).items()}
     return {
         "grid": {name: _typed_text(values) for name, values in axes.items()},
@@ -279,27 +290,22 @@ def identity(spec: SweepSpec) -> dict[str, Any]:
 
 
 def _typed_text(values: Sequence[str]) -> str:
-    """The values in words, in which 1 and 1.0 are the same."""
+    """The values as text, in which 1 and 1.0 are equal."""
     return ",".join(f"{float(value):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value) else value for value in values)
 
 
-def _with(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[str, Any]:
+def _set(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of ``options`` with one nested field changed."""
     head, *rest = field
     if not rest:
         return {**options, head: value}
     nested = options.get(head, {})
     values = nested if isinstance(nested, dict) else hashed_fields(nested)
     if rest == ["kind"] and values.get("kind") != value:
-        values = {}  # the fields of another kind are not this one's
-    return {**options, head: _with(values, rest, value)}
-
-
-def _value(spec: DistillSpec, field: str) -> Any:
-    value: Any = spec
-    for name in field.split("."):
-        value = getattr(value, name)
-    return value
+        values = {}  # the other fields belong to another kind
+    return {**options, head: _set(values, rest, value)}
 
 
 def _plain(text: str) -> str:
+    """The text without characters that a folder's name should not have."""
     return re.sub(r"[^\w.+-]", "-", text.replace("_", "-").replace(".", "-") if not text[:1].isdigit() else text)

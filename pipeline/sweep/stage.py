@@ -1,4 +1,4 @@
-"""The stage: check everything, add what the store lacks, run the trials, judge the students, answer."""
+"""The stage: check everything, add missing guidance scales, run the trials, evaluate the students, write the answer."""
 
 import json
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ EVALUATION = "evaluation"
 
 
 def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[TrialRecord]:
-    """Distill every student of the sweep, judge them and write the answer.
+    """Distill every student of the sweep, evaluate the students and write the answer.
 
-    What is finished stays as it is, what is not goes on, with the values that it had.
+    A rerun keeps finished trials and resumes unfinished ones with the same values.
 
     Returns:
-        A record a trial.
+        One record per trial.
 
     Raises:
         DistillKacError: the options, the store, the cluster or the folder do not fit (before any trial starts), or
@@ -40,28 +40,33 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     spec = distill.absolute(spec)
     distill.check_storage(spec, lambda: True)
     points = space.sample_points(spec) if spec.search else space.grid_points(spec)
-    metric, better = checks.judged_by(spec)
+    metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
-    checks.check_validated(spec)
+    checks.check_validation(spec)
     source, missing = checks.check_store(spec, points)
-    # Where the trials run decides, not this process: whoever resumes the sweep must come to the same students.
-    spec = spec.settled(lambda: checks.gpus_a_trial(spec, cluster.connect()) > 0)
+    # Decided by where the trials run, not by this process, so that any process can resume the sweep.
+    spec = spec.settled(lambda: checks.gpus_per_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **space.identity(spec)}
     if spec.samples and not files.exists(files.join(spec.out, RESULT_FILE)):
-        judge = _evaluation_spec(spec, source)
-        try_features(judge, load_teacher_config(str(judge.teacher)).data)
+        planned = _evaluation_spec(spec, source)
+        try_features(planned, load_teacher_config(str(planned.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
-    points = _recorded_points(spec, ledger) if spec.search else space.grid_points(spec)
+    # Again, because the settled spec may change the students.
+    points = (
+        [space.make_point(spec, record.values, record.name) for record in ledger.records]
+        if spec.search
+        else space.grid_points(spec)
+    )
     total = max(len(points), spec.trials) if spec.search else len(points)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
     if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
-    claims.take(spec.out)  # a finished sweep that gets more trials has none yet
-    checks.await_room(spec)
+    claims.take(spec.out)  # again, because outputs.begin does not claim the folder of a finished sweep
+    checks.wait_for_resources(spec)
     inputs = {"rollout": content["store"]}
     fingerprint = spec.fingerprint(**content)
     read = [tracking.Dataset("store", content["store"], spec.store)]
@@ -81,7 +86,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         _close_stopped(ledger)
         checks.check_reported(spec, ledger)
         evaluation = _evaluate(spec, ledger, source, run)
-        _answer(spec, ledger, evaluation, run, metric, better)
+        write_answer(spec, ledger.records, evaluation, run, metric, better)
+        if spec.register:
+            _register_best(spec, spec.register)
         _check_failed(spec, ledger, total)
     students = [record.name for record in ledger.records]
     listing = {"fingerprint": fingerprint, "students": students, "judged": judged}
@@ -91,9 +98,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
 
 
 def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) -> None:
-    """Add guidance scales to the store by its own recipe, with the trajectories that it has of the others.
+    """Add guidance scales to the store, with its own recipe and sample ids.
 
-    Its run is no child of the sweep's: those are the trials alone, and a chart over them compares students.
+    The rollout's run is not a child of the sweep's run, so that a chart over the children compares only students.
     """
     from pipeline.rollout import rollout
 
@@ -122,11 +129,11 @@ def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
     advice = []
     if any(record.has_diverged for record in failed):
         advice.append(
-            "A trial that diverged would diverge again: sweep without its values, or lower `optimizer.learning_rate`, "
-            "and give a new `out`."
+            "A trial that diverged would diverge again. Remove its values from the sweep or lower "
+            "`optimizer.learning_rate`, and choose a new `out`."
         )
     if not all(record.has_diverged for record in failed):
-        advice.append("Run the same command again to retry the trials that failed for another reason.")
+        advice.append("Run the same command again to retry the trials that failed for other reasons.")
     raise DistillKacError(
         f"{spec.out}: {len(failed)} of {total} trials failed: "
         f"{'; '.join(f'{record.name}: {record.error}' for record in failed)}. {' '.join(advice)}"
@@ -134,13 +141,12 @@ def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
 
 
 def _read_result(out: str) -> dict[str, Any]:
-    """What a finished sweep has left."""
-    found: dict[str, Any] = json.loads(files.read_bytes(files.join(out, RESULT_FILE)))
-    return found
+    result: dict[str, Any] = json.loads(files.read_bytes(files.join(out, RESULT_FILE)))
+    return result
 
 
 def _is_complete(ledger: Ledger, points: Sequence[Point], total: int) -> bool:
-    """Whether every trial has ended and its student, if it is to have one, is there."""
+    """Whether every trial has finished with a student, or was stopped early."""
     records = [ledger.get(point.name) for point in points]
     return len(points) == total and all(
         record is not None and (record.status == "stopped" or (not record.is_open and _has_student(record.out)))
@@ -152,16 +158,11 @@ def _has_student(out: str) -> bool:
     return files.exists(files.join(out, CONFIG_FILE))
 
 
-def _recorded_points(spec: SweepSpec, ledger: Ledger) -> list[Point]:
-    """The trials that a search has begun."""
-    return [space.make_point(spec, record.values, record.name) for record in ledger.records]
-
-
 def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
-    """Whether there is something to do for a point; a student that was complete before has its record from here on.
+    """Whether a point needs training. If its student is already complete, its record becomes "finished".
 
     Raises:
-        DistillKacError: its folder belongs to another spec.
+        DistillKacError: the student's folder belongs to another spec.
     """
     record = ledger.get(point.name)
     if record is not None and record.status == "stopped":
@@ -171,7 +172,7 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
         return True
     plan = distill.check(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
-        claims.release(student.out)  # the process of the trial takes it
+        claims.release(student.out)  # the trial's process claims the folder again
         return True
     was_cut_off = record is not None and record.status != "finished"
     if record is None or was_cut_off:
@@ -181,43 +182,35 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
         ledger.put(record)
     metrics = _nest(student, plan, run, was_cut_off)
     updates = student.optimizer.updates
-    ledger.change(
-        point.name, status="finished", error="", updates=updates, metrics={**metrics, **ledger_metrics(ledger, point)}
-    )
+    ledger.change(point.name, status="finished", error="", updates=updates, metrics={**metrics, **record.metrics})
     return False
-
-
-def ledger_metrics(ledger: Ledger, point: Point) -> dict[str, float]:
-    """What a trial has reported last."""
-    record = ledger.get(point.name)
-    return {} if record is None else record.metrics
 
 
 def _nest(
     student: DistillSpec, plan: distill.DistillPlan, run: tracking.TrackedRun, was_cut_off: bool
 ) -> dict[str, float]:
-    """Show the run of a student that was complete before below the sweep's too; one without a run gets one.
+    """Make the run of a complete student a child of the sweep's run; a student without a run gets one.
 
     Args:
-        was_cut_off: whether the sweep was stopped between the end of the student and that of its trial, whose run was
-            then closed as one that was killed.
+        was_cut_off: whether the sweep was stopped after the student was written and before its trial ended. The
+            student's run was then closed as killed.
 
     Returns:
-        What the training has reported last.
+        The latest metrics of the training.
     """
     own = tracking.run_of_output(student.out)
     if own is None:
-        with distill.start_run(student, plan, run) as made:
-            made.tags({"distillkac.path": student.out})
+        with distill.start_run(student, plan, run) as new:
+            new.tags({"distillkac.path": student.out})
         return {}
     own.nest(run)
     if was_cut_off:
-        distill.end_cut_off(student)
+        distill.finish_stopped(student)
     return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
 
 
 def _close_stopped(ledger: Ledger) -> None:
-    """A trial that was stopped early has ended as it should: its run says so."""
+    """End the runs of trials that were stopped early, with a tag that says so."""
     for record in ledger.records:
         run = tracking.run_of_output(record.out) if record.status == "stopped" else None
         if run is not None:
@@ -226,29 +219,28 @@ def _close_stopped(ledger: Ledger) -> None:
 
 
 def _close_open(ledger: Ledger) -> None:
-    """When a sweep is told to stop, its trials are killed and cannot say so: their runs are ended for them."""
+    """End the runs of trials that are killed because the sweep is interrupted."""
     for record in ledger.records:
-        # One that has not reported yet is waiting in the ledger, and may have a run all the same.
+        # A trial that has not reported yet is still "waiting" in the ledger, but may already have a run.
         run = tracking.run_of_output(record.out) if record.status in {"waiting", "running"} else None
         if run is not None:
             run.end("KILLED")
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
-    """Judge the finished students, in a run beside the sweep's; returns the folder, None if nothing is judged."""
+    """Evaluate the finished students in a run of their own; returns the evaluation's folder, or None without one."""
     from pipeline.evaluate.stage import evaluate
 
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
         return None
-    judged = _evaluation_spec(spec, source, students)
-    out = judged.out
-    _drop_other(out, judged)
-    evaluate(judged)
-    own = tracking.run_of_output(out)
+    planned = _evaluation_spec(spec, source, students)
+    _remove_outdated(planned)
+    evaluate(planned)
+    own = tracking.run_of_output(planned.out)
     if own is not None:
         run.tags({"distillkac.evaluation": own.run_id})
-    return out
+    return planned.out
 
 
 def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, ...] = ()) -> EvaluateSpec:
@@ -263,27 +255,19 @@ def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, 
     )
 
 
-def _drop_other(out: str, judged: EvaluateSpec) -> None:
-    """Remove an evaluation of another set of students, as one before more trials or retried ones; draws are cached."""
+def _remove_outdated(planned: EvaluateSpec) -> None:
+    """Remove an evaluation of other students, for example from before a retry. Its samples stay in the cache."""
     try:
-        options = json.loads(files.read_bytes(files.join(out, SPEC_FILE)))["options"]
+        options = json.loads(files.read_bytes(files.join(planned.out, SPEC_FILE)))["options"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return
-    wanted = judged.model_dump(mode="json")
+    wanted = planned.model_dump(mode="json")
     if any(options.get(name) != wanted[name] for name in ("students", "samples", "features")):
-        files.remove_tree(out)
-
-
-def _answer(
-    spec: SweepSpec, ledger: Ledger, evaluation: str | None, run: tracking.TrackedRun, metric: str, better: str
-) -> None:
-    write_answer(spec, ledger.records, evaluation, run, metric, better)
-    if spec.register:
-        _register_best(spec, spec.register)
+        files.remove_tree(planned.out)
 
 
 def _register_best(spec: SweepSpec, name: str) -> None:
-    """Register the best student, under the alias ``best``."""
+    """Register the best student with the alias ``best``."""
     from pipeline.tracking import logged_models
 
     best = json.loads(files.read_bytes(files.join(spec.out, ANSWER_FILE)))["best"]

@@ -1,4 +1,4 @@
-"""Pictures of a sweep's answer, as PNG bytes: small enough that their letters can be read on a phone."""
+"""Plots of a sweep's answer, as PNG bytes, with text that is readable on a phone."""
 
 import io
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ import numpy as np
 
 from kac.metrics import Metric
 from pipeline.evaluate.scores import REAL, Record, direction
-from pipeline.sweep.answer.rows import COST, SPEED, Row, cost_of, headings, ranked, scale, text
+from pipeline.sweep.answer.rows import COST, SPEED, Row, cost_of, headings, ranked, sort_key, text
 
 DPI = 150
 LOG_RATIO = 8.0
-"""Values that differ by more than this factor are shown on a logarithmic scale."""
+"""Values that span more than this factor get a logarithmic scale."""
 
-COSTS = {COST: "network evaluations an image", SPEED: "images a second"}
+COSTS = {COST: "network evaluations per image", SPEED: "images per second"}
 
 MOST_COLOURS = 6
-"""Guidance scales that are told apart by colours of their own; more are shades."""
+"""Up to this number of guidance scales, each has its own colour. More scales share a colour bar."""
 
-MOST_PLACES = 6
-"""A field of no more values than this has them as marks on its axis, at equal distances."""
+MOST_CATEGORIES = 6
+"""A field with up to this number of values has one tick per value, at equal distances."""
 
 LEAST_TRIALS = 4
-"""Finished trials from which on parallel coordinates and importances say anything."""
+"""Finished trials that parallel coordinates and importances need."""
 
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
-    """Steps x guidance; of several trials at a place the best one. None if all lie on one line of it."""
+    """The best value per step count and guidance scale. None with fewer than two step counts or two scales."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -36,7 +36,7 @@ def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
     for row in ranked(rows, metric):
         if row.steps is not None and row.guidance is not None:
             best.setdefault((row.steps, row.guidance), row.metrics[metric.name])
-    down, across = (sorted({place[axis] for place in best}, key=scale) for axis in (0, 1))
+    down, across = (sorted({cell[axis] for cell in best}, key=sort_key) for axis in (0, 1))
     if len(down) < 2 or len(across) < 2:
         return None
     values = np.array([[best.get((steps, w), np.nan) for w in across] for steps in down])
@@ -65,16 +65,16 @@ def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
 
 
 def _colours(metric: Metric) -> Any:
-    """Dark is good, and the worst is still seen on white."""
+    """A colour map in which darker is better and the worst value is still visible on white."""
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
 
-    found = mpl.colormaps["YlGnBu"](np.linspace(0.12, 1, 256))
-    return ListedColormap(found if metric.better == "higher" else found[::-1])
+    colours = mpl.colormaps["YlGnBu"](np.linspace(0.12, 1, 256))
+    return ListedColormap(colours if metric.better == "higher" else colours[::-1])
 
 
 def front(rows: Sequence[Row], on_front: Sequence[Row], metric: Metric, cost: Metric, record: Record | None) -> bytes:
-    """Quality against cost: every row, and the front, whose numbers are those of the table."""
+    """Quality against cost: every row as a dot, and the front as a line with the numbers of its trials."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
@@ -82,24 +82,24 @@ def front(rows: Sequence[Row], on_front: Sequence[Row], metric: Metric, cost: Me
     marked = [(cost_of(row, cost), row.metrics[metric.name]) for row in on_front]
     axis.plot(*zip(*marked, strict=True), "-", color="#999999", linewidth=1.2, zorder=1, label="front")
     drawn = [row for row in ranked(rows, metric) if cost_of(row, cost) is not None]
-    scales = sorted({row.guidance for row in drawn}, key=scale)
+    scales = sorted({row.guidance for row in drawn}, key=sort_key)
     colours = {w: f"C{number}" for number, w in enumerate(scales)} if len(scales) <= MOST_COLOURS else {}
     for w in scales if colours else []:
         own = [row for row in drawn if row.guidance == w]
         label = f"w = {text(w)}" if w is not None else "trials"
-        axis.plot(*_places(own, metric, cost), "o", color=colours[w], label=label, markersize=6, alpha=0.8)
-    if not colours:  # a legend would fill the picture
+        axis.plot(*_coordinates(own, metric, cost), "o", color=colours[w], label=label, markersize=6, alpha=0.8)
+    if not colours:  # a legend would fill the plot
         shades = [row.guidance if isinstance(row.guidance, int | float) else np.nan for row in drawn]
-        dots = axis.scatter(*_places(drawn, metric, cost), c=shades, cmap="plasma", s=36, label="trials", zorder=2)
+        dots = axis.scatter(*_coordinates(drawn, metric, cost), c=shades, cmap="plasma", s=36, label="trials", zorder=2)
         figure.colorbar(dots, ax=axis, label="guidance scale w")
     axis.plot(*zip(*marked, strict=True), "o", color="black", mfc="none", markersize=12)
     is_low_good = metric.better == "lower"
-    for place, row in zip(marked, on_front, strict=True):  # on the side of the front where nothing is
+    for point, row in zip(marked, on_front, strict=True):  # labels on the empty side of the front
         offset: Any = {"xytext": (0, -20 if is_low_good else 10), "textcoords": "offset points", "ha": "center"}
-        axis.annotate(f"#{row.trial.number}", place, weight="bold", fontsize=9, **offset)
+        axis.annotate(f"#{row.trial.number}", point, weight="bold", fontsize=9, **offset)
     _draw_references(axis, metric, cost, record, {w: colours.get(w, "white") for w in scales})
     _scale_axes(axis, [row.metrics[metric.name] for row in drawn], cost, drawn, record)
-    axis.set(xlabel=f"{COSTS.get(cost.name, cost.name)}{direction(cost)}", ylabel=_told(metric))
+    axis.set(xlabel=f"{COSTS.get(cost.name, cost.name)}{direction(cost)}", ylabel=_label(metric))
     axis.margins(0.1, 0.15)
     if is_low_good and axis.get_yscale() == "linear":
         axis.set_ylim(bottom=0)
@@ -108,12 +108,12 @@ def front(rows: Sequence[Row], on_front: Sequence[Row], metric: Metric, cost: Me
     return _png(figure)
 
 
-def _places(rows: Sequence[Row], metric: Metric, cost: Metric) -> tuple[list[Any], list[Any]]:
+def _coordinates(rows: Sequence[Row], metric: Metric, cost: Metric) -> tuple[list[Any], list[Any]]:
     return [cost_of(row, cost) for row in rows], [row.metrics[metric.name] for row in rows]
 
 
 def _draw_references(axis: Any, metric: Metric, cost: Metric, record: Record | None, colours: dict[Any, str]) -> None:
-    """Teachers of the same scales as stars, held-out images as a line."""
+    """Draw teachers of the same guidance scales as stars, held-out images as a line."""
     has_label = False
     for score in record.scores if record else ():
         if metric.name not in score.metrics:
@@ -123,8 +123,8 @@ def _draw_references(axis: Any, metric: Metric, cost: Metric, record: Record | N
             axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
         elif score.kind == "teacher" and score.guidance in colours and cost.name in score.metrics:
             label = None if has_label else "teacher, of the same w"
-            place = [score.metrics[cost.name]], [value]
-            axis.plot(*place, "*", color=colours[score.guidance], markersize=13, label=label, mec="k")
+            point = [score.metrics[cost.name]], [value]
+            axis.plot(*point, "*", color=colours[score.guidance], markersize=13, label=label, mec="k")
             has_label = True
 
 
@@ -146,43 +146,46 @@ def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(EngFormatter(sep=""))  # 50k: whole numbers run into each other
+    axis.set_major_formatter(EngFormatter(sep=""))  # "50k", because long numbers would overlap
     axis.set_minor_formatter(NullFormatter())
 
 
 def parameters(rows: Sequence[Row], fields: Sequence[str], metric: Metric) -> tuple[dict[str, bytes], str]:
-    """Parallel coordinates and importances of what was varied, by the name of the picture.
+    """Parallel coordinates and importances of the varied fields.
 
     Returns:
-        The pictures, and why there are none or not all; empty if there are.
+        The plots by name, and a note on missing plots; empty if none is missing.
     """
     best: dict[int, Row] = {}
     for row in ranked(rows, metric):
         best.setdefault(row.trial.number, row)
     names = [name for name in fields if len({str(row.trial.values.get(name)) for row in best.values()}) > 1]
     if len(best) < LEAST_TRIALS:
-        return {}, f"Left out: they need {LEAST_TRIALS} finished trials with this metric, found {len(best)}."
+        return (
+            {},
+            f"Left out: plots of parameters need {LEAST_TRIALS} finished trials with this metric, not {len(best)}.",
+        )
     if not names:
         return {}, "Left out: no parameter differs between the finished trials."
     study = _study(list(best.values()), names, metric)
-    made = {"parallel-coordinates": _parallel_coordinates(study, names, metric)}
+    plots = {"parallel-coordinates": _parallel_coordinates(study, names, metric)}
     if len(names) == 1:
-        return made, "Importances are left out: one parameter was varied."
+        return plots, "Importances are left out: only one parameter was varied."
     if len({row.metrics[metric.name] for row in best.values()}) == 1:
-        return made, "Importances are left out: all trials have the same value."
-    return {**made, "importances": _importances(study, names)}, ""
+        return plots, "Importances are left out: all trials have the same value."
+    return {**plots, "importances": _importances(study, names)}, ""
 
 
 def _study(rows: Sequence[Row], names: Sequence[str], metric: Metric) -> Any:
-    """A study of Optuna's that holds what was found."""
+    """An Optuna study of the rows, for Optuna's plots."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     values = {title: [_plain(row.trial.values.get(name)) for row in rows] for name, title in headings(names).items()}
-    distributions = {name: _distribution(found) for name, found in values.items()}
+    distributions = {name: _distribution(column) for name, column in values.items()}
     study = optuna.create_study(direction="maximize" if metric.better == "higher" else "minimize")
-    for place, row in enumerate(rows):
-        params = {name: found[place] for name, found in values.items()}
+    for number, row in enumerate(rows):
+        params = {name: column[number] for name, column in values.items()}
         study.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=row.metrics[metric.name])
         )
@@ -192,12 +195,12 @@ def _study(rows: Sequence[Row], names: Sequence[str], metric: Metric) -> Any:
 def _distribution(values: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    places = sorted(set(values), key=scale)
+    distinct = sorted(set(values), key=sort_key)
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if not is_number or len(places) <= MOST_PLACES:
-        return CategoricalDistribution(places)
-    low, high = places[0], places[-1]
-    # Drawn over orders of magnitude if the middle one lies nearer to the geometric mean of the ends than to the other.
+    if not is_number or len(distinct) <= MOST_CATEGORIES:
+        return CategoricalDistribution(distinct)
+    low, high = distinct[0], distinct[-1]
+    # Logarithmic if the median is closer to the geometric mean of the ends than to their arithmetic mean.
     middle = sorted(values)[len(values) // 2]
     is_log = bool(low > 0 and abs(middle - (low * high) ** 0.5) < abs(middle - (low + high) / 2))
     if all(isinstance(value, int) for value in values):
@@ -206,12 +209,12 @@ def _distribution(values: Sequence[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value that Optuna takes."""
+    """The value as a type that Optuna accepts."""
     return value if isinstance(value, int | float | str) else "none" if value is None else str(value)
 
 
 def _parallel_coordinates(study: Any, names: Sequence[str], metric: Metric) -> bytes:
-    """One line a trial, dark where it is good."""
+    """One line per trial; darker is better."""
     import matplotlib as mpl
     import optuna.visualization.matplotlib as drawing
     from matplotlib import pyplot as plt
@@ -222,42 +225,42 @@ def _parallel_coordinates(study: Any, names: Sequence[str], metric: Metric) -> b
         axis = drawing.plot_parallel_coordinate(study, params=fields, target_name=metric.heading)
         for lines in axis.collections:
             lines.set_cmap(_colours(metric))
-            if lines.colorbar is not None:  # away from the words on the last axis
+            if lines.colorbar is not None:  # away from the tick labels of the last axis
                 bar = lines.colorbar.ax
                 bar.set_position(bar.get_position().translated(0.07, 0))
         figure = axis.figure
         figure.set_size_inches(max(6.5, 1.7 * (len(names) + 1)), 4.4)
-        axis.set_title(f"{_told(metric)}: one line a trial", fontsize=10, pad=14)
+        axis.set_title(f"{_label(metric)}: one line per trial", fontsize=10, pad=14)
         data = _png(figure)
         plt.close(figure)
         return data
 
 
 def _importances(study: Any, names: Sequence[str]) -> bytes:
-    """Bars: the share of the differences in the metric that each parameter explains."""
+    """Bars: the share of the metric's variance that each parameter explains."""
     from matplotlib.figure import Figure
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     with _no_warnings():
-        found = get_param_importances(
+        shares = get_param_importances(
             study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(headings(names).values())
         )
-    figure = Figure(figsize=(5.4, 1.2 + 0.45 * len(found)), layout="constrained")
+    figure = Figure(figsize=(5.4, 1.2 + 0.45 * len(shares)), layout="constrained")
     axis = figure.subplots()
-    bars = axis.barh(list(found)[::-1], list(found.values())[::-1], color="C0")
+    bars = axis.barh(list(shares)[::-1], list(shares.values())[::-1], color="C0")
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(xlabel="importance (fANOVA, shares of 1)", xlim=(0, 1.15 * max(found.values())))
+    axis.set(xlabel="importance (fANOVA, shares of 1)", xlim=(0, 1.15 * max(shares.values())))
     return _png(figure)
 
 
 def _no_warnings() -> Any:
-    """Optuna says of each of these functions that it is experimental."""
+    """Silence Optuna's warnings that these functions are experimental."""
     import warnings
 
     return warnings.catch_warnings(action="ignore")
 
 
-def _told(metric: Metric) -> str:
+def _label(metric: Metric) -> str:
     return f"{metric.heading}{direction(metric)}"
 
 

@@ -1,6 +1,6 @@
-"""The rows of a sweep's answer: every trial with what was measured of its student, and which of them are the best.
+"""The rows of a sweep's answer: every trial with its metrics, their ranking, and the front of quality against cost.
 
-A student of any steps or of all scales has a row for each step count and scale at which it was judged.
+An any-step student, or a student of all guidance scales, has one row per evaluated step count and scale.
 """
 
 import dataclasses
@@ -15,27 +15,27 @@ from pipeline import tracking
 from pipeline.evaluate.scores import Record, Score, columns
 
 COST, SPEED = "nfe", "images_per_second"
-"""What quality is set against."""
+"""The metrics that measure cost: network evaluations per image, and images per second."""
 
 
 class Trial(Protocol):
-    """A trial as the sweep's ledger has it."""
+    """The part of a ledger's ``TrialRecord`` that the answer needs."""
 
     @property
     def number(self) -> int:
-        """Its place in the sweep."""
+        """Order in the sweep."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Unique name."""
 
     @property
     def out(self) -> str:
-        """The folder of its student."""
+        """Folder of the student."""
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """What was varied, by dotted names of the spec's fields."""
+        """Varied fields by dotted name."""
 
     @property
     def status(self) -> str:
@@ -43,106 +43,106 @@ class Trial(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates that are done."""
+        """Completed updates."""
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """Seconds of training."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What it reported last."""
+        """Latest reported metrics."""
 
     @property
     def error(self) -> str:
-        """Why it failed."""
+        """Reason of a failure."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trial, or one of the ways in which its student was judged."""
+    """A trial, with one score of its student if there is any."""
 
     trial: Trial
     score: Score | None = None
-    place: int | None = None  # of the score in its evaluation
-    metrics: Mapping[str, float] = field(default_factory=dict)  # reported and judged
+    score_index: int | None = None  # in the evaluation
+    metrics: Mapping[str, float] = field(default_factory=dict)  # from training and from the evaluation
 
     @property
     def name(self) -> str:
-        """As in the evaluation's table."""
+        """The name in the evaluation's table, or of the trial."""
         return self.score.name if self.score else self.trial.name
 
     @property
     def steps(self) -> Any:
-        """Macro steps; None where neither the evaluation nor the trial says."""
+        """Student steps; None if unknown."""
         return self.score.steps if self.score else self.trial.values.get("steps")
 
     @property
     def guidance(self) -> Any:
-        """Guidance scale, or "all"; None where neither the evaluation nor the trial says."""
+        """Guidance scale or "all"; None if unknown."""
         return self.score.guidance if self.score else self.trial.values.get("guidance")
 
     @property
     def cost(self) -> float | None:
-        """Network evaluations an image."""
-        found: float | None = self.metrics.get(COST, self.steps)
-        return found
+        """Network evaluations per image."""
+        nfe: float | None = self.metrics.get(COST, self.steps)
+        return nfe
 
 
 def make_rows(trials: Sequence[Trial], record: Record | None) -> list[Row]:
-    """All trials in their order, a row a trial or more."""
+    """One or more rows per trial, in the order of the sweep."""
     rows = []
     for trial in sorted(trials, key=lambda trial: trial.number):
         reported = {name: value for name, value in trial.metrics.items() if math.isfinite(value)}
-        scores = [(place, s) for place, s in enumerate(record.scores if record else ()) if s.folder == trial.out]
-        rows += [Row(trial, score, place, {**reported, **score.metrics}) for place, score in scores] or [
+        scores = [(index, s) for index, s in enumerate(record.scores if record else ()) if s.folder == trial.out]
+        rows += [Row(trial, score, index, {**reported, **score.metrics}) for index, score in scores] or [
             Row(trial, metrics=reported)
         ]
     return rows
 
 
 def ranked(rows: Iterable[Row], metric: Metric) -> list[Row]:
-    """The rows of finished trials that have the metric, the best first; of equals the cheaper one."""
+    """The rows of finished trials that have the metric, best first. Ties are broken by cost."""
     sign = -1 if metric.better == "higher" else 1
-    found = [row for row in rows if row.trial.status == "finished" and metric.name in row.metrics]
-    return sorted(found, key=lambda row: (sign * row.metrics[metric.name], row.cost or 0, row.trial.number))
+    finished = [row for row in rows if row.trial.status == "finished" and metric.name in row.metrics]
+    return sorted(finished, key=lambda row: (sign * row.metrics[metric.name], row.cost or 0, row.trial.number))
 
 
 SAME_SPEED = 1.1
-"""Speeds within this factor count as equal: they are measured, and differ by as much from one time to the next."""
+"""Speeds within this factor count as equal, because repeated measurements differ by as much."""
 
 
 def front(rows: Iterable[Row], metric: Metric, cost: Metric) -> list[Row]:
-    """The rows than which none is better at no higher cost, the cheapest first; of equals the first one."""
-    places = [(value, row) for row in ranked(rows, metric) if (value := cost_of(row, cost)) is not None]
+    """The Pareto front, cheapest first: rows that no row of the same or lower cost beats. One of several equal rows."""
+    costs = [(value, row) for row in ranked(rows, metric) if (value := cost_of(row, cost)) is not None]
     if cost.better == "higher":
-        found = [(v, row) for n, (v, row) in enumerate(places) if all(v > SAME_SPEED * w for w, _ in places[:n])]
-        return [row for _, row in sorted(found, key=lambda place: -place[0])]
-    # Of the same quality the cheaper one stands before, so that whatever beats a row does.
-    return [row for n, (v, row) in enumerate(places) if all(v < w for w, _ in places[:n])][::-1]
+        fastest = [(v, row) for n, (v, row) in enumerate(costs) if all(v > SAME_SPEED * w for w, _ in costs[:n])]
+        return [row for _, row in sorted(fastest, key=lambda pair: -pair[0])]
+    # `ranked` puts the cheaper of two equal rows first, so only earlier rows can beat a row.
+    return [row for n, (v, row) in enumerate(costs) if all(v < w for w, _ in costs[:n])][::-1]
 
 
 def cost_of(row: Row, cost: Metric) -> float | None:
-    """What an image of the row costs; without an evaluation that is known of network evaluations alone."""
+    """The cost per image of a row. Without an evaluation only network evaluations are known."""
     return row.cost if cost.name == COST else row.metrics.get(cost.name)
 
 
 def describe(name: str, record: Record | None, better: str = "") -> Metric:
-    """The metric of this name, with a heading; prefixes (``validation/``) become part of it."""
+    """The metric of this name, with a heading that includes prefixes such as ``validation/``."""
     known = (record.metrics() if record else {}).get(name) or tracking.declared(name)
     plain = name.replace("/", " ").replace("_", " ")
-    found: Metric = known or Metric(name, plain)
-    heading = found.heading if "/" not in name and found.heading else plain
-    direction: Any = better or found.better
-    return dataclasses.replace(found, name=name, heading=heading, better=direction)
+    metric: Metric = known or Metric(name, plain)
+    heading = metric.heading if "/" not in name and metric.heading else plain
+    direction: Any = better or metric.better
+    return dataclasses.replace(metric, name=name, heading=heading, better=direction)
 
 
 def shown_metrics(rows: Sequence[Row], record: Record | None, metric: Metric) -> list[Metric]:
-    """The metrics that have a column: the sweep's own, those of the evaluation's table, and those of the validation."""
+    """The metrics with a column: the ranking metric, the columns of the evaluation's table, and validation metrics."""
     reported = sorted({name for row in rows for name in row.trial.metrics if name.startswith("validation/")})
-    judged = [m.name for m in columns(record)] if record else []
-    first = [] if metric.name in judged else [metric.name]  # columns of one feature space stand together
-    names = [name for name in dict.fromkeys([*first, *judged, *reported]) if any(name in r.metrics for r in rows)]
+    evaluated = [m.name for m in columns(record)] if record else []
+    first = [] if metric.name in evaluated else [metric.name]  # keeps the columns of one feature space together
+    names = [name for name in dict.fromkeys([*first, *evaluated, *reported]) if any(name in r.metrics for r in rows)]
     return [metric if name == metric.name else describe(name, record) for name in names]
 
 
@@ -153,18 +153,18 @@ def varied(rows: Sequence[Row]) -> list[str]:
 
 
 def headings(fields: Sequence[str]) -> dict[str, str]:
-    """What varied fields are called: by the last part of their name, or by all of it where that is another's too."""
+    """Headings by field: the last part of the dotted name, or the whole name if two fields share the last part."""
     short = {field: (field.removesuffix(".kind").rsplit(".", 1)[-1]).replace("_", " ") for field in fields}
     counts = Counter(short.values())
     return {field: title if counts[title] == 1 else field for field, title in short.items()}
 
 
-def scale(value: Any) -> tuple[bool, float, str]:
-    """By which values of a field are ordered: numbers first."""
+def sort_key(value: Any) -> tuple[bool, float, str]:
+    """Sort key of a field's values: numbers first, then text."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return (not is_number, float(value) if is_number else 0.0, str(value))
 
 
 def text(value: Any) -> str:
-    """A varied value in a table."""
+    """A field's value as a table cell."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
