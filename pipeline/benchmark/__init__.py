@@ -1,7 +1,7 @@
-"""Benchmark: what the distribution and the store cost on this machine or cluster, as ratios that hold anywhere.
+"""Benchmark: the cost of distribution and of the store, as ratios that can be compared between machines.
 
-Both sides of every ratio run in the same process or in processes alike, in turns (A B A B ...), so that what else the
-machine does falls on both.
+Both sides of a ratio run alternately (A B A B ...), in the same process or in equal processes, so that other load on
+the machine affects both.
 """
 
 import importlib
@@ -20,12 +20,12 @@ from pipeline.cluster import connection as cluster
 
 __all__ = ["BenchmarkSpec", "Measurement", "benchmark"]
 
-Done = dict[str, list[Measurement]]
-"""What was measured, by part."""
+Results = dict[str, list[Measurement]]
+"""The measurements of each part."""
 
 
-def benchmark(spec: BenchmarkSpec) -> Done:
-    """Measure the parts that are asked for, print a table, and write the JSON. A missed bar is no error.
+def benchmark(spec: BenchmarkSpec) -> Results:
+    """Measure the parts in ``spec.only``, log a table and write the JSON file. A missed bar is not an error.
 
     Raises:
         DistillKacError: the teacher or the scratch folder cannot be used.
@@ -33,19 +33,19 @@ def benchmark(spec: BenchmarkSpec) -> Done:
     from pipeline.benchmark.setting import make_setting
 
     cluster.connect()
-    done: Done = {}
+    results: Results = {}
     with _scratch(spec) as folder:
         setting = make_setting(spec, folder)
         for part in spec.only:
-            progress_log.info(f"benchmark: {part} ...")
-            done[part] = importlib.import_module(f"{__name__}.{part.replace('-', '_')}").measure(setting)
-    _write(spec, done)
-    return done
+            progress_log.info(f"benchmark: measuring {part}")
+            results[part] = importlib.import_module(f"{__name__}.{part.replace('-', '_')}").measure(setting)
+    _write(spec, results)
+    return results
 
 
 @contextmanager
 def _scratch(spec: BenchmarkSpec) -> Iterator[str]:
-    """A folder of this run alone, removed at its end."""
+    """A new folder for this run, removed at its end."""
     folder = files.join(cluster.absolute(spec.folder or tempfile.gettempdir()), f"benchmark-{uuid.uuid4().hex[:12]}")
     check_output("`folder`", folder, spec)
     probes.check_writable(folder)
@@ -55,13 +55,13 @@ def _scratch(spec: BenchmarkSpec) -> Iterator[str]:
         files.remove_tree(folder)
 
 
-def _write(spec: BenchmarkSpec, done: Done) -> None:
-    figures = [{"part": part, **measurement.record()} for part in done for measurement in done[part]]
+def _write(spec: BenchmarkSpec, results: Results) -> None:
+    figures = [{"part": part, **measurement.record()} for part in results for measurement in results[part]]
     record = {"machine": machine(), "options": spec.model_dump(mode="json"), "measurements": figures}
     text = json.dumps(record, indent=2)
     if spec.json_file == "-":
         log.info(text)
         return
-    log.info(table(done))
+    log.info(table(results))
     if spec.json_file:
         files.write_bytes(cluster.absolute(spec.json_file), text.encode())

@@ -1,4 +1,4 @@
-"""Bytes that a student's training asks of the filesystem, against the bytes of the whole store."""
+"""Bytes that training a student reads from the filesystem, compared with the size of the store."""
 
 import tempfile
 import threading
@@ -19,37 +19,37 @@ ONE_STEP_BAR = Bar("<=", 0.12)
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """For students of 1, a few and all steps; the figure does not depend on the machine."""
+    """Measure students with 1, a few and all steps. The results do not depend on the machine."""
     source = setting.store()
     fsspec.register_implementation(CountingFileSystem.protocol, CountingFileSystem, clobber=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in files.list_sizes(source.path):
             files.write_bytes(f"{folder}/store/{name}", files.read_bytes(files.join(source.path, name)))
         path = f"{CountingFileSystem.protocol}://{folder}/store"
-        done, whole = [], store_bytes(path)
+        measurements, size = [], store_bytes(path)
         for steps in (1, STUDENT_STEPS, source.identity.knots):
             what = f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store"
             bar = ONE_STEP_BAR if steps == 1 else None
-            done.append(Measurement(what, "bytes", (count_bytes(path, steps),), (whole,), bar))
-        return done
+            measurements.append(Measurement(what, "bytes", (count_bytes(path, steps),), (size,), bar))
+        return measurements
 
 
 def store_bytes(path: str) -> int:
-    """The sizes of all shards and of the manifest."""
+    """The total size of the shards and the manifest."""
     return sum(list_shards(path).values()) + len(files.read_bytes(files.join(path, MANIFEST)))
 
 
 def count_bytes(path: str, steps: int) -> int:
-    """Bytes that opening the store and loading all rows for a student of ``steps`` steps ask of the filesystem."""
+    """Bytes read to open the store and load all rows for a student with ``steps`` steps."""
     before = CountingFileSystem.bytes_read
     next(store.open(path).interval_batches(1, EndpointObjective(steps)))
     return CountingFileSystem.bytes_read - before
 
 
 class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """Local files under ``counted://`` that count the bytes asked of them, which are those of an S3 range request.
+    """Local files under ``counted://``. Counts the bytes read, as S3 would receive them in range requests.
 
-    The count is the class's: fsspec makes an instance for every thread.
+    The count belongs to the class, because fsspec makes one instance per thread.
     """
 
     protocol = "counted"
@@ -64,7 +64,7 @@ class CountingFile(LocalFileOpener):  # type: ignore[misc]
     """An open file of a ``CountingFileSystem``."""
 
     def read(self, *size: int) -> bytes:
-        """Bytes from here on, counted."""
+        """Read and count bytes from the current position."""
         data: bytes = super().read(*size)
         with CountingFileSystem.lock:
             CountingFileSystem.bytes_read += len(data)

@@ -1,4 +1,4 @@
-"""Distillation from the store, loaded once or streamed, against the same loop over tensors in memory."""
+"""Distillation from the store, loaded once or streamed, compared with the same loop over tensors in memory."""
 
 import math
 import statistics
@@ -23,12 +23,12 @@ from pipeline.training.loop import LOG_UPDATES, run_updates
 
 UNIT = "samples/s"
 LOADED_BAR, STREAMED_BAR = Bar(">=", 0.95), Bar(">=", 0.6)
-STREAMED_SHARE = 4
-"""How many times larger than its memory budget the streamed store is."""
+STREAMED_FACTOR = 4
+"""Ratio of the size of the streamed store to its memory budget."""
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """The store loaded once, and the store streamed by Ray Data, each against tensors in memory."""
+    """Compare the store loaded once, and the store streamed by Ray Data, with tensors in memory."""
     source = setting.store()
     every = source.identity.knots // STUDENT_STEPS
     whole = next(source.batches(source.rows(0.0), knots=range(0, source.identity.knots + 1, every)))
@@ -39,7 +39,7 @@ def measure(setting: Setting) -> list[Measurement]:
             setting.spec.repeats,
             lambda: speed(setting, updates, batch=batch),
             lambda: speed(setting, updates),
-            lambda: speed(setting, updates, memory_gib=whole.knots.nbytes / STREAMED_SHARE / 2**30),
+            lambda: speed(setting, updates, memory_gib=whole.knots.nbytes / STREAMED_FACTOR / 2**30),
         )
     return [
         Measurement("store, loaded once / tensors in memory", UNIT, loaded, tensors, LOADED_BAR),
@@ -48,16 +48,18 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def updates_of(setting: Setting, rows: int) -> int:
-    """A window of the loop to warm up, and at least one epoch of ``rows``."""
+    """The number of updates: one window of the loop to warm up, then at least one epoch of ``rows``."""
     epoch = rows / setting.spec.batch_size
     return LOG_UPDATES * (1 + math.ceil(epoch / LOG_UPDATES))
 
 
 def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Callable[[int], Interval]:
-    """Random intervals of random rows: what a loop without a store would do.
+    """Return a function that draws random intervals of random rows, like a loop without a store.
 
     Args:
-        knots: [rows, STUDENT_STEPS + 1, *sample]. label: [rows]. size: rows a batch.
+        knots: [rows, STUDENT_STEPS + 1, *sample].
+        label: [rows].
+        size: rows per batch.
     """
     times, device = knot_times(STUDENT_STEPS).float(), default_device()
 
@@ -72,7 +74,7 @@ def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Callable[[int], I
 def distill_task(
     setting: Setting, updates: int, memory_gib: float = 4.0, batch: Callable[[int], Interval] | None = None
 ) -> DistillTask:
-    """What ``jobs.distill`` trains; with ``batch``, on what that makes instead of the store's rows."""
+    """The task of ``jobs.distill``; ``batch`` replaces the batches from the store."""
     optimizer = OptimizerConfig(updates=updates, batch_size=setting.spec.batch_size)
     place = {"store": setting.rollout_spec("store").store, "out": files.join(setting.folder, "student")}
     spec = DistillSpec(**place, steps=STUDENT_STEPS, optimizer=optimizer, memory_gib=memory_gib)
@@ -80,20 +82,19 @@ def distill_task(
 
 
 @dataclass(frozen=True)
-class Windows(TrackedRun):
-    """In the place of an MLflow run: keeps the loop's own speed of each window of ``LOG_UPDATES`` updates."""
+class SpeedRecorder(TrackedRun):
+    """Replaces an MLflow run. Keeps the speed that the loop logs for each window of ``LOG_UPDATES`` updates."""
 
     speeds: list[float] = field(default_factory=list)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Keep the speed."""
+        """Keep the logged speed."""
         self.speeds.append(values["samples_per_second"])
 
 
 def speed(setting: Setting, updates: int, **options: Any) -> float:
-    """Samples a second of the training loop of a ``distill_task`` in this process, without its first window, in which
-    the rows are loaded."""
-    run, task = Windows("", ""), distill_task(setting, updates, **options)
+    """Samples per second of the training loop in this process, without the first window, which loads the rows."""
+    run, task = SpeedRecorder("", ""), distill_task(setting, updates, **options)
     job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
     run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
     return statistics.harmonic_mean(run.speeds[1:] or run.speeds)

@@ -1,4 +1,4 @@
-"""A measurement, its ratios and its bar; the table and the record of them."""
+"""Measurements with their ratios and bars, and their table and JSON record."""
 
 import dataclasses
 import os
@@ -12,17 +12,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-One = TypeVar("One")
+Value = TypeVar("Value")
 
 
 class Bar(NamedTuple):
-    """What the median ratio should be."""
+    """A limit for the median ratio."""
 
     sign: Literal[">=", "<="]
     limit: float
 
     def holds(self, ratio: float) -> bool:
-        """Whether the ratio is on the right side."""
+        """Whether the ratio is on the right side of the limit."""
         return ratio >= self.limit if self.sign == ">=" else ratio <= self.limit
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A quantity, measured once a turn, and what it is compared with in the same turn."""
+    """A quantity and optionally its reference, each measured once per turn."""
 
     what: str
     unit: str
@@ -41,25 +41,25 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if not self.values or len(self.against) not in (0, len(self.values)):
-            raise ValueError(f"{self.what}: expected as many values on both sides, at least one")
+            raise ValueError(f"{self.what}: both sides need the same number of values, at least one.")
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """One a turn; empty without a comparison."""
+        """One ratio per turn; empty without a reference."""
         return tuple(a / b for a, b in zip(self.values, self.against, strict=False))
 
     @property
     def median_ratio(self) -> float | None:
-        """Of all turns; None without a comparison."""
+        """The median of all turns; None without a reference."""
         return statistics.median(self.ratios) if self.ratios else None
 
     @property
     def holds(self) -> bool | None:
-        """Whether the median ratio keeps to the bar; None without one."""
+        """Whether the median ratio meets the bar; None without a bar."""
         return self.bar.holds(self.median_ratio) if self.bar and self.median_ratio is not None else None
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """The measurement as plain values for JSON."""
         return {
             **dataclasses.asdict(self),
             "ratios": self.ratios,
@@ -71,14 +71,14 @@ class Measurement:
         }
 
 
-def interleave(turns: int, *sides: Callable[[], One]) -> list[tuple[One, ...]]:
-    """Call the sides in turns, A B A B ...; returns what each gave, a tuple a side."""
+def interleave(turns: int, *sides: Callable[[], Value]) -> list[tuple[Value, ...]]:
+    """Call the sides alternately, A B A B ... Return one tuple of results per side."""
     rounds = [[side() for side in sides] for _ in range(turns)]
     return [tuple(values) for values in zip(*rounds, strict=True)]
 
 
-def seconds_a_call(work: Callable[[], object], at_least: float = 0.1) -> float:
-    """Seconds a call of ``work`` takes: the mean of calls that fill ``at_least`` seconds, after one to warm up."""
+def seconds_per_call(work: Callable[[], object], at_least: float = 0.1) -> float:
+    """The mean seconds per call of ``work`` over ``at_least`` seconds, after one call to warm up."""
     work()
     calls, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < at_least or not calls:
@@ -89,7 +89,7 @@ def seconds_a_call(work: Callable[[], object], at_least: float = 0.1) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch as it is in an actor or worker of one CPU."""
+    """Let torch use one thread, as in an actor or worker with one CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the figures were made."""
+    """The platform, cluster and package versions of the measurements."""
     import pyarrow
     import ray
 
@@ -117,9 +117,9 @@ LINE = "{:14} {:54} {:>9} {:>9} {:14} {:>6} {:>16} {:>5} {:>7} {}"
 HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
 
 
-def table(done: Mapping[str, Sequence[Measurement]]) -> str:
-    """The measurements of all parts as text, medians of all turns: one a line."""
-    rows = [HEAD, *(_row(part, measurement) for part in done for measurement in done[part])]
+def table(results: Mapping[str, Sequence[Measurement]]) -> str:
+    """The measurements as text, one line each, with medians over all turns."""
+    rows = [HEAD, *(_row(part, measurement) for part in results for measurement in results[part])]
     return "\n".join(LINE.format(*row).rstrip() for row in rows)
 
 

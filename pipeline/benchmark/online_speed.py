@@ -1,4 +1,4 @@
-"""Distillation from the store against one without a store, with the teacher in the training loop."""
+"""Distillation from the store compared with distillation that runs the teacher in the training loop."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ ONLINE_UPDATES, SOLVER_STEPS = 20, 100
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """The store against a teacher inside the training loop."""
+    """Compare training from the store with a teacher in the training loop."""
     updates, batch = updates_of(setting, setting.store().rows(0.0)), online_batches(setting)
     with one_thread():
         loaded, online = interleave(
@@ -32,8 +32,10 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def online_batches(setting: Setting) -> Callable[[int], Interval]:
-    """Noise data points to the start of an interval, and follow the teacher through it (arXiv 2509.21513, Algorithm 1,
-    with one interval a batch)."""
+    """Return a function that noises data to the start of an interval and runs the teacher through the interval.
+
+    This is Algorithm 1 of arXiv 2509.21513 with one interval per batch.
+    """
     size, device = setting.spec.batch_size, default_device()
     teacher = load_model(setting.teacher, device)
     data, path = open_dataset(teacher.config.data).train, teacher.config.path.build()
@@ -52,7 +54,7 @@ def online_batches(setting: Setting) -> Callable[[int], Interval]:
 
 @torch.no_grad()
 def endpoint(teacher: Model, x_start: Tensor, label: Tensor, k: int, solver: Method = "ab2") -> Tensor:
-    """Where the teacher's solver steps on the student's k-th interval end: [batch, *sample]."""
+    """The teacher's endpoint of the student's k-th interval: [batch, *sample]."""
     every = SOLVER_STEPS // STUDENT_STEPS
     times = knot_times(SOLVER_STEPS)[k * every : (k + 1) * every + 1]
     return solve(guide(teacher.network, 0.0, label), x_start, times, solver).x

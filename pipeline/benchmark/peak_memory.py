@@ -1,4 +1,4 @@
-"""Peak memory of a rollout actor and of the driver, against the number of trajectories and the size of a shard."""
+"""Peak memory of a rollout actor and of the driver, with more trajectories and with larger shards."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,13 @@ from kac.util import files
 from kac.util.log import log
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
-from pipeline.benchmark.spec import CALLS_A_SHARD
+from pipeline.benchmark.spec import CALLS_PER_SHARD
 from pipeline.memory import peak_memory
 
 UNIT = "MiB"
 GROWTH_BAR = Bar("<=", 1.1)
 MAX_TURNS = 2
-"""Memory varies less than time, and a turn needs three rollouts with new actors."""
+"""Memory varies less than time, and each turn takes three rollouts with new actors."""
 
 TRAJECTORIES_FACTOR, SHARD_FACTOR = 10, 4
 RESET_FILE = Path("/proc/self/clear_refs")
@@ -28,11 +28,11 @@ class Peaks(NamedTuple):
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """A rollout of ten times the trajectories, and one with shards of four times the rows, against a plain one."""
+    """Compare rollouts with ten times the trajectories and with four times the rows per shard with a plain rollout."""
     if not os.access(RESET_FILE, os.W_OK):
-        log.warning(f"benchmark: peak-memory is not measured: it needs Linux's {RESET_FILE}")
+        log.warning(f"benchmark: skipping peak-memory, because this machine has no writable {RESET_FILE}.")
         return []
-    rows, size = setting.spec.trajectories, CALLS_A_SHARD * setting.spec.batch_size
+    rows, size = setting.spec.trajectories, CALLS_PER_SHARD * setting.spec.batch_size
     plain, longer, larger = interleave(
         min(setting.spec.repeats, MAX_TURNS),
         lambda: rollout_peaks(setting),
@@ -50,8 +50,8 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def rollout_peaks(setting: Setting, **options: Any) -> Peaks:
-    """The peaks of a rollout on one actor."""
-    # One solver step a knot: the memory is that of the full number, in a fifth of the time.
+    """The peak memory of a rollout on one actor."""
+    # One solver step per knot needs the same memory as five and a fifth of the time.
     spec = setting.rollout_spec("memory", actors=1, solver_steps=20, **options)
     reset_peak()
     outcomes = compute_unsealed(spec)
@@ -61,5 +61,5 @@ def rollout_peaks(setting: Setting, **options: Any) -> Peaks:
 
 
 def reset_peak() -> None:
-    """Make the kernel forget how much memory this process held earlier (5: see proc_pid_clear_refs(5))."""
+    """Reset the peak memory of this process in the kernel (the 5 is explained in proc_pid_clear_refs(5))."""
     RESET_FILE.write_text("5")

@@ -1,11 +1,11 @@
-"""The Kac process: cost of a draw and of a velocity, against a normal draw."""
+"""The cost of a draw and of a velocity of the Kac process, compared with a normal draw."""
 
 from collections.abc import Callable
 
 import torch
 
 from kac.process import KacProcess
-from pipeline.benchmark.measurement import Measurement, interleave, one_thread, seconds_a_call
+from pipeline.benchmark.measurement import Measurement, interleave, one_thread, seconds_per_call
 from pipeline.benchmark.setting import Setting
 
 ELEMENTS = 1_000_000
@@ -13,7 +13,7 @@ UNIT = "ns/element"
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """On one thread, a = 9, c = 3, times uniform in (0, 1), float32."""
+    """Measure on one thread, with a = 9, c = 3, uniform times in (0, 1) and float32."""
     process = KacProcess(a=9.0, c=3.0)
     generator = torch.Generator().manual_seed(0)
     t = torch.rand(ELEMENTS, generator=generator).clamp(min=1e-6)
@@ -32,4 +32,4 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def _nanoseconds(work: Callable[[], object]) -> float:
-    return seconds_a_call(work) / ELEMENTS * 1e9
+    return seconds_per_call(work) / ELEMENTS * 1e9

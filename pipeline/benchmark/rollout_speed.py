@@ -1,4 +1,4 @@
-"""Rollout speed in steady state: an actor against a bare loop, and more actors against one."""
+"""Rollout speed in steady state: one actor compared with a bare loop, and several actors with one."""
 
 import functools
 import multiprocessing
@@ -22,18 +22,18 @@ from pipeline.rollout.actors import SHARDS_IN_FLIGHT
 UNIT = "trajectories/s"
 ACTOR_BAR = 0.95
 SCALING_BAR = 0.9
-"""Of the ideal: two actors must be 1.8 times as fast as one."""
+"""Fraction of ideal scaling: two actors must be at least 1.8 times as fast as one."""
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """One actor against the bare loop; two, and as many as the cluster has room for, against one.
+    """Compare one actor with a bare loop, and two actors and as many as the cluster can run with one actor.
 
-    Without a GPU, also two bare loops at once against one: two cores of a machine share its memory and its clock, and
-    no actors can be faster than that.
+    Without a GPU, also compare two concurrent bare loops with one. Two cores share memory bandwidth and clock speed, so
+    this ratio is an upper limit for two actors.
     """
     resources = cluster.connect()
-    room = resources.gpus or resources.cpus
-    counts = sorted({n for n in (2, room) if 2 <= n <= room})
+    max_actors = resources.gpus or resources.cpus
+    counts = sorted({n for n in (2, max_actors) if 2 <= n <= max_actors})
     loops = [2] if counts and not resources.gpus else []
     bare, one, *more = interleave(
         setting.spec.repeats,
@@ -50,7 +50,7 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def actor_speed(setting: Setting, actors: int) -> float:
-    """Trajectories a second of a rollout on ``actors`` actors, in steady state."""
+    """Trajectories per second of a rollout on ``actors`` actors, in steady state."""
     spec = setting.rollout_spec(f"actors-{actors}", actors=actors, trajectories=actors * setting.spec.trajectories)
     try:
         finished = [outcome.finished for outcome in compute_unsealed(spec)]
@@ -60,57 +60,57 @@ def actor_speed(setting: Setting, actors: int) -> float:
 
 
 def steady_rate(finished: Sequence[float], actors: int) -> float:
-    """Shards a second while every actor is warm and at work.
+    """Shards per second while all actors are warm and busy.
 
-    The clock starts when every actor has finished its first, slow shards, and stops when ``actors`` shards are left:
-    until then no actor is idle. In between, all actors do the same number of shards, together or in turns.
+    The clock starts when every actor has finished its first, slow shards. It stops when ``actors`` shards are left,
+    because actors may be idle after that. In between, all actors finish the same number of shards.
 
     Args:
-        finished: when each shard was published, ascending, seconds.
+        finished: ascending times at which the shards were published, in seconds.
 
     Raises:
-        ValueError: too few shards for that.
+        ValueError: there are too few shards.
     """
     slow = SHARDS_IN_FLIGHT * actors
     if len(finished) < slow + 2 * actors:
-        raise ValueError(f"expected at least {slow + 2 * actors} shards of {actors} actors, got {len(finished)}")
+        raise ValueError(f"{len(finished)} shards are too few for {actors} actors; {slow + 2 * actors} are needed.")
     first, last = slow - 1, len(finished) - 1 - actors
     return (last - first) / (finished[last] - finished[first])
 
 
 def bare_speed(setting: Setting, loops: int = 1) -> float:
-    """Trajectories a second of ``loops`` bare loops at once, each in a new process with the one thread of an actor."""
+    """Trajectories per second of ``loops`` concurrent bare loops, each in a new process with one thread."""
     spec, spawn = setting.rollout_spec("bare"), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(loops, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return sum(pool.map(loop_speed, [spec] * loops))
 
 
 def loop_speed(spec: RolloutSpec) -> float:
-    """Trajectories a second of the teacher on the batches of a rollout, without Ray or a store; one batch warms up."""
+    """Trajectories per second of the teacher on the batches of a rollout, without Ray or a store."""
     model = load_model(spec.teacher, default_device())
     batches = prepare(spec, model)
-    follow(spec, model, *batches[0])
-    _wait()
+    follow(spec, model, *batches[0])  # warms up
+    _synchronize()
     started = time.perf_counter()
     for x_1, label in batches:
         follow(spec, model, x_1, label)
-    _wait()
+    _synchronize()
     return spec.trajectories / (time.perf_counter() - started)
 
 
 def prepare(spec: RolloutSpec, model: Model) -> list[tuple[Tensor, Tensor]]:
-    """Noise and labels of every batch of the rollout, on the device."""
+    """The noise and labels of every batch of the rollout, on the device."""
     ids = range(spec.first_sample, spec.first_sample + spec.trajectories)
     x_1, label = (part.to(default_device()) for part in initial_noise(model.config, spec.seed, ids))
     return list(zip(torch.split(x_1, spec.batch_size), torch.split(label, spec.batch_size), strict=True))
 
 
 def follow(spec: RolloutSpec, model: Model, x_1: Tensor, label: Tensor) -> Tensor:
-    """Where the teacher takes noise ``x_1`` [batch, *sample]."""
+    """The teacher's samples from noise ``x_1``: [batch, *sample]."""
     sampling = Sampling(spec.guidance[0], spec.solver_steps, spec.solver, spec.knot_grid)
     return generate(spec.precision.wrap(model.network), x_1, label, sampling).x
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

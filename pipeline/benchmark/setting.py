@@ -1,4 +1,4 @@
-"""What the parts share: a teacher, rollouts on Ray, and a store."""
+"""The teacher, the rollouts on Ray and the store that all parts of the benchmark share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from kac.networks import build_network
 from kac.path import PathConfig
 from kac.util import files
 from pipeline import store
-from pipeline.benchmark.spec import CALLS_A_SHARD, BenchmarkSpec
+from pipeline.benchmark.spec import CALLS_PER_SHARD, BenchmarkSpec
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import Outcome, compute_shards, make_plan, seal
@@ -23,22 +23,23 @@ STUDENT_STEPS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """A benchmark at work."""
+    """The options, scratch folder and teacher of a benchmark."""
 
     spec: BenchmarkSpec
     folder: str
     teacher: str
 
     def rollout_spec(self, name: str, **options: Any) -> RolloutSpec:
-        """A rollout into the store ``name`` of this run; shards of some network calls unless told otherwise."""
-        size = {"trajectories": self.spec.trajectories, "shard_size": CALLS_A_SHARD * self.spec.batch_size}
+        """The spec of a rollout into the store ``name`` in the scratch folder; ``options`` override the defaults."""
+        size = {"trajectories": self.spec.trajectories, "shard_size": CALLS_PER_SHARD * self.spec.batch_size}
         place = {"teacher": self.teacher, "store": files.join(self.folder, name)}
         return RolloutSpec(**place, batch_size=self.spec.batch_size, **{**size, **options})
 
     def store(self) -> store.Store:
-        """The store of ``STORE_FACTOR`` times the trajectories, in shards of the default size; made once.
+        """The store of the reading and training parts, made once.
 
-        One solver step a knot: its readers take as long whatever the rows are.
+        It has ``STORE_FACTOR`` times the trajectories, in shards of the default size. One solver step per knot is
+        enough, because the values do not affect the reading speed.
         """
         shard_size = RolloutSpec.model_fields["shard_size"].default
         size = {"trajectories": STORE_FACTOR * self.spec.trajectories, "shard_size": shard_size}
@@ -50,7 +51,11 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Find or make the teacher; raises a CheckpointError if ``teacher`` is no model folder."""
+    """Load or make the teacher and return the setting.
+
+    Raises:
+        CheckpointError: ``spec.teacher`` is not a model folder.
+    """
     teacher = cluster.absolute(spec.teacher) if spec.teacher is not None else files.join(folder, "teacher")
     if spec.teacher is None:
         save_untrained(teacher, spec)
@@ -59,9 +64,9 @@ def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
 
 
 def save_untrained(path: str, spec: BenchmarkSpec) -> None:
-    """Write an untrained teacher: it takes as long as a trained one.
+    """Write an untrained teacher, which is as fast as a trained one.
 
-    Its last layer, which starts at 0, is drawn: if nothing moved, every knot would hold the same numbers.
+    All-zero parameters, such as the last layer, get random values. Otherwise all knots would be equal.
     """
     config = teacher_config(spec.network, PathConfig(), spec.data)
     torch.manual_seed(0)
@@ -73,7 +78,7 @@ def save_untrained(path: str, spec: BenchmarkSpec) -> None:
 
 
 def compute_unsealed(spec: RolloutSpec) -> list[Outcome]:
-    """The shards of a new store, as they were finished, by actors that are all up before the first of them begins."""
+    """Compute the shards of a new store after all actors have started. Return the outcomes in order of completion."""
     context = ray.data.DataContext.get_current()
     before = context.wait_for_min_actors_s
     context.wait_for_min_actors_s = ACTOR_START_SECONDS

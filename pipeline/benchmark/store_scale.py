@@ -1,7 +1,7 @@
-"""A store of very many shards: its manifest, its listing, the plan of a rerun, the start of a reader.
+"""A store with very many shards: its listing, its manifest, the plan of a rerun, and the start of a reader.
 
-Against a tenth of the shards, so that whatever grows faster than they do is seen. Seconds are those of the CPU: these
-steps compute, but for the listing, which waits for one answer of S3 after the other, a thousand names in each.
+Each cost is compared with that of a tenth of the shards, which reveals costs that grow faster than the number of
+shards. Times are CPU times. They omit the wait for S3, which lists a thousand names per request.
 """
 
 import functools
@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 from kac.util import files
-from pipeline.benchmark.made_up import outcome_of, write_shards
+from pipeline.benchmark.fake_shards import outcome_of, write_shards
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting
 from pipeline.config.specs import RolloutSpec
@@ -25,7 +25,7 @@ from pipeline.store.reader import open_store
 
 TENTH = 10
 LINEAR_BAR = Bar("<=", 1.5 * TENTH)
-"""Of what takes a time: ten times the shards may take ten times as long, and some noise."""
+"""For CPU times: ten times the shards may take ten times as long, plus noise."""
 
 SHARD_ROWS, WINDOW_SHARDS = 1024, 64
 
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """Each figure of ``setting.spec.shards`` shards and of a tenth as many."""
+    """Measure ``setting.spec.shards`` shards and a tenth of that number."""
     specs = [store_spec(setting, count) for count in (setting.spec.shards, max(1, setting.spec.shards // TENTH))]
     for spec in specs:
         write_shards(spec.store, make_plan(spec).todo)
@@ -46,8 +46,8 @@ def measure(setting: Setting) -> list[Measurement]:
         Measurement(
             f"{what}, {setting.spec.shards:,} shards / a tenth",
             unit,
-            tuple(figures[what] for figures in many),
-            tuple(figures[what] for figures in few),
+            tuple(each[what] for each in many),
+            tuple(each[what] for each in few),
             LINEAR_BAR if unit == "CPU s" else None,
         )
         for what, unit in UNITS.items()
@@ -68,28 +68,28 @@ UNITS = {
 
 
 def store_spec(setting: Setting, count: int) -> RolloutSpec:
-    """A rollout of so many shards."""
+    """The spec of a rollout with ``count`` shards."""
     return setting.rollout_spec(f"shards-{count}", trajectories=count * SHARD_ROWS, shard_size=SHARD_ROWS, actors=0)
 
 
 def in_new_process(spec: RolloutSpec) -> dict[str, float]:
-    """``figures`` in a process that holds nothing else."""
+    """Call ``costs`` in a new process, so that its peak memory is meaningful."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(figures, spec).result()
+        return pool.submit(costs, spec).result()
 
 
-def figures(spec: RolloutSpec) -> dict[str, float]:
-    """What each step of a rollout takes but for the shards themselves, and what a reader's start takes.
+def costs(spec: RolloutSpec) -> dict[str, float]:
+    """The costs of each step of a rollout, except for the shards, and of the start of a reader; see ``UNITS``.
 
-    The manifest is removed in the end: the store is then as it was.
+    The manifest is removed at the end, which restores the store.
     """
-    taken: dict[str, float] = {}
+    measured: dict[str, float] = {}
     before = peak_memory() or 0
 
     def timed(what: str, work: Callable[[], Value]) -> Value:
         started = time.process_time()
         value = work()
-        taken[what] = time.process_time() - started
+        measured[what] = time.process_time() - started
         return value
 
     manifest = files.join(spec.store, MANIFEST)
@@ -98,8 +98,8 @@ def figures(spec: RolloutSpec) -> dict[str, float]:
         plan = timed("plan, no manifest", lambda: make_plan(spec))
         outcomes = [outcome_of(shard) for shard in plan.todo]
         timed("seal", lambda: seal(spec, plan, outcomes))
-        taken["driver's memory"] = ((peak_memory() or 0) - before) / 1024
-        taken["manifest"] = len(files.read_bytes(manifest))
+        measured["driver's memory"] = ((peak_memory() or 0) - before) / 1024
+        measured["manifest"] = len(files.read_bytes(manifest))
         timed("read the manifest", lambda: read_manifest(spec.store))
         timed("plan, finished", lambda: make_plan(spec))
         store = timed("open", lambda: open_store(spec.store))
@@ -107,4 +107,4 @@ def figures(spec: RolloutSpec) -> dict[str, float]:
         timed("order of an epoch", lambda: windows(store.shards, order, 0, WINDOW_SHARDS * SHARD_ROWS))
     finally:
         files.remove(manifest)
-    return taken
+    return measured

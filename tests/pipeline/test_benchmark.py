@@ -1,4 +1,4 @@
-"""The benchmark counts what it says it counts. How fast anything is, no test asks."""
+"""The benchmark measures the right quantities. No test checks how fast anything is."""
 
 import json
 import subprocess
@@ -19,12 +19,12 @@ from pipeline import store, training
 from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
 from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
 from pipeline.benchmark.distill_speed import distill_task, speed, tensor_batches
-from pipeline.benchmark.made_up import receipt_of
-from pipeline.benchmark.measurement import Bar, interleave, seconds_a_call, table
+from pipeline.benchmark.fake_shards import receipt_of
+from pipeline.benchmark.measurement import Bar, interleave, seconds_per_call, table
 from pipeline.benchmark.online_speed import endpoint, online_batches
 from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, prepare, steady_rate
 from pipeline.benchmark.setting import compute_unsealed, make_setting
-from pipeline.benchmark.spec import CALLS_A_SHARD, PARTS
+from pipeline.benchmark.spec import CALLS_PER_SHARD, PARTS
 from pipeline.benchmark.store_scale import SHARD_ROWS, UNITS
 from pipeline.config.specs import RolloutSpec
 from pipeline.store.layout import plan_shards
@@ -49,7 +49,7 @@ def setting(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def digits_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of the default 20 knots and shard size, uncompressed: its bytes can be told beforehand."""
+    """An uncompressed store with the default 20 knots and shard size, whose size in bytes is known."""
     folder = tmp_path_factory.mktemp("benchmark")
     teacher = make_teacher(folder / "teacher", data="digits")
     size = {"trajectories": 2048, "shard_size": 1024}
@@ -62,7 +62,7 @@ def counted(path: str) -> str:
     return f"counted://{path}"
 
 
-def test_a_ratio_is_taken_turn_by_turn_and_its_median_is_held_against_the_bar():
+def test_ratios_are_taken_per_turn_and_their_median_is_compared_with_the_bar():
     speeds = Measurement("x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.9))
     assert speeds.ratios == (0.9, 2.0, 0.5)
     assert speeds.holds
@@ -70,11 +70,11 @@ def test_a_ratio_is_taken_turn_by_turn_and_its_median_is_held_against_the_bar():
     assert Measurement("x", "bytes", (12.0,), (100.0,), Bar("<=", 0.12)).holds
     assert not Measurement("x", "bytes", (13.0,), (100.0,), Bar("<=", 0.12)).holds
     assert Measurement("x", "ns", (13.0,), (100.0,)).holds is None
-    with pytest.raises(ValueError, match="as many values"):
+    with pytest.raises(ValueError, match="x: both sides"):
         Measurement("x", "rows/s", (1.0, 2.0), (1.0,))
 
 
-def test_the_table_and_the_record_say_the_same():
+def test_the_table_and_the_record_agree():
     measurement = Measurement("store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.95))
     record = json.loads(json.dumps(measurement.record()))
     assert (record["median_ratio"], record["min_ratio"], record["max_ratio"]) == (0.9, 0.5, 2.0)
@@ -83,7 +83,7 @@ def test_the_table_and_the_record_say_the_same():
     assert " ".join(line.split()) == "distill-speed store / tensors 10 10 samples/s 0.900 0.500..2.000 3 >= 0.95 missed"
 
 
-def test_sides_take_turns():
+def test_sides_alternate():
     calls: list[str] = []
     sides = [lambda name=name: calls.append(name) or len(calls) for name in "AB"]
     assert interleave(3, *sides) == [(1, 3, 5), (2, 4, 6)]
@@ -94,36 +94,36 @@ def test_every_timed_call_is_counted(monkeypatch: pytest.MonkeyPatch):
     now = iter(np.arange(0, 100, 0.25))
     monkeypatch.setattr("pipeline.benchmark.measurement.time.perf_counter", lambda: next(now))
     calls: list[int] = []
-    # A clock that moves by 0.25 s at each look: the second look after the start ends the time, one call per look.
-    assert seconds_a_call(lambda: calls.append(0), at_least=1.0) == pytest.approx(1.0 / 3)
+    # The clock advances by 0.25 s per reading, and each call is followed by one reading.
+    assert seconds_per_call(lambda: calls.append(0), at_least=1.0) == pytest.approx(1.0 / 3)
     assert len(calls) == 1 + 3
 
 
-def test_the_steady_rate_leaves_out_the_first_shards_and_the_last_of_every_actor():
-    # Two actors, a shard every 2 s, half a round apart; slow first shards; one of them ends late.
+def test_the_steady_rate_excludes_the_first_and_the_last_shards_of_every_actor():
+    # Two actors finish a shard every 2 s, half a period apart. The first shards are slow; one actor ends late.
     first, second = [5.0, 10, 12, 14, 16, 18], [6.0, 11, 13, 15, 17, 40]
     assert steady_rate(sorted(first + second), actors=2) == pytest.approx(1.0)
-    # In step with each other.
+    # Both actors finish their shards at the same times.
     assert steady_rate(sorted([1.0, 9, 11, 13, 15] * 2), actors=2) == pytest.approx(1.0)
     assert steady_rate([5.0, 9, 10, 11, 12, 99], actors=1) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="at least 8 shards of 2 actors"):
+    with pytest.raises(ValueError, match=r"7 shards .* 8"):
         steady_rate([1.0, 2, 3, 4, 5, 6, 7], actors=2)
 
 
-def test_the_bare_loop_ends_where_the_stored_trajectories_end(setting):
+def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting):
     spec = setting.rollout_spec("store", trajectories=40, shard_size=32)
     run_rollout(spec)
     model = load_model(spec.teacher)
     batches = prepare(spec, model)
-    found = torch.cat([follow(spec, model, *batch) for batch in batches])
+    samples = torch.cat([follow(spec, model, *batch) for batch in batches])
     rows = next(store.open(spec.store).batches(40, knots=[0, 20]))
     assert torch.equal(torch.cat([noise for noise, _ in batches]), rows.knots[:, 0])
     assert torch.equal(torch.cat([label for _, label in batches]), rows.label)
-    torch.testing.assert_close(found, rows.knots[:, 1])
-    assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "a flow that stands still shows nothing"
+    torch.testing.assert_close(samples, rows.knots[:, 1])
+    assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "the teacher does not move its samples"
 
 
-def test_the_bare_loop_runs_in_processes_of_one_thread(setting, monkeypatch: pytest.MonkeyPatch):
+def test_the_bare_loop_runs_in_processes_with_one_thread(setting, monkeypatch: pytest.MonkeyPatch):
     assert loop_speed(setting.rollout_spec("bare")) > 0
     assert bare_speed(setting, loops=2) > 0
     monkeypatch.setattr("pipeline.benchmark.rollout_speed.loop_speed", threads)
@@ -134,7 +134,7 @@ def threads(spec: RolloutSpec) -> int:
     return torch.get_num_threads()
 
 
-def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
+def test_read_bytes_are_counted(tmp_path: Path):
     (tmp_path / "file").write_bytes(bytes(10_000))
     location = files.locate(counted(str(tmp_path / "file")))
     before = CountingFileSystem.bytes_read
@@ -147,41 +147,41 @@ def test_bytes_are_counted_as_they_are_read(tmp_path: Path):
     assert CountingFileSystem.bytes_read - before == 10_110
 
 
-def test_a_student_of_one_step_reads_two_of_the_knots(digits_store: str):
+def test_a_one_step_student_reads_two_of_the_knots(digits_store: str):
     path = counted(digits_store)
     knot = 2048 * 64 * 4
     for steps in (1, 4, 20):
-        found = count_bytes(path, steps)
-        # The knots themselves, and at most 5% of all knots for labels, levels, page headers and footers.
-        assert (steps + 1) * knot <= found <= (steps + 1) * knot + 0.05 * 21 * knot
+        count = count_bytes(path, steps)
+        # The knots, and at most 5% of all knots for labels, levels, page headers and footers.
+        assert (steps + 1) * knot <= count <= (steps + 1) * knot + 0.05 * 21 * knot
     parts = [file for file in Path(digits_store).rglob("*") if file.is_file() and file.name != "run.json"]
     assert store_bytes(path) == sum(file.stat().st_size for file in parts)
     assert count_bytes(path, 1) <= 0.12 * store_bytes(path)
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel's own count needs the /proc of Linux")
-def test_the_count_is_that_of_the_kernel(digits_store: str):
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="requires Linux's /proc")
+def test_the_count_agrees_with_the_kernel(digits_store: str):
     def kernel_count() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 
     path = counted(digits_store)
-    count_bytes(path, 4)  # imports what it needs
+    count_bytes(path, 4)  # so that the second call imports nothing
     before = kernel_count()
-    found = count_bytes(path, 4)
-    # Buffered files read on to the end of a block.
-    assert found <= kernel_count() - before <= 1.05 * found
+    count = count_bytes(path, 4)
+    # Buffered files read to the end of a block.
+    assert count <= kernel_count() - before <= 1.05 * count
 
 
-def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tensor_bytes_equal_the_bytes_of_the_knots(digits_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     setting = make_setting(TINY, str(tmp_path))
     monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
-    done = {m.what: m for m in bytes_stored.measure(setting)}
-    plain = done["stored, none / bytes of the tensors"]
+    measurements = {m.what: m for m in bytes_stored.measure(setting)}
+    plain = measurements["stored, none / bytes of the tensors"]
     assert plain.against == (1024 * 21 * 64 * 4,)
     written = next(Path(digits_store).rglob("shard-000000.parquet"))
     assert plain.values == (written.stat().st_size,)
     assert plain.holds
-    assert done["stored, zstd / bytes of the tensors"].ratios < plain.ratios
+    assert measurements["stored, zstd / bytes of the tensors"].ratios < plain.ratios
     for name in bytes_stored.COMPRESSIONS:
         shard = store.open(digits_store).shards[0]
         copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).identity)[1]
@@ -190,13 +190,11 @@ def test_tensor_bytes_are_those_of_the_knots(digits_store: str, tmp_path: Path, 
             np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
 
 
-needs_clear_refs = pytest.mark.skipif(
-    not peak_memory.RESET_FILE.exists(), reason="peak memory needs the /proc of Linux"
-)
+needs_clear_refs = pytest.mark.skipif(not peak_memory.RESET_FILE.exists(), reason="requires Linux's /proc")
 
 
 @needs_clear_refs
-def test_the_peak_outlives_what_was_freed_until_it_is_forgotten():
+def test_the_peak_includes_freed_memory_until_it_is_reset():
     code = """
 from pipeline.benchmark.peak_memory import peak_memory, reset_peak
 reset_peak()
@@ -208,9 +206,9 @@ reset_peak()
 print(peak_memory() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=True)
-    held, forgotten = (int(line) / 1024 for line in done.stdout.split())
-    assert 290 <= held <= 310
-    assert abs(forgotten) < 20
+    freed, after_reset = (int(line) / 1024 for line in done.stdout.split())
+    assert 290 <= freed <= 310
+    assert abs(after_reset) < 20
 
 
 @needs_clear_refs
@@ -221,15 +219,15 @@ def test_the_peaks_of_the_actor_and_the_driver(setting, ray_cluster: None):
     assert 100 < peaks.driver < 4096
 
 
-def test_shards_come_in_the_order_in_which_they_were_finished(setting, ray_cluster: None):
-    done = compute_unsealed(setting.rollout_spec("unsealed", actors=2, trajectories=320))
-    assert sum(outcome.computed_rows for outcome in done) == 320
-    assert len(done) == 320 // (CALLS_A_SHARD * TINY.batch_size)
-    assert [outcome.finished for outcome in done] == sorted(outcome.finished for outcome in done)
+def test_outcomes_are_in_order_of_completion(setting, ray_cluster: None):
+    outcomes = compute_unsealed(setting.rollout_spec("unsealed", actors=2, trajectories=320))
+    assert sum(outcome.computed_rows for outcome in outcomes) == 320
+    assert len(outcomes) == 320 // (CALLS_PER_SHARD * TINY.batch_size)
+    assert [outcome.finished for outcome in outcomes] == sorted(outcome.finished for outcome in outcomes)
 
 
-def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
-    """The tensors in memory give the loss that the store gives."""
+def test_the_compared_loops_train_on_the_same_endpoints(setting):
+    """Tensors in memory give the same loss as the store."""
     spec = setting.rollout_spec("store", trajectories=320, solver="euler", solver_steps=100, shard_size=64)
     run_rollout(spec)
     source = store.open(spec.store)
@@ -252,51 +250,51 @@ def test_the_loops_that_are_compared_train_on_the_same_endpoints(setting):
     assert mean_loss(distill_task(setting, 100)) == expected
 
 
-def test_the_online_teacher_lands_where_the_stored_interval_ends(setting):
+def test_the_online_teacher_ends_at_the_stored_knots(setting):
     spec = setting.rollout_spec("store", trajectories=16, solver="euler", solver_steps=100)
     run_rollout(spec)
     rows = next(store.open(spec.store).batches(16, knots=[0, 5, 10, 15, 20]))
     teacher = load_model(setting.teacher)
     for k in range(4):
-        found = endpoint(teacher, rows.knots[:, k], rows.label, k, solver="euler")
-        torch.testing.assert_close(found, rows.knots[:, k + 1])
+        x_end = endpoint(teacher, rows.knots[:, k], rows.label, k, solver="euler")
+        torch.testing.assert_close(x_end, rows.knots[:, k + 1])
 
 
-def test_the_first_window_is_not_part_of_a_speed(setting, monkeypatch: pytest.MonkeyPatch):
+def test_the_speed_excludes_the_first_window(setting, monkeypatch: pytest.MonkeyPatch):
     def loop(job: training.Job, *_: object) -> None:
         for samples_per_second in (1.0, 100.0, 300.0):
             job.run.metrics({"samples_per_second": samples_per_second})
 
     monkeypatch.setattr("pipeline.benchmark.distill_speed.run_updates", loop)
-    # Two windows of the same number of samples: the harmonic mean.
+    # Windows have the same number of samples, so the speed is the harmonic mean.
     assert speed(setting, 150) == pytest.approx(150.0)
 
 
-def test_training_speed_is_measured_on_the_loop_itself(setting):
+def test_training_speed_is_measured_with_the_training_loop(setting):
     run_rollout(setting.rollout_spec("store", trajectories=64))
     assert speed(setting, 2 * LOG_UPDATES) > 0
     assert speed(setting, 2, batch=online_batches(setting)) > 0
 
 
-def test_from_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_benchmark_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture):
     out = tmp_path / "figures.json"
     scratch = tmp_path / "scratch"
-    done = benchmark(TINY.model_copy(update={"json_file": str(out), "folder": str(scratch)}))
+    results = benchmark(TINY.model_copy(update={"json_file": str(out), "folder": str(scratch)}))
     printed = capsys.readouterr().out.splitlines()
     record = json.loads(out.read_text())
     assert [m["part"] for m in record["measurements"]] == (
         ["bytes-read"] * 3 + ["bytes-stored"] * 9 + ["process-speed"] * 2
     )
-    assert list(done) == list(TINY.only)
+    assert list(results) == list(TINY.only)
     assert len(printed) == 1 + len(record["measurements"])
     assert record["machine"]["torch"] == torch.__version__
     assert record["options"]["trajectories"] == TINY.trajectories
     draws = next(m for m in record["measurements"] if m["what"].startswith("exact draw"))
     assert len(draws["values"]) == len(draws["against"]) == TINY.repeats
-    assert list(scratch.iterdir()) == [], "the scratch folder is given back empty"
+    assert list(scratch.iterdir()) == [], "the scratch folder is not empty"
 
 
-def test_json_can_go_to_the_terminal(ray_cluster: None, capsys: pytest.CaptureFixture):
+def test_json_can_be_printed(ray_cluster: None, capsys: pytest.CaptureFixture):
     benchmark(TINY.model_copy(update={"json_file": "-", "only": ("process-speed",)}))
     figures = json.loads(capsys.readouterr().out)["measurements"]
     assert [m["part"] for m in figures] == ["process-speed", "process-speed"]
@@ -306,30 +304,31 @@ def test_options():
     def options(text: str) -> BenchmarkSpec:
         return parse(BenchmarkSpec, text.split(), "python -m jobs.benchmark")
 
-    spec = options("`only` c rollout-speed c `json` figures.json `repeats` 3")
+    spec = options("--only c rollout-speed c --json figures.json --repeats 3")
     assert (spec.only, spec.json_file, spec.repeats) == (("rollout-speed", "bytes-read"), "figures.json", 3)
-    assert sorted(options("`only` a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
-    for bad, name in (("`only` z", "found z"), ("`trajectories` 1000", "--trajectories"), ("`repeats` 0", "--repeats")):
-        with pytest.raises(ArgumentError, match=name):
-            options(bad)
+    assert sorted(options("--only a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
+    for text, name in (("--only z", "only"), ("--trajectories 1000", "trajectories"), ("--repeats 0", "repeats")):
+        with pytest.raises(ArgumentError, match=text.split()[1]) as refusal:
+            options(text)
+        assert refusal.value.name == name
 
 
-def test_a_teacher_of_ones_own(tmp_path: Path):
+def test_a_given_teacher_is_used(tmp_path: Path):
     teacher = make_teacher(tmp_path / "own")
     setting = make_setting(TINY.model_copy(update={"teacher": teacher}), str(tmp_path / "scratch"))
     assert setting.teacher == teacher
     assert load_config(setting.rollout_spec("x").teacher) == load_config(teacher)
 
 
-def test_shards_that_nobody_computed_go_through_the_code_of_real_ones(ray_cluster: None, tmp_path: Path):
+def test_fake_shards_go_through_the_code_of_real_shards(ray_cluster: None, tmp_path: Path):
     scale = ("store-scale", "scheduling-rate", "ledger-rate")
-    done = benchmark(TINY.model_copy(update={"only": scale, "shards": 30, "repeats": 1, "folder": str(tmp_path)}))
-    (manifest,) = (m for m in done["store-scale"] if m.unit == "bytes")
+    results = benchmark(TINY.model_copy(update={"only": scale, "shards": 30, "repeats": 1, "folder": str(tmp_path)}))
+    (manifest,) = (m for m in results["store-scale"] if m.unit == "bytes")
     more = plan_shards(0.0, range(3 * SHARD_ROWS, 30 * SHARD_ROWS), SHARD_ROWS)
     compact = sum(len(json.dumps(receipt_of(shard).model_dump())) for shard in more)
-    # 27 receipts more, each on lines of its own.
+    # 27 more receipts, each on its own lines.
     assert compact < manifest.values[0] - manifest.against[0] < 1.3 * compact
-    assert {m.what.partition(",")[0] for m in done["store-scale"]} == {what.partition(",")[0] for what in UNITS}
-    assert [m.unit for m in done["scheduling-rate"]] == ["shards/s", "ms/shard", "MiB"]
-    assert all(m.values[0] > 0 for m in (*done["scheduling-rate"][:2], *done["ledger-rate"]))
-    assert list(tmp_path.iterdir()) == [], "the scratch folder is given back empty"
+    assert {m.what.partition(",")[0] for m in results["store-scale"]} == {what.partition(",")[0] for what in UNITS}
+    assert [m.unit for m in results["scheduling-rate"]] == ["shards/s", "ms/shard", "MiB"]
+    assert all(m.values[0] > 0 for m in (*results["scheduling-rate"][:2], *results["ledger-rate"]))
+    assert list(tmp_path.iterdir()) == [], "the scratch folder is not empty"
