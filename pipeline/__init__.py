@@ -6,5 +6,5 @@ if "ray" in sys.modules:
     from kac.util.log import show
     from pipeline.cluster.connection import is_worker
 
-    if is_worker():  # Ray carries what its workers print to the driver
+    if is_worker():  # Ray sends the output of its workers to the driver
         show()

@@ -1,4 +1,4 @@
-"""Convert: make a teacher's model folder of weights that others trained."""
+"""Convert existing weights into a teacher's model folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,27 +16,27 @@ from pipeline.config.specs import ConvertSpec
 
 
 def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:
-    """Write the model folder of the teacher that ``spec`` describes; a complete one is returned as it is.
+    """Write a teacher's model folder from a checkpoint, and return its config. A complete folder stays unchanged.
 
     Raises:
-        DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network gives no
-            velocity, or the folder belongs to another spec or cannot be written.
+        DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network's output
+            is not a finite velocity, or the folder belongs to another spec or cannot be written.
     """
     root = spec.data.root and cluster.absolute(spec.data.root)
     paths = {"out": cluster.absolute(spec.out), "checkpoint": cluster.absolute(spec.checkpoint)}
     spec = spec.model_copy(update={**paths, "data": spec.data.model_copy(update={"root": root})})
     data = decode.open_described("convert", spec.data)
-    of_samples = (data.sample_shape, data.num_classes)
-    found, network = read_weights(spec.checkpoint), build_network(spec.network, *of_samples)
-    with _naming(spec.checkpoint):
-        adopted = adopt(network, spec.network, data.sample_shape, found, spec.key)
-        try_out(network, spec.network, *of_samples)
-    content = {"data_sha256": data.sha256, "checkpoint_sha256": found.sha256}
+    samples = (data.sample_shape, data.num_classes)
+    checkpoint, network = read_weights(spec.checkpoint), build_network(spec.network, *samples)
+    with _errors_name(spec.checkpoint):
+        adopted = adopt(network, spec.network, data.sample_shape, checkpoint, spec.key)
+        try_out(network, spec.network, *samples)
+    content = {"data_sha256": data.sha256, "checkpoint_sha256": checkpoint.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         log.info(f"convert: {spec.out} is complete: nothing to do")
         return load_config(spec.out)
-    cost, fingerprint = network_cost(spec.network, *of_samples), spec.fingerprint(**content)
-    inputs, name = {"data": data.sha256, "checkpoint": found.sha256}, f"convert-{spec.data.kind}"
+    cost, fingerprint = network_cost(spec.network, *samples), spec.fingerprint(**content)
+    inputs, name = {"data": data.sha256, "checkpoint": checkpoint.sha256}, f"convert-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
     with tracking.start_run(
         spec=spec,
@@ -53,16 +53,16 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         config = outputs.write_model(spec.out, config, network.state_dict(), run)
     where = f", {adopted.key}" if adopted.key else ""
     log.info(
-        f"convert: {spec.checkpoint}{where} (sha256 {found.sha256[:12]}): {adopted.told}\n"
+        f"convert: {spec.checkpoint}{where} (sha256 {checkpoint.sha256[:12]}): {adopted.description}\n"
         f"convert: wrote {spec.out}: {spec.network.kind} of {short(cost.parameters)} parameters, "
-        f"{short(cost.flops_per_call, 'FLOP')} a call (weights sha256 {config.weights_sha256[:12]})"
+        f"{short(cost.flops_per_call, 'FLOP')} per call (weights sha256 {config.weights_sha256[:12]})"
     )
     return config
 
 
 @contextmanager
-def _naming(checkpoint: str) -> Iterator[None]:
-    """Say of which file it is that its weights do not fit."""
+def _errors_name(checkpoint: str) -> Iterator[None]:
+    """Put the path of the checkpoint before the message of a ``CheckpointError``."""
     try:
         yield
     except CheckpointError as error:

@@ -1,7 +1,7 @@
-"""Decode a dataset into the cache by Ray Data: what ``open_dataset`` would do alone, on all CPUs of the cluster.
+"""Decode a dataset into the cache with Ray Data, on all CPUs of the cluster. ``open_dataset`` uses only one process.
 
-The unit of work is a piece: some encoded images, and where they belong. Each task writes its images straight to their
-place in the cache; only their number comes back.
+The unit of work is a piece: some encoded images and their rows in the cache. Each task writes its images directly into
+the cache, and returns only their number.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ from pipeline.progress import ProgressBar
 from pipeline.tracking import TrackedRun
 
 FROM_IMAGES = 20_000
-"""Fewer are decoded by this process: Ray and its workers need ten seconds to start."""
+"""Smaller datasets are decoded by this process, because Ray and its workers need ten seconds to start."""
 
 PAUSE_SECONDS = 0.1
 
 DATA_FILE = "data.json"
-"""The artifact of a run that describes the data it learned."""
+"""The artifact of a run that describes its training data."""
 
 
 def open_described(stage: str, config: DataConfig) -> DataDescription:
-    """The description of a dataset, decoded first if need be; prints what is trained on, what is held out, and why.
+    """Decode a dataset if necessary, log its split and its classes, and return its description.
 
     Raises:
-        DistillKacError: as ``prepare``.
+        DistillKacError: files are missing or damaged, or do not fit together.
     """
     prepare(config)
     data = open_dataset(config).description
@@ -40,7 +40,7 @@ def open_described(stage: str, config: DataConfig) -> DataDescription:
 
 
 def describe(config: DataConfig, data: DataDescription) -> list[str]:
-    """A line on the split, one on the classes if they have names, and one for each warning."""
+    """Return a line on the split, a line on the classes if they have names, and one line per warning."""
     lines = [f"{config.kind}: {data.train:,} training and {data.held_out:,} held-out images: {data.split}"]
     if data.class_names:
         lines.append(f"classes, label=name: {list_classes(data.class_names)}")
@@ -48,40 +48,41 @@ def describe(config: DataConfig, data: DataDescription) -> list[str]:
 
 
 def log_data(run: TrackedRun, data: DataDescription) -> None:
-    """Keep the description of a dataset with the run that learns it: as an artifact, and in short as tags."""
+    """Log the description of a dataset to the run that learns it, as an artifact and, in short, as tags."""
     run.artifact(DATA_FILE, data.model_dump_json(indent=1).encode())
-    lines = {"split": data.split, "classes": list_classes(data.class_names)}
-    run.tags({f"distillkac.data.{name}": text for name, text in lines.items() if text})
+    tags = {"split": data.split, "classes": list_classes(data.class_names)}
+    run.tags({f"distillkac.data.{name}": text for name, text in tags.items() if text})
 
 
 def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
-    """Bring a dataset into the cache; what is there already is not decoded again.
+    """Decode a dataset into the cache, unless it is already there.
 
     Args:
-        from_images: datasets of so many are decoded by Ray, smaller ones by this process.
+        config: the dataset.
+        from_images: the number of images from which Ray does the work.
 
     Raises:
         DistillKacError: files are missing or damaged, or do not fit together.
     """
-    begun = begin_decoding(config)
-    if begun is None:
+    decoding = begin_decoding(config)
+    if decoding is None:
         return
-    with begun as work:
+    with decoding as work:
         total = sum(len(piece.held_out) for piece in work.pieces)
-        is_much = total >= from_images and len(work.pieces) > 1
-        decode = _on_cluster if is_much and _is_for_all(config) else _here
+        is_large = total >= from_images and len(work.pieces) > 1
+        decode = _on_cluster if is_large and _is_shared(config) else _here
         with ProgressBar("decode", total, "images") as bar:
             for images in decode(work.writer, work.pieces):
                 bar.update(images)
         work.finish()
 
 
-def _is_for_all(config: DataConfig) -> bool:
-    """Whether other machines of the cluster, if there are any, see the files and the cache."""
+def _is_shared(config: DataConfig) -> bool:
+    """Whether every machine of the cluster can use the files and the cache."""
     try:
         storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
     except ArgumentError as error:
-        log.info(f"decode: on this machine alone: {error}")
+        log.info(f"decode: only on this machine. {error}")
         return False
     return True
 
@@ -91,26 +92,26 @@ def _here(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
 
 
 def _on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
-    """How many images each piece had, as it is written."""
+    """Yield the number of images of each piece after a task has written it."""
     import ray
 
     cluster.connect()
-    # A task fetches its own piece: the names of all files together may be many.
-    places = [ray.put(piece) for piece in pieces]
+    # Each task fetches only its own piece, because the file names of all pieces can be large.
+    references = [ray.put(piece) for piece in pieces]
 
     def write(batch: dict[str, Any]) -> dict[str, Any]:
-        images, refusal = 0, ""
+        images, failure = 0, ""
         try:
-            images = writer.write(ray.get(places[int(batch["item"][0])]))
+            images = writer.write(ray.get(references[int(batch["item"][0])]))
         except DistillKacError as error:
-            refusal = str(error)
-        return {"images": [images], "refusal": [refusal]}
+            failure = str(error)
+        return {"images": [images], "failure": [failure]}
 
     written = each(range(len(pieces)), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
     try:
         for row in written.iter_rows():
-            if row["refusal"]:
-                raise DistillKacError(row["refusal"])
+            if row["failure"]:
+                raise DistillKacError(row["failure"])
             yield int(row["images"])
     except ray.exceptions.RayError as error:
-        raise DistillKacError(f"decoding failed in Ray: {one_line(str(error)[-300:])}") from error
+        raise DistillKacError(f"Ray could not decode the data: {one_line(str(error)[-300:])}.") from error

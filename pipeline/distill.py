@@ -1,4 +1,4 @@
-"""Distill: train a student of a few macro steps on a store's trajectories."""
+"""Train a student of a few macro steps on a store's trajectories."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from kac.losses import Interval, Objective, build_objective
 from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
-from kac.sampling import Sampling, carry
+from kac.sampling import Sampling, integrate
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.log import log
 from kac.util.options import most
@@ -27,142 +27,22 @@ from pipeline.config.specs import DistillSpec, OptimizerConfig, SweepSpec
 from pipeline.tracking import logged_models
 
 
-@dataclass(frozen=True)
-class DistillTask:
-    """An objective on the intervals of a store.
-
-    Attributes:
-        init: model folder of the first weights, those of a teacher or of another student.
-        batch: makes the intervals of an update, those of a worker alone, on its device; by default they are read from
-            the store.
-    """
-
-    spec: DistillSpec
-    init: str
-    batch: Callable[[int], Interval] | None = None
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """How it is trained."""
-        return self.spec.optimizer
-
-    def build(self, worker: training.Worker) -> training.Learner:
-        """The student with its first weights."""
-        spec, first = self.spec, load_model(self.init)
-        objective = objective_of(spec)
-        torch.manual_seed(spec.seed)
-        config = student_network(first.config, objective)
-        network = build_network(config, first.config.sample_shape, first.config.num_classes)
-        load_weights(network, first.network.state_dict())
-        made = self.batch
-        read = _Intervals(spec, objective, worker).batch if made is None else lambda update, seat: made(update)
-        # The seats' batches are read whole, and cut for their passes here: the last one is kept for the next pass.
-        batch = functools.lru_cache(maxsize=1)(read)
-
-        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, self.init, first.config, worker)
-
-        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
-            training.seed_dropout(spec.seed, micro)
-            parts = (
-                part[micro.slot % micro.accumulation :: micro.accumulation] for part in batch(micro.update, micro.seat)
-            )
-            followed = objective.losses(network, Interval(*parts))
-            return followed if refine is None else refine.losses(network, micro, followed)
-
-        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
-
-
-class _Refinement:
-    """The energy distance of a student's images to the training images, and the objective as its anchor."""
-
-    def __init__(
-        self, spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, worker: training.Worker
-    ) -> None:
-        self.spec, self.options, self.model = spec, options, model
-        data = learned_data(init, model)
-        self.path, self.data = model.path.build(), data.train
-        self.spaces = open_spaces(options.spaces, data, worker.device)
-        self.knot_grid = store.open(spec.store).identity.knot_grid
-        self.frequencies = torch.tensor(model.class_frequencies)
-
-    def losses(
-        self, network: VelocityNetwork, micro: training.MicroBatch, followed: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The anchor's parts and ``energy``, of samples and real images that are new in every update."""
-        spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
-        rows = spec.optimizer.batch_size // micro.slots
-        draws = training.update_generator(spec.seed, micro.update)
-        real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
-        real, real_label = self.data.rows(real_rows)
-        label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
-        noise = training.slot_generator(spec.seed, micro)
-        x_1 = self.path.sample(
-            torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
-        ).x_t
-        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
-        label = label.to(device)
-        given = network_labels(model, label)
-        made = carry(network, x_1, given, Sampling(0.0, steps, "euler", self.knot_grid))
-        energy = refinement_loss(
-            straight_through(made.x),
-            label if known_classes(model) else None,
-            real.to(device),
-            real_label.to(device),
-            self.spaces,
-            options.class_weight,
-            model.num_classes,
-            micro.update,
-        )
-        return {**{name: options.anchor * loss for name, loss in followed.items()}, "energy": energy}
-
-
-class _Intervals:
-    """The batches of a worker's seats, from the first update that asks for one: a resumed run begins in the middle.
-
-    A worker that does the work of several reads as each of them does, in its order, which depends on the memory that
-    each is given: columns that stream take as much for every seat; those that are loaded are loaded once.
-    """
-
-    def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
-        self.spec, self.objective, self.worker = spec, objective, worker
-        self.source = store.open(spec.store).without_last(spec.held_out_rows)
-        self.begun: dict[int, tuple[int, Iterator[Interval]]] = {}  # by seat, with the update that is next
-
-    def batch(self, update: int, seat: int) -> Interval:
-        """The batch of an update, on the worker's device."""
-        next_update, batches = self.begun.get(seat, (-1, iter(())))
-        if update != next_update:
-            spec, seats = self.spec, self.worker.seats
-            batches = self.source.interval_batches(
-                spec.optimizer.batch_size // seats,
-                self.objective,
-                self.source.guidance if spec.guidance == "all" else spec.guidance,
-                rank=seat,
-                world_size=seats,
-                seed=spec.seed,
-                start_batch=update,
-                memory_bytes=int(spec.memory_gib * 2**30),
-            )
-        self.begun[seat] = update + 1, batches
-        # The store's reader reads ahead by itself: all that is left to do here is to copy without waiting.
-        device = self.worker.device
-        return training.on_device(training.pinned(next(batches), device), device)
-
-
 def distill(
     spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_report: training.OnReport | None = None
 ) -> ModelConfig | None:
-    """Train the student of ``spec`` and write its model folder; a complete one is returned as it is.
+    """Train a student and write its model folder. A complete folder stays unchanged.
 
     Args:
-        on_report: called with the metrics of every validation and checkpoint of a training in this process. Whoever
-            asks for them tells people what is done.
+        spec: the options.
+        parent: the run of the sweep or demo that this student is part of.
+        on_report: called with the metrics of every validation and checkpoint, if this process does the training. This
+            function then logs no lines for people.
 
     Returns:
-        The config of the student; None after a dry run.
+        The student's config, or None after a dry run.
 
     Raises:
-        DistillKacError: the store, its guidance scale, the step count, the first weights or the folder do not fit.
+        DistillKacError: the store, the guidance scale, the step count, the initial weights or the folder do not fit.
     """
     spec = absolute(spec)
     check_storage(spec, lambda: bool(training.choose_place(spec).workers))
@@ -178,14 +58,14 @@ def distill(
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         log.info(f"distill: {spec.out} is complete: nothing to do")
-        if not end_cut_off(spec) and spec.register:
+        if not finish_stopped(spec) and spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
     training.await_workers("distill", spec.optimizer, place)
     if on_report is None:
         log.info(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}")
     with start_run(spec, plan, parent) as run:
-        title = f"distill {_told(spec)}"
+        title = f"distill {_describe(spec)}"
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
         held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
@@ -200,18 +80,18 @@ def distill(
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)
     if on_report is None:
-        log.info(f"distill: wrote {spec.out} ({_told(spec)})")
+        log.info(f"distill: wrote {spec.out} ({_describe(spec)})")
     return config
 
 
-def end_cut_off(spec: DistillSpec) -> bool:
-    """Do what is left of a job that was stopped between its complete student and the end of its run.
+def finish_stopped(spec: DistillSpec) -> bool:
+    """Finish the run of a job that was stopped after it wrote its student.
 
     Returns:
-        Whether there was something left.
+        Whether there was such a run.
     """
     config = load_config(spec.out)
-    run = outputs.go_on_after_model(spec.out, config)
+    run = outputs.reopen_run(spec.out, config)
     if run is None:
         return False
     logged_models.log_finished(run, spec, config)
@@ -221,56 +101,56 @@ def end_cut_off(spec: DistillSpec) -> bool:
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """What a spec comes to once its inputs have been looked at."""
+    """A student to train, after its inputs were checked."""
 
-    content: dict[str, str]  # fingerprints of the inputs: they are part of the student's own
-    init: str  # model folder of the first weights
-    student: ModelConfig  # as it will be written
-    rows: int  # of the store that it learns from
-    scales: tuple[float, ...]  # of guidance that it learns
+    content: dict[str, str]  # fingerprints of the inputs, which enter the student's fingerprint
+    init: str  # model folder of the initial weights
+    student: ModelConfig  # the config to write
+    rows: int  # number of rows to learn from
+    scales: tuple[float, ...]  # guidance scales to learn
 
 
 def start_run(
     spec: DistillSpec, plan: DistillPlan, parent: tracking.TrackedRun | None = None
 ) -> AbstractContextManager[tracking.TrackedRun]:
-    """The run of the student that ``spec`` makes, gone on with if there was one."""
+    """Start the student's run, or resume it."""
     return tracking.start_run(
         spec=spec,
         fingerprint=plan.student.fingerprint,
         inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
         output=spec.out,
         parent=parent,
-        # A trial's folder is called by what is varied, which tells it from its siblings.
+        # The folder of a trial has the values of the sweep's axes in its name.
         name=spec.out.rsplit("/", 1)[-1] if parent else f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
         datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
     )
 
 
 def _calls(spec: DistillSpec) -> float:
-    """Network calls a sample in training: one for the objective, and those that draw an image to be refined."""
+    """Return the network calls per training sample: one for the objective, and one per step of a refined image."""
     if spec.refine.kind == "none":
         return 1.0
-    drawn = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
-    return 1 + sum(drawn) / len(drawn)
+    steps = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
+    return 1 + sum(steps) / len(steps)
 
 
 def _check_passes(spec: DistillSpec, place: training.Place) -> None:
-    """Refuse a refinement in passes of a single image, between which there is no distance."""
+    """Check that every pass of a refinement has two images or more, because their distances enter the loss."""
     passes = max(1, most(place.workers)) * spec.optimizer.accumulation
     if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
         raise ArgumentError(
-            f"`refine` data: expected `refine.real_images` and `optimizer.batch_size` of at least {2 * passes} for "
-            f"{passes} passes an update, found {spec.refine.real_images} and {spec.optimizer.batch_size}"
+            f"`refine.real_images` is {spec.refine.real_images} and `optimizer.batch_size` is "
+            f"{spec.optimizer.batch_size}, but {passes} passes per update need at least {2 * passes} of both."
         )
 
 
-def _told(spec: DistillSpec) -> str:
+def _describe(spec: DistillSpec) -> str:
     steps = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
     return f"{steps}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
 
 
 def resolve(spec: DistillSpec) -> DistillSpec:
-    """The spec with paths that every process of the cluster understands, and its choices made."""
+    """Return the spec with absolute paths and a settled precision."""
     spec = absolute(spec)
     return spec.settled(lambda: training.choose_place(spec).on_gpu)
 
@@ -279,7 +159,7 @@ StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
 
 
 def absolute(spec: StudentSpec) -> StudentSpec:
-    """The spec with paths that every process of the cluster understands."""
+    """Return the spec with absolute paths, which are valid in every process of the cluster."""
     paths = {name: getattr(spec, name) for name in ("store", "out", "teacher", "init")}
     return spec.model_copy(
         update={
@@ -291,10 +171,10 @@ def absolute(spec: StudentSpec) -> StudentSpec:
 
 
 def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
-    """Refuse paths that only one of several machines sees.
+    """Check that all machines can use the paths.
 
     Raises:
-        DistillKacError: the first such path.
+        DistillKacError: only one of several machines has a path.
     """
     storage.check_shared(
         {
@@ -310,10 +190,10 @@ def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
 
 
 def check(spec: DistillSpec) -> DistillPlan:
-    """Look at the inputs before any work.
+    """Check the inputs before any work, and return what to do.
 
     Raises:
-        DistillKacError: the first thing that does not fit.
+        DistillKacError: an input is missing or does not fit.
     """
     source = store.open(spec.store)
     objective = objective_of(spec)
@@ -321,8 +201,8 @@ def check(spec: DistillSpec) -> DistillPlan:
     scales = _scales(spec, source)
     if spec.held_out_rows and source.identity.source == "forward":
         raise ArgumentError(
-            "`held_out_rows`: expected 0 for a forward store, whose rows have one interval each, found "
-            f"{spec.held_out_rows}"
+            f"`held_out_rows` is {spec.held_out_rows}, but this is a forward store, whose rows are single intervals. "
+            "Set `held_out_rows` to 0."
         )
     assert source.manifest is not None
     init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
@@ -334,8 +214,8 @@ def check(spec: DistillSpec) -> DistillPlan:
         decode.prepare(first.data)
         learned_data(init, first)
     elif spec.validation_updates != 0 and not cluster.is_worker():
-        # A worker that decoded them for its validation would keep the others waiting. A student needs no images:
-        # where there are none, or not these, the validation says so.
+        # Decode the images of the validation now, so that no worker waits for another that decodes them. Training does
+        # not need images. If they are missing, the validation reports it.
         with contextlib.suppress(DistillKacError, OSError):
             decode.prepare(first.data)
     content = {
@@ -363,15 +243,15 @@ def check(spec: DistillSpec) -> DistillPlan:
 
 
 def objective_of(spec: DistillSpec) -> Objective:
-    """What the student of a spec learns."""
+    """Return the objective of a student."""
     return build_objective(spec.objective, spec.steps, ("guidance",) if spec.guidance == "all" else ())
 
 
 def _scales(spec: DistillSpec, source: store.Store) -> tuple[float, ...]:
-    """The guidance scales of the store that the student learns, ascending.
+    """Return the guidance scales to learn, in ascending order.
 
     Raises:
-        StoreError: the store does not have them.
+        StoreError: the store does not have the scale.
     """
     if spec.guidance == "all":
         return source.guidance
@@ -385,34 +265,155 @@ def _sample_ids(manifest: store.Manifest, scales: tuple[float, ...]) -> Any:
 
 
 def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:
-    """The network of a student that starts from ``first``: the same, with the objective's conditions."""
+    """Return the network of a student that starts from ``first``: the same network with the objective's conditions."""
     return first.network.model_copy(update={"conditions": objective.conditions})
 
 
 def _check_init(
     spec: DistillSpec, objective: Objective, identity: store.StoreIdentity, init: str, first: ModelConfig
 ) -> None:
-    found = first.weights_sha256 if first.kind == "teacher" else first.teacher_sha256
-    if found != identity.teacher_sha256:
+    teacher_sha256 = first.weights_sha256 if first.kind == "teacher" else first.teacher_sha256
+    if teacher_sha256 != identity.teacher_sha256:
         raise CheckpointError(
-            f"{init}: expected the store's teacher {identity.teacher_sha256[:12]}... or a student of it, "
-            f"found one of {str(found)[:12]}...: give the right `init` or `teacher`, "
-            "or roll this teacher out into a store of its own"
+            f"{init} belongs to the teacher {str(teacher_sha256)[:12]}..., but the store was rolled out with the "
+            f"teacher {identity.teacher_sha256[:12]}.... Give another `init` or `teacher`, or roll this teacher out "
+            "into another store."
         )
     is_conditional = bool(known_classes(first))
     if is_conditional != (identity.labels == "classes"):
         its, stores = ("with", "without") if is_conditional else ("without", "with")
         raise CheckpointError(
             f"{init}: this {first.kind} was trained {its} class labels, but the store was rolled out {stores} them. "
-            "Give another `init` or `teacher`, or roll the teacher out again"
+            "Give another `init` or `teacher`, or roll the teacher out again."
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(
-            f"{init}: expected a student of one step count for `objective` {spec.objective.kind}, found a flow map: "
-            "give `objective` flow-map"
+            f"{init} is a flow map, which cannot start a student with `objective` {spec.objective.kind}. "
+            "Set `objective` to flow-map."
         )
     known = "all" if first.takes_guidance else first.guidance
     if first.kind == "student" and known != spec.guidance:
         raise CheckpointError(
-            f"{init}: expected a student of guidance {spec.guidance}, found one of {known}: choose another `init`"
+            f"{init} is a student of guidance {known}, but `guidance` is {spec.guidance}. Choose another `init`."
         )
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """Train a student's objective on the intervals of a store.
+
+    Attributes:
+        init: model folder of the initial weights: a teacher or another student.
+        batch: returns one worker's intervals of an update, on its device. By default they come from the store.
+    """
+
+    spec: DistillSpec
+    init: str
+    batch: Callable[[int], Interval] | None = None
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's options."""
+        return self.spec.optimizer
+
+    def build(self, worker: training.Worker) -> training.Learner:
+        """Return a learner for a student with initial weights."""
+        spec, first = self.spec, load_model(self.init)
+        objective = objective_of(spec)
+        torch.manual_seed(spec.seed)
+        config = student_network(first.config, objective)
+        network = build_network(config, first.config.sample_shape, first.config.num_classes)
+        load_weights(network, first.network.state_dict())
+        given = self.batch
+        read = _Intervals(spec, objective, worker).batch if given is None else lambda update, seat: given(update)
+        # A seat's whole batch is read once and kept, because each of its passes takes a part of it.
+        batch = functools.lru_cache(maxsize=1)(read)
+        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, self.init, first.config, worker)
+
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+            training.seed_dropout(spec.seed, micro)
+            parts = (
+                part[micro.slot % micro.accumulation :: micro.accumulation] for part in batch(micro.update, micro.seat)
+            )
+            distillation = objective.losses(network, Interval(*parts))
+            return distillation if refine is None else refine.losses(network, micro, distillation)
+
+        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
+
+
+class _Refinement:
+    """Adds the energy distance between student and training images to the distillation loss, which is the anchor."""
+
+    def __init__(
+        self, spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, worker: training.Worker
+    ) -> None:
+        self.spec, self.options, self.model = spec, options, model
+        data = learned_data(init, model)
+        self.path, self.data = model.path.build(), data.train
+        self.spaces = open_spaces(options.spaces, data, worker.device)
+        self.knot_grid = store.open(spec.store).identity.knot_grid
+        self.frequencies = torch.tensor(model.class_frequencies)
+
+    def losses(
+        self, network: VelocityNetwork, micro: training.MicroBatch, distillation: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted distillation losses, and ``energy``: every update has new samples and real images."""
+        spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
+        rows = spec.optimizer.batch_size // micro.slots
+        draws = training.update_generator(spec.seed, micro.update)
+        real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
+        real, real_label = self.data.rows(real_rows)
+        label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
+        noise = training.slot_generator(spec.seed, micro)
+        x_1 = self.path.sample(
+            torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
+        ).x_t
+        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
+        label = label.to(device)
+        sampling = Sampling(0.0, steps, "euler", self.knot_grid)
+        x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
+        energy = refinement_loss(
+            straight_through(x_0),
+            label if known_classes(model) else None,
+            real.to(device),
+            real_label.to(device),
+            self.spaces,
+            options.class_weight,
+            model.num_classes,
+            micro.update,
+        )
+        return {**{name: options.anchor * loss for name, loss in distillation.items()}, "energy": energy}
+
+
+class _Intervals:
+    """Reads the batches of a worker's seats. A resumed run starts in the middle.
+
+    A worker with several seats reads each seat's batches in the order in which a worker with only this seat would read
+    them. That order depends on the memory limit, so every seat has the full limit: streamed columns need this memory
+    once per seat, loaded columns only once.
+    """
+
+    def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
+        self.spec, self.objective, self.worker = spec, objective, worker
+        self.source = store.open(spec.store).without_last(spec.held_out_rows)
+        self.readers: dict[int, tuple[int, Iterator[Interval]]] = {}  # by seat: the next update, and its batches
+
+    def batch(self, update: int, seat: int) -> Interval:
+        """Return a seat's batch of an update, on the worker's device."""
+        next_update, batches = self.readers.get(seat, (-1, iter(())))
+        if update != next_update:
+            spec, seats = self.spec, self.worker.seats
+            batches = self.source.interval_batches(
+                spec.optimizer.batch_size // seats,
+                self.objective,
+                self.source.guidance if spec.guidance == "all" else spec.guidance,
+                rank=seat,
+                world_size=seats,
+                seed=spec.seed,
+                start_batch=update,
+                memory_bytes=int(spec.memory_gib * 2**30),
+            )
+        self.readers[seat] = update + 1, batches
+        # The store's reader reads ahead. Only the copy to the device remains, which need not wait.
+        device = self.worker.device
+        return training.on_device(training.pinned(next(batches), device), device)

@@ -1,4 +1,4 @@
-"""How much memory this process has held at most."""
+"""The peak memory of this process."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ import torch
 
 
 def peak_memory() -> int | None:
-    """The most resident memory that this process has held, KiB; None where Linux's /proc is missing."""
+    """Return the peak resident memory of this process in KiB, or None without Linux's /proc."""
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) if found else None
+    match = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(match[1]) if match else None
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that tensors have taken of a GPU, or of the process's memory on the CPU (0 where nobody knows)."""
+    """Return the peak memory of tensors on a GPU, or of this process on a CPU (0 if unknown), in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * (peak_memory() or 0)

@@ -1,10 +1,10 @@
-"""Idempotent outputs: a folder belongs to one spec; work in it is finished or resumed, and another spec is refused.
+"""Output folders: a folder belongs to one spec, so a stage can be repeated. A rerun resumes or finds a finished result.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
-OUT/claim.json     the process that works there now: see ``claims``
-OUT/training/      what a stopped training goes on from
-OUT/run.json       the run of MLflow that it is made in
-OUT/<result>       written last; with the same fingerprint it says that the work is done
+OUT/claim.json     the process that writes the folder now (``claims``)
+OUT/training/      checkpoints of an unfinished training
+OUT/run.json       the MLflow run of this output
+OUT/<result>       written last; if it has the fingerprint of the spec, the work is done
 """
 
 import json
@@ -26,35 +26,38 @@ TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
 
 
 def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
-    """Take the folder ``out`` for what ``spec`` makes from inputs of this ``content``; False if it is made already.
+    """Claim the folder ``out`` for the output of a spec. Return False if the output is already complete.
 
-    A folder in which another spec has left neither a result nor anything to go on from is free to take.
+    If another spec left neither a result nor a checkpoint in the folder, its files are replaced.
 
     Args:
-        result: the file that is written last.
+        out: the folder.
+        spec: the options of the stage.
+        result: the name of the file that is written last.
+        content: hashes of the inputs.
 
     Raises:
-        DistillKacError: the folder belongs to another spec, another job works there now, or it cannot be written to.
+        DistillKacError: the folder belongs to another spec, another job writes it now, or it cannot be written.
     """
-    mine = {**hashed_fields(spec), **content}
-    done, begun = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
-    found = [record.get("fingerprint") for record in (done, begun) if record is not None]
-    is_anothers = any(fingerprint != spec.fingerprint(**content) for fingerprint in found)
-    if is_anothers and (done is not None or _holds_work(out)):
+    identity, fingerprint = {**hashed_fields(spec), **content}, spec.fingerprint(**content)
+    finished, started = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
+    records = [record for record in (finished, started) if record is not None]
+    is_of_another_spec = any(record.get("fingerprint") != fingerprint for record in records)
+    if is_of_another_spec and (finished is not None or _holds_work(out)):
         raise DistillKacError(
-            f"{out}: expected a new folder or one of this spec, found one of another spec"
-            f"{_difference(mine, (begun or {}).get('identity', {}))}: choose another `out`, or remove it"
+            f"{out} belongs to another spec{_difference(identity, (started or {}).get('identity', {}))}. "
+            "Choose another `out`, or remove the folder."
         )
-    if done is not None:
+    if finished is not None:
         return False
     probes.check_writable(out)
     claims.take(out)
-    if is_anothers:  # Ray Train keeps records of a run that left no checkpoint, and would go on with it
+    if is_of_another_spec:  # Ray Train keeps records even of a run without checkpoints, and would resume that run
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     record = {
         "stage": spec.stage,
-        "fingerprint": spec.fingerprint(**content),
-        "identity": mine,
+        "fingerprint": fingerprint,
+        "identity": identity,
         "options": spec.model_dump(mode="json"),
     }
     files.write_bytes(files.join(out, SPEC_FILE), json.dumps(record, indent=2).encode())
@@ -62,50 +65,47 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
 
 
 def check_owner(out: str, fingerprint: str) -> None:
-    """Refuse to write a result into a folder that another job has taken meanwhile.
+    """Check, before a result is written, that the folder still belongs to this job.
 
     Raises:
-        DistillKacError: it has.
+        DistillKacError: another job has taken over the folder.
     """
-    found = (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint")
-    if found != fingerprint:
-        raise DistillKacError(
-            f"{out}: expected the folder of this job, found that another has taken it meanwhile: choose another `out`"
-        )
+    if (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
+        raise DistillKacError(f"{out}: a job with another spec has taken over this folder. Choose another `out`.")
     claims.check(out, claims.token_of(out))
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
-    """Write the model folder ``out``, tag its run, and remove what the training would have gone on from.
+    """Write the model into the folder ``out``, tag its run, and remove the checkpoints.
 
     Raises:
-        DistillKacError: another job has taken the folder meanwhile.
+        DistillKacError: another job has taken over the folder.
     """
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
-    _close(out, config, run)
+    _tag_and_clean(out, config, run)
     return config
 
 
-def go_on_after_model(out: str, config: ModelConfig) -> TrackedRun | None:
-    """The run of a complete model folder whose job was stopped before it could end it; None if that is over.
+def reopen_run(out: str, config: ModelConfig) -> TrackedRun | None:
+    """Return the run of a complete model folder if its job was stopped before it ended the run, else None.
 
-    Whoever asks ends it.
+    The caller must end the run.
     """
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
         return None
-    _close(out, config, run)
+    _tag_and_clean(out, config, run)
     return run
 
 
-def _close(out: str, config: ModelConfig, run: TrackedRun) -> None:
+def _tag_and_clean(out: str, config: ModelConfig, run: TrackedRun) -> None:
     run.tags({"distillkac.weights_sha256": config.weights_sha256, "distillkac.path": out})
     files.remove_tree(files.join(out, TRAINING_FOLDER))
 
 
 def _holds_work(out: str) -> bool:
-    """Whether there is anything but options, the name of a run, and records of a training without a checkpoint."""
+    """Whether the folder has a checkpoint or another result, and not only files that name the spec and the run."""
     return any(
         name.rsplit("/", 1)[-1] == STATE_FILE
         if name.startswith(f"{TRAINING_FOLDER}/")
@@ -122,15 +122,15 @@ def _read_json(path: str) -> dict[str, Any] | None:
     try:
         values = json.loads(raw)
     except ValueError as error:
-        raise DistillKacError(f"{path}: expected JSON, found {error}: remove the folder and start again") from None
+        raise DistillKacError(f"{path} is damaged ({error}). Remove the folder and start again.") from None
     return values if isinstance(values, dict) else {}
 
 
-def _difference(mine: dict[str, Any], found: dict[str, Any]) -> str:
-    flat_mine, flat_found = flatten(mine), flatten(found)
+def _difference(identity: dict[str, Any], found: dict[str, Any]) -> str:
+    ours, theirs = flatten(identity), flatten(found)
     parts = [
-        f"{name.replace('_', '-')} is {flat_found[name]}, not {value}"
-        for name, value in flat_mine.items()
-        if name in flat_found and flat_found[name] != value
+        f"{name.replace('_', '-')} is {theirs[name]}, not {value}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
     ]
     return f" ({'; '.join(parts[:4])})" if parts else ""

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal; elsewhere, in a file or a job's log, a line every so many seconds."""
+"""Show progress: a bar on a terminal, and a line every ``LINE_SECONDS`` in files and in the logs of jobs."""
 
 import os
 import sys
@@ -10,20 +10,22 @@ from kac.util.log import log, progress_log
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"
-"""Set by a job on a terminal for the workers of the Ray that it starts: what they write ends up there."""
+"""Set by a job on a terminal for the workers of its embedded Ray, whose output appears on this terminal."""
 
 
 def on_terminal() -> bool:
-    """Whether what is written here is seen on a terminal."""
+    """Whether the output of this process appears on a terminal."""
     return sys.stderr.isatty() or os.environ.get(TERMINAL_VARIABLE) == "1"
 
 
 class ProgressBar:
-    """How far some work is. On a terminal it is tqdm's bar, or Ray's for a worker; elsewhere it is lines.
+    """Shows the progress of some work: on a terminal as tqdm's bar (Ray's in a worker), elsewhere as lines.
 
     Args:
-        unit: what is counted, in the plural.
-        done: what was done before.
+        title: the name of the work.
+        total: the amount of work, in units.
+        unit: the plural name of the unit.
+        done: the amount that was done before.
         is_shown: False for all but one of several workers.
     """
 
@@ -31,33 +33,34 @@ class ProgressBar:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._first, self._started = done, time.perf_counter()
         self._last_line, self._note = self._started, ""
-        self._says_lines = is_shown and not on_terminal()
+        self._writes_lines = is_shown and not on_terminal()
         self._bar = _terminal_bar(title, total, unit, done) if is_shown and on_terminal() else None
 
     def update(self, count: int, note: str = "") -> None:
-        """So much more is done.
+        """Add ``count`` units of finished work.
 
         Args:
-            note: what else there is to say, such as the loss.
+            count: the number of units.
+            note: text after the numbers, such as the loss.
         """
         self.done += count
         self._note = note or self._note
         if self._bar is not None:
             self._bar.update(count)
         now = time.perf_counter()
-        if self._says_lines and (now - self._last_line >= LINE_SECONDS or self.done >= self.total):
+        if self._writes_lines and (now - self._last_line >= LINE_SECONDS or self.done >= self.total):
             self._last_line = now
             progress_log.info(self._line(now - self._started))
 
-    def say(self, line: str) -> None:
-        """A line for itself, above the bar."""
+    def write(self, line: str) -> None:
+        """Write a line above the bar."""
         if self._bar is not None and hasattr(self._bar, "write"):
             self._bar.write(line)
         else:
             log.info(line)
 
     def close(self) -> None:
-        """The work is over."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -69,10 +72,10 @@ class ProgressBar:
 
     def _line(self, seconds: float) -> str:
         rate = (self.done - self._first) / max(seconds, 1e-9)
-        told = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.3g} a second"
+        line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.3g} per second"
         if self.done < self.total:
-            told += f", about {duration((self.total - self.done) / max(rate, 1e-9))} left"
-        return told + (f", {self._note}" if self._note else "")
+            line += f", about {duration((self.total - self.done) / max(rate, 1e-9))} left"
+        return line + (f", {self._note}" if self._note else "")
 
 
 def _terminal_bar(title: str, total: int, unit: str, done: int) -> Any:

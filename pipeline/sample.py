@@ -1,4 +1,4 @@
-"""Sample: draw images from a model folder."""
+"""Draw images from a model folder."""
 
 import io
 
@@ -10,7 +10,7 @@ from kac.model import ModelConfig, load_model
 from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
 from kac.util import files, probes
 from kac.util.device import default_device
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError
 from kac.util.log import log
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import SampleSpec
@@ -18,22 +18,21 @@ from pipeline.report.pictures import sheet
 
 
 def sample(spec: SampleSpec) -> None:
-    """Write ``spec.count`` images: a sheet as .png, or ``images`` (float32 in [-1, 1]) and ``labels`` as .npz, with
-    ``class_names`` if the classes have names.
+    """Write ``spec.count`` images to a .png or .npz file.
 
-    The labels are those that the network was given: of an unconditional model the null label, which follows the last
-    class.
-
-    Images are on the 8-bit grid, as they are delivered; with ``spec.raw`` they are what the network made.
+    A .png file holds a sheet of all images. A .npz file holds ``images`` (float32 in [-1, 1]), ``labels`` (the labels
+    given to the network; for an unconditional model the null label, which follows the last class) and, if the classes
+    have names, ``class_names``. Images are rounded to 8 bits; with ``spec.raw`` they are the network's outputs.
 
     Raises:
-        DistillKacError: no such model, labels it does not know, another kind of file, a place that cannot be written.
+        DistillKacError: the model does not exist or does not know a label, the file has another extension, or it
+            cannot be written.
     """
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
-        raise DistillKacError(f"`out`: expected a .png or .npz file, found {spec.out}")
+        raise ArgumentError(f"`out` {spec.out} is neither a .png nor an .npz file. Choose one of these extensions.")
     if spec.raw and out.endswith(".png"):
-        raise DistillKacError(f"`raw`: expected an .npz file as `out`, since a picture has 8 bits, found {spec.out}")
+        raise ArgumentError(f"`raw` needs an .npz file, because a .png has only 8 bits. `out` is {spec.out}.")
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     sampling = _sampling(spec, model.config)
@@ -43,14 +42,14 @@ def sample(spec: SampleSpec) -> None:
     files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made, model.config))
     if model.config.class_names:
         log.info(f"sample: classes, label=name: {list_classes(model.config.class_names)}")
-    built_in = model.config.kind == "student" and not model.config.takes_guidance
-    guidance = model.config.guidance if built_in else sampling.guidance
+    is_guidance_fixed = model.config.kind == "student" and not model.config.takes_guidance
+    guidance = model.config.guidance if is_guidance_fixed else sampling.guidance
     values = ", raw values" if spec.raw else ""
     log.info(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}{values}")
 
 
 def _labels(spec: SampleSpec, config: ModelConfig) -> tuple[int, ...] | None:
-    """The numbers of the classes that are asked for; None: by the data's frequencies."""
+    """Return the numbers of the requested classes, or None for the data's class frequencies."""
     if spec.labels is None:
         return None
     return tuple(label_of(word, config.class_names, config.num_classes) for word in spec.labels)
@@ -64,11 +63,10 @@ def _npz(made: Samples, config: ModelConfig) -> bytes:
 
 
 def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
-    """How the model is to be sampled.
+    """Return how to sample the model.
 
     Raises:
-        DistillKacError: steps or guidance given for a student that was made for others, or guidance of a teacher that
-            cannot be guided.
+        DistillKacError: the student does not support the steps or the guidance, or the teacher cannot be guided.
     """
     if config.kind == "teacher":
         return teacher_sampling(config, spec.guidance, spec.steps, spec.solver)

@@ -46,7 +46,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        log.info(f"teach: {spec.out} is complete. Nothing to do.")
+        log.info(f"teach: {spec.out} is complete: nothing to do")
         config = load_config(spec.out)
         if unfinished := outputs.reopen_run(spec.out, config):
             unfinished.end("FINISHED")
