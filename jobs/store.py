@@ -10,5 +10,5 @@ COMMANDS: dict[str, Command] = {
 }
 
 if __name__ == "__main__":
-    about = "Look after endpoint stores: say what one is, check every byte of it, join several."
+    about = "Describe, verify and merge endpoint stores."
     main_of(COMMANDS, "python -m jobs.store", about)

@@ -1,17 +1,16 @@
-"""Rollout: follow the frozen teacher and publish its trajectories, shard by shard, into an endpoint store.
+"""Rollout: compute the trajectories of the frozen teacher and publish them as the shards of an endpoint store.
 
-``stage`` is the whole of it; ``plan``, ``shards`` (with ``teacher``) and ``seal`` are its steps; ``actors`` does the
-second on Ray.
+``stage`` runs the steps: ``plan``, ``shard_maker`` (with ``teacher``) and ``seal``. ``actors`` makes shards on Ray.
 
-Exactly once: the plan fixes the name of every shard. Whoever computes a shard also publishes it, whole or not at all,
-and only then returns its receipt; a shard that is there is checked from end to end and adopted. The manifest, written
-last, lists receipts alone.
+Each shard is computed exactly once. The plan fixes its name. The process that computes a shard also publishes it
+atomically, and only then returns its receipt. An existing shard is checked from end to end and reused. The manifest is
+written last and lists only receipts.
 """
 
 from pipeline.rollout.plan import Plan, identify, make_plan
 from pipeline.rollout.seal import seal
-from pipeline.rollout.shards import Outcome
+from pipeline.rollout.shard_maker import ShardOutcome
 from pipeline.rollout.stage import compute_shards, rollout
 from pipeline.rollout.teacher import RolloutError
 
-__all__ = ["Outcome", "Plan", "RolloutError", "compute_shards", "identify", "make_plan", "rollout", "seal"]
+__all__ = ["Plan", "RolloutError", "ShardOutcome", "compute_shards", "identify", "make_plan", "rollout", "seal"]

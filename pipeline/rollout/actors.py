@@ -1,21 +1,23 @@
-"""The shards of a rollout on an actor pool of Ray Data.
+"""Make the shards of a rollout on an actor pool of Ray Data.
 
-What Ray does by default, and what is done about it (Ray 2.60):
-- Actors of a pool restart and retry for ever (max_restarts = max_task_retries = -1; map_batches deprecates others).
-  That suits a lost node, not a shard that kills its process: the ``Ledger`` counts attempts outside the processes that
-  die, and ends the job with the shard's name.
-- ``max_errored_blocks`` would drop blocks in silence: it stays 0.
-- ``write_parquet`` names files by a new uuid each run and appends: a second run would double everything. Not used.
-- ``CheckpointConfig`` resume adds an actor pool of its own and hangs on two CPUs. Not used: the shards are the record.
-- A pool of ``min_size`` to ``max_size`` actors that take two shards each never grows (its threshold, 1.75 tasks a
-  call, is out of reach). A range is therefore a pool of its largest size: those actors work that a node has room
-  for, the pending ones tell the autoscaler (two 1-CPU nodes, 80 shards of a second, the second node joining after 18
-  seconds: its actor began 8 seconds later, every shard once; as a pool of 1 to 3 the first actor did all).
-- An actor whose node is lost keeps its place in the pool and its shards (ray-project/ray #62746). They come last: idle
-  actors end with the last shard that nobody has, which makes the room to start it again (the same run, the second node
-  lost in the middle: two shards were computed 20 seconds after the others, every shard once).
-- A write stage behind a pool that takes every CPU starves: actors publish by themselves. They take two shards at a
-  time, so that the upload of one runs while the other is computed.
+Defaults of Ray 2.60, and what this module does instead:
+
+- Actors of a pool restart and retry indefinitely (max_restarts = max_task_retries = -1; map_batches deprecates other
+  values). This handles a lost node, but not a shard that kills its process. The ``AttemptLedger`` counts attempts
+  outside the dying processes, and ends the job with the name of the shard.
+- ``max_errored_blocks`` above 0 would silently drop blocks, so it is 0.
+- ``write_parquet`` is not used: it names files by a new uuid in each run, so a second run would write all rows again.
+- ``CheckpointConfig`` is not used: it adds a second actor pool and hangs on two CPUs. The shards record the progress.
+- A pool of ``min_size`` to ``max_size`` actors with two shards each never grows, because it cannot reach its threshold
+  of 1.75 tasks per call. A range of actors is therefore a pool of the largest size. Actors without resources stay
+  pending, which triggers the autoscaler. (Measured with 80 shards of one second, a 1-CPU node, and a second one that
+  joined after 18 seconds: its actor started 8 seconds later, and every shard was computed once. With a pool of 1 to 3
+  actors, the first actor computed all shards.)
+- An actor on a lost node keeps its slot in the pool and its shards (ray-project/ray #62746). These shards come last:
+  idle actors end with the last unassigned shard, which frees the resources to restart the lost actor. (Measured as
+  above, with the second node lost in the middle: two shards came 20 seconds after the others, each computed once.)
+- A write stage behind a pool that uses every CPU starves, so the actors publish their own shards. An actor takes two
+  shards at a time: it uploads one while it computes the other.
 """
 
 import contextlib
@@ -35,23 +37,23 @@ from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.ray_data import each
 from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.plan import Plan
-from pipeline.rollout.shards import Outcome, ShardMaker
+from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome
 from pipeline.rollout.teacher import RolloutError, endpoint_rms
 from pipeline.store.layout import Shard, StoreIdentity
 
 MAX_ATTEMPTS = 10
-"""How many processes one shard may kill, and how many actors in a row may die before any shard is finished."""
+"""How many processes one shard may kill, and how many times per actor the pool may restart without progress."""
 
-ADVICE = "see the logs of the workers, often memory"
+ADVICE = "See the logs of the Ray workers; the usual cause is too little memory."
 SHARDS_IN_FLIGHT = 2
 PAUSE_SECONDS = 0.1
 
 
 class Maker(Protocol):
-    """Makes shards: a ``ShardMaker``."""
+    """The interface of ``ShardMaker``."""
 
-    def make(self, shard: Shard) -> Outcome:
-        """Bring the shard into the store."""
+    def make(self, shard: Shard) -> ShardOutcome:
+        """Publish the shard, unless it exists."""
 
 
 def compute_on_actors(
@@ -59,11 +61,11 @@ def compute_on_actors(
     plan: Plan,
     maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker,
     pause_seconds: float = PAUSE_SECONDS,
-) -> Generator[Outcome]:
-    """Compute or adopt every shard that is to be done, each as it is published; the actors end when this is closed.
+) -> Generator[ShardOutcome]:
+    """Make the shards of ``plan.todo`` and yield each when it is published. Closing the generator ends the actors.
 
     Args:
-        maker: what an actor makes its shards with; the benchmark has one that does no work, and leaves no pause.
+        maker: makes the shards in an actor. A benchmark replaces it by one that does no work.
         pause_seconds: see ``each``.
 
     Raises:
@@ -71,57 +73,57 @@ def compute_on_actors(
     """
     place = choose_place(spec)
     actors = most(place.for_work(len(plan.todo)).actors)
-    # On the driver's node: if that goes, so does the job. A restarted ledger counts anew: a shard that kills its
-    # process is given up later.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    ledger = ray.remote(Ledger).options(**lasting).remote(actors)
+    # The ledger runs on the driver's node, whose loss ends the job anyway. A restarted ledger counts from zero, which
+    # only delays giving up on a shard that kills its process.
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": driver_node}
+    ledger = ray.remote(AttemptLedger).options(**options).remote(actors)
     pool = ray.data.ActorPoolStrategy(
         size=actors,
         max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
         max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
         enable_true_multi_threading=True,
     )
-    made = each(
-        [shard.as_text() for shard in plan.todo],
+    results = each(
+        [shard.to_json() for shard in plan.todo],
         ShardActor,
         pause_seconds=pause_seconds,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
         **place.share.remote_options,
     )
-    rows = iter(made.iter_rows())
+    rows = iter(results.iter_rows())
     try:
-        # Closed before their end, the rows take their actors with them. An error raised in an actor would not: Ray
-        # Data lets go of the actors, whose CPUs stay taken until nothing refers to that error and to the pipeline.
+        # Closing the iterator early ends the actors. An exception raised in an actor would not end them: their CPUs
+        # would stay in use until nothing refers to the exception and the pipeline. Failures are therefore rows.
         with contextlib.closing(rows):
             for row in rows:
                 if row["failure"]:
                     raise RolloutError(row["failure"])
-                yield Outcome.model_validate_json(row["outcome"])
+                yield ShardOutcome.model_validate_json(row["outcome"])
         return
     except ray.exceptions.RayError as error:
-        failure = f"the rollout failed in Ray: {one_line(str(error)[-300:])}"
-    del made, rows
-    gc.collect()  # the failed pipeline refers to itself
+        failure = f"The rollout failed in Ray: {one_line(str(error)[-300:])}"
+    del results, rows
+    gc.collect()  # the failed pipeline is a reference cycle
     raise RolloutError(failure)
 
 
 def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
-    """``endpoint_rms`` where the actors will run: the driver may have no GPU.
+    """Compute ``endpoint_rms`` with the resources of an actor, because the driver may have no GPU.
 
     Raises:
-        RolloutError: it failed.
+        RolloutError: the computation failed.
     """
     task = ray.remote(endpoint_rms).options(**choose_place(spec).share.remote_options)
     try:
         return float(ray.get(task.remote(spec, plan.identity)))
     except ray.exceptions.RayError as error:
-        raise RolloutError(f"the comparison with float32 failed: {cluster.innermost(error)}") from error
+        raise RolloutError(f"The comparison with float32 failed: {cluster.innermost(error)}") from error
 
 
-class Ledger:
-    """Counts attempts where a dying actor cannot take the count along."""
+class AttemptLedger:
+    """Counts attempts per shard, in a process that survives the actors."""
 
     def __init__(self, actors: int) -> None:
         self.actors = actors
@@ -130,35 +132,35 @@ class Ledger:
         self.starts_since_progress = 0
 
     def started(self) -> str | None:
-        """An actor started. Returns why it must not, if too many died in a row."""
+        """Count the start of an actor. Return an error message if too many actors died in a row, otherwise None."""
         self.starts_since_progress += 1
         if self.starts_since_progress > (1 + MAX_ATTEMPTS) * self.actors:
-            tried = f"last tried: {', '.join(sorted(self.begun))}" if self.begun else "before any was begun"
-            return f"{self.starts_since_progress} actors died in a row without finishing a shard ({tried}): {ADVICE}"
+            shards = f"while making {', '.join(sorted(self.begun))}" if self.begun else "before starting a shard"
+            return f"{self.starts_since_progress} actors died in a row {shards}. {ADVICE}"
         return None
 
     def begin(self, shard: str) -> bool:
-        """An actor takes a shard. Returns whether it is suspect: it was in a process that died."""
+        """Count the start of a shard. Return whether it is suspect: a process died while making it."""
         is_suspect = shard in self.begun
         self.begun.add(shard)
         return is_suspect
 
-    def begin_alone(self, shard: str) -> str | None:
-        """A suspect is begun while no other suspect is. Returns why it must not, if it took too many processes down."""
+    def begin_suspect(self, shard: str) -> str | None:
+        """Count an attempt at a suspect shard. Return an error message if it killed too many processes, or None."""
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] > MAX_ATTEMPTS:
-            return f"{shard}: its process died {MAX_ATTEMPTS} times: {ADVICE}"
+            return f"{shard} failed: {MAX_ATTEMPTS} processes died while making it. {ADVICE}"
         return None
 
     def finish(self, shard: str) -> None:
-        """A shard is published."""
+        """Record that a shard is published."""
         self.begun.discard(shard)
         self.attempts.pop(shard, None)
         self.starts_since_progress = 0
 
 
 class ShardActor:
-    """An actor: loads the frozen teacher once, then makes one planned shard a call. Two calls may run at once."""
+    """An actor that loads the teacher once and makes one shard per call. Two calls may run concurrently."""
 
     def __init__(
         self,
@@ -167,33 +169,33 @@ class ShardActor:
         ledger: Any,
         maker: Callable[[RolloutSpec, StoreIdentity], Maker],
     ) -> None:
-        self.alone = threading.Lock()
-        self.refusal: str | None = ray.get(ledger.started.remote())
-        if self.refusal:
+        self.suspect_lock = threading.Lock()
+        self.failure: str | None = ray.get(ledger.started.remote())
+        if self.failure:
             return
         try:
             self.ledger, self.maker = ledger, maker(spec, identity)
         except DistillKacError as error:
-            self.refusal = str(error)
+            self.failure = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """A planned shard in, its ``Outcome`` out, or why the rollout cannot go on."""
+        """Make one shard. Return its ``ShardOutcome``, or an error message that ends the rollout."""
         try:
-            return {"outcome": [self._make(Shard.of_text(batch["item"][0])).model_dump_json()], "failure": [""]}
+            return {"outcome": [self._make(Shard.from_json(batch["item"][0])).model_dump_json()], "failure": [""]}
         except RolloutError as error:
-            # The driver sees it once its block is done: the block's other shards must not be computed for nothing.
-            self.refusal = str(error)
-            return {"outcome": [""], "failure": [self.refusal]}
+            # The driver sees the failure at the end of the block. Skip the other shards of the block.
+            self.failure = str(error)
+            return {"outcome": [""], "failure": [self.failure]}
 
-    def _make(self, shard: Shard) -> Outcome:
-        if self.refusal:
-            raise RolloutError(self.refusal)
+    def _make(self, shard: Shard) -> ShardOutcome:
+        if self.failure:
+            raise RolloutError(self.failure)
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
-        # Of two shards that were in a process when it died, only one killed it: now they go one after the other.
-        with self.alone if is_suspect else contextlib.nullcontext():
-            refusal = ray.get(self.ledger.begin_alone.remote(shard.name)) if is_suspect else None
-            if refusal:
-                raise RolloutError(refusal)
+        # A process that died was making up to two shards. Making them one after the other shows which of them kills it.
+        with self.suspect_lock if is_suspect else contextlib.nullcontext():
+            failure = ray.get(self.ledger.begin_suspect.remote(shard.name)) if is_suspect else None
+            if failure:
+                raise RolloutError(failure)
             outcome = self.maker.make(shard)
             ray.get(self.ledger.finish.remote(shard.name))
         return outcome

@@ -1,4 +1,4 @@
-"""The plan of a rollout: what the store will hold, and which of its shards are still to be done."""
+"""The plan of a rollout: the content of the finished store, and the shards that must still be computed."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,52 +10,53 @@ from kac.model import DATA_CHANGED, load_teacher_config
 from kac.util import files
 from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
-from pipeline.store.layout import Shard, StoreIdentity, parse_shard_name, refuse_other
+from pipeline.store.layout import Shard, StoreIdentity, check_identity, parse_shard_name
 from pipeline.store.manifest import Extent, Manifest, read_manifest, shards_of, unite_extents
-from pipeline.store.receipts import read_notes
-from pipeline.store.shards import Receipt, whole_identity
+from pipeline.store.receipts import read_receipts
+from pipeline.store.shards import Receipt, identity_or_none
 
 
 class Plan(NamedTuple):
-    """What there is to do."""
+    """The work of a rollout."""
 
     identity: StoreIdentity
-    extents: tuple[Extent, ...]  # what the store will hold
+    extents: tuple[Extent, ...]  # samples of the finished store
     finished: tuple[Receipt, ...]
     todo: tuple[Shard, ...]
-    manifest: Manifest | None
+    manifest: Manifest | None  # of the existing store
 
     @property
     def rows_finished(self) -> int:
-        """Rows that need not be looked at again."""
+        """The number of rows in finished shards."""
         return sum(receipt.rows for receipt in self.finished)
 
     @property
     def is_done(self) -> bool:
-        """Whether the store is finished, and holds what is asked for."""
+        """Whether the store is finished and contains the requested samples."""
         return not self.todo and self.manifest is not None and self.extents == self.manifest.extents
 
 
 def make_plan(spec: RolloutSpec) -> Plan:
-    """Compare what is asked for with what is there.
+    """Compare the requested samples with the existing store.
 
     Raises:
-        DistillKacError: as ``identify``. StoreError: a store of another identity, or one that a newer version wrote.
+        DistillKacError: as ``identify``.
+        StoreError: the store has another identity, or a newer version wrote it.
     """
     identity = identify(spec)
-    listed = files.list_sizes(spec.store)
-    manifest, found = read_manifest(spec.store), {name: size for name, size in listed.items() if parse_shard_name(name)}
-    refuse_other_store(spec.store, identity, manifest, found)
+    sizes = files.list_sizes(spec.store)
+    manifest = read_manifest(spec.store)
+    check_store(spec.store, identity, manifest, filter(parse_shard_name, sizes))
     ids = (spec.first_sample, spec.first_sample + spec.trajectories)
-    asked = [Extent(guidance=w, ids=(ids,)) for w in spec.guidance]
-    extents = unite_extents([*(manifest.extents if manifest else ()), *asked])
+    requested = [Extent(guidance=w, ids=(ids,)) for w in spec.guidance]
+    extents = unite_extents([*(manifest.extents if manifest else ()), *requested])
     sealed = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
-    noted = read_notes(spec.store, identity, listed)
+    unsealed = read_receipts(spec.store, identity, sizes)
     finished, todo = [], []
     for shard in shards_of(extents, identity.shard_size):
-        # Both may know the shard: a short last one that was completed, by a rollout that was stopped.
-        receipts = filter(None, (sealed.get(shard.name), noted.get(shard.name)))
-        size = found.get(shard.name)
+        # A short last shard has two receipts if a stopped rollout made it longer.
+        receipts = filter(None, (sealed.get(shard.name), unsealed.get(shard.name)))
+        size = sizes.get(shard.name)
         receipt = next((one for one in receipts if one.rows >= shard.rows and one.bytes == size), None)
         if receipt:
             finished.append(receipt)
@@ -65,26 +66,28 @@ def make_plan(spec: RolloutSpec) -> Plan:
 
 
 def identify(spec: RolloutSpec) -> StoreIdentity:
-    """All that the rows of the store depend on.
+    """Return the identity of the store that the spec asks for.
 
     Raises:
-        DistillKacError: no teacher, one whose data, which a forward rollout starts from, have changed, or guidance of
-            one that cannot be guided.
+        DistillKacError: the teacher does not exist or cannot be guided, or a forward rollout would start from data that
+            changed since the teacher was trained.
     """
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
     if spec.source == "forward":
         found = open_dataset(teacher.data).description.sha256
         if found != teacher.data_sha256:
-            expected = f"expected the {teacher.data.kind} that it learned, {teacher.data_sha256[:12]}..."
-            found = f"found {found[:12]}...: {DATA_CHANGED}"
-            raise RolloutError(f"{spec.teacher}: {expected}, {found}")
+            raise RolloutError(
+                f"{spec.teacher} was trained on {teacher.data.kind} with sha256 {teacher.data_sha256[:12]}..., but "
+                f"the data now have {found[:12]}.... {DATA_CHANGED}"
+            )
     return StoreIdentity.of(spec, teacher)
 
 
-def refuse_other_store(store: str, wanted: StoreIdentity, manifest: Manifest | None, found: Iterable[str] = ()) -> None:
-    """Refuse a store of another identity: that of its manifest or, without one, of the first shard that is whole."""
-    of_shards = (whole_identity(store, name) for name in itertools.islice(found, 8))
-    here = manifest.identity if manifest else next(filter(None, of_shards), None)
-    if here is not None:
-        refuse_other(store, wanted, here, "choose another `store`, or the options of this one")
+def check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:
+    """Raise ``StoreError`` if the store has another identity, by its manifest or by its first intact shard."""
+    of_shards = (identity_or_none(store, name) for name in itertools.islice(shards, 8))
+    found = manifest.identity if manifest else next(filter(None, of_shards), None)
+    if found is not None:
+        problem = f"{store} was made with other options"
+        check_identity(found, expected, problem, "Choose another `store`, or give the options of this store.")

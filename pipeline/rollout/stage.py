@@ -1,4 +1,4 @@
-"""The stage: plan the shards, drop the finished ones, compute the others, seal the store, report."""
+"""The rollout stage: plan the shards, compute the missing ones, seal the store, and log the results."""
 
 import contextlib
 import time
@@ -20,27 +20,27 @@ from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
 from pipeline.rollout.plan import Plan, make_plan
 from pipeline.rollout.seal import remove_orphans, seal
-from pipeline.rollout.shards import Outcome, ShardMaker
+from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome
 from pipeline.rollout.teacher import endpoint_rms
 from pipeline.store.manifest import Manifest
-from pipeline.store.receipts import SHARDS_A_NOTE, write_note
+from pipeline.store.receipts import SHARDS_PER_RECEIPT_FILE, write_receipts
 
 tracking.declare(
     Metric("trajectories", "trajectories in the store"),
-    Metric("trajectories_reused", "trajectories that an earlier run had finished"),
-    Metric("trajectories_per_second", "rollout speed, its start included", better="higher"),
+    Metric("trajectories_reused", "trajectories reused from an earlier run"),
+    Metric("trajectories_per_second", "rollout speed, including start-up", better="higher"),
     Metric("store_bytes", "bytes of all shards", better="lower"),
 )
 
 
 def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Manifest | None:
-    """Bring the store of ``spec`` to what it asks for; what is there already is not computed again.
+    """Create or extend the store ``spec.store``. Existing shards are reused.
 
     Returns:
-        The manifest of the store; None after a dry run.
+        The manifest of the store, or None after a dry run.
 
     Raises:
-        DistillKacError: the teacher or the store do not fit, nothing can be written, or a shard failed.
+        DistillKacError: the teacher or the store does not fit the spec, the store is not writable, or a shard failed.
     """
     spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
     is_spread = spec.actors != 0
@@ -57,7 +57,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         return None
     if plan.is_done and plan.manifest is not None:
         remove_orphans(spec.store, plan.manifest.guidance)
-        log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do")
+        log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows; nothing to do")
         return plan.manifest
     teacher = load_model(spec.teacher).config
     place = choose_place(spec)
@@ -75,56 +75,57 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         datasets=[tracking.Dataset("teacher", teacher.weights_sha256, spec.teacher, context="teacher")],
     ) as run:
         started = time.perf_counter()
-        moved = compare_with_float32(spec, plan)
+        rounding = compare_with_float32(spec, plan)
         outcomes = compute_shards(spec, plan)
-        manifest = seal(spec, plan, outcomes, moved)
-        told = _log(run, spec, plan, outcomes, time.perf_counter() - started)
-    log.info(told)  # below what MLflow prints at the end of a run
+        manifest = seal(spec, plan, outcomes, rounding)
+        summary = _log_results(run, spec, plan, outcomes, time.perf_counter() - started)
+    log.info(summary)  # after the lines that MLflow prints when a run ends
     return manifest
 
 
 def compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
-    """``endpoint_rms`` of a rollout in another precision than float32, unless its store says it already.
+    """Return ``endpoint_rms``, or None if the precision is float32 or the manifest already has the value.
 
     Raises:
-        RolloutError: it cannot be computed.
+        RolloutError: the computation failed.
     """
     if spec.precision.dtype == "float32" or not plan.todo or (plan.manifest and plan.manifest.endpoint_rms is not None):
         return None
     if spec.actors == 0:
-        moved = endpoint_rms(spec, plan.identity)
+        rounding = endpoint_rms(spec, plan.identity)
     else:
         from pipeline.rollout.actors import endpoint_rms_on_ray
 
-        moved = endpoint_rms_on_ray(spec, plan)
-    log.info(f"rollout: {spec.precision.dtype} moves endpoints by {moved:.2g} from float32's (root mean square)")
-    return moved
+        rounding = endpoint_rms_on_ray(spec, plan)
+    log.info(f"rollout: {spec.precision.dtype} changes endpoints by {rounding:.2g} (RMS) compared with float32")
+    return rounding
 
 
-def compute_shards(spec: RolloutSpec, plan: Plan) -> list[Outcome]:
-    """Compute or adopt every shard that is to be done; returns when all are published.
+def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
+    """Make every shard of ``plan.todo``; return when all are published.
 
     Raises:
         RolloutError: a shard failed; the message names it.
     """
     if not plan.todo:
         return []
-    outcomes: list[Outcome] = []
+    outcomes: list[ShardOutcome] = []
     total, has_computed = sum(shard.rows for shard in plan.todo), False
-    with ProgressBar("rollout", total, "trajectories") as bar, contextlib.closing(_compute(spec, plan)) as made:
-        for outcome in made:
+    with ProgressBar("rollout", total, "trajectories") as bar, contextlib.closing(_compute(spec, plan)) as computing:
+        for outcome in computing:
             is_first = outcome.computed_rows > 0 and not has_computed
             has_computed |= is_first
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
             if is_first and bar.done < total:
-                bar.say(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_place(spec).actors))}")
-            if len(outcomes) % SHARDS_A_NOTE == 0:
-                write_note(spec.store, plan.identity, [known.receipt for known in outcomes[-SHARDS_A_NOTE:]])
+                bar.write(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_place(spec).actors))}")
+            if len(outcomes) % SHARDS_PER_RECEIPT_FILE == 0:
+                latest = [each.receipt for each in outcomes[-SHARDS_PER_RECEIPT_FILE:]]
+                write_receipts(spec.store, plan.identity, latest)
     return outcomes
 
 
-def _compute(spec: RolloutSpec, plan: Plan) -> Generator[Outcome]:
+def _compute(spec: RolloutSpec, plan: Plan) -> Generator[ShardOutcome]:
     if spec.actors == 0:
         yield from map(ShardMaker(spec, plan.identity).make, plan.todo)
     else:
@@ -133,8 +134,10 @@ def _compute(spec: RolloutSpec, plan: Plan) -> Generator[Outcome]:
         yield from compute_on_actors(spec, plan)
 
 
-def _log(run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
-    """Log what was made; returns the line that says so."""
+def _log_results(
+    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[ShardOutcome], seconds: float
+) -> str:
+    """Log metrics to the run; return the summary line."""
     computed = sum(outcome.computed_rows for outcome in outcomes)
     reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
     size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))

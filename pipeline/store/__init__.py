@@ -1,4 +1,4 @@
-"""The endpoint store: the contract between the stages. See pipeline/README.md."""
+"""The endpoint store, which the rollout writes and the later stages read. See pipeline/README.md."""
 
 from pipeline.store.batches import Batch
 from pipeline.store.layout import StoreError, StoreIdentity

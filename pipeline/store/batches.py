@@ -1,4 +1,4 @@
-"""Batches: rows of loaded columns, as a reader hands them out."""
+"""Batches: rows gathered from loaded columns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -10,7 +10,7 @@ from kac.losses import Interval
 from pipeline.store.columns import Columns
 
 Piece = tuple[Columns, Tensor]
-"""Loaded columns, and which of their rows in which order."""
+"""Loaded columns, and the indices of the rows to use, in order."""
 
 
 class Batch(NamedTuple):
@@ -19,14 +19,14 @@ class Batch(NamedTuple):
     sample_id: Tensor  # [batch], int64
     label: Tensor  # [batch], int64
     knots: Tensor  # [batch, len(knots), *sample], float32
-    interval: Tensor | None  # [batch], int64: which interval a forward row spans
+    interval: Tensor | None  # [batch], int64: the interval of each row; only in forward stores
 
 
 AnyBatch = TypeVar("AnyBatch", Batch, Interval)
 
 
 def whole_rows(pieces: Sequence[Piece]) -> Batch:
-    """The rows with all that was loaded of them."""
+    """Gather all loaded columns of the rows."""
     return _join(
         [
             Batch(
@@ -41,10 +41,11 @@ def whole_rows(pieces: Sequence[Piece]) -> Batch:
 
 
 def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: Tensor) -> Interval:
-    """Of each row the interval between two of its loaded knots.
+    """Gather one interval per row, between two of its loaded knots.
 
     Args:
-        times: [knots], of the loaded knots. start, end: [batch], places among them.
+        times: [knots], the times of the loaded knots.
+        start, end: [batch], indices of loaded knots.
     """
     sizes = [len(rows) for _, rows in pieces]
     return _join(
@@ -63,10 +64,10 @@ def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: 
 
 
 def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
-    """Of each row of a forward store the interval that it spans.
+    """Gather the interval that each row of a forward store spans.
 
     Args:
-        times: [knots], of all knots of the store.
+        times: [knots], the times of all knots of the store.
     """
     intervals = []
     for columns, rows in pieces:

@@ -1,6 +1,6 @@
-"""Columns: what is wanted of some shards, as Arrow tables and as tensors.
+"""Columns of shards, read as Arrow tables and converted to tensors.
 
-Whose turn it is and in which order is no part of it: see ``order``.
+This module does not decide the order of rows; see ``order``.
 """
 
 import math
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from kac.util import files
+from kac.util.errors import ArgumentError
 from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard, knot_column
-from pipeline.store.shards import UNREADABLE, check_footer, column_array, reason
-from pipeline.store.threads import in_threads
+from pipeline.store.shards import UNREADABLE, check_footer, column_array, describe_read_error
+from pipeline.store.threads import map_in_threads
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some knots of some shards; once loaded, they serve every equal selection."""
+    """Some knots of some shards. Equal selections share the loaded columns."""
 
     store: str
     identity: StoreIdentity
@@ -30,12 +31,12 @@ class Selection:
 
     @property
     def scalars(self) -> list[str]:
-        """The other columns that are read."""
+        """The scalar columns to read."""
         return [name for name in self.identity.scalar_columns if name in (LABEL, INTERVAL)]
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes as tensors."""
+        """The size of a row as tensors."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
 
@@ -47,45 +48,44 @@ class Columns:
     label: Tensor  # [rows]
     guidance: Tensor  # [rows], float32
     knots: Tensor  # [rows, knots, *sample]
-    interval: Tensor | None  # [rows], of forward stores
-    places: Tensor | None = (
-        None  # [selected knots]: where they are among the knots of lent columns; None: all, in order
-    )
+    interval: Tensor | None  # [rows]; only in forward stores
+    selected: Tensor | None = None  # [selected knots], indices into ``knots``; None selects all knots in order
 
-    def at(self, places: Tensor) -> "Columns":
-        """The same memory, with some of its knots selected."""
-        return replace(self, places=None if places.tolist() == list(range(self.knots.shape[1])) else places)
+    def select(self, indices: Tensor) -> "Columns":
+        """Select some knots, without a copy."""
+        return replace(self, selected=None if indices.tolist() == list(range(self.knots.shape[1])) else indices)
 
     def knots_of(self, rows: Tensor) -> Tensor:
-        """The selected knots of some rows: [rows, selected knots, *sample]."""
-        return self.knots[rows] if self.places is None else self.knots[rows[:, None], self.places]
+        """Return the selected knots of some rows: [rows, selected knots, *sample]."""
+        return self.knots[rows] if self.selected is None else self.knots[rows[:, None], self.selected]
 
-    def knot_of(self, rows: Tensor, place: Tensor) -> Tensor:
-        """Of each row the selected knot at its ``place`` [rows]: [rows, *sample]."""
-        return self.knots[rows, place if self.places is None else self.places[place]]
+    def knot_of(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Return one knot per row, at position ``index`` [rows] among the selected knots: [rows, *sample]."""
+        return self.knots[rows, index if self.selected is None else self.selected[index]]
 
 
 def columns_of_knots(identity: StoreIdentity, knots: Sequence[int] | None) -> tuple[str, ...]:
-    """The columns of the knots of these indices; None: of all.
+    """Return the columns of the knots with these indices; None means all knots.
 
     Raises:
-        StoreError: no knots, the same one twice, one that is not stored, or a choice of a forward store's.
+        ArgumentError: ``knots`` is empty, repeats an index, names a knot that is not stored, or is given for a forward
+            store.
     """
     if knots is None:
         return tuple(identity.knot_columns)
     if identity.source == "forward":
-        raise StoreError("knots: expected None for a forward store: its rows have one interval each")
+        raise ArgumentError("`knots` must be None for a forward store, because each row has only one interval.")
     outside = [k for k in knots if not 0 <= k <= identity.knots]
     if outside or not knots or len(set(knots)) < len(knots):
-        raise StoreError(f"knots: expected different indices 0 .. {identity.knots}, found {list(knots)}")
+        raise ArgumentError(f"`knots` is {list(knots)}. Give different indices from 0 to {identity.knots}.")
     return tuple(knot_column(k, identity.knots) for k in knots)
 
 
 def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
-    """The shard that is under this name, with the rows of its footer.
+    """Return the shard with this name, with the number of rows from its footer.
 
     Raises:
-        StoreError: it is damaged, or of another store or place; the message names it.
+        StoreError: the shard is damaged, or belongs to another store or another position. The message names it.
     """
     shard = full_shard(name, identity.shard_size)
     assert shard is not None
@@ -94,38 +94,40 @@ def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
 
 
 def read_group(selection: Selection, group: Sequence[Shard]) -> pa.Table:
-    """The selected columns of some shards, read at once, in the order given.
+    """Read the selected columns of some shards in parallel, and concatenate them in the given order.
 
     Raises:
         StoreError: as ``read_rows``.
     """
     store, identity, names = selection.store, selection.identity, [*selection.scalars, *selection.knots]
-    return pa.concat_tables(in_threads(lambda shard: read_rows(store, identity, shard, names), group))
+    return pa.concat_tables(map_in_threads(lambda shard: read_rows(store, identity, shard, names), group))
 
 
 def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
-    """The columns of these names of the rows that the shard is planned to have.
+    """Read the named columns of a shard: the first ``shard.rows`` rows.
 
     Raises:
-        StoreError: the shard is missing, damaged or of another store; the message names it.
+        StoreError: the shard is missing, damaged or from another store. The message names it.
     """
     with open_shard(store, identity, shard) as file:
         table = file.read(list(names))
     if table.num_rows < shard.rows:
-        where, found = f"{store}/{shard.name}", table.num_rows
-        raise StoreError(f"{where}: expected {shard.rows} rows, found {found}: run the rollout again to redo it")
-    # A shard that grows is replaced by a longer one before the manifest counts its new rows.
+        raise StoreError(
+            f"{store}/{shard.name} has {table.num_rows} rows instead of {shard.rows}. "
+            "Run the rollout again to recompute it."
+        )
+    # A growing store replaces a short shard by a longer one before the manifest counts the new rows.
     return table.select(list(names)).slice(0, shard.rows)
 
 
 @contextmanager
 def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
-    """A shard's Parquet file, if it is the one that its name promises; errors while it is read name it too.
+    """Open the Parquet file of a shard and check its footer. Read errors inside the block also name the shard.
 
     Raises:
-        StoreError: it is missing, damaged, of another store or place, or of a newer version.
+        StoreError: the shard is missing, damaged, from another store or position, or from a newer version.
     """
-    where, advice = f"{store}/{shard.name}", f"python -m jobs.store verify {store} --repair, then run the rollout again"
+    where = f"{store}/{shard.name}"
     location = files.locate(files.join(store, shard.name))
     try:
         with location.fs.open(location.path, "rb") as handle:
@@ -133,23 +135,30 @@ def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq
             check_footer(where, shard, identity, file.schema_arrow)
             yield file
     except FileNotFoundError:
-        raise StoreError(f"{where}: expected a shard, found none: run the rollout again to redo it") from None
+        raise StoreError(f"{where} is missing. Run the rollout again to recompute it.") from None
     except UNREADABLE as error:
-        raise StoreError(f"{where}: expected a whole shard, found: {reason(error)}: {advice}") from None
+        raise StoreError(
+            f"{where} is damaged: {describe_read_error(error)}. "
+            f"Run `python -m jobs.store verify {store} --repair`, then run the rollout again."
+        ) from None
 
 
 def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
-    """The selected columns of some shards as tensors; ``tables`` hold them in this order, several in one."""
+    """Convert the selected columns of some shards to tensors.
+
+    Args:
+        tables: the rows of ``shards`` in this order; a table may hold several shards.
+    """
     ids = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
     knots = torch.empty((len(ids), len(selection.knots), *selection.identity.sample_shape))
     scalars = {name: torch.empty_like(ids) for name in selection.scalars}
     start = 0
     for table in tables:
-        here = slice(start, start + table.num_rows)
+        rows = slice(start, start + table.num_rows)
         for name, target in scalars.items():
-            target[here] = _tensor(table, name)
+            target[rows] = _tensor(table, name)
         for i, name in enumerate(selection.knots):
-            knots[here, i] = _tensor(table, name)
+            knots[rows, i] = _tensor(table, name)
         start += table.num_rows
     guidance = torch.cat([torch.full((len(shard.ids),), shard.guidance) for shard in shards])
     return Columns(ids, scalars[LABEL], guidance, knots, scalars.get(INTERVAL))

@@ -1,4 +1,4 @@
-"""Describe: what a store is, from its manifest, its footers and one column."""
+"""Describe a store, from its manifest, its footers and one column."""
 
 import json
 import math
@@ -18,16 +18,16 @@ from pipeline.store.layout import KINETIC_ENERGY, Shard
 from pipeline.store.manifest import IdRange, list_shards, merge_ranges
 from pipeline.store.reader import Store, open_store
 from pipeline.store.shards import column_array
-from pipeline.store.threads import in_threads
+from pipeline.store.threads import map_in_threads
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 StorePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
-"""A store as a job's positional argument."""
+"""A store as a positional argument of a job."""
 
 
 class DescribeSpec(Spec):
-    """Say what a store is: its identity, how much it holds, how much energy its trajectories have."""
+    """Print the identity, the size and the kinetic energies of a store."""
 
     stage = "describe"
     store: StorePath = input_path(..., "endpoint store: a path or s3:// URI")
@@ -35,48 +35,48 @@ class DescribeSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What a store holds of one guidance scale."""
+class GuidanceSummary:
+    """The content of a store for one guidance scale."""
 
     guidance: float
     rows: int
     ids: tuple[IdRange, ...]
     shards: int
     bytes: int
-    kinetic_energy: dict[str, float]  # quantiles: "0%" .. "100%"
+    kinetic_energy: dict[str, float]  # quantiles: "0%" to "100%"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a store is."""
+    """The description of a store."""
 
     store: str
     is_finished: bool
     fingerprint: str
     identity: dict[str, Any]
-    teacher: str | None  # where the rollout found it; an unfinished store does not say
-    scales: tuple[Scale, ...]
+    teacher: str | None  # path that the rollout used; None for an unfinished store
+    scales: tuple[GuidanceSummary, ...]
     rows: int
     shards: int
     bytes: int
-    tensor_bytes: int  # of the knots alone, not encoded
+    tensor_bytes: int  # of the knots, before encoding
 
 
 def run(spec: DescribeSpec) -> None:
-    """Print the description as text, or as JSON."""
+    """Log the description as text or JSON."""
     description = describe(spec)
     log.info(json.dumps(asdict(description), indent=2) if spec.as_json else _as_text(description))
 
 
 def describe(spec: DescribeSpec) -> Description:
-    """What the store ``spec.store`` is. Of the rows only the kinetic energies are read.
+    """Describe ``spec.store``. Of the rows, only the kinetic energies are read.
 
     Raises:
-        StoreError: no store, one of a newer version, or shards that are missing or damaged.
+        StoreError: the store does not exist or is from a newer version, or a shard is missing or damaged.
     """
     store = open_store(spec.store, allow_unfinished=True)
     sizes, identity = list_shards(spec.store), store.identity
-    scales = tuple(_scale(store, w, sizes) for w in store.guidance)
+    scales = tuple(_summarize(store, w, sizes) for w in store.guidance)
     rows = sum(scale.rows for scale in scales)
     state_bytes = math.prod(identity.sample_shape) * np.dtype(identity.dtype).itemsize
     return Description(
@@ -93,13 +93,13 @@ def describe(spec: DescribeSpec) -> Description:
     )
 
 
-def _scale(store: Store, guidance: float, sizes: dict[str, int]) -> Scale:
+def _summarize(store: Store, guidance: float, sizes: dict[str, int]) -> GuidanceSummary:
     def energies(shard: Shard) -> np.ndarray:
         return column_array(read_rows(store.path, store.identity, shard, [KINETIC_ENERGY])[KINETIC_ENERGY])
 
     shards = [shard for shard in store.shards if shard.guidance == guidance]
-    energy = np.concatenate(in_threads(energies, shards)).astype(np.float64)
-    return Scale(
+    energy = np.concatenate(map_in_threads(energies, shards)).astype(np.float64)
+    return GuidanceSummary(
         guidance=guidance,
         rows=sum(shard.rows for shard in shards),
         ids=merge_ranges([(shard.ids.start, shard.ids.stop) for shard in shards]),
@@ -110,28 +110,28 @@ def _scale(store: Store, guidance: float, sizes: dict[str, int]) -> Scale:
 
 
 def _as_text(description: Description) -> str:
-    """The description for a person: one fact a line."""
+    """Return the description for people, one fact per line."""
     ratio = description.bytes / description.tensor_bytes
     facts = [
         ("store", description.store),
-        ("state", "finished" if description.is_finished else "unfinished: run the rollout again to finish it"),
+        ("state", "finished" if description.is_finished else "unfinished; run the rollout again to finish it"),
         ("fingerprint", description.fingerprint),
         ("teacher", description.teacher or "unknown until the store is finished"),
         *((name, _plain(value)) for name, value in flatten(description.identity).items()),
         ("guidance", " ".join(f"{scale.guidance:g}" for scale in description.scales)),
         ("rows", f"{description.rows:,} in {description.shards:,} shards"),
-        ("bytes", f"{description.bytes:,} ({ratio:.3f} of the {description.tensor_bytes:,} of the bare tensors)"),
+        ("bytes", f"{description.bytes:,} ({ratio:.3f} of the raw tensors' {description.tensor_bytes:,})"),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {value}" for name, value in facts]
     return "\n".join([*lines, *(line for scale in description.scales for line in _scale_lines(scale))])
 
 
-def _scale_lines(scale: Scale) -> list[str]:
-    ids = ", ".join(f"{start} .. {stop - 1}" for start, stop in scale.ids)
+def _scale_lines(scale: GuidanceSummary) -> list[str]:
+    ids = ", ".join(f"{start} to {stop - 1}" for start, stop in scale.ids)
     quantiles = "  ".join(f"{name} {value:.4g}" for name, value in scale.kinetic_energy.items())
-    held = f"{scale.rows:,} rows, samples {ids}, {scale.shards} shards, {scale.bytes:,} bytes"
-    return [f"guidance {scale.guidance:g}: {held}", f"  kinetic energy: {quantiles}"]
+    content = f"{scale.rows:,} rows, samples {ids}, {scale.shards} shards, {scale.bytes:,} bytes"
+    return [f"guidance {scale.guidance:g}: {content}", f"  kinetic energy: {quantiles}"]
 
 
 def _plain(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Examine: every Parquet file of a store is read to its last byte and compared with what it must be.
+"""Examine the Parquet files of a store: read every byte and compare it with the manifest.
 
-A shard that the manifest lists must have the sha256 of its receipt, so that no flipped bit goes unseen. One
-difference is no damage: a short last shard that a rollout at work has replaced by a longer one. Without a manifest
-there are no receipts: then the CRC of every page, the ids and the values are what is checked.
+A listed shard must have the sha256 of its receipt, so every flipped bit is detected. The exception is a short last
+shard that a growing store has replaced by a longer one. An unfinished store has no receipts: there, examining checks
+the CRC of every page, the sample ids and the values.
 """
 
 import json
@@ -21,42 +21,44 @@ from pipeline.store.layout import Shard, StoreError, StoreIdentity, full_shard
 from pipeline.store.manifest import Manifest
 from pipeline.store.versions import NewerVersion
 
-NOT_OURS = "no file of this store: left alone"
+UNRELATED = "is not a file of this store and was left alone."
 PAUSE_SECONDS = 0.1
 
 Kind = Literal[
-    "missing",  # planned, and not there
+    "missing",  # listed in the manifest, but does not exist
     "damaged",  # not the bytes that were published
-    "not finite",  # rows with NaN or infinity
-    "foreign",  # of another store, or of another place in this one
+    "not finite",  # has rows with NaN or infinity
+    "foreign",  # belongs to another store, or to another position in this store
     "duplicated",  # a copy of a shard under another name
-    "unplanned",  # sample ids that the manifest does not plan
+    "unplanned",  # has sample ids that the manifest does not list
     "newer",  # written by a newer version
-    "unreadable",  # there, but the filesystem does not hand it out
-    "unfinished",  # no manifest
+    "unreadable",  # the filesystem cannot read it
+    "unfinished",  # the store has no manifest
     "leftover",  # a temporary file
-    "extra",  # no file of this project
+    "extra",  # not a file of this project
     "",  # nothing is wrong
 ]
 
 
-class Finding(NamedTuple):
-    """What was found in one file."""
+class FileCheck(NamedTuple):
+    """The result of examining one file."""
 
     name: str
     kind: Kind
-    detail: str
-    belongs_to: str = ""  # the shard of this store that the footer claims to be; empty: none
+    detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
+    belongs_to: str = ""  # the shard of this store that the footer names; empty if none
     sha256: str = ""
     rows: int = 0
     bytes: int = 0
 
 
-def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, names: Sequence[str]) -> list[Finding]:
-    """Examine the files on all cores of the cluster (Ray Data).
+def examine_all(
+    store: str, identity: StoreIdentity, manifest: Manifest | None, names: Sequence[str]
+) -> list[FileCheck]:
+    """Examine the files on all CPUs of the cluster with Ray Data.
 
     Raises:
-        StoreError: the work failed in Ray.
+        StoreError: Ray failed.
     """
     if not names:
         return []
@@ -70,64 +72,64 @@ def examine_all(store: str, identity: StoreIdentity, manifest: Manifest | None, 
 
     def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         name, listed = json.loads(batch["item"][0])
-        finding = examine(store, identity, name, shards.Receipt(**listed) if listed else None)
-        return {field: [value] for field, value in finding._asdict().items()}
+        result = examine(store, identity, name, shards.Receipt(**listed) if listed else None)
+        return {field: [value] for field, value in result._asdict().items()}
 
     items = [json.dumps([name, receipts[name].model_dump() if name in receipts else None]) for name in names]
-    found = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
-    bar = tqdm(found.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
+    results = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
+    bar = tqdm(results.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
     try:
-        return sorted(Finding(**row) for row in bar)
+        return sorted(FileCheck(**row) for row in bar)
     except ray.exceptions.RayError as error:
-        raise StoreError(f"{store}: the check failed in Ray: {one_line(error, 10**6)[-300:]}") from error
+        raise StoreError(f"Checking {store} failed in Ray: {one_line(error, 10**6)[-300:]}") from error
 
 
-def examine(store: str, identity: StoreIdentity, name: str, receipt: shards.Receipt | None) -> Finding:
+def examine(store: str, identity: StoreIdentity, name: str, receipt: shards.Receipt | None) -> FileCheck:
     """Examine one Parquet file of the store.
 
     Args:
-        receipt: what the manifest knows of it; None if it is not listed.
+        receipt: the entry of the file in the manifest, if it is listed.
     """
     try:
         data = files.read_bytes(files.join(store, name))
     except FileNotFoundError:
-        return Finding(name, "missing", "expected a file, found none: it vanished meanwhile")
+        return FileCheck(name, "missing", "was deleted during the check.")
     except OSError as error:
-        return Finding(name, "unreadable", f"expected a file that can be read, found: {one_line(error, 160)}")
-    belongs_to, sha256 = _claimed_place(identity, data), shards.sha256_of(data)
+        return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
+    belongs_to, sha256 = _name_in_footer(identity, data), shards.sha256_of(data)
     shard, rows = full_shard(name, identity.shard_size), 0
     kind: Kind = "extra"
-    detail = NOT_OURS
+    detail = UNRELATED
     if shard is not None:
-        kind, detail, rows = _judge(store, identity, shard, receipt, data)
+        kind, detail, rows = _examine_shard(store, identity, shard, receipt, data)
     elif belongs_to:
-        kind, detail = "duplicated", f"expected no shard under this name, found one that is {belongs_to}"
+        kind, detail = "duplicated", f"is a copy of {belongs_to}."
     if kind == "foreign" and belongs_to:
         kind = "damaged" if belongs_to == name else "duplicated"
-    return Finding(name, kind, detail.removeprefix(f"{store}/{name}: "), belongs_to, sha256, rows, len(data))
+    return FileCheck(name, kind, detail.removeprefix(f"{store}/{name} "), belongs_to, sha256, rows, len(data))
 
 
-def _claimed_place(identity: StoreIdentity, data: bytes) -> str:
-    """The name of the shard of this store that a footer claims; empty if it claims none."""
+def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
+    """Return the name of the shard that the footer describes; empty if it is not a shard of this store."""
     try:
         metadata = shards.read_metadata("", pq.read_schema(pa.BufferReader(data)))
-        claimed = shards.identity_in("", metadata)
+        found = shards.identity_in("", metadata)
         guidance, start = float(metadata["guidance"]), int(metadata["start"])
     except (*shards.UNREADABLE, NewerVersion):
         return ""
-    is_ours = claimed.fingerprint() == identity.fingerprint()
-    return Shard(guidance, start // identity.shard_size, start, 0).name if is_ours else ""
+    is_same_store = found.fingerprint() == identity.fingerprint()
+    return Shard(guidance, start // identity.shard_size, start, 0).name if is_same_store else ""
 
 
-def _judge(
+def _examine_shard(
     store: str, identity: StoreIdentity, shard: Shard, receipt: shards.Receipt | None, data: bytes
 ) -> tuple[Kind, str, int]:
-    """What is wrong with a shard, in a word and in a sentence, and how many rows count."""
+    """Return the kind of the problem, its description, and the number of intact rows."""
     kinds: dict[type[StoreError], Kind] = {
         shards.ForeignShard: "foreign",
         shards.NotFiniteShard: "not finite",
         shards.DamagedShard: "damaged",
-        # What a manifest of this version lists was written by this version: another number in it is damage.
+        # This version wrote every shard that its manifest lists, so another version number in one of them is damage.
         NewerVersion: "damaged" if receipt else "newer",
     }
     try:

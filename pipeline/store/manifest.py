@@ -1,4 +1,4 @@
-"""The manifest: what a finished store is. It is written last; a store without one is unfinished."""
+"""The manifest of a finished store. It is written last, so a store without a manifest is unfinished."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,35 +6,37 @@ from collections.abc import Iterable, Sequence
 from kac.util import files
 from kac.util.options import Options
 from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
-from pipeline.store.receipts import is_note
+from pipeline.store.receipts import is_receipt_file
 from pipeline.store.shards import Receipt
 from pipeline.store.versions import SCHEMA_VERSION, parse
 from pipeline.tracking.server import RUN_FILE
 
+ADVICE = "Delete it and run the rollout again, which keeps all intact shards."
+
 IdRange = tuple[int, int]
-"""Sample ids from the first up to, not including, the second."""
+"""A half-open range of sample ids: start, stop."""
 
 
 class Extent(Options):
-    """The sample ids that a store holds of one guidance scale."""
+    """The sample ids that a store contains for one guidance scale."""
 
     guidance: float
     ids: tuple[IdRange, ...]
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of sample ids."""
         return sum(stop - start for start, stop in self.ids)
 
 
 class Manifest(Options):
-    """A finished store."""
+    """The content of a finished store."""
 
     schema_version: int = SCHEMA_VERSION
     fingerprint: str
     identity: StoreIdentity
     teacher: str
-    endpoint_rms: float | None = None  # how far another precision than float32 moves the ends of trajectories
+    endpoint_rms: float | None = None  # RMS error of the endpoints, if the precision is not float32
     extents: tuple[Extent, ...]
     shards: tuple[Receipt, ...]
 
@@ -44,19 +46,19 @@ class Manifest(Options):
         return tuple(extent.guidance for extent in self.extents)
 
     def ids(self, guidance: float) -> tuple[IdRange, ...]:
-        """The sample ids held of a guidance scale; empty if it is not in the store."""
+        """Return the sample ids of a guidance scale; empty if the scale is not in the store."""
         return next((extent.ids for extent in self.extents if extent.guidance == guidance), ())
 
     def plan(self) -> list[Shard]:
-        """Every shard that must be there."""
+        """Return every shard that the store must contain."""
         return shards_of(self.extents, self.identity.shard_size)
 
 
 def read_manifest(store: str) -> Manifest | None:
-    """The store's manifest, or None if there is none.
+    """Return the manifest of a store, or None if the store has none.
 
     Raises:
-        StoreError: a damaged manifest, one of a newer version, or one that contradicts itself.
+        StoreError: the manifest is damaged, inconsistent or from a newer version.
     """
     where = files.join(store, MANIFEST)
     try:
@@ -66,10 +68,7 @@ def read_manifest(store: str) -> Manifest | None:
     try:
         manifest = parse(where, Manifest, raw)
     except ValueError as error:
-        raise StoreError(
-            f"{where}: expected the manifest of a store, found {error}: "
-            "if the shards are whole, delete it and run the rollout again: it adopts them"
-        ) from None
+        raise StoreError(f"{where} is not a valid manifest: {str(error).rstrip('.')}. {ADVICE}") from None
     _check_agreement(where, manifest)
     return manifest
 
@@ -77,40 +76,40 @@ def read_manifest(store: str) -> Manifest | None:
 def _check_agreement(where: str, manifest: Manifest) -> None:
     if manifest.fingerprint != manifest.identity.fingerprint():
         raise StoreError(
-            f"{where}: expected fingerprint {manifest.identity.fingerprint()[:12]}... of its identity, "
-            f"found {manifest.fingerprint[:12]}...: the manifest was changed by hand or damaged"
+            f"{where} is damaged or was edited: its fingerprint {manifest.fingerprint[:12]}... is not that of its "
+            f"identity, {manifest.identity.fingerprint()[:12]}.... {ADVICE}"
         )
     listed = {receipt.name: receipt.rows for receipt in manifest.shards}
     without = [shard.name for shard in manifest.plan() if listed.get(shard.name, 0) < shard.rows]
     if without:
-        raise StoreError(
-            f"{where}: expected a receipt for all rows of each planned shard, found none for {without[0]}: "
-            "the manifest was changed by hand or damaged"
-        )
+        raise StoreError(f"{where} is damaged or was edited: it has no receipt for all rows of {without[0]}. {ADVICE}")
 
 
 def write_manifest(store: str, manifest: Manifest) -> None:
-    """Publish the manifest whole."""
+    """Write the manifest atomically."""
     values = {**manifest.model_dump(mode="json"), "identity": manifest.identity.values()}
-    if manifest.endpoint_rms is None:  # versions that do not know it read the rest
+    if manifest.endpoint_rms is None:  # left out for older versions, which do not know the field
         del values["endpoint_rms"]
     files.write_bytes(files.join(store, MANIFEST), json.dumps(values, indent=1).encode())
 
 
 def list_files(store: str) -> dict[str, int]:
-    """Name and size of every file below the store except its manifest, what was noted for it, and the name of its run,
-    sorted by name."""
+    """Return the size of every file in the store by its name, sorted.
+
+    The manifest, receipt files and the file that names the MLflow run are left out.
+    """
     own = {MANIFEST, RUN_FILE}
-    return {name: size for name, size in files.list_sizes(store).items() if name not in own and not is_note(name)}
+    sizes = files.list_sizes(store).items()
+    return {name: size for name, size in sizes if name not in own and not is_receipt_file(name)}
 
 
 def list_shards(store: str) -> dict[str, int]:
-    """Those of ``list_files`` that are named like a shard."""
+    """Return the entries of ``list_files`` that are named like shards."""
     return {name: size for name, size in list_files(store).items() if parse_shard_name(name)}
 
 
 def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
-    """Every shard that holds the extents."""
+    """Split the extents into shards."""
     return [
         shard
         for extent in extents
@@ -120,7 +119,7 @@ def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
 
 
 def unite_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """One extent for each guidance scale, ascending."""
+    """Merge extents into one per guidance scale, in ascending order."""
     ids: dict[float, list[IdRange]] = {}
     for extent in extents:
         ids.setdefault(extent.guidance, []).extend(extent.ids)
@@ -128,7 +127,7 @@ def unite_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
 
 
 def merge_ranges(ranges: Sequence[IdRange]) -> tuple[IdRange, ...]:
-    """The union of id ranges, sorted, with those that touch or overlap joined."""
+    """Return the union of id ranges, sorted; ranges that touch or overlap are joined."""
     merged: list[IdRange] = []
     for start, stop in sorted(ranges):
         if merged and start <= merged[-1][1]:

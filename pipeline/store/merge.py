@@ -1,7 +1,7 @@
-"""Merge: join stores of one identity, rolled out apart, into one.
+"""Merge stores with the same identity into one store.
 
-Whole shard files are copied, each checked against its receipt on the way; the manifest is written last. A merge that
-was stopped is finished by the same command.
+Shard files are copied, and each is checked against its receipt. The manifest is written last. Running the same command
+again finishes a merge that was stopped.
 """
 
 import contextlib
@@ -16,34 +16,34 @@ from kac.util.log import log
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import Spec
-from pipeline.store.layout import Shard, StoreError, StoreIdentity, refuse_other
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, check_identity
 from pipeline.store.manifest import Extent, Manifest, list_shards, read_manifest, unite_extents, write_manifest
 from pipeline.store.reader import open_store
-from pipeline.store.shards import Receipt, confirm, sha256_of, whole_identity
-from pipeline.store.threads import in_threads
+from pipeline.store.shards import Receipt, confirm, identity_or_none, sha256_of
+from pipeline.store.threads import map_in_threads
 
 StorePaths = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="STORE [STORE ...]")]
 
 
 class MergeSpec(Spec):
-    """Join finished stores of one identity, which have no sample ids in common, into one."""
+    """Merge finished stores that have the same identity and different sample ids."""
 
     stage = "merge"
-    stores: StorePaths = input_path(..., "endpoint stores to join: paths or s3:// URIs")
+    stores: StorePaths = input_path(..., "endpoint stores to merge: paths or s3:// URIs")
     into: Annotated[str, tyro.conf.arg(metavar="STORE")] = output_path(
-        ..., "store to write, new or of an earlier try: a path or s3:// URI"
+        ..., "store to write, new or from an earlier attempt: a path or s3:// URI"
     )
 
     @field_validator("stores")
     @classmethod
-    def _some(cls, stores: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_stores(cls, stores: tuple[str, ...]) -> tuple[str, ...]:
         if not stores:
-            raise ValueError("expected at least one store")
+            raise ValueError("Give at least one store.")
         return stores
 
 
-class Move(NamedTuple):
-    """A shard to be copied."""
+class ShardCopy(NamedTuple):
+    """A shard to copy."""
 
     source: str
     shard: Shard
@@ -51,113 +51,115 @@ class Move(NamedTuple):
 
 
 def merge(spec: MergeSpec) -> Manifest:
-    """Copy the shards of all ``spec.stores`` to ``spec.into``, but for those that are there, and seal it.
+    """Copy the missing shards of all ``spec.stores`` to ``spec.into``, and write its manifest.
 
     Raises:
-        StoreError: a source that is unfinished, damaged or of another identity; sample ids that two of them hold; a
-            target that holds something else.
-        DistillKacError: the target cannot be written to.
+        StoreError: a source is unfinished, damaged or has another identity; two sources have the same sample ids; or
+            the target contains other shards.
+        DistillKacError: the target is not writable.
     """
     into = cluster.absolute(spec.into)
     sources = [(path, _open(path)) for path in map(cluster.absolute, spec.stores)]
     first, manifest = sources[0]
     identity, teacher = manifest.identity, manifest.teacher
     for path, other in sources[1:]:
-        same = f"a store of the same identity as {first}"
-        refuse_other(path, identity, other.identity, "only stores of one identity can be joined", same)
-    moves = _moves(sources)
+        problem = f"{path} cannot be merged with {first}"
+        check_identity(other.identity, identity, problem, "Merge only stores with the same identity.")
+    copies = _plan_copies(sources)
     extents = unite_extents(extent for _, manifest in sources for extent in manifest.extents)
-    finished = _check_target(into, identity, extents, moves)
+    finished = _check_target(into, identity, extents, copies)
     probes.check_writable(into)
-    copied = in_threads(lambda move: _copy(into, identity, move, finished.get(move.shard.name)), moves, "copy")
+    results = map_in_threads(lambda copy: _copy(into, identity, copy, finished.get(copy.shard.name)), copies, "copy")
     manifest = Manifest(
         fingerprint=identity.fingerprint(),
         identity=identity,
         teacher=teacher,
         endpoint_rms=sources[0][1].endpoint_rms,
         extents=extents,
-        shards=tuple(receipt for receipt, _ in copied),
+        shards=tuple(receipt for receipt, _ in results),
     )
     write_manifest(into, manifest)
     rows = sum(extent.rows for extent in extents)
-    kept = sum(was_there for _, was_there in copied)
-    log.info(f"merge: wrote {into}: {rows:,} rows, {len(copied) - kept} shards copied, {kept} were there")
+    kept = sum(existed for _, existed in results)
+    log.info(f"merge: wrote {into}: {rows:,} rows; {len(results) - kept} shards copied, {kept} already existed")
     return manifest
 
 
 def _open(path: str) -> Manifest:
     manifest = open_store(path).manifest
-    assert manifest is not None  # or it would have been refused as unfinished
+    assert manifest is not None  # open_store refuses an unfinished store
     return manifest
 
 
-def _moves(sources: Sequence[tuple[str, Manifest]]) -> list[Move]:
-    """Every shard to be copied, in the order of the joined manifest.
+def _plan_copies(sources: Sequence[tuple[str, Manifest]]) -> list[ShardCopy]:
+    """Return every shard to copy, in the order of the merged manifest.
 
     Raises:
-        StoreError: two stores hold the same sample ids, and so a shard of the same name: ids start with a shard.
+        StoreError: two stores have the same sample ids. Id ranges start with a shard, so two shards have the same name.
     """
-    moves: dict[str, Move] = {}
+    copies: dict[str, ShardCopy] = {}
     for path, manifest in sources:
         receipts = {receipt.name: receipt for receipt in manifest.shards}
         for shard in manifest.plan():
-            if shard.name in moves:
+            if shard.name in copies:
                 raise StoreError(
-                    f"{path}: expected sample ids that no other store holds, found those from {shard.start} on of "
-                    f"guidance {shard.guidance:g} in {moves[shard.name].source} too: "
-                    "roll one of them out with another `first_sample`"
+                    f"{path} and {copies[shard.name].source} both have samples from {shard.start} at guidance "
+                    f"{shard.guidance:g}. Roll one of them out with another `first_sample`."
                 )
-            moves[shard.name] = Move(path, shard, receipts[shard.name])
-    return sorted(moves.values(), key=lambda move: move.shard)
+            copies[shard.name] = ShardCopy(path, shard, receipts[shard.name])
+    return sorted(copies.values(), key=lambda copy: copy.shard)
 
 
 def _check_target(
-    into: str, identity: StoreIdentity, extents: tuple[Extent, ...], moves: Sequence[Move]
+    into: str, identity: StoreIdentity, extents: tuple[Extent, ...], copies: Sequence[ShardCopy]
 ) -> dict[str, Receipt]:
-    """Refuse a target that holds something else; returns the receipts of its shards that need no second look."""
-    manifest, found, advice = read_manifest(into), list_shards(into), "choose another `into`"
+    """Check that the target is new or from this merge; return the receipts of shards that need no further check."""
+    manifest, found = read_manifest(into), list_shards(into)
+    problem, advice = f"{into} is a different store", "Choose another `into`."
     if manifest is not None:
-        refuse_other(into, identity, manifest.identity, advice)
+        check_identity(manifest.identity, identity, problem, advice)
         if manifest.extents != extents:
             raise StoreError(
-                f"{into}: expected a new store, found a finished one that holds other samples than the stores to be "
-                f"joined: {advice}, and name it among the stores if it is to be joined too"
+                f"{into} is a finished store with other samples than the stores to merge. Choose another `into`, and "
+                f"list {into} in `stores` to include it."
             )
         return {receipt.name: receipt for receipt in manifest.shards if found.get(receipt.name) == receipt.bytes}
-    unknown = sorted(set(found) - {move.shard.name for move in moves})
+    unknown = sorted(set(found) - {copy.shard.name for copy in copies})
     if unknown:
         raise StoreError(
-            f"{into}: expected a new store or this merge's own, found {unknown[0]}, which none of the stores to be "
-            f"joined has: {advice}, or finish that store and join it too"
+            f"{into} is an unfinished store with {unknown[0]}, which is not in the stores to merge. Choose another "
+            "`into`, or finish that store and list it in `stores`."
         )
-    # A damaged shard there is copied again.
-    for other in filter(None, in_threads(lambda name: whole_identity(into, name), found, "look")):
-        refuse_other(into, identity, other, advice)
+    # A damaged shard has no identity. It is copied again.
+    for other in filter(None, map_in_threads(lambda name: identity_or_none(into, name), found, "check")):
+        check_identity(other, identity, problem, advice)
     return {}
 
 
-def _copy(into: str, identity: StoreIdentity, move: Move, finished: Receipt | None) -> tuple[Receipt, bool]:
-    """Put a shard into the target; returns its receipt, and whether it was there."""
+def _copy(into: str, identity: StoreIdentity, copy: ShardCopy, finished: Receipt | None) -> tuple[Receipt, bool]:
+    """Copy a shard to the target; return its receipt, and whether the target already had it."""
     if finished is not None:
         return finished, True
-    target = files.join(into, move.shard.name)
+    target = files.join(into, copy.shard.name)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if sha256_of(files.read_bytes(target)) == move.receipt.sha256:
-                return move.receipt, True
-        data = files.read_bytes(files.join(move.source, move.shard.name))
-        receipt = _receipt(move, identity, data)
+            if sha256_of(files.read_bytes(target)) == copy.receipt.sha256:
+                return copy.receipt, True
+        data = files.read_bytes(files.join(copy.source, copy.shard.name))
+        receipt = _check_source(copy, identity, data)
         files.write_bytes(target, data)
     except OSError as error:
-        raise StoreError(f"{move.source}/{move.shard.name}: expected to copy it to {into}, found: {error}") from None
+        raise StoreError(f"{copy.source}/{copy.shard.name} cannot be copied to {into}: {error}") from None
     return receipt, False
 
 
-def _receipt(move: Move, identity: StoreIdentity, data: bytes) -> Receipt:
-    if sha256_of(data) == move.receipt.sha256:
-        return move.receipt
+def _check_source(copy: ShardCopy, identity: StoreIdentity, data: bytes) -> Receipt:
+    """Return the receipt of the bytes, which may be a longer shard than the manifest lists."""
+    if sha256_of(data) == copy.receipt.sha256:
+        return copy.receipt
     try:
-        return confirm(move.source, move.shard, identity, data, move.receipt)
+        return confirm(copy.source, copy.shard, identity, data, copy.receipt)
     except StoreError as error:
-        advice = f"python -m jobs.store verify {move.source} --repair, then run its rollout again"
-        raise StoreError(f"{error}: {advice}") from None
+        raise StoreError(
+            f"{error} Run `python -m jobs.store verify {copy.source} --repair`, then run its rollout again."
+        ) from None

@@ -1,4 +1,4 @@
-"""Order: which rows a rank reads in an epoch, and in which order. Pure functions of (seed, epoch, rank, world size)."""
+"""The order in which a rank reads rows: pure functions of (seed, epoch, rank, world size)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store.layout import Shard, StoreError
+from kac.util.errors import ArgumentError
+from pipeline.store.layout import Shard
 
 SHUFFLE_STREAM = 3
 
@@ -18,7 +19,7 @@ Rows = TypeVar("Rows")
 
 @dataclass(frozen=True)
 class Order:
-    """Whose rows they are, and the seed of their shuffle; without a seed they stay in the order of their ids."""
+    """The rank that reads, and the seed of the shuffle. Without a seed, rows are read in the order of sample ids."""
 
     rank: int
     world_size: int
@@ -26,15 +27,15 @@ class Order:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise StoreError(f"rank: expected 0 .. {self.world_size - 1}, found {self.rank}")
+            raise ArgumentError(f"`rank` is {self.rank}, but `world_size` is {self.world_size}.")
         check_position("seed", self.seed or 0)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This rank's of some items."""
+        """Return this rank's share of the items."""
         return items[self.rank :: self.world_size]
 
     def permutation(self, count: int, epoch: int, part: int = 0) -> Tensor:
-        """The order of ``count`` items in a part of an epoch: [count], int64."""
+        """Return the order of ``count`` items in one part of an epoch: [count], int64."""
         if self.seed is None:
             return torch.arange(count)
         bits = np.random.Philox(key=[self.seed, SHUFFLE_STREAM], counter=[0, 0, epoch, part])
@@ -42,28 +43,30 @@ class Order:
 
 
 def check_position(name: str, value: int) -> None:
-    """Refuse a place in the order of rows that does not exist: a negative start would silently read other rows.
+    """Check that a seed, epoch or start is in [0, 2^63 - 1].
 
-    numpy passes the numbers of a key from 2^63 on through float64, where two seeds may become one.
+    A negative start would silently read other rows. numpy converts key words of at least 2^63 to float64, which would
+    map different seeds to the same key.
     """
     if not 0 <= value < 2**63:
-        raise StoreError(f"{name}: expected 0 .. 2^63 - 1, found {value}")
+        raise ArgumentError(f"`{name}` is {value}. Give a number from 0 to 2^63 - 1.")
 
 
 def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -> list[list[Shard]]:
-    """An epoch of a rank: its shards in shuffled order, in windows of up to ``most_rows`` rows.
+    """Return a rank's shards for one epoch, shuffled and grouped into windows of up to ``most_rows`` rows.
 
-    The rows of a window are loaded and shuffled together. With room for two, the next is read while one is used.
+    The reader loads and shuffles the rows of a window together. Its memory holds two windows: it reads the next window
+    while one is used.
     """
-    # A rank keeps its shards: were they dealt anew each epoch, its rows an epoch would change with the short last one,
-    # and a resume could not tell which epoch it is in.
+    # Every rank keeps the same shards in all epochs. Otherwise its number of rows per epoch would change with the owner
+    # of the short last shard, and a resumed run could not compute the current epoch.
     own = order.share(shards)
     shuffled = [own[i] for i in order.permutation(len(own), epoch).tolist()]
-    return grouped(shuffled, most_rows)
+    return group_shards(shuffled, most_rows)
 
 
-def grouped(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
-    """Neighbours put together up to ``most_rows`` rows, one shard at least."""
+def group_shards(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
+    """Group consecutive shards, with up to ``most_rows`` rows or a single shard per group."""
     groups: list[list[Shard]] = []
     rows = 0
     for shard in shards:
@@ -76,25 +79,29 @@ def grouped(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
 
 
 def rows_of(shards: Iterable[Shard]) -> int:
-    """How many rows some shards have."""
+    """Return the number of rows in some shards."""
     return sum(shard.rows for shard in shards)
 
 
-def cut(pieces: Iterable[tuple[Rows, Tensor]], batch_size: int) -> Iterator[list[tuple[Rows, Tensor]]]:
-    """Regroup pieces (rows, and which of them in which order) into batches of ``batch_size``; the last may be short."""
+def rebatch(pieces: Iterable[tuple[Rows, Tensor]], batch_size: int) -> Iterator[list[tuple[Rows, Tensor]]]:
+    """Regroup pieces of any length into batches of ``batch_size``; the last batch may be short.
+
+    Args:
+        pieces: loaded rows, and the indices of the rows to use, in order.
+    """
     if batch_size < 1:
-        raise StoreError(f"batch_size: expected 1 or more, found {batch_size}")
+        raise ArgumentError(f"`batch_size` is {batch_size}. Give at least 1.")
     pending: list[tuple[Rows, Tensor]] = []
-    have = 0
+    pending_rows = 0
     for rows, order in pieces:
-        at = 0
-        while at < len(order):
-            part = order[at : at + batch_size - have]
-            at += len(part)
+        start = 0
+        while start < len(order):
+            part = order[start : start + batch_size - pending_rows]
+            start += len(part)
             pending.append((rows, part))
-            have += len(part)
-            if have == batch_size:
+            pending_rows += len(part)
+            if pending_rows == batch_size:
                 yield pending
-                pending, have = [], 0
+                pending, pending_rows = [], 0
     if pending:
         yield pending

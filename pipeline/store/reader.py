@@ -1,8 +1,8 @@
-"""The one reader of endpoint stores: projection, sharding, seeded shuffling, resume; from memory or streaming.
+"""The reader of endpoint stores: column selection, sharding over ranks, seeded shuffling and resume.
 
-An epoch of one rank is a fixed order of its rows, a function of (seed, epoch, rank, world size) alone. Columns that fit
-the memory budget are loaded once and shuffled as a whole. Larger ones stream: the shards, in shuffled order, are
-read ahead by Ray Data tasks and shuffled within windows that fit the budget.
+The order of a rank's rows in an epoch depends only on (seed, epoch, rank, world size). Columns that fit the memory
+budget are loaded once and shuffled as a whole. Larger columns are streamed: Ray Data tasks prefetch the shards in
+shuffled order, and the reader shuffles the rows within windows that fit the budget.
 """
 
 import itertools
@@ -16,19 +16,20 @@ import torch
 from kac import noise
 from kac.losses import Interval, Objective
 from kac.solvers import knot_times
+from kac.util.errors import ArgumentError
 from pipeline.store import sharing
 from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows
 from pipeline.store.columns import Columns, Selection, columns_of_knots, read_rows, shard_at, to_columns
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
-from pipeline.store.order import Order, check_position, cut, grouped, rows_of, windows
+from pipeline.store.order import Order, check_position, group_shards, rebatch, rows_of, windows
 from pipeline.store.prefetch import GROUP_BYTES, read_ahead
 from pipeline.store.shards import column_array, identity_of_shard
-from pipeline.store.threads import in_threads
+from pipeline.store.threads import map_in_threads
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
-"""How many shards one Ray Data pipeline of an endless streaming reader covers; one epoch at least."""
+"""Number of shards per Ray Data pipeline of an endless streaming reader; a pipeline covers at least one epoch."""
 
 INTERVAL_STREAM = 4
 
@@ -37,10 +38,10 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
     """Open a store for reading.
 
     Args:
-        allow_unfinished: read the shards that are there although the rollout has not ended.
+        allow_unfinished: open a store without a manifest, and read the shards that exist.
 
     Raises:
-        StoreError: no store, an unfinished one, a newer or damaged manifest, or planned shards that are missing.
+        StoreError: the store does not exist, is unfinished or lacks a shard, or its manifest is newer or damaged.
     """
     manifest = read_manifest(path)
     found = list_shards(path)
@@ -49,23 +50,22 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
         missing = [shard.name for shard in plan if shard.name not in found]
         if missing:
             raise StoreError(
-                f"{path}: expected {len(plan)} shards, found {len(missing)} of them missing: {missing[0]}"
-                f"{' ...' if len(missing) > 1 else ''}: run the rollout again to redo them"
+                f"{path} lacks {len(missing)} of its {len(plan)} shards, such as {missing[0]}. "
+                "Run the rollout again to recompute them."
             )
         return Store(path, manifest.identity, plan, manifest)
     if not found:
-        raise StoreError(f"{path}: expected an endpoint store, found none: make one with python -m jobs.rollout")
+        raise StoreError(f"{path} is not an endpoint store. Create one with `python -m jobs.rollout`.")
     if not allow_unfinished:
         raise StoreError(
-            f"{path}: expected a finished store, found {len(found)} shards and no manifest: "
-            "run the rollout again to finish it"
+            f"{path} is unfinished: it has {len(found)} shards and no manifest. Run the rollout again to finish it."
         )
     identity = identity_of_shard(path, next(iter(found)))
-    return Store(path, identity, in_threads(lambda name: shard_at(path, identity, name), found), None)
+    return Store(path, identity, map_in_threads(lambda name: shard_at(path, identity, name), found), None)
 
 
 class Store:
-    """An open store. Opening reads the manifest alone."""
+    """An open store. Opening it reads only the manifest."""
 
     def __init__(self, path: str, identity: StoreIdentity, shards: Sequence[Shard], manifest: Manifest | None) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class Store:
         return tuple(sorted({shard.guidance for shard in self.shards}))
 
     def rows(self, guidance: float | Sequence[float]) -> int:
-        """The number of trajectories of a guidance scale, or of several."""
+        """Return the number of trajectories of one or several guidance scales."""
         return rows_of(self._shards_of(guidance))
 
     def batches(
@@ -96,72 +96,62 @@ class Store:
         start_batch: int = 0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> Iterator[Batch]:
-        """One epoch of this rank's rows, each exactly once; the last batch may be short.
+        """Yield each row of this rank once, in batches. The last batch may be short.
 
         Args:
-            guidance: which scale, or which, their rows mixed; None if the store has only one.
-            knots: indices of the knots to read, 0 (noise) .. ``identity.knots`` (image); None: all. Forward stores have
-                two columns, the interval's start and end, and take None alone.
-            seed: None reads in the order of sample ids; a number shuffles, differently in each epoch.
-            start_batch: where to go on after a stop; the batches are those of an epoch that was not stopped.
-            memory_bytes: columns up to this size are loaded once and kept; larger ones stream. Each process that reads
-                has its own: every worker of a DataLoader, every rank.
+            guidance: one or several guidance scales, whose rows are mixed; None if the store has only one scale.
+            knots: indices of the knots to read, from 0 (noise) to ``identity.knots`` (image); None reads all. Must be
+                None for a forward store, whose two columns are the start and the end of an interval.
+            seed: of the shuffle, which differs in each epoch; None reads in the order of sample ids.
+            start_batch: first batch to yield. The batches are those of an epoch that was not stopped.
+            memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed. The budget is
+                per process: every rank and every DataLoader worker has its own.
 
         Raises:
-            StoreError: an unknown guidance scale or knot, a batch size below 1, a seed, epoch or start out of range, or
-                a shard that is missing or damaged.
+            ArgumentError: the store does not have the guidance scale or a knot, or a number is out of range.
+            StoreError: a shard is missing or damaged.
         """
         check_position("epoch", epoch)
         check_position("start_batch", start_batch)
         selection = self._select(guidance, columns_of_knots(self.identity, knots))
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         pieces = reading.pieces(range(epoch, epoch + 1), start_batch * batch_size)
-        yield from map(whole_rows, cut(pieces, batch_size))
+        yield from map(whole_rows, rebatch(pieces, batch_size))
 
     def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Any columns of the first ``count`` rows (or of all) of a guidance scale, by sample id: [rows, ...] each.
+        """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
 
-        Reads the shards that hold them, and only these; nothing is kept.
+        Reads only the shards that contain these rows. Returns fewer rows if the store has fewer.
 
         Raises:
-            StoreError: an unknown guidance scale, or a shard that is missing or damaged.
+            ArgumentError: the store does not have the guidance scale.
+            StoreError: a shard is missing or damaged.
         """
-        return self._some(range(min(count, self.rows(guidance))), guidance, names)
+        return self._read(range(min(count, self.rows(guidance))), guidance, names)
 
     def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The same of the last ``count`` rows."""
+        """Read columns of the last ``count`` rows; as ``first``."""
         rows = self.rows(guidance)
-        return self._some(range(max(0, rows - count), rows), guidance, names)
+        return self._read(range(max(0, rows - count), rows), guidance, names)
 
     def without_last(self, count: int) -> "Store":
-        """The store less the last ``count`` rows of each guidance scale, which are held out.
+        """Return the store without the last ``count`` rows of each guidance scale, which are held out.
 
         Raises:
-            StoreError: a scale has no more than these.
+            StoreError: a guidance scale has only ``count`` rows or fewer.
         """
         shards: list[Shard] = []
         for w in self.guidance:
             kept = self.rows(w) - count
             if kept < 1:
-                found = f"found {self.rows(w):,} of guidance {w}"
-                raise StoreError(f"{self.path}: expected more rows than the {count:,} to be held out, {found}")
+                raise StoreError(
+                    f"{self.path} has only {self.rows(w):,} rows of guidance {w}, so {count:,} cannot be held out."
+                )
             for shard in sorted(self._shards_of(w)):
                 if kept > 0:
                     shards.append(replace(shard, rows=min(shard.rows, kept)))
                 kept -= shard.rows
         return Store(self.path, self.identity, shards, self.manifest)
-
-    def _some(self, places: range, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The rows at these places of a scale's rows by sample id."""
-        parts: list[Any] = []
-        start = 0
-        for shard in sorted(self._shards_of(guidance)):
-            here = range(max(places.start - start, 0), min(places.stop - start, shard.rows))
-            if here:
-                parts.append(read_rows(self.path, self.identity, shard, names).slice(here.start, len(here)))
-            start += shard.rows
-        columns = {name: [torch.from_numpy(column_array(part[name]).copy()) for part in parts] for name in names}
-        return {name: torch.cat(values) for name, values in columns.items()}
 
     def interval_batches(
         self,
@@ -175,12 +165,14 @@ class Store:
         start_batch: int = 0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> Iterator[Interval]:
-        """Endless full batches for an objective: epoch after epoch, each row once in each, with one interval that the
-        objective draws, or that a row of a forward store spans. Reads only the knots that the objective needs.
+        """Yield full batches of intervals for an objective, without end. Each epoch uses each row once.
+
+        The objective draws the interval of each row; in a forward store, it is the interval that the row spans. Only
+        the knots that the objective needs are read.
 
         Args:
             guidance: as for ``batches``.
-            start_batch: where to go on after a stop; the batches are those of a run that was not stopped.
+            start_batch: first batch to yield. The batches are those of a run that was not stopped.
 
         Raises:
             DistillKacError: the store does not have the knots that the objective needs, or as ``batches``.
@@ -191,65 +183,80 @@ class Store:
         selection = self.selection(objective, guidance)
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         times = knot_times(identity.knots, identity.knot_grid).float()[knots]
-        epoch, skip = divmod(start_batch * batch_size, reading.rows_an_epoch())
-        for n, pieces in enumerate(cut(reading.endless(epoch, skip), batch_size), start=start_batch):
+        epoch, skip = divmod(start_batch * batch_size, reading.rows_per_epoch())
+        for n, pieces in enumerate(rebatch(reading.endless(epoch, skip), batch_size), start=start_batch):
             if is_forward:
                 yield own_intervals(pieces, times)
             else:
-                # Of the rows of all ranks: several workers draw what one with their rows would.
+                # The draws are numbered over all ranks, so several workers draw the same intervals as one worker.
                 positions = range(n * batch_size * world_size, (n + 1) * batch_size * world_size)
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM, positions, 2)[rank::world_size]
                 yield drawn_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
-        """The store as a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
+        """Return a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
 
-        Takes the options of ``batches``.
+        Args:
+            options: as for ``batches``.
         """
         return EndpointDataset(self.batches, {"batch_size": batch_size, **options})
 
     def check_objective(self, objective: Objective) -> list[int]:
-        """The indices of the knots between which the objective's intervals lie.
+        """Return the indices of the knots that the objective needs.
 
         Raises:
-            DistillKacError: they are not all stored.
+            DistillKacError: the store does not have all of them.
         """
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.source == "forward" and "end_time" in objective.conditions:
             raise StoreError(
-                f"{self.path}: expected whole trajectories for a flow map, found a forward store, whose rows have one "
-                "interval each: roll out with `source` trajectory"
+                f"{self.path} is a forward store, but a flow map learns from whole trajectories. Roll out with "
+                "`source` trajectory."
             )
         if self.identity.source == "forward" and len(knots) != stored + 1:
-            raise StoreError(f"`steps`: expected {stored}, the intervals of this forward store, found {len(knots) - 1}")
+            raise ArgumentError(
+                f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals. Choose {stored} steps."
+            )
         return knots
 
     def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
-        """What ``interval_batches`` reads for an objective; raises as that does."""
+        """Return the selection that ``interval_batches`` reads for an objective; raises as ``interval_batches``."""
         knots = self.check_objective(objective)
         return self._select(
             guidance, columns_of_knots(self.identity, None if self.identity.source == "forward" else knots)
         )
 
     def check_guidance(self, guidance: float) -> None:
-        """Refuse a guidance scale that is not in the store."""
+        """Raise ``ArgumentError`` if the guidance scale is not in the store."""
         if guidance not in self.guidance and self.identity.labels == "null":
-            raise StoreError(
-                f"`guidance` {guidance:g}: the teacher of {self.path} is unconditional, so it cannot be guided. Choose "
-                "`guidance` 0."
+            raise ArgumentError(
+                f"`guidance` is {guidance:g}, but the teacher of {self.path} is unconditional and cannot be guided. "
+                "Choose 0."
             )
         if guidance not in self.guidance:
-            raise StoreError(
-                f"`guidance`: expected one of the store's scales {list(self.guidance)}, found {guidance}: "
-                f"add it with: python -m jobs.rollout --store {self.path} --guidance {guidance:g} ..."
+            raise ArgumentError(
+                f"`guidance` {guidance:g} is not in {self.path}, which has {self._list_guidance()}. Add it with "
+                f"`python -m jobs.rollout --store {self.path} --guidance {guidance:g} ...`."
             )
 
     def load(self, selection: Selection) -> Columns:
-        """The selected columns as tensors. They are kept until others are loaded."""
+        """Return the selected columns as tensors. They stay in memory until other columns are loaded."""
         if selection not in self._loaded:
             self._loaded.clear()
             self._loaded[selection] = sharing.find(selection) or sharing.load(selection)
         return self._loaded[selection]
+
+    def _read(self, positions: range, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read the rows at these positions among the rows of a guidance scale, sorted by sample id."""
+        parts: list[Any] = []
+        start = 0
+        for shard in sorted(self._shards_of(guidance)):
+            own = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))
+            if own:
+                parts.append(read_rows(self.path, self.identity, shard, names).slice(own.start, len(own)))
+            start += shard.rows
+        columns = {name: [torch.from_numpy(column_array(part[name]).copy()) for part in parts] for name in names}
+        return {name: torch.cat(values) for name, values in columns.items()}
 
     def _shards_of(self, guidance: float | Sequence[float]) -> tuple[Shard, ...]:
         scales = guidance if isinstance(guidance, Sequence) else (guidance,)
@@ -260,19 +267,22 @@ class Store:
     def _select(self, guidance: float | Sequence[float] | None, knots: tuple[str, ...]) -> Selection:
         if guidance is None:
             if len(self.guidance) != 1:
-                raise StoreError(f"guidance: expected one of {list(self.guidance)}, found None")
+                raise ArgumentError(f"`guidance` is required, because {self.path} has {self._list_guidance()}.")
             guidance = self.guidance
         return Selection(self.path, self.identity, self._shards_of(guidance), knots)
 
+    def _list_guidance(self) -> str:
+        return f"guidance {', '.join(f'{w:g}' for w in self.guidance)}"
+
 
 class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
-    """A store's batches for a PyTorch ``DataLoader``, whose worker processes share the rows of this rank."""
+    """Batches of a store for a PyTorch ``DataLoader``. Its worker processes split the rows of this rank."""
 
     def __init__(self, batches: Callable[..., Iterator[Batch]], options: dict[str, Any]) -> None:
         self.batches, self.options, self.epoch = batches, options, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of the next iteration."""
+        """Set the epoch, and so the shuffle, of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -286,7 +296,7 @@ class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
 
 @dataclass(frozen=True)
 class _Reading:
-    """A selection in an order, from memory or streaming."""
+    """Reads a selection in an order, from memory or by streaming."""
 
     store: Store
     selection: Selection
@@ -295,26 +305,32 @@ class _Reading:
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether the selection fits the budget."""
+        """Whether the selection fits the memory budget."""
         return rows_of(self.selection.shards) * self.selection.row_bytes <= self.memory_bytes
 
-    def rows_an_epoch(self) -> int:
-        """This rank's rows. If any rank would have none, every rank refuses: the others would wait for ever."""
+    def rows_per_epoch(self) -> int:
+        """Return the number of this rank's rows.
+
+        Raises:
+            StoreError: some rank has no rows. Every rank raises it, because the others would wait indefinitely.
+        """
         shards = self.selection.shards
-        found, what = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
-        if found < self.order.world_size:
-            at_least = f"at least {self.order.world_size} {what} for as many workers"
-            raise StoreError(f"{self.store.path}: expected {at_least}, found {found}")
-        return len(self.order.share(range(found))) if self.is_in_memory else rows_of(self.order.share(shards))
+        count, unit = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
+        if count < self.order.world_size:
+            raise StoreError(
+                f"{self.store.path} has only {count} {unit} for {self.order.world_size} workers. Use fewer workers."
+            )
+        return len(self.order.share(range(count))) if self.is_in_memory else rows_of(self.order.share(shards))
 
     def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
-        """Epoch after epoch. A Ray Data pipeline takes a second to start: small stores get several epochs from one."""
+        """Yield the rows of all epochs from ``epoch``, without the first ``skip`` rows."""
+        # A Ray Data pipeline takes a second to start, so one pipeline serves several epochs of a small store.
         together = max(1, PIPELINE_SHARDS // max(1, len(self.order.share(self.selection.shards))))
         for first in itertools.count(epoch, together):
             yield from self.pieces(range(first, first + together), skip if first == epoch else 0)
 
     def pieces(self, epochs: range, skip: int) -> Iterator[Piece]:
-        """The rows of some epochs in their order, but for the first ``skip``."""
+        """Yield the rows of some epochs in order, without the first ``skip`` rows."""
         if not self.is_in_memory:
             yield from self._stream(epochs, skip)
             return
@@ -328,12 +344,12 @@ class _Reading:
         selection, half = self.selection, self.memory_bytes // 2
         todo = deque(
             (epoch, part, shards)
-            for epoch in epochs  # the order of its shards is part 0 of its shuffle
+            for epoch in epochs  # part 0 of the shuffle is the order of the shards
             for part, shards in enumerate(windows(selection.shards, self.order, epoch, half // selection.row_bytes), 1)
         )
         while todo and skip >= rows_of(todo[0][2]):
             skip -= rows_of(todo.popleft()[2])
-        groups = [grouped(shards, GROUP_BYTES // selection.row_bytes) for _, _, shards in todo]
+        groups = [group_shards(shards, GROUP_BYTES // selection.row_bytes) for _, _, shards in todo]
         tables = read_ahead(selection, list(itertools.chain.from_iterable(groups)), half)
         for (epoch, part, shards), own in zip(todo, groups, strict=True):
             columns = to_columns(selection, shards, itertools.islice(tables, len(own)))

@@ -1,6 +1,6 @@
-"""One shard: encode it, publish it whole, read it back, check it.
+"""Encode, publish, read and check one shard.
 
-Every page carries a CRC, and the manifest holds the file's sha256: no flipped bit goes unseen.
+Every page has a CRC, and the manifest stores the sha256 of the file, so every flipped bit is detected.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from pipeline.store.versions import SCHEMA_VERSION, check_version, parse
 CONTENT_SHA256 = "content_sha256"
 
 UNREADABLE = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
-"""What reading a damaged file raises."""
+"""The exceptions that reading a damaged file raises."""
 
 
 class Receipt(Options):
-    """What the manifest knows of a published shard."""
+    """The entry of a published shard in the manifest."""
 
     name: str
     guidance: float
@@ -36,22 +36,22 @@ class Receipt(Options):
 
 
 class DamagedShard(StoreError):
-    """A shard that is not whole: it must be redone."""
+    """A shard is damaged and must be recomputed."""
 
 
 class NotFiniteShard(DamagedShard):
-    """A shard with NaN or infinity in it."""
+    """A shard contains NaN or infinity."""
 
 
 class ForeignShard(StoreError):
-    """A whole shard that belongs to another store: it must not be overwritten."""
+    """An intact shard belongs to another store or another position. It must not be overwritten."""
 
 
 def make_table(identity: StoreIdentity, shard: Shard, columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """The rows of a shard as an Arrow table, whose metadata say all that a reader needs to know besides.
+    """Return the rows of a shard as an Arrow table whose metadata describes the shard completely.
 
     Args:
-        columns: all but the sample ids, by name: [rows], or [rows, *sample_shape] for a knot.
+        columns: all columns except the sample ids: [rows], or [rows, *sample_shape] for a knot.
     """
     schema = identity.arrow_schema()
     columns = {**columns, SAMPLE_ID: np.asarray(shard.ids)}
@@ -76,19 +76,19 @@ def _to_arrow(values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
 
 
 def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
-    """The digest of a shard's metadata and values, whatever their encoding.
+    """Return the digest of a shard's metadata and decoded values.
 
-    A page's CRC does not cover the footer, and a flipped bit there can make a reader decode a page as something else.
+    The CRC of a page does not cover the footer, where a flipped bit can make a reader decode a page wrongly.
     """
-    own = {key: value for key, value in metadata.items() if key != CONTENT_SHA256}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    hashed = {key: value for key, value in metadata.items() if key != CONTENT_SHA256}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
     for column in table.columns:
         digest.update(np.ascontiguousarray(column_array(column)).data)
     return digest.hexdigest()
 
 
 def encode(table: pa.Table, compression: str = "none") -> bytes:
-    """The table as one Parquet file of one row group, every page with its CRC."""
+    """Encode the table as a Parquet file with one row group and a CRC for every page."""
     sink = io.BytesIO()
     is_float32 = table.schema.types[-1].value_type == pa.float32()
     scalars = [name for name in (SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL) if name in table.column_names]
@@ -98,9 +98,9 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
         sink,
         row_group_size=max(1, table.num_rows),
         compression=compression,
-        # Floats of a flow do not repeat: a dictionary would be built, found useless and dropped, page by page.
+        # The floats of a flow do not repeat. For knots, a dictionary would be built and dropped for every page.
         use_dictionary=[LABEL],
-        # Of types split into streams of bytes, DuckDB reads float32 alone.
+        # DuckDB reads byte-stream-split columns only in float32.
         use_byte_stream_split=knots if compression != "none" and is_float32 else False,
         write_statistics=scalars,
         write_page_checksum=True,
@@ -110,10 +110,10 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
 
 
 def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, replace: bool = False) -> Receipt:
-    """Write the encoded shard whole or not at all, and return its receipt.
+    """Write the encoded shard atomically, and return its receipt.
 
-    Whoever publishes a name first wins (``replace`` is for a damaged or shorter file): a job that runs beside this one
-    computes the same rows, and what one of them has hashed must stay as it is.
+    If the shard exists, it is kept and its own receipt is returned: a concurrent job computed the same rows and may
+    already have listed their hash. ``replace`` overwrites a damaged or shorter shard.
     """
     if not files.write_bytes(files.join(store, shard.name), data, if_absent=not replace):
         return adopt(store, shard, identity)[0]
@@ -121,10 +121,10 @@ def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, repl
 
 
 def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, pa.Table]:
-    """Check a published shard from end to end; returns its receipt and rows (all of them, at least one).
+    """Read and check a published shard; return its receipt and all its rows (at least one).
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the shard does not exist.
         StoreError: as ``check``.
     """
     data = files.read_bytes(files.join(store, shard.name))
@@ -133,42 +133,51 @@ def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, p
 
 
 def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, listed: Receipt | None) -> Receipt:
-    """The receipt for a shard's bytes as they were read; they must be those that the manifest lists, if it does.
+    """Check the bytes of a shard against the receipt in the manifest, if any; return their own receipt.
 
-    A longer shard will do too: a rollout that adds trajectories replaces a short last one before the manifest is.
+    A longer shard than listed is valid: a growing store replaces its short last shard before it updates the manifest.
 
     Raises:
-        StoreError: as ``check``. DamagedShard: another file than the one that was published, or too many rows.
+        StoreError: as ``check``.
+        DamagedShard: the bytes are not those of the published shard, or there are too many rows.
     """
-    found = _receipt(shard, data, check(store, shard, identity, data).num_rows)
+    receipt = _receipt(shard, data, check(store, shard, identity, data).num_rows)
     where = f"{store}/{shard.name}"
-    if found.rows > identity.shard_size:
-        raise DamagedShard(f"{where}: expected at most {identity.shard_size} rows, found {found.rows}")
-    if listed and found.rows < listed.rows:
-        raise DamagedShard(f"{where}: expected {listed.rows} rows, found {found.rows}")
-    if listed and found.rows == listed.rows and found.sha256 != listed.sha256:
-        expected = f"sha256 {listed.sha256[:12]}... as the manifest says"
-        raise DamagedShard(f"{where}: expected {expected}, found {found.sha256[:12]}...")
-    return found
+    if receipt.rows > identity.shard_size:
+        raise DamagedShard(f"{where} has {receipt.rows} rows, more than the shard size {identity.shard_size}.")
+    if listed and receipt.rows < listed.rows:
+        raise DamagedShard(f"{where} has {receipt.rows} rows instead of {listed.rows}.")
+    if listed and receipt.rows == listed.rows and receipt.sha256 != listed.sha256:
+        raise DamagedShard(
+            f"{where} has the sha256 {receipt.sha256[:12]}..., but the manifest lists {listed.sha256[:12]}...."
+        )
+    return receipt
 
 
 def _receipt(shard: Shard, data: bytes, rows: int) -> Receipt:
-    place = {"name": shard.name, "guidance": shard.guidance, "start": shard.start}
-    return Receipt(**place, rows=rows, bytes=len(data), sha256=sha256_of(data))
+    return Receipt(
+        name=shard.name,
+        guidance=shard.guidance,
+        start=shard.start,
+        rows=rows,
+        bytes=len(data),
+        sha256=sha256_of(data),
+    )
 
 
 def sha256_of(data: bytes) -> str:
-    """The sha256 of a file's bytes, in hex."""
+    """Return the sha256 of some bytes in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.Table:
-    """Decode a shard's bytes and compare them with what the shard must be.
+    """Decode the bytes of a shard, and check its metadata, schema, ids and values.
 
     Raises:
-        DamagedShard: unreadable, a failed CRC, a wrong schema, wrong ids; NotFiniteShard: NaN or infinity.
-        ForeignShard: whole, but of another store, or under another shard's name.
-        NewerVersion: a newer version wrote it.
+        DamagedShard: the file is unreadable, or a CRC, the schema or an id is wrong.
+        NotFiniteShard: a value is NaN or infinity.
+        ForeignShard: the shard is intact, but belongs to another store or has the name of another shard.
+        NewerVersion: a newer version wrote the shard.
     """
     where = f"{store}/{shard.name}"
     try:
@@ -177,66 +186,68 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
         _check_types(file.schema_arrow)
         table = file.read()
         if _content_sha256(table, metadata) != metadata[CONTENT_SHA256]:
-            raise ValueError(f"values that do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of its footer")
+            raise ValueError(f"the values do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of the footer")
         check_footer(where, shard, identity, file.schema_arrow)
     except UNREADABLE as error:
-        raise DamagedShard(f"{where}: expected a whole Parquet shard, found: {reason(error)}") from None
+        raise DamagedShard(f"{where} is damaged: {describe_read_error(error)}.") from None
     check_rows(where, shard, identity, table)
     return table
 
 
 def _check_types(schema: pa.Schema) -> None:
-    """Refuse columns that no store has, before anything looks into them.
+    """Refuse extension types that no store uses, before any value is decoded.
 
-    Ray registers a type with Arrow whose values are pickles, and a file may name it.
+    A file can name the Arrow type that Ray registers, whose values are pickles.
     """
     for field in schema:
         if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
-            raise ValueError(f"the column {field.name} of the type {field.type.extension_name}")
+            raise ValueError(f"the column {field.name} has the type {field.type.extension_name}")
 
 
 def check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
-    """Compare the store, the place and the columns that a shard's footer names with what they must be.
+    """Check that a shard's footer names the right store, position and columns.
 
     Raises:
-        ForeignShard: of another store or place. NewerVersion: a newer version wrote it. One of ``UNREADABLE``: damaged.
+        ForeignShard: the shard belongs to another store or position.
+        NewerVersion: a newer version wrote the shard.
+        One of ``UNREADABLE``: the footer is damaged.
     """
     metadata = read_metadata(where, schema)
     if metadata["fingerprint"] != identity.fingerprint():
         difference = identity.difference(identity_in(where, metadata))
-        raise ForeignShard(f"{where}: expected a shard with {difference}: it belongs to another store; move it away")
+        raise ForeignShard(f"{where} belongs to another store: {difference}. Move it away.")
     if (float(metadata["guidance"]), int(metadata["start"])) != (shard.guidance, shard.start):
         raise ForeignShard(
-            f"{where}: expected guidance {shard.guidance} from sample {shard.start}, found guidance "
-            f"{metadata['guidance']} from sample {metadata['start']}: a copy under another name; move it away"
+            f"{where} is a copy of another shard: it starts at sample {metadata['start']} of guidance "
+            f"{metadata['guidance']}, not at sample {shard.start} of guidance {shard.guidance}. Move it away."
         )
-    # A column that is not there is left out by Arrow without a word.
+    # Arrow silently skips a column that does not exist.
     if not schema.remove_metadata().equals(identity.arrow_schema()):
-        raise ValueError(f"the columns {schema.names}")
+        raise ValueError(f"its columns are {schema.names}")
 
 
 def check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
-    """Refuse ids that are not the shard's, and NaN or infinity.
+    """Check the sample ids, and that all values are finite.
 
     Raises:
-        DamagedShard: the ids. NotFiniteShard: names the samples and the columns.
+        DamagedShard: an id is wrong.
+        NotFiniteShard: a value is NaN or infinity; the message names samples and columns.
     """
     ids = table[SAMPLE_ID].to_numpy()
     if len(ids) == 0 or not np.array_equal(ids, np.arange(shard.start, shard.start + len(ids))):
-        raise DamagedShard(f"{where}: expected the sample ids from {shard.start} on, one after the other")
+        raise DamagedShard(f"{where} is damaged: its sample ids are not consecutive from {shard.start}.")
     values = {name: column_array(table[name]) for name in (KINETIC_ENERGY, *identity.knot_columns)}
     bad = {name: ~np.isfinite(array).reshape(len(ids), -1).all(axis=1) for name, array in values.items()}
     names = [name for name, rows in bad.items() if rows.any()]
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more columns" if len(names) > 3 else "")
         raise NotFiniteShard(
-            f"{where}: expected finite values, found NaN or infinity in samples "
-            f"{name_ids(ids[np.any(list(bad.values()), axis=0)])} ({shown})"
+            f"{where} has NaN or infinity in samples {name_ids(ids[np.any(list(bad.values()), axis=0)])} ({shown})."
         )
 
 
-def whole_identity(store: str, name: str) -> StoreIdentity | None:
-    """The identity that a shard carries in its footer; None if it is damaged: then it says nothing of its store."""
+def identity_or_none(store: str, name: str) -> StoreIdentity | None:
+    """Return the identity in the footer of a shard, or None if the shard is damaged."""
     try:
         return identity_of_shard(store, name)
     except DamagedShard:
@@ -244,24 +255,26 @@ def whole_identity(store: str, name: str) -> StoreIdentity | None:
 
 
 def identity_of_shard(store: str, name: str) -> StoreIdentity:
-    """The identity that a shard carries in its footer.
+    """Return the identity in the footer of a shard.
 
     Raises:
-        DamagedShard: no readable footer. NewerVersion: a newer version wrote it.
+        DamagedShard: the footer is unreadable.
+        NewerVersion: a newer version wrote the shard.
     """
     where, location = f"{store}/{name}", files.locate(files.join(store, name))
     try:
         with location.fs.open(location.path, "rb") as file:
             return identity_in(where, read_metadata(where, pq.read_schema(file)))
     except UNREADABLE as error:
-        raise DamagedShard(f"{where}: expected a Parquet shard of a store, found: {reason(error)}") from None
+        raise DamagedShard(f"{where} is not a readable shard: {describe_read_error(error)}.") from None
 
 
 def read_metadata(where: str, schema: pa.Schema) -> dict[str, str]:
-    """A shard's own metadata as text.
+    """Return the metadata that ``make_table`` wrote.
 
     Raises:
-        NewerVersion: a newer version wrote it. One of ``UNREADABLE``: it is damaged.
+        NewerVersion: a newer version wrote the shard.
+        One of ``UNREADABLE``: the metadata is damaged.
     """
     pairs = (schema.metadata or {}).items()
     metadata = {key.decode(): value.decode() for key, value in pairs if key != b"ARROW:schema"}
@@ -270,12 +283,12 @@ def read_metadata(where: str, schema: pa.Schema) -> dict[str, str]:
 
 
 def identity_in(where: str, metadata: dict[str, str]) -> StoreIdentity:
-    """The identity in a shard's metadata; raises as ``read_metadata``."""
+    """Return the identity in the metadata of a shard; raises as ``read_metadata``."""
     return parse(where, StoreIdentity, metadata["identity"])
 
 
 def column_array(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as numpy: [rows], or [rows, *sample_shape] for a knot, without a copy where there is one chunk."""
+    """Return a column as an array: [rows], or [rows, *sample_shape] for a knot. One chunk is not copied."""
     chunks = column.chunks or [pa.array([], column.type)]
     array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
     is_tensor = isinstance(array, pa.FixedShapeTensorArray)
@@ -284,13 +297,13 @@ def column_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def name_ids(ids: np.ndarray, most: int = 8) -> str:
-    """A few sample ids for a message, and how many more there are."""
+    """List up to ``most`` sample ids for a message, and the number of others."""
     shown = ", ".join(str(i) for i in ids[:most])
     return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
 
 
-def reason(error: Exception) -> str:
-    """Why a file could not be read, on one line."""
+def describe_read_error(error: Exception) -> str:
+    """Describe on one line, without a final period, why a file could not be read."""
     if isinstance(error, KeyError):
-        return f"no {error} in its footer"
-    return one_line(error, 160)
+        return f"its footer has no {error}"
+    return one_line(error, 160).rstrip(".")

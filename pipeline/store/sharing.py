@@ -1,7 +1,8 @@
-"""Sharing: columns that were loaded once for all processes of a node, which read them in place.
+"""Sharing: columns loaded once per node, which all processes of the node read from shared memory.
 
-Whoever starts the processes lends (``lent_columns``, then for example Ray's object store); each of them borrows while
-it reads. A borrowed batch has the same bits as one of columns that the process has loaded itself.
+The parent loads the columns (``lent_columns``) and puts them into shared memory, for example Ray's object store. Each
+child process reads them inside ``borrowing``. Batches from shared columns are bitwise equal to batches from columns
+that the process loads itself.
 """
 
 import warnings
@@ -14,13 +15,13 @@ import torch
 
 from pipeline.store.columns import Columns, Selection, read_group, to_columns
 from pipeline.store.layout import Shard
-from pipeline.store.order import grouped
+from pipeline.store.order import group_shards
 from pipeline.store.prefetch import GROUP_BYTES
 
 
 @dataclass(frozen=True)
 class Loan:
-    """Loaded columns as arrays by the name of their field in ``Columns``: they may be in shared memory, read-only."""
+    """Loaded columns as arrays, by the names of the fields of ``Columns``. They may be read-only shared memory."""
 
     selection: Selection
     arrays: Mapping[str, Any]
@@ -31,7 +32,7 @@ _borrowed: list[Loan] = []
 
 @contextmanager
 def borrowing(loans: Sequence[Loan]) -> Iterator[None]:
-    """Inside, every reader of this process takes from the loans what they have of its columns."""
+    """Inside the block, every reader of this process uses the loans instead of loading their columns."""
     _borrowed.extend(loans)
     try:
         yield
@@ -40,45 +41,45 @@ def borrowing(loans: Sequence[Loan]) -> Iterator[None]:
 
 
 def find(selection: Selection) -> Columns | None:
-    """The selected columns from a loan; None if none has them."""
+    """Return the selected columns from a loan, or None if no loan contains them."""
     for loan in _borrowed:
-        has, wants = loan.selection, selection
-        if (has.store, has.identity, has.shards) == (wants.store, wants.identity, wants.shards):
-            places = [has.knots.index(name) for name in wants.knots if name in has.knots]
-            if len(places) == len(wants.knots):
-                return _columns(loan.arrays, torch.tensor(places))
+        lent = loan.selection
+        if (lent.store, lent.identity, lent.shards) == (selection.store, selection.identity, selection.shards):
+            indices = [lent.knots.index(name) for name in selection.knots if name in lent.knots]
+            if len(indices) == len(selection.knots):
+                return _to_columns(loan.arrays, torch.tensor(indices))
     return None
 
 
+def _to_columns(arrays: Mapping[str, Any], knots: torch.Tensor) -> Columns:
+    with warnings.catch_warnings():  # about read-only tensors; this project never writes to loaded columns
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Columns(**{"interval": None, **tensors}).select(knots)
+
+
 def load(selection: Selection) -> Columns:
-    """The selected columns, read from the store.
+    """Load the selected columns from the store.
 
     Raises:
-        StoreError: a shard is missing, damaged or of another store; the message names it.
+        StoreError: a shard is missing, damaged or from another store. The message names it.
     """
-    # A few shards at a time: the tables of all of them beside the tensors would double the memory.
-    groups = grouped(selection.shards, GROUP_BYTES // selection.row_bytes)
+    # Read a few shards at a time: holding the tables of all shards beside the tensors would double the memory.
+    groups = group_shards(selection.shards, GROUP_BYTES // selection.row_bytes)
     return to_columns(selection, selection.shards, (read_group(selection, group) for group in groups))
 
 
 def lent_columns(selection: Selection) -> Loan:
-    """Load the selected columns to lend them; raises as ``load``."""
+    """Load the selected columns for sharing; raises as ``load``."""
     columns = load(selection)
     values = {field.name: getattr(columns, field.name) for field in fields(columns)}
     return Loan(selection, {name: value.numpy() for name, value in values.items() if value is not None})
 
 
 def united(selections: Sequence[Selection]) -> list[Selection]:
-    """For each set of shards one selection that has the knots of all selections of these shards."""
+    """Merge selections of the same shards into one that has all their knots."""
     knots: dict[tuple[Shard, ...], set[str]] = {}
     for selection in selections:
         knots.setdefault(selection.shards, set()).update(selection.knots)
     first = {selection.shards: selection for selection in selections}
     return [Selection(one.store, one.identity, shards, tuple(sorted(knots[shards]))) for shards, one in first.items()]
-
-
-def _columns(arrays: Mapping[str, Any], places: torch.Tensor) -> Columns:
-    with warnings.catch_warnings():  # of tensors that must not be written to: nothing here writes to loaded columns
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Columns(**{"interval": None, **tensors}).at(places)

@@ -1,6 +1,7 @@
-"""What other versions of this project wrote: read where that is possible, and otherwise refused for the right reason.
+"""Compatibility with stores that other versions of this project wrote.
 
-Older: a field that it did not have yet is at its neutral value. Newer: nothing is damaged, a newer distillkac reads it.
+A field that an older version did not write has its neutral value. Files of a newer version raise ``NewerVersion``
+instead of being reported as damaged.
 """
 
 import json
@@ -17,29 +18,31 @@ Model = TypeVar("Model", bound=Options)
 
 
 class NewerVersion(StoreError):
-    """A newer version wrote it."""
+    """The file was written by a newer version of this project."""
 
 
 def check_version(where: str, version: Any) -> None:
-    """Refuse what a newer version of this project wrote.
+    """Check that this version can read the file.
 
     Raises:
-        NewerVersion: it did. ValueError: this is no version.
+        NewerVersion: a newer version wrote the file.
+        ValueError: ``version`` is not an integer.
     """
     if not isinstance(version, int):
-        raise ValueError("a schema_version that is not a whole number")
+        raise ValueError("its schema_version is not an integer")
     if version > SCHEMA_VERSION:
         raise NewerVersion(
-            f"{where}: expected store schema version {SCHEMA_VERSION} or older, found {version}: use a newer distillkac"
+            f"{where} has schema version {version}, but this version of distillkac reads only {SCHEMA_VERSION}. "
+            "Install a newer distillkac."
         )
 
 
 def parse(where: str, model: type[Model], text: str | bytes) -> Model:
-    """A model from its JSON, as files hold it.
+    """Parse a model from the JSON in a file.
 
     Raises:
-        NewerVersion: it has fields that this version does not have, or a newer schema_version.
-        ValueError: it is no JSON object, or a field is missing or wrong; the message says what was found.
+        NewerVersion: the JSON has unknown fields or a newer schema_version.
+        ValueError: the text is not a JSON object, or a field is missing or wrong.
     """
     values = _json_object(text)
     if "schema_version" in model.model_fields:
@@ -47,24 +50,23 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     try:
         return model(**with_neutral_values(model, values))
     except ArgumentError as error:
-        found = one_line(error, 160)
-        # A newer version writes all fields of this one too, but for those that are None: where one is missing, its name
-        # was damaged.
-        written = {name for name, field in model.model_fields.items() if field.default is not None}
-        if isinstance(error, UnknownArgument) and written <= values.keys():
+        # A newer version writes all fields of this version that are not None. If one of them is missing, then the
+        # unknown field is a known one with a damaged name.
+        always_written = {name for name, field in model.model_fields.items() if field.default is not None}
+        if isinstance(error, UnknownArgument) and always_written <= values.keys():
             raise NewerVersion(
-                f"{where}: expected fields that this version knows, found {error.name}: a newer version wrote it: "
-                "use a newer distillkac"
+                f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}. "
+                "Install a newer distillkac."
             ) from None
-        raise ValueError(found) from None
+        raise ValueError(one_line(error, 160)) from None
 
 
 def _json_object(text: str | bytes) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError:
-        raise ValueError("no JSON: empty, cut short or damaged text") from None
+        raise ValueError("it is empty, truncated or not JSON") from None
     if not isinstance(values, dict):
-        kinds = {list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-        raise ValueError(f"{kinds.get(type(values), 'a number')} in place of a JSON object")
+        kinds = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+        raise ValueError(f"it holds {kinds.get(type(values), 'a number')} instead of a JSON object")
     return values

@@ -24,7 +24,7 @@ from kac.util import files
 from kac.util.errors import DistillKacError
 from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import actors, rollout
-from pipeline.rollout.shards import Outcome
+from pipeline.rollout.shard_maker import ShardOutcome
 from pipeline.rollout.teacher import RolloutError, Rows
 from pipeline.store.layout import MANIFEST, Shard, StoreIdentity
 from pipeline.store.manifest import list_shards
@@ -104,13 +104,13 @@ class FailingMaker:
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         self.spec = spec
 
-    def make(self, shard: Shard) -> Outcome:
+    def make(self, shard: Shard) -> ShardOutcome:
         """Raises."""
         Path(f"{self.spec.store}.{shard.start}").touch()
         raise RolloutError(f"{shard.name}: fails")
 
 
-class ImpatientLedger(actors.Ledger):
+class ImpatientLedger(actors.AttemptLedger):
     """Gives up sooner, so that a test need not wait for ten restarts."""
 
     def __init__(self, count: int) -> None:
@@ -165,7 +165,7 @@ def lose_node(spec: RolloutSpec) -> None:
         while len(list_shards(spec.store)) < 3:
             time.sleep(0.02)
         everyone = ray._private.state.actors().values()
-        homes = {actor["Address"]["NodeID"] for actor in everyone if actor["ActorClassName"] == "Ledger"}
+        homes = {actor["Address"]["NodeID"] for actor in everyone if actor["ActorClassName"] == "AttemptLedger"}
         # The node that keeps the count of attempts is the worst one to lose.
         victim = next((node for node in nodes if node.node_id in homes), nodes[0])
         cluster.remove_node(victim, allow_graceful=False)
