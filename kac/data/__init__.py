@@ -1,4 +1,4 @@
-"""Datasets: images in [-1, 1] with integer labels, each with a train and a held-out split."""
+"""Datasets: images in [-1, 1] with integer labels, in a training split and a held-out split."""
 
 from kac.data.dataset import DataConfig, begin_decoding, open_dataset
 from kac.data.splits import DataDescription, Dataset, LabelledImages, all_rows

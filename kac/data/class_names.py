@@ -1,41 +1,41 @@
-"""Names of classes: the order of their numbers, what ``labels`` takes, and one line that lists them."""
+"""Names of classes: their order, their labels, and a line that lists them."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError
 
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 LISTED, FIRST, LENGTH = 20, 3, 400
-"""Up to 20 classes are listed in full, of more the first three and the last; in about 400 letters at most."""
+"""Up to 20 classes are listed in full; of more, the first three and the last. A line has about 400 characters."""
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names in the order of their class numbers: numbers by value, other names as people sort them.
+    """Sort class names as people do: numbers by value, and text with numbers in it by the value of these numbers.
 
-    ``["10", "9"]`` is 9, 10 and ``["a10", "a9"]`` is a9, a10. Names without numbers are in the order of their letters.
+    ``["10", "9"]`` becomes 9, 10, and ``["a10", "a9"]`` becomes a9, a10.
     """
     names = sorted(names)
     if all(NUMBER.fullmatch(name) for name in names):
         return sorted(names, key=float)
-    return sorted(names, key=_natural)
+    return sorted(names, key=_natural_key)
 
 
-def _natural(name: str) -> list[tuple[int, int]]:
-    """A key that compares runs of digits by value and everything else letter by letter."""
+def _natural_key(name: str) -> list[tuple[int, int]]:
+    """Return a sort key that compares runs of digits by value, and other characters one by one."""
     parts = re.findall(r"[0-9]+|[^0-9]", name)
     return [(ord("0"), int(part)) if part[0] in "0123456789" else (ord(part), 0) for part in parts]
 
 
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
-    """The number of the class that a word of ``labels`` means: its name, or its number.
+    """Return the label of a class that is given by name or by label.
 
-    Where classes are named by numbers, a number is a name: of the classes 1 .. 12, ``1`` is the class named 1.
+    If classes are named by integers, an integer is a name: of the classes 1 .. 12, ``1`` is the class named 1.
 
     Raises:
-        DistillKacError: there is no such class.
+        ArgumentError: there is no such class.
     """
     if word in names:
         return names.index(word)
@@ -45,15 +45,16 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
             return values[int(word)]
         if not values and 0 <= int(word) < num_classes:
             return int(word)
-    how = "by name, since numbers are names here" if values else "by name or number"
-    known = f" {how} (label=name: {list_classes(names)})" if names else f" 0 .. {num_classes - 1}"
-    raise DistillKacError(f"`labels`: expected classes{known}, found {word!r}")
+    if not names:
+        raise ArgumentError(f"`labels` {word!r} is not a class. Choose from 0 .. {num_classes - 1}.")
+    how = "by name, because the names are numbers" if values else "by name or label"
+    raise ArgumentError(f"`labels` {word!r} is not a class. Choose {how} (label=name: {list_classes(names)}).")
 
 
 def list_classes(names: Sequence[str]) -> str:
-    """The classes by number, on one line: ``0=cat, 1=dog``; the middle of many is left out."""
-    told = [f"{number}={' '.join(name.split())}" for number, name in enumerate(names)]
-    text = ", ".join(told)
-    if len(told) <= LISTED and len(text) <= LENGTH:
+    """List the classes on one line, "0=cat, 1=dog". Of many classes, those in the middle are left out."""
+    entries = [f"{label}={' '.join(name.split())}" for label, name in enumerate(names)]
+    text = ", ".join(entries)
+    if len(entries) <= LISTED and len(text) <= LENGTH:
         return text
-    return ", ".join([*(name[: LENGTH // 4] for name in told[:FIRST]), "...", told[-1][: LENGTH // 4]])
+    return ", ".join([*(entry[: LENGTH // 4] for entry in entries[:FIRST]), "...", entries[-1][: LENGTH // 4]])

@@ -1,7 +1,7 @@
 """Datasets by kind.
 
-A new kind without files is a function that returns a ``Dataset``, and its line in ``BUNDLED``. A new kind of files is a
-``Source``, and its line in ``KINDS``.
+To add a kind without files, write a function that returns a ``Dataset`` and register it in ``BUNDLED``. To add a kind
+of files, write a ``Source`` and register it in ``KINDS``. Both also need an entry in ``DataKind``.
 """
 
 import functools
@@ -28,50 +28,50 @@ DataKind = Literal["digits", "moons", "gaussians", "idx", "cifar10", "folder", "
 
 
 class DataConfig(Kinded):
-    """Which dataset."""
+    """The dataset to use."""
 
     kind: DataKind = Field(
         "digits",
-        description="digits: 8x8 handwritten digits; moons, gaussians: points of the plane, two half circles or eight "
-        "modes; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE "
-        "or ROOT/{train,test}/CLASS/IMAGE; parquet: images in a column, as Hugging Face has them",
+        description="digits: 8x8 handwritten digits; moons, gaussians: points in the plane; idx: the four files of "
+        "MNIST or Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE or "
+        "ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face datasets",
     )
     root: str | None = input_path(
-        None, "where its files are: a path or s3:// URI; digits, moons and gaussians have none", kind="any"
+        None, "path or s3:// URI of the files; not for digits, moons and gaussians, which have no files", kind="any"
     )
     size: PositiveInt | None = Field(
-        None, description="crop images to their middle square and resize it to this side; default: they are of one size"
+        None, description="crop images to their central square and resize it to SIZE pixels; default: keep their size"
     )
     channels: Literal[1, 3] | None = Field(
-        None, description="make every image greyscale (1) or RGB (3); default: as they are, which must be the same"
+        None, description="convert images to greyscale (1) or RGB (3); default: keep their channels"
     )
     image_column: str = Field("image", description="column of encoded images")
-    label_column: str | None = Field("label", description="column of integer classes; None: all are of one class")
-    horizontal_flip: bool = Field(False, description="mirror every other training image of a teacher left to right")
+    label_column: str | None = Field("label", description="column of integer labels; None: one class for all images")
+    horizontal_flip: bool = Field(False, description="mirror training images left to right with probability 1/2")
 
     @model_validator(mode="after")
-    def _takes_what_its_kind_takes(self) -> Self:
+    def _has_only_options_of_its_kind(self) -> Self:
         if self.kind in BUNDLED and self.root is not None:
-            raise ValueError(f"`root`: expected none, since {self.kind} comes without files, found {self.root!r}")
+            raise ValueError(f"`root` is {self.root!r}, but {self.kind} has no files. Remove `root`.")
         if self.kind in KINDS and not self.root:
-            raise ValueError(f"`root`: expected where the files of {self.kind} are, a path or s3:// URI, found none")
-        taken = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
+            raise ValueError(f"`root` is missing. Give the path or s3:// URI of the {self.kind} files.")
+        known = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if name not in taken and value != field.default:
-                raise ValueError(f"`{name}`: expected none, since it means nothing for {self.kind}, found {value!r}")
+            if name not in known and value != field.default:
+                raise ValueError(f"`{name}` is {value!r}, but has no effect on {self.kind}. Remove it.")
         return self
 
 
 class FileKind(NamedTuple):
     """A kind of dataset that is read from files."""
 
-    source: Callable[[DataConfig, str], Source]  # of the config and its root, which is absolute
-    options: tuple[str, ...]  # those that mean something for it, beside kind and root
+    source: Callable[[DataConfig, str], Source]  # makes the source from the config and its absolute root
+    options: tuple[str, ...]  # options that the kind uses, beside kind and root
 
 
 BUNDLED: dict[DataKind, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
-"""Kinds without files, and what makes each."""
+"""Kinds without files, and the functions that make them."""
 
 KINDS: dict[DataKind, FileKind] = {
     "idx": FileKind(lambda _, root: IdxSource(root), ("horizontal_flip",)),
@@ -87,43 +87,41 @@ KINDS: dict[DataKind, FileKind] = {
         ("size", "channels", "image_column", "label_column", "horizontal_flip"),
     ),
 }
-"""Kinds that are read from files; their images are decoded once, into the cache."""
+"""Kinds that are read from files. Their images are decoded once, into the cache."""
 
 TRAINING_ONLY = ("horizontal_flip",)
-"""Options that decide nothing of what is decoded."""
+"""Options that do not change the decoded images."""
 
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(config: DataConfig) -> Dataset:
-    """The dataset; opened once per process. What is not in the cache is decoded first, in this process.
+    """Return the dataset, opened once per process. If it is not in the cache, it is decoded in this process first.
 
     Raises:
-        DistillKacError: files are missing or damaged, or do not fit together.
+        DistillKacError: files are missing, damaged or inconsistent.
     """
     if config.kind in BUNDLED:
         return BUNDLED[config.kind]()
-    source, root, place = _found(config)
-    return decoded.find(place) or decoded.decode_here(source, root, place)
+    source, root, paths = _locate(config)
+    return decoded.find(paths) or decoded.decode_here(source, root, paths)
 
 
 def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decoding] | None:
-    """For who decodes by many processes: the work that is to be done before ``open_dataset`` finds all in the cache.
+    """Return the decoding to do before ``open_dataset``, for callers that decode in many processes.
 
-    Returns None where there is nothing to do.
+    Returns None if the dataset has no files or is in the cache.
     """
     if config.kind in BUNDLED:
         return None
-    source, root, place = _found(config)
-    return None if decoded.find(place) else decoded.decoding(source, root, place)
+    source, root, paths = _locate(config)
+    return None if decoded.find(paths) else decoded.decoding(source, root, paths)
 
 
-def _found(config: DataConfig) -> tuple[Source, str, decoded.Place]:
-    root = _absolute(config.root or "")
+def _locate(config: DataConfig) -> tuple[Source, str, decoded.CachePaths]:
+    """Return the source of a config, its absolute root, and where the cache stores its images."""
+    root = config.root or ""
+    root = files.normal(root) if files.is_uri(root) else files.locate(root).path
     kind = KINDS[config.kind]
     options: dict[str, Any] = {name: getattr(config, name) for name in kind.options if name not in TRAINING_ONLY}
     source = kind.source(config, root)
-    return source, root, decoded.place_of(source, {"kind": config.kind, "root": root, **options})
-
-
-def _absolute(root: str) -> str:
-    return files.normal(root) if files.is_uri(root) else files.locate(root).path
+    return source, root, decoded.cache_paths(source, {"kind": config.kind, "root": root, **options})

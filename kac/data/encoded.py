@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG, WebP, ...) as arrays of one shape."""
+"""Decode image files (PNG, JPEG, WebP, ...) to arrays of one shape."""
 
 import contextlib
 import io
@@ -13,65 +13,65 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's names of the channels."""
+"""Pillow's modes, by the number of channels."""
 
-WORDS = {1: "greyscale", 3: "RGB"}
+CHANNEL_NAMES = {1: "greyscale", 3: "RGB"}
 
 MOST_PIXELS = 178_956_970
-"""Pillow refuses larger images by their headers, before it allocates memory for them."""
+"""Pillow refuses larger images by their header, before it allocates memory."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how the camera was held."""
+"""The EXIF tag for the orientation of the camera."""
 
 HALVING = 2
-"""Larger images are halved while they are at least so many times too large."""
+"""Images are halved while they are at least this many times too large."""
 
 
 class Decoder(NamedTuple):
-    """How images become alike.
+    """Decodes images, and converts them to one size and one number of channels.
 
     Attributes:
-        size: side of the square that the middle of each is brought to; None: they are taken as they are.
-        channels: 1 or 3, to which each is converted; None: they are taken as they are.
+        size: side of the central square that each image is cropped and resized to; None: keep the size.
+        channels: 1 or 3, to convert each image to; None: keep the channels.
     """
 
     size: int | None = None
     channels: int | None = None
 
     def shape_of(self, data: bytes, name: str) -> tuple[int, ...]:
-        """The shape [channels, height, width] that this image has, and all that go with it must have."""
+        """Return the shape [channels, height, width] of the decoded image."""
         return self._array(data, name).shape
 
     def decode(self, data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """An image as uint8 [channels, height, width] of this ``shape``.
+        """Return the image as uint8 [channels, height, width], which must be ``shape``.
 
         Raises:
-            DistillKacError: it is damaged or of another shape; the message begins with ``name``.
+            DistillKacError: the image is damaged or has another shape; the message begins with ``name``.
         """
         image = self._array(data, name)
         if image.shape[0] != shape[0]:
             raise DistillKacError(
-                f"{name}: expected {WORDS[shape[0]]} as in the first image, found {WORDS[image.shape[0]]}: "
-                "`data.channels` 3 makes every image RGB, `data.channels` 1 greyscale"
+                f"{name} is {CHANNEL_NAMES[image.shape[0]]}, but the first image is {CHANNEL_NAMES[shape[0]]}. Set "
+                "`data.channels` to 3 to convert all images to RGB, or to 1 for greyscale."
             )
         if image.shape != shape:
             raise DistillKacError(
-                f"{name}: expected {shape[2]}x{shape[1]} as in the first image, found {image.shape[2]}x"
-                f"{image.shape[1]}: `data.size` {min(shape[1:])} crops and resizes every image"
+                f"{name} has {image.shape[2]}x{image.shape[1]} pixels, but the first image has {shape[2]}x{shape[1]}. "
+                f"Set `data.size`, for example to {min(shape[1:])}, to crop and resize all images."
             )
         return image
 
     def _array(self, data: bytes, name: str) -> np.ndarray:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images and of damaged metadata
+            warnings.simplefilter("ignore")  # Pillow warns about large images and damaged metadata
             image = _upright(_open(data, name))
-        image = _in_channels(image, name, self.channels)
+        image = _convert(image, name, self.channels)
         if self.size is not None:
             long, short = max(image.size), min(image.size)
             if self.size * self.size * long > MOST_PIXELS * short:
                 raise DistillKacError(
-                    f"{name}: found an image of {image.width}x{image.height}, too long to bring its short side to "
-                    f"`data.size` {self.size}. Crop or remove it"
+                    f"{name} has {image.width}x{image.height} pixels, which is too long to resize its short side to "
+                    f"`data.size` {self.size}. Crop or remove it."
                 )
             image = square(image, self.size)
         pixels = np.asarray(image)
@@ -79,10 +79,10 @@ class Decoder(NamedTuple):
 
 
 def square(image: "Image", size: int) -> "Image":
-    """The middle of an image, ``size`` x ``size``, as the field makes it (openai/guided-diffusion, image_datasets.py).
+    """Return the central square of an image, resized to ``size``, as openai/guided-diffusion does (image_datasets.py).
 
-    It is halved by averages of 2x2 while that leaves the short side at least ``size``; then its short side is brought
-    to ``size`` by a bicubic filter, and what is beyond the middle square is cut off.
+    While the short side is at least twice ``size``, a 2x2 box filter halves the image. A bicubic filter then resizes
+    the short side to ``size``, and the ends of the long side are cropped.
     """
     from PIL.Image import Resampling
 
@@ -101,26 +101,27 @@ def _open(data: bytes, name: str) -> "Image":
         image = Image.open(io.BytesIO(data))
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         if image.format == "PNG":
-            image.verify()  # the checksums of all its chunks; then it must be opened again
+            image.verify()  # verifies the checksums of all chunks; the image must be opened again after it
             image = Image.open(io.BytesIO(data))
         image.load()
     except Image.DecompressionBombError:
         raise DistillKacError(
-            f"{name}: found an image of more than {MOST_PIXELS // 10**6} million pixels. Make it smaller, or remove it"
+            f"{name} has more than {MOST_PIXELS // 10**6} million pixels. Make it smaller, or remove it."
         ) from None
-    except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the file is at fault
-        found = f"{len(data)} bytes that are none" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise DistillKacError(f"{name}: expected an image, found {found}: replace or remove it") from None
+    except UnidentifiedImageError:
+        raise DistillKacError(f"{name} is not an image ({len(data):,} bytes). Replace or remove it.") from None
+    except Exception as error:  # noqa: BLE001 - a decoder may raise anything on a damaged file
+        raise DistillKacError(f"{name} is a damaged image ({one_line(error)}). Replace or remove it.") from None
     if frames > 1:
         raise DistillKacError(
-            f"{name}: found {frames} pictures in one {image.format} file, an animation or several pages. Save each "
-            "picture that you want as a file of its own, and remove this one"
+            f"{name} contains {frames} images, an animation or several pages in one {image.format} file. Save each "
+            "image that you want as its own file, and remove this one."
         )
     return image
 
 
 def _upright(image: "Image") -> "Image":
-    """The image as its EXIF orientation says; as it is without a tag, or with one that cannot be read."""
+    """Return the image turned by its EXIF orientation, or unchanged if it has no readable orientation."""
     from PIL.Image import Transpose
 
     turns = {
@@ -133,23 +134,26 @@ def _upright(image: "Image") -> "Image":
         8: Transpose.ROTATE_90,
     }
     orientation = None
-    with contextlib.suppress(Exception):  # whatever the parser raises of damaged metadata: the pixels are whole
+    with contextlib.suppress(Exception):  # the parser may raise anything on damaged metadata; the pixels are intact
         orientation = image.getexif().get(ORIENTATION)
     turn = turns.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
 
 
-def _in_channels(image: "Image", name: str, channels: int | None) -> "Image":
+def _convert(image: "Image", name: str, channels: int | None) -> "Image":
+    """Return the image with 1 or 3 channels."""
     if image.mode in {"1", "L"}:
         own = 1
     elif image.mode == "RGB" or (image.mode == "P" and "transparency" not in image.info):
         own = 3
     elif image.mode == "F" or image.mode.startswith("I"):
-        raise DistillKacError(f"{name}: expected 8 bits a channel, found Pillow's mode {image.mode}: convert it")
+        raise DistillKacError(
+            f"{name} does not have 8 bits per channel (its mode in Pillow is {image.mode}). Convert it to 8 bits."
+        )
     elif channels is None:
         raise DistillKacError(
-            f"{name}: expected greyscale or RGB, found Pillow's mode {image.mode}: `data.channels` 3 or 1 converts it, "
-            "without its transparency"
+            f"{name} is neither greyscale nor RGB (its mode in Pillow is {image.mode}). Set `data.channels` to 3 or 1 "
+            "to convert all images, which drops transparency."
         )
     else:
         own = channels

@@ -1,7 +1,7 @@
-"""Image folders: ``ROOT/CLASS/IMAGE`` or ``ROOT/SPLIT/CLASS/IMAGE``; ``kac/data/layout.py`` says which are splits.
+"""Image folders, ``ROOT/CLASS/IMAGE`` or ``ROOT/SPLIT/CLASS/IMAGE``. ``kac/data/layout.py`` finds the splits.
 
-Classes are numbered by the names of their folders, in the order that people expect of numbers. Hidden files and those
-that operating systems leave behind are left out; any other file that is no image is refused.
+Classes are numbered in the natural order of their folder names. Hidden files and the files that operating systems add
+are ignored; any other file that is not an image is an error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,27 +14,27 @@ import numpy as np
 from kac.data import layout
 from kac.data.class_names import in_order
 from kac.data.encoded import Decoder
-from kac.data.source import Contents, Unit, images_a_block
+from kac.data.source import Contents, Unit, images_per_block
 from kac.util import files
 from kac.util.errors import DistillKacError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
-"""Files and folders of Windows and macOS."""
+IGNORED = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+"""Files and folders that Windows and macOS add."""
 
-IMAGES_A_UNIT = 1000
+IMAGES_PER_UNIT = 1000
 REMOTE_READS = 16
-"""How many images of a prefix on S3 are read at once."""
+"""The number of images that are read from S3 in parallel."""
 
 
-class Images(NamedTuple):
-    """The images that are used, in the order of their paths."""
+class FolderImages(NamedTuple):
+    """The images to use, in the order of their paths."""
 
     paths: list[str]  # below the root
     classes: list[str]
     is_held_out: list[bool]
-    split: layout.Split
+    division: layout.Division
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,40 @@ class FolderSource:
     decoder: Decoder
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Every file below the root."""
-        return (stamp for stamp in files.walk(self.root) if LEFT_BEHIND.isdisjoint(stamp.path.split("/")))
+        """Yield every file below the root."""
+        return (stamp for stamp in files.walk(self.root) if IGNORED.isdisjoint(stamp.path.split("/")))
 
     def contents(self) -> Contents:
-        """Raises ``DistillKacError``: an empty folder, files that are no images, or a layout that is not understood."""
-        paths, classes, is_held_out, split = self._images()
+        """Find the images and their classes.
+
+        Raises:
+            DistillKacError: the folder is empty, contains other files, or has an unknown layout.
+        """
+        paths, classes, is_held_out, division = self._find_images()
         names = in_order({name for name, held_out in zip(classes, is_held_out, strict=True) if not held_out})
-        numbers = {name: number for number, name in enumerate(names)}
-        strange = next((i for i, name in enumerate(classes) if name not in numbers), None)
-        if strange is not None:
+        label_of = {name: label for label, name in enumerate(names)}
+        unknown = next((i for i, name in enumerate(classes) if name not in label_of), None)
+        if unknown is not None:
             raise DistillKacError(
-                f"{self.root}: found held-out images of the class {classes[strange]!r} ({paths[strange]}), of which "
-                f"there are no training images. Remove them, or add training images of this class"
+                f"{self.root}: the class {classes[unknown]!r} has held-out images ({paths[unknown]}), but no training "
+                "images. Remove them, or add training images of this class."
             )
         return Contents(
             shape=self.decoder.shape_of(self._read(paths[0]), self._name(paths[0])),
             num_classes=len(names),
-            labels=np.fromiter((numbers[name] for name in classes), np.int64, len(classes)),
-            held_out=np.array(is_held_out) if split.held_out else None,
+            labels=np.fromiter((label_of[name] for name in classes), np.int64, len(classes)),
+            held_out=np.array(is_held_out) if division.held_out else None,
             units=[
                 Unit(len(unit), unit)
-                for unit in (paths[i : i + IMAGES_A_UNIT] for i in range(0, len(paths), IMAGES_A_UNIT))
+                for unit in (paths[i : i + IMAGES_PER_UNIT] for i in range(0, len(paths), IMAGES_PER_UNIT))
             ],
             class_names=tuple(names),
-            split=split.description,
+            split=division.description,
         )
 
     def decode(self, content: Sequence[str], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """The images at the paths ``content``."""
-        rows = images_a_block(shape)
+        """Yield the images at the paths ``content``, in blocks."""
+        rows = images_per_block(shape)
         for start in range(0, len(content), rows):
             paths = content[start : start + rows]
             block = np.empty((len(paths), *shape), np.uint8)
@@ -82,45 +86,41 @@ class FolderSource:
                 image[:] = self.decoder.decode(data, self._name(path), shape)
             yield block
 
-    def _images(self) -> Images:
-        paths = [self._checked(stamp.path) for stamp in self.stamps()]
+    def _find_images(self) -> FolderImages:
+        paths = [self._check_image(stamp.path) for stamp in self.stamps()]
         if not paths:
-            raise DistillKacError(
-                f"{self.root}: expected images in folders named by their class, found an empty folder"
-            )
-        kept: dict[str, str] = {}  # the name of a folder once, not once per image
-        folders = [kept.setdefault(folder, folder) for folder in (path.rpartition("/")[0] for path in paths)]
-        places = layout.split_folders(self.root, kept)
-        named = [places[folder].named for folder in folders]
-        if not any(named):
-            named = layout.split_images(paths) or named
-        split = layout.choose(self.root, named, folders, "images")
-        used = [i for i, name in enumerate(named) if (name and name.part) in split.used]
-        return Images(
+            raise DistillKacError(f"{self.root} is empty. Add images in folders named after their class.")
+        unique: dict[str, str] = {}  # keeps one copy of each folder's name, not one per image
+        folders = [unique.setdefault(folder, folder) for folder in (path.rpartition("/")[0] for path in paths)]
+        roles = layout.split_folders(self.root, unique)
+        splits = [roles[folder].split for folder in folders]
+        if not any(splits):
+            splits = layout.split_images(paths) or splits
+        division = layout.choose(self.root, splits, folders, "images")
+        used = [i for i, split in enumerate(splits) if (split and split.part) in division.used]
+        return FolderImages(
             [paths[i] for i in used],
-            [places[folders[i]].class_name for i in used],
-            [(name := named[i]) is not None and name.part == split.held_out for i in used],
-            split,
+            [roles[folders[i]].class_name for i in used],
+            [(split := splits[i]) is not None and split.part == division.held_out for i in used],
+            division,
         )
 
-    def _checked(self, path: str) -> str:
-        """The path of an image below the root."""
+    def _check_image(self, path: str) -> str:
+        """Return ``path``; raise ``DistillKacError`` unless it is an image in a class folder."""
         name = self._name(path) if path else self.root
         folder, _, base = path.rpartition("/")
         if path and not base:
-            raise DistillKacError(f"{name}: expected images in this folder, found none: remove it or fill it")
+            raise DistillKacError(f"{name} has no images. Remove this folder or add images.")
         if not path or base.lower().endswith(ARCHIVES):
-            where = "images in class folders" if path else "a folder of images"
-            raise DistillKacError(f"{name}: expected {where}, found this file. Unpack archives first")
+            wanted = "images in class folders" if path else "a folder of images"
+            raise DistillKacError(f"{name} is a file. Give {wanted}; unpack archives first.")
         if not base.lower().endswith(ENDINGS):
-            raise DistillKacError(
-                f"{name}: expected images alone ({', '.join(ENDINGS)}), found this file: move it away"
-            )
+            raise DistillKacError(f"{name} is not an image ({', '.join(ENDINGS)}). Move it away.")
         if not folder:
             raise DistillKacError(
-                f"{name}: found an image that is in no class folder. Put the images of each class into a folder below "
-                f"{self.root} that is named by the class; images without classes into one folder, such as "
-                f"{files.join(self.root, 'all')}"
+                f"{name} is not in a class folder. Move the images of each class to a folder in {self.root} that is "
+                "named after the class. Images without classes need one folder, such as "
+                f"{files.join(self.root, 'all')}."
             )
         return path
 

@@ -1,7 +1,7 @@
-"""IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist): one header, then bytes.
+"""IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist): a header, then bytes.
 
-``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each packed by gzip (``.gz``) or not; the second part is held
-out. Some copies have a dot before ``idx``.
+The files are ``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each with or without gzip (``.gz``). The t10k part
+is held out. Some copies have a dot before ``idx``.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kac.data.source import Contents, Unit, count_classes, images_a_block
+from kac.data.source import Contents, Unit, count_classes, images_per_block, shorten
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip
 
 UBYTE = 0x08
-"""The code of the only type of values that images and labels are published in."""
+"""The code of unsigned bytes, the only type in which images and labels are published."""
 
 PARTS = ("train", "t10k")
 NAMES = {
@@ -26,10 +26,10 @@ NAMES = {
     for part in PARTS
     for kind, marks in (("images", ("-idx3", ".idx3")), ("labels", ("-idx1", ".idx1")))
 }
-"""What each of the four files may be called. The first that is there is read."""
+"""The possible names of each of the four files. The first that exists is read."""
 
-SHOWN = 8
-"""How many files a message lists."""
+MOST_SHOWN = 8
+"""The most files in a message."""
 
 SHA256 = {
     "MNIST": {
@@ -45,116 +45,124 @@ SHA256 = {
         "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
 }
-"""Of the published files, unpacked."""
+"""Checksums of the published files, uncompressed."""
 
 
 class IdxFile(NamedTuple):
-    """What is in a file."""
+    """The content of a file."""
 
     path: str
     values: np.ndarray  # uint8
-    sha256: str  # of the file, unpacked
+    sha256: str  # of the uncompressed file
 
 
 @dataclass(frozen=True)
 class IdxSource:
-    """The four files below ``root``."""
+    """The four files in the folder ``root``."""
 
     root: str
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Those of the four files that are there, packed or not."""
+        """Yield the files that exist."""
         names = {name for variants in NAMES.values() for name in variants}
         return (stamp for stamp in files.walk(self.root) if stamp.path in names)
 
     def contents(self) -> Contents:
-        """Raises ``DistillKacError``: a file is missing, damaged or not IDX, or counts differ."""
+        """Read the labels and the shape of the images.
+
+        Raises:
+            DistillKacError: a file is missing, damaged or not IDX, or the files do not match.
+        """
         labels = [read_idx(self.root, f"{part}-labels", 1) for part in PARTS]
         images = [read_idx(self.root, f"{part}-images", 3) for part in PARTS]
-        for part, ours, theirs in zip(PARTS, images, labels, strict=True):
-            if len(ours.values) != len(theirs.values) or not ours.values.size:
-                found = f"{len(ours.values)} images and {len(theirs.values)} labels"
-                raise DistillKacError(f"{self.root}: expected a label for each {part} image, found {found}")
+        for part, part_images, part_labels in zip(PARTS, images, labels, strict=True):
+            if len(part_images.values) != len(part_labels.values) or not part_images.values.size:
+                counts = f"{len(part_images.values)} images and {len(part_labels.values)} labels"
+                raise DistillKacError(
+                    f"{self.root}: the {part} files have {counts}. Give files with a label for each image."
+                )
         shapes = [file.values.shape[1:] for file in images]
         if shapes[0] != shapes[1]:
-            raise DistillKacError(f"{self.root}: expected images of one size, found {shapes}")
-        together = np.concatenate([file.values for file in labels]).astype(np.int64)
-        named = [file.path.rpartition("/")[2] for file in images]
+            sizes = " and ".join(f"{width}x{height}" for height, width in shapes)
+            raise DistillKacError(f"{self.root}: the train and t10k images have different sizes, {sizes}.")
+        all_labels = np.concatenate([file.values for file in labels]).astype(np.int64)
+        names = [file.path.rpartition("/")[2] for file in images]
         return Contents(
             shape=(1, *shapes[0]),
             num_classes=count_classes({file.path: file.values for file in labels}),
-            labels=together,
-            held_out=np.arange(len(together)) >= len(labels[0].values),
+            labels=all_labels,
+            held_out=np.arange(len(all_labels)) >= len(labels[0].values),
             units=[Unit(len(file.values), part) for file, part in zip(images, PARTS, strict=True)],
-            split=f"training images from {named[0]}, held-out images from {named[1]}",
+            split=f"training images from {names[0]}, held-out images from {names[1]}",
             warnings=_unlike_published(dict(zip(NAMES, (images[0], labels[0], images[1], labels[1]), strict=True))),
         )
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """The images of the part ``content``."""
+        """Yield the images of the part ``content``, in blocks."""
         images = read_idx(self.root, f"{content}-images", 3).values.reshape(-1, *shape)
-        rows = images_a_block(shape)
+        rows = images_per_block(shape)
         return (images[start : start + rows] for start in range(0, len(images), rows))
 
 
 def read_idx(root: str, file: str, dimensions: int) -> IdxFile:
-    """The uint8 values of one of the four files in ``root``, an array of so many ``dimensions``.
+    """Read one of the four files in ``root``: an array of uint8 with ``dimensions`` dimensions.
 
     Args:
-        file: ``train-images`` or another key of ``NAMES``.
+        file: a key of ``NAMES``, such as ``train-images``.
 
     Raises:
-        DistillKacError: there is none, or it is damaged, cut short or not IDX.
+        DistillKacError: the file is missing, damaged or not IDX.
     """
-    there = [stamp.path for stamp in files.walk(root)]
-    name = next((name for name in NAMES[file] if name in there), None)
+    found = [stamp.path for stamp in files.walk(root)]
+    name = next((name for name in NAMES[file] if name in found), None)
     if name is None:
-        found = ", ".join(there[:SHOWN]) + (f" and {len(there) - SHOWN:,} more" if len(there) > SHOWN else "")
+        others = f"only {shorten(found, MOST_SHOWN)}" if found else "no files"
         raise DistillKacError(
-            f"{root}: expected a folder with {NAMES[file][0]} or {NAMES[file][1]}, found {found or 'no files in it'}. "
-            "Rename the file, or give the folder that it is in"
+            f"{root} has no {NAMES[file][0]} or {NAMES[file][1]}, {others}. Rename the file, or give the folder that "
+            "contains it."
         )
     path = files.join(root, name)
     data = files.read_bytes(path)
     if name.endswith(".gz"):
-        data = gunzip(path, data, lambda head: _size(path, head, dimensions))
-    expected = _size(path, data, dimensions)
-    shape, start = _header(path, data, dimensions)
+        data = gunzip(path, data, lambda head: _file_size(path, head, dimensions))
+    expected = _file_size(path, data, dimensions)
+    shape, start = _read_header(path, data, dimensions)
     if len(data) != expected:
         sides = " x ".join(f"{side:,}" for side in shape)
         raise DistillKacError(
-            f"{path}: the header names {sides} values, {expected:,} bytes with it, and the file has {len(data):,}: "
-            "fetch it again"
+            f"{path} has {len(data):,} bytes, but its header announces {sides} values, {expected:,} bytes in all. "
+            "Download it again."
         )
     values = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
     return IdxFile(path, values, hashlib.sha256(data).hexdigest())
 
 
-def _size(path: str, data: bytes, dimensions: int) -> int:
-    """The size that a file should have by its header."""
-    shape, start = _header(path, data, dimensions)
+def _file_size(path: str, data: bytes, dimensions: int) -> int:
+    """Return the size of the file according to its header."""
+    shape, start = _read_header(path, data, dimensions)
     return start + math.prod(shape)
 
 
-def _header(path: str, data: bytes, dimensions: int) -> tuple[tuple[int, ...], int]:
-    """The shape that the first bytes of a file say, and where the values begin."""
+def _read_header(path: str, data: bytes, dimensions: int) -> tuple[tuple[int, ...], int]:
+    """Return the shape in the header, and the offset of the values."""
     magic, start = bytes((0, 0, UBYTE, dimensions)), 4 + 4 * dimensions
     if data[:4] != magic or len(data) < start:
+        begin = f"begins with {data[:4].hex()}" if data else "is empty"
         raise DistillKacError(
-            f"{path}: expected IDX bytes of {dimensions} dimensions, which begin with {magic.hex()}, found "
-            f"{data[:4].hex() or 'an empty file'}"
+            f"{path} {begin}, but an IDX file of bytes with {dimensions} dimensions begins with {magic.hex()}. "
+            "Download it again."
         )
     return tuple(np.frombuffer(data[4:start], ">u4").tolist()), start
 
 
 def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
-    """A line for each file that differs from a published set to which others of the four belong."""
+    """Return a warning per file that differs from a published set, if the set includes others of the four files."""
     for name, published in SHA256.items():
         others = [file for file in published if found[file].sha256 != published[file]]
         if len(others) < len(published):
             return tuple(
-                f"{found[file].path}: the file is not that of {name}, to which others of the four belong: its sha256 "
-                f"is {found[file].sha256}, and that of the published file is {published[file]} (both unpacked)"
+                f"{found[file].path} is not the published file of {name}, but others of the four are. Its sha256 is "
+                f"{found[file].sha256}, and that of the published file is {published[file]} (both uncompressed)."
                 for file in others
             )
     return ()

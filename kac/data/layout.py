@@ -1,8 +1,8 @@
-"""Which files are for training and which are held out: the one rule for image folders and Parquet files.
+"""Decide which files are for training and which are held out, for image folders and Parquet files.
 
-A name belongs to a split if one of its words is a split's: ``train2017``, ``my-test-set``, ``trainA``. The words are
-those of Hugging Face. The held-out images are the test split, or the validation split if there is no test split. Names
-that leave a doubt are an error: nothing is trained on because its name was not understood.
+A name belongs to a split if it contains a word of the split: ``train2017``, ``my-test-set``, ``trainA``. The words are
+those of Hugging Face. The held-out images are the test split, or the validation split if there is no test split.
+Ambiguous names raise an error, so that nothing is trained on because of a name that was misunderstood.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from kac.data.source import shorten
 from kac.data.splits import EVERY_FIFTH
 from kac.util import files
 from kac.util.errors import DistillKacError
@@ -31,64 +32,64 @@ WORDS: dict[str, Part] = {
 """The words that name a split."""
 
 NOUN = re.compile("(set|split|data|images|imgs)$")
-"""What may follow such a word without a space: ``trainset``."""
+"""Nouns that may follow such a word without a space: ``trainset``."""
 
-SHOWN = 3
-"""How many names a message lists."""
+MOST_SHOWN = 3
+"""The most names in a message."""
 
 
-class Named(NamedTuple):
-    """The split that a name belongs to."""
+class SplitName(NamedTuple):
+    """A split, and the name that says so."""
 
     part: Part
-    name: str  # the file or folder that says so, a folder with a slash at its end
+    name: str  # of a file or folder; a folder ends in a slash
 
 
-class Placed(NamedTuple):
-    """What the folder of an image says."""
+class FolderRole(NamedTuple):
+    """The split and the class of the images in a folder."""
 
-    named: Named | None
+    split: SplitName | None
     class_name: str
 
 
-class Split(NamedTuple):
+class Division(NamedTuple):
     """How a dataset is divided."""
 
     held_out: Part | None  # None: every fifth image of each class
-    description: str  # how that was decided
+    description: str  # how it is divided, and why
 
     @property
     def used(self) -> set[Part | None]:
-        """The parts that are read; None: files without a split."""
+        """The parts to read. None stands for files without a split."""
         return {"train", self.held_out} if self.held_out else {"train", None}
 
 
-def split_file(root: str, path: str) -> Named | None:
-    """The split of a data file, by its name or those of its folders below ``root``; None if no name says.
+def split_file(root: str, path: str) -> SplitName | None:
+    """Return the split of a data file, from its name or its folders below ``root``; None if no name contains a split.
 
     Raises:
-        DistillKacError: the names say several.
+        DistillKacError: the names contain several splits.
     """
     *folders, base = path.split("/")
     stem = base.rpartition(".")[0]
     words = _words(stem)
     first = _part_of(words[0]) if words else None
-    named = [Named(first, base)] if first else _named(base, stem)
-    return _only(root, path, [*_named_folders(folders), *named])
+    named = [SplitName(first, base)] if first else _find_splits(base, stem)
+    return _only_split(root, path, [*_splits_of_folders(folders), *named])
 
 
-def split_folders(root: str, folders: Iterable[str]) -> dict[str, Placed]:
-    """Split and class of the images in each of ``folders``, paths below ``root``.
+def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
+    """Return the role of each of ``folders``, which are paths below ``root``.
 
-    Understood are ``CLASS``, ``SPLIT/CLASS``, which may be inside other folders that all images share, and
-    ``CLASS/SPLIT``. The name of a class may contain a split's word, but may not consist of it.
+    The layouts are ``CLASS``, ``SPLIT/CLASS`` and ``CLASS/SPLIT``. ``SPLIT/CLASS`` may be inside folders that all
+    images share. The name of a class may contain the word of a split, but must contain another word too.
 
     Raises:
-        DistillKacError: splits without classes, nested classes, or names that leave a doubt.
+        DistillKacError: splits without classes, nested classes, or ambiguous names.
     """
     parts = {folder: folder.split("/") for folder in folders}
-    above = {path: _only(root, path, _named_folders(names[:-1])) for path, names in parts.items()}
-    bare = {path: part for path, names in parts.items() if (part := _only_word(names[-1]))}
+    above = {path: _only_split(root, path, _splits_of_folders(names[:-1])) for path, names in parts.items()}
+    bare = {path: part for path, names in parts.items() if (part := _whole_name_part(names[-1]))}
     if any(above.values()):
         return _splits_of_classes(root, parts, above, bare)
     if bare:
@@ -96,156 +97,162 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, Placed]:
     deep = next((path for path, names in parts.items() if len(names) > 1), None)
     if deep is not None:
         raise DistillKacError(
-            f"{root}: found images in {deep}, which is too deep for a class folder and names no split. Use ROOT/CLASS/"
-            "IMAGE or ROOT/{train,test}/CLASS/IMAGE"
+            f"{root}: images in {deep} are too deep for a class folder, and no folder on the way names a split. Use "
+            "ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE."
         )
-    found = {path: {word.part for word in _named(path, path)} for path in parts}
-    if all(found.values()) and len(set.union(*found.values())) > 1:
+    named = {path: {split.part for split in _find_splits(path, path)} for path in parts}
+    if all(named.values()) and len(set.union(*named.values())) > 1:
         raise DistillKacError(
-            f"{root}: the names of all folders are those of splits, {_listed(list(parts))}, but there are no class "
+            f"{root}: all folders are named like splits ({shorten(list(parts), MOST_SHOWN)}), but there are no class "
             f"folders in them. {_ADVICE}"
         )
-    return {path: Placed(None, path) for path in parts}
+    return {path: FolderRole(None, path) for path in parts}
 
 
 _ADVICE = (
-    "Use ROOT/{train,test}/CLASS/IMAGE, with one class folder for images without classes, such as ROOT/train/all; "
-    "rename a class whose name says a split"
+    "Use ROOT/{train,test}/CLASS/IMAGE; images without classes need one class folder, such as ROOT/train/all. Rename a "
+    "class that is named like a split."
 )
 
 
 def _splits_of_classes(
-    root: str, parts: Mapping[str, Sequence[str]], above: Mapping[str, Named | None], bare: Mapping[str, Part]
-) -> dict[str, Placed]:
-    """``SPLIT/CLASS``."""
-    for path, named in above.items():
-        if named is None:
-            other = next(place.name for place in above.values() if place)
-            found = f"images directly in {path}/" if path in bare else f"{path}/, which names no split"
+    root: str, parts: Mapping[str, Sequence[str]], above: Mapping[str, SplitName | None], bare: Mapping[str, Part]
+) -> dict[str, FolderRole]:
+    """Return the roles for the layout ``SPLIT/CLASS``."""
+    for path, split in above.items():
+        if split is None:
+            other = next(named.name for named in above.values() if named)
+            problem = f"there are images directly in {path}/" if path in bare else f"{path}/ names no split"
             raise DistillKacError(
-                f"{root}: expected every image in a class folder of a split, as in {other}, found {found}. Move it "
-                "away, or use ROOT/{train,test}/CLASS/IMAGE for all images"
+                f"{root}: {problem}, but other images are in class folders of a split, such as {other}. Move it away, "
+                "or use ROOT/{train,test}/CLASS/IMAGE for all images."
             )
     if len(bare) == len(parts):
         raise DistillKacError(
-            f"{root}: found folders of splits in folders of splits, {_listed(list(parts))}, and no class folders. "
+            f"{root}: there are splits inside splits ({shorten(list(parts), MOST_SHOWN)}), and no class folders. "
             f"{_ADVICE}"
         )
-    around = {path: tuple(name for name in names[:-1] if not _named(name, name)) for path, names in parts.items()}
+    around = {path: tuple(name for name in names[:-1] if not _find_splits(name, name)) for path, names in parts.items()}
     first, *others = parts
     unlike = next((path for path in others if around[path] != around[first]), None)
     if unlike is not None:
         raise DistillKacError(
-            f"{root}: found {first}/ and {unlike}/, so it is not clear which folders are the classes. Use ROOT/"
-            "{train,test}/CLASS/IMAGE"
+            f"{root}: {first}/ and {unlike}/ are nested differently, so it is unclear which folders are the classes. "
+            "Use ROOT/{train,test}/CLASS/IMAGE."
         )
-    return {path: Placed(above[path], names[-1]) for path, names in parts.items()}
+    return {path: FolderRole(above[path], names[-1]) for path, names in parts.items()}
 
 
-def _classes_of_splits(root: str, parts: Mapping[str, Sequence[str]], bare: Mapping[str, Part]) -> dict[str, Placed]:
-    """``CLASS/SPLIT``."""
+def _classes_of_splits(
+    root: str, parts: Mapping[str, Sequence[str]], bare: Mapping[str, Part]
+) -> dict[str, FolderRole]:
+    """Return the roles for the layout ``CLASS/SPLIT``."""
     plain = next((path for path in parts if path not in bare), None)
     if plain is not None:
         raise DistillKacError(
-            f"{root}: found {next(iter(bare))}/, which names a split, beside {plain}/, which does not. Rename it if it "
-            "is a class; if it is a split, put all class folders into folders of splits, ROOT/{train,test}/CLASS/IMAGE"
+            f"{root}: {next(iter(bare))}/ names a split, but {plain}/ does not. If the first is a class, rename it. If "
+            "it is a split, put all class folders into folders of splits: ROOT/{train,test}/CLASS/IMAGE."
         )
     wrong = next((path for path, names in parts.items() if len(names) != 2), None)
     if wrong is not None:
-        raise DistillKacError(f"{root}: found images directly in {wrong}/, which names a split and no class. {_ADVICE}")
-    return {path: Placed(Named(bare[path], f"{path}/"), names[0]) for path, names in parts.items()}
+        raise DistillKacError(
+            f"{root}: there are images directly in {wrong}/, which is a split and no class. {_ADVICE}"
+        )
+    return {path: FolderRole(SplitName(bare[path], f"{path}/"), names[0]) for path, names in parts.items()}
 
 
-def split_images(paths: Iterable[str]) -> list[Named | None] | None:
-    """The splits of images by the first words of their own names, as in ``cat/train_001.png``.
+def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
+    """Return the splits of images from the first words of their own names, as in ``cat/train_001.png``.
 
-    None unless all names begin with a split's word and some of them with that of another split than training: an
-    image may also show a train.
+    Returns None unless every name begins with a split, and some name with another split than training: an image may
+    simply show a train.
     """
-    known = {word: Named(part, f"{word}*") for word, part in WORDS.items()}
+    known = {word: SplitName(part, f"{word}*") for word, part in WORDS.items()}
     words = (_words(path.rpartition("/")[2]) for path in paths)
-    found = [known.get(first[0]) if first else None for first in words]
-    parts = {named and named.part for named in found}
-    return found if None not in parts and {"train"} < parts else None
+    splits = [known.get(first[0]) if first else None for first in words]
+    parts = {split and split.part for split in splits}
+    return splits if None not in parts and {"train"} < parts else None
 
 
-def choose(root: str, named: Sequence[Named | None], paths: Sequence[str], unit: str) -> Split:
-    """What is held out of files or folders whose names say this.
+def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], unit: str) -> Division:
+    """Choose what is held out.
 
     Args:
-        paths: of the same, below the root. unit: what they are, in the plural.
+        splits: of each file or folder.
+        paths: of the same files or folders, below the root.
+        unit: what they are, in the plural.
 
     Raises:
-        DistillKacError: only some belong to a split, or none is for training.
+        DistillKacError: only some belong to a split, or no split is for training.
     """
     counts: dict[Part, Counter[str]] = {}
-    for name in named:
-        if name:
-            counts.setdefault(name.part, Counter())[name.name] += 1
+    for split in splits:
+        if split:
+            counts.setdefault(split.part, Counter())[split.name] += 1
     if not counts and list(paths) == [""]:
-        return Split(None, f"{EVERY_FIFTH} of the one file")
+        return Division(None, f"{EVERY_FIFTH} of the one file")
     if not counts:
-        return Split(None, f"{EVERY_FIFTH}, since no name of a folder or file says train or test")
-    if None in named:
-        known = next(name for name in named if name)
+        return Division(None, f"{EVERY_FIFTH}, since no name of a folder or file says train or test")
+    if None in splits:
+        known = next(split for split in splits if split)
         raise DistillKacError(
-            f"{root}: found {known.name}, which names the {known.part} split, beside "
-            f"{paths[named.index(None)] or files.join(root, '')}, which names no split. Move one of them away, or name "
-            "the splits of all by the words train, validation and test"
+            f"{root}: {known.name} names the {known.part} split, but "
+            f"{paths[splits.index(None)] or files.join(root, '')} names no split. Move one of them away, or use the "
+            "words train, validation and test in the names of all splits."
         )
-    told = {part: _described(names, unit) for part, names in counts.items()}
+    described = {part: _describe(names, unit) for part, names in counts.items()}
     if "train" not in counts:
         raise DistillKacError(
-            f"{root}: found the {' and '.join(told)} split, {'; '.join(told.values())}, and nothing to train on. Add a "
-            "folder or file with the word train in its name, or rename what is for training"
+            f"{root}: there is only the {' and '.join(described)} split ({'; '.join(described.values())}), and nothing "
+            "to train on. Add a folder or file with the word train in its name, or rename the training images."
         )
     held_out: Part | None = next((part for part in ("test", "validation") if part in counts), None)
     if held_out is None:
-        return Split(None, f"{EVERY_FIFTH} of {told['train']}, since no name says test or validation")
-    unused = ", ".join(f"{told[part]} is not used" for part in counts if part not in {"train", held_out})
-    return Split(
+        return Division(None, f"{EVERY_FIFTH} of {described['train']}, since no name says test or validation")
+    unused = ", ".join(f"{described[part]} is not used" for part in counts if part not in {"train", held_out})
+    return Division(
         held_out,
-        f"training images from {told['train']}, held-out images from {told[held_out]}, as the names say"
+        f"training images from {described['train']}, held-out images from {described[held_out]}, as the names say"
         + (f"; {unused}" if unused else ""),
     )
 
 
-def _described(names: Counter[str], unit: str) -> str:
+def _describe(names: Counter[str], unit: str) -> str:
     total = sum(names.values())
-    is_listed = not any(name.endswith(("/", "*")) for name in names)
-    return _listed(list(names)) + ("" if is_listed else f" ({total:,} {unit if total > 1 else unit.removesuffix('s')})")
+    is_files = not any(name.endswith(("/", "*")) for name in names)
+    count = "" if is_files else f" ({total:,} {unit if total > 1 else unit.removesuffix('s')})"
+    return shorten(list(names), MOST_SHOWN) + count
 
 
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
+def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
+    """Return the splits in the names of the folders on a path, outermost first."""
+    paths = ["/".join(folders[: i + 1]) + "/" for i in range(len(folders))]
+    return [split for folder, path in zip(folders, paths, strict=True) for split in _find_splits(path, folder)]
 
 
-def _named_folders(folders: Sequence[str]) -> list[Named]:
-    """What the folders on a path say, outermost first."""
-    below = ["/".join(folders[: i + 1]) + "/" for i in range(len(folders))]
-    return [named for folder, name in zip(folders, below, strict=True) for named in _named(name, folder)]
+def _find_splits(name: str, text: str) -> list[SplitName]:
+    """Return a ``SplitName`` of ``name`` for each word of ``text`` that names a split."""
+    return [SplitName(part, name) for word in _words(text) if (part := _part_of(word))]
 
 
-def _named(name: str, words_of: str) -> list[Named]:
-    return [Named(part, name) for word in _words(words_of) if (part := _part_of(word))]
+def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName | None:
+    """Return the only split of ``path``, or None; raise ``DistillKacError`` if there are several."""
+    parts = list(dict.fromkeys(split.part for split in splits))
+    if len(parts) > 1:
+        raise DistillKacError(
+            f"{root}: {path} names several splits, {' and '.join(parts)}. Rename it so that it names one."
+        )
+    return splits[0] if splits else None
 
 
-def _only(root: str, path: str, found: Sequence[Named]) -> Named | None:
-    if len({named.part for named in found}) > 1:
-        parts = " and ".join(dict.fromkeys(named.part for named in found))
-        raise DistillKacError(f"{root}: {path} names several splits, {parts}. Rename it so that it names one")
-    return found[0] if found else None
-
-
-def _only_word(name: str) -> Part | None:
-    """The split that a name says and nothing else: ``train``, ``val2017``."""
+def _whole_name_part(name: str) -> Part | None:
+    """Return the split of a name that contains no other word: ``train``, ``val2017``."""
     words = _words(name)
     return _part_of(words[0]) if len(words) == 1 else None
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, in small letters: runs of letters, and each capital after a small letter begins another."""
+    """Return the words of a name in lower case. A word is a run of letters; aB is two words."""
     return [word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if word]
 
 

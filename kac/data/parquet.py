@@ -1,6 +1,6 @@
-"""Parquet files with a column of encoded images, as Hugging Face publishes datasets: one file or a folder of them.
+"""Parquet files with a column of encoded images, as in Hugging Face datasets: one file, or a folder of files.
 
-``kac/data/layout.py`` says which files are for training and which are held out.
+``kac/data/layout.py`` finds the training files and the held-out files.
 """
 
 import json
@@ -13,27 +13,27 @@ import numpy as np
 
 from kac.data import layout
 from kac.data.encoded import Decoder
-from kac.data.source import Contents, Unit, count_classes, images_a_block
+from kac.data.source import Contents, Unit, count_classes, images_per_block, shorten
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-SHOWN = 5
-"""How many files a message lists."""
+MOST_SHOWN = 5
+"""The most files in a message."""
 
 
-class Labels(NamedTuple):
+class FileLabels(NamedTuple):
     """The labels of a file."""
 
-    values: np.ndarray  # [rows], of the file's own integer type
-    class_names: tuple[str, ...]  # by number; empty: the file does not say
+    values: np.ndarray  # [rows], of the integer type in the file
+    class_names: tuple[str, ...]  # by label; empty if the file has none
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """The files at or below ``root``; ``label_column`` None: all images are of one class."""
+    """The Parquet files at or below ``root``. Without a ``label_column`` all images are of one class."""
 
     root: str
     decoder: Decoder
@@ -41,40 +41,45 @@ class ParquetSource:
     label_column: str | None
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Every Parquet file."""
+        """Yield every Parquet file."""
         return (stamp for stamp in files.walk(self.root) if not stamp.path or stamp.path.endswith(".parquet"))
 
     def contents(self) -> Contents:
-        """Raises ``DistillKacError``: no files, no such columns, labels that are missing, no images."""
+        """Read the labels and the shape of the first image.
+
+        Raises:
+            DistillKacError: there are no files or no images, a column is missing, or labels are missing or wrong.
+        """
         sizes = {stamp.path: stamp.size for stamp in self.stamps()}
-        found = list(sizes)
-        if not found:
-            raise DistillKacError(f"{self.root}: expected Parquet files with images, found {self._others()}")
-        named = [layout.split_file(self.root, path) if path else None for path in found]
-        split = layout.choose(self.root, named, found, "files")
-        parts = {path: name and name.part for path, name in zip(found, named, strict=True)}
-        paths = [path for path in found if parts[path] in split.used]
-        read = {path: self._labels(path, sizes[path]) for path in paths}
-        if not sum(len(labels.values) for labels in read.values()):
-            raise DistillKacError(f"{self.root}: expected Parquet files with images, found no rows in them")
-        num_classes = count_classes({self._name(path): labels.values for path, labels in read.items()})
+        all_paths = list(sizes)
+        if not all_paths:
+            raise DistillKacError(f"{self.root} has no Parquet files{self._describe_other_files()}")
+        splits = [layout.split_file(self.root, path) if path else None for path in all_paths]
+        division = layout.choose(self.root, splits, all_paths, "files")
+        parts = {path: split and split.part for path, split in zip(all_paths, splits, strict=True)}
+        paths = [path for path in all_paths if parts[path] in division.used]
+        read = {path: self._read_labels(path, sizes[path]) for path in paths}
         counts = [len(labels.values) for labels in read.values()]
+        if not sum(counts):
+            raise DistillKacError(f"{self.root} has Parquet files, but no rows in them. Give files with images.")
+        num_classes = count_classes({self._name(path): labels.values for path, labels in read.items()})
         units = [unit for path in paths for unit in self._units(path)]
+        held_out = [parts[path] == division.held_out for path in paths]
         return Contents(
             shape=self._first_shape(units),
             num_classes=num_classes,
             labels=np.concatenate([labels.values.astype(np.int64) for labels in read.values()]),
-            held_out=np.repeat([parts[path] == split.held_out for path in paths], counts) if split.held_out else None,
+            held_out=np.repeat(held_out, counts) if division.held_out else None,
             units=units,
             class_names=self._class_names({path: labels.class_names for path, labels in read.items()}, num_classes),
-            split=split.description,
+            split=division.description,
         )
 
     def decode(self, content: tuple[str, int], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """The images of one row group: a file, and which group of it."""
+        """Yield the images of a row group, in blocks. ``content`` is a file and the number of the row group."""
         path, group = content
         row = 0
-        for encoded in self._encoded(path, group, images_a_block(shape)):
+        for encoded in self._encoded(path, group, images_per_block(shape)):
             block = np.empty((len(encoded), *shape), np.uint8)
             for image, data in zip(block, encoded, strict=True):
                 image[:] = self.decoder.decode(data, self._image_name(path, group, row), shape)
@@ -86,7 +91,7 @@ class ParquetSource:
         return self.decoder.shape_of(next(self._encoded(path, group, 1))[0], self._image_name(path, group, 0))
 
     def _encoded(self, path: str, group: int, rows: int) -> Iterator[list[bytes]]:
-        """The encoded images of a row group, so many at a time."""
+        """Yield the encoded images of a row group, ``rows`` at a time."""
         import pyarrow as pa
 
         done = 0
@@ -96,7 +101,7 @@ class ParquetSource:
                 images = (column.field("bytes") if pa.types.is_struct(column.type) else column).to_pylist()
                 if None in images:
                     name = self._image_name(path, group, done + images.index(None))
-                    raise DistillKacError(f"{name}: expected the bytes of an image, found none: embed the images")
+                    raise DistillKacError(f"{name} has no image bytes. Embed the images in the file.")
                 done += len(images)
                 yield images
 
@@ -105,17 +110,16 @@ class ParquetSource:
             for group in range(file.metadata.num_row_groups):
                 yield Unit(file.metadata.row_group(group).num_rows, (path, group))
 
-    def _others(self) -> str:
-        """What is there that is not Parquet, in a few words."""
+    def _describe_other_files(self) -> str:
+        """Return the end of the message that there are no Parquet files."""
         names = [stamp.path for stamp in files.walk(self.root) if not stamp.path.endswith("/")]
         if any(name.endswith(".arrow") for name in names):
-            return "Arrow files, as datasets.save_to_disk writes them. Write Parquet files by dataset.to_parquet(FILE)"
-        listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
-        return f"none, only {listed}" if names else "an empty folder"
+            return ", only Arrow files of datasets.save_to_disk. Write Parquet files with dataset.to_parquet(FILE)."
+        return f", only {shorten(names, MOST_SHOWN)}." if names else ". It is empty."
 
-    def _class_names(self, found: dict[str, tuple[str, ...]], num_classes: int) -> tuple[str, ...]:
-        """The names of the classes that are there, which all files that have names must agree on."""
-        named = {path: names for path, names in found.items() if names}
+    def _class_names(self, names_by_file: dict[str, tuple[str, ...]], num_classes: int) -> tuple[str, ...]:
+        """Return the class names, after checking that all files with names agree."""
+        named = {path: names for path, names in names_by_file.items() if names}
         if not named:
             return ()
         first, names = next(iter(named.items()))
@@ -123,50 +127,36 @@ class ParquetSource:
         if other is not None:
             raise DistillKacError(
                 f"{self.root}: the column {self.label_column!r} has other class names in {other} than in {first}, so "
-                "that the same label means different classes. Write both files with the same features"
+                "a label means different classes. Write both files with the same features."
             )
         if num_classes > len(names):
             raise DistillKacError(
-                f"{self._name(first)}: found the label {num_classes - 1}, but the column {self.label_column!r} has "
-                f"only {len(names)} class names. Correct the labels or the names"
+                f"{self._name(first)} has only {len(names)} class names for the column {self.label_column!r}, but "
+                f"there is a label {num_classes - 1}. Correct the labels or the names."
             )
         return names[:num_classes]
 
-    def _labels(self, path: str, size: int) -> Labels:
+    def _read_labels(self, path: str, size: int) -> FileLabels:
         import pyarrow as pa
 
+        name = self._name(path)
         with self._open(path) as file:
-            schema, rows = file.schema_arrow, self._rows(path, file, size)
-            _check_image_column(self._name(path), schema, self.image_column)
+            schema, rows = file.schema_arrow, _checked_rows(name, file, size)
+            _check_image_column(name, schema, self.image_column)
             if self.label_column is None:
-                return Labels(np.zeros(rows, np.int64), ())
+                return FileLabels(np.zeros(rows, np.int64), ())
             if self.label_column not in schema.names or not pa.types.is_integer(schema.field(self.label_column).type):
                 raise DistillKacError(
-                    f"{self._name(path)}: expected a column {self.label_column!r} of integers, found "
-                    f"{_described(schema)}: `data.label_column` names another; None: no classes"
+                    f"{name} has no column {self.label_column!r} of integer labels. Set `data.label_column` to one of "
+                    f"its columns ({_describe_columns(schema)}), or to None if the images have no classes."
                 )
             column = file.read(columns=[self.label_column]).column(0)
-            names = _names_of(self._name(path), schema, self.label_column)
+            class_names = _read_class_names(name, schema, self.label_column)
         if len(column) != rows:
-            raise DistillKacError(
-                f"{self._name(path)}: expected {rows:,} labels, found {len(column):,}: fetch it again"
-            )
+            raise DistillKacError(f"{name} has {len(column):,} labels for {rows:,} rows. Download it again.")
         if column.null_count:
-            raise DistillKacError(
-                f"{self._name(path)}: expected a label for each image, found {column.null_count} without"
-            )
-        return Labels(column.to_numpy(), names)
-
-    def _rows(self, path: str, file: "pq.ParquetFile", size: int) -> int:
-        """The number of rows by the footer, if a file of ``size`` bytes can hold so many images."""
-        rows = int(file.metadata.num_rows)
-        groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        if rows > size or rows != sum(groups) or min(groups, default=0) < 0:
-            raise DistillKacError(
-                f"{self._name(path)}: the footer names {rows:,} rows, in groups of {one_line(groups, 60)}, which do "
-                f"not fit into {size:,} bytes. The file is damaged: fetch it again"
-            )
-        return rows
+            raise DistillKacError(f"{name} has {column.null_count:,} rows without a label. Label or remove them.")
+        return FileLabels(column.to_numpy(), class_names)
 
     @contextmanager
     def _open(self, path: str) -> "Iterator[pq.ParquetFile]":
@@ -175,15 +165,16 @@ class ParquetSource:
 
         name = self._name(path)
         location = files.locate(name)
-        with files.errors_naming(name), location.fs.open(location.path) as raw:
+        with files.naming(name), location.fs.open(location.path) as raw:
             try:
                 with pq.ParquetFile(raw, page_checksum_verification=True) as file:
                     yield file
             except (pa.ArrowException, OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno is not None:  # of the disk or S3; pyarrow's have none
+                if isinstance(error, OSError) and error.errno is not None:  # of the disk or S3; pyarrow's have no errno
                     raise
                 raise DistillKacError(
-                    f"{name}: expected Parquet, found: {one_line(error)}. Fetch the file again; unpack archives first"
+                    f"{name} is not a readable Parquet file ({one_line(error)}). Download it again; unpack archives "
+                    "first."
                 ) from None
 
     def _name(self, path: str) -> str:
@@ -193,11 +184,23 @@ class ParquetSource:
         return f"{self._name(path)}: row {row} of row group {group}"
 
 
-def _names_of(name: str, schema: Any, column: str) -> tuple[str, ...]:
-    """The names of the classes of a column, if it is a ``ClassLabel`` of Hugging Face.
+def _checked_rows(name: str, file: "pq.ParquetFile", size: int) -> int:
+    """Return the number of rows in the footer, after checking that a file of ``size`` bytes can hold them."""
+    rows = int(file.metadata.num_rows)
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    if rows > size or rows != sum(groups) or min(groups, default=0) < 0:
+        raise DistillKacError(
+            f"{name} is damaged: its footer announces {rows:,} rows, in groups of {one_line(groups, 60)}, which do not "
+            f"fit into {size:,} bytes. Download it again."
+        )
+    return rows
+
+
+def _read_class_names(name: str, schema: Any, column: str) -> tuple[str, ...]:
+    """Return the class names of a column that is a ``ClassLabel`` of Hugging Face; else an empty tuple.
 
     Raises:
-        DistillKacError: the names are not different texts.
+        DistillKacError: the names are not distinct texts.
     """
     try:
         values = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -206,8 +209,8 @@ def _names_of(name: str, schema: Any, column: str) -> tuple[str, ...]:
         return ()
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
         raise DistillKacError(
-            f"{name}: expected different class names of the column {column!r} in the metadata of Hugging Face, found "
-            f"{one_line(names, 100)}. Write the file again with a ClassLabel"
+            f"{name}: the class names of the column {column!r} are not distinct texts ({one_line(names, 100)}). Write "
+            "the file again with a valid ClassLabel feature."
         )
     return tuple(names)
 
@@ -220,10 +223,10 @@ def _check_image_column(name: str, schema: Any, column: str) -> None:
         kind = next((kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"), None)
     if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DistillKacError(
-            f"{name}: expected a column {column!r} of encoded images, binary or a struct with bytes, found "
-            f"{_described(schema)}: `data.image_column` names another"
+            f"{name} has no column {column!r} of encoded images (binary, or a struct with bytes). Set "
+            f"`data.image_column` to one of its columns ({_describe_columns(schema)})."
         )
 
 
-def _described(schema: Any) -> str:
+def _describe_columns(schema: Any) -> str:
     return ", ".join(f"{field.name}: {one_line(field.type, 40)}" for field in schema)

@@ -1,4 +1,4 @@
-"""What a dataset is: a description, and two splits with random access."""
+"""A dataset: its description, and two splits with random access."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from torch import Tensor
 from kac.util.fingerprint import fingerprint
 from kac.util.options import Options
 
-HELD_OUT_EVERY = 5  # of each class, where a dataset has no split of its own
+HELD_OUT_EVERY = 5  # of each class, for datasets without their own split
 EVERY_FIFTH = "every fifth image of each class is held out"
 
 
 class DataDescription(Options):
-    """What is known of a dataset without reading it."""
+    """Facts about a dataset that are known without reading its images."""
 
     sample_shape: tuple[int, ...]
     num_classes: int
     class_frequencies: tuple[float, ...]  # of the training images; they sum to 1
-    train: int  # images
-    held_out: int
+    train: int  # number of training images
+    held_out: int  # number of held-out images
     sha256: str  # of the content of both splits
-    class_names: tuple[str, ...] = ()  # by number; empty: the classes have none
-    split: str = ""  # which images are held out, and how that was decided
-    warnings: tuple[str, ...] = ()  # what a person should know of the files
+    class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
+    split: str = ""  # which images are held out, and why
+    warnings: tuple[str, ...] = ()  # messages about the files for the user
 
 
 class LabelledImages(NamedTuple):
@@ -36,18 +36,18 @@ class LabelledImages(NamedTuple):
 
 
 class Split(Protocol):
-    """The images for one purpose: training, or evaluation only."""
+    """The training images or the held-out images of a dataset."""
 
     def __len__(self) -> int: ...
 
     def rows(self, ids: Tensor) -> LabelledImages:
-        """The rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given, on the CPU."""
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order, on the CPU."""
         ...
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled dataset: what models learn and are compared with, and images that nothing is trained on."""
+    """A labelled dataset. Models are trained only on ``train``, and compared with both splits."""
 
     description: DataDescription
     train: Split
@@ -55,7 +55,7 @@ class Dataset:
 
 
 class InMemorySplit(NamedTuple):
-    """A split that is one tensor."""
+    """A split that is held in memory."""
 
     data: LabelledImages
 
@@ -63,16 +63,17 @@ class InMemorySplit(NamedTuple):
         return len(self.data.labels)
 
     def rows(self, ids: Tensor) -> LabelledImages:
-        """The rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given."""
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order."""
         return LabelledImages(self.data.images[ids], self.data.labels[ids])
 
 
 def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor | None = None) -> Dataset:
-    """A dataset that fits into memory.
+    """Return a dataset that is held in memory.
 
     Args:
-        images: [count, *sample], float32 in [-1, 1]. labels: [count], int64 in 0 .. num_classes - 1.
-        held_out: [count] bool, the images that are held out; None: every fifth image of each class, in their order.
+        images: [count, *sample], float32 in [-1, 1].
+        labels: [count], int64 in 0 .. num_classes - 1.
+        held_out: [count] bool, the images to hold out; default: every fifth image of each class.
     """
     split = EVERY_FIFTH if held_out is None else ""
     held_out = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
@@ -91,7 +92,7 @@ def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor
 
 
 def every_nth_of_each_class(labels: Tensor, n: int) -> Tensor:
-    """Which of ``labels`` [count] are the n-th, 2n-th, ... of their class: [count] bool. The same on every machine."""
+    """Return a mask [count] bool of every n-th label of each class. It is the same on every machine."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():  # type: ignore[no-untyped-call]
         chosen[torch.nonzero(labels == label)[n - 1 :: n]] = True
@@ -99,7 +100,7 @@ def every_nth_of_each_class(labels: Tensor, n: int) -> Tensor:
 
 
 def all_rows(split: Split) -> LabelledImages:
-    """Every row of a split that fits into memory."""
+    """Return every row of a split that fits into memory."""
     return split.rows(torch.arange(len(split)))
 
 

@@ -1,4 +1,4 @@
-"""Velocity networks: a protocol, a config by kind, and what builds them."""
+"""Velocity networks: their protocol, their configs and ``build_network``."""
 
 from kac.networks.dit import DiTConfig
 from kac.networks.mlp import MLPConfig

@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the floating-point operations of one call."""
+"""The cost of a network: its parameters, and the floating-point operations of one call."""
 
 from typing import NamedTuple
 
@@ -9,38 +9,37 @@ from torch.utils.flop_counter import FlopCounterMode
 from kac.networks import NetworkConfig, outline_network
 
 TRAINING_CALLS = 3
-"""Forward calls that one sample of a training costs: its backward pass takes about two."""
+"""Cost of training on one sample, in forward calls: the backward pass takes about two."""
 
 
 class NetworkCost(NamedTuple):
-    """What a network costs."""
+    """Parameters and operations of a network."""
 
     parameters: int
-    flops_per_call: int  # of one sample, forward; a multiplication and an addition are two
+    flops_per_call: int  # forward, per sample; a multiplication and an addition count as two
 
 
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
-    """The cost of a network for samples of ``sample_shape``; nothing is computed, nothing is allocated.
+    """Return the cost of a network for samples of ``sample_shape``, without computing or allocating anything.
 
-    A module from outside is built, and computes that one sample.
-
-    Matrix products, convolutions and attention are counted; what works element by element is not.
+    A network of kind ``outside`` is built, and called on one sample. Matrix products, convolutions and attention are
+    counted; element-wise operations are not.
 
     Raises:
-        ArgumentError: as ``build_network``.
+        ArgumentError: the config does not fit the samples.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):
-        one = {name: torch.zeros(()) for name in config.conditions}
+        conditions = {name: torch.zeros(()) for name in config.conditions}
         sample, t, label = torch.zeros(1, *sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    # Fused attention is not counted on CPUs, and without gradients PyTorch has a fused one for nn.MultiheadAttention.
+    # The counter misses fused attention on CPUs, and nn.MultiheadAttention is fused unless gradients are enabled.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        network.eval()(sample, t, label, **one)
+        network.eval()(sample, t, label, **conditions)
     return NetworkCost(sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops())
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: 2.5 hours, 12 minutes, 40 seconds."""
+    """Format a duration for people: 2.5 hours, 12 minutes, 40 seconds."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -48,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """A large number for people: 1.05 M, 3.2 T; with a unit 1.05 MFLOP."""
+    """Format a large number for people: 1.05 M, 3.2 T, or 1.05 MFLOP with a unit."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}{unit}"

@@ -1,4 +1,4 @@
-"""What the networks from diffusers have in common: how they get times, labels, conditions, and images as patches."""
+"""Helpers of the networks from diffusers: labels with conditions, scaled times, and images folded into patches."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,15 @@ from kac.util.errors import ArgumentError
 
 
 class ConditionedLabels(nn.Embedding):
-    """The class embedding of a diffusers model, which hands on whatever it is given as ``class_labels``.
+    """The class embedding of a diffusers model, plus the embedding of the conditions.
 
-    It is given ``(label [batch], condition [batch or 1, width])`` here, and plain labels by those who load the model
-    with diffusers alone. The name of its weights stays that of the embedding it replaces.
+    A diffusers model passes its ``class_labels`` to this module unchanged. The networks here pass
+    ``(label [batch], condition [batch or 1, width])``; users of diffusers pass plain labels. The weights have the same
+    name as in the embedding that this module replaces.
     """
 
     def forward(self, labels: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-        """The embedding of the labels, with that of the conditions added: [batch, width]."""
+        """Return the embedding of labels and conditions: [batch, width]."""
         if isinstance(labels, Tensor):
             return super().forward(labels)
         label, condition = labels
@@ -22,22 +23,22 @@ class ConditionedLabels(nn.Embedding):
 
 
 def diffusers_time(x: Tensor, t: Tensor, scale: float) -> Tensor:
-    """Times t, scalar or [batch] in [0, 1], for the samples x as the time embeddings of diffusers expect: [batch]."""
+    """Return ``scale`` * t as one time per sample of x: [batch]. t is a scalar or [batch], in [0, 1]."""
     return (scale * t.to(torch.float32)).expand(len(x))
 
 
 def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Channels and width of square images once patches of ``patch`` pixels squared have become channels.
+    """Return the channels and the width of square images after patches of patch x patch pixels became channels.
 
     Raises:
-        ArgumentError: no square images, or a patch that does not divide their width.
+        ArgumentError: the samples are not square images, or ``patch`` does not divide their width.
     """
     if len(sample_shape) != 3 or sample_shape[1] != sample_shape[2]:
         raise ArgumentError(
-            f"`network`: expected square images [channels, width, width] for this kind, found samples of shape "
-            f"{list(sample_shape)}: use `network` mlp"
+            f"This `network` needs square images [channels, width, width], but the samples have shape "
+            f"{list(sample_shape)}. Use `network` mlp."
         )
     channels, width = sample_shape[0], sample_shape[1]
     if width % patch:
-        raise ArgumentError(f"`network.patch`: expected a divisor of the image width {width}, found {patch}")
+        raise ArgumentError(f"`network.patch` {patch} does not divide the image width {width}. Choose a divisor.")
     return channels * patch**2, width // patch

@@ -14,22 +14,22 @@ class DiTConfig(NetworkOptions):
 
     kind: Literal["dit"] = Field("dit", description="dit: diffusers' DiTTransformer2DModel, for images")
     heads: PositiveInt = Field(6, description="attention heads")
-    head_channels: PositiveInt = Field(64, description="channels of an attention head")
+    head_channels: PositiveInt = Field(64, description="channels per attention head")
     depth: PositiveInt = Field(12, description="transformer blocks")
-    patch: PositiveInt = Field(2, description="a token is a patch of so many pixels squared")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the blocks")
-    time_scale: PositiveFloat = Field(1000.0, description="times are given to the time embedding times this")
+    patch: PositiveInt = Field(2, description="side of the patch of one token, in pixels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the blocks")
+    time_scale: PositiveFloat = Field(1000.0, description="factor on times before they are embedded")
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
-        if self.heads * self.head_channels % 4:  # a sine and a cosine of either coordinate
-            found = f"{self.heads} x {self.head_channels}"
-            raise ValueError(f"`head_channels`: expected a multiple of 4 from heads x head channels, found {found}")
+        if self.heads * self.head_channels % 4:  # positions are a sine and a cosine per coordinate
+            product = f"{self.heads} x {self.head_channels} = {self.heads * self.head_channels}"
+            raise ValueError(f"`head_channels`: heads x head channels is {product}. Choose a multiple of 4.")
         return self
 
 
 class DiT(NetworkModule):
-    """diffusers' DiTTransformer2DModel behind the interface of a velocity network."""
+    """diffusers' DiTTransformer2DModel as a velocity network."""
 
     diffusers_name = "transformer"
 
@@ -53,18 +53,18 @@ class DiT(NetworkModule):
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         for block in self.transformer.transformer_blocks:
             labels = block.norm1.emb.class_embedder
-            labels.dropout_prob = 0.0  # labels are dropped by the teacher's loss, for all kinds of networks alike
+            labels.dropout_prob = 0.0  # the teacher's loss drops labels, for networks of all kinds
             labels.embedding_table = ConditionedLabels(num_classes + 1, self.width)
             nn.init.normal_(labels.embedding_table.weight, std=0.02)
         self._start_as_identity()
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, channels, height, width], t scalar or [batch], label [batch] in 0 .. null_label -> like x."""
+        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
         given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
         return self.transformer(x, diffusers_time(x, t, self.time_scale), given).sample  # type: ignore[no-any-return]
 
     def _start_as_identity(self) -> None:
-        """Every block adds nothing at first, and the velocity is 0 (adaLN-Zero), which diffusers leaves to us."""
+        """Make every block the identity and the velocity 0 (adaLN-Zero). diffusers does not initialise them so."""
         gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)

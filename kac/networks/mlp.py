@@ -1,4 +1,4 @@
-"""A residual MLP over the flattened sample, for small samples."""
+"""A residual MLP for small samples."""
 
 import math
 from typing import Literal
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kac.networks.velocity import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
 
 CONDITION_WIDTH = 64
-"""Width of the embedding of time and class: as good as the width of the residual stream, and a quarter cheaper."""
+"""Width of the embedding of time and class. The residual width is no better, and a quarter more expensive."""
 
 
 class MLPConfig(NetworkOptions):
@@ -21,7 +21,7 @@ class MLPConfig(NetworkOptions):
 
 
 class ResidualMLP(NetworkModule):
-    """A residual MLP whose blocks are scaled and shifted by time and class (adaLN)."""
+    """A residual MLP. Time and class scale and shift the input of each block (adaLN)."""
 
     def __init__(self, config: MLPConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ResidualMLP(NetworkModule):
         nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, *sample_shape], t scalar or [batch] in [0, 1], label [batch] in 0 .. null_label -> like x."""
+        """x [batch, *sample_shape], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
         embedding = self.time(t.to(x.dtype).reshape(-1)) + self.label(label)
         condition = nn.functional.silu(self.conditions(embedding, conditions))
         hidden = self.enter(x.flatten(1))

@@ -1,4 +1,4 @@
-"""Networks by kind. A new kind is one module with its config and ``NetworkModule``, both of which are entered here."""
+"""Networks by kind. To add a kind, write a module with its config and its ``NetworkModule``, and register both here."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from kac.util.options import kind_alone
 
 NetworkConfig = Annotated[
     MLPConfig | UNetConfig | DiTConfig | OutsideConfig,
-    Field(discriminator="kind", description="kind of the velocity network, and its options"),
+    Field(discriminator="kind", description="kind of velocity network, with the options of this kind"),
     BeforeValidator(kind_alone),
 ]
-"""The config of any kind, as the command line, YAML and a model's config.json all take it."""
+"""The config of any kind. The command line, YAML files and a model's config.json use the same fields."""
 
 NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
     "mlp": ResidualMLP,
@@ -30,21 +30,21 @@ NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
 
 
 def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
-    """A freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1.
+    """Return a freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1.
 
     Raises:
-        ArgumentError: samples that this kind, or these options of it, do not fit.
+        ArgumentError: the config does not fit the samples.
     """
     return NETWORKS[config.kind](config, sample_shape, num_classes)
 
 
 def outline_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
-    """The network with weights that have shapes and no numbers, on the meta device: nothing is allocated.
+    """Return the network on the meta device: its weights have shapes but no values, and take no memory.
 
-    A module from outside is built as it is, since its factory may need numbers.
+    A network of kind ``outside`` is built on the CPU, because its factory may need values.
 
     Raises:
-        ArgumentError: as ``build_network``.
+        ArgumentError: the config does not fit the samples.
     """
     with torch.device("meta") if config.builds_on_meta else contextlib.nullcontext():
         return build_network(config, sample_shape, num_classes)

@@ -1,7 +1,8 @@
-"""The U-Net of OpenAI (guided-diffusion; torchcfm and the code of Kac flows have it too) as the one of diffusers.
+"""Convert weights of OpenAI's U-Net (guided-diffusion, torchcfm, the code of Kac flows) to diffusers' U-Net.
 
-Both are the same function. The weights differ in their names, and in attention: there one 1-d convolution makes
-queries, keys and values, head after head (use_new_attention_order=False, the default), here three linear layers do.
+Both compute the same function. The names of the weights differ, and so does attention: OpenAI has one 1-d convolution
+that makes queries, keys and values head by head (use_new_attention_order=False, the default); diffusers has three
+linear layers.
 """
 
 import re
@@ -11,10 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kac.networks.unet import UNetConfig
+from kac.networks.weight_files import shorten
 from kac.util.errors import ArgumentError, CheckpointError
 
 GROUPS = 32
-"""Groups of all its norms, which its weights do not show."""
+"""Groups of all its group norms. The weights do not show the number."""
 
 CLASSES, OUR_CLASSES = "label_emb.weight", "class_embedding.weight"
 
@@ -36,87 +38,83 @@ RESIDUAL_BLOCK = {
 
 
 class Layer(NamedTuple):
-    """A layer there, and the one or three that are it here."""
+    """A layer of OpenAI's U-Net, and its one or three layers in diffusers."""
 
     theirs: str
     ours: tuple[str, ...]
 
 
 def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Whether weights have the names of such a U-Net."""
+    """Whether weights have the names of OpenAI's U-Net."""
     return any(name.startswith("input_blocks.") for name in weights)
 
 
+def has_resblock_updown(weights: Mapping[str, Tensor]) -> bool:
+    """Whether residual blocks change the resolution: only this option puts two of them into one output block."""
+    return any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights)
+
+
 def openai_names(config: UNetConfig, width: int, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of such a U-Net's weights, each with the one or three names that diffusers has for it."""
+    """Return the names of the weights of OpenAI's U-Net, each with its one or three names in diffusers."""
     return {
         f"{layer.theirs}.{kind}": [f"{name}.{kind}" for name in layer.ours]
         for layer in _layers(config, width)
         for kind in ("weight", "bias")
-        if f"{layer.ours[0]}.{kind}" in expected  # blocks that keep their channels have no skip_connection
+        if f"{layer.ours[0]}.{kind}" in expected  # a block without a change of channels has no skip_connection
     }
 
 
 def from_openai(
     weights: Mapping[str, Tensor], config: UNetConfig, width: int, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights under the names of diffusers; the embedding of classes, if there is one, as it is.
+    """Return the weights under the names of diffusers, with the class embedding if there is one.
 
     Args:
         width: of the images, in pixels.
-        expected: names and shapes of the weights of diffusers' U-Net of this config.
+        expected: the weights of diffusers' U-Net of this config.
 
     Raises:
-        ArgumentError: options that no such U-Net has.
-        CheckpointError: weights are missing, left over or of another shape; the first three are named.
+        ArgumentError: the config has options that OpenAI's U-Net lacks.
+        CheckpointError: weights are missing, unexpected or of another shape; the message names the first three.
     """
     _check_options(config)
-    _refuse_resblock_updown(weights)
+    if has_resblock_updown(weights):
+        raise CheckpointError(
+            "this U-Net was built with resblock_updown=True, which diffusers does not have. Use `network` outside with "
+            "the code that it was trained with."
+        )
     wanted = openai_names(config, width, expected)
     translated = {OUR_CLASSES: weights[CLASSES]} if CLASSES in weights else {}
-    problems = [f"{name} missing" for name in wanted if name not in weights]
-    problems += [f"{name} left over" for name in weights if name not in wanted and name != CLASSES]
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in wanted and name != CLASSES]
     for theirs in (name for name in wanted if name in weights):
-        ours, value = wanted[theirs], _without_ones(weights[theirs], expected[wanted[theirs][0]].ndim)
+        ours, value = wanted[theirs], _as_matrix(weights[theirs], expected[wanted[theirs][0]].ndim)
         rows, *others = expected[ours[0]].shape
         if list(value.shape) == [len(ours) * rows, *others]:
             parts = [value] if len(ours) == 1 else _queries_keys_values(value, config.head_channels or rows)
             translated.update(zip(ours, parts, strict=True))
         else:
-            problems.append(f"{theirs} of shape {list(value.shape)}, not {[len(ours) * rows, *others]}")
+            problems.append(f"{theirs} has shape {list(value.shape)} instead of {[len(ours) * rows, *others]}")
     if problems:
-        raise CheckpointError(f"{', '.join(problems[:3])} ({len(problems)} in all)")
+        raise CheckpointError(shorten(problems, 3))
     return translated
 
 
 def _check_options(config: UNetConfig) -> None:
     fixed = {
-        "time_scale": (config.time_scale, 1, "it embeds t as it is given"),
-        "patch": (config.patch, 1, "it takes images as they are"),
-        "groups": (config.groups, GROUPS, "all its norms have so many"),
+        "time_scale": (config.time_scale, 1, "embeds unscaled times"),
+        "patch": (config.patch, 1, "does not fold images into patches"),
+        "groups": (config.groups, GROUPS, f"has {GROUPS} groups in every group norm"),
     }
-    for option, (found, expected, why) in fixed.items():
-        if found != expected:
+    for option, (value, expected, reason) in fixed.items():
+        if value != expected:
             raise ArgumentError(
-                f"`network.{option}`: expected {expected} for a U-Net of OpenAI, since {why}, found {found:g}"
+                f"`network.{option}` is {value:g}, but a U-Net of OpenAI {reason}. Set it to {expected}."
             )
 
 
-def has_resblock_updown(weights: Mapping[str, Tensor]) -> bool:
-    """Whether images are halved and doubled by residual blocks: no other option puts two into one output block."""
-    return any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights)
-
-
-def _refuse_resblock_updown(weights: Mapping[str, Tensor]) -> None:
-    if has_resblock_updown(weights):
-        raise CheckpointError(
-            "expected a U-Net that halves and doubles images by convolutions, found one of resblock_updown=True, which "
-            "diffusers does not have: use `network` outside with the code that it was trained with"
-        )
-
-
 def _layers(config: UNetConfig, width: int) -> Iterator[Layer]:
-    """Every layer; OpenAI's U-Net numbers its blocks through all levels, with the changes of resolution among them."""
+    """Yield every layer. OpenAI's U-Net numbers its blocks across levels, including the changes of resolution."""
     last = len(config.channels) - 1
     has_attention = [width // 2**level in config.attention for level in range(last + 1)]
     yield from _renamed("", "", OUTERMOST)
@@ -131,15 +129,14 @@ def _layers(config: UNetConfig, width: int) -> Iterator[Layer]:
     yield from _renamed("middle_block.0", "mid_block.resnets.0", RESIDUAL_BLOCK)
     yield from _attention("middle_block.1", "mid_block.attentions.0")
     yield from _renamed("middle_block.2", "mid_block.resnets.1", RESIDUAL_BLOCK)
-    for level in range(last + 1):  # from the last one up
+    for level in range(last + 1):  # from the last level up
         attends = has_attention[last - level]
+        first = level * (config.blocks + 1)
         for block in range(config.blocks + 1):
-            yield from _block(
-                f"output_blocks.{level * (config.blocks + 1) + block}", f"up_blocks.{level}", block, attends
-            )
+            yield from _block(f"output_blocks.{first + block}", f"up_blocks.{level}", block, attends)
         if level < last:
-            block = level * (config.blocks + 1) + config.blocks
-            yield Layer(f"output_blocks.{block}.{1 + attends}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
+            upsampler = f"output_blocks.{first + config.blocks}.{1 + attends}.conv"
+            yield Layer(upsampler, (f"up_blocks.{level}.upsamplers.0.conv",))
 
 
 def _block(theirs: str, ours: str, block: int, attends: bool) -> Iterator[Layer]:
@@ -158,12 +155,12 @@ def _renamed(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[Layer
         yield Layer(f"{theirs}.{name}".lstrip("."), (f"{ours}.{our_name}".lstrip("."),))
 
 
-def _without_ones(value: Tensor, ndim: int) -> Tensor:
-    """A convolution over single places, [out, in, 1], as the matrix that it is."""
+def _as_matrix(value: Tensor, ndim: int) -> Tensor:
+    """Return a 1x1 convolution, [out, in, 1, ...], as a matrix if ``ndim`` is 2."""
     return value.flatten(1) if ndim == 2 and value.shape[2:].numel() == 1 else value
 
 
 def _queries_keys_values(value: Tensor, head_channels: int) -> list[Tensor]:
-    """[3 channels, ...], laid out as (head, query or key or value, channel), to three of [channels, ...]."""
+    """Split [3 channels, ...], ordered by head, then query/key/value, then channel, into three [channels, ...]."""
     by_head = value.reshape(-1, 3, head_channels, *value.shape[1:])
     return [part.flatten(0, 1) for part in by_head.unbind(1)]

@@ -1,4 +1,4 @@
-"""diffusers' U-Net for images, where a small machine wants it behind a space-to-depth step: several times faster."""
+"""The U-Net of diffusers. With ``patch`` > 1 it works on a smaller image and is several times faster."""
 
 from typing import Any, Literal, Self
 
@@ -14,33 +14,37 @@ class UNetConfig(NetworkOptions):
     """diffusers' UNet2DModel, class-conditional."""
 
     kind: Literal["unet"] = Field("unet", description="unet: diffusers' UNet2DModel, for images")
-    channels: tuple[PositiveInt, ...] = Field((64, 128), description="channels of each level", min_length=1)
-    blocks: PositiveInt = Field(2, description="residual blocks a level")
-    attention: tuple[PositiveInt, ...] = Field((), description="levels with attention, by their width in pixels")
-    head_channels: PositiveInt | None = Field(None, description="channels of an attention head; default: one head")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the residual blocks")
-    scale_shift: bool = Field(False, description="time and class scale and shift the norms, instead of being added")
-    patch: PositiveInt = Field(1, description="patches of so many pixels squared become channels (space to depth)")
-    groups: PositiveInt = Field(32, description="groups of the group norms; divides every level's channels")
-    time_scale: PositiveFloat = Field(1000.0, description="times are given to the time embedding times this")
+    channels: tuple[PositiveInt, ...] = Field((64, 128), description="channels per level", min_length=1)
+    blocks: PositiveInt = Field(2, description="residual blocks per level")
+    attention: tuple[PositiveInt, ...] = Field((), description="image widths, in pixels, of the levels with attention")
+    head_channels: PositiveInt | None = Field(None, description="channels per attention head; default: one head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the residual blocks")
+    scale_shift: bool = Field(
+        False, description="let time and class scale and shift the norms; otherwise they are added"
+    )
+    patch: PositiveInt = Field(1, description="fold patches of PATCH x PATCH pixels into channels (space to depth)")
+    groups: PositiveInt = Field(32, description="groups of the group norms; must divide the channels of every level")
+    time_scale: PositiveFloat = Field(1000.0, description="factor on times before they are embedded")
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:
         if any(width % self.groups for width in self.channels):
-            raise ValueError(f"`groups`: expected a divisor of the channels {self.channels}, found {self.groups}")
+            raise ValueError(
+                f"`groups` {self.groups} does not divide the channels {list(self.channels)}. Choose a common divisor."
+            )
         return self
 
-    def heads_divide(self, channels: tuple[int, ...]) -> None:
-        """Raise ``ArgumentError`` unless the levels with these channels can have attention."""
+    def check_heads(self, channels: tuple[int, ...]) -> None:
+        """Raise ``ArgumentError`` unless ``head_channels`` divides these channels of the levels with attention."""
         if any(width % (self.head_channels or width) for width in channels):
             raise ArgumentError(
-                f"`network.head_channels`: expected a divisor of {sorted(set(channels))}, the channels of the levels "
-                f"with attention (the last one always has some), found {self.head_channels}"
+                f"`network.head_channels` {self.head_channels} does not divide {sorted(set(channels))}, the channels "
+                "of the levels with attention. Choose a common divisor. The last level always has attention."
             )
 
 
 class UNet(NetworkModule):
-    """diffusers' UNet2DModel behind the interface of a velocity network."""
+    """diffusers' UNet2DModel as a velocity network."""
 
     diffusers_name = "unet"
 
@@ -51,7 +55,7 @@ class UNet(NetworkModule):
         self.null_label, self.takes = num_classes, config.conditions
         self.patch, self.time_scale = config.patch, config.time_scale
         self.unet: Any = UNet2DModel(**_arguments(config, sample_shape, num_classes))
-        width = 4 * config.channels[0]  # of the embedding of time and class in diffusers
+        width = 4 * config.channels[0]  # of the embedding of time and class
         self.unet.class_embedding = ConditionedLabels(num_classes + 1, width)
         self.conditions = ConditionEmbedding(config.conditions, width)
         self.width = width
@@ -59,7 +63,7 @@ class UNet(NetworkModule):
         nn.init.zeros_(self.unet.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, channels, height, width], t scalar or [batch], label [batch] in 0 .. null_label -> like x."""
+        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
         given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
         folded = nn.functional.pixel_unshuffle(x, self.patch)
         velocity = self.unet(folded, diffusers_time(x, t, self.time_scale), given).sample
@@ -72,13 +76,16 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     if size % 2 ** (len(config.channels) - 1):
         most = 1 + (size & -size).bit_length() - 1
         raise ArgumentError(
-            f"`network.channels`: expected at most {most} levels for images {size} wide, found {config.channels}"
+            f"`network.channels` has {len(config.channels)} levels, but images {size} pixels wide allow at most "
+            f"{most}, because each level after the first halves the width. Give fewer channels."
         )
     if unknown := [width for width in config.attention if width not in widths]:
-        raise ArgumentError(f"`network.attention`: expected widths of the levels, {widths}, found {unknown}")
+        raise ArgumentError(
+            f"`network.attention` {unknown}: no level has this width. The levels are {widths} pixels wide."
+        )
     has_attention = [width in config.attention for width in widths]
     attending = zip(config.channels, [*has_attention[:-1], True], strict=True)
-    config.heads_divide(tuple(width for width, here in attending if here))
+    config.check_heads(tuple(width for width, here in attending if here))
     return {
         "sample_size": size,
         "in_channels": channels,
@@ -90,7 +97,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         "attention_head_dim": config.head_channels,
         "dropout": config.dropout,
         "norm_num_groups": config.groups,
-        "attn_norm_num_groups": config.groups,  # or scale_shift would leave the middle's attention without a norm
+        "attn_norm_num_groups": config.groups,  # with scale_shift the middle attention would otherwise have no norm
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "num_class_embeds": num_classes + 1,
     }

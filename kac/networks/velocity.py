@@ -1,4 +1,4 @@
-"""What every velocity network has: a null label, declared conditions, and weights that can be taken over."""
+"""The interface of velocity networks: null label, conditions beside time and label, and loading of weights."""
 
 import math
 from typing import ClassVar, Literal, Protocol
@@ -11,26 +11,26 @@ from kac.util.errors import CheckpointError
 from kac.util.options import Kinded
 
 Condition = Literal["end_time", "guidance"]
-"""Inputs that a network may have beside time and label: the end time of a step, and the guidance scale."""
+"""Optional inputs of a network beside time and label: the end time of a step, and the guidance scale."""
 
 Conditioning = Literal["classes_and_null", "classes", "none"]
-"""What a network is conditioned on: classes and the null label ("no class"), classes only, or no classes at all."""
+"""What a network is conditioned on: classes and the null label ("no class"), only classes, or no classes."""
 
 CONDITION_MODULE = "conditions"
-"""The submodule of every network that embeds them; weights from a network without a condition lack that part."""
+"""The submodule of every network that embeds its conditions. Weights of a network without conditions lack it."""
 
 
 class NetworkOptions(Kinded):
-    """What the config of every kind of network has."""
+    """The options that all kinds of networks share."""
 
     builds_on_meta: ClassVar[bool] = True
-    """Whether the network can be built on PyTorch's meta device, where weights have shapes and no numbers."""
+    """Whether the network can be built on PyTorch's meta device, where weights have shapes but no values."""
 
     conditions: tuple[Condition, ...] = Field((), description="inputs beside time and label: end_time, guidance")
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the network can be conditioned on; how it is trained may leave less."""
+        """What the network can be conditioned on. Training may use less of it."""
         return "classes_and_null"
 
     @property
@@ -40,54 +40,59 @@ class NetworkOptions(Kinded):
 
 
 class VelocityNetwork(Protocol):
-    """A class-conditional velocity field u(x, t, label) with a null label for guidance."""
+    """A class-conditional velocity field u(x, t, label), with a null label for guidance."""
 
     null_label: int | None
     takes: tuple[Condition, ...]
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, *sample], t scalar or [batch], label [batch] -> velocity [batch, *sample].
+        """Return the velocity [batch, *sample] at x [batch, *sample], t (scalar or [batch]) and label [batch].
 
-        ``conditions``: those that the network ``takes``, each a scalar or [batch].
+        Args:
+            conditions: exactly the inputs that the network ``takes``, each a scalar or [batch].
         """
         ...
 
 
 class NetworkModule(nn.Module):
-    """A velocity network that is trained here; its forward is that of ``VelocityNetwork``."""
+    """A trainable ``VelocityNetwork``."""
 
-    null_label: int | None  # stands for "no class": num_classes; None: the network knows classes alone
-    takes: tuple[Condition, ...]  # as its config declares
-    diffusers_name: str | None = None  # its submodule that is a model of diffusers, and that model's folder
+    null_label: int | None  # the label of "no class", num_classes; None: the network accepts only classes
+    takes: tuple[Condition, ...]  # the conditions of its config
+    diffusers_name: str | None = None  # the name of its diffusers submodule, and of the folder that stores it
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load the weights of a network of the same shape, which may have fewer conditions: new ones start without effect.
+    """Load the weights of a network of the same shape, which may have fewer conditions.
+
+    New conditions have no effect before training.
 
     Raises:
-        CheckpointError: the weights do not fit otherwise.
+        CheckpointError: other weights are missing, unexpected or of another shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith(f"{CONDITION_MODULE}.")]
     unfit = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     if missing or unfit:
         names = ", ".join((missing + unfit)[:3])
-        raise CheckpointError(f"expected the weights of this network, found {names} missing or of another shape")
+        raise CheckpointError(
+            f"The weights do not fit this network: {names} are missing, unexpected or have another shape."
+        )
     network.load_state_dict(weights, strict=False)
 
 
 class FourierFeatures(nn.Module):
-    """Scalars to ``width`` sines and cosines.
+    """Encodes scalars as ``width`` sines and cosines.
 
     Args:
-        turns: lowest and highest frequency, in turns for each 1.
+        cycles: lowest and highest frequency, in cycles per unit of the scalar.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, turns: tuple[float, float] = (1 / 4, 64)) -> None:
+    def __init__(self, width: int, cycles: tuple[float, float] = (1 / 4, 64)) -> None:
         super().__init__()
-        lowest, highest = (math.log2(each) for each in turns)
+        lowest, highest = (math.log2(each) for each in cycles)
         frequencies = torch.logspace(lowest, highest, width // 2, base=2.0)
         self.register_buffer("frequencies", 2 * math.pi * frequencies, persistent=False)
         self.width = width
@@ -98,12 +103,12 @@ class FourierFeatures(nn.Module):
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
 
 
-TURNS: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
-"""Frequencies of the conditions. A guidance scale is learned at a few values alone: slow waves join those between."""
+CONDITION_CYCLES: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
+"""Frequency range of each condition. Students see few guidance scales; low frequencies interpolate between them."""
 
 
 class ConditionEmbedding(nn.Module):
-    """The declared conditions as one vector to be added to the embedding of time and label; 0 before training."""
+    """Adds the embedding of the conditions to the embedding of time and label. It is 0 before training."""
 
     def __init__(self, conditions: tuple[Condition, ...], width: int) -> None:
         super().__init__()
@@ -112,18 +117,17 @@ class ConditionEmbedding(nn.Module):
             last = nn.Linear(width, width)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.add_module(
-                name, nn.Sequential(FourierFeatures(width, TURNS[name]), nn.Linear(width, width), nn.SiLU(), last)
-            )
+            features = FourierFeatures(width, CONDITION_CYCLES[name])
+            self.add_module(name, nn.Sequential(features, nn.Linear(width, width), nn.SiLU(), last))
 
     def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """``embedding`` [batch, width] with the conditions added, each a scalar or [batch].
+        """Return ``embedding`` [batch, width] plus the embedding of each condition, a scalar or [batch].
 
         Raises:
-            ValueError: other conditions than those declared.
+            ValueError: the conditions are not the declared ones.
         """
         if sorted(given) != sorted(self.names):
-            raise ValueError(f"expected the conditions {sorted(self.names)} of the config, got {sorted(given)}")
+            raise ValueError(f"The network takes the conditions {sorted(self.names)}, but got {sorted(given)}.")
         for name in self.names:
             embedding = embedding + self.get_submodule(name)(given[name].to(embedding.dtype).reshape(-1))
         return embedding

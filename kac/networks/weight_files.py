@@ -1,4 +1,4 @@
-"""Weights in files that others wrote. Nothing in them is run: only tensors and plain values are read."""
+"""Read weights from files that others wrote. Only tensors and plain values are read; no code is run."""
 
 import hashlib
 import io
@@ -16,58 +16,56 @@ from kac.util.errors import CheckpointError, one_line
 from kac.util.integrity import check_zip
 
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Parts of names that torch.compile, FSDP and activation checkpointing add, at any depth."""
+"""Parts of names that torch.compile, FSDP and activation checkpointing add at any depth."""
 
 AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)
-"""An entry with such a name has averaged weights, which are what is evaluated."""
+"""Names of entries that hold averaged weights, the weights to evaluate."""
 
 MOST_SHOWN = 6
 
 
 class WeightsFile(NamedTuple):
-    """All tensors of a file by name; those of a nested entry follow its name and a dot."""
+    """All tensors of a file. The name of a nested tensor is its path, joined by dots."""
 
     named: dict[str, Tensor]
-    unnamed: dict[str, list[Tensor]]  # lists of tensors, by the name of the entry
-    entries: tuple[str, ...]  # the top level of the file
+    unnamed: dict[str, list[Tensor]]  # lists of tensors, by the name of their entry
+    entries: tuple[str, ...]  # names at the top level of the file
     sha256: str
 
     def describe(self) -> str:
-        """What the file holds, in words."""
+        """Describe the content of the file for a message."""
         if not self.named and not self.unnamed:
-            shown = ", ".join(self.entries[:MOST_SHOWN])
-            return f"no tensors in {shown}" if shown else "no named entries"
+            return f"no tensors in {shorten(self.entries)}" if self.entries else "no named entries"
         example = "".join(f", such as {name} {list(value.shape)}" for name, value in list(self.named.items())[:1])
         total = len(self.named) + sum(map(len, self.unnamed.values()))
         return f"{total} tensors: {self.describe_entries(self.named)}{example}"
 
     def describe_entries(self, names: Collection[str], without: str | None = None) -> str:
-        """The entries of some names, and the lists but ``without``, with the number of tensors in each."""
-        parts = [f"{name} ({count})" for name, count in groups(names, self.named)]
+        """Describe the entries of ``names`` and all lists except ``without``, with the number of tensors in each."""
+        parts = [f"{name} ({count})" for name, count in group_names(names, self.named)]
         lists = [(name, tensors) for name, tensors in self.unnamed.items() if name != without]
-        return listed([*parts, *(f"{name or 'a list'} ({len(tensors)} without names)" for name, tensors in lists)])
+        return shorten([*parts, *(f"{name or 'a list'} ({len(tensors)} without names)" for name, tensors in lists)])
 
 
 def read_weights(path: str) -> WeightsFile:
-    """The tensors in a file of ``torch.save`` or of safetensors (local or s3://), on the CPU.
+    """Return the tensors of a ``torch.save`` or safetensors file (local or s3://), on the CPU.
 
     Raises:
-        CheckpointError: no such file, or something else than tensors and plain values in it.
+        CheckpointError: the file is missing, damaged, or contains more than tensors and plain values.
     """
     try:
         data = files.read_bytes(path)
     except IsADirectoryError:
-        inside = [
-            name for name in files.list_sizes(path) if name.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
-        ]
-        found = f"a folder with {listed(sorted(inside))}" if inside else "a folder without one"
-        raise CheckpointError(f"{path}: expected a file of weights, found {found}") from None
+        endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+        inside = sorted(name for name in files.list_sizes(path) if name.endswith(endings))
+        content = f"It contains {shorten(inside)}. Give one of these files" if inside else "Give a file of weights"
+        raise CheckpointError(f"{path} is a folder. {content}.") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: expected a file of weights, found none") from None
-    content = _read(path, data)
+        raise CheckpointError(f"{path} does not exist. Give a file of weights.") from None
+    content = _load(path, data)
     named: dict[str, Tensor] = {}
     unnamed: dict[str, list[Tensor]] = {}
-    for name, value in _leaves(content, ""):
+    for name, value in _flatten(content, ""):
         if isinstance(value, Tensor):
             named[WRAPPERS.sub("", name)] = value
         else:
@@ -76,74 +74,74 @@ def read_weights(path: str) -> WeightsFile:
     return WeightsFile(named, unnamed, entries, hashlib.sha256(data).hexdigest())
 
 
-def prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
-    """What stands before ``expected`` names, the most frequent prefix first; each is empty or ends in a dot."""
-    found: Counter[str] = Counter()
+def _load(path: str, data: bytes) -> Any:
+    try:
+        if path.endswith(".safetensors") or data[8:9] == b"{":  # a safetensors header starts after its 8-byte length
+            return safetensors.torch.load(data)
+        check_zip(data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - PyTorch may raise any type on damaged files
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise CheckpointError(
+                f"{path} contains the Python object {forbidden[1]}, which would have to run code to load. Save only "
+                "the weights: torch.save(model.state_dict(), FILE)."
+            ) from None
+        raise CheckpointError(f"{path} is not a readable file of weights ({one_line(error, 120)}).") from None
+
+
+def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
+    """Yield the tensors, and the lists of tensors, at any depth of ``content``."""
+    if isinstance(content, Tensor) and name:
+        yield name, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flatten(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, list | tuple) and content and all(isinstance(value, Tensor) for value in content):
+        yield name, list(content)
+    elif isinstance(content, list | tuple):
+        for number, value in enumerate(content):
+            yield from _flatten(value, f"{name}.{number}" if name else str(number))
+
+
+def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
+    """Return the prefixes of ``expected`` names in ``names``, most frequent first. Each is empty or ends in a dot."""
+    counts: Counter[str] = Counter()
     for name in names:
-        starts = [0, *(place.end() for place in re.finditer(r"\.", name))]
-        found.update(name[:start] for start in starts if name[start:] in expected)
-    return sorted(found, key=lambda prefix: (-found[prefix], len(prefix)))
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        counts.update(name[:start] for start in starts if name[start:] in expected)
+    return sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
 
 
-def below(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, without it."""
+def remove_prefix(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
-def choose(keys: Sequence[str]) -> str:
-    """The key of the weights to take, of several that would do: those of the only average.
+def choose_key(keys: Sequence[str]) -> str:
+    """Return the key of the weights to load: the only key, or the only key of averaged weights.
 
     Raises:
-        CheckpointError: there is no average, or several.
+        CheckpointError: no single key qualifies.
     """
     last = [key for key in keys if AVERAGED.search(key.rpartition(".")[2])]
     anywhere = [key for key in keys if any(map(AVERAGED.search, key.split(".")))]
     for candidates in (keys, last, anywhere):
         if len(candidates) == 1:
             return candidates[0]
-    named = ", ".join(key or "'' (no prefix)" for key in keys)
-    raise CheckpointError(f"several entries hold weights that fit: {named}. Choose one with `key`")
+    names = ", ".join(key or "'' (no prefix)" for key in keys)
+    raise CheckpointError(f"several entries hold weights that fit: {names}. Choose one with `key`.")
 
 
-def groups(names: Collection[str], among: Collection[str]) -> list[tuple[str, int]]:
-    """How many of ``names`` each entry has: their parts up to the first in which the names ``among`` differ."""
+def group_names(names: Collection[str], among: Collection[str]) -> list[tuple[str, int]]:
+    """Count ``names`` per entry: their parts up to the first part in which the names ``among`` differ."""
     split = [name.split(".") for name in among]
     first, last = min(split, default=[]), max(split, default=[])
     depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)) + 1
     return Counter(".".join(name.split(".")[:depth]) for name in names).most_common()
 
 
-def listed(parts: Sequence[str]) -> str:
-    """The first few parts, and how many more there are."""
-    more = [f"{len(parts) - MOST_SHOWN} more"] if len(parts) > MOST_SHOWN else []
-    return ", ".join([*parts[:MOST_SHOWN], *more])
-
-
-def _leaves(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
-    """Tensors, and lists of them, at any depth."""
-    if isinstance(content, Tensor) and name:
-        yield name, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, list | tuple) and content and all(isinstance(value, Tensor) for value in content):
-        yield name, list(content)
-    elif isinstance(content, list | tuple):
-        for number, value in enumerate(content):
-            yield from _leaves(value, f"{name}.{number}" if name else str(number))
-
-
-def _read(path: str, data: bytes) -> Any:
-    try:
-        if path.endswith(".safetensors") or data[8:9] == b"{":  # the header of safetensors, after its length
-            return safetensors.torch.load(data)
-        check_zip(data)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - of damaged files PyTorch raises whatever its parts do
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise CheckpointError(
-                f"{path}: expected tensors and plain values, found {foreign[1]}, and code is never run: save the "
-                "weights only, torch.save(model.state_dict(), FILE)"
-            ) from None
-        raise CheckpointError(f"{path}: expected a file of weights, found {one_line(error, 120)}") from None
+def shorten(parts: Sequence[str], most: int = MOST_SHOWN) -> str:
+    """Return the first ``most`` parts, and the number of the others: "a, b and 3 more"."""
+    others = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return ", ".join(parts[:most]) + others

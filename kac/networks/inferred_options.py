@@ -1,4 +1,4 @@
-"""The options of a network that its weights show, for the message that they are not those of ``network``."""
+"""Infer the options of a network from its weights, for the message that they do not match ``network``."""
 
 import re
 from collections.abc import Mapping
@@ -12,33 +12,33 @@ from kac.networks.network import NetworkConfig
 from kac.networks.openai import CLASSES, OUR_CLASSES, has_resblock_updown, is_openai
 from kac.networks.unet import UNetConfig
 
-Shown = dict[str, tuple[Any, Any]]
-"""By option: the value that the weights show, and the one that was given."""
+Inferred = dict[str, tuple[Any, Any]]
+"""Per option: its value in the weights, and its value in the config."""
 
 
 def differing_options(
     config: NetworkConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
 ) -> list[str]:
-    """The options in which the network of ``weights`` differs from ``config``, in words; empty if none is known to.
+    """Describe the options in which ``weights`` differ from ``config``; empty if no difference can be inferred.
 
     Args:
-        weights: under the names of the network, or of a U-Net of OpenAI; some may be missing or left over.
-        expected: of the network of ``config``.
+        weights: under the names of the network or of OpenAI's U-Net; some may be missing or unexpected.
+        expected: the weights of the network of ``config``.
     """
     try:
-        shown = _shown(config, weights, sample_shape, expected)
-    except (KeyError, IndexError, ValueError):  # weights that lack what would show it
+        inferred = _infer(config, weights, sample_shape, expected)
+    except (KeyError, IndexError, ValueError):  # a weight is missing that would show an option
         return []
     return [
-        f"{option} {_words(found)} (given: {_words(given)})"
-        for option, (found, given) in shown.items()
-        if found != given
+        f"{option} {_format(actual)} (given: {_format(given)})"
+        for option, (actual, given) in inferred.items()
+        if actual != given
     ]
 
 
-def _shown(
+def _infer(
     config: NetworkConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
-) -> Shown:
+) -> Inferred:
     if isinstance(config, MLPConfig):
         width, size = weights["enter.weight"].shape
         return {
@@ -58,32 +58,30 @@ def _shown(
             **_classes(weights, table, expected[table]),
         }
     if isinstance(config, UNetConfig):
-        return _unet(config, weights, sample_shape, expected)
+        return _infer_unet(config, weights, sample_shape, expected)
     return {}
 
 
-def _unet(
+def _infer_unet(
     config: UNetConfig, weights: Mapping[str, Tensor], sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
-) -> Shown:
+) -> Inferred:
     theirs = is_openai(weights)
-    blocks = _openai_blocks(weights) if theirs else _diffusers_blocks(weights)  # [level][block], as prefixes
+    blocks = _openai_blocks(weights) if theirs else _diffusers_blocks(weights)  # prefixes, as [level][block]
     convolution, embedding = ("in_layers.2", "emb_layers.1") if theirs else ("conv1", "time_emb_proj")
     channels = tuple(weights[f"{level[0]}.{convolution}.weight"].shape[0] for level in blocks)
     side = sample_shape[1] // config.patch
-    has_attention = [_attention(level[0]) in weights for level in blocks]
-    attention = tuple(side // 2**level for level, has in enumerate(has_attention) if has)
+    attention = tuple(side // 2**i for i, level in enumerate(blocks) if _attention_weight(level[0]) in weights)
     first = weights["input_blocks.0.0.weight" if theirs else "conv_in.weight"]
-    scales = weights[f"{blocks[0][0]}.{embedding}.weight"].shape[0] == 2 * channels[0]
-    shown: Shown = {
+    scale_shift = weights[f"{blocks[0][0]}.{embedding}.weight"].shape[0] == 2 * channels[0]
+    in_channels = "`data.channels`" if config.patch == 1 else "`data.channels` x `network.patch` squared"
+    return {
         "`network.channels`": (channels, config.channels),
         "`network.blocks`": (len(blocks[0]), config.blocks),
         "`network.attention`": (attention, tuple(sorted(config.attention, reverse=True))),
-        "`network.scale_shift`": (scales, config.scale_shift),
+        "`network.scale_shift`": (scale_shift, config.scale_shift),
         **_classes(weights, CLASSES if theirs else OUR_CLASSES, expected[OUR_CLASSES]),
+        in_channels: (first.shape[1], expected["conv_in.weight"].shape[1]),
     }
-    taken = expected["conv_in.weight"].shape[1]
-    what = "`data.channels`" if config.patch == 1 else "`data.channels` x `network.patch` squared"
-    return {**shown, what: (first.shape[1], taken)}
 
 
 def _diffusers_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
@@ -99,7 +97,7 @@ def _diffusers_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _openai_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
     if has_resblock_updown(weights):
-        raise ValueError("a U-Net that no options describe")
+        raise ValueError("no option describes resblock_updown")
     blocks: list[list[str]] = [[]]
     for number in range(1, _count(r"input_blocks\.(\d+)\.", weights)):
         if f"input_blocks.{number}.0.op.weight" in weights:
@@ -109,26 +107,26 @@ def _openai_blocks(weights: Mapping[str, Tensor]) -> list[list[str]]:
     return blocks
 
 
-def _attention(block: str) -> str:
-    """The weight that a block with attention has beside it."""
+def _attention_weight(block: str) -> str:
+    """Return the name of a weight that exists if this residual block has attention."""
     if block.startswith("input_blocks"):
         return f"{block.removesuffix('.0')}.1.qkv.weight"
     return f"{block.replace('resnets', 'attentions')}.to_q.weight"
 
 
-def _classes(weights: Mapping[str, Tensor], name: str, expected: Tensor) -> Shown:
-    """The rows of the embedding of classes, where those of a U-Net may lack the null label."""
+def _classes(weights: Mapping[str, Tensor], name: str, expected: Tensor) -> Inferred:
+    """Return the rows of the class embedding. A U-Net may lack the row of the null label."""
     if name not in weights or (name in {CLASSES, OUR_CLASSES} and len(weights[name]) == len(expected) - 1):
         return {}
     return {"labels (the classes of `data`, and 'no class'):": (len(weights[name]), len(expected))}
 
 
 def _count(pattern: str, weights: Mapping[str, Tensor]) -> int:
-    """One more than the largest number that stands in the names at the pattern's group."""
+    """Return one more than the largest number that the group of ``pattern`` matches in a name."""
     return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))
 
 
-def _words(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "without a value"
     return str(value)
