@@ -3,10 +3,11 @@
 import functools
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -61,6 +62,18 @@ class Options(BaseModel, metaclass=_Metaclass):
         finally:
             _is_outermost.reset(token)
 
+    @classmethod
+    def model_validate(cls, *values: Any, **settings: Any) -> Self:
+        """As pydantic's method; invalid values raise ``ArgumentError``."""
+        with _unwrapped_errors():
+            return super().model_validate(*values, **settings)
+
+    @classmethod
+    def model_validate_json(cls, *values: Any, **settings: Any) -> Self:
+        """As pydantic's method; invalid values raise ``ArgumentError``."""
+        with _unwrapped_errors():
+            return super().model_validate_json(*values, **settings)
+
     @model_validator(mode="before")
     @classmethod
     def _parse_literals(cls, values: Any) -> Any:
@@ -69,6 +82,16 @@ class Options(BaseModel, metaclass=_Metaclass):
             return values
         members = {name: _literals_by_text(cls, name) for name in values if name in cls.model_fields}
         return {name: _parse_literal(value, members.get(name, {})) for name, value in values.items()}
+
+
+@contextmanager
+def _unwrapped_errors() -> Iterator[None]:
+    """Raise the ``ArgumentError`` of ``__init__``, which pydantic wraps because it is a ``ValueError``."""
+    try:
+        yield
+    except ValidationError as error:
+        cause = error.errors()[0].get("ctx", {}).get("error")
+        raise (cause if isinstance(cause, ArgumentError) else error) from None
 
 
 @functools.cache

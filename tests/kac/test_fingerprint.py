@@ -1,4 +1,4 @@
-"""Fingerprints: what enters one, and that an option added later does not."""
+"""Fingerprints include the right fields, and an option added later does not change them."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,41 +19,41 @@ class Optimizer(Options):
     rate: float = 4e-3
 
 
-class Made(Options):
+class Spec(Options):
     teacher: str
     steps: int = 100
     path: Path = Path()
     optimizer: Optimizer = Optimizer(updates=2000)
-    where: str = unhashed("here", "no part of it")
+    where: str = unhashed("here", "not hashed")
 
 
-def test_a_value_at_its_default_is_left_out_and_one_without_a_default_never():
-    assert hashed_values(Made(teacher="t")) == {"teacher": "t"}
-    assert hashed_values(Made(teacher="t", steps=50, where="there")) == {"teacher": "t", "steps": 50}
+def test_only_fields_with_default_values_are_left_out():
+    assert hashed_values(Spec(teacher="t")) == {"teacher": "t"}
+    assert hashed_values(Spec(teacher="t", steps=50, where="there")) == {"teacher": "t", "steps": 50}
 
 
-def test_a_group_enters_with_what_differs_and_its_kind_always():
-    made = Made(teacher="t", path=Path(a=25.0), optimizer=Optimizer(updates=5))
-    assert hashed_values(made) == {"teacher": "t", "path": {"kind": "kac", "a": 25.0}, "optimizer": {"updates": 5}}
-    # Its own defaults are not those that the stage gives the group.
-    assert hashed_values(Made(teacher="t", optimizer=Optimizer())) == {"teacher": "t", "optimizer": {}}
+def test_a_group_has_its_changed_fields_and_always_its_kind():
+    spec = Spec(teacher="t", path=Path(a=25.0), optimizer=Optimizer(updates=5))
+    assert hashed_values(spec) == {"teacher": "t", "path": {"kind": "kac", "a": 25.0}, "optimizer": {"updates": 5}}
+    # The neutral value of the group is its default in the stage, not the defaults of its own fields.
+    assert hashed_values(Spec(teacher="t", optimizer=Optimizer())) == {"teacher": "t", "optimizer": {}}
 
 
 def test_different_options_have_different_fingerprints():
     different = [
-        Made(teacher="t"),
-        Made(teacher="u"),
-        Made(teacher="t", steps=50),
-        Made(teacher="t", optimizer=Optimizer()),
-        Made(teacher="t", optimizer=Optimizer(updates=2000, rate=1.0)),
-        Made(teacher="t", path=Path(kind="gaussian")),
-        Made(teacher="t", path=Path(a=1.0)),
+        Spec(teacher="t"),
+        Spec(teacher="u"),
+        Spec(teacher="t", steps=50),
+        Spec(teacher="t", optimizer=Optimizer()),
+        Spec(teacher="t", optimizer=Optimizer(updates=2000, rate=1.0)),
+        Spec(teacher="t", path=Path(kind="gaussian")),
+        Spec(teacher="t", path=Path(a=1.0)),
     ]
-    assert len({fingerprint(hashed_values(made)) for made in different}) == len(different)
+    assert len({fingerprint(hashed_values(spec)) for spec in different}) == len(different)
 
 
-def test_all_deciding_fields_are_told_for_a_refusal():
-    assert hashed_fields(Made(teacher="t")) == {
+def test_hashed_fields_include_neutral_values():
+    assert hashed_fields(Spec(teacher="t")) == {
         "teacher": "t",
         "steps": 100,
         "path": {"kind": "kac", "a": 9.0},
@@ -77,21 +77,21 @@ LATER: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_field_added_later_changes_no_fingerprint_until_it_is_used(name: str):
-    later = create_model("Made", __base__=Made, **{name: LATER[name]})
+    later = create_model("Spec", __base__=Spec, **{name: LATER[name]})
     for values in ({"teacher": "t"}, {"teacher": "t", "steps": 3, "path": {"a": 2.0}}):
-        assert hashed_values(later(**values)) == hashed_values(Made(**values))
+        assert hashed_values(later(**values)) == hashed_values(Spec(**values))
     used = {"number": 8, "nothing": 0, "several": (), "group": Optimizer(), "kinded_group": "pixels"}[name]
     assert name in hashed_values(later(teacher="t", **{name: used}))
 
 
-def test_a_changed_default_keeps_its_neutral_value():
-    changed = create_model("Made", __base__=Made, steps=(int, Field(50, json_schema_extra={"neutral": 100})))
-    assert hashed_values(changed(teacher="t", steps=100)) == hashed_values(Made(teacher="t", steps=100))
-    assert hashed_values(changed(teacher="t")) == hashed_values(Made(teacher="t", steps=50))
+def test_a_changed_default_keeps_the_fingerprint_of_old_values():
+    changed = create_model("Spec", __base__=Spec, steps=(int, Field(50, json_schema_extra={"neutral": 100})))
+    assert hashed_values(changed(teacher="t", steps=100)) == hashed_values(Spec(teacher="t", steps=100))
+    assert hashed_values(changed(teacher="t")) == hashed_values(Spec(teacher="t", steps=50))
 
 
-def test_what_was_written_before_a_field_is_read_with_its_neutral_value():
-    changed = create_model("Made", __base__=Made, later=(int, Field(7, json_schema_extra={"neutral": 1})))
+def test_stored_values_without_a_later_field_get_its_neutral_value():
+    changed = create_model("Spec", __base__=Spec, later=(int, Field(7, json_schema_extra={"neutral": 1})))
     assert changed(**with_neutral_values(changed, {"teacher": "t"})).later == 1
     assert changed(**with_neutral_values(changed, {"teacher": "t", "later": 3})).later == 3
 
