@@ -1,4 +1,4 @@
-"""Guidance: the formula, its cost in network calls, and that the project holds it once."""
+"""Guidance: the formula, its cost in network calls, and a check that no other module contains it."""
 
 import ast
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ WEIGHTS = st.floats(-2, 10).filter(lambda w: w != 0)
 
 
 class Spy:
-    """u(x, t, label) = x (t + label), and a record of what it was called with."""
+    """u(x, t, label) = x (t + label), and a record of its calls."""
 
     null_label = NULL
 
@@ -37,7 +37,7 @@ TIMES = [torch.tensor(0.25, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], 
 
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "batch"])
-def test_without_guidance_the_network_is_called_once_with_the_plain_batch(t):
+def test_without_guidance_the_network_is_called_once_on_the_original_batch(t):
     spy = Spy()
     guided = guide(spy, 0.0, LABEL)
     u = guided(X, t)
@@ -65,23 +65,23 @@ def test_guidance_is_one_call_on_a_doubled_batch(w, t):
 
 
 def test_values_by_hand():
-    """t + label = 2.25 and t + null = 7.25: at w = 1, x (2 * 2.25 - 7.25); at w = -1, the null field alone."""
+    """t + label = 2.25 and t + null = 7.25: w = 1 gives x (2 * 2.25 - 7.25), w = -1 gives the null field."""
     x, label, t = torch.tensor([[1.0]]), torch.tensor([2]), torch.tensor(0.25)
     assert guide(Spy(), 1.0, label)(x, t).item() == -2.75
     assert guide(Spy(), -1.0, label)(x, t).item() == 7.25
 
 
-def test_conditions_reach_the_network_with_and_without_guidance():
-    class Taking(Spy):
+def test_the_network_receives_conditions_with_and_without_guidance():
+    class ConditionedSpy(Spy):
         def __call__(self, x, t, label, end_time):
             return super().__call__(x, t, label) + end_time
 
     for w in (0.0, 1.5):
-        field = guide(Taking(), w, LABEL, lambda t: {"end_time": t / 2})
+        field = guide(ConditionedSpy(), w, LABEL, lambda t: {"end_time": t / 2})
         torch.testing.assert_close(field(X, TIMES[0]), guide(Spy(), w, LABEL)(X, TIMES[0]) + TIMES[0] / 2)
 
 
-def test_a_network_under_guidance_is_its_two_fields_combined():
+def test_guidance_combines_two_velocities_of_a_real_network():
     torch.manual_seed(0)
     network = build_network(MLPConfig(width=16, depth=2), (2,), NULL).double()
     torch.nn.init.normal_(network.leave[1].weight)
@@ -91,7 +91,7 @@ def test_a_network_under_guidance_is_its_two_fields_combined():
         torch.testing.assert_close(guide(network, 2.0, LABEL)(X, t), 3 * u - 2 * u_null)
 
 
-# The only copy
+# No second copy of the formula
 
 
 def same(left: ast.AST, right: ast.AST) -> bool:
@@ -103,14 +103,14 @@ def factors(node: ast.AST) -> list[ast.AST]:
 
 
 def weights_plus_one(node: ast.AST) -> list[ast.AST]:
-    """The w of each factor (1 + w) or (w + 1)."""
+    """The expression w of each factor (1 + w) or (w + 1)."""
     sums = [f for f in factors(node) if isinstance(f, ast.BinOp) and isinstance(f.op, ast.Add)]
     pairs = [pair for f in sums for pair in ((f.left, f.right), (f.right, f.left))]
     return [w for one, w in pairs if isinstance(one, ast.Constant) and one.value == 1]
 
 
 def is_guidance(node: ast.AST) -> bool:
-    """(1 + w) u - w u_null, or u + w (u - u_null) with any names, or u_null + s (u - u_null) by the name."""
+    """(1 + w) u - w u_null or u + w (u - u_null) with any names, or u_null + s (u - u_null) with these names."""
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)):
         return False
     if isinstance(node.op, ast.Sub):
@@ -129,22 +129,22 @@ def copies(source: str) -> Iterator[int]:
     "formula",
     ["(1 + w) * u - w * n", "u * (self.w + 1.0) - n * self.w", "u + w * (u - n)", "u_null + s * (u - u_null)"],
 )
-def test_the_search_knows_the_formula(formula):
+def test_the_search_finds_the_formula(formula):
     assert list(copies(f"x = {formula}")) == [1]
 
 
 @pytest.mark.parametrize(
     "other", ["(1 + r / 2) * u", "ema + (1 - d) * (p - ema)", "h * (1 + scale) + shift", "a - w * b"]
 )
-def test_the_search_knows_other_formulas(other):
+def test_the_search_ignores_other_formulas(other):
     assert not list(copies(f"x = {other}"))
 
 
-def test_the_project_holds_the_formula_once():
-    found = [
+def test_the_project_contains_the_formula_once():
+    places = [
         (path.relative_to(ROOT).as_posix(), line)
         for folder in ("kac", "pipeline", "jobs")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for line in copies(path.read_text())
     ]
-    assert [path for path, _ in found] == ["kac/guidance.py"], found
+    assert [path for path, _ in places] == ["kac/guidance.py"], places

@@ -1,4 +1,4 @@
-"""kac is plain PyTorch: importing any of it brings in neither Ray nor MLflow nor the pipeline."""
+"""kac is plain PyTorch: none of its modules imports Ray, MLflow, pipeline or jobs."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ ROOT = Path(kac.__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(kac.__path__, "kac."))
 
 
-def test_every_module_imports_without_the_others():
+def test_importing_every_module_loads_no_foreign_package():
     code = """
         import importlib, json, sys
         for name in sys.argv[1:]:
@@ -33,7 +33,7 @@ def test_every_module_imports_without_the_others():
 
 
 def imported(source: str) -> set[str]:
-    """The top-level packages a module imports, wherever in it the import stands."""
+    """The top-level packages that a module imports, including inside functions."""
     nodes = list(ast.walk(ast.parse(source)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {
@@ -42,19 +42,19 @@ def imported(source: str) -> set[str]:
     }
 
 
-def test_the_search_sees_late_imports():
+def test_the_search_finds_imports_inside_functions():
     assert imported("def f():\n    from ray.data import x\n    import mlflow.pytorch as m") == {"ray", "mlflow"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_module_imports_the_others_later_on(name):
+def test_no_module_imports_a_foreign_package_inside_functions(name):
     path = ROOT / name.replace(".", "/")
     source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     assert not imported(source) & FOREIGN
 
 
-def test_the_walk_finds_the_modules():
-    there = {
+def test_the_walk_finds_all_modules():
+    files = {
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in (ROOT / "kac").rglob("*.py")
     }
-    assert {name.removesuffix(".__init__") for name in there} == {"kac", *MODULES}
+    assert {name.removesuffix(".__init__") for name in files} == {"kac", *MODULES}

@@ -1,4 +1,4 @@
-"""Noise and labels by number: row i is a function of (seed, i) alone, and the stream is pinned."""
+"""Counter-based noise and labels: row i depends only on (seed, i), and the stream never changes."""
 
 import itertools
 
@@ -19,7 +19,7 @@ SHAPES = st.sampled_from([(2,), (3,), (1, 4, 4), (1,)])
 
 @st.composite
 def splits(draw) -> list[range]:
-    """A range of ids cut at random places."""
+    """A range of ids, split at random places."""
     start = draw(st.one_of(st.integers(0, 1000), st.integers(2**40, 2**40 + 10)))
     cuts = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
     edges = [start]
@@ -32,12 +32,12 @@ def whole(parts: list[range]) -> range:
     return range(parts[0].start, parts[-1].stop)
 
 
-# One row, one number
+# Independence of rows
 
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, splits(), st.integers(1, 13), st.integers(0, 2))
-def test_uniforms_of_a_range_are_those_of_its_parts(seed, parts, width, stream):
+def test_uniforms_of_a_range_are_the_uniforms_of_its_parts(seed, parts, width, stream):
     together = noises.uniforms(seed, stream, whole(parts), width)
     assert together.shape == (len(whole(parts)), width)
     assert together.dtype == torch.float64
@@ -47,7 +47,7 @@ def test_uniforms_of_a_range_are_those_of_its_parts(seed, parts, width, stream):
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, splits(), SHAPES, st.sampled_from(PATHS))
-def test_noise_of_a_range_is_that_of_its_parts(seed, parts, shape, path):
+def test_noise_of_a_range_is_the_noise_of_its_parts(seed, parts, shape, path):
     together = noises.noise(path, seed, whole(parts), shape)
     assert together.shape == (len(whole(parts)), *shape)
     assert together.dtype == torch.float32
@@ -56,7 +56,7 @@ def test_noise_of_a_range_is_that_of_its_parts(seed, parts, shape, path):
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, splits(), st.lists(st.floats(0.05, 1), min_size=1, max_size=12))
-def test_labels_and_data_points_of_a_range_are_those_of_its_parts(seed, parts, weights):
+def test_labels_and_data_points_of_a_range_match_its_parts(seed, parts, weights):
     shares = [weight / sum(weights) for weight in weights]
     together = noises.labels(seed, whole(parts), shares)
     assert together.dtype == torch.int64
@@ -69,7 +69,7 @@ def test_labels_and_data_points_of_a_range_are_those_of_its_parts(seed, parts, w
     assert torch.equal(interval, torch.cat([i for _, i in apart]))
 
 
-def test_neither_global_state_nor_the_order_of_calls_matters():
+def test_noise_ignores_global_state_and_earlier_calls():
     torch.manual_seed(0)
     first = noises.noise(KacPath(), 3, range(10), (4,))
     torch.manual_seed(1)
@@ -84,37 +84,37 @@ def test_noise_is_the_same_on_any_number_of_threads(path):
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            drawn.append(noises.noise(path, 5, range(2000), (1, 8, 8)))  # large enough for torch to split it
+            drawn.append(noises.noise(path, 5, range(2000), (1, 8, 8)))  # large enough for torch to use several threads
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
-def test_an_empty_range_has_no_rows():
+def test_an_empty_range_gives_no_rows():
     assert noises.uniforms(0, 0, range(5, 5), 3).shape == (0, 3)
     assert noises.noise(KacPath(), 0, range(0), (1, 8, 8)).shape == (0, 1, 8, 8)
     assert noises.labels(0, range(0), [0.5, 0.5]).shape == (0,)
 
 
 def test_refuses_ids_with_gaps():
-    """Rows are drawn as one stretch: those of every second id would be those of their neighbours."""
+    """Rows are drawn contiguously, so ids with a step of 2 would get the rows of their neighbours."""
     with pytest.raises(ValueError, match="step"):
         noises.uniforms(0, 0, range(0, 10, 2), 3)
 
 
-# Different identities
+# Different seeds and streams
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sets(SEEDS, min_size=2, max_size=2))
-def test_other_seeds_and_streams_are_other_numbers(seeds):
-    """No number comes twice, in any row of any stream of any of these seeds and their neighbours."""
+def test_seeds_and_streams_share_no_numbers(seeds):
+    """No number repeats in any row of any stream of these seeds and the next seeds."""
     keys = [(seed, stream) for seed in {*seeds, *(seed + 1 for seed in seeds)} for stream in range(3)]
     rows = torch.stack([noises.uniforms(seed, stream, range(50), 8) for seed, stream in keys])
     assert len(rows.flatten().unique()) == rows.numel()
 
 
-def test_noise_labels_and_data_points_have_streams_of_their_own():
+def test_noise_labels_and_data_points_use_separate_streams():
     assert len({noises.NOISE_STREAM, noises.LABEL_STREAM, noises.DATA_STREAM}) == 3
     ids = range(20_000)
     noise = noises.noise(GaussianPath(), 0, ids, (1,))[:, 0].double()
@@ -124,7 +124,7 @@ def test_noise_labels_and_data_points_have_streams_of_their_own():
     assert table.abs().max().item() < 5.5 / len(ids) ** 0.5
 
 
-# Their laws
+# Distributions
 
 
 def test_uniforms_are_uniform_in_every_column_and_row():
@@ -148,7 +148,7 @@ def test_kac_noise_follows_the_cdf():
     assert columns.abs().max().item() < 5.5 / 25_000**0.5
 
 
-def test_labels_follow_the_frequencies():
+def test_labels_follow_the_class_frequencies():
     shares = [0.5, 0.0, 0.25, 0.2, 0.05, 0.0]
     counts = torch.bincount(noises.labels(2, range(40_000), shares), minlength=6)
     assert counts[[1, 5]].tolist() == [0, 0]
@@ -165,10 +165,10 @@ def test_data_points_are_uniform_and_cover_their_range():
     assert stats.chisquare(torch.bincount(interval).numpy()).pvalue > 1e-7
 
 
-# The stream itself: stores made yesterday must be the stores made tomorrow
+# The stream: a rerun must reproduce stores written earlier
 
 
-def test_the_stream_is_pinned():
+def test_the_stream_never_changes():
     assert noises.uniforms(0, noises.NOISE_STREAM, range(2), 5).tolist() == GOLDEN_UNIFORMS
     assert noises.uniforms(2**31 - 1, noises.DATA_STREAM, range(2**40, 2**40 + 1), 3).tolist() == GOLDEN_FAR
     assert noises.labels(0, range(12), [0.1] * 10).tolist() == GOLDEN_LABELS

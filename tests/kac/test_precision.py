@@ -1,4 +1,4 @@
-"""Precision: bf16, channels_last and compiled calls agree with plain float32 within stated tolerances."""
+"""Precision: bfloat16, channels_last and compilation agree with plain float32 within tolerances."""
 
 import shutil
 
@@ -12,14 +12,14 @@ from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
 
 BFLOAT16_TOLERANCE = 0.05
-"""Of the velocity's own size: bfloat16 keeps 8 bits, and the errors of four layers add up."""
+"""Relative error of the velocity. bfloat16 has 8 bits, and the errors of four layers accumulate."""
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
 class Convolution(nn.Module):
-    """A network of images, in which the memory format matters."""
+    """A convolutional network, for which the memory format matters."""
 
     null_label = 2
 
@@ -45,28 +45,28 @@ def mlp():
     return network
 
 
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value - exact).norm() / exact.norm())
 
 
-def test_plain_float32_is_the_network_itself():
+def test_plain_float32_returns_the_network_itself():
     network = mlp()
     assert Precision().wrap(network) is network
 
 
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (1, 8, 8)), (Convolution, (3, 8, 8))])
-def test_bfloat16_agrees_within_its_tolerance_and_gives_float32(make, shape):
+def test_bfloat16_agrees_with_float32_and_returns_float32(make, shape):
     network, (x, t, label) = make(), inputs(shape)
     wrapped = Precision(dtype="bfloat16").wrap(network)
     assert wrapped.null_label == network.null_label
     with torch.no_grad():
-        exact, found = network(x, t, label), wrapped(x, t, label)
-    assert found.dtype == torch.float32
-    assert 0 < relative_error(found, exact) < BFLOAT16_TOLERANCE
+        exact, velocity = network(x, t, label), wrapped(x, t, label)
+    assert velocity.dtype == torch.float32
+    assert 0 < relative_error(velocity, exact) < BFLOAT16_TOLERANCE
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-def test_channels_last_agrees_and_reaches_the_network():
+def test_channels_last_agrees_and_is_applied_to_inputs_and_weights():
     network, (x, t, label) = Convolution(), inputs()
     exact = network(x, t, label)
     wrapped = Precision(memory_format="channels_last").wrap(network)
@@ -83,14 +83,14 @@ def test_a_compiled_network_agrees():
         torch.testing.assert_close(wrapped(x, t, label), network(x, t, label), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_pass_through():
+def test_gradients_agree():
     network, (x, t, label) = mlp(), inputs((1, 8, 8))
     network(x, t, label).square().mean().backward()
     exact = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     Precision(dtype="bfloat16").wrap(network)(x, t, label).square().mean().backward()
-    for found, expected in zip((p.grad for p in network.parameters()), exact, strict=True):
-        assert relative_error(found, expected) < 2 * BFLOAT16_TOLERANCE or expected.norm() < 1e-6
+    for gradient, expected in zip((p.grad for p in network.parameters()), exact, strict=True):
+        assert relative_error(gradient, expected) < 2 * BFLOAT16_TOLERANCE or expected.norm() < 1e-6
 
 
 UNET = UNetConfig(channels=(16, 32), blocks=1, attention=(4,), groups=8)
@@ -100,7 +100,7 @@ both = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
 
 
 def backbone(config: NetworkConfig) -> NetworkModule:
-    """A network of diffusers in training, all of whose layers take part."""
+    """A network of diffusers in training mode, with changed weights so that every layer affects the output."""
     torch.manual_seed(0)
     network = build_network(config, (3, 8, 8), 2)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def backbone(config: NetworkConfig) -> NetworkModule:
 
 
 def velocity_and_gradient(config: NetworkConfig, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """The velocity [4, 3, 8, 8], and the gradient of its square in all weights as one vector."""
+    """The velocity [4, 3, 8, 8], and the gradient of its mean square in all weights as one vector."""
     network = backbone(config)
     velocity = precision.wrap(network)(*inputs())
     velocity.square().mean().backward()
@@ -119,10 +119,10 @@ def velocity_and_gradient(config: NetworkConfig, precision: Precision) -> tuple[
 
 
 def assert_agrees(config: NetworkConfig, precision: Precision, tolerance: float) -> None:
-    """With plain float32, relative to the size of the whole; the gradient within twice the tolerance."""
+    """Compare with plain float32 by relative error. The gradient may have twice the tolerance."""
     exact, exact_gradient = velocity_and_gradient(config, Precision())
-    found, gradient = velocity_and_gradient(config, precision)
-    assert relative_error(found, exact) < tolerance
+    velocity, gradient = velocity_and_gradient(config, precision)
+    assert relative_error(velocity, exact) < tolerance
     assert relative_error(gradient, exact_gradient) < 2 * tolerance
 
 
@@ -136,8 +136,8 @@ def assert_agrees(config: NetworkConfig, precision: Precision, tolerance: float)
     ],
     ids=str,
 )
-def test_the_networks_of_diffusers_agree(config: NetworkConfig, precision: Precision, tolerance: float):
-    """Norms and attention under autocast too, forward and backward."""
+def test_networks_of_diffusers_agree(config: NetworkConfig, precision: Precision, tolerance: float):
+    """Includes norms and attention under autocast, forward and backward."""
     assert_agrees(config, precision, tolerance)
 
 
@@ -147,27 +147,27 @@ def test_the_networks_of_diffusers_agree(config: NetworkConfig, precision: Preci
     [UNetConfig(channels=(8,), blocks=1, groups=8), DiTConfig(heads=2, head_channels=8, depth=1, patch=4)],
     ids=["unet", "dit"],
 )
-def test_the_compiled_networks_of_diffusers_agree(config: NetworkConfig):
+def test_compiled_networks_of_diffusers_agree(config: NetworkConfig):
     network, (x, t, label) = backbone(config).eval(), inputs()
     with torch.no_grad():
-        found = Precision(compile=True, memory_format="channels_last").wrap(network)(x, t, label)
-        assert relative_error(found, network(x, t, label)) < 1e-5
+        velocity = Precision(compile=True, memory_format="channels_last").wrap(network)(x, t, label)
+        assert relative_error(velocity, network(x, t, label)) < 1e-5
 
 
-def test_choices_are_made_by_the_device():
-    here = Precision(dtype="auto").on(gpu=False)
-    assert (here.dtype, here.compile, here.memory_format) == ("float32", False, "contiguous")
-    there = Precision(dtype="auto").on(gpu=True)
-    assert (there.dtype, there.compile, there.memory_format) == ("bfloat16", True, "channels_last")
+def test_automatic_values_depend_on_the_device():
+    on_cpu = Precision(dtype="auto").on(gpu=False)
+    assert (on_cpu.dtype, on_cpu.compile, on_cpu.memory_format) == ("float32", False, "contiguous")
+    on_gpu = Precision(dtype="auto").on(gpu=True)
+    assert (on_gpu.dtype, on_gpu.compile, on_gpu.memory_format) == ("bfloat16", True, "channels_last")
     assert Precision().on(gpu=True, convolutions=False).memory_format == "contiguous"
     assert Precision(compile=False, memory_format="contiguous").on(gpu=True) == Precision(
         compile=False, memory_format="contiguous"
     )
-    assert str(there) == "bfloat16, channels_last, compiled"
-    with pytest.raises(ArgumentError, match="expected float32, bfloat16 or auto without a GPU, found tf32"):
+    assert str(on_gpu) == "bfloat16, channels_last, compiled"
+    with pytest.raises(ArgumentError, match=r"`precision\.dtype` tf32"):
         Precision(dtype="tf32").wrap(mlp())
 
 
-def test_only_the_type_decides_what_is_made():
+def test_only_the_type_changes_the_fingerprint():
     assert hashed_values(Precision(compile=True, memory_format="channels_last")) == {}
     assert hashed_values(Precision(dtype="bfloat16")) == {"dtype": "bfloat16"}

@@ -1,4 +1,4 @@
-"""The Kac process against arithmetic of 40 digits, against its own identities, and draw by draw."""
+"""The Kac process: 40-digit reference values, identities of its distribution, and samples."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from kac.process import KacProcess
 REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 DIGITS = 40
 SIGNIFICANCE = 1e-7
-"""Of the tests of distributions: their seeds are fixed, so this is the chance that a new torch stream fails one."""
+"""Significance of the distribution tests. Seeds are fixed, so a test can only fail if torch changes its stream."""
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -38,7 +38,7 @@ SHARES = st.one_of(
     log_uniform(1e-9, 1).map(lambda gap: 1 - gap),
     log_uniform(1e-9, 1).map(lambda gap: gap - 1),
 )
-"""x / ct, with an eye on the cone's edge."""
+"""x / ct, with many values near the edge of the cone."""
 
 
 def f64(value: float | list[float]) -> Tensor:
@@ -46,7 +46,7 @@ def f64(value: float | list[float]) -> Tensor:
 
 
 def exact(a: float, c: float, t: float, x: float) -> dict[str, mpmath.mpf]:
-    """Density, velocity and variance in arithmetic of 40 digits; an x beyond the cone is moved to its edge."""
+    """Density, velocity and variance in 40-digit arithmetic. An x outside the cone is moved to its edge."""
     with mpmath.workdps(DIGITS):
         a, c, t = mpmath.mpf(a), mpmath.mpf(c), mpmath.mpf(t)
         x = max(-c * t, min(c * t, mpmath.mpf(x)))
@@ -63,7 +63,7 @@ def exact(a: float, c: float, t: float, x: float) -> dict[str, mpmath.mpf]:
 
 
 def mixture_cdf(a: float, c: float, t: float, x: float) -> float:
-    """P(K <= x) inside the cone, summed over the number of reversals: section 2.1's law of K, not its density."""
+    """P(K <= x) inside the cone as a sum over the number of reversals, computed without the density."""
     n = np.arange(1, int(a * t + 14 * math.sqrt(a * t) + 60))
     share = (x / (c * t) + 1) / 2
     first, second = n // 2 + 1, (n + 1) // 2
@@ -73,7 +73,7 @@ def mixture_cdf(a: float, c: float, t: float, x: float) -> float:
 
 
 def integral(values_at, process: KacProcess, t: float) -> float:
-    """The integral over the cone, or over the 15 standard deviations of it that matter: 64 panels of 20 nodes."""
+    """The integral over the cone, at most 15 standard deviations wide, with 64 panels of 20 nodes."""
     half = min(process.c * t, 15 * process.variance(f64(t)).sqrt().item())
     nodes, weights = np.polynomial.legendre.leggauss(20)
     edges = np.linspace(-half, half, 65)
@@ -102,9 +102,9 @@ def test_reference_values(row, dtype, relative):
 
 @settings(deadline=None, max_examples=150)
 @given(RATES, SPEEDS, TIMES, SHARES)
-@example(53.67113981412426, 67.6624106614647, 1.910063468205847, 1.0)  # ct rounds up: x is beyond the cone
+@example(53.67113981412426, 67.6624106614647, 1.910063468205847, 1.0)  # ct rounds up, so x is outside the cone
 @example(1000.0, 3.0, 9.77, 1.0)
-def test_velocity_in_single_precision_is_that_of_40_digits(a, c, t, share):
+def test_single_precision_velocity_matches_40_digits(a, c, t, share):
     t32 = torch.tensor(t, dtype=torch.float32)
     for x in (torch.tensor(share * c * t, dtype=torch.float32), share * (c * t32)):
         expected = exact(a, c, t32.item(), x.item())["velocity"]
@@ -114,9 +114,9 @@ def test_velocity_in_single_precision_is_that_of_40_digits(a, c, t, share):
 
 @settings(deadline=None, max_examples=150)
 @given(RATES, SPEEDS, TIMES, SHARES)
-@example(100.0, 1.0, 0.005, 0.15)  # the last points of the series, where its cut costs most
+@example(100.0, 1.0, 0.005, 0.15)  # the end of the series, where truncation costs most
 @example(7.0, 3.0, 0.0355, 0.0)
-def test_double_precision_is_that_of_40_digits(a, c, t, share):
+def test_double_precision_matches_40_digits(a, c, t, share):
     process, x = KacProcess(a, c), share * c * t
     expected = exact(a, c, t, x)
     assert process.velocity(f64(x), t).item() == pytest.approx(float(expected["velocity"]), rel=2e-9, abs=1e-300)
@@ -127,19 +127,19 @@ def test_double_precision_is_that_of_40_digits(a, c, t, share):
 
 @settings(deadline=None, max_examples=100)
 @given(RATES, SPEEDS, TIMES, st.floats(-1, 1))
-@example(1000.0, 3.0, 9.7, 0.1)  # z and a t are 9,700 and nearly equal: their difference would have no digits
-def test_density_in_single_precision(a, c, t, share):
+@example(1000.0, 3.0, 9.7, 0.1)  # z and a t are both about 9,700, so their difference would lose all digits
+def test_single_precision_density_matches_40_digits(a, c, t, share):
     t32 = torch.tensor(t, dtype=torch.float32)
     reach = min(0.999 * c * t, 5 * KacProcess(a, c).variance(f64(t)).sqrt().item())
     x = torch.tensor(share * reach, dtype=torch.float32)
     expected = float(exact(a, c, t32.item(), x.item())["density"])
-    exponent = (a * x.item() / c) ** 2 / (a * t)  # what exp() is given, and with it the digits it loses
+    exponent = (a * x.item() / c) ** 2 / (a * t)  # the argument of exp(), which determines the digits lost
     assert KacProcess(a, c).density(x, t32).item() == pytest.approx(expected, rel=2e-6 * (1 + exponent), abs=1e-30)
 
 
 @settings(deadline=None, max_examples=100)
 @given(RATES, SPEEDS, TIMES, st.floats(-0.9999, 0.9999))
-def test_cdf_is_the_sum_over_the_numbers_of_reversals(a, c, t, share):
+def test_cdf_matches_the_sum_over_reversals(a, c, t, share):
     x = share * c * t
     assert KacProcess(a, c).cdf(f64(x), t).item() == pytest.approx(mixture_cdf(a, c, t, x), abs=1e-9)
 
@@ -162,14 +162,14 @@ def test_velocity_never_exceeds_c(a, c, t, share):
 @settings(deadline=None, max_examples=100)
 @given(RATES, SPEEDS, TIMES)
 @example(53.67113981412426, 67.6624106614647, 1.910063468205847)
-def test_fastest_point_of_the_cone_is_its_edge(a, c, t):
+def test_velocity_is_largest_at_the_edge_of_the_cone(a, c, t):
     process = KacProcess(a, c)
     for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-9)):
         t_ = torch.tensor(t, dtype=dtype)
         fastest = c * a * t_.double().item() / (a * t_.double().item() + 2)
         v = process.velocity(torch.linspace(-1, 1, 201, dtype=dtype) * (c * t_), t_)
         assert v.abs().max().item() <= fastest * (1 + relative)
-        # The slope at the edge is steep, and ct is rounded; beyond it the field is continued as a constant.
+        # ct is rounded, and the slope at the edge is steep. Beyond the edge the velocity is constant.
         assert v.abs().max().item() == pytest.approx(fastest, rel=5e-7 + 1e-7 * a * t)
         beyond = process.velocity(torch.tensor([1.01, 2.0, 5.0], dtype=dtype) * (c * t_), t_)
         assert beyond.tolist() == pytest.approx([fastest] * 3, rel=relative)
@@ -177,7 +177,7 @@ def test_fastest_point_of_the_cone_is_its_edge(a, c, t):
 
 @settings(deadline=None, max_examples=50)
 @given(RATES, SPEEDS, TIMES)
-def test_velocity_is_odd_and_grows_with_x(a, c, t):
+def test_velocity_is_odd_and_increases_with_x(a, c, t):
     x = torch.linspace(-1, 1, 201, dtype=torch.float64) * (c * t)
     v = KacProcess(a, c).velocity(x, t)
     assert torch.equal(v, -KacProcess(a, c).velocity(-x, t))
@@ -186,7 +186,7 @@ def test_velocity_is_odd_and_grows_with_x(a, c, t):
 
 @settings(deadline=None, max_examples=50)
 @given(RATES, SPEEDS, TIMES)
-def test_velocity_of_atoms_is_c_with_the_sign_of_x(a, c, t):
+def test_velocity_of_atoms_is_c_times_the_sign_of_x(a, c, t):
     process = KacProcess(a, c)
     x = torch.tensor([-1.0, 1.0, 0.3], dtype=torch.float32) * (c * t)
     v = process.velocity(x, t, torch.tensor([True, True, False]))
@@ -194,14 +194,14 @@ def test_velocity_of_atoms_is_c_with_the_sign_of_x(a, c, t):
     assert torch.equal(v, torch.stack([-c32, c32, process.velocity(x, t)[2]]))
 
 
-def test_velocity_has_the_broadcast_shape():
+def test_velocity_broadcasts_x_and_t():
     x, t = torch.rand(4, 1, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 1
     v = KacProcess().velocity(x, t)
     assert v.shape == (4, 3)
     assert v[2, 1].item() == KacProcess().velocity(x[2, 0], t[1]).item()
 
 
-# Identities of the law
+# Identities of the distribution
 
 AT_PAIRS = st.tuples(log_uniform(0.1, 1000), SPEEDS, log_uniform(0.01, 3000)).map(lambda p: (p[0], p[1], p[2] / p[0]))
 """(a, c, t) with a t from 0.01 to 3000."""
@@ -209,7 +209,7 @@ AT_PAIRS = st.tuples(log_uniform(0.1, 1000), SPEEDS, log_uniform(0.01, 3000)).ma
 
 @settings(deadline=None, max_examples=60)
 @given(AT_PAIRS)
-def test_mass_variance_and_power_are_those_of_the_law(act):
+def test_integrals_of_the_density_match_closed_forms(act):
     a, c, t = act
     process, atom_mass = KacProcess(a, c), math.exp(-a * t)
 
@@ -225,8 +225,8 @@ def test_mass_variance_and_power_are_those_of_the_law(act):
 
 @settings(deadline=None, max_examples=60)
 @given(AT_PAIRS, st.floats(-0.95, 0.95))
-def test_mass_is_carried_by_the_velocity(act, share):
-    """d/dt P(K_t < q) = -p(q) v(q), by a central difference of fourth order."""
+def test_continuity_equation(act, share):
+    """d/dt P(K_t < q) = -p(q) v(q), with a fourth-order central difference."""
     a, c, t = act
     process, q, dt = KacProcess(a, c), f64(share * c * t), 1e-3 * t * (1 - abs(share))
     times = t + dt * f64([-2, -1, 1, 2])
@@ -237,7 +237,7 @@ def test_mass_is_carried_by_the_velocity(act, share):
 
 @settings(deadline=None, max_examples=60)
 @given(AT_PAIRS)
-def test_cdf_is_monotone_and_right_at_the_edges(act):
+def test_cdf_is_monotone_with_correct_edge_values(act):
     a, c, t = act
     process, edge, atom = KacProcess(a, c), f64(c * t), 0.5 * math.exp(-a * t)
     assert bool((process.cdf(torch.linspace(-1.1, 1.1, 221, dtype=torch.float64) * edge, t).diff() >= -1e-12).all())
@@ -273,7 +273,7 @@ def test_gradients_are_finite_everywhere(dtype, a):
             assert bool(gradient.isfinite().all())
 
 
-def test_gradients_are_those_of_the_velocity_on_both_branches():
+def test_gradients_are_correct_on_both_branches():
     process = KacProcess(9.0, 3.0)
     x, t = f64([0.01, 0.02, 0.0, 0.5, -1.3, 2.9]).requires_grad_(), f64([0.01, 0.02, 0.03, 0.3, 0.6, 1.0])
     z_squared = 9 * (9 * t**2 - x.detach() ** 2)
@@ -281,7 +281,7 @@ def test_gradients_are_those_of_the_velocity_on_both_branches():
     assert torch.autograd.gradcheck(process.velocity, (x, t.requires_grad_()), eps=1e-7, atol=1e-6)
 
 
-# Draws
+# Samples
 
 _numbers = np.random.default_rng(20)
 RANDOM_PROCESSES = [
@@ -292,7 +292,7 @@ COUNT = 100_000
 
 
 def assert_follows_the_cdf(process: KacProcess, t: float, k: Tensor) -> None:
-    """Kolmogorov-Smirnov on a grid of 301 points (never more than the true distance), and the mean of neighbours."""
+    """A Kolmogorov-Smirnov test on 301 points (a lower bound of the distance), and no correlation of neighbours."""
     reach = min(0.9999 * process.c * t, 6 * process.variance(f64(t)).sqrt().item())
     grid = torch.linspace(-reach, reach, 301, dtype=torch.float64)
     empirical = torch.searchsorted(k.double().sort().values, grid, right=True) / len(k)
@@ -305,7 +305,7 @@ def assert_follows_the_cdf(process: KacProcess, t: float, k: Tensor) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("a", "c", "t"), LAWS)
-def test_draws_follow_the_cdf(a, c, t, dtype, device):
+def test_samples_follow_the_cdf(a, c, t, dtype, device):
     generator = torch.Generator(device).manual_seed(11)
     draw = KacProcess(a, c).sample(torch.full((COUNT,), t, dtype=dtype, device=device), generator)
     assert_follows_the_cdf(KacProcess(a, c), t, draw.displacement.cpu())
@@ -313,7 +313,7 @@ def test_draws_follow_the_cdf(a, c, t, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("a", "c", "t"), [(9.0, 3.0, 0.01), (9.0, 3.0, 0.5), (0.7, 4.0, 0.9), (1000.0, 5.0, 0.002)])
-def test_atoms_have_their_share_on_either_side(a, c, t, device):
+def test_atoms_have_the_expected_frequency_on_each_side(a, c, t, device):
     generator = torch.Generator(device).manual_seed(12)
     draw = KacProcess(a, c).sample(torch.full((COUNT,), t, device=device), generator)
     up = int((draw.is_atom & (draw.displacement > 0)).sum())
@@ -325,7 +325,7 @@ def test_atoms_have_their_share_on_either_side(a, c, t, device):
 
 @settings(deadline=None, max_examples=40)
 @given(RATES, SPEEDS, st.integers(0, 2**32))
-def test_atoms_are_the_draws_on_the_edge_and_no_others(a, c, seed):
+def test_only_atoms_are_on_the_edge(a, c, seed):
     t = torch.rand(2000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 / a
     draw = KacProcess(a, c).sample(t, torch.Generator().manual_seed(seed))
     edge = c * t
@@ -337,7 +337,7 @@ def test_atoms_are_the_draws_on_the_edge_and_no_others(a, c, seed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_draws_come_from_the_given_generator_alone(device):
+def test_sample_uses_only_the_given_generator(device):
     generator = torch.Generator(device).manual_seed(3)
     state = generator.get_state()
     t = torch.rand(1000, device=device)
@@ -352,7 +352,7 @@ def test_draws_come_from_the_given_generator_alone(device):
     assert np.array_equal(np.random.get_state()[1], before[2])
 
 
-def test_without_a_generator_draws_come_from_the_global_one():
+def test_sample_uses_the_global_generator_by_default():
     torch.manual_seed(4)
     first = KacProcess().sample(torch.ones(100)).displacement
     torch.manual_seed(4)
@@ -360,7 +360,7 @@ def test_without_a_generator_draws_come_from_the_global_one():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 4), (0,), (3, 0)])
-def test_draws_have_the_shape_and_dtype_of_t(shape):
+def test_samples_have_the_shape_and_dtype_of_t(shape):
     for dtype in (torch.float32, torch.float64):
         draw = KacProcess().sample(torch.full(shape, 0.5, dtype=dtype))
         assert draw.displacement.shape == draw.is_atom.shape == shape
@@ -369,27 +369,27 @@ def test_draws_have_the_shape_and_dtype_of_t(shape):
     assert KacProcess().sample(0.5).displacement.shape == ()
 
 
-def test_t_is_left_as_it_was():
+def test_sample_does_not_modify_t():
     t = torch.rand(50)
     copy = t.clone()
     KacProcess().sample(t)
     assert torch.equal(t, copy)
 
 
-def test_each_draw_is_of_its_own_time():
+def test_each_sample_uses_its_own_time():
     t = torch.tensor([0.0, 0.2, 1.0], dtype=torch.float64)[:, None].expand(3, COUNT)
     k = KacProcess().sample(t, torch.Generator().manual_seed(5)).displacement
     assert_follows_the_cdf(KacProcess(), 0.2, k[1])
     assert_follows_the_cdf(KacProcess(), 1.0, k[2])
 
 
-def test_nothing_has_moved_at_time_zero():
+def test_displacement_is_zero_at_time_zero():
     draw = KacProcess().sample(torch.zeros(1000))
     assert torch.equal(draw.displacement, torch.zeros(1000))
     assert bool(draw.is_atom.all())
 
 
-# Draws from given uniforms
+# Samples from uniforms
 
 
 def some_uniforms(count: int, seed: int) -> Tensor:
@@ -397,7 +397,7 @@ def some_uniforms(count: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("a", "c", "t"), LAWS)
-def test_uniforms_give_the_law_of_the_draws(a, c, t):
+def test_from_uniforms_has_the_distribution_of_sample(a, c, t):
     process = KacProcess(a, c)
     k = process.from_uniforms(some_uniforms(COUNT, 21), t)
     assert_follows_the_cdf(process, t, k)
@@ -407,7 +407,7 @@ def test_uniforms_give_the_law_of_the_draws(a, c, t):
 
 @settings(deadline=None, max_examples=40)
 @given(RATES, SPEEDS, TIMES, st.integers(0, 2**32))
-def test_same_uniforms_give_the_same_particle_in_any_company(a, c, t, seed):
+def test_a_particle_depends_only_on_its_own_uniforms(a, c, t, seed):
     process, uniforms = KacProcess(a, c), some_uniforms(100, seed)
     k = process.from_uniforms(uniforms, t)
     assert k.dtype == torch.float64
@@ -421,8 +421,8 @@ def test_same_uniforms_give_the_same_particle_in_any_company(a, c, t, seed):
 @settings(deadline=None, max_examples=40)
 @given(log_uniform(0.01, 3000), st.floats(-6, 6), st.floats(0.001, 0.999), st.floats(0.001, 0.999))
 @example(9.0, 6.0, 0.5, 0.1)
-def test_first_uniform_chooses_the_number_of_reversals(rate, sigmas, u, v):
-    """N is the Poisson quantile, out to six standard deviations; then K = ct sqrt(1 - U^(2/(2k-1))) cos 2 pi V."""
+def test_first_uniform_selects_the_number_of_reversals(rate, sigmas, u, v):
+    """N is the Poisson quantile, tested to six standard deviations, and K = ct sqrt(1 - U^(2/(2k-1))) cos 2 pi V."""
     n = max(1, round(rate + sigmas * math.sqrt(rate)))
     below, above = stats.poisson.cdf([n - 1, n], rate)
     middle = (below + above) / 2
@@ -432,16 +432,16 @@ def test_first_uniform_chooses_the_number_of_reversals(rate, sigmas, u, v):
     assert k.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_first_uniform_below_the_atoms_share_means_no_reversal():
-    """At or below exp(-a t): the particle is on the edge, on the side the third uniform says."""
-    none = math.exp(-9 * 0.5)
-    uniforms = f64([[none * 0.999, none * 0.999, none * 1.001], [0.5, 0.5, 0.5], [0.2, 0.8, 0.2]])
+def test_first_uniform_below_the_atom_mass_means_no_reversal():
+    """Up to exp(-a t) the particle is on the edge. The third uniform selects the side."""
+    atom_mass = math.exp(-9 * 0.5)
+    uniforms = f64([[atom_mass * 0.999, atom_mass * 0.999, atom_mass * 1.001], [0.5, 0.5, 0.5], [0.2, 0.8, 0.2]])
     k = KacProcess(9, 3).from_uniforms(uniforms, 0.5)
     assert k[:2].tolist() == [1.5, -1.5]
     assert abs(k[2].item()) < 1.5
 
 
-def test_uniforms_at_time_zero():
+def test_from_uniforms_is_zero_at_time_zero():
     assert torch.equal(KacProcess().from_uniforms(some_uniforms(20, 0), 0.0), torch.zeros(20, dtype=torch.float64))
 
 
@@ -450,13 +450,13 @@ def test_uniforms_at_time_zero():
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_rate_and_speed_must_be_positive_and_finite(bad):
-    with pytest.raises(ValueError, match="a must be positive"):
+    with pytest.raises(ValueError, match=rf"`a` is {bad}"):
         KacProcess(a=bad)
-    with pytest.raises(ValueError, match="c must be positive"):
+    with pytest.raises(ValueError, match=rf"`c` is {bad}"):
         KacProcess(c=bad)
 
 
 @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf])
 def test_times_must_be_finite_and_not_negative(bad):
-    with pytest.raises(ValueError, match="times must be finite"):
+    with pytest.raises(ValueError, match="`t`"):
         KacProcess().sample(torch.tensor([0.5, bad]))

@@ -1,4 +1,4 @@
-"""Refinement: the energy distance, its loss over classes and spaces, and gradients through what is delivered."""
+"""Refinement: the energy distance, the loss over classes and spaces, and gradients of delivered samples."""
 
 from collections.abc import Iterator
 from typing import get_args
@@ -20,7 +20,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_energy_distance_is_that_of_its_definition():
+def test_energy_distance_matches_its_definition():
     x, y = torch.randn(2, 5, 3, generator=seeded(0), dtype=torch.float64)
 
     def mean(a, b, skip_same=False):
@@ -31,7 +31,7 @@ def test_the_energy_distance_is_that_of_its_definition():
     assert energy_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_it_is_zero_on_average_for_one_law_and_positive_for_two():
+def test_energy_distance_is_zero_on_average_only_for_equal_distributions():
     generator = seeded(1)
     same = [energy_distance(*torch.randn(2, 32, 4, generator=generator)).item() for _ in range(400)]
     mean, error = torch.tensor(same).mean().item(), torch.tensor(same).std().item() / 400**0.5
@@ -48,41 +48,41 @@ def pixels(samples, update):
     return [samples.flatten(1)]
 
 
-def thirds(samples, update):
+def two_parts(samples, update):
     return [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]]
 
 
-def test_classes_that_are_mixed_up_cost_even_where_the_images_together_are_right():
+def test_swapped_classes_raise_the_loss_even_if_all_images_together_match():
     generator = seeded(2)
     label = torch.arange(200) % 2
     real = torch.randn(200, 1, 4, 4, generator=generator) + 3.0 * label[:, None, None, None]
-    made = torch.randn(200, 1, 4, 4, generator=generator) + 3.0 * label[:, None, None, None]
-    right, wrong = loss_of(made, label, real, label).item(), loss_of(made, 1 - label, real, label).item()
-    assert abs(right) < 0.02
-    assert wrong > 0.05
-    assert abs(loss_of(made, 1 - label, real, label, weight=0.0).item()) < 0.02
+    samples = torch.randn(200, 1, 4, 4, generator=generator) + 3.0 * label[:, None, None, None]
+    correct, swapped = loss_of(samples, label, real, label).item(), loss_of(samples, 1 - label, real, label).item()
+    assert abs(correct) < 0.02
+    assert swapped > 0.05
+    assert abs(loss_of(samples, 1 - label, real, label, weight=0.0).item()) < 0.02
 
 
-def test_the_loss_does_not_depend_on_the_unit_of_the_pixels():
+def test_loss_does_not_depend_on_the_unit_of_pixels():
     generator = seeded(3)
-    made, real = torch.randn(2, 20, 1, 4, 4, generator=generator)
+    samples, real = torch.randn(2, 20, 1, 4, 4, generator=generator)
     label = torch.arange(20) % 2
-    one, ten = loss_of(made, label, real, label).item(), loss_of(10 * made, label, 10 * real, label).item()
+    one, ten = loss_of(samples, label, real, label).item(), loss_of(10 * samples, label, 10 * real, label).item()
     assert one == pytest.approx(ten, rel=1e-4)
 
 
-def test_several_spaces_count_alike_whatever_the_number_of_their_features():
+def test_spaces_have_equal_weight_whatever_their_number_of_features():
     generator = seeded(4)
-    made, real = torch.randn(2, 20, 1, 8, 8, generator=generator)
+    samples, real = torch.randn(2, 20, 1, 8, 8, generator=generator)
     label = torch.arange(20) % 2
-    apart = [loss_of(made, label, real, label, spaces=[space]).item() for space in (pixels, thirds)]
-    both = loss_of(made, label, real, label, spaces=[pixels, thirds]).item()
-    assert both == pytest.approx(sum(apart) / 2, rel=1e-5)
-    one = [
-        loss_of(part(made), label, part(real), label).item()
+    by_space = [loss_of(samples, label, real, label, spaces=[space]).item() for space in (pixels, two_parts)]
+    both = loss_of(samples, label, real, label, spaces=[pixels, two_parts]).item()
+    assert both == pytest.approx(sum(by_space) / 2, rel=1e-5)
+    by_part = [
+        loss_of(part(samples), label, part(real), label).item()
         for part in (lambda x: x.flatten(1)[:, :21], lambda x: x.flatten(1)[:, 21:])
     ]
-    assert apart[1] == pytest.approx(sum(one) / 2, rel=1e-5)
+    assert by_space[1] == pytest.approx(sum(by_part) / 2, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +95,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
 
 
 @pytest.mark.parametrize("name", get_args(SpaceName))
-def test_every_space_gives_features_with_gradients_and_is_zero_on_average_for_one_law(name, digits):
+def test_every_space_has_gradients_and_near_zero_loss_for_real_images(name, digits):
     (space,) = open_spaces([name], digits, torch.device("cpu"))
     real, label = digits.train.rows(torch.arange(400))
-    found = space(real[:7].clone().requires_grad_(), 3)
-    assert all(part.ndim == 2 and len(part) == 7 and part.requires_grad for part in found)
+    features = space(real[:7].clone().requires_grad_(), 3)
+    assert all(part.ndim == 2 and len(part) == 7 and part.requires_grad for part in features)
     assert all(torch.equal(*pair) for pair in zip(space(real[:7], 3), space(real[:7], 3), strict=True))
 
-    def loss(made: torch.Tensor) -> float:
-        return refinement_loss(made, label[:200], real[200:], label[200:], [space], 0.5, 10).item()
+    def loss(samples: torch.Tensor) -> float:
+        return refinement_loss(samples, label[:200], real[200:], label[200:], [space], 0.5, 10).item()
 
     assert loss(real[:200]) < 0.05
     assert loss(-real[:200]) > 0.2
 
 
-def test_random_features_are_others_in_every_update_and_leave_the_generator_alone(digits):
+def test_random_features_change_per_update_without_using_the_global_generator(digits):
     (space,) = open_spaces(["random"], digits, torch.device("cpu"))
     real = digits.train.rows(torch.arange(5)).images
     torch.manual_seed(0)
@@ -118,35 +118,35 @@ def test_random_features_are_others_in_every_update_and_leave_the_generator_alon
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
-    assert len(open_spaces(["random"], digits, torch.device("cpu"))[0](torch.randn(4, 2), 0)) == 3  # points too
+    assert len(open_spaces(["random"], digits, torch.device("cpu"))[0](torch.randn(4, 2), 0)) == 3  # points
 
 
-def test_the_classifier_that_teaches_is_not_the_one_that_judges():
+def test_refinement_and_evaluation_use_different_classifiers():
     assert (CLASSIFIER.width, CLASSIFIER.seed) != (EVALUATION_CLASSIFIER.width, EVALUATION_CLASSIFIER.seed)
     assert CLASSIFIER.identity("data") != EVALUATION_CLASSIFIER.identity("data")
 
 
-def test_spaces_that_the_data_do_not_have_are_refused():
-    with pytest.raises(ArgumentError, match=r"`refine.spaces` pooled: expected images of at least 4 .*, found \[2\]"):
+def test_refuses_spaces_that_do_not_exist_for_the_data():
+    with pytest.raises(ArgumentError, match=r"`refine\.spaces` pooled.*\[2\]"):
         check_spaces(["pixels", "pooled"], (2,), 2)
-    with pytest.raises(ArgumentError, match=r"`refine.spaces` classifier: expected data of several classes, found one"):
+    with pytest.raises(ArgumentError, match=r"`refine\.spaces` classifier"):
         check_spaces(["classifier"], (1, 8, 8), 1)
 
 
-def test_what_is_delivered_is_compared_and_its_gradient_passes_as_if_nothing_was_clipped():
+def test_straight_through_delivers_samples_and_ignores_clipping_in_the_gradient():
     samples = torch.tensor([[[[-1.7, 0.3], [0.9999, 1.2]]]], requires_grad=True)
-    made = straight_through(samples)
-    assert torch.equal(made, delivered(samples.detach()))
-    made.sum().backward()
+    images = straight_through(samples)
+    assert torch.equal(images, delivered(samples.detach()))
+    images.sum().backward()
     assert torch.equal(samples.grad, torch.ones_like(samples))
 
 
-def test_its_slope_brings_samples_to_the_data():
+def test_gradient_descent_moves_samples_to_the_data():
     generator = seeded(5)
     real, label = torch.randn(64, 1, 2, 2, generator=generator), torch.arange(64) % 2
-    made = (torch.randn(64, 1, 2, 2, generator=generator) + 2).requires_grad_()
-    first = loss_of(made, label, real, label)
+    samples = (torch.randn(64, 1, 2, 2, generator=generator) + 2).requires_grad_()
+    first = loss_of(samples, label, real, label)
     for _ in range(100):
-        (slope,) = torch.autograd.grad(loss_of(made, label, real, label), made)
-        made = (made - 20 * slope).detach().requires_grad_()
-    assert loss_of(made, label, real, label).item() < 0.1 * first.item()
+        (gradient,) = torch.autograd.grad(loss_of(samples, label, real, label), samples)
+        samples = (samples - 20 * gradient).detach().requires_grad_()
+    assert loss_of(samples, label, real, label).item() < 0.1 * first.item()

@@ -1,4 +1,4 @@
-"""Solvers: measured orders, exactness, the count of evaluations, what is kept, what is refused."""
+"""Solvers: orders of convergence, exactness, number of evaluations, kept states and refusals."""
 
 import itertools
 import math
@@ -34,14 +34,14 @@ def exact_energy() -> torch.Tensor:
 
 
 def grid(pattern: list[float], repeats: int) -> torch.Tensor:
-    """A grid from 1 down to 0 whose steps repeat the pattern: it gets finer with ``repeats``, never more even."""
+    """A grid from 1 down to 0 whose steps repeat the pattern. More repeats refine it but keep it uneven."""
     steps = torch.tensor(pattern * repeats, dtype=torch.float64)
     times = 1 - torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)]) / steps.sum()
     times[-1] = 0
     return times
 
 
-def test_methods_are_those_of_the_design():
+def test_known_methods():
     assert METHODS == ["ab2", "euler", "heun"]
 
 
@@ -63,8 +63,8 @@ UNEVEN_GRIDS = st.lists(st.floats(0.05, 1), min_size=1, max_size=12).map(lambda 
 
 @settings(deadline=None, max_examples=50)
 @given(UNEVEN_GRIDS, st.floats(-3, 3), st.floats(-3, 3))
-def test_fields_linear_in_time_are_integrated_exactly_by_the_second_order(times, constant, slope):
-    """Up to the first step of AB-2, which is Euler's and misses by slope h^2 / 2."""
+def test_second_order_methods_are_exact_for_fields_linear_in_time(times, constant, slope):
+    """Except for the first step of AB-2, an Euler step with error slope h^2 / 2."""
     x = torch.zeros(1, 1, dtype=torch.float64)
     exact = -(constant + slope / 2)
     first_step = slope * (times[1] - times[0]).item() ** 2 / 2
@@ -76,7 +76,7 @@ def test_fields_linear_in_time_are_integrated_exactly_by_the_second_order(times,
 
 @settings(deadline=None, max_examples=30)
 @given(UNEVEN_GRIDS, st.floats(-5, 5))
-def test_straight_trajectories_are_exact_for_all(times, speed):
+def test_all_methods_are_exact_for_straight_trajectories(times, speed):
     x = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     for method in METHODS:
         solution = solve(lambda x, t: torch.full_like(x, speed), x, times, method)
@@ -84,7 +84,7 @@ def test_straight_trajectories_are_exact_for_all(times, speed):
         assert solution.kinetic_energy.item() == pytest.approx(2 * speed**2, rel=1e-12, abs=1e-12)
 
 
-def test_ab2_is_the_formula_on_an_uneven_grid():
+def test_ab2_matches_its_formula_on_an_uneven_grid():
     times = torch.tensor([1.0, 0.7, 0.1, 0.0], dtype=torch.float64)
     x, previous, h_previous = START, None, None
     for t, t_next in itertools.pairwise(times):
@@ -129,7 +129,7 @@ def test_a_guided_call_counts_twice(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_field_sees_scalar_times_of_the_grid_in_the_dtype_of_x(method):
+def test_the_field_receives_scalar_grid_times_in_the_dtype_of_x(method):
     seen = []
 
     def spy(x, t):
@@ -144,11 +144,11 @@ def test_the_field_sees_scalar_times_of_the_grid_in_the_dtype_of_x(method):
     assert {round(t, 6) for t in seen} <= {round(t, 6) for t in times.tolist()}
 
 
-# What is kept
+# Kept states
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_keep_returns_exactly_these_states_in_that_order(method):
+def test_keep_returns_the_requested_states_in_order(method):
     times = grid([1.0, 2.0], 3)
     states = [START] + [solve(field, START, times[: n + 1], method).x for n in range(1, 7)]
     solution = solve(field, START, times, method, keep=[6, 0, 3, 3])
@@ -157,13 +157,13 @@ def test_keep_returns_exactly_these_states_in_that_order(method):
     assert torch.equal(solution.x, states[6])
 
 
-def test_nothing_is_kept_unless_asked_for():
+def test_no_states_are_kept_by_default():
     assert solve(field, START, knot_times(3)).knots == []
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_states_on_the_way_are_let_go(method):
-    """However long the grid, no more states are alive at once than the solver's own and those asked for."""
+def test_intermediate_states_are_freed(method):
+    """For any length of the grid, only the solver's own states and the requested states are alive."""
     seen, alive = [], []
 
     def spy(x, t):
@@ -179,7 +179,7 @@ def test_states_on_the_way_are_let_go(method):
     assert max(alive) <= 6
 
 
-def test_start_is_left_as_it_was():
+def test_solve_does_not_modify_the_start():
     copy = START.clone()
     for method in METHODS:
         solve(field, START, knot_times(4), method, keep=[0, 4])
@@ -192,7 +192,7 @@ def test_start_is_left_as_it_was():
 @pytest.mark.parametrize("grid_name", sorted(GRIDS))
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 500), st.integers(1, 40))
-def test_a_grid_falls_from_noise_to_data_and_a_coarser_one_is_part_of_it(grid_name, knots, times_finer):
+def test_a_grid_decreases_from_1_to_0_and_contains_coarser_grids(grid_name, knots, times_finer):
     times = knot_times(knots, grid_name)
     assert times.dtype == torch.float64
     assert len(times) == knots + 1
@@ -201,7 +201,7 @@ def test_a_grid_falls_from_noise_to_data_and_a_coarser_one_is_part_of_it(grid_na
     assert torch.equal(times, knot_times(knots * times_finer, grid_name)[::times_finer])
 
 
-def test_the_uniform_grid_is_one_minus_k_over_knots():
+def test_uniform_grid_is_one_minus_k_over_knots():
     for knots in (1, 3, 20, 1000):
         even = [1 - k / knots for k in range(knots + 1)]
         torch.testing.assert_close(knot_times(knots), torch.tensor(even, dtype=torch.float64), rtol=0, atol=1e-15)
@@ -209,14 +209,14 @@ def test_the_uniform_grid_is_one_minus_k_over_knots():
 
 @pytest.mark.parametrize("knots", [0, -1])
 def test_refuses_grids_without_knots(knots):
-    with pytest.raises(ValueError, match=f"knots must be at least 1, got {knots}"):
+    with pytest.raises(ValueError, match=f"`knots` is {knots}"):
         knot_times(knots)
-    with pytest.raises(ValueError, match="unknown grid 'cosine': expected one of"):
+    with pytest.raises(ValueError, match=r"grid.*cosine"):
         knot_times(4, "cosine")
 
 
 def test_refuses_an_unknown_method():
-    with pytest.raises(ValueError, match=r"unknown solver 'rk4': expected one of \['ab2', 'euler', 'heun'\]"):
+    with pytest.raises(ValueError, match=r"solver.*rk4.*ab2.*euler.*heun"):
         solve(field, START, knot_times(2), "rk4")
 
 
@@ -226,11 +226,11 @@ def test_refuses_an_unknown_method():
     ids=str,
 )
 def test_refuses_grids_that_do_not_decrease(times):
-    with pytest.raises(ValueError, match="strictly decreasing"):
+    with pytest.raises(ValueError, match="`times`"):
         solve(field, START, torch.tensor(times, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("keep", [[-1], [0, 4], [7]])
-def test_refuses_to_keep_what_is_not_on_the_grid(keep):
-    with pytest.raises(ValueError, match=r"keep must lie within 0\.\.3, got"):
+def test_refuses_to_keep_indices_outside_the_grid(keep):
+    with pytest.raises(ValueError, match="`keep`"):
         solve(field, START, knot_times(3), keep=keep)

@@ -1,4 +1,4 @@
-"""The teacher's loss: by hand, at its known minimum, in its draws of times and labels."""
+"""The flow-matching loss: its value, its known minimum, and random times and labels."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kac.losses.flow_matching import drop_labels, even_times, flip, flow_matching_loss
+from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
 from kac.networks import MLPConfig, build_network
 from kac.path import GaussianPath, KacPath, PathSample
 from kac.process import KacProcess
@@ -25,7 +25,7 @@ def with_null_label(field):
 
 
 class Recorded:
-    """A path that remembers what it handed out."""
+    """A path that records its last sample."""
 
     def __init__(self, path: KacPath | GaussianPath):
         self.path = path
@@ -37,7 +37,7 @@ class Recorded:
 
 
 class Spy:
-    """u(x, t, label) = 0.3 x - t + label / 10, and a record of what it was called with."""
+    """u(x, t, label) = 0.3 x - t + label / 10, and a record of its last call."""
 
     null_label = NULL
 
@@ -48,7 +48,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("path", [KacPath(), KacPath(clock="quadratic"), GaussianPath()], ids=str)
-def test_loss_is_the_mean_squared_error_to_the_target(path):
+def test_loss_is_the_mean_squared_error_of_the_velocity(path):
     recorded, spy = Recorded(path), Spy()
     x_0, t, label = torch.rand(64, 1, 3, 3) * 2 - 1, torch.rand(64), torch.randint(0, 10, (64,))
     loss = flow_matching_loss(spy, recorded, x_0, t, label, seeded(1))
@@ -59,7 +59,7 @@ def test_loss_is_the_mean_squared_error_to_the_target(path):
     assert loss.item() == pytest.approx((errors**2).sum().item() / (64 * 9), rel=1e-5)
 
 
-def test_all_draws_come_from_the_generator():
+def test_loss_uses_only_the_given_generator():
     x_0, t, label = torch.rand(32, 2), torch.rand(32), torch.randint(0, 10, (32,))
     state = torch.get_rng_state()
     losses = [flow_matching_loss(Spy(), KacPath(), x_0, t, label, seeded(seed)).item() for seed in (2, 2, 3)]
@@ -67,23 +67,23 @@ def test_all_draws_come_from_the_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_times_are_uniform_in_even_strata_and_random_order():
+def test_times_are_stratified_uniform_and_in_random_order():
     generator = seeded(4)
     for count in (1, 7, 256):
-        t = even_times(count, generator)
+        t = stratified_times(count, generator)
         assert 0 <= t.min().item() <= t.max().item() <= 1
         assert torch.equal((t.sort().values * count).floor().long(), torch.arange(count))
-    within = torch.cat([even_times(256, generator) * 256 % 1 for _ in range(20)])
+    within = torch.cat([stratified_times(256, generator) * 256 % 1 for _ in range(20)])
     assert stats.kstest(within.numpy(), "uniform").pvalue > 1e-7
-    first = torch.stack([even_times(16, generator)[0] for _ in range(500)])
-    assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-7  # the first row's time is no fixed stratum
+    first = torch.stack([stratified_times(16, generator)[0] for _ in range(500)])
+    assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-7  # the order of the strata is random
 
 
-def test_dropped_labels_and_flipped_images_are_those_that_are_said_to_be():
-    which = torch.tensor([True, False, True])
-    assert drop_labels(torch.tensor([4, 5, 6]), which, NULL).tolist() == [NULL, 5, NULL]
+def test_drop_labels_and_flip_change_only_selected_samples():
+    is_selected = torch.tensor([True, False, True])
+    assert drop_labels(torch.tensor([4, 5, 6]), is_selected, NULL).tolist() == [NULL, 5, NULL]
     images = torch.arange(18.0).reshape(3, 1, 2, 3)
-    flipped = flip(images, which)
+    flipped = flip(images, is_selected)
     assert flipped[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
     assert torch.equal(flipped[1], images[1])
 
@@ -92,13 +92,13 @@ def test_dropped_labels_and_flipped_images_are_those_that_are_said_to_be():
 
 
 def kac_oracle(process: KacProcess, points: Tensor):
-    """E[u_t | x_t] for data drawn evenly from ``points``, from the density and the atoms of section 2.1."""
+    """E[u_t | x_t] for data distributed uniformly over ``points``, computed from the density and the atoms."""
 
     def field(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         t = t[:, None].double()
         k = x - (1 - t) * points  # [batch, points]
         on_edge = (k.abs() - process.c * t).abs() < 1e-12
-        # An atom outweighs every density.
+        # An atom has infinite weight relative to a density.
         weight = torch.where(on_edge.any(1, keepdim=True), on_edge.double(), process.density(k, t))
         u = process.velocity(k, t, on_edge) - points
         return ((weight * u).sum(1) / weight.sum(1))[:, None]
@@ -106,24 +106,24 @@ def kac_oracle(process: KacProcess, points: Tensor):
     return field
 
 
-def test_exact_field_of_a_single_image_has_no_loss():
+def test_exact_field_of_a_single_image_has_zero_loss():
     x_0 = torch.full((5000, 1), 0.4, dtype=torch.float64)
     path, label = KacPath(KacProcess(3.0, 2.0)), torch.zeros(5000, dtype=torch.int64)
     oracle = kac_oracle(path.process, torch.tensor([0.4], dtype=torch.float64))
-    t = even_times(5000, seeded(7))
+    t = stratified_times(5000, seeded(7))
     assert flow_matching_loss(with_null_label(oracle), path, x_0, t, label, seeded(7)).item() < 1e-20
 
 
 @pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
-def test_conditional_expectation_is_the_minimiser(process):
-    """Any change phi of the exact field costs E phi^2, no more and no less: the error is orthogonal to all (x, t)."""
+def test_conditional_expectation_minimises_the_loss(process):
+    """A change phi of the exact field raises the loss by exactly E phi^2, because the error is orthogonal to phi."""
     points = torch.tensor([-0.7, 0.5], dtype=torch.float64)
     x_0 = points.repeat(20_000)[:, None]
     label = torch.zeros(len(x_0), dtype=torch.int64)
     oracle, recorded = kac_oracle(process, points), Recorded(KacPath(process))
 
     def loss(field) -> float:
-        t = even_times(len(x_0), seeded(7))
+        t = stratified_times(len(x_0), seeded(7))
         return flow_matching_loss(with_null_label(field), recorded, x_0, t, label, seeded(8)).item()
 
     best = loss(oracle)
@@ -143,9 +143,9 @@ def test_conditional_expectation_is_the_minimiser(process):
 
 
 def test_training_reaches_the_known_minimum():
-    """Normal data and the Gaussian path: Var(u_t | x_t) = 1 / ((1-t)^2 + t^2), whose mean over t is pi / 2.
+    """For normal data and the Gaussian path, Var(u_t | x_t) = 1 / ((1-t)^2 + t^2), whose mean over t is pi / 2.
 
-    The zero field, where training starts, has loss 2.
+    Training starts at the zero field, whose loss is 2.
     """
     torch.manual_seed(0)
     network = build_network(MLPConfig(width=32, depth=1), (2,), NULL)
@@ -155,7 +155,7 @@ def test_training_reaches_the_known_minimum():
     def loss(count: int) -> Tensor:
         x_0 = torch.randn(count, 2, generator=generator)
         label = torch.zeros(count, dtype=torch.int64)
-        return flow_matching_loss(network, GaussianPath(), x_0, even_times(count, generator), label, generator)
+        return flow_matching_loss(network, GaussianPath(), x_0, stratified_times(count, generator), label, generator)
 
     with torch.no_grad():
         assert loss(50_000).item() == pytest.approx(2, abs=0.05)
