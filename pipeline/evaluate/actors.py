@@ -1,7 +1,7 @@
-"""Chunks made where there is room: in this process, or on Ray actors as the rollout's.
+"""Computes chunks of samples and features in this process or on Ray actors.
 
-Plain actors suffice here: a chunk is small, and what is made lies in the cache, where the next run finds it. The chunk
-of an actor that is lost is made by another one: see ``pool.py``.
+Chunks are small and go to the cache, where a rerun finds them. If an actor is lost, another one computes its chunk: see
+``pool.py``.
 """
 
 from collections.abc import Generator, Sequence
@@ -23,49 +23,49 @@ from pipeline.progress import ProgressBar
 
 
 def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
-    """Bring every chunk's samples and features into the cache.
+    """Compute the samples and features of the chunks ``todo`` into the cache.
 
     Raises:
-        DistillKacError: a model made values that are not finite, an actor sees another cache, or Ray gave up.
+        DistillKacError: a model gives values that are not finite, an actor sees another cache, or Ray fails.
     """
     if not todo:
         return
     expected = [space.fingerprint for space in spaces]
-    finished = _here(spec, data, todo) if spec.actors == 0 else _on_actors(spec, data, expected, todo)
-    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar, closing(finished):
-        for rows in finished:
+    finished_rows = _in_process(spec, data, todo) if spec.actors == 0 else _on_actors(spec, data, expected, todo)
+    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar, closing(finished_rows):
+        for rows in finished_rows:
             bar.update(rows)
 
 
 class ChunkActor:
-    """Opens the feature spaces once, then makes one chunk a call."""
+    """Opens the feature spaces once, then computes one chunk per call."""
 
     def __init__(self, names: Sequence[str], data: DataConfig, expected: Sequence[str]) -> None:
         self.spaces = open_spaces(names, data)
         if [space.fingerprint for space in self.spaces] != list(expected):
             raise DistillKacError(
-                "expected the feature networks of the job's own process, found others: on several nodes "
-                "DISTILLKAC_CACHE must be a folder that all of them share, or an s3:// prefix"
+                "This actor's feature networks differ from the job's. On several nodes DISTILLKAC_CACHE must be a "
+                "folder that all nodes share, or an s3:// prefix."
             )
 
     def make(self, chunk: Chunk) -> int:
-        """Make a chunk; returns its rows."""
+        """Compute a chunk; returns its number of rows."""
         make(chunk, self.spaces)
         return len(chunk.ids)
 
 
 def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
-    """The feature spaces, on this process's device."""
+    """Open the feature spaces on this process's device."""
     dataset, device = open_dataset(data), default_device()
     return [open_space(name, dataset, device) for name in names]
 
 
 def task_error(error: Any) -> DistillKacError:
-    """The error of this project that a ``RayTaskError`` carries; one line of any other exception."""
+    """The ``DistillKacError`` inside a ``RayTaskError``, or one that describes its cause."""
     return error.cause if isinstance(error.cause, DistillKacError) else DistillKacError(one_line(error.cause))
 
 
-def _here(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Generator[int]:
+def _in_process(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> Generator[int]:
     spaces = open_spaces(spec.features, data)
     for chunk in todo:
         make(chunk, spaces)
@@ -83,4 +83,4 @@ def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], to
     except ray.exceptions.RayTaskError as error:
         raise task_error(error) from None
     except ray.exceptions.RayError as error:
-        raise DistillKacError(f"evaluate: the actors failed in Ray: {cluster.innermost(error)}") from None
+        raise DistillKacError(f"The actors of the evaluation failed in Ray: {cluster.innermost(error)}") from None

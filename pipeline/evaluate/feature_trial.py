@@ -1,4 +1,4 @@
-"""A trial of feature networks that others made, before any other work, where the evaluation will call them."""
+"""A trial run of the user's feature networks before any other work, where the evaluation will run them."""
 
 from collections.abc import Sequence
 
@@ -14,42 +14,42 @@ from pipeline.evaluate.actors import task_error
 
 
 def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
-    """Check that the feature spaces of an evaluation fit its data, and call networks of others on a few images.
+    """Check that the feature spaces of an evaluation fit its data, and run the user's networks on a few images.
 
-    The networks run in this process or, if the evaluation uses actors, in a Ray task with the resources of an actor:
-    the driver may lack the GPU or the package that a network needs.
+    The networks run in this process or, if the evaluation uses actors, in a Ray task with the resources of an actor,
+    because the driver may lack the GPU or the package that a network needs.
 
     Raises:
-        DistillKacError: a space does not fit, or a network does not give features of the images.
+        DistillKacError: a space does not fit the data, or a network does not give features.
     """
     dataset = open_dataset(data)
     for given in spec.features:
         check_fits(given, dataset)
-    foreign = [given for given in spec.features if given not in OWN]
-    if not foreign:
+    outside = [given for given in spec.features if given not in OWN]
+    if not outside:
         return
     if spec.actors == 0:
-        _try_all(foreign, data)
+        _try_all(outside, data)
     else:
-        _try_on_ray(spec, foreign, data)
+        _try_on_ray(spec, outside, data)
 
 
-def _try_all(foreign: Sequence[str], data: DataConfig) -> None:
-    for given in foreign:
+def _try_all(outside: Sequence[str], data: DataConfig) -> None:
+    for given in outside:
         try_space(given, open_dataset(data), default_device())
 
 
-def _try_on_ray(spec: EvaluateSpec, foreign: Sequence[str], data: DataConfig) -> None:
+def _try_on_ray(spec: EvaluateSpec, outside: Sequence[str], data: DataConfig) -> None:
     import ray
 
     share = choose_place(spec).share
     await_room("evaluate", "`actors`", 1, share)
     trial = ray.remote(_try_all).options(max_retries=0, **share.remote_options)
     try:
-        ray.get(trial.remote(foreign, data))
+        ray.get(trial.remote(outside, data))
     except ray.exceptions.RayTaskError as error:
         raise task_error(error) from None
     except ray.exceptions.RayError as error:
         raise DistillKacError(
-            f"`features` {', '.join(foreign)}: the trial of the networks failed in Ray: {cluster.innermost(error)}"
+            f"`features` {', '.join(outside)}: the trial run failed in Ray: {cluster.innermost(error)}"
         ) from None

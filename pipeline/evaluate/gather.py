@@ -1,4 +1,4 @@
-"""From chunks in the cache to what metrics need: statistics of features that stream by, and sums over samples."""
+"""Turns chunks of the cache into the inputs of metrics: statistics of features, and sums over samples."""
 
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -19,22 +19,22 @@ from pipeline.evaluate.sources import ModelSamples, RealImages, Source, chunks, 
 
 
 def real_images(data: DataConfig, samples: int) -> tuple[RealImages, RealImages]:
-    """All training images, and as many held-out ones as a model's ``samples``, if there are so many."""
-    known = open_dataset(data).description
-    train = RealImages(data, known.sha256, "train", known.train)
-    return train, RealImages(data, known.sha256, "held_out", min(samples, known.held_out))
+    """All training images, and at most ``samples`` held-out images."""
+    description = open_dataset(data).description
+    train = RealImages(data, description.sha256, "train", description.train)
+    return train, RealImages(data, description.sha256, "held_out", min(samples, description.held_out))
 
 
 def unfinished_reference(train: RealImages, spaces: Sequence[FeatureSpace]) -> list[FeatureSpace]:
-    """The spaces in which the training images' statistics are not in the cache."""
+    """The spaces whose statistics of the training images are not in the cache."""
     return [space for space in spaces if not files.exists(_statistics_path(train, space))]
 
 
 def reference_of(train: RealImages, held_out: RealImages, spaces: Sequence[FeatureSpace], samples: int) -> Reference:
-    """What samples are judged by; the chunks that it needs have been made.
+    """The real images that samples are compared with, from chunks in the cache.
 
     Args:
-        samples: a model's.
+        samples: the number of samples per model.
     """
     dataset = open_dataset(train.data)
     pixels = open_space(PIXELS, dataset)
@@ -48,7 +48,7 @@ def reference_of(train: RealImages, held_out: RealImages, spaces: Sequence[Featu
 
 
 def with_pixels(spaces: Sequence[FeatureSpace], pixels: FeatureSpace) -> list[FeatureSpace]:
-    """``spaces`` and the pixels, which some metrics always need."""
+    """``spaces`` with pixels first; some metrics always need pixels."""
     return [pixels, *(space for space in spaces if space.name != PIXELS)]
 
 
@@ -59,10 +59,12 @@ def gather(
     teacher: ModelSamples | None = None,
     teacher_metrics: dict[str, float] | None = None,
 ) -> Evaluated:
-    """Read a source's chunks, which have been made.
+    """Read the chunks of a source from the cache.
 
     Args:
-        spaces: the pixels among them. teacher: a student's, of the same noise; teacher_metrics: its.
+        spaces: must include pixels.
+        teacher: of a student, its teacher's samples from the same noise.
+        teacher_metrics: the metrics of these samples.
     """
     statistics: dict[str, Statistics] = {}
     is_model = isinstance(source, ModelSamples)
@@ -76,11 +78,11 @@ def gather(
         nfe = rows.nfe
         speeds += [len(chunk.ids) / rows.seconds] if rows.seconds else []
         for space in spaces:
-            made = features(chunk, space, rows.images)
-            check_widths(space.option, made.shape[1], reference.width(space.name))
-            statistics.setdefault(space.name, Statistics(made.shape[1], reference.floor_count or 0)).add(made)
+            vectors = features(chunk, space, rows.images)
+            check_widths(space.option, vectors.shape[1], reference.width(space.name))
+            statistics.setdefault(space.name, Statistics(vectors.shape[1], reference.floor_count or 0)).add(vectors)
             if space.name in classifiers:
-                right += int((classifiers[space.name].labels(made) == rows.label).sum())
+                right += int((classifiers[space.name].labels(vectors) == rows.label).sum())
         if teacher is not None:
             gap = rows.images - teacher.rows(chunk.ids).images
             squares, values = squares + float(gap.double().square().sum()), values + gap.numel()
@@ -90,7 +92,7 @@ def gather(
         label_agreement=right / source.count if classifiers else None,
         endpoint_error=(squares / values) ** 0.5 if values else None,
         nfe=nfe if is_model else None,
-        speed=median(speeds) if is_model else None,  # the first chunk of a process may wait for the compiler
+        speed=median(speeds) if is_model else None,  # the first chunk may include compilation
         teacher=teacher_metrics,
     )
 
@@ -101,15 +103,15 @@ def _train_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
         return Statistics.from_bytes(files.read_bytes(path), train.count)
     except FileNotFoundError:
         pass
-    made: Statistics | None = None
+    statistics: Statistics | None = None
     for chunk in chunks(train):
-        rows = features(chunk, space, train.rows(chunk.ids).images)
-        made = made or Statistics(rows.shape[1])
-        check_widths(space.option, rows.shape[1], made.width)
-        made.add(rows)
-    assert made is not None
-    files.write_bytes(path, made.to_bytes())
-    return made
+        vectors = features(chunk, space, train.rows(chunk.ids).images)
+        statistics = statistics or Statistics(vectors.shape[1])
+        check_widths(space.option, vectors.shape[1], statistics.width)
+        statistics.add(vectors)
+    assert statistics is not None
+    files.write_bytes(path, statistics.to_bytes())
+    return statistics
 
 
 def _statistics_path(train: RealImages, space: FeatureSpace) -> str:

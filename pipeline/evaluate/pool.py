@@ -1,8 +1,9 @@
-"""Numbered work on actors that come and go with their nodes.
+"""A pool of Ray actors on nodes that may come and go.
 
-Not Ray's own ``ActorPool`` with restarts (2.60): all retries of a call go to the actor that was lost, and are used up
-in seconds, before Ray knows that its node is gone; and it gives work to actors for which no node has room. Here what a
-lost actor had in hand goes to the next one that is up, and a fresh actor takes its place when there is room.
+If an actor is lost, its item goes to the next free actor, and a new actor starts when a node can run it.
+
+Ray's ``ActorPool`` with restarts (2.60) does not suffice. It sends all retries of a call to the lost actor, and uses
+them up in seconds, before Ray notices that the node is gone. It also gives work to actors that no node can run yet.
 """
 
 from collections import Counter, deque
@@ -10,17 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_LOSSES = 3
-"""So many actors one item may take with it, and so many times their number may be lost before any item is done."""
+"""Actors that may be lost per item; also, per actor of the pool, losses before the next item is finished."""
 
 
 def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Iterator[Any]:
-    """What ``actor.make`` makes of each item, as it is made.
+    """Yield ``actor.make(item)`` for each item once, in the order of completion.
 
     Args:
-        start: starts an actor. actors: how many, as there is room for them; one with nothing left to do makes room.
+        start: starts an actor.
+        actors: the number of actors. An actor without work is killed, which frees its resources.
 
     Raises:
-        RayActorError: an item, or the start of actors, fails again and again.
+        RayActorError: an item, or the start of actors, failed more than ``MAX_LOSSES`` times.
         RayTaskError: ``make`` raised.
     """
     import ray
@@ -39,7 +41,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
             (ended,), _ = ray.wait(list(running), num_returns=1)
             actor, number = running[ended]
             try:
-                made = ray.get(ended)
+                result = ray.get(ended)
             except ray.exceptions.RayActorError:
                 losses[number] += 1
                 if losses[number] > MAX_LOSSES * (actors if number is None else 1):
@@ -50,11 +52,11 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
                 ray.kill(actor)
                 begin(start())
                 continue
-            del running[ended]  # only now: an actor whose call raised is killed below
+            del running[ended]  # after ray.get, so that the actor of a call that raised is killed below
             if number is not None:
                 done += 1
                 losses[None] = 0
-                yield made
+                yield result
             if left:
                 following = left.popleft()
                 running[actor.make.remote(items[following])] = actor, following

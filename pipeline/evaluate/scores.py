@@ -1,4 +1,4 @@
-"""Scores: the rows of an evaluation, their record and their table."""
+"""The scores of an evaluation, their record and their table."""
 
 import json
 import math
@@ -21,60 +21,60 @@ class Score(Options):
     """One row of the table."""
 
     name: str
-    kind: str  # teacher, student, or REAL: held-out images
-    steps: int | None  # None: real images
-    guidance: float | None
-    count: int  # samples of each noise seed
-    metrics: dict[str, float]  # those that apply; of several noise seeds the mean
-    half_widths: dict[str, float] = Field({}, description="of the 95 % interval of the mean, with several noise seeds")
+    kind: str  # "teacher", "student", or REAL for held-out images
+    steps: int | None  # None for real images
+    guidance: float | None  # None for real images
+    count: int  # samples per noise seed
+    metrics: dict[str, float]  # without metrics that do not apply; the mean over several noise seeds
+    half_widths: dict[str, float] = Field({}, description="of the mean's 95 % interval over several noise seeds")
     fingerprint: str
-    refined_in: tuple[str, ...] = Field((), description="spaces in which it was brought to the training images")
-    any_step: str = Field("", description="the any-step student of which this is a row, by its folder's name")
-    folder: str = Field("", description="of the model")
-    prefix: str = Field("", description="of its metrics in its model's run: empty for the model's own steps and scale")
+    refined_in: tuple[str, ...] = Field((), description="feature spaces that its refinement loss used")
+    any_step: str = Field("", description="folder name of the any-step student of this row")
+    folder: str = Field("", description="folder of the model")
+    prefix: str = Field("", description="prefix of the metrics in the run of the model")
 
 
 class Record(Options):
-    """What ``evaluation.json`` holds."""
+    """The content of ``evaluation.json``."""
 
     fingerprint: str
     samples: int
     seeds: tuple[int, ...]
-    features: tuple[str, ...]  # the names of the spaces
-    facts: dict[str, dict[str, float]]  # of the spaces
+    features: tuple[str, ...]  # names of the feature spaces
+    facts: dict[str, dict[str, float]]  # facts of each feature space, such as its classifier's accuracy
     real: dict[str, Any]  # the data: kind, train, held_out, sha256
-    floor_count: int | None  # held-out images, if these are fewer than the samples
-    kept_rows: int  # at most so many rows of each set in metrics of nearest neighbours, kernels and slices
+    floor_count: int | None  # number of held-out images if smaller than `samples`
+    kept_rows: int  # largest number of rows per set in metrics of nearest neighbours, kernels and slices
     scores: tuple[Score, ...]
-    shown_labels: tuple[int, ...] = Field((), description="labels of the columns of the picture of samples")
+    shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the picture of samples")
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes by number; empty: they have none, or an older version wrote the record."""
+        """Class names by number; empty without names, and in records of older versions."""
         return tuple(self.real.get("class_names", ()))
 
     def metrics(self) -> dict[str, QualityMetric]:
-        """The metrics of this evaluation."""
+        """The metrics of this evaluation by name."""
         return quality_metrics(self.features, self.floor_count)
 
 
 def read_record(out: str) -> Record:
-    """The record of an evaluation's folder.
+    """Read the record in an evaluation's folder.
 
     Raises:
-        DistillKacError: it is of an older version, which judged raw values.
+        DistillKacError: an older version wrote it, whose scores are of raw network outputs.
     """
     path = files.join(out, EVALUATION_FILE)
     values = json.loads(files.read_bytes(path))
     if "features" not in values:
         raise DistillKacError(
-            f"{path}: expected scores of delivered images, found those of an older version: choose another `out`"
+            f"{path} is from an older version that evaluated raw network outputs. Choose another `out`."
         )
     return Record(**values)
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """One score of those that the same model has with different noise seeds."""
+    """The mean score of one model over several noise seeds, with half widths of the 95 % interval."""
     first, count = scores[0], len(scores)
     if count == 1:
         return first
@@ -90,7 +90,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 
 def columns(record: Record) -> list[QualityMetric]:
-    """The metrics that have a column, those that no row has left out."""
+    """The metrics with a column in the table: those that have a heading and at least one value."""
     metrics = record.metrics().values()
     return [m for m in metrics if m.heading and any(m.name in score.metrics for score in record.scores)]
 
@@ -116,51 +116,51 @@ def _cell(score: Score, metric: QualityMetric) -> str:
 
 
 def direction(metric: Metric) -> str:
-    """Which way is better, for the end of a sentence."""
+    """The suffix "(lower is better)" or "(higher is better)" after a space; empty if neither is better."""
     return f" ({metric.better} is better)" if metric.better else ""
 
 
 def table(record: Record) -> str:
-    """The scores as text, one line a model, and below them what they were made from."""
+    """The scores as text, one line per model, with notes below."""
     return "\n".join([*aligned(head(record), [row(record, s) for s in record.scores]), *provenance(record)])
 
 
 def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table with headings of two words at most, one below the other, and a rule below them."""
+    """The lines of a text table. A heading is split after its first word into two lines."""
     heads = [heading.partition(" ") for heading in headings]
     rows = [[top for top, _, _ in heads], [below for _, _, below in heads], *cells]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in rows  # names left, numbers right
+        for line in rows  # names aligned left, numbers right
     ]
     return [*lines[:2], "-" * max(map(len, lines)), *lines[2:]]
 
 
 def provenance(record: Record) -> list[str]:
-    """What stands behind the figures: counts, noise, real images, features."""
+    """Notes on the scores: counts, noise seeds, real images, feature spaces."""
     seeds, real = record.seeds, record.real
     noise = f"noise seed {seeds[0]}" if len(seeds) == 1 else f"noise seeds {seeds[0]} .. {seeds[-1]}, mean ±95 %"
     spaces = [_space(name, record.facts.get(name, {})) for name in record.features]
-    told = {name: _seen_by(name, record.scores) for name in record.features}
-    seen = [f"{name} by {', '.join(models)}" for name, models in told.items() if models]
+    trained_in = {name: _models_trained_in(name, record.scores) for name in record.features}
+    seen = [f"{name} ({', '.join(models)})" for name, models in trained_in.items() if models]
     return [
-        f"{record.samples:,} delivered samples a model; {noise}; precision, recall, KID and slices of at most "
+        f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
         f"{record.kept_rows:,} rows",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),
-        *([f"seen in training, and so no judge of these: {'; '.join(seen)}"] if seen else []),
+        *([f"not comparable in features that a model was trained in: {'; '.join(seen)}"] if seen else []),
     ]
 
 
-def _seen_by(space: str, scores: Sequence[Score]) -> list[str]:
-    """The models that were refined in a space, or in one that tells as much of an image."""
+def _models_trained_in(space: str, scores: Sequence[Score]) -> list[str]:
+    """The models that were refined in a feature space, or in an equivalent one."""
     of_pixels = {"pixels", "pooled"}
-    same = of_pixels if space in of_pixels else set()  # an evaluation's other features are never trained on
-    return list(dict.fromkeys(score.any_step or score.name for score in scores if same & set(score.refined_in)))
+    equivalent = of_pixels if space in of_pixels else set()  # no refinement uses the other spaces of an evaluation
+    return list(dict.fromkeys(score.any_step or score.name for score in scores if equivalent & set(score.refined_in)))
 
 
 def _space(name: str, facts: dict[str, float]) -> str:
-    told = ", ".join(f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in facts.items())
-    return f"{name} ({told})" if told else name
+    text = ", ".join(f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in facts.items())
+    return f"{name} ({text})" if text else name

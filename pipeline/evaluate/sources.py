@@ -1,11 +1,11 @@
-"""Where judged samples come from: a model's, drawn once and kept in the cache, or the real images of a split.
+"""Samples of models and real images, in chunks, with a cache.
 
-CACHE/samples/<fingerprint>/<first>-<last>.npz      what a model made of its seed's noise: images (uint8) or
+CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one noise seed: images (uint8) or
                                                     points (float32), labels, nfe, seconds
-CACHE/features/<space>/<fingerprint>/<...>.npy      the features of these samples, or of real images
+CACHE/features/<space>/<fingerprint>/<...>.npy      features of these samples, or of real images
 
-Fingerprints name content (weights, how they are sampled, noise; data; network), so what lies there is never another's.
-Where several nodes draw, the cache must be a place that all of them see: a shared folder or an s3:// prefix.
+A fingerprint covers everything that decides the content (weights, sampling, noise; data; feature network), so cached
+files are never stale. With several nodes the cache must be a folder that all nodes share, or an s3:// prefix.
 """
 
 import functools
@@ -35,11 +35,11 @@ from kac.util.fingerprint import fingerprint, hashed_values
 from kac.util.images import delivered, from_bytes, is_image, to_bytes
 
 CHUNK_ROWS = 1000
-"""Samples that are drawn, kept and read together."""
+"""Samples per chunk."""
 
 
 class Rows(NamedTuple):
-    """Some samples, and what they cost."""
+    """Some samples and their cost."""
 
     images: Tensor  # [rows, *sample], delivered
     label: Tensor  # [rows]
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """The samples 0 .. count - 1 of a model and a seed."""
+    """Samples 0 to ``count`` - 1 of a model from one noise seed."""
 
     path: str
     config: ModelConfig
@@ -61,7 +61,7 @@ class ModelSamples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all that decides the samples; batches, their number and the device do not."""
+        """Covers everything that decides the samples; batch size, count and device do not."""
         config = self.config
         return fingerprint(
             {
@@ -78,38 +78,38 @@ class ModelSamples:
 
     @property
     def folder(self) -> str:
-        """Where they are kept."""
+        """The folder of the samples in the cache."""
         return files.join(cache_folder("samples"), self.fingerprint)
 
     def rows(self, ids: range) -> Rows:
-        """The samples ``ids``, a chunk that has been made.
+        """Read the samples of a chunk from the cache.
 
         Raises:
-            DistillKacError: they are not in the cache, or damaged there.
+            DistillKacError: the file is missing or damaged.
         """
         path = files.join(self.folder, _file(ids, "npz"))
-        with _reading(path) as data, np.load(data, allow_pickle=False) as found:
-            images, label = (torch.from_numpy(found[name]) for name in ("images", "labels"))
-            nfe, seconds = int(found["nfe"]), float(found["seconds"])
+        with _read_cached(path) as data, np.load(data, allow_pickle=False) as arrays:
+            images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+            nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
         return Rows(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
 
     def make(self, ids: range) -> None:
-        """Draw a chunk and publish it.
+        """Draw the samples of a chunk and write them to the cache.
 
         Raises:
-            DistillKacError: the model changed meanwhile, or made values that are not finite.
+            DistillKacError: the model has changed, or gives values that are not finite.
         """
         model = _model(self.path, self.config.weights_sha256)
-        made = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
-        images = to_bytes(made.images) if is_image(self.config.sample_shape) else made.images
+        drawn = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
+        images = to_bytes(drawn.images) if is_image(self.config.sample_shape) else drawn.images
         sink = io.BytesIO()
-        np.savez(sink, images=images, labels=made.label, nfe=made.nfe, seconds=made.seconds)
+        np.savez(sink, images=images, labels=drawn.label, nfe=drawn.nfe, seconds=drawn.seconds)
         files.write_bytes(files.join(self.folder, _file(ids, "npz")), sink.getvalue())
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """The first ``count`` images of a split in a fixed random order."""
+    """The first ``count`` images of a split, in a fixed random order."""
 
     data: DataConfig
     sha256: str  # of the data
@@ -118,11 +118,11 @@ class RealImages:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the images and their order."""
+        """Covers the images and their order."""
         return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
 
     def rows(self, ids: range) -> Rows:
-        """The images ``ids`` of the order, as they would be delivered."""
+        """Images by their numbers in the order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
         images, label = split.rows(_order(len(split))[ids.start : ids.stop])
         return Rows(delivered(images), label)
@@ -132,29 +132,29 @@ Source = ModelSamples | RealImages
 
 
 class Chunk(NamedTuple):
-    """The unit of work: some samples of a source."""
+    """Consecutive samples of a source: the unit of work."""
 
     source: Source
     ids: range
 
 
 def chunks(source: Source) -> list[Chunk]:
-    """All of a source."""
+    """All chunks of a source."""
     starts = range(0, source.count, CHUNK_ROWS)
     return [Chunk(source, range(start, min(start + CHUNK_ROWS, source.count))) for start in starts]
 
 
 def unfinished(source: Source, spaces: list[FeatureSpace]) -> list[Chunk]:
-    """The chunks of which samples or features are not in the cache."""
+    """The chunks whose samples or features are not in the cache."""
     folders = [(_features_folder(source, space), "npy") for space in spaces if not space.is_cheap]
     if isinstance(source, ModelSamples):
         folders.append((source.folder, "npz"))
-    there = [(set(files.list_sizes(folder)), ending) for folder, ending in folders]
-    return [chunk for chunk in chunks(source) if any(_file(chunk.ids, ending) not in names for names, ending in there)]
+    cached = [(set(files.list_sizes(folder)), ending) for folder, ending in folders]
+    return [chunk for chunk in chunks(source) if any(_file(chunk.ids, ending) not in names for names, ending in cached)]
 
 
 def make(chunk: Chunk, spaces: list[FeatureSpace]) -> None:
-    """Bring a chunk's samples and features into the cache, those that are not there."""
+    """Compute a chunk's samples and features that are not in the cache, and write them there."""
     source, ids = chunk
     if isinstance(source, ModelSamples) and not files.exists(files.join(source.folder, _file(ids, "npz"))):
         source.make(ids)
@@ -167,17 +167,17 @@ def make(chunk: Chunk, spaces: list[FeatureSpace]) -> None:
 
 
 def features(chunk: Chunk, space: FeatureSpace, images: Tensor) -> Tensor:
-    """The features [rows, width] of a chunk that has been made, whose ``images`` these are."""
+    """The features [rows, width] of a chunk, from the cache if they are cached; ``images``: the chunk's images."""
     if space.is_cheap:
         return space(images)
     path = files.join(_features_folder(chunk.source, space), _file(chunk.ids, "npy"))
-    with _reading(path) as data:
-        found = torch.from_numpy(np.load(data, allow_pickle=False))
-    return check_features(f"{space.option} (cached in {path})", found, len(chunk.ids))
+    with _read_cached(path) as data:
+        vectors = torch.from_numpy(np.load(data, allow_pickle=False))
+    return check_features(f"{space.option} (cached in {path})", vectors, len(chunk.ids))
 
 
 def images_in_parts(data: Dataset) -> Iterator[Tensor]:
-    """All training images in their own order, in parts [rows, *sample]."""
+    """All training images in the order of the data set, in parts [rows, *sample]."""
     for ids in torch.split(torch.arange(len(data.train)), CHUNK_ROWS):
         yield delivered(data.train.rows(ids).images)
 
@@ -191,28 +191,27 @@ def _file(ids: range, ending: str) -> str:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[io.BytesIO]:
-    """The content of a file that actors have made, for numpy; what numpy raises of damage is for a person to read."""
+def _read_cached(path: str) -> Iterator[io.BytesIO]:
+    """Open a cached file for numpy, and turn errors of a missing or damaged file into ``DistillKacError``."""
     try:
         yield io.BytesIO(files.read_bytes(path))
     except FileNotFoundError:
         raise DistillKacError(
-            f"{path}: expected what the actors have made, found nothing: on several nodes {VARIABLE} must be a folder "
-            "that all of them share, or an s3:// prefix"
+            f"The actors computed {path}, but this process cannot find it. On several nodes {VARIABLE} must be a "
+            "folder that all nodes share, or an s3:// prefix."
         ) from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DistillKacError(
-            f"{path}: expected what the actors have made, found a damaged file ({one_line(error, 80)}): remove it and "
-            "run the same command again"
+            f"{path} in the cache is damaged ({one_line(error, 80)}). Delete it and run the same command again."
         ) from None
 
 
 @functools.lru_cache(maxsize=1)
 def _model(path: str, weights_sha256: str) -> Model:
-    torch.compiler.reset()  # of what was compiled PyTorch keeps a few; here they are all of the model before
+    torch.compiler.reset()  # PyTorch keeps only a few compiled variants, and those of the last model fill its limit
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
-        raise DistillKacError(f"{path}: expected weights {weights_sha256[:12]}..., found others: it changed meanwhile")
+        raise DistillKacError(f"The weights in {path} changed during the evaluation. Run the same command again.")
     return model
 
 

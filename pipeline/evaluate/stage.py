@@ -1,4 +1,4 @@
-"""Evaluate: real images, the teacher and its students from the same noise, in one table, one picture and one curve."""
+"""The stage: held-out images, the teacher and its students from the same noise, in one table and two pictures."""
 
 import io
 import itertools
@@ -45,18 +45,18 @@ from pipeline.evaluate.sources import CHUNK_ROWS, ModelSamples, RealImages, chun
 from pipeline.report import pictures
 
 SAMPLES_FILE = "samples.npz"
-"""The shown samples of each row of the table, under the row's number."""
+"""The shown samples of each row of the table; the keys are row numbers."""
 
 TABLE_JSON = "table.json"
 
 REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
-"""What a record says of the data."""
+"""Fields of the data's description that a record contains."""
 
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
 
 class Candidate(NamedTuple):
-    """A model in the comparison, and how it is sampled."""
+    """A model in the comparison, with its sampling."""
 
     name: str
     path: str
@@ -66,7 +66,7 @@ class Candidate(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What is compared, and in which features."""
+    """The models and the real images of an evaluation, and the feature spaces that compare them."""
 
     spec: EvaluateSpec
     candidates: list[Candidate]
@@ -75,7 +75,7 @@ class Comparison(NamedTuple):
     held_out: RealImages
 
     def source(self, candidate: Candidate, seed: int) -> ModelSamples:
-        """A candidate's samples of a noise seed."""
+        """The samples of a candidate from one noise seed."""
         _, path, config, _, sampling = candidate
         return ModelSamples(path, config, sampling, self.spec.precision, seed, self.spec.samples, self.spec.batch_size)
 
@@ -86,19 +86,18 @@ class Comparison(NamedTuple):
 
 
 def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
-    """Score held-out images and every model, print the table and write ``evaluation.json`` and the pictures.
+    """Score held-out images and every model, print the table, and write ``evaluation.json`` and the pictures.
 
-    What was found of a model is added to the run that has made it; the evaluation's own run keeps the comparison.
-
-    Each student is compared with the teacher at the student's own guidance scale. What is drawn stays in the cache: a
-    stopped evaluation goes on from there, and another one of the same teacher draws its students alone.
+    Each student is compared with the teacher at the student's guidance scale. The scores of a model are added to the
+    run that produced the model; the evaluation's run has the comparison. Samples stay in the cache, so a stopped
+    evaluation resumes, and the next evaluation with the same teacher draws only its students.
 
     Raises:
-        DistillKacError: a model is missing, a student is of another teacher, the data are not the teacher's, or a
-            feature space cannot be had or its network does not work on the data.
+        DistillKacError: a model is missing, a student has another teacher, the data are not the teacher's, or a
+            feature space is missing or does not work on the data.
     """
     spec = resolve(spec)
-    assert spec.teacher is not None, "a spec that is resolved has a teacher"
+    assert spec.teacher is not None  # resolve found it
     root = load_teacher_config(spec.teacher).data.root
     check_apart(spec, {"`data.root` of the teacher": root})
     _check_storage(spec, root)
@@ -113,46 +112,46 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         log.info(table(record))
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
-        # For one at least; how many there is work for shows later.
+        # For one actor; the number that the work needs is not known yet.
         await_room("evaluate", "`actors`", 1, choose_place(spec).share)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     data = candidates[0].config.data
-    judged_on = [tracking.Dataset(data.kind, candidates[0].config.data_sha256, data.root or data.kind, "evaluation")]
+    datasets = [tracking.Dataset(data.kind, candidates[0].config.data_sha256, data.root or data.kind, "evaluation")]
     with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=judged_on
+        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=datasets
     ) as run:
-        compared = _draw(spec, candidates)
-        record = _judge(compared, fingerprint)
-        _write(compared, run, record)
+        comparison = _draw(spec, candidates)
+        record = _score_all(comparison, fingerprint)
+        _write(comparison, run, record)
     log.info(table(record))
     return list(record.scores)
 
 
 def _check_storage(spec: EvaluateSpec, root: str | None) -> None:
-    """Refuse paths that only one of several machines sees; ``root``: of the teacher's data."""
-    is_spread = spec.actors != 0
-    files_used = [given for given in spec.features if given.endswith(TORCHSCRIPT)]
+    """Refuse paths that not all machines share; ``root``: of the teacher's data."""
+    uses_actors = spec.actors != 0
+    feature_files = [given for given in spec.features if given.endswith(TORCHSCRIPT)]
     storage.check_shared(
         {
             "`out`": spec.out,
             "`teacher`": spec.teacher,
             "`students`": spec.students,
-            "`features`": files_used,
+            "`features`": feature_files,
             **storage.cache_of(),
         },
-        lambda: is_spread,
+        lambda: uses_actors,
     )
-    storage.check_shared({"`data.root` of the teacher": root}, lambda: is_spread)
+    storage.check_shared({"`data.root` of the teacher": root}, lambda: uses_actors)
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
-    """What the fingerprint of an evaluation says of its inputs: models, and the features that are files."""
+    """The inputs in the fingerprint of an evaluation: the weights of the models, and hashes of feature files."""
     data = learned_data(candidates[0].path, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
-    files_used = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
+    hashes = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
     models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
-    return {"models": models, "images": "delivered", **({"feature_files": files_used} if files_used else {})}
+    return {"models": models, "images": "delivered", **({"feature_files": hashes} if hashes else {})}
 
 
 def read_scores(out: str) -> list[Score]:
@@ -161,7 +160,8 @@ def read_scores(out: str) -> list[Score]:
 
 
 def _candidates(spec: EvaluateSpec) -> list[Candidate]:
-    assert spec.teacher is not None, "a spec that is resolved has a teacher"
+    """Every model with its sampling: teachers first, then students, sorted by guidance."""
+    assert spec.teacher is not None  # resolve found it
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
     folders = [path for given in spec.students for path in student_folders(given)]
@@ -169,8 +169,8 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
     students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
     if spec.guidance and not any(student.config.takes_guidance for student in students):
         raise ArgumentError(
-            "`guidance`: no student here takes a guidance scale as an input, so there is nothing to choose. Leave "
-            "`guidance` out, or distill a student with `guidance` all."
+            "`guidance` has no effect, because no student takes a guidance scale as an input. Leave it out, or distill "
+            "a student with `guidance` all."
         )
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = [
@@ -183,7 +183,7 @@ def _candidates(spec: EvaluateSpec) -> list[Candidate]:
 
 
 def _names(folders: Sequence[str]) -> dict[str, str]:
-    """What the students in these folders are called: as their folders are, with as much before it as tells apart."""
+    """Unique names of students by folder: the last part of the path, with as many parts before it as needed."""
     names = {path: path.rsplit("/", 1)[-1] for path in folders}
     for depth in itertools.count(2):
         counts = Counter(names.values())
@@ -193,93 +193,93 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, bare: str) -> list[Candidate]:
-    """The student in a folder; one that takes any step count or guidance scale is several candidates."""
+def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, base_name: str) -> list[Candidate]:
+    """The student in a folder, once per evaluated step count and guidance scale."""
     config = load_student_config(path, str(spec.teacher), teacher)
     assert config.guidance is not None
     counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
     scales = sorted(set(spec.guidance or config.guidance_scales)) if config.takes_guidance else [config.guidance]
-    found = []
+    students = []
     for m, w in itertools.product(counts, scales):
-        name = bare + (f"@{m}" if config.is_any_step else "") + (f" w={w:g}" if config.takes_guidance else "")
-        found.append(Candidate(name, path, config, w, student_sampling(config, m, w)))
-    return found
+        name = base_name + (f"@{m}" if config.is_any_step else "") + (f" w={w:g}" if config.takes_guidance else "")
+        students.append(Candidate(name, path, config, w, student_sampling(config, m, w)))
+    return students
 
 
 def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> ModelConfig:
     """The config of the student in the folder ``path``.
 
     Raises:
-        DistillKacError: it is no student, or one of another teacher than the one in ``teacher_path``.
+        DistillKacError: the model is not a student, or its teacher is not the one in ``teacher_path``.
     """
     config = load_config(path)
     if config.kind != "student":
-        raise DistillKacError(f"{path}: expected a student, found a {config.kind}")
+        raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")
     if config.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{path}: expected a student of the teacher {teacher.weights_sha256[:12]}... in {teacher_path}, "
-            f"found one of {str(config.teacher_sha256)[:12]}...: give its own teacher"
+            f"{path} is a student of another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
+            f"({teacher.weights_sha256[:12]}...). Give the student's own teacher."
         )
     return config
 
 
 def student_folders(path: str) -> list[str]:
-    """A student's folder, or those below a sweep's."""
+    """The folder of a student, or the folders of all students of a sweep."""
     if files.exists(files.join(path, CONFIG_FILE)):
         return [path]
-    below = (name.split("/") for name in files.list_sizes(path))
-    found = [files.join(path, parts[0]) for parts in below if parts[1:] == [CONFIG_FILE]]
-    if not found:
-        raise DistillKacError(f"{path}: expected a student's folder or a sweep's, found no {CONFIG_FILE} there")
-    return found
+    names = (name.split("/") for name in files.list_sizes(path))
+    folders = [files.join(path, parts[0]) for parts in names if parts[1:] == [CONFIG_FILE]]
+    if not folders:
+        raise DistillKacError(f"{path} is not the folder of a student or a sweep: it has no {CONFIG_FILE}.")
+    return folders
 
 
 def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
-    """Bring all samples and features into the cache, those of real images too."""
+    """Compute all samples and features into the cache, including the features of real images."""
     data = candidates[0].config.data
     spaces = open_spaces(spec.features, data)
     for space in spaces:
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
-        if told:
-            log.info(f"evaluate: features of the {space.name}: {told}")
-    compared = Comparison(spec, candidates, spaces, *real_images(data, spec.samples))
+        facts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
+        if facts:
+            log.info(f"evaluate: features of the {space.name}: {facts}")
+    comparison = Comparison(spec, candidates, spaces, *real_images(data, spec.samples))
     todo = [
-        *unfinished(compared.train, unfinished_reference(compared.train, spaces)),
-        *unfinished(compared.held_out, spaces),
+        *unfinished(comparison.train, unfinished_reference(comparison.train, spaces)),
+        *unfinished(comparison.held_out, spaces),
     ]
-    for seed, candidate in itertools.product(compared.seeds, candidates):
-        todo += unfinished(compared.source(candidate, seed), spaces)
+    for seed, candidate in itertools.product(comparison.seeds, candidates):
+        todo += unfinished(comparison.source(candidate, seed), spaces)
     make_chunks(spec, data, spaces, todo)
-    return compared
+    return comparison
 
 
-def _judge(compared: Comparison, fingerprint: str) -> Record:
-    """The scores of real images and of every candidate, teachers first; one set of samples in memory at a time."""
-    spec, data = compared.spec, open_dataset(compared.train.data)
-    spaces = with_pixels(compared.spaces, open_space(PIXELS, data))
-    reference = reference_of(compared.train, compared.held_out, spaces, spec.samples)
+def _score_all(comparison: Comparison, fingerprint: str) -> Record:
+    """The scores of real images, the teachers and the students. One set of samples is in memory at a time."""
+    spec, data = comparison.spec, open_dataset(comparison.train.data)
+    spaces = with_pixels(comparison.spaces, open_space(PIXELS, data))
+    reference = reference_of(comparison.train, comparison.held_out, spaces, spec.samples)
     record = Record(
         fingerprint=fingerprint,
         samples=spec.samples,
-        seeds=compared.seeds,
-        features=tuple(space.name for space in compared.spaces),
-        facts={space.name: space.facts for space in compared.spaces if space.facts},
-        real={"kind": compared.train.data.kind, **data.description.model_dump(include=REAL_FACTS)},
+        seeds=comparison.seeds,
+        features=tuple(space.name for space in comparison.spaces),
+        facts={space.name: space.facts for space in comparison.spaces if space.facts},
+        real={"kind": comparison.train.data.kind, **data.description.model_dump(include=REAL_FACTS)},
         floor_count=reference.floor_count,
         kept_rows=KEPT_ROWS,
         scores=(),
     )
-    real = Candidate("real images", "", compared.candidates[0].config, 0.0, Sampling(0.0, 0, "euler"))
-    scores = [_score(record, real, gather(compared.held_out, spaces, reference), compared.held_out)]
-    by_seed: dict[str, list[Score]] = {candidate.name: [] for candidate in compared.candidates}
-    for seed in compared.seeds:
+    real = Candidate("real images", "", comparison.candidates[0].config, 0.0, Sampling(0.0, 0, "euler"))
+    scores = [_score(record, real, gather(comparison.held_out, spaces, reference), comparison.held_out)]
+    by_seed: dict[str, list[Score]] = {candidate.name: [] for candidate in comparison.candidates}
+    for seed in comparison.seeds:
         teachers: dict[float, tuple[ModelSamples, dict[str, float]]] = {}
-        for candidate in compared.candidates:
-            source = compared.source(candidate, seed)
+        for candidate in comparison.candidates:
+            source = comparison.source(candidate, seed)
             judged = gather(source, spaces, reference, *teachers.get(candidate.guidance, ()))
             by_seed[candidate.name].append(_score(record, candidate, judged, source))
             teachers.setdefault(candidate.guidance, (source, by_seed[candidate.name][-1].metrics))
-    scores += [mean_score(found) for found in by_seed.values()]
+    scores += [mean_score(scores_of_model) for scores_of_model in by_seed.values()]
     return record.model_copy(update={"scores": tuple(scores)})
 
 
@@ -301,24 +301,25 @@ def _score(record: Record, candidate: Candidate, judged: Evaluated, source: Mode
     )
 
 
-def _write(compared: Comparison, run: tracking.TrackedRun, record: Record) -> None:
-    spec = compared.spec
+def _write(comparison: Comparison, run: tracking.TrackedRun, record: Record) -> None:
+    """Write files and log to MLflow; ``evaluation.json``, which marks the folder as complete, comes last."""
+    spec = comparison.spec
     tracking.declare(*record.metrics().values())
-    images, labels = _shown(compared)
-    if max(labels) < compared.candidates[0].config.num_classes:  # an unconditional model has no others
+    images, labels = _shown(comparison)
+    if max(labels) < comparison.candidates[0].config.num_classes:  # not the null labels of an unconditional model
         record = record.model_copy(update={"shown_labels": labels})
     shown = [Shown(*pair) for pair in zip(record.scores, images, strict=True)]
     curve = pictures.quality_by_nfe(_panels(record))
-    made = {
+    contents = {
         SAMPLES_PICTURE: pictures.comparison([(score.name, images) for score, images in shown]),
         CURVE_PICTURE: curve,
-        SAMPLES_FILE: _packed([images for _, images in shown]),
+        SAMPLES_FILE: _npz([images for _, images in shown]),
         TABLE_FILE: table(record).encode(),
     }
-    for name, data in made.items():
+    for name, data in contents.items():
         files.write_bytes(files.join(spec.out, name), data)
     for name in (SAMPLES_PICTURE, CURVE_PICTURE, TABLE_FILE):
-        run.artifact(name, made[name])
+        run.artifact(name, contents[name])
     _track_table(run, record)
     track_models(spec, run, record, shown, curve)
     text = json.dumps(record.model_dump(mode="json"), indent=2).encode()
@@ -328,55 +329,53 @@ def _write(compared: Comparison, run: tracking.TrackedRun, record: Record) -> No
 
 
 def _track_table(run: tracking.TrackedRun, record: Record) -> None:
-    """The table as ``mlflow.log_table`` leaves one: MLflow's page shows what this tag lists as a table."""
+    """Log the table in the format of ``mlflow.log_table``; its tag makes MLflow's pages show it as a table."""
     columns = {"columns": head(record), "data": [row(record, score) for score in record.scores]}
     run.artifact(TABLE_JSON, json.dumps(columns).encode())
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_JSON, "type": "table"}])})
 
 
-def _packed(rows: Sequence[np.ndarray]) -> bytes:
+def _npz(rows: Sequence[np.ndarray]) -> bytes:
     sink = io.BytesIO()
     np.savez_compressed(sink, **{str(number): images for number, images in enumerate(rows)})  # type: ignore[arg-type]
     return sink.getvalue()
 
 
 def read_shown(out: str) -> list[np.ndarray] | None:
-    """The shown samples [shown, *sample] of each row of an evaluation; None for one of an older version."""
+    """The shown samples [shown, *sample] of each row of an evaluation; None if an older version wrote it."""
     path = files.join(out, SAMPLES_FILE)
     if not files.exists(path):
         return None
-    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as found:
-        return [found[str(number)] for number in range(len(found.files))]
+    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as arrays:
+        return [arrays[str(number)] for number in range(len(arrays.files))]
 
 
-def _shown(compared: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The first samples of every row of the table, and their labels.
+def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """The first samples of each row of the table, and their labels.
 
-    Held-out images are of the same labels where there are such.
+    The held-out images have the same labels, as far as there are such images.
     """
-    made = [
-        compared.source(candidate, compared.seeds[0]).rows(chunks(compared.source(candidate, compared.seeds[0]))[0].ids)
-        for candidate in compared.candidates
-    ]
-    real = compared.held_out.rows(range(min(CHUNK_ROWS, compared.held_out.count)))
-    labels = made[0].label[:SHOWN].tolist()
-    places = _matching(labels, real.label.tolist())
-    return [real.images[places].numpy(), *(rows.images[:SHOWN].numpy() for rows in made)], tuple(labels)
+    sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
+    samples = [source.rows(chunks(source)[0].ids) for source in sources]
+    real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
+    labels = samples[0].label[:SHOWN].tolist()
+    chosen = _match_labels(labels, real.label.tolist())
+    return [real.images[chosen].numpy(), *(rows.images[:SHOWN].numpy() for rows in samples)], tuple(labels)
 
 
-def _matching(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:
-    """For each wanted label the place of one of ``labels`` that is that, or else of any, each place at most once."""
+def _match_labels(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:
+    """Indices into ``labels``, each at most once: for each wanted label an equal one if there is any left."""
     free = list(range(len(labels)))
-    places = []
+    chosen = []
     for label in wanted[: len(labels)]:
-        place = next((place for place in free if labels[place] == label), free[0])
-        free.remove(place)
-        places.append(place)
-    return torch.tensor(places)
+        index = next((index for index in free if labels[index] == label), free[0])
+        free.remove(index)
+        chosen.append(index)
+    return torch.tensor(chosen)
 
 
 def _panels(record: Record) -> list[pictures.Panel]:
-    """The plotted metrics; a Frechet distance, which depends on the count, is shown at that of the real images."""
+    """The plotted metrics. Frechet distances depend on the count, so they are shown at the count of the real images."""
     models, (real,), metrics = record.scores[1:], record.scores[:1], record.metrics()
     shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
     return [
