@@ -47,7 +47,7 @@ class ModelConfig(Options):
     kind: Literal["teacher", "student"]
     network: NetworkConfig
     path: PathConfig
-    data: DataConfig = Field(description="training data of the teacher, and their location")
+    data: DataConfig = Field(description="training data of the teacher and their location")
     data_sha256: str
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
@@ -63,7 +63,7 @@ class ModelConfig(Options):
     guidance: float | None = Field(
         None, description="guidance scale of a student, the default if it takes several; None for a teacher"
     )
-    guidance_scales: tuple[float, ...] = Field((), description="guidance scales that a student of several has learned")
+    guidance_scales: tuple[float, ...] = Field((), description="guidance scales that a student learned, if several")
     refined_in: tuple[str, ...] = Field((), description="feature spaces used to refine a student on the data")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
@@ -120,8 +120,8 @@ def learned_data(path: str, model: ModelConfig) -> Dataset:
     data = open_dataset(model.data)
     if data.description.sha256 != model.data_sha256:
         raise DistillKacError(
-            f"{path} was trained on data with sha256 {model.data_sha256[:12]}..., but the data now have "
-            f"{data.description.sha256[:12]}.... {DATA_CHANGED}"
+            f"{path} was trained on data with sha256 {model.data_sha256[:12]}, but the data now have sha256 "
+            f"{data.description.sha256[:12]}. {DATA_CHANGED}"
         )
     return data
 
@@ -201,7 +201,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     """Load the model folder ``path``, with the network in evaluation mode and without gradients.
 
     Raises:
-        CheckpointError: a missing, damaged or unknown file, which the message names.
+        CheckpointError: a file is missing, damaged or invalid. The message names it.
     """
     config = load_config(path)
     try:
@@ -212,8 +212,8 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != config.weights_sha256:
         raise CheckpointError(
-            f"{weights_path} is damaged or belongs to another model: its sha256 is {sha256[:12]}..., but {CONFIG_FILE} "
-            f"expects {config.weights_sha256[:12]}.... Copy the folder again."
+            f"{weights_path} is damaged or belongs to another model: its sha256 is {sha256[:12]}, but {CONFIG_FILE} "
+            f"expects {config.weights_sha256[:12]}. Copy the folder again."
         )
     try:
         network.load_state_dict(_our_names(network, safetensors.torch.load(data)))
@@ -224,12 +224,12 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
 
 
 def _prefix(network: NetworkModule) -> str:
-    """The prefix that our weight names have and the names in diffusers lack."""
+    """The prefix of our weight names that the names in diffusers do not have."""
     return f"{network.diffusers_name}." if network.diffusers_name else ""
 
 
 def _single_precision(value: torch.Tensor) -> torch.Tensor:
-    """A float32 copy on the CPU. Copies allow safetensors to save a tensor shared by two names."""
+    """A float32 copy on the CPU. Without the copy, safetensors refuses tensors that share memory."""
     converted = value.detach().float() if value.is_floating_point() else value.detach()
     return converted.cpu().clone(memory_format=torch.contiguous_format)
 

@@ -84,7 +84,7 @@ class GaussianPath:
 
 
 Path = KacPath | GaussianPath
-"""Any path. Further paths need the same three methods and ``uniforms_per_coordinate``."""
+"""Any path. A new path needs the same three methods and ``uniforms_per_coordinate``."""
 
 
 class PathConfig(Kinded):

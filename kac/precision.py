@@ -26,7 +26,7 @@ class Precision(Options):
     )
 
     def settled(self, on_gpu: bool) -> "Precision":
-        """A copy in which the type ``auto`` is replaced. Fingerprints include the actual type.
+        """A copy with the type ``auto`` replaced by bfloat16 or float32, for fingerprints.
 
         Raises:
             ArgumentError: ``tf32`` without a GPU.
@@ -36,8 +36,8 @@ class Precision(Options):
         dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
         return self.model_copy(update={"dtype": dtype})
 
-    def on(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """A copy without automatic values, for a network with or without convolutions on a GPU or CPU."""
+    def resolved(self, gpu: bool, convolutions: bool = True) -> "Precision":
+        """A copy with all automatic values replaced, for a network with or without convolutions on a GPU or CPU."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,
@@ -45,29 +45,29 @@ class Precision(Options):
             memory_format=automatic if self.memory_format == "auto" else self.memory_format,
         )
 
-    def chosen(self, network: nn.Module) -> "Precision":
-        """A copy without automatic values, for the network on its current device."""
+    def _resolved_for(self, network: nn.Module) -> "Precision":
+        """A copy with all automatic values replaced, for the network on its current device."""
         parameters = list(network.parameters())
         gpu = any(parameter.is_cuda for parameter in parameters)
-        return self.on(gpu, convolutions=any(parameter.ndim == 4 for parameter in parameters))
+        return self.resolved(gpu, convolutions=any(parameter.ndim == 4 for parameter in parameters))
 
-    def lay_out(self, network: nn.Module) -> None:
+    def set_memory_format(self, network: nn.Module) -> None:
         """Convert the weights to the memory format. Call this before creating an optimizer or an EMA of them."""
-        if self.chosen(network).memory_format == "channels_last":
+        if self._resolved_for(network).memory_format == "channels_last":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
-        """The network computing in this precision, with the same signature, null label, parameters and gradients."""
-        self.lay_out(network)
-        chosen = self.chosen(network)
+        """A callable that computes the network in this precision, with the same signature, null label and gradients."""
+        self.set_memory_format(network)
+        resolved = self._resolved_for(network)
         plain = Precision(dtype="float32", compile=False, memory_format="contiguous")
         # On a GPU float32 needs a wrapper too, because PyTorch convolutions use tf32 there by default.
         on_cpu = not any(parameter.is_cuda for parameter in network.parameters())
-        is_plain = chosen == plain and on_cpu and hasattr(network, "null_label")
-        return network if is_plain else _Wrapped(network, chosen)  # type: ignore[return-value]
+        is_plain = resolved == plain and on_cpu and hasattr(network, "null_label")
+        return network if is_plain else _Wrapped(network, resolved)  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        """A description for people, such as "bfloat16, channels_last, compiled", of a copy without automatic values."""
+        """A short description of resolved values, such as "bfloat16, channels_last, compiled"."""
         return f"{self.dtype}, {self.memory_format}, {'compiled' if self.compile else 'not compiled'}"
 
 

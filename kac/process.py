@@ -106,7 +106,7 @@ class KacProcess:
         return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
 
     def density(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """The density of the continuous part, whose mass is 1 - exp(-a t); 0 outside the cone.
+        """The density of the continuous part, whose mass is 1 - exp(-a t). It is 0 outside the cone.
 
         p = a exp(-a t) / (2 c) (I0(z) + (c t / r) I1(z)), evaluated with scaled Bessel functions.
         """
@@ -136,7 +136,7 @@ class KacProcess:
         return torch.where(x >= edge, 1.0, torch.where(x < -edge, 0.0, inside)).to(x.dtype)
 
     def variance(self, t: Tensor | float) -> Tensor:
-        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), same shape as t."""
+        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
         t = _as_times(t)
         u = 2 * self.a * t
         tail = 1 - u / 6 * (1 - u / 7 * (1 - u / 8 * (1 - u / 9)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kac.conditioning import known_classes, why_no_guidance
+from kac.conditioning import guidance_problem, known_classes
 from kac.data import Dataset
 from kac.guidance import check_guidance
 from kac.metrics import Metric, Moments
@@ -369,7 +369,7 @@ def _solver(inputs: Inputs) -> Outcome:
 
 
 def _guidance(inputs: Inputs) -> Outcome:
-    if reason := why_no_guidance(inputs.teacher):
+    if reason := guidance_problem(inputs.teacher):
         return reason
     judge = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
     found = list(effect_of_guidance(inputs.teacher_subject(), judge))

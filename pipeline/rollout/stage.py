@@ -64,7 +64,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     if place.actors:
         await_room("rollout", "`actors`", place.for_work(len(plan.todo)).actors, place.share)
     probes.check_writable(spec.store)
-    log.info(f"{cost}\nrollout: {place}, {spec.precision.on(place.on_gpu)}")
+    log.info(f"{cost}\nrollout: {place}, {spec.precision.resolved(place.on_gpu)}")
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",
         spec=spec,

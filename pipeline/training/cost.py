@@ -35,7 +35,7 @@ def describe_cost(
 
 def describe_place(place: Place, precision: Precision) -> str:
     """Describe where a training runs, and its precision with ``auto`` resolved, in one line."""
-    return f"{place}, {precision.on(place.on_gpu)}"
+    return f"{place}, {precision.resolved(place.on_gpu)}"
 
 
 def log_cost(run: TrackedRun, network: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:

@@ -135,7 +135,7 @@ class TrainedNetwork:
     ) -> None:
         self.options, precision = options, precision or Precision()
         self.network = network.to(worker.device).train()
-        precision.lay_out(self.network)
+        precision.set_memory_format(self.network)
         self.average = AveragedModel(network, multi_avg_fn=_warmed_average(options.ema_decay)).eval()
         self.optimizer = torch.optim.AdamW(
             network.parameters(),

@@ -155,12 +155,12 @@ def test_compiled_networks_of_diffusers_agree(config: NetworkConfig):
 
 
 def test_automatic_values_depend_on_the_device():
-    on_cpu = Precision(dtype="auto").on(gpu=False)
+    on_cpu = Precision(dtype="auto").resolved(gpu=False)
     assert (on_cpu.dtype, on_cpu.compile, on_cpu.memory_format) == ("float32", False, "contiguous")
-    on_gpu = Precision(dtype="auto").on(gpu=True)
+    on_gpu = Precision(dtype="auto").resolved(gpu=True)
     assert (on_gpu.dtype, on_gpu.compile, on_gpu.memory_format) == ("bfloat16", True, "channels_last")
-    assert Precision().on(gpu=True, convolutions=False).memory_format == "contiguous"
-    assert Precision(compile=False, memory_format="contiguous").on(gpu=True) == Precision(
+    assert Precision().resolved(gpu=True, convolutions=False).memory_format == "contiguous"
+    assert Precision(compile=False, memory_format="contiguous").resolved(gpu=True) == Precision(
         compile=False, memory_format="contiguous"
     )
     assert str(on_gpu) == "bfloat16, channels_last, compiled"
