@@ -84,3 +84,13 @@ def no_cpu_stays_taken() -> Iterator[None]:
 def project_root() -> Path:
     """The checkout, where `python -m jobs.*` runs."""
     return Path(__file__).parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use Ray or S3 through a fixture, before pytest selects tests by marker."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        for fixture, marker in (("ray_cluster", "ray"), ("s3_server", "s3")):
+            if fixture in fixtures:
+                item.add_marker(marker)
