@@ -18,7 +18,7 @@ class GuidedVelocity:
 
     Args:
         label: [batch].
-        conditions: maps t to the values, scalars, of further network inputs.
+        conditions: function from t to the scalar values of further network inputs.
 
     Attributes:
         nfe_per_call: network evaluations per call: 1 for w = 0, else 2 (one pass on a doubled batch).

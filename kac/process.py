@@ -43,7 +43,7 @@ class KacProcess:
                 raise ValueError(f"`{name}` is {value}, but must be positive and finite.")
 
     def sample(self, t: Tensor | float, generator: torch.Generator | None = None) -> KacNoise:
-        """Draw K_t exactly, one independent particle for each element of ``t`` (any shape, t >= 0).
+        """Draw K_t exactly, one independent particle per element of ``t`` (any shape, t >= 0).
 
         With N ~ Poisson(a t) reversals, the particle moves in its first direction for a fraction
         B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time, so K = +-ct (2B - 1). Because the first sign is fair,

@@ -37,7 +37,7 @@ def teacher_sampling(
     """How to sample a teacher: without guidance and in 100 steps unless specified.
 
     Raises:
-        ArgumentError: guidance of a teacher that cannot be guided.
+        ArgumentError: ``guidance`` is not 0 and the teacher cannot be guided.
     """
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
@@ -57,7 +57,7 @@ def student_sampling(config: ModelConfig, steps: int | None = None, guidance: fl
     """
     assert config.steps is not None and config.guidance is not None
     if steps not in {None, config.steps} and not config.is_any_step:
-        raise ArgumentError(f"`steps` is {steps}, but this student takes only {config.steps} steps. Leave `steps` out.")
+        raise ArgumentError(f"`steps` is {steps}, but this student works only with {config.steps}. Leave `steps` out.")
     scales = config.guidance_scales or (config.guidance,)
     if guidance is not None and not min(scales) <= guidance <= max(scales):
         if len(scales) == 1:

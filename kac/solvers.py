@@ -20,7 +20,7 @@ Method = Literal["euler", "heun", "ab2"]
 KnotGrid = Literal["uniform"]
 
 GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
-"""Maps from the fraction of remaining knots (1: noise, 0: image) to time. They are increasing, with 0 to 0, 1 to 1."""
+"""Functions from the fraction of remaining knots (1: noise, 0: image) to time. They increase and fix 0 and 1."""
 
 
 class Solution(NamedTuple):

@@ -30,7 +30,7 @@ class FlowMapConfig(VelocityErrorOptions):
     kind: Literal["flow-map"] = Field("flow-map", description="flow-map: one student for every number of steps")
     pairs: PairLaw = Field(
         "grids",
-        description="distribution of knot pairs; grids: 3 of 4 are steps of `grids`, 1 of 4 any pair; "
+        description="distribution of knot pairs; grids: 3/4 are student steps of `grids`, 1/4 uniform; "
         "any: uniform over pairs; length: uniform over lengths; long: proportional to length",
     )
     grids: tuple[PositiveInt, ...] = Field(

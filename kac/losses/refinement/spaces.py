@@ -1,7 +1,7 @@
 """Feature spaces of refinement: pixels at two sizes, and features that no evaluation uses.
 
-Features used in training must not evaluate the result. The classifier therefore differs in seed and width from the one
-used in evaluation. Random features come from a new network in each update, so a student cannot overfit to them.
+Evaluation must not use the features of training. The classifier therefore differs in seed and width from the evaluation
+classifier. Random features come from a new network in each update, so a student cannot overfit to them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ RefinementSpace = Callable[[Tensor, int], list[Tensor]]
 """(samples [batch, *sample], number of the update) -> one or several sets of features, each [batch, width]."""
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
-"""Its width and seed differ from those of the classifier used in evaluation."""
+"""Its width and seed differ from the evaluation classifier."""
 
 RANDOM_WIDTHS = (32, 64, 128)
 MAP_SIDE = 4
