@@ -1,15 +1,15 @@
-"""Feature networks that do not work on grey images, or do not give features, each in its own way."""
+"""Feature networks that fail on grey images or do not return features, each for another reason."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ForeignError(Exception):
-    """An exception that only the network's module knows."""
+    """An exception class of the user's module."""
 
 
 class Rows(nn.Module):
-    """Good features, which subclasses spoil."""
+    """Returns correct features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :5] + x.flatten(1).mean(1, keepdim=True)
@@ -185,7 +185,7 @@ class TrainingMode(nn.Module):
 
 
 class ElsewhereConstants(nn.Module):
-    """As one traced on a device that is not here: its constants stay there."""
+    """Has constants on another device, like a network traced on a device that this machine lacks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) + torch.ones(64, device="meta")
@@ -207,7 +207,7 @@ class TwoInputs(nn.Module):
 
 
 class Later(nn.Module):
-    """Works on batches of the trial and fails on larger ones."""
+    """Works on the batches of the trial, but fails on larger batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 100:
@@ -216,53 +216,53 @@ class Later(nn.Module):
 
 
 class LaterNaN(nn.Module):
-    """Gives NaN in larger batches only."""
+    """Returns NaN only for larger batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) * (0.0 / 0.0 if x.shape[0] > 100 else 1.0)
 
 
 class LaterWider(nn.Module):
-    """Gives another width in larger batches."""
+    """Returns another width for larger batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, : 1 if x.shape[0] == 250 else 2]
 
 
 class Thin(nn.Module):
-    """One feature."""
+    """Returns one feature."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).mean(1, keepdim=True)
 
 
 class Wide(nn.Module):
-    """More features than the tests draw samples."""
+    """Returns more features than the tests have samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).repeat(1, 8).half()
 
 
 class Changing(nn.Module):
-    """Changes its input."""
+    """Changes its input in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(0.5).flatten(1)
 
 
 def exported() -> nn.Module:
-    """What torch.export makes of ``Rows``, for batches of any size; it refuses ``eval()``."""
+    """Export ``Rows`` for batches of any size. The result rejects ``eval()``."""
     dynamic = {"x": {0: torch.export.Dim("batch")}}
     return torch.export.export(Rows(), (torch.rand(2, 1, 8, 8),), dynamic_shapes=dynamic).module()
 
 
 def exported_three_channels() -> nn.Module:
-    """What torch.export makes of ``ThreeChannels``: it guards the shape of its input."""
+    """Export ``ThreeChannels``. The result checks the shape of its input."""
     dynamic = {"x": {0: torch.export.Dim("batch")}}
     return torch.export.export(ThreeChannels().eval(), (torch.rand(2, 3, 8, 8),), dynamic_shapes=dynamic).module()
 
 
 def without_weights() -> nn.Module:
-    """A module whose weights were never loaded."""
+    """Return a module whose weights were never loaded."""
     with torch.device("meta"):
         return ThreeChannels()

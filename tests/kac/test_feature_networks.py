@@ -1,4 +1,4 @@
-"""Feature networks of others: each way in which one does not work on the data is one line before the work."""
+"""Users' feature networks: each way in which one does not fit the data is a one-line error before any work."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kac.metrics.features import check_names, open_space, try_space
 from kac.util.errors import ArgumentError
 from tests import feature_networks
 
-FOUND = {
+PROBLEMS = {
     "ThreeChannels": "3 channels",
     "Bytes": "uint8",
     "ThreeChannelsOfBytes": "3 channels .*uint8",
@@ -47,10 +47,10 @@ FOUND = {
     "Silent": "ForeignError",
     "TwoInputs": "y",
 }
-"""A part of the error by the network's class."""
+"""A part of the error message, by the network's class."""
 
 NOT_SCRIPTED = {"Raising", "Silent", "Sparse"}
-"""TorchScript knows neither classes of exceptions nor this layout in its types."""
+"""TorchScript has neither exception classes nor sparse tensors in its types."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def digits() -> Dataset:
 
 
 def given_as(kind: str, name: str, folder: Path) -> str:
-    """The value of `features` for a network of ``tests.feature_networks``."""
+    """Return the value of `features` for a network of ``tests.feature_networks``."""
     if kind == "imported":
         return f"tests.feature_networks:{name}"
     path = str(folder / f"{name}.pt")
@@ -68,48 +68,48 @@ def given_as(kind: str, name: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["imported", "scripted"])
-@pytest.mark.parametrize("name", FOUND)
-def test_a_network_that_does_not_fit_is_refused_in_one_line(kind: str, name: str, digits: Dataset, tmp_path: Path):
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_network_that_does_not_fit_is_refused(kind: str, name: str, digits: Dataset, tmp_path: Path):
     if kind == "scripted" and name in NOT_SCRIPTED:
-        pytest.skip("not a TorchScript")
+        pytest.skip("cannot be scripted")
     given = given_as(kind, name, tmp_path)
-    with pytest.raises(ArgumentError, match=FOUND[name]) as caught:
+    with pytest.raises(ArgumentError, match=PROBLEMS[name]) as caught:
         try_space(given, digits)
     assert str(caught.value).startswith(f"`features` {given}: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
 @pytest.mark.parametrize("name", ["Rows", "Thin", "Wide", "Changing", "exported"])
-def test_networks_that_give_features_are_taken(name: str, digits: Dataset):
+def test_networks_that_return_features_are_accepted(name: str, digits: Dataset):
     given = f"tests.feature_networks:{name}"
     try_space(given, digits)
     images = digits.train.rows(torch.arange(3)).images
     before = images.clone()
-    made = open_space(given, digits)(images)
-    assert made.dtype == torch.float32 and len(made) == 3
+    features = open_space(given, digits)(images)
+    assert features.dtype == torch.float32 and len(features) == 3
     assert torch.equal(images, before)
     if name == "exported":
-        torch.testing.assert_close(made, feature_networks.Rows()(images))
+        torch.testing.assert_close(features, feature_networks.Rows()(images))
 
 
 @pytest.mark.parametrize("name", ["exported_three_channels", "without_weights"])
-def test_a_module_that_torch_guards_or_cannot_move_is_refused(name: str, digits: Dataset):
+def test_a_module_with_shape_guards_or_without_weights_is_refused(name: str, digits: Dataset):
     with pytest.raises(ArgumentError, match=f"`features` tests.feature_networks:{name}: "):
         try_space(f"tests.feature_networks:{name}", digits)
 
 
-def test_points_are_tried_too():
+def test_a_network_is_tried_on_points_too():
     moons = open_dataset(DataConfig(kind="moons"))
     try_space("torch.nn:Flatten", moons)
     with pytest.raises(ArgumentError, match=r"float16|\[0, 1\]|failed on 16 samples of shape \[2\]"):
         try_space("tests.feature_networks:ThreeChannels", moons)
 
 
-@pytest.mark.parametrize(("name", "found"), [("Later", "more than I can take"), ("LaterNaN", "NaN")])
-def test_a_network_that_fails_after_its_trial_is_one_line(name: str, found: str, digits: Dataset):
+@pytest.mark.parametrize(("name", "problem"), [("Later", "more than I can take"), ("LaterNaN", "NaN")])
+def test_a_network_that_fails_after_its_trial_is_refused(name: str, problem: str, digits: Dataset):
     given = f"tests.feature_networks:{name}"
     try_space(given, digits)
-    with pytest.raises(ArgumentError, match=found) as caught:
+    with pytest.raises(ArgumentError, match=problem) as caught:
         open_space(given, digits)(digits.train.rows(torch.arange(250)).images)
     assert str(caught.value).startswith(f"`features` {given}: ")
     assert "\n" not in str(caught.value)
@@ -120,8 +120,8 @@ def test_widths_that_change_between_batches_are_refused(digits: Dataset):
         open_space("tests.feature_networks:LaterWider", digits)(digits.train.rows(torch.arange(251)).images)
 
 
-def test_covariances_without_eigenvalues_are_one_line():
-    """Checked features cannot lead there; a damaged cache of statistics can."""
+def test_covariances_without_eigenvalues_are_refused():
+    """A damaged cache of statistics can contain them. Checked features cannot."""
     good, bad = Statistics(2), Statistics(2)
     good.add(torch.rand(10, 2))
     bad.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
@@ -131,8 +131,8 @@ def test_covariances_without_eigenvalues_are_one_line():
 
 
 @pytest.mark.parametrize("given", ["folder/pixels.pt", "some.module:pixels", "folder/---.pt"])
-def test_a_network_called_like_the_pixels_or_nothing_is_refused(given: str):
-    with pytest.raises(ValueError, match="name"):
+def test_a_network_named_pixels_or_without_a_name_is_refused(given: str):
+    with pytest.raises(ValueError, match=f"^`features` has '{given}'"):
         check_names([given])
 
 

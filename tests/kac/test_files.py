@@ -1,4 +1,4 @@
-"""Files are published whole or not at all, what dead writers leave is removed, and nothing else is."""
+"""Writes are atomic, and only the temporary files of dead writers are removed."""
 
 import os
 import signal
@@ -18,10 +18,10 @@ from kac.util.errors import DistillKacError
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request, tmp_path) -> str:
-    """A local folder, and a filesystem that is not local (as object stores are)."""
+def folder(request, tmp_path) -> str:
+    """A local folder, and a folder on a filesystem that is not local, like an object store."""
     if request.param == "local":
-        yield str(tmp_path / "place")
+        yield str(tmp_path / "folder")
     else:
         path = f"memory://{uuid.uuid4().hex}"
         yield path
@@ -35,8 +35,8 @@ def names(folder: Path) -> list[str]:
 # Writing and reading
 
 
-def test_what_is_written_is_read(place):
-    path = files.join(place, "deep/er/file.bin")
+def test_read_bytes_returns_what_was_written(folder):
+    path = files.join(folder, "deep/er/file.bin")
     assert not files.exists(path)
     assert files.write_bytes(path, b"one\x00\xff")
     assert files.exists(path)
@@ -45,13 +45,13 @@ def test_what_is_written_is_read(place):
     assert files.read_bytes(path) == b""
 
 
-def test_reading_what_is_not_there(place):
+def test_a_missing_file_cannot_be_read(folder):
     with pytest.raises(FileNotFoundError):
-        files.read_bytes(files.join(place, "none"))
+        files.read_bytes(files.join(folder, "none"))
 
 
-def test_if_absent_leaves_what_is_there(place):
-    path = files.join(place, "file")
+def test_if_absent_keeps_an_existing_file(folder):
+    path = files.join(folder, "file")
     assert files.write_bytes(path, b"first", if_absent=True)
     assert not files.write_bytes(path, b"second", if_absent=True)
     assert files.read_bytes(path) == b"first"
@@ -59,29 +59,29 @@ def test_if_absent_leaves_what_is_there(place):
     assert files.read_bytes(path) == b"third"
 
 
-def test_if_absent_holds_when_another_writer_comes_between(monkeypatch):
-    """Where there are no hard links, looking first is not enough: the other file may appear after the look."""
+def test_if_absent_keeps_a_file_that_appears_during_the_write(monkeypatch):
+    """Without hard links, a check before the write is not enough: the other file can appear after the check."""
     path = f"memory://{uuid.uuid4().hex}/file"
-    filesystem, looks = type(files.locate(path).fs), []
+    filesystem, checks = type(files.locate(path).fs), []
     exists = filesystem.exists
 
-    def look(self, name, **options):
-        looks.append(name)
-        if len(looks) > 1:
+    def check(self, name, **options):
+        checks.append(name)
+        if len(checks) > 1:
             return exists(self, name, **options)
         files.write_bytes(path, b"the other's")
         return False
 
-    monkeypatch.setattr(filesystem, "exists", look)
+    monkeypatch.setattr(filesystem, "exists", check)
     assert not files.write_bytes(path, b"late", if_absent=True)
-    assert looks
+    assert checks
     assert files.read_bytes(path) == b"the other's"
     files.remove_tree(path)
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_failed_conditional_write_lost_a_race_only_if_the_file_is_there(monkeypatch, there):
-    """Object stores word a lost race in many ways: what tells it from a failure is the file."""
+def test_a_failed_conditional_write_is_an_error_unless_the_file_exists(monkeypatch, there):
+    """Object stores report a lost race with many errors. Only the existing file distinguishes it from a failure."""
     path = f"memory://{uuid.uuid4().hex}/file"
     filesystem = type(files.locate(path).fs)
     write = filesystem.pipe_file
@@ -103,36 +103,36 @@ def test_a_failed_conditional_write_lost_a_race_only_if_the_file_is_there(monkey
     files.remove_tree(path)
 
 
-def test_nothing_but_the_file_is_left_behind(tmp_path):
+def test_writes_leave_only_the_file(tmp_path):
     files.write_bytes(str(tmp_path / "file"), b"first")
     files.write_bytes(str(tmp_path / "file"), b"second", if_absent=True)
     files.write_bytes(str(tmp_path / "file"), b"third")
     assert names(tmp_path) == ["file"]
 
 
-def test_remove_tree(place):
-    files.write_bytes(files.join(place, "folder/a"), b"")
-    files.write_bytes(files.join(place, "folder/b/c"), b"")
-    files.write_bytes(files.join(place, "folder-2"), b"")
-    files.remove_tree(files.join(place, "folder"))
-    assert not files.exists(files.join(place, "folder"))
-    assert files.exists(files.join(place, "folder-2"))
-    files.remove_tree(files.join(place, "folder"))  # nothing there: nothing to do
+def test_remove_tree(folder):
+    files.write_bytes(files.join(folder, "folder/a"), b"")
+    files.write_bytes(files.join(folder, "folder/b/c"), b"")
+    files.write_bytes(files.join(folder, "folder-2"), b"")
+    files.remove_tree(files.join(folder, "folder"))
+    assert not files.exists(files.join(folder, "folder"))
+    assert files.exists(files.join(folder, "folder-2"))
+    files.remove_tree(files.join(folder, "folder"))  # nothing to remove
 
 
-def test_sizes_are_those_of_all_files_below_the_folder(place):
+def test_list_sizes_includes_all_files_below_the_folder(folder):
     for name, data in {"a": b"1", "folder/b/c": b"123", ".hidden": b""}.items():
-        files.write_bytes(files.join(files.join(place, "here"), name), data)
-    files.write_bytes(files.join(place, "here-2"), b"")
-    assert list(files.list_sizes(files.join(place, "here")).items()) == [(".hidden", 0), ("a", 1), ("folder/b/c", 3)]
-    assert files.list_sizes(files.join(place, "nothing")) == {}
+        files.write_bytes(files.join(files.join(folder, "here"), name), data)
+    files.write_bytes(files.join(folder, "here-2"), b"")
+    assert list(files.list_sizes(files.join(folder, "here")).items()) == [(".hidden", 0), ("a", 1), ("folder/b/c", 3)]
+    assert files.list_sizes(files.join(folder, "nothing")) == {}
 
 
-# Whole or not at all
+# Atomic writes
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
     files.write_bytes(str(path), b"old")
 
@@ -147,8 +147,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 
 @pytest.mark.parametrize("if_absent", [False, True])
-def test_the_data_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch, if_absent):
-    """A name that is there before its bytes would be an empty file after a power cut."""
+def test_the_data_are_synced_before_the_file_gets_its_name(tmp_path, monkeypatch, if_absent):
+    """Otherwise a power cut could leave an empty file."""
     events, real = [], {name: getattr(os, name) for name in ("fsync", "replace", "link")}
 
     def recording(name):
@@ -169,13 +169,13 @@ def run(code: str, *args: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *args], stdout=subprocess.PIPE)
 
 
-def test_a_writer_killed_in_the_middle_publishes_nothing_and_is_cleaned_up_after(tmp_path):
+def test_a_killed_writer_publishes_nothing_and_its_temporary_file_is_removed(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     writer = run(
         """
         import os, sys, time
-        from kac import files
+        from kac.util import files
 
         def stuck(_):
             print("syncing", flush=True)
@@ -190,7 +190,7 @@ def test_a_writer_killed_in_the_middle_publishes_nothing_and_is_cleaned_up_after
         assert writer.stdout.readline() == b"syncing\n"
         assert path.read_bytes() == b"old"
         assert len(names(tmp_path)) == 2
-        assert files.remove_orphans(str(tmp_path)) == 0  # its writer lives
+        assert files.remove_orphans(str(tmp_path)) == 0  # its writer is alive
         assert len(names(tmp_path)) == 2
     finally:
         writer.send_signal(signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_writer_killed_in_the_middle_publishes_nothing_and_is_cleaned_up_after
     assert path.read_bytes() == b"old"
 
 
-def test_of_many_writers_one_is_first(tmp_path):
+def test_exactly_one_of_many_conditional_writers_succeeds(tmp_path):
     path, won = str(tmp_path / "file"), []
     barrier = threading.Barrier(8)
 
@@ -221,7 +221,7 @@ def test_of_many_writers_one_is_first(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_readers_see_one_whole_version_or_the_other(tmp_path):
+def test_readers_always_see_a_complete_version(tmp_path):
     path, versions, seen = str(tmp_path / "file"), [bytes([k]) * 200_000 for k in range(2)], set()
     files.write_bytes(path, versions[0])
     done = threading.Event()
@@ -240,7 +240,7 @@ def test_readers_see_one_whole_version_or_the_other(tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_if_absent_holds_without_hard_links(tmp_path, monkeypatch, there):
+def test_if_absent_works_without_hard_links(tmp_path, monkeypatch, there):
     path = tmp_path / "file"
     if there:
         path.write_bytes(b"first")
@@ -264,7 +264,7 @@ def dead_pid() -> int:
 
 
 def temporary(folder: Path, pid: int | None = None, host: str | None = None, age_seconds: float = 0) -> Path:
-    """What another writer's unfinished file looks like."""
+    """Create the unfinished file of another writer."""
     name = files.temporary_name(str(folder / "shard-000042.parquet"))
     name = name.replace(f".{os.getpid()}.", f".{os.getpid() if pid is None else pid}.")
     name = name.replace(f".{socket.gethostname()}.", f".{host or socket.gethostname()}.")
@@ -274,10 +274,10 @@ def temporary(folder: Path, pid: int | None = None, host: str | None = None, age
     return path
 
 
-def test_temporary_names_are_hidden_beside_the_file_and_never_the_same(tmp_path):
-    made = {files.temporary_name(str(tmp_path / "shard-000042.parquet")) for _ in range(100)}
-    assert len(made) == 100
-    for name in made:
+def test_temporary_names_are_hidden_next_to_the_file_and_unique(tmp_path):
+    unique = {files.temporary_name(str(tmp_path / "shard-000042.parquet")) for _ in range(100)}
+    assert len(unique) == 100
+    for name in unique:
         assert Path(name).parent == tmp_path
         assert Path(name).name.startswith(".shard-000042.parquet.")
         assert files.is_temporary(Path(name).name)
@@ -288,7 +288,7 @@ def test_other_names_are_not_temporary(name):
     assert not files.is_temporary(name)
 
 
-def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):
+def test_only_files_of_dead_writers_are_removed(tmp_path):
     (tmp_path / "shard-000001.parquet").write_bytes(b"whole")
     (tmp_path / "folder").mkdir()
     dead, mine = temporary(tmp_path, dead_pid()), temporary(tmp_path)
@@ -300,7 +300,7 @@ def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):
     assert files.remove_orphans(str(tmp_path)) == 0
 
 
-def test_two_may_clean_up_at_once(tmp_path, monkeypatch):
+def test_two_processes_can_clean_up_at_the_same_time(tmp_path, monkeypatch):
     dead, unlink = temporary(tmp_path, dead_pid()), os.unlink
 
     def second(path, **_):
@@ -312,7 +312,7 @@ def test_two_may_clean_up_at_once(tmp_path, monkeypatch):
     assert not dead.exists()
 
 
-def test_a_writer_of_another_user_is_alive(tmp_path, monkeypatch):
+def test_a_process_of_another_user_is_alive(tmp_path, monkeypatch):
     theirs = temporary(tmp_path, dead_pid())
 
     def not_ours(*_):
@@ -323,8 +323,8 @@ def test_a_writer_of_another_user_is_alive(tmp_path, monkeypatch):
     assert theirs.exists()
 
 
-def test_files_of_other_hosts_are_orphans_when_they_are_old(tmp_path):
-    """Nobody here can say whether a process of another machine lives: its number means nothing."""
+def test_files_from_other_hosts_are_orphans_when_they_are_old(tmp_path):
+    """A process id from another host says nothing about this host."""
     young = temporary(tmp_path, dead_pid(), host="elsewhere", age_seconds=files.STALE_SECONDS / 2)
     old = temporary(tmp_path, os.getpid(), host="elsewhere", age_seconds=files.STALE_SECONDS * 2)
     assert files.remove_orphans(str(tmp_path)) == 1
@@ -333,51 +333,50 @@ def test_files_of_other_hosts_are_orphans_when_they_are_old(tmp_path):
 
 
 @pytest.mark.parametrize("name", [".draft.tmp", ".probe-0123.tmp", ".a.b.tmp", ".notes.2024.01.tmp"])
-def test_hidden_files_with_other_names_are_no_obstacle(tmp_path, name):
-    (tmp_path / name).write_bytes(b"somebody's")
+def test_other_hidden_files_are_kept(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a user's")
     dead = temporary(tmp_path, dead_pid())
     assert files.remove_orphans(str(tmp_path)) == 1
     assert not dead.exists()
     assert (tmp_path / name).exists()
 
 
-def test_no_folder_has_no_orphans(place):
-    assert files.remove_orphans(files.join(place, "none")) == 0
+def test_a_missing_folder_has_no_orphans(folder):
+    assert files.remove_orphans(files.join(folder, "none")) == 0
 
 
-# Places
+# Paths
 
 
-def test_a_place_that_can_be_written_to_is_left_as_it_was(place):
-    files.write_bytes(files.join(place, "file"), b"")
-    probes.check_writable(place)
-    location = files.locate(place)
+def test_check_writable_leaves_nothing_behind(folder):
+    files.write_bytes(files.join(folder, "file"), b"")
+    probes.check_writable(folder)
+    location = files.locate(folder)
     assert [Path(name).name for name in location.fs.ls(location.path, detail=False)] == ["file"]
 
 
-def test_a_place_below_a_file_is_refused(tmp_path):
+def test_a_folder_below_a_file_is_not_writable(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    place = str(tmp_path / "file" / "store")
-    with pytest.raises(DistillKacError, match="expected a place that can be written to") as error:
-        probes.check_writable(place)
-    assert str(error.value).startswith(f"{place}: ")
-    assert "a file where a folder must be" in str(error.value)
+    folder = str(tmp_path / "file" / "store")
+    with pytest.raises(DistillKacError, match="is a file") as error:
+        probes.check_writable(folder)
+    assert str(error.value).startswith(folder)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("use", [files.exists, files.read_bytes, probes.check_writable, files.remove_orphans])
 def test_an_unknown_scheme_is_refused(use):
-    with pytest.raises(DistillKacError, match="nosuchscheme://bucket/key: expected a "):
+    with pytest.raises(DistillKacError, match="^nosuchscheme://bucket/key: "):
         use("nosuchscheme://bucket/key")
 
 
 @pytest.mark.parametrize("path", ["s3://", "s3:///store"])
 def test_s3_without_a_bucket_is_refused(path):
-    with pytest.raises(DistillKacError, match=f"^{path}: expected s3://BUCKET/PREFIX, found no bucket$"):
+    with pytest.raises(DistillKacError, match=f"^{path}: .*bucket"):
         files.locate(path)
 
 
-def test_join_and_locate_take_a_trailing_slash(tmp_path):
+def test_join_and_locate_accept_a_slash_at_the_end(tmp_path):
     assert files.join("s3://bucket/store/", "manifest.json") == "s3://bucket/store/manifest.json"
     assert files.join("store", "a/b") == "store/a/b"
     assert files.locate(f"{tmp_path}/").path == str(tmp_path)

@@ -1,4 +1,4 @@
-"""A path is the same name to every function that takes it, on a disk and on S3, whatever characters it has."""
+"""All functions agree on what a path names, on a disk and on S3, whatever characters it has."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from kac.util import files, probes, s3
 from kac.util.errors import DistillKacError
 from tests.pipeline.s3_server import SERVER, Fault, FaultyS3, environment
 
-# While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
+# Set during collection, before any test starts Ray, because the workers inherit this environment.
 os.environ.update(environment())
 
 BUCKET = "names"
@@ -53,7 +53,7 @@ NAMES = [
 ]
 
 NEIGHBOURS = ["run1", "run2", "runX", "run", "run 1", "x", "ab", "run[1]2", "läuft2"]
-"""Names that the patterns among ``NAMES`` match, or that a decoded or cut name would be."""
+"""Names that would be reached if a name in ``NAMES`` were used as a pattern, decoded or cut."""
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +75,18 @@ def prefix(server: FaultyS3, tmp_path: Path) -> str:
 
 
 def put(key: str, data: bytes = b"") -> None:
-    """Write an object past the code that is tested."""
+    """Write an object without using the tested code."""
     SERVER.client().put_object(Bucket=BUCKET, Key=key, Body=data)
 
 
 def keys(prefix: str) -> list[str]:
-    """The keys of all objects below a prefix, seen past the code that is tested."""
+    """Return the keys of all objects below a prefix, without using the tested code."""
     found = SERVER.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")
     return [entry["Key"] for entry in found.get("Contents", [])]
 
 
 def raw_names(place: str) -> list[str]:
-    """The files at a place, seen past the code that is tested."""
+    """Return the files below a place, without using the tested code."""
     if place.startswith("s3://"):
         key = place.removeprefix(f"s3://{BUCKET}/")
         return sorted(name.removeprefix(f"{key}/") for name in keys(key))
@@ -94,7 +94,7 @@ def raw_names(place: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_one_call_writes_the_others_find_and_neighbours_survive(place: str, name: str) -> None:
+def test_all_functions_find_what_one_writes_and_leave_neighbours_unchanged(place: str, name: str) -> None:
     neighbours = [neighbour for neighbour in NEIGHBOURS if neighbour != name]
     others = {files.join(place, f"{neighbour}/training/state"): neighbour.encode() for neighbour in neighbours}
     for path, data in others.items():
@@ -135,7 +135,7 @@ def test_what_one_call_writes_the_others_find_and_neighbours_survive(place: str,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ray_train_and_pyarrow_see_the_same_names(place: str, name: str, tmp_path: Path) -> None:
-    """Ray Train keeps checkpoints by pyarrow's view of the filesystem, and removes old ones."""
+    """Ray Train writes and removes checkpoints through pyarrow's view of the filesystem."""
     neighbours = {f"{neighbour}/checkpoint/x" for neighbour in NEIGHBOURS if neighbour != name}
     for other in neighbours:
         files.write_bytes(files.join(place, other), b"")
@@ -160,12 +160,12 @@ SPELLINGS = ["{place}//teacher", "{place}///teacher", "{place}/./teacher", "{pla
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_empty_parts_and_slashes_at_the_end_make_no_other_name(place: str, spelling: str) -> None:
-    """``OUT=s3://bucket/`` and then ``$OUT/teacher``."""
-    plain, spelt = f"{place}/teacher", spelling.format(place=place)
-    files.write_bytes(files.join(spelt, "training//state"), b"1")
+def test_empty_parts_and_slashes_at_the_end_do_not_change_a_path(place: str, spelling: str) -> None:
+    """For example, ``$OUT/teacher`` after ``OUT=s3://bucket/``."""
+    plain, variant = f"{place}/teacher", spelling.format(place=place)
+    files.write_bytes(files.join(variant, "training//state"), b"1")
     assert raw_names(place) == ["teacher/training/state"]
-    for path in (plain, spelt):
+    for path in (plain, variant):
         assert files.normal(path) == plain
         assert files.exists(path)
         assert files.list_sizes(path) == {"training/state": 1}
@@ -174,7 +174,7 @@ def test_empty_parts_and_slashes_at_the_end_make_no_other_name(place: str, spell
         assert files.read_bytes(files.join(path, "training/state")) == b"1"
         assert not files.write_bytes(files.join(path, "training/state"), b"2", if_absent=True)
         probes.check_writable(path)
-    files.remove_tree(files.join(spelt, "/training/"))
+    files.remove_tree(files.join(variant, "/training/"))
     assert raw_names(place) == []
 
 
@@ -196,7 +196,7 @@ def test_s3a_is_s3(prefix: str) -> None:
     assert files.normal(f"s3a://{BUCKET}//x/") == f"s3://{BUCKET}/x"
 
 
-def test_home_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.normal("~/runs") == files.locate("~/runs").path == str(tmp_path / "runs")
     assert files.locate("runs/~/x").path == str(Path.cwd() / "runs/~/x")
@@ -224,14 +224,14 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "path", ["", "s3://", "s3:///key", "s3:////", "s3://names/a/../b", "s3://names/..", "s3://../b"]
 )
 @pytest.mark.parametrize("call", CALLS)
-def test_what_names_nothing_is_refused_by_every_call(call: str, path: str, server: FaultyS3) -> None:
+def test_every_function_refuses_an_invalid_path(call: str, path: str, server: FaultyS3) -> None:
     with pytest.raises(DistillKacError) as error:
         CALLS[call](path)
-    assert str(error.value).startswith(f"{path}: " if path else "expected a path")
+    assert str(error.value).startswith(f"{path}: ") if path else "empty" in str(error.value)
 
 
 def test_the_disk_resolves_two_dots(tmp_path: Path) -> None:
-    """Behind a symbolic link ``..`` is not what the text says."""
+    """After a symbolic link, ``..`` is the parent of the link's target."""
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     path = f"{tmp_path}/link/../file"
@@ -240,7 +240,7 @@ def test_the_disk_resolves_two_dots(tmp_path: Path) -> None:
     assert files.list_sizes(f"{tmp_path}/link/..") == {"file": 1}
 
 
-def test_folders_of_consoles_are_no_files(prefix: str) -> None:
+def test_keys_that_consoles_create_for_folders_are_not_files(prefix: str) -> None:
     folder = f"s3://{BUCKET}/{prefix}/data"
     for marker in ("", "data/", "data/train/", "data/train/cats/", "empty/"):
         put(f"{prefix}/{marker}")
@@ -253,7 +253,7 @@ def test_folders_of_consoles_are_no_files(prefix: str) -> None:
     assert files.list_sizes(f"s3://{BUCKET}/{prefix}/empty") == {}
     assert files.names_in(f"s3://{BUCKET}/{prefix}/empty") == []
     assert files.exists(f"s3://{BUCKET}/{prefix}/empty")
-    with pytest.raises(DistillKacError, match=f"{prefix}/empty: "):
+    with pytest.raises(DistillKacError, match=f"{prefix}/empty "):
         list(files.walk(f"s3://{BUCKET}/{prefix}/empty"))
     fs, inner = files.locate(folder)
     assert fs.find(inner) == [f"{inner}/train/cats/1.png", f"{inner}/zero.png"]
@@ -263,7 +263,7 @@ def test_folders_of_consoles_are_no_files(prefix: str) -> None:
 
 @pytest.mark.parametrize("key", ["data//x.png", "data/./x.png", "data/../x.png", "data/a//b/x.png", "data/x/"])
 @pytest.mark.parametrize("call", [files.list_sizes, lambda path: list(files.walk(path))])
-def test_keys_that_no_path_names_are_not_read_as_others(prefix: str, key: str, call: Callable[[str], Any]) -> None:
+def test_keys_that_are_not_normal_paths_are_refused(prefix: str, key: str, call: Callable[[str], Any]) -> None:
     put(f"{prefix}/data/a.png", b"1")
     put(f"{prefix}/{key}", b"1")
     with pytest.raises(DistillKacError, match=f"{prefix}/data: .*{prefix}/{key}"):
@@ -272,7 +272,7 @@ def test_keys_that_no_path_names_are_not_read_as_others(prefix: str, key: str, c
     assert keys(prefix) == []
 
 
-def test_a_large_tree_is_removed_whole(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_is_removed_in_several_requests(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "KEYS_PER_REQUEST", 3)
     for number in range(8):
         put(f"{prefix}/tree/{number}")
@@ -282,7 +282,7 @@ def test_a_large_tree_is_removed_whole(prefix: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_tree_that_s3_does_not_remove_is_an_error(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 answers 200, and names the keys that it has kept."""
+    """S3 responds with status 200 and lists the keys that it did not remove."""
     path = f"s3://{BUCKET}/{prefix}/tree"
     put(f"{prefix}/tree/x")
     with SERVER.failing(Fault("deny", ("POST",))), pytest.raises(DistillKacError, match=path):
@@ -303,7 +303,7 @@ def test_a_folder_is_not_read_or_written_as_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "run[1]"
     folder.mkdir()
     for call in (files.read_bytes, lambda path: files.write_bytes(path, b"1")):
-        with pytest.raises(DistillKacError, match="expected a file, found a folder") as error:
+        with pytest.raises(files.FolderError) as error:
             call(str(folder))
-        assert str(error.value).startswith(f"{folder}: ")
+        assert str(error.value).startswith(str(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["run[1]"]

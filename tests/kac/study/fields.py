@@ -1,4 +1,4 @@
-"""Networks whose flows are known, for the claims to be measured on."""
+"""Networks with known flows, on which the claims are measured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +32,6 @@ def config(kind: str = "moons", **options: Any) -> ModelConfig:
 
 
 def subject(network: Any, sampling: Sampling, name: str = "teacher", **options: Any) -> Subject:
-    """50 points of the moons' noise in batches of 20."""
-    given = {"config": config(), "device": torch.device("cpu"), "seed": 3, "count": 50, "batch_size": 20, **options}
-    return Subject(name=name, network=network, sampling=sampling, **given)
+    """Return a subject that starts from 50 noise points of the moons, in batches of 20."""
+    values = {"config": config(), "device": torch.device("cpu"), "seed": 3, "count": 50, "batch_size": 20, **options}
+    return Subject(name=name, network=network, sampling=sampling, **values)

@@ -1,4 +1,4 @@
-"""The claims, on flows whose answers are known."""
+"""The claims, measured on flows with known results."""
 
 import math
 
@@ -19,7 +19,7 @@ from kac.study.plane import CELLS, density, distance_to, travel
 from kac.study.solver_steps import moments_in, quality_by_solver
 from kac.study.speed_limit import BINS, Speeds, speeds
 from kac.study.stability import stability
-from kac.util.errors import DistillKacError
+from kac.util.errors import DivergedError
 from tests.kac.study.fields import Field, subject
 
 EULER = Sampling(0.0, 8, "euler")
@@ -29,8 +29,8 @@ def noise_of(any_subject) -> torch.Tensor:
     return torch.cat([x_1 for x_1, _ in any_subject.starts()])
 
 
-def test_a_student_that_is_off_by_a_constant_on_a_linear_flow_meets_its_bound():
-    """Teacher x' = x, whose Euler steps of 1/8 shrink by 7/8 each; the student has the teacher's two steps and 0.1."""
+def test_a_constant_step_error_on_a_linear_flow_reaches_the_bound():
+    """The teacher x' = x shrinks by 7/8 per Euler step. The student makes two exact steps with an error of 0.1 each."""
     shrink = (1 - 1 / 8) ** 4
     teacher = subject(Field(lambda x, t: x), EULER)
     student = subject(Field(lambda x, t: x * (1 - shrink) / 0.5 - 0.2), Sampling(0.0, 2, "euler"), "student")
@@ -40,22 +40,22 @@ def test_a_student_that_is_off_by_a_constant_on_a_linear_flow_meets_its_bound():
     assert middle.error == pytest.approx(0.1, rel=1e-4)
     assert last.stretch == pytest.approx(shrink, rel=1e-4)
     assert last.step_error == pytest.approx(0.1, rel=1e-4)
-    for value in (last.error, last.one_step, last.bound, last.certain):  # a linear flow: equality throughout
+    for value in (last.error, last.one_step, last.bound, last.certain):  # equality, because the flow is linear
         assert value == pytest.approx(0.1 * (1 + shrink), rel=1e-4)
     assert all(knot.holds for knot in (first, middle, last))
 
 
-def test_the_triangle_inequality_holds_on_any_flow_and_any_solver():
+def test_the_triangle_inequality_holds_for_a_nonlinear_flow_and_a_multistep_solver():
     teacher = subject(Field(lambda x, t: torch.sin(3 * x + t)), Sampling(0.0, 24, "ab2"))
     for steps in (1, 3, 8):
         student = subject(Field(lambda x, t: torch.tanh(2 * x)), Sampling(0.0, steps, "euler"))
         knots = stability(teacher, student)
         assert len(knots) == steps + 1
         assert all(knot.error <= knot.certain + 1e-6 for knot in knots)
-        assert knots[1].bound == pytest.approx(knots[1].error, rel=1e-4)  # both begin at the same noise
+        assert knots[1].bound == pytest.approx(knots[1].error, rel=1e-4)  # both start from the same noise
 
 
-def test_a_bound_of_steps_from_the_teachers_states_can_be_broken_by_a_student_that_is_worse_off_the_path():
+def test_a_student_that_is_worse_away_from_the_teachers_states_exceeds_the_bound():
     teacher = subject(Field(lambda x, t: torch.zeros_like(x)), EULER)
 
     def worse(x, t):
@@ -68,35 +68,35 @@ def test_a_bound_of_steps_from_the_teachers_states_can_be_broken_by_a_student_th
     assert all(knot.error <= knot.certain + 1e-6 for knot in knots)
 
 
-def test_steps_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="expected a multiple of 3 teacher's steps, found 8"):
+def test_student_steps_must_divide_the_teachers_steps():
+    with pytest.raises(ValueError, match="3 steps .* 8 steps"):
         stability(subject(Field(lambda x, t: x), EULER), subject(Field(lambda x, t: x), Sampling(0.0, 3, "euler")))
 
 
-def test_speeds_are_counted_coordinate_by_coordinate_at_every_evaluation():
-    """One coordinate in two moves at 3 and the other at 5, which is beyond 4."""
+def test_speeds_are_counted_per_coordinate_at_every_evaluation():
+    """One coordinate has speed 3. The other has speed 5, which exceeds the limit of 4."""
     field = Field(lambda x, t: torch.stack([torch.full_like(x[:, 0], -3), torch.full_like(x[:, 0], 5)], 1))
-    met = speeds(subject(field, Sampling(0.0, 8, "heun")), 4.0)
-    assert met.count == 50 * 2 * 16
-    assert (met.share_beyond, met.largest) == (0.5, 5)
-    edges, heights = met.density()
+    counted = speeds(subject(field, Sampling(0.0, 8, "heun")), 4.0)
+    assert counted.count == 50 * 2 * 16
+    assert (counted.share_beyond, counted.largest) == (0.5, 5)
+    edges, heights = counted.density()
     assert sum(heights) * (edges[1] - edges[0]) == pytest.approx(1)
     filled = [edge for edge, height in zip(edges, heights, strict=False) if height]
     assert filled == pytest.approx([3.0, 5.0], abs=0.1)
     assert len(heights) == BINS
 
 
-def test_there_are_no_shares_beyond_a_limit_that_is_infinite():
-    with pytest.raises(ValueError, match="expected a positive speed limit, found inf"):
+def test_an_infinite_speed_limit_is_refused():
+    with pytest.raises(ValueError, match="`limit` is inf"):
         Speeds(math.inf)
 
 
-def test_velocities_that_are_not_finite_are_refused():
-    with pytest.raises(DistillKacError, match="expected finite velocities"):
+def test_infinite_velocities_are_refused():
+    with pytest.raises(DivergedError):
         speeds(subject(Field(lambda x, t: x * math.nan), EULER), 4.0)
 
 
-def test_quality_is_that_of_each_solver_at_its_own_cost():
+def test_quality_is_measured_for_each_solver_and_number_of_steps():
     data = open_dataset(DataConfig(kind="moons"))
     pixels = open_space("pixels", data)
     train = moments_in([pixels], [all_rows(data.train).images])
@@ -112,7 +112,7 @@ def test_quality_is_that_of_each_solver_at_its_own_cost():
 
 
 def test_energy_and_values_out_of_range_grow_with_guidance():
-    """Labels go up at 1 + w, the null label stays: all end below by that, and the energy is its square."""
+    """Labels have velocity 1, the null label 0. So all points move by 1 + w, and the energy is (1 + w)^2."""
     field = Field(lambda x, t: x, null_label=9)
     field.forward = lambda x, t, label: torch.where(label[:, None] == 9, 0.0, 1.0) * torch.ones_like(x)
     studied = subject(field, EULER)
@@ -124,18 +124,18 @@ def test_energy_and_values_out_of_range_grow_with_guidance():
     assert guide(field, 2.0, torch.zeros(3, dtype=torch.long)).nfe_per_call == 2
 
 
-def test_agreement_is_that_of_the_classifier():
+def test_label_agreement_uses_the_classifier():
     data = open_dataset(DataConfig(kind="moons"))
-    judge = open_space("classifier", data)
+    classifier = open_space("classifier", data)
     still = subject(Field(lambda x, t: torch.zeros_like(x)), EULER)
-    (point,) = effect_of_guidance(still, judge, (0.0,))
+    (point,) = effect_of_guidance(still, classifier, (0.0,))
     label = torch.cat([label for _, label in still.starts()])
-    named = judge.network.labels(judge(noise_of(still)))
-    assert point.agreement == pytest.approx(float((named == label).double().mean()))
+    predicted = classifier.network.labels(classifier(noise_of(still)))
+    assert point.agreement == pytest.approx(float((predicted == label).double().mean()))
 
 
-def test_rank_correlations_are_found_over_all_and_within_classes():
-    """Within each class energies go against distances, over all of them with: the classes differ in both."""
+def test_rank_correlations_are_computed_over_all_samples_and_within_classes():
+    """The correlation is negative within each class and positive over all, because the classes differ in both."""
     step = torch.arange(20.0)
     energy, distance = torch.cat([step, step + 100]), torch.cat([-step, 100 - step])
     label = torch.arange(40) // 20
@@ -150,28 +150,28 @@ def test_rank_correlations_are_found_over_all_and_within_classes():
     assert math.isnan(spearman(step, torch.ones(20))[0])
 
 
-def test_noised_data_are_at_their_floor_and_others_are_not():
+def test_noised_data_are_near_their_floor_and_shifted_data_are_not():
     data, path, generator = open_dataset(DataConfig(kind="moons")), KacPath(), torch.Generator().manual_seed(0)
     own = noised(path, data, 0.4, 2000, generator)
     right = marginal(own, 0.4, path, data, generator)
     wrong = marginal(own + 0.5, 0.4, path, data, generator)
     assert right.distance < 3 * right.floor
-    assert wrong.distance == pytest.approx(0.5**2, rel=0.2)  # a shift of length 0.5 sqrt 2, averaged over directions
+    assert wrong.distance == pytest.approx(0.5**2, rel=0.2)  # a shift of length 0.5 sqrt(2), averaged over directions
     rows = noised(path, data, 0.0, 50, generator)
     assert all((all_rows(data.train).images == row).all(1).any() for row in rows)
 
 
-def test_ways_of_the_plane_have_their_speeds():
+def test_trajectories_in_the_plane_have_their_speeds():
     studied = subject(Field(lambda x, t: torch.tensor([3.0, 4.0]).expand_as(x)), EULER)
-    way = travel(studied)
-    assert (way.x.shape, way.speed.shape) == ((9, 50, 2), (8, 50))
-    assert way.t.tolist() == [1 - n / 8 for n in range(8)]
-    assert torch.allclose(way.speed, torch.tensor(5.0))
-    assert torch.allclose(way.samples, noise_of(studied) - torch.tensor([3.0, 4.0]), atol=1e-5)
-    assert distance_to(way.samples, way.samples) == 0
+    travelled = travel(studied)
+    assert (travelled.x.shape, travelled.speed.shape) == ((9, 50, 2), (8, 50))
+    assert travelled.t.tolist() == [1 - n / 8 for n in range(8)]
+    assert torch.allclose(travelled.speed, torch.tensor(5.0))
+    assert torch.allclose(travelled.samples, noise_of(studied) - torch.tensor([3.0, 4.0]), atol=1e-5)
+    assert distance_to(travelled.samples, travelled.samples) == 0
 
 
-def test_a_density_counts_points_from_below():
+def test_the_density_has_its_bottom_row_first():
     counts = density(torch.tensor([[-1.19, -1.19], [-1.19, -1.19], [1.2, 0.0], [9.0, 0.0]]))
     assert counts.shape == (CELLS, CELLS)
     assert counts.sum() == 3
