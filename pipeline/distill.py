@@ -45,12 +45,12 @@ def distill(
         DistillKacError: the store, the guidance scale, the step count, the initial weights or the folder do not fit.
     """
     spec = absolute(spec)
-    check_storage(spec, lambda: bool(training.choose_place(spec).workers))
+    check_storage(spec, lambda: bool(training.choose_workers(spec).workers))
     spec = resolve(spec)
     plan = check(spec)
-    place = training.choose_place(spec)
-    storage.check_shared({"`teacher`": plan.init}, lambda: bool(place.workers))
-    _check_passes(spec, place)
+    group = training.choose_workers(spec)
+    storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
+    _check_passes(spec, group)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
     if spec.dry_run:
@@ -61,9 +61,9 @@ def distill(
         if not finish_stopped(spec) and spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
-    training.await_workers("distill", spec.optimizer, place)
+    training.await_workers("distill", spec.optimizer, group)
     if on_report is None:
-        log.info(f"{cost}\ndistill: {training.describe_place(place, spec.precision)}")
+        log.info(f"{cost}\ndistill: {training.describe_workers(group, spec.precision)}")
     with start_run(spec, plan, parent) as run:
         title = f"distill {_describe(spec)}"
         training.log_cost(run, *network)
@@ -76,7 +76,7 @@ def distill(
         job = training.Job(
             task, title, spec.out, run, spec.checkpoint_updates, sheets, validation, spec.checkpoint_seconds
         )
-        weights = training.train(job, place, on_report)
+        weights = training.train(job, group, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)
     if on_report is None:
@@ -134,9 +134,9 @@ def _calls(spec: DistillSpec) -> float:
     return 1 + sum(steps) / len(steps)
 
 
-def _check_passes(spec: DistillSpec, place: training.Place) -> None:
+def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
     """Check that every pass of a refinement has two images or more, because their distances enter the loss."""
-    passes = max(1, most(place.workers)) * spec.optimizer.accumulation
+    passes = max(1, most(group.workers)) * spec.optimizer.accumulation
     if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
         raise ArgumentError(
             f"`refine.real_images` is {spec.refine.real_images} and `optimizer.batch_size` is "
@@ -152,7 +152,7 @@ def _describe(spec: DistillSpec) -> str:
 def resolve(spec: DistillSpec) -> DistillSpec:
     """Return the spec with absolute paths and a settled precision."""
     spec = absolute(spec)
-    return spec.settled(lambda: training.choose_place(spec).on_gpu)
+    return spec.settled(lambda: training.choose_workers(spec).on_gpu)
 
 
 StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)

@@ -34,10 +34,10 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
     )
     storage.check_shared(
         {"`out`": spec.out, "`data.root`": root, **storage.cache_of(root is not None)},
-        is_spread=lambda: bool(training.choose_place(spec).workers),
+        is_spread=lambda: bool(training.choose_workers(spec).workers),
         writes_to_mlflow=spec.out,
     )
-    spec = spec.settled(lambda: training.choose_place(spec).on_gpu)
+    spec = spec.settled(lambda: training.choose_workers(spec).on_gpu)
     data = decode.open_described("teach", spec.data)
     network = (spec.network, data.sample_shape, data.num_classes)
     cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
@@ -51,9 +51,9 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
         if unfinished := outputs.reopen_run(spec.out, config):
             unfinished.end("FINISHED")
         return config
-    place, fingerprint = training.choose_place(spec), spec.fingerprint(**content)
-    training.await_workers("teach", spec.optimizer, place)
-    log.info(f"{cost}\nteach: {training.describe_place(place, spec.precision)}")
+    group, fingerprint = training.choose_workers(spec), spec.fingerprint(**content)
+    training.await_workers("teach", spec.optimizer, group)
+    log.info(f"{cost}\nteach: {training.describe_workers(group, spec.precision)}")
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
     datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
     with tracking.start_run(
@@ -81,7 +81,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
             validation,
             spec.checkpoint_seconds,
         )
-        config = outputs.write_model(spec.out, config, training.train(job, place), run)
+        config = outputs.write_model(spec.out, config, training.train(job, group), run)
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config

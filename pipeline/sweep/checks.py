@@ -118,7 +118,7 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
         )
     checked: set[tuple[Any, ...]] = set()
     for point in points:
-        training.check_shares(point.spec.optimizer, point.spec.workers or 0)
+        training.check_batch_split(point.spec.optimizer, point.spec.workers or 0)
         # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
         init = spec.init if point.after else point.spec.init
         student = distill.resolve(point.spec.model_copy(update={"init": init}))

@@ -1,7 +1,7 @@
 """Training, shared by all stages: a task builds a learner, the loop updates it, and a host runs the loop."""
 
-from pipeline.training.cost import describe_cost, describe_place, log_cost
-from pipeline.training.hosts import OnReport, Place, await_workers, check_shares, choose_place, train
+from pipeline.training.cost import describe_cost, describe_workers, log_cost
+from pipeline.training.hosts import OnReport, WorkerGroup, await_workers, check_batch_split, choose_workers, train
 from pipeline.training.learner import (
     EpochOrder,
     Learner,
@@ -27,18 +27,18 @@ __all__ = [
     "MicroBatch",
     "NetworkLearner",
     "OnReport",
-    "Place",
     "Progress",
     "Sheets",
     "Task",
     "TrainedNetwork",
     "Validation",
     "Worker",
+    "WorkerGroup",
     "await_workers",
-    "check_shares",
-    "choose_place",
+    "check_batch_split",
+    "choose_workers",
     "describe_cost",
-    "describe_place",
+    "describe_workers",
     "log_cost",
     "on_device",
     "pinned",

@@ -5,7 +5,7 @@ from kac.networks.cost import TRAINING_CALLS, network_cost, short
 from kac.precision import Precision
 from pipeline.config.specs import OptimizerConfig
 from pipeline.tracking import TrackedRun
-from pipeline.training.hosts import Place
+from pipeline.training.hosts import WorkerGroup
 
 
 def describe_cost(
@@ -33,9 +33,9 @@ def describe_cost(
     )
 
 
-def describe_place(place: Place, precision: Precision) -> str:
+def describe_workers(group: WorkerGroup, precision: Precision) -> str:
     """Describe where a training runs, and its precision with ``auto`` resolved, in one line."""
-    return f"{place}, {precision.resolved(place.on_gpu)}"
+    return f"{group}, {precision.resolved(group.on_gpu)}"
 
 
 def log_cost(run: TrackedRun, network: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:

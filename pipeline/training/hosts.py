@@ -31,7 +31,7 @@ OnReport = Callable[[dict[str, float]], None]
 """Called with the metrics of a validation or a checkpoint; see ``loop.Report``."""
 
 
-class Place(NamedTuple):
+class WorkerGroup(NamedTuple):
     """The workers that run a training, and their resources."""
 
     workers: int | Range  # of Ray Train; 0 means this process
@@ -52,7 +52,7 @@ class Place(NamedTuple):
         return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
 
 
-def choose_place(spec: TeachSpec | DistillSpec) -> Place:
+def choose_workers(spec: TeachSpec | DistillSpec) -> WorkerGroup:
     """Choose the workers of a training and their resources.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
@@ -62,34 +62,34 @@ def choose_place(spec: TeachSpec | DistillSpec) -> Place:
         ArgumentError: the options cannot be combined.
     """
     if spec.workers == 0:
-        place = Place(0, use_gpu=False)
+        group = WorkerGroup(0, use_gpu=False)
     else:
         gpus = cluster.connect().gpus
         use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
         share = Share(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
-        place = Place(gpus if spec.workers is None else spec.workers, use_gpu, share)
-    _check_options(spec, place)
-    return place
+        group = WorkerGroup(gpus if spec.workers is None else spec.workers, use_gpu, share)
+    _check_options(spec, group)
+    return group
 
 
-def _check_options(spec: TeachSpec | DistillSpec, place: Place) -> None:
-    if spec.gpu and not place.on_gpu:
+def _check_options(spec: TeachSpec | DistillSpec, group: WorkerGroup) -> None:
+    if spec.gpu and not group.on_gpu:
         raise ArgumentError(
             "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."
         )
-    if spec.label_selector and not place.workers:
+    if spec.label_selector and not group.workers:
         raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
-    if spec.label_selector and isinstance(place.workers, Range):
+    if spec.label_selector and isinstance(group.workers, Range):
         # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
-        raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {place.workers}.")
-    if place.use_gpu and spec.gpus_per_worker < 1 and most(place.workers) > 1:
+        raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
+    if group.use_gpu and spec.gpus_per_worker < 1 and most(group.workers) > 1:
         raise ArgumentError(  # because NCCL refuses two ranks on one GPU
             f"`gpus_per_worker` is {spec.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or use "
             "one worker."
         )
 
 
-def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
+def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
     """Check that the workers can split a batch equally.
 
     Raises:
@@ -104,22 +104,22 @@ def check_shares(optimizer: OptimizerConfig, workers: int | Range) -> None:
         )
 
 
-def await_workers(stage: str, optimizer: OptimizerConfig, place: Place) -> None:
-    """Wait until the nodes can fit the workers. Raises as ``check_shares`` and ``placement.await_room``.
+def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
+    """Wait until the nodes can fit the workers. Raises as ``check_batch_split`` and ``placement.await_room``.
 
     A trial of a sweep does not wait here, because the sweep has done so. If a trial does not fit, a node was lost, and
     ``recovery`` waits for its replacement.
     """
-    check_shares(optimizer, place.workers)
-    if place.workers and not cluster.is_worker():
-        await_room(stage, "`workers`", place.workers, place.share)
+    check_batch_split(optimizer, group.workers)
+    if group.workers and not cluster.is_worker():
+        await_room(stage, "`workers`", group.workers, group.share)
 
 
-def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str, Tensor]:
+def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> dict[str, Tensor]:
     """Run the training loop and return the averaged weights.
 
     Args:
-        place: where to run it. Workers of Ray Train are data-parallel. Any number of workers within a range gives the
+        group: runs the loop. Workers of Ray Train are data-parallel. Any number of workers within a range gives the
             same result; when the number changes, they resume from the last checkpoint.
         on_report: called after every validation and checkpoint in this process; with workers, only after the last.
 
@@ -127,7 +127,7 @@ def train(job: Job, place: Place, on_report: OnReport | None = None) -> dict[str
         DistillKacError: the loss is not finite, or the workers fail repeatedly.
     """
     job = replace(job, claim=claims.token_of(job.out))
-    state = _train_on_ray(job, place, on_report) if place.workers else _train_here(job, on_report)
+    state = _train_on_ray(job, group, on_report) if group.workers else _train_here(job, on_report)
     return averaged_weights(state)
 
 
@@ -144,7 +144,7 @@ def _train_here(job: Job, on_report: OnReport | None) -> bytes:
     return run_updates(job, Worker(0, 1, default_device()), report, resume)
 
 
-def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
+def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> bytes:
     import pyarrow.fs
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -156,13 +156,13 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
             _ray_worker,
             train_loop_config={
                 "job": job,
-                "max_workers": place.workers.most if isinstance(place.workers, Range) else None,
+                "max_workers": group.workers.most if isinstance(group.workers, Range) else None,
             },
             scaling_config=ScalingConfig(
                 num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
-                use_gpu=place.use_gpu,
-                resources_per_worker=place.share.resources,
-                label_selector=dict(place.share.label_selector) or None,
+                use_gpu=group.use_gpu,
+                resources_per_worker=group.share.resources,
+                label_selector=dict(group.share.label_selector) or None,
             ),
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
@@ -176,7 +176,7 @@ def _train_on_ray(job: Job, place: Place, on_report: OnReport | None) -> bytes:
             ),
         )
 
-    result = recovery.fit(make_trainer, job.title, job.out, place.workers, place.share)
+    result = recovery.fit(make_trainer, job.title, job.out, group.workers, group.share)
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint.")
     if on_report is not None:

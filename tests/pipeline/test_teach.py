@@ -168,8 +168,8 @@ def test_dropout_is_the_same_after_a_stop(tmp_path: Path):
         job = training.Job(TeachTask(spec), "test", spec.out, Untracked("", ""), 2)
         if name == "stopped":
             with pytest.raises(Stopped):
-                training.train(job, training.Place(0, use_gpu=False), stop)
-        made.append(training.train(job, training.Place(0, use_gpu=False)))
+                training.train(job, training.WorkerGroup(0, use_gpu=False), stop)
+        made.append(training.train(job, training.WorkerGroup(0, use_gpu=False)))
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
@@ -201,11 +201,11 @@ def test_a_unet_on_two_workers_one_killed_is_that_of_one_process(tmp_path: Path,
     spec = teach_spec(tmp_path / "alone", data="digits", network=unet, optimizer=few)
     in_passes = spec.model_copy(update={"optimizer": few.model_copy(update={"accumulation": 2})})
     here = training.Job(TeachTask(in_passes), "test", spec.out, Untracked("", ""), 2)
-    alone = training.train(here, training.Place(0, use_gpu=False))
+    alone = training.train(here, training.WorkerGroup(0, use_gpu=False))
     mark = tmp_path / "killed"
     dying = DyingTask(spec, dies_at=3, mark=str(mark))
     there = training.Job(dying, "test", str(tmp_path / "together"), Untracked("", ""), 2)
-    together = training.train(there, training.Place(2, use_gpu=False))
+    together = training.train(there, training.WorkerGroup(2, use_gpu=False))
     assert mark.exists()
     assert alone.keys() == together.keys()
     for name, value in alone.items():

@@ -40,7 +40,7 @@ class NoTracking(TrackedRun):
 
 UNTRACKED = NoTracking("", "")
 HERE = training.Worker(0, 1, torch.device("cpu"))
-THIS_PROCESS = training.Place(0, use_gpu=False)
+THIS_PROCESS = training.WorkerGroup(0, use_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def test_two_workers_with_one_killed_give_the_result_of_one_process(tmp_path: Pa
     together = training.train(
         # Also saves checkpoints by time, on which the two workers must agree.
         replace(job(tmp_path / "together", task, checkpoint_updates=10), checkpoint_seconds=0.5),
-        training.Place(2, use_gpu=False),
+        training.WorkerGroup(2, use_gpu=False),
     )
     assert mark.exists()
     assert_same(single, together, tolerance=1e-5)
@@ -276,9 +276,9 @@ def test_accumulated_passes_equal_one_batch(tmp_path: Path):
     options = OPTIONS.model_copy(update={"accumulation": 4})
     assert_same(whole, training.train(job(tmp_path / "parts", Regression(options)), THIS_PROCESS), tolerance=1e-5)
     with pytest.raises(ArgumentError, match="4 parts of a batch of 64") as refusal:
-        training.check_shares(options, 32)
+        training.check_batch_split(options, 32)
     assert refusal.value.name == "workers"
-    training.check_shares(options, 16)
+    training.check_batch_split(options, 16)
     with pytest.raises(ArgumentError, match="3") as refusal:
         OptimizerConfig(batch_size=64, accumulation=3)
     assert refusal.value.name == "accumulation"
