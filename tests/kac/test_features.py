@@ -152,7 +152,7 @@ def test_the_error_about_a_missing_extra_names_it(given: str, extra: str, monkey
 
 
 def test_spaces_that_do_not_fit_the_data_are_refused():
-    with pytest.raises(ArgumentError, match="^`features` classifier .*several classes"):
+    with pytest.raises(ArgumentError, match=r"^`features` classifier .*several classes"):
         open_space("classifier", images_of((1, 8, 8), classes=1))
     with pytest.raises(ArgumentError, match=r"^`features` lite0 .*\(2,\)"):
         open_space("lite0", images_of((2,)))
@@ -170,5 +170,5 @@ def test_pooled_features_are_the_means_of_blocks():
 
 @pytest.mark.parametrize("features", [("inseption",), ("pixels", "pixels"), ("a/net.pt", "b/net.pt"), ("x.y",)])
 def test_unknown_and_repeated_names_are_refused(features: tuple[str, ...]):
-    with pytest.raises(ValueError, match="^`features` has"):
+    with pytest.raises(ValueError, match=r"^`features` has"):
         check_names(features)

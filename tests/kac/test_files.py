@@ -366,7 +366,7 @@ def test_a_folder_below_a_file_is_not_writable(tmp_path):
 
 @pytest.mark.parametrize("use", [files.exists, files.read_bytes, probes.check_writable, files.remove_orphans])
 def test_an_unknown_scheme_is_refused(use):
-    with pytest.raises(DistillKacError, match="^nosuchscheme://bucket/key: "):
+    with pytest.raises(DistillKacError, match=r"^nosuchscheme://bucket/key: "):
         use("nosuchscheme://bucket/key")
 
 

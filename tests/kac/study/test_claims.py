@@ -69,7 +69,7 @@ def test_a_student_that_is_worse_away_from_the_teachers_states_exceeds_the_bound
 
 
 def test_student_steps_must_divide_the_teachers_steps():
-    with pytest.raises(ValueError, match="3 steps .* 8 steps"):
+    with pytest.raises(ValueError, match=r"3 steps .* 8 steps"):
         stability(subject(Field(lambda x, t: x), EULER), subject(Field(lambda x, t: x), Sampling(0.0, 3, "euler")))
 
 
