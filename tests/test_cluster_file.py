@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's launcher (its schema, and its nodes on a simulated EC2), bash and `ray start`."""
+"""cluster.yaml is accepted by Ray's launcher (schema, and nodes on a simulated EC2), by bash and by `ray start`."""
 
 import shlex
 import subprocess
@@ -28,7 +28,7 @@ def config(text: str) -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, str]:
-    """What the nodes' environment has, by the command that writes it."""
+    """The environment variables of the nodes, from the command that writes them."""
     lines = config["metadata"]["settings"].splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
@@ -49,11 +49,11 @@ def test_the_cluster_file_is_valid(config: dict[str, Any]):
 
 @mock_aws
 def test_the_launcher_starts_its_nodes(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path))  # the launcher writes the key of SSH there
+    monkeypatch.setenv("HOME", str(tmp_path))  # the launcher writes its SSH key there
     (tmp_path / ".ssh").mkdir()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "simulated")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # where other tests have a server of their own
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # other tests set it to their own server
     region, profiles = config["provider"]["region"], config["metadata"]
     for name in ("head_profile", "worker_profile"):
         boto3.client("iam", region).create_instance_profile(InstanceProfileName=profiles[name])
@@ -73,7 +73,7 @@ def test_the_launcher_starts_its_nodes(config: dict[str, Any], tmp_path: Path, m
         assert instance["IamInstanceProfile"]["Arn"].endswith(f"/{profile}")
 
 
-def test_what_is_to_be_filled_in_stands_at_the_top(text: str, config: dict[str, Any]):
+def test_the_values_to_fill_in_are_at_the_top(text: str, config: dict[str, Any]):
     head, rest = text.split("\ncluster_name:")
     assert head.count("FILL-IN") == 3
     assert "FILL-IN" not in rest
@@ -86,12 +86,12 @@ def test_what_is_to_be_filled_in_stands_at_the_top(text: str, config: dict[str, 
     assert all(profile == {"Name": config["metadata"]["worker_profile"]} for profile in profiles.values())
 
 
-def test_its_commands_are_those_of_bash_and_ray(config: dict[str, Any]):
+def test_its_commands_are_valid_for_bash_and_ray(config: dict[str, Any]):
     known = {option for parameter in (*start.params, *stop.params) for option in parameter.opts}
     seen = []
     for command in (command for name in COMMANDS for command in config[name]):
-        parsed = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
-        assert (parsed.returncode, parsed.stderr) == (0, ""), command
+        checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, ""), command
         if "ray start" in command or "ray stop" in command:
             words = shlex.split(command.rpartition(";")[2])
             seen.append((words[1], {word.partition("=")[0] for word in words[2:]}))
@@ -101,8 +101,8 @@ def test_its_commands_are_those_of_bash_and_ray(config: dict[str, Any]):
     assert {"--head", "--address", "--autoscaling-config"} <= options
 
 
-def test_its_settings_reach_what_ray_starts(config: dict[str, Any], tmp_path: Path):
-    """The file of settings is written and read as the nodes do it; the commands that start Ray print what they see."""
+def test_its_settings_reach_the_processes_of_ray(config: dict[str, Any], tmp_path: Path):
+    """The settings file is written and read as on the nodes, with a fake `ray` that prints its environment."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     ray = tmp_path / ".venv/bin/ray"
     ray.write_text('#!/bin/bash\necho "$1 $RAY_AUTH_MODE $MLFLOW_TRACKING_URI"\n')
@@ -115,7 +115,7 @@ def test_its_settings_reach_what_ray_starts(config: dict[str, Any], tmp_path: Pa
         assert printed.stdout.splitlines()[-1] == f"start token {uri}"
 
 
-def test_the_token_is_a_file_that_nothing_prints(text: str, config: dict[str, Any]):
+def test_the_token_is_a_mounted_file_and_not_in_the_config(text: str, config: dict[str, Any]):
     assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     assert settings_of(config)["RAY_AUTH_MODE"] == "token"
     assert not [name for name in ("AWS_SECRET", "AWS_ACCESS_KEY", "RAY_AUTH_TOKEN") if name in text.upper()]

@@ -1,4 +1,4 @@
-"""kuberay.yaml by its structure: what KubeRay's operator would refuse, and what must not be left out."""
+"""The structure of kuberay.yaml: fields that KubeRay's operator refuses, and fields that it needs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ POD = {
         "spec": {
             "type": "object",
             "required": ["containers", "serviceAccountName"],
-            # No restartPolicy: the operator refuses one beside the second autoscaler.
+            # No restartPolicy: with autoscaler v2, the operator refuses one.
             "additionalProperties": False,
             "properties": {
                 "serviceAccountName": {"const": "distillkac"},
@@ -97,7 +97,7 @@ JOB = {
     "additionalProperties": False,
     "properties": {
         "entrypoint": {"type": "string"},
-        "shutdownAfterJobFinishes": {"const": True},  # without it the cluster stays, and costs
+        "shutdownAfterJobFinishes": {"const": True},  # otherwise the cluster keeps running, at a cost
         "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
         "activeDeadlineSeconds": {"type": "integer", "minimum": 1},
         "preRunningDeadlineSeconds": {"type": "integer", "minimum": 1},
@@ -109,13 +109,13 @@ JOB = {
 
 @pytest.fixture
 def items(project_root: Path) -> dict[str, dict[str, Any]]:
-    """The objects of the file by their kind."""
+    """The objects of the file, by kind."""
     listed = yaml.safe_load((project_root / "kuberay.yaml").read_text())
     assert (listed["kind"], listed["apiVersion"]) == ("List", "v1")
     return {item["kind"]: item for item in listed["items"]}
 
 
-def test_cluster_and_job_have_the_shape_that_kuberay_takes(items: dict[str, dict[str, Any]]):
+def test_cluster_and_job_match_the_schema_of_kuberay(items: dict[str, dict[str, Any]]):
     Draft202012Validator(CLUSTER).validate(items["RayCluster"]["spec"])
     Draft202012Validator(JOB).validate(items["RayJob"]["spec"])
     assert all(items[kind]["apiVersion"] == "ray.io/v1" for kind in ("RayCluster", "RayJob"))
@@ -127,7 +127,7 @@ def test_cluster_and_job_have_the_shape_that_kuberay_takes(items: dict[str, dict
     }
 
 
-def test_workers_are_those_of_the_cluster_file(items: dict[str, dict[str, Any]], project_root: Path):
+def test_worker_groups_match_the_cluster_file(items: dict[str, dict[str, Any]], project_root: Path):
     types = yaml.safe_load((project_root / "cluster.yaml").read_text())["available_node_types"]
     groups = {group["groupName"]: group for group in items["RayCluster"]["spec"]["workerGroupSpecs"]}
     assert set(groups) == set(types) - {"head"}
@@ -150,7 +150,7 @@ def test_every_pod_has_the_settings_and_no_secret(items: dict[str, dict[str, Any
     assert "aws_access_key" not in text
 
 
-def test_its_job_is_one_that_the_command_line_takes(items: dict[str, dict[str, Any]]):
+def test_its_job_is_a_valid_command(items: dict[str, dict[str, Any]]):
     from jobs.parsing import parse
     from pipeline.config.specs import RolloutSpec
 

@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads, by Ray's own code."""
+"""The files that `ray job submit --working-dir .` uploads, found by Ray's own code."""
 
 import shutil
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 
 
 @pytest.fixture
 def checkout(project_root: Path, tmp_path: Path) -> Path:
-    """What is in git, and what lies about in a checkout that is worked in."""
+    """The files in git, and typical untracked files of a used checkout."""
     folder = tmp_path / "checkout"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=project_root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if (project_root / name).exists():  # not one that is about to be removed
+        if (project_root / name).exists():  # it may have been removed, but not yet committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project_root / name, folder / name)
     clutter = (
@@ -32,15 +32,15 @@ def checkout(project_root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("include_gitignore", [True, False], ids=["with .gitignore", "without"])
-def test_it_is_small_and_whole(checkout: Path, tmp_path: Path, include_gitignore: bool):
+def test_the_upload_is_small_and_complete(checkout: Path, tmp_path: Path, include_gitignore: bool):
     package = tmp_path / "package.zip"
 
     def upload(folder: str, excludes: list[str] | None, is_file: bool = False) -> None:
         create_package(folder, package, include_gitignore=include_gitignore, excludes=excludes)
 
     upload_working_dir_if_needed({"working_dir": str(checkout)}, include_gitignore=include_gitignore, upload_fn=upload)
-    assert package.stat().st_size < MOST_BYTES
-    sent = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert package.stat().st_size < MAX_BYTES
+    uploaded = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
     needed = {
         str(path.relative_to(checkout))
         for package_name in ("kac", "pipeline", "jobs")
@@ -48,12 +48,18 @@ def test_it_is_small_and_whole(checkout: Path, tmp_path: Path, include_gitignore
         for path in (checkout / package_name).rglob(pattern)
     }
     assert len(needed) > 100
-    assert needed <= sent
-    assert {name.partition("/")[0] for name in sent - needed} <= {"kac", "pipeline", "jobs", ".gitignore", ".rayignore"}
+    assert needed <= uploaded
+    assert {name.partition("/")[0] for name in uploaded - needed} <= {
+        "kac",
+        "pipeline",
+        "jobs",
+        ".gitignore",
+        ".rayignore",
+    }
 
 
-def test_modules_of_the_user_go_with_it(checkout: Path, tmp_path: Path):
-    """A network from outside may lie in the working directory."""
+def test_modules_of_the_user_are_uploaded(checkout: Path, tmp_path: Path):
+    """A user's own network may be a module in the working directory."""
     (checkout / "mynets").mkdir()
     (checkout / "mynets/flow.py").write_text("")
     create_package(str(checkout), tmp_path / "package.zip", include_gitignore=True)

@@ -1,4 +1,4 @@
-"""MLflow's own pages of a sweep in a real browser: nested runs, curves, quality against a learning rate, the model."""
+"""MLflow's own pages in a real browser: nested runs, curves, quality by learning rate, and the registered model."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ WAIT_MS = 60_000
 
 @pytest.fixture(scope="module")
 def pages(small_store: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
-    """A browser's page, and the address of an MLflow server that knows one sweep of four learning rates."""
+    """A browser's page, and the address of an MLflow server with one sweep of four learning rates."""
     folder = tmp_path_factory.mktemp("browser")
     backend = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +51,8 @@ def pages(small_store: str, ray_cluster: None, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def experiment(pages: tuple[Any, str]) -> str:
-    found = MlflowClient(pages[1]).get_experiment_by_name(tracking.experiment_name())
-    return str(found.experiment_id)
+    experiment = MlflowClient(pages[1]).get_experiment_by_name(tracking.experiment_name())
+    return str(experiment.experiment_id)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def children(pages: tuple[Any, str], experiment: str) -> list[str]:
 
 
 def test_the_runs_of_trials_are_nested_below_their_sweep(pages: tuple[Any, str], experiment: str, children: list[str]):
-    assert len(children) == len(RATES), "the trials, and nothing else"
+    assert len(children) == len(RATES), "only the trials are nested"
     page, uri = pages
     page.goto(f"{uri}/#/experiments/{experiment}/runs")
     row = page.locator(".ag-row").filter(has_text="sweep")
@@ -75,15 +75,15 @@ def test_the_runs_of_trials_are_nested_below_their_sweep(pages: tuple[Any, str],
         f"steps-2-guidance-0.0-optimizer-learning-rate-{rate}" for rate in RATES
     ]
     text = page.inner_text("body")
-    assert "store (" in text and "python -" in text, "data and command are there"
+    assert "store (" in text and "python -" in text, "the page shows data and command"
 
 
 def test_quality_against_a_learning_rate_over_four_children(
     pages: tuple[Any, str], experiment: str, children: list[str]
 ):
     page, uri = pages
-    asked = f"runs={json.dumps(children)}&experiments={json.dumps([experiment])}".replace(" ", "")
-    page.goto(f"{uri}/#/compare-runs?{asked}")
+    query = f"runs={json.dumps(children)}&experiments={json.dumps([experiment])}".replace(" ", "")
+    page.goto(f"{uri}/#/compare-runs?{query}")
     page.get_by_text(f"Comparing {len(RATES)} Runs").wait_for()
     page.get_by_role("tab", name="Scatter Plot").click()
     for axis, name in (("x", "optimizer.learning_rate"), ("y", "frechet_distance_pixels")):
@@ -93,23 +93,23 @@ def test_quality_against_a_learning_rate_over_four_children(
     title.wait_for()
     assert title.text_content() == "optimizer.learning_rate"
     assert page.locator(".js-plotly-plot .ytitle").text_content() == "frechet_distance_pixels"
-    # The points are drawn on a canvas: Plotly says what it has drawn.
+    # The points are on a canvas, so that this reads them from Plotly.
     drawn = page.evaluate("document.querySelector('.js-plotly-plot').data.map(trace => [trace.x, trace.y])")
     rates, distances = (list(itertools.chain.from_iterable(values)) for values in zip(*drawn, strict=True))
     assert sorted(map(float, rates)) == [float(rate) for rate in RATES]
     assert len(set(distances)) == len(RATES)
 
 
-def test_the_page_of_the_best_model_names_its_run_and_what_it_takes(pages: tuple[Any, str]):
+def test_the_page_of_the_best_model_shows_its_run_and_signature(pages: tuple[Any, str]):
     page, uri = pages
     page.goto(f"{uri}/#/models/digits/versions/1")
-    for shown in ("best", re.compile("^steps-2-guidance-0.0-optimizer"), "distillkac.store"):
-        page.get_by_text(shown).first.wait_for()
-    for shown in ("Inputs (1)", "Outputs (1)"):
-        page.get_by_text(shown).wait_for()
+    for text in ("best", re.compile("^steps-2-guidance-0.0-optimizer"), "distillkac.store"):
+        page.get_by_text(text).first.wait_for()
+    for text in ("Inputs (1)", "Outputs (1)"):
+        page.get_by_text(text).wait_for()
 
 
-def test_curves_of_a_trial_are_there(pages: tuple[Any, str], experiment: str, children: list[str]):
+def test_the_page_of_a_trial_shows_its_curves_and_metrics(pages: tuple[Any, str], experiment: str, children: list[str]):
     page, uri = pages
     page.goto(f"{uri}/#/experiments/{experiment}/runs/{children[0]}/model-metrics")
     for name in ("loss/endpoint", "validation/energy_distance"):

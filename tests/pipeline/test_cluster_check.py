@@ -1,4 +1,4 @@
-"""jobs.cluster check: a line for what is well and for what is not, before anything is submitted."""
+"""jobs.cluster check: one line per check, with the result or the problem."""
 
 import threading
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ def address(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"http://{ray._private.worker._global_node.webui_url}"
 
 
-class Silent(BaseHTTPRequestHandler):
-    """Refuses a token, as the path says, or is no job server."""
+class StatusOnly(BaseHTTPRequestHandler):
+    """Answers every request with the server's ``status`` and no content."""
 
     def do_GET(self) -> None:
         self.send_response(self.server.status)  # type: ignore[attr-defined]
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def other() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StatusOnly)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -49,40 +49,37 @@ def lines_of(capsys: pytest.CaptureFixture[str], spec: CheckSpec, failed: int) -
     return capsys.readouterr().out.splitlines()
 
 
-def test_all_is_well(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_successful_checks_log_ok(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = lines_of(capsys, CheckSpec(address=address, paths=(str(tmp_path),)), failed=0)
     assert lines[0].startswith(f"ok     cluster {address}: {joining.versions_here()}, as here; 1 x (2 CPU")
-    assert lines[1] == (
-        f"ok     {tmp_path}: written and read here; where there are more machines it needs s3://, or "
-        "DISTILLKAC_SHARED_FOLDERS"
-    )
-    assert lines[2].startswith("ok     mlflow: no server (MLFLOW_TRACKING_URI)")
+    assert lines[1].startswith(f"ok     {tmp_path}: ") and "DISTILLKAC_SHARED_FOLDERS" in lines[1]
+    assert lines[2].startswith("ok     mlflow: no server")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_well_is_said_line_by_line(
+def test_failed_checks_log_their_problem(
     address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
     spec = CheckSpec(address=address, paths=("/proc/none", "s3://"), gpus=8)
     cluster, path, bucket, mlflow = lines_of(capsys, spec, failed=4)
-    assert cluster.startswith(f"error  cluster {address}: expected 8 GPUs, found 1 x (2 CPU")
-    assert path.startswith("error  /proc/none: expected a place that can be written to, found: ")
-    assert bucket == "error  s3://: expected s3://BUCKET/PREFIX, found no bucket"
-    assert mlflow.startswith("error  mlflow: expected a tracking server at http://127.0.0.1:9, found: ")
+    assert cluster.startswith(f"error  cluster {address}: ") and "0 of 8 GPUs: 1 x (2 CPU" in cluster
+    assert path.startswith("error  /proc/none: ")
+    assert bucket.startswith("error  s3://: ") and "s3://BUCKET" in bucket
+    assert mlflow.startswith("error  mlflow: ") and "http://127.0.0.1:9" in mlflow
     assert "hunter2" not in mlflow
 
 
 @pytest.mark.parametrize(
-    ("status", "found"),
+    ("status", "problem"),
     [
-        (403, "expected to be let in, found that it refuses the token of "),
-        (200, "expected the job server of Ray at http://127.0.0.1:{port}, found status 200 of something else"),
+        (403, "the token of "),
+        (200, "http://127.0.0.1:{port} is not Ray's job server (status 200)"),
     ],
 )
-def test_a_server_that_is_none_or_refuses_the_token(
+def test_a_server_that_is_not_ray_or_refuses_the_token_is_reported(
     status: int,
-    found: str,
+    problem: str,
     ray_cluster: None,
     other: ThreadingHTTPServer,
     capsys: pytest.CaptureFixture[str],
@@ -92,23 +89,22 @@ def test_a_server_that_is_none_or_refuses_the_token(
     other.status = status  # type: ignore[attr-defined]
     port = other.server_address[1]
     first, *_ = lines_of(capsys, CheckSpec(address=f"http://127.0.0.1:{port}"), failed=1)
-    assert found.format(port=port) in first
+    assert problem.format(port=port) in first
 
 
-def test_nobody_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_an_address_without_a_server_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     first, *_ = lines_of(capsys, CheckSpec(address="http://127.0.0.1:9"), failed=1)
-    assert "expected a job server at http://127.0.0.1:9, found that nobody answers: start the cluster" in first
+    assert first.startswith("error  cluster http://127.0.0.1:9: ")
 
 
-def test_the_address_is_that_of_ray_job_submit(monkeypatch: pytest.MonkeyPatch):
+def test_the_address_is_found_as_by_ray_job_submit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert job_server(None) == "http://127.0.0.1:8265"
     assert job_server("https://ray.example/") == "https://ray.example"
     assert job_server("10.0.0.1:6379") == job_server("ray://10.0.0.1:10001") == "http://10.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert job_server(None) == job_server("http://head:8265/") == "http://head:8265"
-    with pytest.raises(
-        ArgumentError, match="--address: expected that RAY_ADDRESS is not set, which ray job submit goes"
-    ):
+    with pytest.raises(ArgumentError, match="RAY_ADDRESS") as refused:
         job_server("http://other:8265")
+    assert refused.value.name == "address"

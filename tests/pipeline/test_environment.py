@@ -1,4 +1,4 @@
-"""Relative addresses in the environment name the same file for the driver, its trials and its workers."""
+"""Relative addresses in the environment mean the same file in the driver, its trials and its workers."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from pipeline.cluster import environment
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory of this test's own, and a home in it."""
+    """This test's own current directory, which also contains its home folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv(environment.REGISTRY, raising=False)
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("databricks", "databricks"),
     ],
 )
-def test_an_address_is_made_absolute_once(
+def test_an_address_becomes_absolute_and_stays_the_same(
     given: str, absolute: str, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(environment.TRACKING, given)
@@ -52,7 +52,9 @@ def test_an_address_is_made_absolute_once(
 @pytest.mark.parametrize(
     "given", ["mlruns", "./mlruns", "file:mlruns", "file:./mlruns", "file://localhost{folder}/mlruns"]
 )
-def test_a_folder_of_runs_is_absolute_where_mlflow_takes_one(given: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_of_runs_becomes_absolute_if_mlflow_allows_it(
+    given: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv(environment.TRACKING, given.format(folder=folder))
     with pytest.raises(ArgumentError, match=environment.TRACKING):
         environment.mlflow_address()
@@ -74,7 +76,7 @@ def test_a_folder_of_runs_is_absolute_where_mlflow_takes_one(given: str, folder:
     ],
 )
 @pytest.mark.parametrize("variable", [environment.TRACKING, environment.REGISTRY])
-def test_an_address_that_mlflow_cannot_use_is_named(
+def test_an_address_that_mlflow_cannot_use_is_refused(
     variable: str, given: str, advice: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(variable, given)
@@ -83,7 +85,7 @@ def test_an_address_that_mlflow_cannot_use_is_named(
     assert advice in str(refused.value)
 
 
-def test_paths_are_absolute_and_uris_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_become_absolute_and_uris_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
     given = {"DISTILLKAC_CACHE": "cache", "TORCH_HOME": "~/torch", "AWS_CONFIG_FILE": "/etc/aws", "TMPDIR": "../tmp/"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -100,10 +102,10 @@ def test_paths_are_absolute_and_uris_are_kept(folder: Path, monkeypatch: pytest.
 
 
 def test_every_trial_of_a_sweep_logs_to_a_relative_database(folder: Path, small_store: str, project_root: Path):
-    words = ["--store", small_store, "--out", "sweep", "--steps", "1", "2", "--guidance", "0"]
-    words += ["--optimizer.updates", "5", "--samples", "200"]
+    options = ["--store", small_store, "--out", "sweep", "--steps", "1", "2", "--guidance", "0"]
+    options += ["--optimizer.updates", "5", "--samples", "200"]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.sweep", *words],
+        [sys.executable, "-m", "jobs.sweep", *options],
         cwd=folder,
         env={
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},

@@ -1,4 +1,4 @@
-"""Logged models: a student loads anywhere, makes the images of ``jobs.sample``, and costs nobody his training."""
+"""Logged models: they load anywhere, draw the images of ``jobs.sample``, and never make a training fail."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from kac.model import load_config
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
 from pipeline.config.specs import SampleSpec
 from pipeline.distill import distill
@@ -37,15 +37,15 @@ FLOW_MAP: dict[str, Any] = {
     "steps": 4,
     "register": "digits",
 }
-DATA_THAT_IS_GONE = {"kind": "folder", "root": "/nowhere/at/all"}
+MISSING_DATA = {"kind": "folder", "root": "/nowhere/at/all"}
 
 LOAD = """
 import json, sys
 import mlflow, numpy, pandas
 uri, cases, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 model = mlflow.pyfunc.load_model(uri)
-made = [model.predict(pandas.DataFrame({"label": labels}), params=params) for labels, params in cases]
-numpy.savez(out, *made)
+images = [model.predict(pandas.DataFrame({"label": labels}), params=params) for labels, params in cases]
+numpy.savez(out, *images)
 print([name for name in ("ray", "pipeline", "jobs", "sklearn") if name in sys.modules], sys.modules["kac"].__file__)
 """
 
@@ -59,7 +59,7 @@ def digits_store(tmp_path_factory: pytest.TempPathFactory, tracking_database: st
 
 @pytest.fixture(scope="module")
 def flow_map(tmp_path_factory: pytest.TempPathFactory, digits_store: str) -> str:
-    """A student of digits, of any steps and guidance, logged and registered."""
+    """A logged and registered any-step student of digits, for all guidance scales."""
     out = tmp_path_factory.mktemp("flow_map") / "student"
     distill(distill_spec(digits_store, out, **FLOW_MAP))
     return str(out)
@@ -71,14 +71,14 @@ def logged(flow_map: str) -> LoggedModel:
 
 
 def run_that_made(student: str) -> TrackedRun:
-    found = run_of("distill", load_config(student).fingerprint)
-    return TrackedRun(os.environ["MLFLOW_TRACKING_URI"], found.info.run_id)
+    run = run_of("distill", load_config(student).fingerprint)
+    return TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
 
 
 def model_of(student: str) -> LoggedModel:
-    found = model_of_run(run_that_made(student))
-    assert found is not None
-    return found
+    model = model_of_run(run_that_made(student))
+    assert model is not None
+    return model
 
 
 def artifact_of(model: LoggedModel) -> Path:
@@ -87,12 +87,12 @@ def artifact_of(model: LoggedModel) -> Path:
 
 def sampled(out: Path, **options: Any) -> Any:
     sample(SampleSpec(out=str(out), **options))
-    with np.load(out) as made:
-        return made["images"]
+    with np.load(out) as samples:
+        return samples["images"]
 
 
 def elsewhere(tmp_path: Path) -> dict[str, Any]:
-    """Where a process knows MLflow alone: another folder, no checkout on its path; the environment is activated."""
+    """Options of a process that has the installed packages, but not this checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     programs = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return {"cwd": tmp_path, "env": {**environment, "PATH": programs}}
@@ -103,11 +103,11 @@ def test_a_fresh_process_draws_the_images_of_jobs_sample_to_the_bit(logged: Logg
         ([-1] * 600, {"seed": 7}, {"count": 600, "seed": 7}),
         ([3, 1, 3, 1, 3], {"steps": 2, "guidance": 0.5}, {"count": 5, "labels": (3, 1), "steps": 2, "guidance": 0.5}),
     ]
-    asked = json.dumps([(labels, params) for labels, params, _ in cases])
-    words = [sys.executable, "-c", LOAD, logged.uri, asked, "made.npz"]
-    ran = subprocess.run(words, **elsewhere(tmp_path), capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    imported, origin = ran.stdout.rsplit("\n", 2)[-2].split(" ", 1)
+    requests = json.dumps([(labels, params) for labels, params, _ in cases])
+    command = [sys.executable, "-c", LOAD, logged.uri, requests, "made.npz"]
+    done = subprocess.run(command, **elsewhere(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    imported, origin = done.stdout.rsplit("\n", 2)[-2].split(" ", 1)
     assert imported == "[]"
     assert Path(origin).is_relative_to(artifact_of(logged) / "code")
     with np.load(tmp_path / "made.npz") as made:
@@ -122,10 +122,10 @@ def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["models", "serve", "-m", "models:/served@best", "--env-manager", "local", "--port", str(port)]
+    options = ["models", "serve", "-m", "models:/served@best", "--env-manager", "local", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *words, "--workers", "1"],
+            [sys.executable, "-m", "mlflow", *options, "--workers", "1"],
             **elsewhere(tmp_path),
             stdout=log,
             stderr=log,
@@ -133,12 +133,13 @@ def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: 
         )
     try:
         example = json.loads((artifact_of(logged) / "serving_input_example.json").read_text())
-        asked = {**example, "params": {"seed": 3, "steps": 1}}
+        request = {**example, "params": {"seed": 3, "steps": 1}}
         url = f"http://127.0.0.1:{port}/invocations"
-        answer = json.loads(ask(url, asked, server))
+        answer = json.loads(ask(url, request, server))
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(url, {"dataframe_split": {"columns": ["label"], "data": [[10]]}}, server)
-        assert json.loads(refused.value.read())["message"].endswith("or -1 for any, found [10]")
+        message = json.loads(refused.value.read())["message"]
+        assert "label" in message and "10" in message
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
@@ -151,10 +152,10 @@ def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: 
 
 
 def ask(url: str, content: dict[str, Any], server: "subprocess.Popen[bytes]") -> bytes:
-    """What a server answers once it is up."""
+    """The answer of a server, once it is up."""
     request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
     for _ in range(600):
-        assert server.poll() is None, "the server has ended: see its log"
+        assert server.poll() is None, "the server has stopped: see its log"
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return bytes(answer.read())
@@ -168,16 +169,14 @@ def ask(url: str, content: dict[str, Any], server: "subprocess.Popen[bytes]") ->
     raise AssertionError("the server did not come up")
 
 
-def test_a_model_is_code_and_safetensors_and_says_where_it_comes_from(
-    logged: LoggedModel, flow_map: str, digits_store: str
-):
+def test_a_model_is_code_and_safetensors_with_tags_of_its_origin(logged: LoggedModel, flow_map: str, digits_store: str):
     found, config = MlflowClient().get_logged_model(logged.model_id), load_config(flow_map)
     folder = artifact_of(logged)
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}
-    described = (folder / "MLmodel").read_text()
-    assert "python_model:" not in described
-    assert str(logged_models.CODE_FILE.parent) not in described
+    description = (folder / "MLmodel").read_text()
+    assert "python_model:" not in description
+    assert str(logged_models.CODE_FILE.parent) not in description
     assert (folder / "artifacts/model/model.safetensors").read_bytes() == Path(
         flow_map, "model.safetensors"
     ).read_bytes()
@@ -205,11 +204,11 @@ def test_a_model_is_code_and_safetensors_and_says_where_it_comes_from(
     assert model.predict(model.input_example, params={"steps": 1}).shape == (3, 1, 8, 8)
 
 
-def test_a_model_needs_no_files_of_its_data_set(flow_map: str, tmp_path: Path):
+def test_a_model_needs_no_files_of_its_dataset(flow_map: str, tmp_path: Path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(Path(flow_map, name).read_bytes())
-    described = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**described, "data": DATA_THAT_IS_GONE}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "data": MISSING_DATA}))
     client = MlflowClient()
     run = client.create_run(client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id)
     tracked = TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
@@ -220,14 +219,14 @@ def test_a_model_needs_no_files_of_its_data_set(flow_map: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("labels", "params", "message"),
     [
-        ([10], {}, r"label: expected classes 0 .. 9, or -1 for any, found \[10\]"),
-        ([-2], {}, r"found \[-2\]"),
-        ([0], {"seed": -1}, "seed: expected 0 .. 2147483647, found -1"),
-        ([0], {"steps": -1}, "steps: expected at least 1, found -1"),
-        ([0], {"guidance": 9.0}, "`guidance`: expected 0.0 .. 1.0"),
+        ([10], {}, r"label.*10"),
+        ([-2], {}, r"label.*-2"),
+        ([0], {"seed": -1}, "seed.*-1.*2147483647"),
+        ([0], {"steps": -1}, "steps.*-1"),
+        ([0], {"guidance": 9.0}, "guidance.*0.0.*1.0"),
     ],
 )
-def test_images_that_a_model_cannot_make_are_refused(
+def test_labels_and_params_that_a_model_does_not_support_are_refused(
     labels: list[int], params: dict[str, Any], message: str, logged: LoggedModel
 ):
     model = mlflow.pyfunc.load_model(logged.uri)
@@ -236,9 +235,7 @@ def test_images_that_a_model_cannot_make_are_refused(
         model.predict({"label": np.array(labels)}, params=params)
 
 
-def test_a_student_is_one_version_under_a_name_however_often_it_is_registered(
-    logged: LoggedModel, flow_map: str, digits_store: str
-):
+def test_registering_a_student_again_adds_no_version(logged: LoggedModel, flow_map: str, digits_store: str):
     client = MlflowClient()
     distill(distill_spec(digits_store, Path(flow_map), **FLOW_MAP))
     assert register(logged, "digits") == register(run_that_made(flow_map), "digits", alias="best") == "1"
@@ -248,7 +245,7 @@ def test_a_student_is_one_version_under_a_name_however_often_it_is_registered(
     assert {"name": "digits", "version": 1} in versions
 
 
-def test_logging_leaves_the_mlflow_of_the_process_alone(student: str, tmp_path: Path):
+def test_logging_does_not_change_the_mlflow_state_of_the_process(student: str, tmp_path: Path):
     own = f"sqlite:///{tmp_path / 'own.db'}"
     before, run, config = mlflow.get_tracking_uri(), run_that_made(student), load_config(student)
     client = MlflowClient(run.tracking_uri)
@@ -256,8 +253,8 @@ def test_logging_leaves_the_mlflow_of_the_process_alone(student: str, tmp_path: 
 
     def log(name: str) -> None:
         tags = {"distillkac.stage": "test"}
-        fresh = client.create_run(client.get_run(run.run_id).info.experiment_id, tags=tags, run_name=name)
-        models.append(log_student(TrackedRun(run.tracking_uri, fresh.info.run_id), student, config, {}))
+        created = client.create_run(client.get_run(run.run_id).info.experiment_id, tags=tags, run_name=name)
+        models.append(log_student(TrackedRun(run.tracking_uri, created.info.run_id), student, config, {}))
 
     mlflow.set_tracking_uri(own)
     try:
@@ -278,7 +275,7 @@ def test_logging_leaves_the_mlflow_of_the_process_alone(student: str, tmp_path: 
     assert len({model.model_id for model in models}) == 3
 
 
-def test_a_server_that_fails_costs_a_warning_and_not_the_student(
+def test_a_failing_server_causes_only_a_warning(
     small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def refuse(*_: Any) -> None:
@@ -293,7 +290,7 @@ def test_a_server_that_fails_costs_a_warning_and_not_the_student(
     assert config == load_config(str(tmp_path / "out"))
     run = run_that_made(str(tmp_path / "out"))
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
-    with pytest.raises(DistillKacError, match="expected a logged model to register, found none"):
+    with pytest.raises(DistillKacError, match=run.run_id):
         register(run, "late")
     distill(spec)  # the same command again, with a server that answers
     assert MlflowClient().get_model_version("late", "1").run_id == run.run_id
@@ -301,6 +298,7 @@ def test_a_server_that_fails_costs_a_warning_and_not_the_student(
     assert log_finished(TrackedRun("http://127.0.0.1:1", "none"), spec, config) is None
 
 
-def test_names_that_mlflow_does_not_take_are_refused_before_anything_is_trained(small_store: str, tmp_path: Path):
-    with pytest.raises(DistillKacError, match=r"`register`: expected a name without / and :, found 'a/b'"):
+def test_names_that_mlflow_does_not_accept_are_refused_before_training(small_store: str, tmp_path: Path):
+    with pytest.raises(ArgumentError, match="a/b") as refused:
         distill_spec(small_store, tmp_path / "out", register="a/b")
+    assert refused.value.name == "register"

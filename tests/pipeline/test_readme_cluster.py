@@ -1,7 +1,7 @@
-"""The README's commands for a cluster of one machine, word for word, in a fresh clone with a home folder of its own.
+"""The README's commands for a cluster of one machine, unchanged, in a fresh clone with its own home folder.
 
-They end in `ray stop`, which ends every Ray that it sees: so they run in namespaces of their own (processes, mounts,
-network), for which Linux and root's rights are needed.
+The last command is `ray stop`, which stops every Ray that it sees. Therefore the commands run in their own namespaces
+(processes, mounts, network), which needs Linux and root.
 """
 
 import os
@@ -17,44 +17,44 @@ from mlflow import MlflowClient
 from pipeline.store import manifest
 
 TIMEOUT_SECONDS = 1200
-LIGHTER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""Without the eight processes that MLflow's server starts for jobs of its own."""
+LIGHT_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""Settings that keep MLflow's server from starting eight processes for its own jobs."""
 NAMESPACES = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--net"]
-ALONE = "ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
+SETUP = "ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
 
 
-def can_be_alone() -> bool:
+def can_isolate() -> bool:
     if not (shutil.which("unshare") and shutil.which("ip")):
         return False
-    return subprocess.run([*NAMESPACES, "bash", "-c", ALONE], capture_output=True, check=False).returncode == 0
+    return subprocess.run([*NAMESPACES, "bash", "-c", SETUP], capture_output=True, check=False).returncode == 0
 
 
 def commands_of(readme: str) -> str:
-    """The bash blocks below the heading "One machine"."""
+    """The bash blocks of the section "One machine"."""
     (section,) = re.findall(r"^### One machine\n(.*?)^### ", readme, re.MULTILINE | re.DOTALL)
     return "\n".join(re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture
 def clone(project_root: Path, tmp_path: Path) -> Path:
-    """A fresh clone, for which `make setup` finds the environment that these tests run in."""
+    """A fresh clone, in which `make setup` finds the environment of these tests."""
     installed = Path(sys.prefix) / "installed"
     if not installed.exists():
-        pytest.skip("the tests run in an environment that make setup has not made")
+        pytest.skip("the environment of these tests was not created by make setup")
     folder = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(project_root), str(folder)], check=True)
     (folder / ".venv").symlink_to(sys.prefix)
     for name in ("requirements.lock", "pyproject.toml"):
-        os.utime(folder / name, (0, 0))  # older than what was installed
+        os.utime(folder / name, (0, 0))  # older than the installation
     return folder
 
 
-@pytest.mark.skipif(not can_be_alone(), reason="no rights to make namespaces, or no unshare and ip")
-def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_path: Path):
-    script = f"{ALONE}\nset -euo pipefail\n{commands_of((clone / 'README.md').read_text())}"
+@pytest.mark.skipif(not can_isolate(), reason="needs root, unshare and ip")
+def test_the_readme_commands_for_one_machine_work(clone: Path, tmp_path: Path):
+    script = f"{SETUP}\nset -euo pipefail\n{commands_of((clone / 'README.md').read_text())}"
     home = tmp_path / "home"
     home.mkdir()
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **LIGHTER}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **LIGHT_SERVER}
     done = subprocess.run(
         [*NAMESPACES, "bash", "-c", script],
         cwd=clone,
@@ -75,12 +75,12 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     statuses = sorted((run.data.tags["distillkac.stage"], run.info.status) for run in runs)
-    # The rollout that is stopped goes on in the run of the one before: it makes the same store larger.
+    # The stopped rollout resumes the earlier run, because it extends the same store.
     assert statuses == [("distill", "FINISHED"), ("rollout", "KILLED"), ("teach", "FINISHED")]
 
-    assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in done.stdout
-    assert "SIGTERM received" not in done.stdout, "Ray's stack"
-    # A job's log ends where the next line of `ray job submit` itself begins: a time and a tab.
+    assert "python -m jobs.rollout: error: terminated" in done.stdout
+    assert "SIGTERM received" not in done.stdout, "Ray printed its stack"
+    # A job's log ends before the next line of `ray job submit`, which begins with a time and a tab.
     one_log = r"^Running entrypoint for job raysubmit_.*?(?=^\d{4}-\d\d-\d\d \S+\t)"
     logs = re.findall(one_log, done.stdout, re.MULTILINE | re.DOTALL)
     assert len(logs) == 3
@@ -88,5 +88,5 @@ def test_the_commands_for_one_machine_do_what_the_readme_says(clone: Path, tmp_p
         lines = log.splitlines()
         assert len(lines) < 100
         assert "\x1b" not in log
-        assert len(set(lines)) == len(lines), "nothing is said twice"
-        assert ": wrote " in lines[-1], "the result comes last"
+        assert len(set(lines)) == len(lines), "no line is repeated"
+        assert ": wrote " in lines[-1], "the last line is the result"

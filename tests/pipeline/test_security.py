@@ -1,4 +1,4 @@
-"""What strangers hand in is not run, and what is secret is written nowhere."""
+"""Code in files of others is never run, and secrets are never written."""
 
 import contextlib
 import pickle
@@ -20,7 +20,7 @@ PASSWORD = "correct-horse-battery"
 
 
 class Touch:
-    """A pickle that makes a file when it is read."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -30,15 +30,15 @@ class Touch:
 
 
 def with_pickled_labels(path: Path, touched: Path) -> bytes:
-    """A shard whose labels are of the type under which Ray puts pickles into Parquet."""
+    """A shard whose labels have the type that Ray uses for pickles in Parquet."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
     table = pq.read_table(path)
     stored = pa.array([pickle.dumps(Touch(touched))] * table.num_rows, pa.large_binary())
     labels = pa.ExtensionArray.from_storage(ArrowPythonObjectType(), stored)
-    place = table.schema.get_field_index("label")
+    column = table.schema.get_field_index("label")
     sink = pa.BufferOutputStream()
-    pq.write_table(table.set_column(place, "label", labels), sink)
+    pq.write_table(table.set_column(column, "label", labels), sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -53,7 +53,7 @@ def test_a_shard_with_pickles_is_damaged_and_nothing_is_unpickled(
     data = with_pickled_labels(store / shard.name, touched)
     if not is_guarded:
         monkeypatch.setattr(shards, "_check_types", lambda schema: None)
-    refusal = pytest.raises(shards.DamagedShard, match=r"the column label of the type ray\.data")
+    refusal = pytest.raises(shards.DamagedShard, match=r"label.*ray\.data")
     with refusal if is_guarded else contextlib.suppress(Exception):
         shards.check(str(store), shard, manifest.identity, data)
     assert touched.exists() != is_guarded
@@ -68,28 +68,28 @@ def test_a_shard_with_pickles_is_damaged_and_nothing_is_unpickled(
         f"https://host/store?access_token={PASSWORD}",
     ],
 )
-def test_an_option_with_a_password_is_refused_without_showing_it(path: str):
+def test_a_path_with_a_password_is_refused_without_showing_it(path: str):
     for make in (
         lambda: DistillSpec(store=path, out="o"),
         lambda: EvaluateSpec(teacher="t", students=("s", path), out="o"),
     ):
-        with pytest.raises(ArgumentError, match="without a password or key in it, found one") as refusal:
+        with pytest.raises(ArgumentError, match="password") as refusal:
             make()
         assert PASSWORD not in str(refusal.value)
 
 
-def test_paths_that_only_look_like_it_are_taken():
+def test_paths_that_only_look_like_secrets_are_accepted():
     for path in ("s3://bucket/me@home/a?versionId=3", "/data/a@b?key=1", "me@host:store"):
         assert DistillSpec(store=path, out="o").store == path
 
 
-def test_no_text_shows_a_secret(monkeypatch: pytest.MonkeyPatch):
+def test_messages_never_show_a_secret(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", PASSWORD)
-    told = one_line(
+    text = one_line(
         f"no answer of 'http://me:p@ss@host:1/x?a=1&X-Amz-Signature={PASSWORD[:9]}&b=2' for {PASSWORD}, "
         f"nor of postgresql://me:{PASSWORD}@db/x?password=abc"
     )
-    assert told == (
+    assert text == (
         "no answer of 'http://host:1/x?a=1&X-Amz-Signature=...&b=2' for $RAY_AUTH_TOKEN, "
         "nor of postgresql://db/x?password=..."
     )

@@ -1,4 +1,4 @@
-"""Runs on a real MLflow server, over HTTP: it goes away in the middle, and many write at once."""
+"""Runs on a real MLflow server over HTTP, which goes away, with several writers at once."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ AWAY_SECONDS = float(os.environ.get("DISTILLKAC_TEST_AWAY_SECONDS", "4"))
 
 @pytest.fixture(scope="module")
 def direct(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server itself; its database is PostgreSQL where that is installed."""
+    """The address of the server itself; its database is PostgreSQL if that is installed."""
     folder, programs = tmp_path_factory.mktemp("server"), postgresql_programs()
     if programs is None:
         with mlflow_server(folder, f"sqlite:///{folder}/server.db") as uri:
@@ -74,7 +74,7 @@ from pathlib import Path
 import mlflow
 import pipeline.training
 from pipeline import tracking
-from pipeline.config import SampleSpec
+from pipeline.config.specs import SampleSpec
 
 parent, folder, seconds = tracking.TrackedRun(sys.argv[1], sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 number = next((number for number in range(4) if os.fork() == 0), None)
@@ -94,24 +94,24 @@ with tracking.start_run(
 
 
 def test_four_writers_lose_nothing_while_the_server_is_away(line: Line, tmp_path: Path, project_root: Path):
-    """Each ends with every point once; the server is away in the middle, and its last answers are lost."""
+    """Every point is stored once, although the server goes away and its last answers are lost."""
     if postgresql_programs() is None:
-        pytest.skip("PostgreSQL is not installed: Debian's package postgresql has it")
+        pytest.skip("PostgreSQL is not installed (Debian package: postgresql)")
     importlib.import_module("pipeline.training")
     outer_run = {"spec": SPEC, "output": str(tmp_path), "fingerprint": "outer", "inputs": {}, "name": "outer"}
     with start_run(**outer_run) as outer:
-        words = [sys.executable, "-c", WRITERS, line.uri, outer.run_id, str(tmp_path), str(AWAY_SECONDS + 4)]
-        writers = subprocess.Popen(words, cwd=project_root, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", WRITERS, line.uri, outer.run_id, str(tmp_path), str(AWAY_SECONDS + 4)]
+        writers = subprocess.Popen(command, cwd=project_root, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("writes-*"))) < 4 and writers.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         line.cut()
         time.sleep(AWAY_SECONDS)
         line.join()
-        said = writers.communicate(timeout=120)[1]
-        assert writers.returncode == 0, said
+        errors = writers.communicate(timeout=120)[1]
+        assert writers.returncode == 0, errors
     assert delivery.delivery_to(line.uri).flush(20)
-    assert said.count("does not answer") == 4, said
+    assert errors.count("does not answer") == 4, errors
     client, experiment = tracking.connect(line.uri)
     children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{outer.run_id}'")
     assert sorted(child.data.tags[tracking.FINGERPRINT_TAG] for child in children) == ["0", "1", "2", "3"]
@@ -125,7 +125,7 @@ def test_four_writers_lose_nothing_while_the_server_is_away(line: Line, tmp_path
     assert client.get_run(outer.run_id).info.status == "FINISHED"
 
 
-def test_a_password_in_the_address_is_written_nowhere(
+def test_a_password_in_the_address_is_never_written(
     direct: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", direct.replace("//", "//me:correct-horse-battery@"))

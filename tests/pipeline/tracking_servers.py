@@ -1,4 +1,4 @@
-"""A real MLflow server for tests, on PostgreSQL where that is installed, and a line to it that can be cut."""
+"""A real MLflow server for tests, on PostgreSQL if it is installed, and a TCP line to it that can be cut."""
 
 import contextlib
 import os
@@ -26,16 +26,16 @@ def free_port() -> int:
 
 
 def postgresql_programs() -> Path | None:
-    """The folder of initdb and postgres, which Debian keeps out of PATH."""
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else []
+    """The folder of initdb and postgres, which Debian does not add to PATH."""
+    initdb = shutil.which("initdb")
+    folders = [Path(initdb).parent] if initdb else []
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((folder for folder in folders if (folder / "postgres").exists()), None)
 
 
 @contextmanager
 def postgresql(programs: Path) -> Iterator[str]:
-    """A fresh PostgreSQL; gives its address. It refuses to run as root: then it runs as its own user."""
+    """A new PostgreSQL server; gives its address. It refuses to run as root, and then runs as user postgres."""
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="distillkac-postgresql-"))
     data = folder / "data"
     as_user: dict[str, str | int] = {}
@@ -44,12 +44,12 @@ def postgresql(programs: Path) -> Iterator[str]:
         os.chown(folder, user.pw_uid, user.pw_gid)
         as_user = {"user": user.pw_uid, "group": user.pw_gid}
     options = {"fsync": "off", "listen_addresses": "127.0.0.1", "port": str(port), "unix_socket_directories": ""}
-    words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+    settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
     with (folder / "log").open("wb") as log:
-        make = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
-        subprocess.run(make, check=True, stdout=log, stderr=log, cwd=folder, **as_user)  # type: ignore[call-overload]
+        create = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
+        subprocess.run(create, check=True, stdout=log, stderr=log, cwd=folder, **as_user)  # type: ignore[call-overload]
         process = subprocess.Popen(  # type: ignore[call-overload]
-            [programs / "postgres", "-D", data, *words], stdout=log, stderr=log, cwd=folder, **as_user
+            [programs / "postgres", "-D", data, *settings], stdout=log, stderr=log, cwd=folder, **as_user
         )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -59,14 +59,14 @@ def postgresql(programs: Path) -> Iterator[str]:
                 time.sleep(0.1)
             yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
         finally:
-            process.send_signal(2)  # without waiting for its clients
+            process.send_signal(2)  # stops without waiting for clients
             process.wait(30)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def mlflow_server(folder: Path, backend: str, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
-    """A healthy `mlflow server`; gives its address."""
+    """A running `mlflow server`; gives its address."""
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "files")]
@@ -95,7 +95,7 @@ def _wait_until_healthy(uri: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 class Line:
-    """A TCP line to a server; while it is cut, calls break and new ones are refused."""
+    """A TCP proxy of a server. While it is cut, connections break and new ones are refused."""
 
     def __init__(self, port: int) -> None:
         self.port, self.own_port = port, free_port()
@@ -105,27 +105,27 @@ class Line:
         self.join()
 
     def join(self) -> None:
-        """Calls get through."""
+        """Forward connections to the server."""
         line = self
 
-        class Call(socketserver.BaseRequestHandler):
+        class Connection(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                with socket.create_connection(("127.0.0.1", line.port)) as there:
-                    line._open |= {self.request, there}
-                    answers = threading.Thread(target=_pass_on, args=(there, self.request), daemon=True)
+                with socket.create_connection(("127.0.0.1", line.port)) as server:
+                    line._open |= {self.request, server}
+                    answers = threading.Thread(target=_forward, args=(server, self.request), daemon=True)
                     answers.start()
-                    _pass_on(self.request, there)
+                    _forward(self.request, server)
                     answers.join()
-                    line._open -= {self.request, there}
+                    line._open -= {self.request, server}
 
         class Server(socketserver.ThreadingTCPServer):
             allow_reuse_address, daemon_threads, block_on_close = True, True, False
 
-        self._listening = Server(("127.0.0.1", self.own_port), Call)
+        self._listening = Server(("127.0.0.1", self.own_port), Connection)
         threading.Thread(target=self._listening.serve_forever, args=(0.05,), daemon=True).start()
 
     def cut(self) -> None:
-        """No call gets through."""
+        """Break all connections, and refuse new ones."""
         assert self._listening is not None
         self._listening.shutdown()
         self._listening.server_close()
@@ -134,7 +134,7 @@ class Line:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+def _forward(source: socket.socket, sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)

@@ -1,7 +1,8 @@
-"""The cluster of machines from the command line, as root:
+"""Command line of the cluster of machines, which needs root.
 
-python -m tests.pipeline.machines up                                         # and down with Ctrl-C
-python -m tests.pipeline.machines faults [FAULT:STAGE ...]    # JSON lines, then the table
+python -m tests.pipeline.machines up                          # start the cluster; Ctrl-C stops it
+python -m tests.pipeline.machines table                       # compare the digits' table with that of one machine
+python -m tests.pipeline.machines faults [FAULT:STAGE ...]    # inject faults; prints JSON lines, then a table
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tests.pipeline.machines import faults
 from tests.pipeline.machines.cluster import Cluster, cluster_of_machines
-from tests.pipeline.machines.network import ROOT, why_not
+from tests.pipeline.machines.network import ROOT, missing_support
 
 PAIRS = [f"{fault}:{stage}" for stage in faults.STAGES for fault in faults.FAULTS]
 
@@ -29,17 +30,17 @@ def main() -> int:
     commands.add_parser("up")
     commands.add_parser("table")
     run = commands.add_parser("faults")
-    run.add_argument("pairs", nargs="*", metavar="FAULT:STAGE", help=f"of {', '.join(PAIRS)}; default: all")
+    run.add_argument("pairs", nargs="*", metavar="FAULT:STAGE", help=f"default: all of {', '.join(PAIRS)}")
     options = parser.parse_args()
     pairs = getattr(options, "pairs", []) or PAIRS
-    if wrong := sorted(set(pairs) - set(PAIRS)):
-        parser.error(f"expected FAULT:STAGE of {', '.join(PAIRS)}, found {', '.join(wrong)}")
-    if reason := why_not():
+    if unknown := sorted(set(pairs) - set(PAIRS)):
+        parser.error(f"unknown: {', '.join(unknown)}. Choose from {', '.join(PAIRS)}.")
+    if reason := missing_support():
         print(f"machines: {reason}", file=sys.stderr)
         return 2
     with cluster_of_machines() as cluster, tempfile.TemporaryDirectory(prefix="machines-") as folder:
         if options.command == "up":
-            print(f"{cluster.job_server}: enter a machine with nsenter -a -t PID; Ctrl-C ends all", flush=True)
+            print(f"{cluster.job_server}: enter a machine by nsenter -a -t PID; Ctrl-C stops all machines", flush=True)
             print("\n".join(f"{machine.name} {machine.pid}" for machine in cluster.network.machines), flush=True)
             threading.Event().wait()
         if options.command == "table":
@@ -48,15 +49,15 @@ def main() -> int:
 
 
 RECIPE = (
-    "teach `out` {place}/teach",
-    "rollout `teacher` {place}/teach `store` {place}/store",
-    "sweep `store` {place}/store `out` {place}/sweep `samples` 0",
-    "evaluate `teacher` {place}/teach `students` {place}/sweep `out` {place}/evaluation",
+    "teach --out {place}/teach",
+    "rollout --teacher {place}/teach --store {place}/store",
+    "sweep --store {place}/store --out {place}/sweep --samples 0",
+    "evaluate --teacher {place}/teach --students {place}/sweep --out {place}/evaluation",
 )
 
 
 def compare_tables(cluster: Cluster, folder: Path) -> int:
-    """The digits' recipe by the same commands on the cluster and with a Ray of its own; prints both tables."""
+    """Run the digits' recipe on the cluster and with an embedded Ray here; prints both tables."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
@@ -64,11 +65,11 @@ def compare_tables(cluster: Cluster, folder: Path) -> int:
     }
     here = folder / "here"
     for line in RECIPE:
-        stage, *words = line.split()
-        command = [f"jobs.{stage}", "--config", "digits", *words]
+        stage, *options = line.split()
+        command = [f"jobs.{stage}", "--config", "digits", *options]
         output = cluster.submit(*(word.format(place=cluster.path("table")) for word in command)).finish(3600)
-        made = [sys.executable, "-m", *(word.format(place=here) for word in command)]
-        subprocess.run(made, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        local = [sys.executable, "-m", *(word.format(place=here) for word in command)]
+        subprocess.run(local, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
         print(json.dumps({"finished": stage}), flush=True)
     there = cluster.download("table/evaluation", folder / "there")
     print(output, (here / "evaluation" / "table.txt").read_text(), sep="\n")
@@ -77,19 +78,19 @@ def compare_tables(cluster: Cluster, folder: Path) -> int:
 
 
 def run_faults(trials: faults.Trials, pairs: Sequence[tuple[str, ...]]) -> int:
-    """Each fault in its stage; one that goes wrong does not keep the others from being tried."""
-    outcomes, wrong = [], 0
+    """Inject each fault into its stage, and continue after a failure; returns the exit code."""
+    outcomes, failures = [], 0
     for fault, stage in pairs:
         try:
             trials.run_plain(stage)
             outcomes.append(trials.run(fault, stage))
             print(json.dumps(outcomes[-1]._asdict()), flush=True)
         except Exception:  # noqa: BLE001
-            wrong += 1
+            failures += 1
             print(json.dumps({"fault": fault, "stage": stage, "error": traceback.format_exc()}), flush=True)
             trials.mend()
-    print(faults.show(outcomes))
-    return 1 if wrong else 0
+    print(faults.format_table(outcomes))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

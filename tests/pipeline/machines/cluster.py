@@ -1,6 +1,6 @@
-"""A Ray cluster of two machines, a third with an S3 and an MLflow server, and a fourth from which jobs are submitted.
+"""A Ray cluster of two machines, a third machine with an S3 and an MLflow server, and a fourth that submits jobs.
 
-Everything as in daily use: `ray start` with a token, `ray job submit --working-dir .`, paths on ``s3://``.
+It is used like a real cluster: `ray start` with a token, `ray job submit --working-dir .`, paths on ``s3://``.
 """
 
 import secrets
@@ -28,27 +28,27 @@ START_SECONDS, JOB_SECONDS = 300.0, 600.0
 
 
 class Submission:
-    """A job that was submitted, as its `ray job submit` sees it."""
+    """A submitted job, and its process of `ray job submit`."""
 
-    def __init__(self, cluster: "Cluster", words: tuple[str, ...]) -> None:
-        self.cluster, self.words, self.id = cluster, words, f"job-{secrets.token_hex(4)}"
+    def __init__(self, cluster: "Cluster", command: tuple[str, ...]) -> None:
+        self.cluster, self.command, self.id = cluster, command, f"job-{secrets.token_hex(4)}"
         self.started = time.time()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the job is known
-        command = ["ray", "job", "submit", "--address", cluster.job_server, "--submission-id", self.id]
-        command += ["--working-dir", ".", "--", "python", "-m", *words]
-        self.process = cluster.client.start(*command, folder=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as this object
+        submit = ["ray", "job", "submit", "--address", cluster.job_server, "--submission-id", self.id]
+        submit += ["--working-dir", ".", "--", "python", "-m", *command]
+        self.process = cluster.client.start(*submit, folder=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """The output of the job so far."""
         self.log.seek(0)
         return self.log.read()
 
     def wait(self, seconds: float = JOB_SECONDS) -> int:
-        """Wait for its end; returns the exit code of `ray job submit`."""
+        """Wait for the end of the job; returns the exit code of `ray job submit`."""
         return self.process.wait(seconds)
 
     def finish(self, seconds: float = JOB_SECONDS) -> str:
-        """Wait for its end, which must be a good one; returns what it printed."""
+        """Wait until the job succeeds; returns its output."""
         assert self.wait(seconds) == 0, self.output()
         return self.output()
 
@@ -56,12 +56,12 @@ class Submission:
         return self.process.poll() is not None
 
     def stop(self) -> None:
-        """`ray job stop`."""
+        """Stop the job by `ray job stop`."""
         self.cluster.client.run("ray", "job", "stop", "--address", self.cluster.job_server, self.id)
 
     def kill_driver(self) -> None:
-        """SIGKILL to the job's own process, on the head."""
-        module = self.words[0]
+        """Send SIGKILL to the driver, on the head."""
+        module = self.command[0]
         killed = self.cluster.head.kill(
             lambda name, line: "python" in line[0] and line[1:3] == ["-m", module] if line else False
         )
@@ -69,7 +69,7 @@ class Submission:
 
 
 class Cluster:
-    """Off until ``start``; ``close`` ends all of it."""
+    """The cluster, its servers and its client; stopped until ``start``."""
 
     def __init__(self) -> None:
         self.network = Network()
@@ -94,11 +94,11 @@ class Cluster:
             }
 
     def path(self, name: str) -> str:
-        """A place in the bucket."""
+        """The URI of a path in the bucket."""
         return f"s3://{BUCKET}/{name}"
 
     def start(self) -> None:
-        """Switch everything on, and wait until it works together."""
+        """Boot all machines, and wait until all servers and nodes run."""
         for machine in self.network.machines:
             machine.boot()
         self._give_token(self.client)
@@ -108,10 +108,11 @@ class Cluster:
             nodes.result()
 
     def close(self) -> None:
+        """Stop all machines."""
         self.network.close()
 
     def start_head(self) -> None:
-        """Ray on a head that is on."""
+        """Start Ray on the head, which is booted."""
         self._give_token(self.head)
         address = ["--node-ip-address", self.head.address, "--port", str(RAY_PORT)]
         dashboard = ["--include-dashboard", "true", "--dashboard-host", self.head.address]
@@ -119,27 +120,27 @@ class Cluster:
         self.head.run("ray", "start", "--head", *address, *dashboard, *node, seconds=START_SECONDS)
 
     def start_worker(self) -> None:
-        """Ray on a worker that is on."""
+        """Start Ray on the worker, which is booted."""
         self._give_token(self.worker)
         address = ["--address", f"{self.head.address}:{RAY_PORT}", "--node-ip-address", self.worker.address]
         self.worker.run("ray", "start", *address, *_node("spot"), seconds=START_SECONDS)
 
     def lose_worker(self) -> None:
-        """The worker's machine goes, without a word."""
+        """Stop the worker's machine without notice."""
         self.worker.lose()
 
     def replace_worker(self) -> None:
-        """A fresh machine takes its place, as an autoscaler would bring one."""
+        """Replace the worker by a fresh machine, as an autoscaler would."""
         self.worker.lose()
         self.worker.boot()
         self.start_worker()
 
-    def submit(self, *words: str) -> Submission:
-        """`ray job submit --working-dir . -- python -m WORDS`."""
-        return Submission(self, words)
+    def submit(self, *command: str) -> Submission:
+        """Run `ray job submit --working-dir . -- python -m COMMAND`."""
+        return Submission(self, command)
 
     def s3(self) -> Any:
-        """A client of the bucket; to be used in ``client.inside()``."""
+        """A client of the S3 server, for use within ``client.inside()``."""
         return boto3.client(
             "s3",
             endpoint_url=self.s3_endpoint,
@@ -149,14 +150,14 @@ class Cluster:
         )
 
     def objects(self, below: str) -> dict[str, float]:
-        """Every object below a place in the bucket, by its path there, with the time at which it was written."""
+        """The modification times of all objects below a path in the bucket, by the rest of their path."""
         with self.client.inside():
             pages = self.s3().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{below}/")
-            found = [entry for page in pages for entry in page.get("Contents", [])]
-        return {entry["Key"][len(below) + 1 :]: entry["LastModified"].timestamp() for entry in found}
+            entries = [entry for page in pages for entry in page.get("Contents", [])]
+        return {entry["Key"][len(below) + 1 :]: entry["LastModified"].timestamp() for entry in entries}
 
     def download(self, below: str, to: Path) -> Path:
-        """A copy of what lies below a place in the bucket."""
+        """Download all objects below a path in the bucket; returns the folder."""
         names = self.objects(below)
         with self.client.inside():
             s3 = self.s3()
@@ -166,7 +167,7 @@ class Cluster:
         return to
 
     def remove(self, below: str) -> None:
-        """Remove what lies below a place in the bucket."""
+        """Remove all objects below a path in the bucket."""
         names = self.objects(below)
         with self.client.inside():
             s3 = self.s3()
@@ -174,23 +175,23 @@ class Cluster:
                 s3.delete_object(Bucket=BUCKET, Key=f"{below}/{name}")
 
     def runs(self, out: str) -> list[Any]:
-        """MLflow's runs of outputs at a place in the bucket, and below it."""
+        """MLflow's runs whose output is a path in the bucket, or below it."""
         with self.client.inside():
             client = MlflowClient(self.tracking_uri)
             experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-            found = [] if experiment is None else list(client.search_runs([experiment.experiment_id], max_results=1000))
-        place = self.path(out)
-        outputs = [(run, run.data.params.get("out") or run.data.params.get("store") or "") for run in found]
-        return [run for run, output in outputs if output == place or output.startswith(f"{place}/")]
+            runs = [] if experiment is None else list(client.search_runs([experiment.experiment_id], max_results=1000))
+        path = self.path(out)
+        outputs = [(run, run.data.params.get("out") or run.data.params.get("store") or "") for run in runs]
+        return [run for run, output in outputs if output == path or output.startswith(f"{path}/")]
 
     def history(self, run_id: str, metric: str) -> list[Any]:
-        """The points of a metric."""
+        """The logged points of a metric."""
         with self.client.inside():
             return list(MlflowClient(self.tracking_uri).get_metric_history(run_id, metric))
 
     def _serve(self) -> None:
         command = [sys.executable, "-m", "tests.pipeline.machines.serve", self.servers.address, "/tmp/servers"]
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as they run
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the servers run
         process = self.servers.start(*command, folder=ROOT, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         if process.stdout.readline() != f"{READY}\n":
@@ -208,14 +209,14 @@ class Cluster:
 
 
 def _node(market: str) -> list[str]:
-    """One CPU a node, so that two workers are on two machines; labels as in ``cluster.yaml``."""
+    """Options for one CPU per node, so that two workers use two machines, and a label as in ``cluster.yaml``."""
     size = ["--num-cpus", "1", "--object-store-memory", str(200 * 2**20)]
     return [*size, "--labels", f"market={market}", "--disable-usage-stats"]
 
 
 @contextmanager
 def cluster_of_machines() -> Iterator[Cluster]:
-    """A cluster that works; all of it is gone after the block."""
+    """A running cluster, which is stopped after the block."""
     cluster = Cluster()
     try:
         cluster.start()
@@ -225,9 +226,9 @@ def cluster_of_machines() -> Iterator[Cluster]:
 
 
 def wait_until(condition: Callable[[], object], job: Submission, seconds: float = JOB_SECONDS) -> None:
-    """Wait for the moment of a fault; the job must not end before it."""
+    """Wait for the time to inject a fault; fails if the job ends earlier."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert not job.is_over(), f"the job ended before the fault:\n{job.output()}"
-        assert time.monotonic() < deadline, f"the moment of the fault did not come:\n{job.output()}"
+        assert time.monotonic() < deadline, f"the condition for the fault was not reached:\n{job.output()}"
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What breaks in the middle of a stage, and what it costs: each stage under each fault, beside itself undisturbed."""
+"""Inject faults into running stages, and compare time and results with undisturbed runs."""
 
 import contextlib
 import json
@@ -16,56 +16,56 @@ from tests.pipeline.compare import assert_same_store
 from tests.pipeline.machines.cluster import Cluster, Submission, wait_until
 
 PLAIN = "plain"
-"""Where the outputs of undisturbed runs lie in the bucket; those of others lie under the name of their fault."""
+"""Path in the bucket of the outputs of undisturbed runs. Other outputs are below the name of their fault."""
 
 CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
 LATE_SECONDS = 100.0
 NOTICE_SECONDS = 90.0
-"""A raylet that was given up ends itself once it hears of it."""
-TRAINING = f"`optimizer.batch_size` 64 `validation_updates` 0 `checkpoint_updates` {CHECKPOINT_UPDATES}".split()
+"""A raylet that Ray has given up ends itself within this time after the network is back."""
+TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
 
 
 class Stage(NamedTuple):
-    """A stage at a size at which a fault hits the middle of it.
+    """A stage that runs long enough for a fault in its middle.
 
     Attributes:
-        words: the job and its options; ``{plain}`` is where undisturbed outputs lie, ``{out}`` where its own does.
-        progress: what it writes as it goes on: the place, ``{out}`` in it, and how the names there end.
-        middle: after so many of these it is in the middle.
-        difference: of its output, downloaded, to the undisturbed one; asserts what must be equal.
+        command: the job and its options; ``{plain}`` is the path of undisturbed outputs, ``{out}`` that of its own output.
+        progress: path, with ``{out}`` in it, and name endings of the files that the stage writes while it runs.
+        middle: number of these files in the middle of the stage.
+        difference: compares the downloaded output with the undisturbed one; fails if exact parts differ.
     """
 
-    words: str
+    command: str
     progress: tuple[str, tuple[str, ...]]
     middle: int
     difference: Callable[[Path, Path], float]
 
 
 def weights_difference(found: Path, expected: Path) -> float:
-    """The largest of any weight in the model folders below both."""
+    """The largest difference of a weight between the model folders in both folders."""
     names = sorted(path.relative_to(expected) for path in expected.rglob("model.safetensors"))
     assert names == sorted(path.relative_to(found) for path in found.rglob("model.safetensors"))
     assert names
     pairs = [(load_file(found / name), load_file(expected / name)) for name in names]
-    return max(float(abs(mine[key] - theirs[key]).max()) for mine, theirs in pairs for key in theirs)
+    return max(float(abs(first[key] - second[key]).max()) for first, second in pairs for key in second)
 
 
 def store_difference(found: Path, expected: Path) -> float:
-    """None: the rows agree within the tolerance of ``compare.py``."""
+    """Always 0; fails unless the rows agree within the tolerance of ``compare.py``."""
     assert_same_store(str(found), str(expected))
     return 0.0
 
 
 def scores_difference(found: Path, expected: Path) -> float:
-    """The largest of any metric in the tables, relative to values above 1; speeds are left out."""
+    """The largest difference of a metric, relative for values above 1; ignores speeds."""
     tables = [json.loads((folder / "evaluation.json").read_text())["scores"] for folder in (found, expected)]
     largest = 0.0
-    for mine, theirs in zip(*tables, strict=True):
-        assert mine["name"] == theirs["name"]
-        for name, value in theirs["metrics"].items():
+    for row, expected_row in zip(*tables, strict=True):
+        assert row["name"] == expected_row["name"]
+        for name, value in expected_row["metrics"].items():
             if "per_second" not in name:
-                largest = max(largest, abs(mine["metrics"][name] - value) / max(abs(value), 1.0))
+                largest = max(largest, abs(row["metrics"][name] - value) / max(abs(value), 1.0))
     return largest
 
 
@@ -73,94 +73,97 @@ CHECKPOINTS = ("state.pt",)
 
 STAGES = {
     "teach": Stage(
-        "jobs.teach `data` digits `network.width` 64 `network.depth` 1 `workers` 2 `optimizer.updates` 400 `out` {out}",
+        "jobs.teach --data digits --network.width 64 --network.depth 1 --workers 2 --optimizer.updates 400 --out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "rollout": Stage(
-        "jobs.rollout `teacher` {plain}/teach `trajectories` 4096 `shard_size` 32 `actors` 2 `store` {out}",
+        "jobs.rollout --teacher {plain}/teach --trajectories 4096 --shard-size 32 --actors 2 --store {out}",
         ("{out}/data", (".parquet",)),
         16,
         store_difference,
     ),
     "distill": Stage(
-        "jobs.distill `store` {plain}/rollout `steps` 4 `workers` 2 `optimizer.updates` 400 `out` {out}",
+        "jobs.distill --store {plain}/rollout --steps 4 --workers 2 --optimizer.updates 400 --out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "elastic": Stage(
-        "jobs.distill `store` {plain}/rollout `steps` 4 `workers` 1:2 `optimizer.updates` 400 `out` {out}",
+        "jobs.distill --store {plain}/rollout --steps 4 --workers 1:2 --optimizer.updates 400 --out {out}",
         ("{out}/training", CHECKPOINTS),
         2,
         weights_difference,
     ),
     "sweep": Stage(
-        "jobs.sweep `store` {plain}/rollout `grid` steps=1,4 `optimizer.updates` 400 `samples` 1000 `out` {out}",
+        "jobs.sweep --store {plain}/rollout --grid steps=1,4 --optimizer.updates 400 --samples 1000 --out {out}",
         ("{out}", CHECKPOINTS),
         3,
         weights_difference,
     ),
     "evaluate": Stage(
-        "jobs.evaluate `teacher` {plain}/teach `students` {plain}/sweep `samples` 8000 `actors` 2 `out` {out}",
+        "jobs.evaluate --teacher {plain}/teach --students {plain}/sweep --samples 8000 --actors 2 --out {out}",
         ("cache/samples", (".npz",)),
         3,
         scores_difference,
     ),
 }
-"""In an order in which each finds its inputs."""
+"""Every stage follows the stages that make its inputs."""
 
 
-def words_of(name: str, plain: str, out: str) -> list[str]:
+def command_of(name: str, plain: str, out: str) -> list[str]:
     """The module and the options of a stage's job.
 
     Args:
-        plain: where the undisturbed outputs lie, its inputs. out: where its own is to lie.
+        name: name of the stage.
+        plain: path of the undisturbed outputs, which are its inputs.
+        out: path of its own output.
     """
     training = [] if name in {"rollout", "evaluate"} else TRAINING
-    return [*STAGES[name].words.format(plain=plain, out=out).split(), *training]
+    return [*STAGES[name].command.format(plain=plain, out=out).split(), *training]
 
 
 class Watch:
-    """Sees what a stage writes, and when: each object each time that it is written."""
+    """Records when a stage writes each object, including rewrites."""
 
     def __init__(self, cluster: Cluster, stage: Stage, out: str) -> None:
         self.cluster = cluster
-        place, self.endings = stage.progress
-        self.place = place.format(out=out)
+        path, self.endings = stage.progress
+        self.path = path.format(out=out)
         self.seen: dict[tuple[str, float], float] = {}
         self.before = set(self._objects())
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._record, daemon=True)
         self._thread.start()
 
     def until(self, moment: float) -> list[str]:
-        """The names of what was written by then."""
+        """The names of the objects that were written before ``moment``, once per write."""
         return [name for (name, _), seen in self.seen.items() if seen <= moment]
 
     def next_after(self, moment: float) -> float | None:
-        """Seconds from then to what was written next."""
+        """Seconds from ``moment`` to the next write; None without one."""
         return min((seen - moment for seen in self.seen.values() if seen > moment), default=None)
 
     def close(self) -> None:
-        self._over.set()
+        """Stop recording."""
+        self._ended.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        while not self._over.wait(0.2):
+    def _record(self) -> None:
+        while not self._ended.wait(0.2):
             now = time.time()
             for written in self._objects():
                 if written not in self.before:
                     self.seen.setdefault(written, now)
 
     def _objects(self) -> list[tuple[str, float]]:
-        return [pair for pair in self.cluster.objects(self.place).items() if pair[0].endswith(self.endings)]
+        return [pair for pair in self.cluster.objects(self.path).items() if pair[0].endswith(self.endings)]
 
 
 @contextmanager
 def watching(cluster: Cluster, stage: Stage, out: str) -> Iterator[Watch]:
-    """A watch for the block."""
+    """A watch that records during the block."""
     watch = Watch(cluster, stage, out)
     try:
         yield watch
@@ -169,59 +172,59 @@ def watching(cluster: Cluster, stage: Stage, out: str) -> Iterator[Watch]:
 
 
 class Outcome(NamedTuple):
-    """What a fault did to a stage."""
+    """The effects of a fault on a stage."""
 
     fault: str
     stage: str
     ended: str  # "by itself" or "resubmitted"
-    seconds: float  # of all
-    undisturbed: float  # seconds of the same without a fault
+    seconds: float  # in total
+    undisturbed: float  # seconds without a fault
     next_seconds: float | None  # from the fault to the next shard, checkpoint or chunk
     lost: str
-    difference: float  # of the result from the undisturbed one
-    statuses: tuple[str, ...]  # of the runs in MLflow when it was over, the stage's own first
-    stopped: tuple[str, ...]  # the same between stop and resubmission
+    difference: float  # between the result and the undisturbed one
+    statuses: tuple[str, ...]  # of the runs in MLflow at the end, the stage's own first
+    stopped: tuple[str, ...]  # of the runs between stop and resubmission
 
 
 def lose_machine(cluster: Cluster, job: Submission) -> None:
-    """Every process of the worker's machine is killed and its network is gone; a fresh machine takes its place."""
+    """Stop the worker's machine without notice, and replace it by a fresh one."""
     cluster.lose_worker()
     cluster.replace_worker()
 
 
 def lose_machine_for_good(cluster: Cluster, job: Submission) -> None:
-    """The same without a replacement; the head is left."""
+    """Stop the worker's machine without notice; only the head remains."""
     cluster.lose_worker()
 
 
 def replace_machine_late(cluster: Cluster, job: Submission) -> None:
-    """The same with a replacement after longer than Ray Train waits for room."""
+    """Stop the worker's machine without notice, and replace it later than Ray Train waits for resources."""
     cluster.lose_worker()
     time.sleep(LATE_SECONDS)
     cluster.replace_worker()
 
 
 def kill_raylet(cluster: Cluster, job: Submission) -> None:
-    """SIGKILL to the worker's raylet; Ray is started again on the same machine."""
+    """Send SIGKILL to the worker's raylet, and start Ray again on the same machine."""
     assert cluster.worker.kill(lambda name, _: name == "raylet") == 1
     time.sleep(5)
     cluster.start_worker()
 
 
 def kill_driver(cluster: Cluster, job: Submission) -> None:
-    """SIGKILL to the job's own process on the head."""
+    """Send SIGKILL to the driver on the head."""
     job.kill_driver()
     assert job.wait() != 0, job.output()
 
 
 def stop_job(cluster: Cluster, job: Submission) -> None:
-    """`ray job stop`; that is no failure to `ray job submit`."""
+    """Stop the job by `ray job stop`, after which `ray job submit` may exit with 0."""
     job.stop()
     job.wait()
 
 
 def cut_network(cluster: Cluster, job: Submission) -> None:
-    """The worker's cable is out for a while; if Ray has given the node up by then, it is started again there."""
+    """Disconnect the worker for a while. If Ray has given up the node by then, replace the machine."""
     cluster.network.cut(cluster.worker)
     time.sleep(CUT_SECONDS)
     cluster.network.mend(cluster.worker)
@@ -234,7 +237,7 @@ def cut_network(cluster: Cluster, job: Submission) -> None:
 
 
 def lose_head(cluster: Cluster, job: Submission) -> None:
-    """The head's machine goes, and the cluster with it; a new cluster takes its place."""
+    """Stop the head's machine without notice, and start a new cluster."""
     cluster.head.lose()
     with contextlib.suppress(Exception):
         job.wait(120)
@@ -256,7 +259,7 @@ FAULTS: dict[str, Callable[[Cluster, Submission], None]] = {
 
 
 class Trials:
-    """Runs stages on a cluster, and remembers how long they took undisturbed."""
+    """Runs stages on a cluster, with and without faults, and keeps the undisturbed times and outputs."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -264,15 +267,15 @@ class Trials:
         self.expected: dict[str, Path] = {}
 
     def command(self, name: str, out: str) -> list[str]:
-        """The words of a stage's job."""
-        return words_of(name, self.cluster.path(PLAIN), self.cluster.path(out))
+        """The module and the options of a stage's job, for paths in the bucket."""
+        return command_of(name, self.cluster.path(PLAIN), self.cluster.path(out))
 
     def run_plain(self, name: str) -> None:
-        """The stage undisturbed, and what it reads, unless that has been done."""
+        """Run a stage and its inputs without a fault, unless they have run."""
         if name in self.undisturbed:
             return
         for needed in STAGES:
-            if f"{{plain}}/{needed}" in STAGES[name].words:
+            if f"{{plain}}/{needed}" in STAGES[name].command:
                 self.run_plain(needed)
         out = f"{PLAIN}/{name}"
         job = self.cluster.submit(*self.command(name, out))
@@ -281,7 +284,7 @@ class Trials:
         self.expected[name] = self.cluster.download(out, self.folder / out)
 
     def mend(self) -> None:
-        """Two nodes that answer and no job, whatever there was before."""
+        """Restart the cluster, with two nodes and no job."""
         for machine in (self.cluster.head, self.cluster.worker):
             machine.lose()
         self.cluster.head.boot()
@@ -289,18 +292,20 @@ class Trials:
         self.cluster.replace_worker()
 
     def run(self, fault: str, name: str, out: str = "") -> Outcome:
-        """The stage with a fault in its middle, to its end: by itself, or by the same command again.
+        """Run a stage with a fault in its middle; if the job does not survive it, submit the same command again.
 
         Args:
-            out: where its output is to lie in the bucket; by default below the name of the fault.
+            fault: key of ``FAULTS``.
+            name: key of ``STAGES``.
+            out: path of the output in the bucket; default: below the name of the fault.
         """
         cluster, stage, out = self.cluster, STAGES[name], out or f"{fault}/{name}"
-        if name == "evaluate":  # what is drawn is kept
+        if name == "evaluate":  # which would reuse earlier samples
             cluster.remove("cache/samples")
             cluster.remove("cache/features")
-        words = self.command(name, out)
+        command = self.command(name, out)
         with watching(cluster, stage, out) as watch:
-            job = cluster.submit(*words)
+            job = cluster.submit(*command)
             wait_until(lambda: len(watch.seen) >= stage.middle, job)
             moment = time.time()
             FAULTS[fault](cluster, job)
@@ -309,9 +314,9 @@ class Trials:
                 output = job.finish()
             else:
                 stopped = self.statuses(out)
-                output = cluster.submit(*words).finish()
+                output = cluster.submit(*command).finish()
             seconds = time.time() - job.started
-        if fault in {"for-good", "cut"}:  # a raylet that was cut off may yet end itself
+        if fault in {"for-good", "cut"}:  # a disconnected raylet may still end itself
             cluster.replace_worker()
         found = cluster.download(out, self.folder / out)
         return Outcome(
@@ -328,23 +333,23 @@ class Trials:
         )
 
     def statuses(self, out: str) -> tuple[str, ...]:
-        """Of the runs of an output in MLflow and of those nested in them, the first one's first."""
+        """Statuses of an output's runs in MLflow and of their nested runs, by start time."""
         runs = sorted(self.cluster.runs(out), key=lambda run: run.info.start_time)
         return tuple(run.info.status for run in runs)
 
     def students(self, out: str) -> list[str]:
-        """The outputs of the runs of ``distill`` below an output, with as many of each as MLflow has."""
+        """The folder names of the outputs of all ``distill`` runs below an output, once per run."""
         runs = [run for run in self.cluster.runs(out) if run.data.tags[tracking.STAGE_TAG] == "distill"]
         return sorted(run.data.params["out"].rsplit("/", 1)[-1] for run in runs)
 
     def lost(self, name: str, out: str, watch: Watch, moment: float, output: str) -> str:
-        """What was done again, in words."""
+        """A description of the repeated work."""
         before = watch.until(moment)
         if name in {"rollout", "evaluate"}:
             kind = "shards" if name == "rollout" else "chunks"
             written = [written for written, _ in watch.seen]
             again = len(written) - len(set(written))
-            return f"{len(before)} of {len(set(written))} {kind} were there, {again} of them written again"
+            return f"{len(before)} of {len(set(written))} {kind} were written before the fault, {again} were rewritten"
         repeated = 0
         for run in self.cluster.runs(out):
             logged = [point.step for point in self.cluster.history(run.info.run_id, "loss")]
@@ -353,15 +358,16 @@ class Trials:
             folder = str(run.data.params.get("out", "")).removeprefix(self.cluster.path(out)).lstrip("/")
             saved = sum(1 for written in before if written.startswith(folder)) * CHECKPOINT_UPDATES
             repeated += max(0, reached - saved)
-        return f"{repeated} updates were done again"
+        return f"{repeated} updates were repeated"
 
 
-def show(outcomes: list[Outcome]) -> str:
-    """The table, in Markdown."""
+def format_table(outcomes: list[Outcome]) -> str:
+    """The outcomes as a table in Markdown."""
     head = ["fault", "stage", "ended", "undisturbed", "seconds", "next", "lost", "difference", "runs", "after stop"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for one in outcomes:
-        cells: list[Any] = [one.fault, one.stage, one.ended, f"{one.undisturbed:.0f}", f"{one.seconds:.0f}"]
-        cells += [one.next_seconds, one.lost, f"{one.difference:.1e}", " ".join(one.statuses), " ".join(one.stopped)]
+    for outcome in outcomes:
+        seconds = [f"{outcome.undisturbed:.0f}", f"{outcome.seconds:.0f}", outcome.next_seconds]
+        cells: list[Any] = [outcome.fault, outcome.stage, outcome.ended, *seconds, outcome.lost]
+        cells += [f"{outcome.difference:.1e}", " ".join(outcome.statuses), " ".join(outcome.stopped)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Machines on this machine: namespaces for network, processes, mounts and host names, joined by a switch.
+"""Simulated machines: namespaces for network, processes, mounts and host names, connected by a switch.
 
-Each machine has an address of its own and sees neither the processes of the others nor their ``/tmp``, home and shared
-memory. It lives as long as a pipe to this process is open: whatever ends this process, Ctrl-C, an error or SIGKILL,
-the kernel ends every process of the machines, and with them their links, mounts and files. Nothing of it is seen
-outside, so that any number of such networks can be up at once, and there is no way from them to any other network.
+Each machine has its own address, processes, ``/tmp``, home folder and shared memory. It runs as long as a pipe to this
+process is open. When this process ends, even by SIGKILL, the kernel ends all processes of the machines and removes
+their links, mounts and files. The networks are isolated, so that several can exist at once, and have no connection to
+other networks.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MACHINE = r"""
 set -e
 name=$1 hosts=$2 && shift 2
 echo "$name" > /proc/sys/kernel/hostname
-# A /tmp of its own, in which of the real one only the given folders are seen, where they are.
+# A new /tmp, which has only the given folders of the real one, at the same paths.
 mount -t tmpfs tmpfs /mnt && chmod 1777 /mnt
 for folder in "$@"; do
     case $folder in /tmp/*) mkdir -p "/mnt/${folder#/tmp/}" && mount --bind "$folder" "/mnt/${folder#/tmp/}" ;; esac
@@ -39,44 +39,44 @@ mount -t tmpfs tmpfs /dev/shm
 printf '127.0.0.1 localhost\n%b' "$hosts" > /tmp/hosts && mount --bind /tmp/hosts /etc/hosts
 ip link set lo up
 echo up
-read -r _  # until the pipe is closed; meanwhile this shell reaps what its processes leave behind
+read -r _  # wait until the pipe is closed; meanwhile this shell reaps zombies
 """
 
 
-def why_not() -> str | None:
-    """What this machine lacks for such a network; None if nothing."""
+def missing_support() -> str | None:
+    """What this machine lacks for such a network; None if nothing is missing."""
     missing = [program for program in ("ip", "unshare", "nsenter", "mount") if shutil.which(program) is None]
     if missing:
         return f"needs {' and '.join(missing)} (Debian's iproute2 and util-linux)"
-    tried = subprocess.run(
+    attempt = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "add", "switch", "type", "bridge"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return f"needs the right to make namespaces and bridges: {tried.stderr.strip()}" if tried.returncode else None
+    return f"needs the right to make namespaces and bridges: {attempt.stderr.strip()}" if attempt.returncode else None
 
 
 class _Namespaces:
-    """Namespaces that are there until ``close``: a shell that waits for its input to end."""
+    """Namespaces that exist until ``close``, held by a shell that waits for the end of its input."""
 
     def __init__(self, kinds: Sequence[str], script: str, *arguments: str) -> None:
         self.holder = subprocess.Popen(
             ["unshare", *kinds, "bash", "-c", script, "bash", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,  # at its end this version of unshare complains about itself
+            stderr=subprocess.PIPE,  # unshare prints a harmless error at its end
             text=True,
         )
         assert self.holder.stdout is not None and self.holder.stderr is not None
         if self.holder.stdout.readline() != "up\n":
-            raise RuntimeError(f"the namespaces could not be made: {self.holder.stderr.read()}")
-        # With a namespace of processes, the shell is the only child of ``unshare``.
+            raise RuntimeError(f"the namespaces could not be created: {self.holder.stderr.read()}")
+        # In a new process namespace, the shell is the only child of ``unshare``.
         inner = psutil.Process(self.holder.pid).children()
         self.pid = inner[0].pid if inner else self.holder.pid
 
     def close(self) -> None:
-        """End all that runs there; harmless if it is over."""
+        """End all processes in the namespaces; does nothing if they have ended."""
         with contextlib.suppress(OSError):
             self.holder.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(ProcessLookupError):
@@ -85,12 +85,12 @@ class _Namespaces:
 
 
 class Machine:
-    """A machine of a network: off until ``boot``.
+    """A simulated machine; off until ``boot``.
 
     Attributes:
-        address: its address in the network.
-        visible: folders below ``/tmp`` that it sees, beside all that lies elsewhere.
-        environment: of every process that is started on it.
+        address: IP address in the network.
+        visible: folders in ``/tmp`` that the machine shares with this one. It also has all folders outside of ``/tmp``.
+        environment: environment of all its processes.
     """
 
     def __init__(self, network: "Network", name: str, number: int, visible: Sequence[Path]) -> None:
@@ -103,7 +103,7 @@ class Machine:
         self._namespaces: _Namespaces | None = None
 
     def boot(self) -> None:
-        """Switch it on, with nothing left of what it was before."""
+        """Start the machine, with empty temporary folders."""
         assert self._namespaces is None, f"{self.name} is on already"
         kinds = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         folders = map(str, self.visible)
@@ -111,53 +111,53 @@ class Machine:
         self.network.plug_in(self)
 
     def lose(self) -> None:
-        """SIGKILL to every process at once and no word on the network, as when the power goes."""
+        """Kill all processes at once, and remove the machine from the network, as in a power failure."""
         if self._namespaces is not None:
             self._namespaces.close()
             self._namespaces = None
 
     @property
     def pid(self) -> int:
-        """Of its first process, as seen from here."""
+        """Process id of the machine's first process, in this process's namespace."""
         assert self._namespaces is not None, f"{self.name} is off"
         return self._namespaces.pid
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on it, as seen from here."""
+        """All processes of the machine, in this process's namespace."""
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{process.pid}/ns/pid") == space:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def runs(self, title: str) -> bool:
-        """Whether a process whose title begins like this runs on it."""
+        """Whether the machine runs a process whose command line starts with ``title``."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if " ".join(process.cmdline()).startswith(title):
                     return True
         return False
 
-    def kill(self, is_meant: Callable[[str, list[str]], bool]) -> int:
-        """SIGKILL to the processes that ``is_meant``, by name and command line; returns how many there were."""
+    def kill(self, matches: Callable[[str, list[str]], bool]) -> int:
+        """Send SIGKILL to the processes whose name and command line ``matches``; returns their number."""
         count = 0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if is_meant(process.name(), process.cmdline()):
+                if matches(process.name(), process.cmdline()):
                     process.kill()
                     count += 1
         return count
 
     def start(self, *words: str, folder: str | Path = "/tmp", **options: object) -> "subprocess.Popen[str]":
-        """Start a program on it; ``options`` as of ``Popen``."""
-        entering = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--ipc", "--pid"]
-        command = [*entering, "env", "--chdir", str(folder), *words]
+        """Start a program on the machine; ``options`` are those of ``Popen``."""
+        enter = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--ipc", "--pid"]
+        command = [*enter, "env", "--chdir", str(folder), *words]
         return subprocess.Popen(command, env=self.environment, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
     def run(self, *words: str, folder: str | Path = "/tmp", seconds: float = 120.0) -> str:
-        """Run a program on it to its end, which must be a good one; returns what it printed."""
+        """Run a program on the machine, which must succeed; returns its output."""
         process = self.start(*words, folder=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         output, _ = process.communicate(timeout=seconds)
         assert process.returncode == 0, f"{self.name}: {' '.join(words)}: exit code {process.returncode}\n{output}"
@@ -165,7 +165,7 @@ class Machine:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Within the block, sockets that this thread opens are in the machine's network; no other thread's are."""
+        """Make sockets that this thread opens in the block belong to the machine's network."""
         libc = ctypes.CDLL(None, use_errno=True)
 
         def enter(descriptor: int) -> None:
@@ -181,42 +181,41 @@ class Machine:
 
 
 class Network:
-    """A switch and the machines on it."""
+    """A switch and its machines."""
 
     def __init__(self) -> None:
         self.machines: list[Machine] = []
         self._switch = _Namespaces(["--net"], SWITCH)
 
     def add(self, name: str, visible: Sequence[Path] = ()) -> Machine:
-        """A machine that is off; add all before the first one boots, for it to know their names."""
+        """Add a machine, which is off. Add all machines before the first one boots, so that each knows all names."""
         self.machines.append(Machine(self, name, len(self.machines) + 1, visible))
         return self.machines[-1]
 
     def hosts(self) -> str:
-        """The lines of /etc/hosts."""
+        """The lines of /etc/hosts for all machines."""
         return "".join(f"{machine.address} {machine.name}\\n" for machine in self.machines)
 
     def plug_in(self, machine: Machine) -> None:
-        """Join a machine that has just booted to the switch."""
+        """Connect a booted machine to the switch."""
         link = ["type", "veth", "peer", "name", "eth0", "netns", str(machine.pid)]
-        self._ip(
-            "link", "delete", "dev", machine.name, is_checked=False
-        )  # of an earlier boot, until the kernel removes it
+        # Remove the link of an earlier boot, unless the kernel has done so.
+        self._ip("link", "delete", "dev", machine.name, is_checked=False)
         self._ip("link", "add", "name", machine.name, *link)
         self._ip("link", "set", "dev", machine.name, "master", "switch", "up")
         machine.run("ip", "address", "add", f"{machine.address}/24", "dev", "eth0")
         machine.run("ip", "link", "set", "eth0", "up")
 
     def cut(self, machine: Machine) -> None:
-        """Pull a machine's cable."""
+        """Disconnect a machine from the network."""
         self._ip("link", "set", "dev", machine.name, "down")
 
     def mend(self, machine: Machine) -> None:
-        """Put it back."""
+        """Reconnect a machine."""
         self._ip("link", "set", "dev", machine.name, "up")
 
     def close(self) -> None:
-        """End everything; harmless if it is over."""
+        """Stop all machines and the switch; does nothing if they are stopped."""
         for machine in self.machines:
             machine.lose()
         self._switch.close()

@@ -1,4 +1,4 @@
-"""What stands beside a Ray cluster: a real S3 server and a real MLflow server, in this process's network.
+"""The servers beside a Ray cluster: a real S3 server and a real MLflow server, in this process's network.
 
 python -m tests.pipeline.machines.serve ADDRESS FOLDER
 """
