@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kac.util import files
 from pipeline.config.specs import RolloutSpec
-from pipeline.rollout import Outcome
+from pipeline.rollout import ShardOutcome
 from pipeline.store.layout import Shard, StoreIdentity
 from pipeline.store.shards import Receipt
 
@@ -19,14 +19,14 @@ class FakeShardMaker:
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         self.spec, self.identity = spec, identity
 
-    def make(self, shard: Shard) -> Outcome:
+    def make(self, shard: Shard) -> ShardOutcome:
         """Return the outcome of a fake shard."""
         return outcome_of(shard)
 
 
-def outcome_of(shard: Shard) -> Outcome:
+def outcome_of(shard: Shard) -> ShardOutcome:
     """The outcome of a fake shard."""
-    return Outcome(
+    return ShardOutcome(
         receipt=receipt_of(shard), computed_rows=shard.rows, compute_seconds=0.1, finished=0.0, peak_memory=None
     )
 

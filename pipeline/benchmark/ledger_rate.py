@@ -9,7 +9,7 @@ import ray
 from pipeline.benchmark.measurement import Measurement
 from pipeline.benchmark.setting import Setting
 from pipeline.cluster import connection as cluster
-from pipeline.rollout.actors import Ledger
+from pipeline.rollout.actors import AttemptLedger
 
 ACTORS = 1000
 """Simulated by this number of concurrent calls."""
@@ -24,7 +24,7 @@ def measure(setting: Setting) -> list[Measurement]:
 def calls_per_second(shards: int, concurrency: int) -> float:
     """The rate at which a ledger begins and finishes shards, with ``concurrency`` calls in flight."""
     callers = max(1, cluster.connect().cpus)
-    ledger = ray.remote(Ledger).options(num_cpus=0).remote(concurrency)
+    ledger = ray.remote(AttemptLedger).options(num_cpus=0).remote(concurrency)
     task = ray.remote(call).options(num_cpus=0)
     names = [f"data/guidance=0.0/shard-{index:06d}.parquet" for index in range(shards)]
     calls_per_process = max(1, concurrency // callers)

@@ -32,7 +32,7 @@ def measure(setting: Setting) -> list[Measurement]:
 
 
 def online_batches(setting: Setting) -> Callable[[int], Interval]:
-    """Return a function that noises data to the start of an interval and runs the teacher through the interval.
+    """Return a function that adds noise to data up to the start of an interval and runs the teacher to its end.
 
     This is Algorithm 1 of arXiv 2509.21513 with one interval per batch.
     """

@@ -28,7 +28,7 @@ class Peaks(NamedTuple):
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """Compare rollouts with ten times the trajectories and with four times the rows per shard with a plain rollout."""
+    """Compare a plain rollout with ten times the trajectories, and with shards of four times the rows."""
     if not os.access(RESET_FILE, os.W_OK):
         log.warning(f"benchmark: skipping peak-memory, because this machine has no writable {RESET_FILE}.")
         return []

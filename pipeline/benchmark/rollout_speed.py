@@ -26,7 +26,7 @@ SCALING_BAR = 0.9
 
 
 def measure(setting: Setting) -> list[Measurement]:
-    """Compare one actor with a bare loop, and two actors and as many as the cluster can run with one actor.
+    """Compare one actor with a bare loop, and one actor with two and with as many as the cluster can run.
 
     Without a GPU, also compare two concurrent bare loops with one. Two cores share memory bandwidth and clock speed, so
     this ratio is an upper limit for two actors.

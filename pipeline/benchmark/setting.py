@@ -14,7 +14,7 @@ from pipeline import store
 from pipeline.benchmark.spec import CALLS_PER_SHARD, BenchmarkSpec
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import RolloutSpec
-from pipeline.rollout import Outcome, compute_shards, make_plan, seal
+from pipeline.rollout import ShardOutcome, compute_shards, make_plan, seal
 
 ACTOR_START_SECONDS = 600
 STORE_FACTOR = 3
@@ -77,7 +77,7 @@ def save_untrained(path: str, spec: BenchmarkSpec) -> None:
     save_model(path, config, network.state_dict())
 
 
-def compute_unsealed(spec: RolloutSpec) -> list[Outcome]:
+def compute_unsealed(spec: RolloutSpec) -> list[ShardOutcome]:
     """Compute the shards of a new store after all actors have started. Return the outcomes in order of completion."""
     context = ray.data.DataContext.get_current()
     before = context.wait_for_min_actors_s

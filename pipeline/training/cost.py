@@ -1,4 +1,4 @@
-"""What a training costs and where it runs, for the lines before it starts and for the tracked run."""
+"""Describes the cost of a training run and its workers, for the log and for the tracked run."""
 
 from kac.networks import NetworkConfig
 from kac.networks.cost import TRAINING_CALLS, network_cost, short
@@ -16,7 +16,7 @@ def describe_cost(
     rows: int,
     calls: float = 1.0,
 ) -> str:
-    """Describe the updates, samples and operations of a training on ``rows`` samples, in one line.
+    """Describe the updates, samples and operations of training on ``rows`` samples, in one line.
 
     Args:
         calls: network calls per sample of an update.

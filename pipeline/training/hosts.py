@@ -32,7 +32,7 @@ OnReport = Callable[[dict[str, float]], None]
 
 
 class WorkerGroup(NamedTuple):
-    """The workers that run a training, and their resources."""
+    """The workers of a training run and their resources."""
 
     workers: int | Range  # of Ray Train; 0 means this process
     use_gpu: bool  # whether each worker uses a GPU or a fraction of one
@@ -53,7 +53,7 @@ class WorkerGroup(NamedTuple):
 
 
 def choose_workers(spec: TeachSpec | DistillSpec) -> WorkerGroup:
-    """Choose the workers of a training and their resources.
+    """Choose the workers of a training run and their resources.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
     no GPU yet; there both ``workers`` and ``gpu`` must be set.
@@ -169,7 +169,7 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
                 name=TRAINING_FOLDER,
                 storage_path=location.path,
                 storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
-                # Only recovery.fit restarts a failed training.
+                # Only recovery.fit restarts failed runs.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # the log files are complete
                 checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -1,6 +1,6 @@
 """The training loop: updates, metrics, checkpoints and a progress bar, independent of where it runs.
 
-An update depends only on (task, update, rank, world size), so a resumed training gives the same result as an
+An update depends only on (task, update, rank, world size), so a resumed run gives the same result as an
 uninterrupted one. Logged metrics are means over all workers.
 """
 
@@ -91,7 +91,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     window = _Window(learner, job.task.optimizer.batch_size, worker)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=worker.rank == 0)
     time_left = _TimeLeft(job.title, first, total)
-    # A resumed training repeats the updates since its checkpoint, or all updates. The run has their metrics already.
+    # A resumed run repeats the updates since its checkpoint. Their metrics are already logged.
     logged = _LoggedSteps(job.run, is_logging=worker.rank == 0)
     checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker, first, LOG_UPDATES)
     state = resume
@@ -146,7 +146,7 @@ def _validate(job: Job, learner: Learner, update: int, logged: "_LoggedSteps") -
 
 
 class _LoggedSteps:
-    """The steps that the tracked run had when the training resumed, so that no metric is logged twice."""
+    """The steps that the tracked run had before training resumed, so that no metric is logged twice."""
 
     def __init__(self, run: TrackedRun, is_logging: bool) -> None:
         self.run, self.is_logging = run, is_logging
@@ -212,7 +212,7 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 class _TimeLeft:
-    """Logs once how long the training will take, after enough updates for an estimate."""
+    """Logs the estimated remaining time once, after enough updates for an estimate."""
 
     def __init__(self, title: str, first: int, total: int) -> None:
         self.title, self.first, self.total = title, first, total

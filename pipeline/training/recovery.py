@@ -1,13 +1,13 @@
-"""Restarts a training on Ray Train workers from its last checkpoint, as long as it makes progress.
+"""Restarts training on Ray Train workers from the last checkpoint, as long as it makes progress.
 
 Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because
-- Ray Train counts failures over the whole training, and days on unreliable nodes exceed any limit. Here the count
+- Ray Train counts failures over the whole run, and days on unreliable nodes exceed any limit. Here the count
   restarts at every new checkpoint.
 - Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is logged,
   reported to the autoscaler and limited.
 - Ray Train fails if an elastic group requests resources that other jobs use. Here a smaller group starts.
 - Ray Train prints two hundred lines of tracebacks for a lost worker. Here it is one line, and only a bug that ends the
-  training shows its traceback, once.
+  run shows its traceback, once.
 """
 
 import time
@@ -25,7 +25,7 @@ from pipeline.cluster.placement import Share
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 
 MAX_FAILURES = 3
-"""A training ends with an error after more failures than this without a new checkpoint."""
+"""Training stops with an error after more failures than this without a new checkpoint."""
 
 WAIT_SECONDS = 1200.0
 """How long to wait for nodes that replace lost ones. An autoscaler starts them within minutes or not at all."""

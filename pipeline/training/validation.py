@@ -61,7 +61,7 @@ class Validation:
 
     Attributes:
         every: updates between two validations; 0 means never. None means a tenth of all updates, but at least
-            ``MIN_UPDATES``; never if one validation takes more network calls than the training.
+            ``MIN_UPDATES``; never if one validation takes more network calls than training itself.
         config: of the model in training.
         held_out: the held-out rows of a student's store.
     """

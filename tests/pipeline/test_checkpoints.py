@@ -23,7 +23,7 @@ class Clock:
 def saved_at(
     total: int, updates: int, seconds: float, update_seconds: float, saving: float, first: int = 0
 ) -> list[tuple[int, float]]:
-    """The updates after which a training saves, each with the seconds since the previous checkpoint."""
+    """The updates after which a run saves, each with the seconds since the previous checkpoint."""
     clock = Clock()
     checkpoints = CheckpointSchedule(updates, seconds, HERE, first, EVERY, clock)
     checkpointed, before = [], clock.now

@@ -1,4 +1,4 @@
-"""When a training on workers restarts, waits or ends. A fake trainer fails like the trainers of Ray Train."""
+"""When training on workers restarts, waits or stops. A fake trainer fails like the trainers of Ray Train."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Validation during training: its metrics, how often it runs, and that it does not change the training."""
+"""Validation during training: its metrics, how often it runs, and that it does not affect training."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_validation_costs_a_small_part_of_the_training(teacher: str):
         assert validation.samples == samples
         assert validation.is_due(updates)
     tiny = OptimizerConfig(updates=4, batch_size=8)
-    assert not Validation(None, config, tiny).is_due(4), "one validation would take longer than the training"
+    assert not Validation(None, config, tiny).is_due(4), "one validation would take longer than training"
     assert Validation(2, config, tiny).is_due(4)
 
 
