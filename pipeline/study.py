@@ -1,19 +1,18 @@
-"""Study: what the papers of Kac flows claim, measured on a teacher, its store, its students and a Gaussian rival.
+"""Study: test the claims of the papers on Kac flows with a teacher, its store, its students and a Gaussian rival.
 
-Each claim is a module of ``kac/study/``; here stands what it is given, and what is told of what it found. A claim whose
-inputs are missing is left out, with a line that says so.
+Each claim has a module in ``kac/study/`` that measures it. This module opens the inputs and describes the results. A
+claim without its inputs is left out, with the reason.
 """
 
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kac.conditioning import guidance_problem, known_classes
 from kac.data import Dataset
@@ -37,7 +36,7 @@ from kac.study.stability import stability
 from kac.study.subject import Subject
 from kac.util import files
 from kac.util.device import default_device
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.images import delivered
 from kac.util.log import log
 from kac.util.options import flatten
@@ -54,33 +53,33 @@ STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was found of a claim."""
+class ClaimResult:
+    """The measurements of a claim."""
 
-    text: str  # its line in the table
-    values: dict[str, Any]  # its entry in study.json, by model where there are several
-    metrics: dict[str, float]  # of MLflow: MEASURE/MODEL, or MEASURE
+    text: str  # line in the printed table
+    values: dict[str, Any]  # entry in study.json; by model if there are several
+    metrics: dict[str, float]  # for MLflow, named MEASURE/MODEL or MEASURE
     picture: bytes = field(repr=False)
 
 
-Outcome = Finding | str
-"""What was found, or why nothing was looked for."""
+Outcome = ClaimResult | str
+"""The result of a claim, or the reason why the claim is left out."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that is studied, opened but not loaded."""
+    """The models, the store and the data of a study. Networks are loaded on first use."""
 
     spec: StudySpec
     teacher: ModelConfig
-    students: tuple[tuple[str, ModelConfig], ...]  # path and config
+    students: tuple[tuple[str, ModelConfig], ...]  # folder and config
     rival: ModelConfig | None
     store: store.Store | None
     data: Dataset
 
     @functools.cached_property
     def spaces(self) -> list[FeatureSpace]:
-        """Pixels, and the classifier's features if there are several classes."""
+        """The feature spaces: pixels, and the classifier's features if there are several classes."""
         names = [PIXELS, *(["classifier"] if self.teacher.num_classes > 1 else [])]
         return [open_space(name, self.data, default_device()) for name in names]
 
@@ -91,17 +90,17 @@ class Inputs:
 
     @functools.cached_property
     def floor(self) -> tuple[int, dict[str, float]]:
-        """Held-out images, as many as samples if there are so many: their count, and Frechet distances by space."""
+        """The count of held-out images, at most ``samples``, and their Frechet distances by feature space."""
         count = min(self.spec.samples, len(self.data.held_out))
         chosen = torch.randperm(len(self.data.held_out), generator=torch.Generator().manual_seed(0))[:count]
-        found = moments_in(self.spaces, [delivered(self.data.held_out.rows(chosen).images)])
-        return count, {name: frechet_distance(self.train[name], moments) for name, moments in found.items()}
+        by_space = moments_in(self.spaces, [delivered(self.data.held_out.rows(chosen).images)])
+        return count, {name: frechet_distance(self.train[name], moments) for name, moments in by_space.items()}
 
-    def teaching(self, guidance: float = 0.0, steps: int = 1) -> Sampling:
-        """How the teacher is sampled: as for the store; without one in the usual way, in a multiple of ``steps``.
+    def _teacher_sampling(self, guidance: float, steps: int) -> Sampling:
+        """The teacher's sampling: as in the store, or else the default with a multiple of ``steps`` solver steps.
 
         Raises:
-            ArgumentError: guidance of a teacher that cannot be guided.
+            ArgumentError: the teacher cannot be guided.
         """
         if self.store is not None:
             check_guidance(self.teacher, [guidance])
@@ -110,31 +109,32 @@ class Inputs:
         return teacher_sampling(self.teacher, guidance, -(-TEACHER_STEPS // steps) * steps)
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
-        """The teacher."""
-        return self._subject("teacher", self.spec.teacher, self.teacher, self.teaching(guidance, steps))
+        """The teacher, with a number of solver steps that ``steps`` divides unless the store fixes it."""
+        return self._subject("teacher", self.spec.teacher, self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
-        """The teacher and its rival, sampled alike without guidance."""
+        """The teacher and the rival, with the same sampling and without guidance."""
         if self.rival is None:
             return [self.teacher_subject()]
         assert self.spec.rival is not None
-        return [self.teacher_subject(), self._subject("rival", self.spec.rival, self.rival, self.teaching())]
+        rival = self._subject("rival", self.spec.rival, self.rival, self._teacher_sampling(0.0, 1))
+        return [self.teacher_subject(), rival]
 
     def student_subjects(self, guidance: float | None = None) -> list[Subject]:
-        """The students; one that takes any step count is several.
+        """The students; an any-step student once per step count.
 
         Args:
-            guidance: only those that can be sampled at this scale; None: all, each at its own.
+            guidance: keep only students that can be sampled at this scale. None keeps all, each at its own scale.
         """
-        found = []
+        subjects = []
         for path, config in self.students:
             scales = config.guidance_scales if config.takes_guidance else (config.guidance,)
             if guidance is not None and guidance not in scales:
                 continue
             for steps in self._step_counts(config):
                 name = path.rsplit("/", 1)[-1] + (f"@{steps}" if config.is_any_step else "")
-                found.append(self._subject(name, path, config, student_sampling(config, steps, guidance)))
-        return found
+                subjects.append(self._subject(name, path, config, student_sampling(config, steps, guidance)))
+        return subjects
 
     def _step_counts(self, config: ModelConfig) -> list[int | None]:
         if not config.is_any_step:
@@ -149,19 +149,22 @@ class Inputs:
 
     @functools.cached_property
     def _networks(self) -> Callable[[str], VelocityNetwork]:
-        """Each network is loaded once, and compiled once where that is done."""
+        """Loads each network once, and compiles it once if ``precision.compile`` is set."""
         return functools.cache(lambda path: self.spec.precision.wrap(load_model(path, default_device()).network))
 
 
 def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[str, str]:
-    """Measure every claim, print a line for each, write ``study.json`` and the pictures; returns the lines by claim.
+    """Measure every claim, print one line per claim, and write ``study.json`` and the pictures.
+
+    Returns:
+        The printed lines by claim.
 
     Raises:
-        DistillKacError: a model or the store is missing or not of this teacher, or the rival is no fair one.
+        DistillKacError: a model or the store is missing or belongs to another teacher, or the rival is not comparable.
     """
     spec = spec.settled(torch.cuda.is_available)
-    places = {name: getattr(spec, name) for name in ("teacher", "store", "rival", "out")}
-    absolute = {name: cluster.absolute(place) for name, place in places.items() if place is not None}
+    paths = {name: getattr(spec, name) for name in ("teacher", "store", "rival", "out")}
+    absolute = {name: cluster.absolute(path) for name, path in paths.items() if path is not None}
     spec = spec.model_copy(update={**absolute, "students": tuple(map(cluster.absolute, spec.students))})
     inputs = _open(spec)
     check_apart(spec, {"`data.root` of the teacher": inputs.teacher.data.root})
@@ -169,20 +172,21 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
         log.info(f"study: {spec.out} is complete: nothing to do")
         claims = json.loads(files.read_bytes(files.join(spec.out, STUDY_FILE)))["claims"]
-        return _print({claim: found["found"] for claim, found in claims.items()})
+        return _log_table({claim: entry["found"] for claim, entry in claims.items()})
     fingerprint = spec.fingerprint(**content)
     with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=_traced(inputs), output=spec.out, parent=parent
+        spec=spec, fingerprint=fingerprint, inputs=_fingerprints(inputs), output=spec.out, parent=parent
     ) as run:
         outcomes: dict[str, Outcome] = {}
         for claim in spec.claims:
             outcomes[claim] = MEASURES[claim](inputs)
             _track(spec, run, fingerprint, claim, outcomes[claim])
         _write(spec, run, fingerprint, outcomes)
-    return _print({claim: _line(outcome) for claim, outcome in outcomes.items()})
+    return _log_table({claim: _line(outcome) for claim, outcome in outcomes.items()})
 
 
 def _open(spec: StudySpec) -> Inputs:
+    """Open the inputs and check that they belong together."""
     teacher = load_teacher_config(spec.teacher)
     data = learned_data(spec.teacher, teacher)
     folders = [path for given in spec.students for path in student_folders(given)]
@@ -190,41 +194,44 @@ def _open(spec: StudySpec) -> Inputs:
     check_guidance(teacher, [w for _, config in students if (w := config.guidance) is not None])
     names = [path.rsplit("/", 1)[-1] for path in folders]
     if len(set(names)) < len(names):
-        raise DistillKacError(f"`students`: expected folders of different names, found {', '.join(names)}: rename one")
+        raise ArgumentError(f"`students` have the same folder name ({', '.join(names)}). Rename one of the folders.")
     opened = None if spec.store is None else store.open(spec.store)
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{spec.store}: expected a store of the teacher {teacher.weights_sha256[:12]}... in {spec.teacher}, found "
-            f"one of {opened.identity.teacher_sha256[:12]}...: give its own teacher"
+            f"{spec.store} is a store of another teacher ({opened.identity.teacher_sha256[:12]}...) than "
+            f"{spec.teacher} ({teacher.weights_sha256[:12]}...). Give the store's own teacher."
         )
-    return Inputs(spec, teacher, students, _rival(spec, teacher), opened, data)
+    return Inputs(spec, teacher, students, _check_rival(spec, teacher), opened, data)
 
 
-def _rival(spec: StudySpec, teacher: ModelConfig) -> ModelConfig | None:
-    """The config of the rival, if it is a fair one."""
+def _check_rival(spec: StudySpec, teacher: ModelConfig) -> ModelConfig | None:
+    """The config of the rival, after a check that it is comparable with the teacher."""
     if spec.rival is None:
         return None
     rival = load_teacher_config(spec.rival)
     if rival.path.kind != "gaussian":
-        raise DistillKacError(f"{spec.rival}: expected a rival with a gaussian path, found {rival.path.kind}")
+        raise ArgumentError(f"`rival` {spec.rival} has a {rival.path.kind} path. Choose a rival with a gaussian path.")
     if bool(known_classes(rival)) != bool(known_classes(teacher)):
-        found = "a conditional" if known_classes(rival) else "an unconditional"
-        raise DistillKacError(f"{spec.rival}: expected a rival conditioned as the teacher is, found {found} one")
+        kinds = ("conditional", "unconditional") if known_classes(rival) else ("unconditional", "conditional")
+        raise ArgumentError(f"`rival` {spec.rival} is {kinds[0]}, but the teacher is {kinds[1]}. Choose another rival.")
     if rival.data_sha256 != teacher.data_sha256:
-        raise DistillKacError(
-            f"{spec.rival}: expected a rival of the teacher's data {teacher.data_sha256[:12]}..., found one of "
-            f"{rival.data_sha256[:12]}...: train it on the same"
+        raise ArgumentError(
+            f"`rival` {spec.rival} learned other data ({rival.data_sha256[:12]}...) than the teacher "
+            f"({teacher.data_sha256[:12]}...). Train the rival on the teacher's data."
         )
     ours, theirs = _budget(spec.teacher, teacher), _budget(spec.rival, rival)
     unequal = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     if unequal:
-        told = ", ".join(f"{name} {ours[name]} (found {theirs[name]})" for name in unequal)
-        raise DistillKacError(f"{spec.rival}: expected a rival of the same network and budget: {told}: train one")
+        differences = ", ".join(f"{name} is {theirs[name]} instead of {ours[name]}" for name in unequal)
+        raise ArgumentError(
+            f"`rival` {spec.rival} has another network or training budget than the teacher: {differences}. Train a "
+            "rival with the same values."
+        )
     return rival
 
 
 def _budget(path: str, config: ModelConfig) -> dict[str, Any]:
-    """The network, and what its training took if the folder says it: converted teachers do not."""
+    """The options of the network, and the updates and batch size of its training unless the teacher was converted."""
     network = flatten({"network": config.network.model_dump(mode="json")})
     try:
         options = json.loads(files.read_bytes(files.join(path, outputs.SPEC_FILE)))["options"]
@@ -235,7 +242,7 @@ def _budget(path: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _content(inputs: Inputs) -> dict[str, Any]:
-    """What the fingerprint of a study says of its inputs."""
+    """The inputs in the fingerprint of a study."""
     students = {path.rsplit("/", 1)[-1]: config.weights_sha256 for path, config in inputs.students}
     models: dict[str, Any] = {"teacher": inputs.teacher.weights_sha256, "students": students}
     if inputs.rival is not None:
@@ -247,8 +254,8 @@ def _content(inputs: Inputs) -> dict[str, Any]:
     return {**models, "store": {"identity": inputs.store.identity.fingerprint(), "guidance": w, "rows": rows}}
 
 
-def _traced(inputs: Inputs) -> dict[str, str]:
-    """The inputs by the fingerprints that MLflow knows them by."""
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    """The fingerprints of the inputs, for the tags of the run."""
     students = {f"student.{path.rsplit('/', 1)[-1]}": config.fingerprint for path, config in inputs.students}
     rival = {} if inputs.rival is None else {"rival": inputs.rival.fingerprint}
     rollout = {} if inputs.store is None else {"rollout": inputs.store.identity.fingerprint()}
@@ -256,13 +263,13 @@ def _traced(inputs: Inputs) -> dict[str, str]:
 
 
 def _track(spec: StudySpec, run: tracking.TrackedRun, fingerprint: str, claim: str, outcome: Outcome) -> None:
-    """Write the picture of a claim, and log it with its metrics, as soon as they are there."""
+    """Write the picture of a claim, and log it with the claim's metrics."""
     if isinstance(outcome, str):
         return
-    # MLflow takes letters, digits and few signs in a name.
+    # MLflow allows only some characters in a name.
     named = {re.sub(r"[^\w./ -]", "_", f"{claim}/{name}"): value for name, value in outcome.metrics.items()}
     finite = {name: value for name, value in named.items() if math.isfinite(value)}
-    tracking.declare(*(Metric(name, f"of the claim {claim}, as in {STUDY_FILE}") for name in finite))
+    tracking.declare(*(Metric(name, f"measures the claim {claim}; see {STUDY_FILE}") for name in finite))
     run.metrics(finite)
     picture = f"{claim}.png"
     outputs.check_owner(spec.out, fingerprint)
@@ -286,15 +293,15 @@ def _line(outcome: Outcome) -> str:
     return f"left out: {outcome}" if isinstance(outcome, str) else outcome.text
 
 
-def _print(lines: dict[str, str]) -> dict[str, str]:
-    """The table: a line a claim."""
+def _log_table(lines: dict[str, str]) -> dict[str, str]:
+    """Log one line per claim; returns ``lines``."""
     width = max(map(len, lines))
     log.info("\n".join(f"{claim.ljust(width)}  {line}" for claim, line in lines.items()))
     return lines
 
 
 def _finite(value: Any) -> Any:
-    """Plain values, with null for what JSON has no word for."""
+    """A copy for JSON, with None instead of NaN and infinity."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -305,88 +312,88 @@ def _finite(value: Any) -> Any:
 def _stability(inputs: Inputs) -> Outcome:
     if not inputs.students:
         return "no `students`"
-    found, apart = {}, []
+    found, left_out = {}, []
     for student in inputs.student_subjects():
         w, steps = student.config.guidance, student.sampling.steps
         assert w is not None
         teacher = inputs.teacher_subject(w, steps)
         if teacher.sampling.steps % steps:
             reason = f"its {steps} steps do not divide the teacher's {teacher.sampling.steps}"
-            apart.append(f"{student.name}: left out, since {reason}")
+            left_out.append(f"{student.name}: left out, because {reason}")
         else:
             found[student.name] = stability(teacher, student)
     if not found:
-        return "; ".join(apart) or "no step count of `steps` divides the store's knots"
-    told: list[str] = []
+        return "; ".join(left_out) or "no step count of `steps` divides the store's knots"
+    lines: list[str] = []
     metrics: dict[str, float] = {}
     for name, knots in found.items():
         beyond = [f"{knot.t:g}" for knot in knots if not knot.holds]
-        verdict = f"inequality broken at t = {', '.join(beyond)}" if beyond else "inequality kept at every knot"
+        verdict = f"violated at t = {', '.join(beyond)}" if beyond else "holds at every knot"
         worst = max(knot.error for knot in knots)
-        told.append(f"{name}: error {worst:.4f} at most, bound {knots[-1].bound:.4f} at the image, {verdict}")
+        lines.append(f"{name}: error at most {worst:.4f}, bound at the image {knots[-1].bound:.4f}, bound {verdict}")
         metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
         metrics |= {f"image_bound/{name}": knots[-1].bound, f"knots_beyond/{name}": float(len(beyond))}
     values = {name: [{**knot._asdict(), "holds": knot.holds} for knot in knots] for name, knots in found.items()}
-    return Finding("; ".join([*told, *apart]), values, metrics, study_pictures.stability(found))
+    return ClaimResult("; ".join([*lines, *left_out]), values, metrics, study_pictures.stability(found))
 
 
 def _speed(inputs: Inputs) -> Outcome:
     limit = inputs.teacher.path.build().speed_limit()
     if not math.isfinite(limit):
         return "the teacher's path has no speed limit"
-    # Guidance has a limit of its own: students with a scale in their weights are no witnesses.
+    # Guided velocities have another limit, so students with guidance in their weights are not measured.
     teacher, *rival = inputs.teachers()
     found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
-    told = [f"{name} at most {met.largest:.2f}, {100 * met.share_beyond:.2g} % beyond" for name, met in found.items()]
+    lines = [f"{name} at most {s.largest:.2f}, {100 * s.share_beyond:.2g} % beyond" for name, s in found.items()]
     values = {
-        name: {"largest": met.largest, "share_beyond": met.share_beyond, "density": met.density()[1]}
-        for name, met in found.items()
+        name: {"largest": s.largest, "share_beyond": s.share_beyond, "density": s.density()[1]}
+        for name, s in found.items()
     }
-    metrics = {f"largest/{name}": met.largest for name, met in found.items()}
-    metrics |= {f"share_beyond/{name}": met.share_beyond for name, met in found.items()}
-    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(told)}"
-    return Finding(text, {"limit": limit, "models": values}, metrics, study_pictures.speed(found, limit))
+    metrics = {f"largest/{name}": s.largest for name, s in found.items()}
+    metrics |= {f"share_beyond/{name}": s.share_beyond for name, s in found.items()}
+    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(lines)}"
+    return ClaimResult(text, {"limit": limit, "models": values}, metrics, study_pictures.speed(found, limit))
 
 
 def _solver(inputs: Inputs) -> Outcome:
     found = {s.name: list(quality_by_solver(s, inputs.spaces, inputs.train)) for s in inputs.teachers()}
     space = inputs.spaces[-1].name
-    told: list[str] = []
+    lines: list[str] = []
     metrics: dict[str, float] = {}
     for name, points in found.items():
         for method in METHODS:
             distances = [f"{point.distances[space]:.4f}" for point in points if point.method == method]
-            told.append(f"{name} {method} {' '.join(distances)}")
+            lines.append(f"{name} {method} {' '.join(distances)}")
         for point in points:
-            for where, distance in point.distances.items():
-                metrics[f"frechet_distance_{where}_{point.method}_{point.steps}/{name}"] = distance
+            for space_name, distance in point.distances.items():
+                metrics[f"frechet_distance_{space_name}_{point.method}_{point.steps}/{name}"] = distance
     values = {name: [point._asdict() for point in points] for name, points in found.items()}
     count, floor = inputs.floor
     real = f"{count:,} held-out images {floor[space]:.4f}"
-    text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(told)}; {real}"
+    text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}; {real}"
     picture = study_pictures.solver(found, count, floor)
-    return Finding(text, {"held_out": {"count": count, "distances": floor}, **values}, metrics, picture)
+    return ClaimResult(text, {"held_out": {"count": count, "distances": floor}, **values}, metrics, picture)
 
 
 def _guidance(inputs: Inputs) -> Outcome:
     if reason := guidance_problem(inputs.teacher):
         return reason
-    judge = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
-    found = list(effect_of_guidance(inputs.teacher_subject(), judge))
+    classifier = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
+    found = list(effect_of_guidance(inputs.teacher_subject(), classifier))
     first, last = found[0], found[-1]
-    told = [
+    parts = [
         f"kinetic energy {first.kinetic_energy:.4g} to {last.kinetic_energy:.4g}",
         f"out of range {first.out_of_range:.2%} to {last.out_of_range:.2%}",
     ]
     if first.agreement is not None and last.agreement is not None:
-        told.append(f"label agreement {first.agreement:.2%} to {last.agreement:.2%}")
+        parts.append(f"label agreement {first.agreement:.2%} to {last.agreement:.2%}")
     metrics: dict[str, float] = {}
     for point in found:
         measured = point._asdict()
         w = measured.pop("guidance")
         metrics |= {f"{name}/w={w:g}": value for name, value in measured.items() if value is not None}
-    text = f"w = {first.guidance:g} to {last.guidance:g}: {', '.join(told)}"
-    return Finding(text, {"teacher": [p._asdict() for p in found]}, metrics, study_pictures.guidance(found))
+    text = f"w = {first.guidance:g} to {last.guidance:g}: {', '.join(parts)}"
+    return ClaimResult(text, {"teacher": [p._asdict() for p in found]}, metrics, study_pictures.guidance(found))
 
 
 def _memorisation(inputs: Inputs) -> Outcome:
@@ -394,25 +401,22 @@ def _memorisation(inputs: Inputs) -> Outcome:
         return "no `store`"
     identity, w = inputs.store.identity, min(inputs.store.guidance)
     if identity.source == "forward":
-        return "a forward store has energies of intervals alone"
+        return "a forward store has only the energies of single intervals"
     last = knot_column(identity.knots, identity.knots)
     rows = inputs.store.first(inputs.spec.samples, w, [LABEL, KINETIC_ENERGY, last])
     pixels = inputs.spaces[0]
-    made = pixels(delivered(rows[last].float()))
-    distance = _nearest(made, (pixels(part) for part in images_in_parts(inputs.data)))
+    samples = pixels(delivered(rows[last].float()))
+    parts = (pixels(part) for part in images_in_parts(inputs.data))
+    distance = torch.stack([nearest_distances(samples, part) for part in parts]).amin(0)
     found = energy_and_nearness(rows[KINETIC_ENERGY], distance, rows[LABEL])
     text = (
-        f"w = {w:g}, {len(distance):,} trajectories: energy against distance to the nearest training image: Spearman "
-        f"{found.correlation:+.3f} (p = {found.p_value:.1g}), within classes {found.within_classes:+.3f}; the most "
-        f"energetic twentieth at {found.energetic_ratio:.3f} of the mean distance"
+        f"w = {w:g}, {len(distance):,} trajectories, energy against distance to the nearest training image: Spearman "
+        f"{found.correlation:+.3f} (p = {found.p_value:.1g}), within classes {found.within_classes:+.3f}; distance of "
+        f"the 5 % with the most energy: {found.energetic_ratio:.3f} of the mean"
     )
     metrics = {name: float(value) for name, value in found._asdict().items()}
     picture = study_pictures.memorisation(rows[KINETIC_ENERGY], distance, rows[LABEL], found)
-    return Finding(text, {"guidance": w, **found._asdict()}, metrics, picture)
-
-
-def _nearest(rows: Tensor, parts: Iterable[Tensor]) -> Tensor:
-    return torch.stack([nearest_distances(rows, part) for part in parts]).amin(0)
+    return ClaimResult(text, {"guidance": w, **found._asdict()}, metrics, picture)
 
 
 def _marginals(inputs: Inputs) -> Outcome:
@@ -420,7 +424,7 @@ def _marginals(inputs: Inputs) -> Outcome:
         return "no `store`"
     identity, w = inputs.store.identity, min(inputs.store.guidance)
     if identity.source == "forward":
-        return "the states of a forward store are noised data to begin with"
+        return "the states of a forward store are noised data already"
     if w != 0:
         return "the store has no trajectories without guidance"
     path, generator = inputs.teacher.path.build(), torch.Generator().manual_seed(inputs.spec.seed)
@@ -431,33 +435,33 @@ def _marginals(inputs: Inputs) -> Outcome:
         found.append(marginal(states, t, path, inputs.data, generator))
     image, worst = found[-1], max(found, key=lambda each: each.distance / each.floor)
     text = (
-        f"w = {w:g}: squared sliced W2 {image.distance:.5f} at the image, where the floor is {image.floor:.5f}; "
-        f"farthest from its floor at t = {worst.t:g}, {worst.distance / worst.floor:.1f} times"
+        f"w = {w:g}: squared sliced W2 {image.distance:.5f} at the image, with a floor of {image.floor:.5f}; "
+        f"the largest ratio to the floor is {worst.distance / worst.floor:.1f}, at t = {worst.t:g}"
     )
     metrics = {"image_distance": image.distance, "image_floor": image.floor}
     metrics |= {f"distance/t={each.t:g}": each.distance for each in found}
     values = {"guidance": w, "knots": [each._asdict() for each in found]}
-    return Finding(text, values, metrics, study_pictures.marginals(found))
+    return ClaimResult(text, values, metrics, study_pictures.marginals(found))
 
 
 def _plane(inputs: Inputs) -> Outcome:
     if inputs.teacher.sample_shape != (2,):
-        return "the samples are no points of the plane"
-    # A solver of one evaluation a step, whatever the store's: every state that is met is one of the trajectory.
-    apart = [replace(subject, sampling=subject.sampling._replace(solver="ab2")) for subject in inputs.teachers()]
-    found = {subject.name: travel(subject) for subject in apart}
+        return "the samples are not points of the plane"
+    # AB-2 evaluates the network once per step, so every evaluated state is on the trajectory.
+    subjects = [replace(subject, sampling=subject.sampling._replace(solver="ab2")) for subject in inputs.teachers()]
+    found = {subject.name: travel(subject) for subject in subjects}
     train = torch.cat(list(images_in_parts(inputs.data)))
-    told, values = [], {}
+    lines, values = [], {}
     metrics: dict[str, float] = {}
-    for name, way in found.items():
-        mean, largest = way.speed.mean(1), way.speed.amax(1)
-        measured = {"sliced_wasserstein": distance_to(train, way.samples), "fastest": largest.max().item()}
-        values[name] = {**measured, "t": way.t.tolist(), "mean": mean.tolist(), "largest": largest.tolist()}
-        metrics |= {f"{what}/{name}": value for what, value in measured.items()}
-        told.append(
+    for name, travelled in found.items():
+        mean, largest = travelled.speed.mean(1), travelled.speed.amax(1)
+        measured = {"sliced_wasserstein": distance_to(train, travelled.samples), "fastest": largest.max().item()}
+        values[name] = {**measured, "t": travelled.t.tolist(), "mean": mean.tolist(), "largest": largest.tolist()}
+        metrics |= {f"{measure}/{name}": value for measure, value in measured.items()}
+        lines.append(
             f"{name}: squared sliced W2 {measured['sliced_wasserstein']:.5f}, fastest {measured['fastest']:.2f}"
         )
-    return Finding("; ".join(told), values, metrics, study_pictures.plane(train, found))
+    return ClaimResult("; ".join(lines), values, metrics, study_pictures.plane(train, found))
 
 
 MEASURES: dict[str, Callable[[Inputs], Outcome]] = {
@@ -469,4 +473,4 @@ MEASURES: dict[str, Callable[[Inputs], Outcome]] = {
     "marginals": _marginals,
     "plane": _plane,
 }
-"""What each claim of ``StudySpec.claims`` measures."""
+"""The function that measures each claim of ``StudySpec.claims``."""

@@ -1,1 +1,1 @@
-"""Pages and plots."""
+"""HTML pages and plots."""

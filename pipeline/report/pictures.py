@@ -1,4 +1,4 @@
-"""Pictures: sheets of samples and the curve of quality against cost, as PNG bytes."""
+"""Sheets of samples, and plots of quality against cost, as PNG bytes."""
 
 import io
 import textwrap
@@ -12,16 +12,16 @@ from kac.metrics import Metric
 from kac.util.images import to_bytes
 
 CELL, GAP, FONT_SIZE = 64, 3, 14
-"""Pixels: the width that small images are enlarged to, the gap between images, the titles."""
+"""In pixels: the width of enlarged images, the gap between images, the height of titles."""
 
 
 def sheet(images: np.ndarray, columns: int = 10) -> bytes:
-    """Delivered samples [count, *sample] as a grid, row by row."""
+    """A grid of delivered samples [count, *sample], row by row."""
     return _png(_grid([images[i : i + columns] for i in range(0, len(images), columns)]))
 
 
 def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
-    """One titled row of delivered samples [count, *sample] a model, the same noise in each column."""
+    """One titled row of delivered samples [count, *sample] per model, with the same noise in each column."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(FONT_SIZE)
@@ -39,30 +39,30 @@ class Point(NamedTuple):
     """A model in a panel."""
 
     kind: str
-    curve: str  # models of one curve are joined: an any-step student's name, or that of all students of one step count
+    curve: str  # models of one curve are joined: the name of an any-step student, or one name for all other students
     guidance: float
     nfe: float
     value: float
 
 
 class Panel(NamedTuple):
-    """A metric against network evaluations."""
+    """A plot of a metric against network evaluations."""
 
     metric: Metric
-    points: Sequence[Point]  # of every model
-    real: float | None  # of held-out images
-    real_count: int  # how many there were
+    points: Sequence[Point]  # of all models
+    real: float | None  # value of held-out images
+    real_count: int  # number of held-out images
 
 
 TITLE_WIDTH = 80
-"""Letters a line above a panel."""
+"""Characters per line of a panel's title."""
 
 MARKERS, LINES = "osv^D", ("-", "--", "-.")
-"""By which curves of one guidance scale, and so of one colour, are told apart."""
+"""Styles that distinguish curves of one guidance scale, which share a colour."""
 
 
 def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
-    """The panels side by side."""
+    """Plot the panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
@@ -85,17 +85,17 @@ def _draw_curve(axis: Any, points: Sequence[Point]) -> None:
     curves = sorted({point.curve for point in points if point.kind == "student"})
     for number, w in enumerate(sorted({point.guidance for point in points})):
         colour = f"C{number}"
-        for place, curve in enumerate(curves):
+        for index, curve in enumerate(curves):
             students = sorted(
                 (p.nfe, p.value) for p in points if (p.kind, p.curve, p.guidance) == ("student", curve, w)
             )
             if students:
-                look = {
+                style = {
                     "color": colour,
-                    "marker": MARKERS[place % len(MARKERS)],
-                    "linestyle": LINES[place % len(LINES)],
+                    "marker": MARKERS[index % len(MARKERS)],
+                    "linestyle": LINES[index % len(LINES)],
                 }
-                axis.plot(*zip(*students, strict=True), label=f"{curve}, w = {w:g}", **look)
+                axis.plot(*zip(*students, strict=True), label=f"{curve}, w = {w:g}", **style)
         for teacher in (point for point in points if (point.kind, point.guidance) == ("teacher", w)):
             axis.plot([teacher.nfe], [teacher.value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
             axis.axhline(teacher.value, color=colour, linewidth=0.8, linestyle=":")
@@ -107,19 +107,19 @@ def _draw_curve(axis: Any, points: Sequence[Point]) -> None:
 
 
 def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of samples in one picture [height, width, 3], uint8; small images are enlarged by a whole factor."""
+    """Rows of samples as one picture [height, width, 3], uint8; small images are enlarged by a whole factor."""
     cells = [[_cell(sample) for sample in row] for row in rows]
     height, width = cells[0][0].shape[:2]
     factor, columns = max(1, CELL // width), max(map(len, cells))
     picture = np.full((len(cells), columns, height * factor + GAP, width * factor + GAP, 3), 255, np.uint8)
-    for place, row in zip(picture, cells, strict=True):
-        for cell, image in zip(place, row, strict=False):
-            cell[: height * factor, : width * factor] = image.repeat(factor, 0).repeat(factor, 1)
+    for picture_row, row in zip(picture, cells, strict=True):
+        for area, image in zip(picture_row, row, strict=False):
+            area[: height * factor, : width * factor] = image.repeat(factor, 0).repeat(factor, 1)
     return picture.swapaxes(1, 2).reshape(len(cells) * (height * factor + GAP), -1, 3)
 
 
 def _cell(sample: np.ndarray) -> np.ndarray:
-    """A sample as an image [height, width, 3], uint8; a point of the plane as a dot between -1.2 and 1.2."""
+    """A sample as an image [height, width, 3], uint8. A point becomes a dot in the square from -1.2 to 1.2."""
     if sample.ndim == 3:
         pixels = to_bytes(torch.from_numpy(sample[None]))[0].numpy()
         colours = pixels if len(pixels) == 3 else pixels[:1]

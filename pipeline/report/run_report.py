@@ -1,4 +1,4 @@
-"""Report: one self-contained HTML page of a finished run."""
+"""The report of an evaluation: one self-contained HTML page."""
 
 import json
 
@@ -9,24 +9,24 @@ from pipeline.evaluate.scores import Record, direction, head, provenance, read_r
 from pipeline.report import page
 
 LEAD = (
-    "The first row is held-out real images: what a perfect model would show. Samples of all models are from the same "
-    "noise; w is the guidance scale."
+    "The first row shows the scores of held-out real images, which a perfect model would reach. All models start from "
+    "the same noise; w is the guidance scale."
 )
 
 
 def mlflow_command(uri: str) -> str:
-    """How to look at the runs."""
+    """The command or the hint that shows the runs."""
     if uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {uri}"
     return f"open {tracking.without_password(uri)} in a browser"
 
 
 def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:
-    """Write the page ``out`` from an evaluation folder.
+    """Write the page ``out`` from the folder of an evaluation.
 
     Args:
         specs: heading -> JSON file with the options of a stage.
-        tracking_uri: where the runs are.
+        tracking_uri: of the MLflow server or file with the runs.
     """
     record = read_record(evaluation)
     samples, curve = (files.read_bytes(files.join(evaluation, name)) for name in (SAMPLES_PICTURE, CURVE_PICTURE))
@@ -35,12 +35,12 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         page.table(head(record), [row(record, score) for score in record.scores]),
         page.paragraph(*provenance(record), kind="note"),
         page.heading("Samples"),
-        page.paragraph("The same noise and label in each column; real images of that label on top."),
-        page.picture(samples, "samples of every model", _columns(record), is_wide=True),
+        page.paragraph("Each column has one noise and one label. The top row shows real images of that label."),
+        page.picture(samples, "samples of every model", _column_classes(record), is_wide=True),
         page.heading("Quality against cost"),
         page.picture(curve, "quality by network evaluations", is_wide=True),
-        page.heading("Every metric"),
-        _metrics(record),
+        page.heading("All metrics"),
+        _metrics_table(record),
         page.heading("Compare the runs in MLflow"),
         page.listing(mlflow_command(tracking_uri)),
         page.heading("Options"),
@@ -49,15 +49,15 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
     files.write_bytes(out, page.page(f"DistillKac: {title}", parts))
 
 
-def _columns(record: Record) -> str:
-    """The classes of the columns of the picture; empty if the record does not say."""
+def _column_classes(record: Record) -> str:
+    """A sentence with the classes of the picture's columns; empty without labels in the record."""
     names = dict(enumerate(record.class_names))
-    told = [f"{label} {names[label]}" if label in names else str(label) for label in record.shown_labels]
-    return f"Classes from left to right: {', '.join(told)}." if told else ""
+    classes = [f"{label} {names[label]}" if label in names else str(label) for label in record.shown_labels]
+    return f"Classes from left to right: {', '.join(classes)}." if classes else ""
 
 
-def _metrics(record: Record) -> str:
-    """One line a metric, with its meaning and every row's value."""
+def _metrics_table(record: Record) -> str:
+    """One line per metric, with its meaning and the value of every row."""
     lines = []
     for name, metric in record.metrics().items():
         values = [format(s.metrics[name], metric.format) if name in s.metrics else "" for s in record.scores]
