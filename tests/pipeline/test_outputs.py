@@ -61,7 +61,7 @@ def test_what_a_stopped_job_left_to_do_after_its_model_is_done_by_the_next(
 
 def test_after_a_divergence_the_advice_of_its_message_can_be_followed(tmp_path: Path):
     """The folder holds no checkpoint: a gentler spec may have it."""
-    with pytest.raises(DistillKacError, match=r"expected a finite loss.*: lower `optimizer.learning_rate`"):
+    with pytest.raises(DistillKacError, match=r"the loss is .*`optimizer.learning_rate`"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
     gentler = teach_spec(tmp_path / "out")
     assert teach(gentler).fingerprint == load_config(str(tmp_path / "out")).fingerprint
@@ -70,7 +70,7 @@ def test_after_a_divergence_the_advice_of_its_message_can_be_followed(tmp_path: 
 
 def test_after_a_divergence_on_workers_too(tmp_path: Path, ray_cluster: None):
     """Ray Train keeps records of a run without a checkpoint, and a run of the same name goes on with them."""
-    with pytest.raises(DistillKacError, match="expected a finite loss"):
+    with pytest.raises(DistillKacError, match="the loss is"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING, workers=1))
     teach(teach_spec(tmp_path / "out", workers=1))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

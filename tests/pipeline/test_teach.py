@@ -226,7 +226,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path: Path, capsys:
     assert len(runs_of("teach")) == before
     said = capsys.readouterr().out
     assert "60 updates of 64 samples, 3,840 in all: 2.7 epochs of 1,442" in said
-    assert re.search(r"[\d.]+ k parameters, [\d.]+ kFLOP a call, about [\d.]+ MFLOP in all", said)
+    assert re.search(r"[\d.]+ k parameters, [\d.]+ kFLOP per call, about [\d.]+ MFLOP in all", said)
 
 
 def test_samples_are_drawn_while_it_trains(tmp_path: Path):
