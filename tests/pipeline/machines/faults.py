@@ -30,7 +30,7 @@ class Stage(NamedTuple):
     """A stage that runs long enough for a fault in its middle.
 
     Attributes:
-        command: the job and its options; ``{plain}`` is the path of undisturbed outputs, ``{out}`` that of its own output.
+        command: the job and its options; ``{plain}`` is the path of undisturbed outputs, ``{out}`` of its own output.
         progress: path, with ``{out}`` in it, and name endings of the files that the stage writes while it runs.
         middle: number of these files in the middle of the stage.
         difference: compares the downloaded output with the undisturbed one; fails if exact parts differ.
