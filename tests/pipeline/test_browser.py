@@ -14,7 +14,7 @@ from tests.pipeline.test_sweep_answer import answer
 CHROMIUM = Path("/usr/bin/chromium")
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}")]
 
 
 @pytest.fixture(scope="module")

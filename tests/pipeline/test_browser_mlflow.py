@@ -15,7 +15,7 @@ from pipeline.sweep import sweep
 from tests.pipeline.test_browser import CHROMIUM, sync_api
 from tests.pipeline.tracking_servers import mlflow_server
 
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM}")]
 
 RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
 WAIT_MS = 60_000

@@ -32,7 +32,7 @@ teach(TeachSpec.model_validate_json(sys.argv[1]))
 """
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty folder, and an empty S3 prefix."""
     if request.param == "disk":

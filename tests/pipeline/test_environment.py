@@ -101,6 +101,7 @@ def test_paths_become_absolute_and_uris_are_kept(folder: Path, monkeypatch: pyte
     assert os.environ["DISTILLKAC_CACHE"] == "s3://bucket/cache"
 
 
+@pytest.mark.ray
 def test_every_trial_of_a_sweep_logs_to_a_relative_database(folder: Path, small_store: str, project_root: Path):
     options = ["--store", small_store, "--out", "sweep", "--steps", "1", "2", "--guidance", "0"]
     options += ["--optimizer.updates", "5", "--samples", "200"]

@@ -16,6 +16,8 @@ from tests.pipeline.machines.cluster import cluster_of_machines
 from tests.pipeline.machines.faults import PLAIN, Outcome, Trials, command_of, scores_difference, weights_difference
 from tests.pipeline.machines.network import missing_support
 
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.cluster, pytest.mark.slow]
+
 TOLERANCE = 1e-4
 """Tolerance for weights: two workers add their gradients in another order than one worker in two passes."""
 

@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 
 from pipeline.store import manifest
 
+pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
+
 TIMEOUT_SECONDS = 1200
 LIGHT_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 """Settings that keep MLflow's server from starting eight processes for its own jobs."""

@@ -13,6 +13,8 @@ from pipeline.sweep import Ledger
 from tests.pipeline.running import ROOT, WAIT_SECONDS
 from tests.pipeline.stages import runs_of
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 SPACES = {
     "grid": ["--grid", "steps=1,2", "guidance=0,1"],
     "optuna": ["--search", "optimizer.learning-rate=loguniform(1e-3,1e-2)", "--trials", "4", "--asha-metric", "loss"],
