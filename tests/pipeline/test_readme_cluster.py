@@ -33,7 +33,7 @@ def can_isolate() -> bool:
 
 def commands_of(readme: str) -> str:
     """The bash blocks of the section "One machine"."""
-    (section,) = re.findall(r"^### One machine\n(.*?)^### ", readme, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^## One machine\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
     return "\n".join(re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
 
 
@@ -53,7 +53,7 @@ def clone(project_root: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not can_isolate(), reason="needs root, unshare and ip")
 def test_the_readme_commands_for_one_machine_work(clone: Path, tmp_path: Path):
-    script = f"{SETUP}\nset -euo pipefail\n{commands_of((clone / 'README.md').read_text())}"
+    script = f"{SETUP}\nset -euo pipefail\n{commands_of((clone / 'pipeline/CLUSTER.md').read_text())}"
     home = tmp_path / "home"
     home.mkdir()
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **LIGHT_SERVER}
