@@ -20,7 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config_files import Values, read_options, recipe_names
 from kac.util.errors import ArgumentError, UnknownArgument, as_options
-from kac.util.options import kind_alone, nested_models
+from kac.util.options import expand_kind, nested_models
 from pipeline.config.specs import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
@@ -86,10 +86,10 @@ def _kinds(values: Values) -> Values:
 def _override(lower: Any, upper: Any) -> Any:
     """Merge nested values; ``upper`` wins. Values of another kind replace the lower ones completely."""
     if isinstance(lower, dict):
-        upper = kind_alone(upper)
+        upper = expand_kind(upper)
     if not isinstance(upper, dict):
         return upper
-    lower = {} if lower is None else kind_alone(lower)
+    lower = {} if lower is None else expand_kind(lower)
     if not isinstance(lower, dict):
         return lower  # pydantic will refuse it
     if upper.get("kind", lower.get("kind")) != lower.get("kind", upper.get("kind")):
@@ -102,7 +102,7 @@ def _with_defaults(model: type[BaseModel], given: Values) -> Values:
     values = dict(given)
     for name, field in model.model_fields.items():
         default, nested = field.get_default(call_default_factory=True), nested_models(field)
-        inner = kind_alone(given.get(name, {}))
+        inner = expand_kind(given.get(name, {}))
         if nested and isinstance(inner, dict) and (inner or isinstance(default, BaseModel)):
             defaults = default.model_dump() if isinstance(default, BaseModel) else {}
             if not defaults or inner.get("kind", defaults.get("kind")) != defaults.get("kind"):

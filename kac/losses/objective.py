@@ -8,12 +8,12 @@ from kac.losses.endpoint import EndpointConfig
 from kac.losses.flow_map import FlowMapConfig
 from kac.losses.protocol import Objective
 from kac.networks import Condition
-from kac.util.options import kind_alone
+from kac.util.options import expand_kind
 
 ObjectiveConfig = Annotated[
     EndpointConfig | FlowMapConfig,
     Field(discriminator="kind", description="training objective of the student"),
-    BeforeValidator(kind_alone),
+    BeforeValidator(expand_kind),
 ]
 """The config of any objective. The string "flow-map" is short for its default config."""
 

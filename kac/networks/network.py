@@ -12,12 +12,12 @@ from kac.networks.mlp import MLPConfig, ResidualMLP
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNet, UNetConfig
 from kac.networks.velocity import NetworkModule
-from kac.util.options import kind_alone
+from kac.util.options import expand_kind
 
 NetworkConfig = Annotated[
     MLPConfig | UNetConfig | DiTConfig | OutsideConfig,
     Field(discriminator="kind", description="kind of velocity network, with the options of this kind"),
-    BeforeValidator(kind_alone),
+    BeforeValidator(expand_kind),
 ]
 """The config of any kind. The command line, YAML files and a model's config.json use the same fields."""
 

@@ -56,9 +56,9 @@ class Options(BaseModel, metaclass=_Metaclass):
         except ValidationError as error:
             if not is_outermost:  # pydantic adds the names of the outer fields
                 raise
-            entry = dict(error.errors()[0])
-            kind = UnknownArgument if entry["type"] == "extra_forbidden" else ArgumentError
-            raise kind(_sentence(type(self), entry)) from None
+            entries = [dict(entry) for entry in error.errors()]
+            kind = UnknownArgument if entries[0]["type"] == "extra_forbidden" else ArgumentError
+            raise kind(_sentence(type(self), entries)) from None
         finally:
             _is_outermost.reset(token)
 
@@ -114,16 +114,16 @@ def _parse_literal(value: Any, members: Mapping[str, Any]) -> Any:
 
 
 class Kinded(Options):
-    """One kind of options in a union, distinguished by the field ``kind``. A kind's name stands for its defaults."""
+    """A member of a union whose discriminator is ``kind``. ``"name"`` is short for ``{"kind": "name"}``."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_kind(cls, values: Any) -> Any:
-        return kind_alone(values)
+        return expand_kind(values)
 
 
-def kind_alone(values: Any) -> Any:
-    """Convert a kind's name to ``{"kind": name}``; the ``BeforeValidator`` of a union discriminated by ``kind``."""
+def expand_kind(values: Any) -> Any:
+    """Expand ``"name"`` to ``{"kind": "name"}``: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
 
 
@@ -139,11 +139,9 @@ class Range:
         return f"{self.least}:{self.most}"
 
 
-def as_count(given: Any) -> int | Range:
+def as_count(value: Any) -> int | Range:
     """Parse ``N`` >= 0 or ``MIN:MAX`` with 1 <= MIN <= MAX; raises ``ValueError``."""
-    if isinstance(given, Range):
-        given = str(given)
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", str(given).strip())
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value).strip())
     if match and match[2] is None:
         return int(match[1])
     if match and 1 <= int(match[1]) <= int(match[2]):
@@ -186,13 +184,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_NAMED_VALUES = "should be named values"
-_PROBLEMS = {"model_type": _NAMED_VALUES, "model_attributes_type": _NAMED_VALUES, "tuple_type": "should be a list"}
+_MAPPING = "should be a mapping of names to values"
+_PROBLEMS = {"model_type": _MAPPING, "model_attributes_type": _MAPPING, "tuple_type": "should be a list"}
 """Replacements for pydantic messages that name Python types."""
 
 
-def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
-    """Describe one of pydantic's errors in a sentence that names the argument."""
+def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
+    """Describe the first of pydantic's errors in a sentence that names the argument."""
+    entry = entries[0]
     where, kind, found = ".".join(_argument_names(model, entry["loc"])), entry["type"], entry["input"]
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
@@ -206,13 +205,22 @@ def _sentence(model: type[BaseModel], entry: dict[str, Any]) -> str:
         if message.startswith("`"):  # a nested model names the argument itself
             return f"`{where}.{message[1:]}" if where and isinstance(found, dict) else message
         return f"`{where}` is {found!r}: {message}" if where else message
-    problem = f"should be {context['expected_tags']}" if "expected_tags" in context else _PROBLEMS.get(kind)
-    problem = problem or entry["msg"].removeprefix("Input ")
-    return f"`{where}` is {found!r}, but {problem}."
+    if "expected_tags" in context:
+        problem = f"be {' or '.join(context['expected_tags'].rsplit(', ', 1))}"
+    else:  # a union of types has one error per type
+        same = (other for other in entries if (other["loc"][:-1], other["input"]) == (entry["loc"][:-1], found))
+        problem = " or ".join(dict.fromkeys(map(_problem, same))).replace(" or be ", " or ")
+    return f"`{where}` is {found!r}, but should {problem}."
+
+
+def _problem(entry: dict[str, Any]) -> str:
+    """Return what a value should be, without the reason: "Input should be a valid integer, unable to parse ..."."""
+    message = _PROBLEMS.get(entry["type"], entry["msg"])
+    return re.sub(r"^.*?should |, (unable|got) .*| after validation.*", "", message)
 
 
 def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Return the argument names in an error's location, without the indices of tuples and the tags of unions."""
+    """Return the argument names in an error's location, without the indices of tuples and the types of unions."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)
@@ -220,4 +228,6 @@ def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> 
         if field is not None and field.discriminator:
             next(parts, None)
         models = nested_models(field)
+        if field is not None and not models and typing.get_origin(field.annotation) is not dict:
+            break
     return names

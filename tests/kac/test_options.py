@@ -118,3 +118,9 @@ def test_text_is_converted_to_members_of_a_literal():
     assert (options.side, options.sides, options.scale) == (8, (16, 8), "all")
     with pytest.raises(ArgumentError, match=r"`side` is '9'"):
         Chosen(side="9")
+
+
+def test_the_error_about_a_union_names_the_field_and_all_types():
+    with pytest.raises(ArgumentError, match=r"number or 'all'") as error:
+        Chosen(scale="some")
+    assert error.value.name == "scale"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 
 from kac.losses.refinement.spaces import SpaceName
-from kac.util.options import Kinded, kind_alone
+from kac.util.options import Kinded, expand_kind
 
 
 class NoRefinementConfig(Kinded):
@@ -43,6 +43,6 @@ class DataRefinementConfig(Kinded):
 RefinementConfig = Annotated[
     NoRefinementConfig | DataRefinementConfig,
     Field(discriminator="kind", description="training beyond the teacher"),
-    BeforeValidator(kind_alone),
+    BeforeValidator(expand_kind),
 ]
 """The config of any refinement. The string "data" is short for its default config."""
