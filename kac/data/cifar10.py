@@ -154,7 +154,7 @@ def _parse_class_names(name: str, packed: bytes) -> tuple[str, ...]:
     values = content.get(b"label_names") if isinstance(content, dict) else None
     names = [text.decode("utf-8", "replace") for text in values or [] if isinstance(text, bytes)]
     if len(names) != len(CLASSES):
-        raise DistillKacError(f"{name} has {len(names)} class names instead of {len(CLASSES)}. {ADVICE}")
+        raise DistillKacError(f"{name} should have {len(CLASSES)} class names, but has {len(names)}. {ADVICE}")
     return tuple(names)
 
 

@@ -131,8 +131,8 @@ class ParquetSource:
             )
         if num_classes > len(names):
             raise DistillKacError(
-                f"{self._name(first)} has only {len(names)} class names for the column {self.label_column!r}, but "
-                f"there is a label {num_classes - 1}. Correct the labels or the names."
+                f"{self._name(first)} has too few class names ({len(names)}) for the column {self.label_column!r}, "
+                f"because there is a label {num_classes - 1}. Correct the labels or the names."
             )
         return names[:num_classes]
 
@@ -155,7 +155,7 @@ class ParquetSource:
         if len(column) != rows:
             raise DistillKacError(f"{name} has {len(column):,} labels for {rows:,} rows. Download it again.")
         if column.null_count:
-            raise DistillKacError(f"{name} has {column.null_count:,} rows without a label. Label or remove them.")
+            raise DistillKacError(f"{name} has rows without a label ({column.null_count:,}). Label or remove them.")
         return FileLabels(column.to_numpy(), class_names)
 
     @contextmanager

@@ -1,6 +1,6 @@
-"""OpenAI's U-Net, written anew from its description, small and slow: what converted weights are compared with.
+"""A small, slow reimplementation of OpenAI's U-Net, to compare converted weights with.
 
-The names of its weights are those of guided-diffusion and torchcfm.
+Its weights have the names of guided-diffusion and torchcfm.
 """
 
 import math
@@ -30,17 +30,17 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        hidden, given = self.in_layers(x), self.emb_layers(emb)[:, :, None, None]
+        hidden, embedded = self.in_layers(x), self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
-            scale, shift = given.chunk(2, dim=1)
+            scale, shift = embedded.chunk(2, dim=1)
             hidden = self.out_layers[1:](self.out_layers[0](hidden) * (1 + scale) + shift)
         else:
-            hidden = self.out_layers(hidden + given)
+            hidden = self.out_layers(hidden + embedded)
         return self.skip_connection(x) + hidden
 
 
 class AttentionBlock(nn.Module):
-    """All pixels attend to all; the queries, keys and values of a head lie beside each other."""
+    """Attention among all pixels. The queries, keys and values of one head are adjacent channels."""
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
@@ -84,7 +84,8 @@ class OpenAIUNet(nn.Module):
     """x [batch, channels, width, width], t [batch], y [batch] -> like x.
 
     Args:
-        attention: widths in pixels. classes: rows of the embedding of classes; None: it knows none.
+        attention: widths of the levels with attention, in pixels.
+        classes: rows of the class embedding; None: no classes.
     """
 
     def __init__(
@@ -103,20 +104,20 @@ class OpenAIUNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(first, width), nn.SiLU(), nn.Linear(width, width))
         self.label_emb = nn.Embedding(classes, width) if classes else None
 
-        def block(given: int, out: int) -> list[nn.Module]:
+        def block(incoming: int, out: int) -> list[nn.Module]:
             attends = [AttentionBlock(out, head_channels or out)] if size in attention else []
-            return [ResBlock(given, out, width, scale_shift), *attends]
+            return [ResBlock(incoming, out, width, scale_shift), *attends]
 
         self.input_blocks = nn.ModuleList([nn.ModuleList([Plain(sample_shape[0], first, 3, padding=1)])])
-        kept, here = [first], first
+        skips, here = [first], first
         for level, out in enumerate(channels):
             for _ in range(blocks):
                 self.input_blocks.append(nn.ModuleList(block(here, out)))
                 here = out
-                kept.append(here)
+                skips.append(here)
             if level < len(channels) - 1:
                 self.input_blocks.append(nn.ModuleList([Downsample(here)]))
-                kept.append(here)
+                skips.append(here)
                 size //= 2
         self.middle_block = nn.ModuleList(
             [
@@ -128,7 +129,7 @@ class OpenAIUNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
             for number in range(blocks + 1):
-                parts = block(here + kept.pop(), out)
+                parts = block(here + skips.pop(), out)
                 here = out
                 if level and number == blocks:
                     parts.append(Upsample(here))
@@ -140,22 +141,22 @@ class OpenAIUNet(nn.Module):
         emb = self.time_embed(embedding(t, self.first))
         if self.label_emb is not None:
             emb = emb + self.label_emb(y)
-        kept = []
+        skips = []
         for parts in self.input_blocks:
             for part in parts:
                 x = part(x, emb)
-            kept.append(x)
+            skips.append(x)
         for part in self.middle_block:
             x = part(x, emb)
         for parts in self.output_blocks:
-            x = torch.cat([x, kept.pop()], dim=1)
+            x = torch.cat([x, skips.pop()], dim=1)
             for part in parts:
                 x = part(x, emb)
         return self.out(x)
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with weights that make every part of it count, in evaluation mode."""
+    """Return the network in evaluation mode, with random weights so that every part has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         spread = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.3

@@ -1,4 +1,4 @@
-"""Modules that others might have written, for networks of kind ``outside``."""
+"""User modules for networks of kind ``outside``."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Field(nn.Module):
-    """x [batch, *sample], t [batch], label [batch] -> a velocity that depends on all of them.
+    """A velocity that depends on x [batch, *sample], t [batch] and label [batch].
 
-    It looks at a number as it is built, keeps a weight under two names and counts its calls in an integer.
+    Its constructor reads the value of a tensor, it has a weight under two names, and it has an integer buffer.
     """
 
     def __init__(self, size: int = 2, classes: int = 3, scale: float = 1.0) -> None:
@@ -27,7 +27,7 @@ class Field(nn.Module):
 
 
 class Blind(nn.Module):
-    """Knows no labels."""
+    """A velocity field without labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,30 +41,30 @@ class Output(NamedTuple):
     sample: Tensor
 
 
-class Odd(nn.Module):
-    """Gives ``kind``."""
+class Returns(nn.Module):
+    """Returns the kind of output that ``kind`` names."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.weight = kind, nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Any:
-        made = self.weight * x
+        velocity = self.weight * x
         if self.kind == "raises":
-            raise RuntimeError("expected\nsomething else")
+            raise RuntimeError("broken\nmodule")
         return {
-            "tensor": made,
-            "tuple": (made, t),
-            "output": Output(made),
+            "tensor": velocity,
+            "tuple": (velocity, t),
+            "output": Output(velocity),
             "empty": (),
             "nothing": None,
-            "flat": made.flatten(),
-            "infinite": made / 0,
+            "flat": velocity.flatten(),
+            "infinite": velocity / 0,
         }[self.kind]
 
 
 class Fourier(nn.Module):
-    """Random frequencies, in the state dict or not."""
+    """Random frequencies, which are part of the state dict if ``is_kept``."""
 
     def __init__(self, is_kept: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Fourier(nn.Module):
 
 
 class Attending(nn.Module):
-    """Attention over the places of [batch, channels, height, width], by PyTorch's own functions."""
+    """Attention over the pixels of [batch, channels, height, width], with PyTorch's own module."""
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def not_annotated(size: int = 2):
     raise AssertionError("never called")
 
 
-def falsely_annotated() -> nn.Module:
+def wrongly_annotated() -> nn.Module:
     return "a text"
 
 

@@ -1,4 +1,4 @@
-"""Where in a file of others the weights are: any prefix, any nesting, averages, and several networks in one file."""
+"""Finding weights in files of others: any prefix and nesting, averages, and several networks in one file."""
 
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,25 @@ def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
 
-def written(content: Any, folder: Path) -> str:
+def write(content: Any, folder: Path) -> str:
     torch.save(content, folder / "file.pt")
     return str(folder / "file.pt")
 
 
-def adopted(path: str, key: str | None = None, config: Any = UNET, shape: Any = SHAPE) -> tuple[NetworkModule, Adopted]:
+def load(path: str, key: str | None = None, config: Any = UNET, shape: Any = SHAPE) -> tuple[NetworkModule, Adopted]:
     network = build_network(config, shape, CLASSES)
     return network, adopt(network, config, shape, read_weights(path), key)
 
 
 def refusal(path: str, key: str | None = None, config: Any = UNET, shape: Any = SHAPE) -> str:
     with pytest.raises(CheckpointError) as error:
-        adopted(path, key, config, shape)
+        load(path, key, config, shape)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def is_of(network: NetworkModule, seed: int) -> bool:
-    """Whether its first layer is that of the weights of a seed."""
+def has_weights_of(network: NetworkModule, seed: int) -> bool:
+    """Whether the first layer has the weights of ``seed``."""
     return torch.equal(network.unet.conv_in.weight, weights_of(seed)["input_blocks.0.0.weight"])
 
 
@@ -70,12 +70,12 @@ PREFIXES = [
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_any_prefix_is_removed(prefix: str, ending: str, tmp_path: Path):
+def test_weights_are_found_under_any_prefix(prefix: str, ending: str, tmp_path: Path):
     file = tmp_path / f"file.{ending}"
     (torch.save if ending == "pt" else safetensors.torch.save_file)(under(prefix, W), file)
-    network, found = adopted(str(file))
-    assert is_of(network, 0)
-    assert found.key == prefix.rstrip(".").replace("_orig_mod.", "").replace("_orig_mod", "")
+    network, adopted = load(str(file))
+    assert has_weights_of(network, 0)
+    assert adopted.key == prefix.rstrip(".").replace("_orig_mod.", "").replace("_orig_mod", "")
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ def test_any_prefix_is_removed(prefix: str, ending: str, tmp_path: Path):
     ],
     ids=["Lightning", "nested", "in a list", "averaged", "several networks", "a discriminator"],
 )
-def test_weights_are_found_wherever_they_are(content: Any, key: str, tmp_path: Path):
-    network, found = adopted(written(content, tmp_path))
-    assert is_of(network, 0)
-    assert found.key == key
+def test_weights_are_found_at_any_depth(content: Any, key: str, tmp_path: Path):
+    network, adopted = load(write(content, tmp_path))
+    assert has_weights_of(network, 0)
+    assert adopted.key == key
 
 
 @pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
 def test_wrappers_inside_a_name_are_removed(inside: str, tmp_path: Path):
     wrapped = {name.replace("input_blocks.1.", f"input_blocks.1.{inside}"): value for name, value in W.items()}
     assert wrapped.keys() != W.keys()
-    assert is_of(adopted(written(wrapped, tmp_path))[0], 0)
+    assert has_weights_of(load(write(wrapped, tmp_path))[0], 0)
 
 
 @pytest.mark.parametrize(
@@ -124,75 +124,75 @@ def test_wrappers_inside_a_name_are_removed(inside: str, tmp_path: Path):
     ],
     ids=["beside", "Lightning", "in one mapping", "lucidrains", "timm", "ours", "a list without names"],
 )
-def test_averaged_weights_are_taken_first_and_the_others_by_their_key(content: Any, key: str, raw: str, tmp_path: Path):
-    path = written(content, tmp_path)
-    network, found = adopted(path)
-    assert is_of(network, 1)
-    assert found.key == key
-    assert "also in the file" in found.told
-    assert is_of(adopted(path, raw)[0], 0)
+def test_averaged_weights_are_preferred_and_others_need_a_key(content: Any, key: str, raw: str, tmp_path: Path):
+    path = write(content, tmp_path)
+    network, adopted = load(path)
+    assert has_weights_of(network, 1)
+    assert adopted.key == key
+    assert "also in the file" in adopted.description
+    assert has_weights_of(load(path, raw)[0], 0)
 
 
-def test_what_is_beside_weights_without_a_prefix_may_be_a_part_of_their_network(tmp_path: Path):
-    assert "other.weight left over" in refusal(written({**W, "other.weight": torch.ones(1)}, tmp_path))
+def test_other_names_beside_weights_without_a_prefix_are_unexpected(tmp_path: Path):
+    assert "other.weight is unexpected" in refusal(write({**W, "other.weight": torch.ones(1)}, tmp_path))
 
 
-def test_a_list_of_averages_has_the_names_of_the_network_where_the_file_has_none(tmp_path: Path):
+def test_a_list_of_averages_takes_its_names_from_the_network(tmp_path: Path):
     config = MLPConfig(width=8, depth=1)
     theirs = randomised(build_network(config, (2,), CLASSES))
-    path = written({"ema": {"shadow_params": list(theirs.parameters())}}, tmp_path)
-    network, found = adopted(path, config=config, shape=(2,))
-    assert found.key == "ema.shadow_params"
+    path = write({"ema": {"shadow_params": list(theirs.parameters())}}, tmp_path)
+    network, adopted = load(path, config=config, shape=(2,))
+    assert adopted.key == "ema.shadow_params"
     assert torch.equal(network.enter.weight, theirs.enter.weight)
     assert torch.equal(network.blocks[0].modulate.bias, theirs.blocks[0].modulate.bias)
 
 
-def test_buffers_that_a_list_of_averages_lacks_are_not_made_up(tmp_path: Path):
-    path = written({"ema": {"shadow_params": list(Field().parameters())}}, tmp_path)
+def test_a_list_of_averages_without_buffers_is_refused(tmp_path: Path):
+    path = write({"ema": {"shadow_params": list(Field().parameters())}}, tmp_path)
     assert "ema.shadow_params (3 without names)" in refusal(path, config=FIELD, shape=(2,))
 
 
-def test_shared_parameters_and_buffers_go_with_a_list_of_averages(tmp_path: Path):
-    """The list has a shared parameter once, the state dict under two names."""
+def test_a_list_of_averages_is_completed_from_the_state_dict(tmp_path: Path):
+    """The list has a shared parameter once, and no buffers. The state dict has the parameter under two names."""
     torch.manual_seed(0)
     theirs = Field()
     theirs.version.fill_(9)
     averaged = [value.detach() + 1 for value in theirs.parameters()]
-    path = written({"model": theirs.state_dict(), "ema": {"shadow_params": averaged}}, tmp_path)
-    network, found = adopted(path, config=FIELD, shape=(2,))
-    assert found.key == "ema.shadow_params"
+    path = write({"model": theirs.state_dict(), "ema": {"shadow_params": averaged}}, tmp_path)
+    network, adopted = load(path, config=FIELD, shape=(2,))
+    assert adopted.key == "ema.shadow_params"
     assert torch.equal(network.inner.twin.weight, theirs.linear.weight + 1)
     assert torch.equal(network.inner.classes.weight, theirs.classes.weight + 1)
     assert network.inner.version.item() == 9
 
 
-def test_a_list_of_another_network_is_left_and_told(tmp_path: Path):
-    path = written({"model": W, "ema": {"shadow_params": [*AVERAGE.values()][:-1]}}, tmp_path)
-    network, found = adopted(path)
-    assert is_of(network, 0)
-    assert f"ema.shadow_params ({len(W) - 1} without names)" in found.told
+def test_a_list_of_another_network_is_ignored_and_mentioned(tmp_path: Path):
+    path = write({"model": W, "ema": {"shadow_params": [*AVERAGE.values()][:-1]}}, tmp_path)
+    network, adopted = load(path)
+    assert has_weights_of(network, 0)
+    assert f"ema.shadow_params ({len(W) - 1} without names)" in adopted.description
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
     "content",
     [{"first": W, "second": AVERAGE}, {"ema": W, "model_ema": AVERAGE}, under("first.", W) | under("second.", W)],
 )
-def test_several_weights_that_fit_are_offered(content: Any, tmp_path: Path):
-    path = written(content, tmp_path)
-    said = refusal(path)
+def test_several_weights_that_fit_are_listed(content: Any, tmp_path: Path):
+    path = write(content, tmp_path)
+    message = refusal(path)
     keys = ("ema", "model_ema") if "ema" in content else ("first", "second")
-    assert f"{', '.join(keys)}" in said
-    assert "--key" in said
-    assert all(adopted(path, key)[1].key == key for key in keys)
+    assert ", ".join(keys) in message
+    assert "`key`" in message
+    assert all(load(path, key)[1].key == key for key in keys)
 
 
-def test_a_key_without_weights_is_refused_with_what_there_is(tmp_path: Path):
-    said = refusal(written({"model": W, "discriminator": OTHER}, tmp_path), "discriminator")
-    assert "under `key` discriminator" in said
-    assert f"model ({len(W)}), discriminator (3)" in said
+def test_a_key_without_weights_is_refused(tmp_path: Path):
+    message = refusal(write({"model": W, "discriminator": OTHER}, tmp_path), "discriminator")
+    assert "`key` discriminator" in message
+    assert f"model ({len(W)}), discriminator (3)" in message
 
 
 @pytest.mark.parametrize(
@@ -207,38 +207,36 @@ def test_a_key_without_weights_is_refused_with_what_there_is(tmp_path: Path):
     ],
 )
 def test_a_file_of_another_network_is_described(content: Any, holds: str, tmp_path: Path):
-    said = refusal(written(content, tmp_path))
-    assert holds in said
-    assert (
-        f"{len(build_network(UNET, SHAPE, CLASSES).unet.state_dict())} tensors, such as conv_in.weight [32, 1, 3"
-        in said
-    )
+    message = refusal(write(content, tmp_path))
+    assert holds in message
+    total = len(build_network(UNET, SHAPE, CLASSES).unet.state_dict())
+    assert f"{total} tensors, such as conv_in.weight [32, 1, 3" in message
 
 
-def test_shapes_that_differ_name_the_option(tmp_path: Path):
-    said = refusal(written(under("net.", W), tmp_path), config=UNetConfig(channels=(64,), blocks=1, time_scale=1.0))
-    assert "the weights under net are of a unet with `network.channels` 32 (given: 64)" in said
+def test_shapes_that_differ_are_explained_by_the_option(tmp_path: Path):
+    message = refusal(write(under("net.", W), tmp_path), config=UNetConfig(channels=(64,), blocks=1, time_scale=1.0))
+    assert "under net" in message
+    assert "`network.channels` 32 (given: 64)" in message
 
 
-def test_a_network_that_only_begins_alike_is_not_taken_for_one_with_other_options(tmp_path: Path):
-    """The encoder of diffusers' autoencoder has the names of a U-Net's first half."""
+def test_a_similar_network_is_not_explained_by_options(tmp_path: Path):
+    """The encoder of diffusers' autoencoder has the names of the first half of a U-Net."""
     from diffusers import AutoencoderKL
 
     weights = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32).state_dict()
-    said = refusal(written(weights, tmp_path))
-    assert "do not fit a unet" in said
-    assert "encoder (" in said
-    assert "--network.channels" not in said
+    message = refusal(write(weights, tmp_path))
+    assert "encoder (" in message
+    assert "`network.channels`" not in message
 
 
-def test_of_a_module_from_outside_the_first_names_are_told(tmp_path: Path):
+def test_weights_of_an_outside_module_that_do_not_fit_are_named(tmp_path: Path):
     weights = Field(classes=5).state_dict()
-    said = refusal(written(weights, tmp_path), config=FIELD, shape=(2,))
-    assert "classes.weight of shape [5, 2], not [3, 2] (1 in all)" in said
+    message = refusal(write(weights, tmp_path), config=FIELD, shape=(2,))
+    assert "classes.weight has shape [5, 2] instead of [3, 2]" in message
 
 
 class Numbered(nn.Module):
-    """Names that are found everywhere."""
+    """A module whose weights have generic names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,16 +246,16 @@ class Numbered(nn.Module):
         return self.body(torch.cat([x, t[:, None]], 1))
 
 
-def test_generic_names_are_found_among_deeper_ones(tmp_path: Path):
-    """``body.0.weight`` ends in names that other networks have too."""
+def test_generic_names_are_distinguished_from_those_of_other_networks(tmp_path: Path):
+    """Other networks have names like ``body.0.weight`` too."""
     config = OutsideConfig(module="tests.kac.test_adopt:Numbered")
     theirs, others = Numbered(), nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
     content = {"critic": under("body.", dict(others.state_dict())), "actor": theirs.state_dict()}
-    network, found = adopted(written(content, tmp_path), config=config, shape=(2,))
-    assert found.key == "actor"
+    network, adopted = load(write(content, tmp_path), config=config, shape=(2,))
+    assert adopted.key == "actor"
     assert torch.equal(network.inner.body[2].weight, theirs.body[2].weight)
 
 
-def test_safetensors_are_known_by_their_content(tmp_path: Path):
+def test_safetensors_are_recognised_by_their_content(tmp_path: Path):
     safetensors.torch.save_file(W, tmp_path / "file.bin")
-    assert is_of(adopted(str(tmp_path / "file.bin"))[0], 0)
+    assert has_weights_of(load(str(tmp_path / "file.bin"))[0], 0)

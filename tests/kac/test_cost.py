@@ -1,4 +1,4 @@
-"""What a network costs, counted without computing anything."""
+"""The cost of a network, counted without computing anything."""
 
 import pytest
 import torch
@@ -16,29 +16,29 @@ from kac.networks.cost import duration, network_cost, short
     ],
     ids=lambda config: config.kind,
 )
-def test_parameters_are_those_of_the_network(config):
+def test_the_number_of_parameters_is_that_of_the_network(config):
     network = build_network(config, (1, 8, 8), 10)
     assert network_cost(config, (1, 8, 8), 10).parameters == sum(p.numel() for p in network.parameters())
 
 
-def test_operations_of_an_mlp_by_hand():
+def test_the_operations_of_an_mlp_equal_a_count_by_hand():
     cost = network_cost(MLPConfig(width=16, depth=1), (1, 8, 8), 10)
     products = 64 * 64 + 64 * 16 + 64 * 32 + 16 * 32 + 32 * 16 + 16 * 64  # time, enter, modulate, block, leave
     assert cost.flops_per_call == 2 * products
 
 
-def test_the_unet_of_the_literature():
-    """OpenAI's for CIFAR-10: 6.1 G multiplications an image, by its authors' count (here an addition counts too)."""
+def test_the_operations_of_openais_unet_equal_its_authors_count():
+    """The authors count 6.1 G multiplications per CIFAR-10 image. Additions count here too."""
     cost = network_cost(UNetConfig(channels=(128, 256, 256, 256), attention=(16,)), (3, 32, 32), 10)
     assert cost.flops_per_call == pytest.approx(12.3e9, rel=0.1)
 
 
-def test_it_leaves_no_trace_of_the_meta_device():
+def test_the_default_device_is_unchanged():
     network_cost(MLPConfig(width=16, depth=1), (2,), 2)
     assert torch.zeros(1).device.type == "cpu"
 
 
-def test_numbers_for_people():
+def test_numbers_are_formatted_for_people():
     assert [short(n) for n in (3, 1050, 1.05e6, 2.5e12)] == ["3", "1.05 k", "1.05 M", "2.5 T"]
     assert short(12.4e9, "FLOP") == "12.4 GFLOP"
     assert [duration(s) for s in (40, 600, 9000)] == ["40 seconds", "10 minutes", "2.5 hours"]

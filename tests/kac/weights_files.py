@@ -1,4 +1,4 @@
-"""Files of weights for tests, without a file."""
+"""A ``WeightsFile`` for tests, without a file."""
 
 from collections.abc import Mapping
 
@@ -8,5 +8,5 @@ from kac.networks.weight_files import WeightsFile
 
 
 def file_of(weights: Mapping[str, Tensor]) -> WeightsFile:
-    """A file that holds these weights only."""
+    """Return a ``WeightsFile`` that holds only these weights."""
     return WeightsFile(dict(weights), {}, tuple(weights), "of the file")

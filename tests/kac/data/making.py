@@ -1,4 +1,4 @@
-"""Small datasets in the formats that are published, made of known pixels."""
+"""Small datasets with known pixels, in published formats."""
 
 import gzip
 import io
@@ -15,18 +15,18 @@ from PIL import Image
 
 
 def pixels(count: int, channels: int = 3, size: int = 8, seed: int = 0) -> np.ndarray:
-    """Noise [count, channels, size, size], uint8."""
+    """Return noise [count, channels, size, size], uint8."""
     return np.random.default_rng(seed).integers(0, 256, (count, channels, size, size), dtype=np.uint8)
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
-    """An IDX file of uint8 values."""
+    """Return an IDX file of uint8 values."""
     header = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes()
     return header + values.astype(np.uint8).tobytes()
 
 
 def write_idx(root: Path, images: np.ndarray, labels: np.ndarray, held_out: int, packed: bool = False) -> Path:
-    """The four files of greyscale images [count, 1, h, w], of which the last ``held_out`` are the test images."""
+    """Write the four files of greyscale images [count, 1, h, w]. The last ``held_out`` are the test images."""
     root.mkdir(parents=True, exist_ok=True)
     for part, which in (("train", slice(None, -held_out)), ("t10k", slice(-held_out, None))):
         for name, values in (("images-idx3", images[which, 0]), ("labels-idx1", labels[which])):
@@ -37,17 +37,17 @@ def write_idx(root: Path, images: np.ndarray, labels: np.ndarray, held_out: int,
 
 
 def cifar_batches(images: np.ndarray, labels: Sequence[int], protocol: int = 2) -> dict[str, bytes]:
-    """Six pickles as in the published archive; images [6 n, 3, 32, 32]."""
+    """Return six pickles as in the published archive, for images [6 n, 3, 32, 32]."""
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     batches = {}
-    for name, own, theirs in zip(names, np.split(images, 6), np.split(np.asarray(labels), 6), strict=True):
-        content = {b"data": own.reshape(len(own), -1), b"labels": theirs.tolist(), b"batch_label": name.encode()}
+    for name, part, part_labels in zip(names, np.split(images, 6), np.split(np.asarray(labels), 6), strict=True):
+        content = {b"data": part.reshape(len(part), -1), b"labels": part_labels.tolist(), b"batch_label": name.encode()}
         batches[name] = pickle.dumps(content, protocol)
     return batches
 
 
 def write_archive(path: Path, batches: dict[str, bytes]) -> Path:
-    """A tar.gz of files in the folder of the published archive."""
+    """Write a tar.gz with these files, in the folder that the published archive has."""
     with tarfile.open(path, "w:gz") as archive:
         for name, data in batches.items():
             member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
@@ -57,7 +57,7 @@ def write_archive(path: Path, batches: dict[str, bytes]) -> Path:
 
 
 def encoded(image: np.ndarray, ending: str = "png", **options: Any) -> bytes:
-    """An image [channels, h, w] in a file's format."""
+    """Encode an image [channels, h, w] in an image format."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
     picture.save(buffer, {"jpg": "jpeg"}.get(ending, ending), **options)
@@ -65,7 +65,7 @@ def encoded(image: np.ndarray, ending: str = "png", **options: Any) -> bytes:
 
 
 def write_folder(root: Path, images: np.ndarray, labels: Sequence[int], names: str = "abcdefghij") -> Path:
-    """ROOT/CLASS/IMAGE.png."""
+    """Write ROOT/CLASS/IMAGE.png."""
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         folder = root / names[label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_folder(root: Path, images: np.ndarray, labels: Sequence[int], names: s
 
 
 def write_parquet(path: Path, images: np.ndarray, labels: Sequence[int] | None, rows: int = 100) -> Path:
-    """One file as Hugging Face writes it: an image is a struct of bytes and path."""
+    """Write one file as Hugging Face does: an image is a struct of bytes and path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {"image": pa.array([{"bytes": encoded(image), "path": f"{i}.png"} for i, image in enumerate(images)])}
     if labels is not None:

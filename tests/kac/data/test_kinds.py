@@ -1,4 +1,4 @@
-"""Datasets in files: what is read is what was written, split as it should be."""
+"""Datasets in files: they are read as they were written, with the right split."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +16,22 @@ from kac.util.images import from_bytes, to_bytes
 from tests.kac.data import making
 
 PAIRS = np.arange(60) % 2
-"""Labels: two classes in turn."""
+"""Labels of two alternating classes."""
 
 EVERY_FIFTH = np.isin(np.arange(60), [8, 9, 18, 19, 28, 29, 38, 39, 48, 49, 58, 59])
-"""Of each class of PAIRS."""
+"""Whether each image is held out: every fifth of each class in PAIRS."""
 
 
-def as_written(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Bytes of the images, and labels, of the two splits."""
+def read(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the images as bytes, and the labels, of the two splits."""
     parts = all_rows(data.train), all_rows(data.held_out)
     return [to_bytes(part.images).numpy() for part in parts], [part.labels.numpy() for part in parts]
 
 
 def check(config: DataConfig, images: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> Dataset:
-    """The dataset holds these images and labels, in their order."""
+    """Check that the dataset has these images and labels, in this order, and return it."""
     data = open_dataset(config)
-    found_images, found_labels = as_written(data)
+    found_images, found_labels = read(data)
     for i, which in enumerate((~held_out, held_out)):
         assert np.array_equal(found_images[i], images[which])
         assert np.array_equal(found_labels[i], labels[which])
@@ -45,7 +45,7 @@ def check(config: DataConfig, images: np.ndarray, labels: np.ndarray, held_out: 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx_files(tmp_path: Path, packed: bool):
+def test_idx_files_are_read(tmp_path: Path, packed: bool):
     images, labels = making.pixels(60, 1, 6), np.arange(60) % 3
     making.write_idx(tmp_path, images, labels, held_out=12, packed=packed)
     data = check(DataConfig(kind="idx", root=str(tmp_path)), images, labels, np.arange(60) >= 48)
@@ -53,7 +53,7 @@ def test_idx_files(tmp_path: Path, packed: bool):
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_the_archive_of_cifar10_and_its_extracted_folder(tmp_path: Path, protocol: int):
+def test_the_archive_of_cifar10_and_its_extracted_folder_are_read(tmp_path: Path, protocol: int):
     images, labels = making.pixels(120, 3, 32), np.arange(120) % 10
     batches = making.cifar_batches(images, labels, protocol)
     archive = making.write_archive(tmp_path / "cifar-10-python.tar.gz", batches)
@@ -69,7 +69,7 @@ def test_the_archive_of_cifar10_and_its_extracted_folder(tmp_path: Path, protoco
     assert len(hashes) == 1
 
 
-def test_a_folder_of_classes(tmp_path: Path):
+def test_a_folder_of_classes_is_read(tmp_path: Path):
     images = making.pixels(60)
     making.write_folder(tmp_path, images, PAIRS, names="ba")  # class 1 sorts first
     (tmp_path / ".hidden").write_text("no image")
@@ -78,7 +78,7 @@ def test_a_folder_of_classes(tmp_path: Path):
     check(DataConfig(kind="folder", root=str(tmp_path)), images[order], 1 - PAIRS[order], held_out)
 
 
-def test_a_folder_with_train_and_test(tmp_path: Path):
+def test_a_folder_with_train_and_test_is_read(tmp_path: Path):
     images = making.pixels(60, 1)
     making.write_folder(tmp_path / "test", images[:20], [0] * 20)
     making.write_folder(tmp_path / "train", images[20:], [0] * 30 + [1] * 10)
@@ -86,13 +86,13 @@ def test_a_folder_with_train_and_test(tmp_path: Path):
     check(DataConfig(kind="folder", root=str(tmp_path)), images, labels, np.arange(60) < 20)
 
 
-def test_parquet_of_one_set(tmp_path: Path):
+def test_a_parquet_file_without_splits_is_read(tmp_path: Path):
     images = making.pixels(60)
     making.write_parquet(tmp_path / "data.parquet", images, PAIRS.tolist(), rows=7)
     check(DataConfig(kind="parquet", root=str(tmp_path / "data.parquet")), images, PAIRS, EVERY_FIFTH)
 
 
-def test_parquet_with_train_and_test_and_binary_columns_of_other_names(tmp_path: Path):
+def test_parquet_files_with_splits_and_other_binary_columns_are_read(tmp_path: Path):
     images = making.pixels(60)
     named = {"picture": pa.array([making.encoded(image) for image in images]), "class": pa.array(PAIRS, pa.int32())}
     table = pa.table(named)
@@ -103,7 +103,7 @@ def test_parquet_with_train_and_test_and_binary_columns_of_other_names(tmp_path:
     check(config, images, PAIRS, np.arange(60) < 10)
 
 
-def test_parquet_without_labels_is_of_one_class(tmp_path: Path):
+def test_a_parquet_file_without_labels_has_one_class(tmp_path: Path):
     images = making.pixels(60)
     making.write_parquet(tmp_path / "data.parquet", images, None)
     config = DataConfig(kind="parquet", root=str(tmp_path), label_column=None)
@@ -115,15 +115,15 @@ def test_the_same_images_have_the_same_hash_in_every_format(tmp_path: Path):
     making.write_folder(tmp_path / "folder" / "train", images[:48], PAIRS[:48])
     making.write_folder(tmp_path / "folder" / "test", images[48:], PAIRS[48:])
     data = open_dataset(DataConfig(kind="folder", root=str(tmp_path / "folder")))
-    (train, held_out), (train_labels, held_out_labels) = as_written(data)
+    (train, held_out), (train_labels, held_out_labels) = read(data)
     both, labels = np.concatenate([train, held_out]), np.concatenate([train_labels, held_out_labels])
     making.write_idx(tmp_path / "idx", both, labels, held_out=12)
     of_idx = open_dataset(DataConfig(kind="idx", root=str(tmp_path / "idx"))).description
     assert of_idx.sha256 == data.description.sha256
 
 
-def test_the_hash_of_bytes_never_changes(tmp_path: Path):
-    """It is in the fingerprint of every teacher of such images."""
+def test_the_hash_of_images_never_changes(tmp_path: Path):
+    """The hash is in the fingerprint of every teacher."""
     images, labels = np.arange(20 * 4).reshape(20, 1, 2, 2), np.arange(20) % 2
     making.write_idx(tmp_path, images, labels, held_out=4)
     data = open_dataset(DataConfig(kind="idx", root=str(tmp_path)))
@@ -141,7 +141,7 @@ def test_the_hash_of_bytes_never_changes(tmp_path: Path):
     ],
 )
 def test_the_hash_of_each_layout_never_changes(tmp_path: Path, kind: str, sha256: str):
-    """Otherwise models that learned such data would be refused."""
+    """If it did, models that were trained on such data would be refused."""
     ramp = (np.arange(60 * 3 * 32 * 32) % 251).astype(np.uint8).reshape(60, 3, 32, 32)
     images = ramp[:, :, :8, :8]
     if kind == "classes":
@@ -160,7 +160,7 @@ def test_the_hash_of_each_layout_never_changes(tmp_path: Path, kind: str, sha256
     assert open_dataset(DataConfig(root=str(tmp_path), **options)).description.sha256 == sha256
 
 
-def test_images_are_cropped_and_resized_alike(tmp_path: Path):
+def test_images_of_all_sizes_are_cropped_and_resized(tmp_path: Path):
     for i, (height, width) in enumerate([(32, 48), (40, 33), (64, 64), (16, 20), (90, 31)] * 2):
         image = np.zeros((3, height, width), np.uint8)
         left, top = (width - min(height, width)) // 2, (height - min(height, width)) // 2
@@ -180,15 +180,15 @@ def test_large_images_are_halved_by_averages_before_the_bicubic_filter():
     assert np.abs(resized - averages).max() <= 2  # each of two halvings rounds twice, along rows and columns
 
 
-def test_channels_are_converted_where_that_is_asked_for(tmp_path: Path):
+def test_channels_are_converted_on_request(tmp_path: Path):
     grey, colour = making.pixels(5, 1), making.pixels(5, 3, seed=1)
     making.write_folder(tmp_path / "train", grey, [0] * 5)
     making.write_folder(tmp_path / "test", colour, [0] * 5)
     rgb = open_dataset(DataConfig(kind="folder", root=str(tmp_path), channels=3))
-    (train, held_out), _ = as_written(rgb)
+    (train, held_out), _ = read(rgb)
     assert np.array_equal(train, grey.repeat(3, 1))
     assert np.array_equal(held_out, colour)
-    (train, held_out), _ = as_written(open_dataset(DataConfig(kind="folder", root=str(tmp_path), channels=1)))
+    (train, held_out), _ = read(open_dataset(DataConfig(kind="folder", root=str(tmp_path), channels=1)))
     assert np.array_equal(train, grey)
     luma = (colour * np.array([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdims=True)
     assert np.abs(held_out - luma).max() <= 1
@@ -201,7 +201,7 @@ def test_other_formats_are_read(ending: str):
     assert np.abs(decoded.astype(int) - 100).max() <= 2
 
 
-def test_rows_come_in_the_order_asked_for_and_only_in_range(tmp_path: Path):
+def test_rows_are_in_the_requested_order_and_must_be_in_range(tmp_path: Path):
     images, labels = making.pixels(60, 1), np.arange(60) % 2
     making.write_idx(tmp_path, images, labels, held_out=12)
     split = open_dataset(DataConfig(kind="idx", root=str(tmp_path))).train
@@ -215,7 +215,7 @@ def test_rows_come_in_the_order_asked_for_and_only_in_range(tmp_path: Path):
 
 ORIENTATION = 0x0112
 UPRIGHT = np.zeros((3, 12, 16), np.uint8)
-"""A picture in which every side is another: red above, green to the left."""
+"""An image with different sides: red at the top, green at the left."""
 UPRIGHT[0, :4], UPRIGHT[1, :, :4] = 255, 255
 
 SAVED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -228,30 +228,30 @@ SAVED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda image: image[:, ::-1, ::-1].transpose(0, 2, 1),
     8: lambda image: image.transpose(0, 2, 1)[:, :, ::-1],
 }
-"""How a camera saves the picture, by the EXIF orientation: row 0 and column 0 are where the standard says."""
+"""How a camera saves the image at each EXIF orientation, according to the standard."""
 
 
 @pytest.mark.parametrize("orientation", SAVED)
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
-def test_photographs_are_turned_upright_before_they_are_cropped(ending: str, orientation: int):
+def test_images_are_turned_upright_before_they_are_cropped(ending: str, orientation: int):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"quality": 100, "exif": exif} if ending in {"jpg", "webp"} else {"exif": exif}
     data = making.encoded(np.ascontiguousarray(SAVED[orientation](UPRIGHT)), ending, **options)
     assert Decoder().shape_of(data, "i") == UPRIGHT.shape
-    # Formats that lose information blur the edges; a picture on its side is off by 80 on average.
+    # Lossy formats blur the edges. An image with a wrong orientation differs by 80 on average.
     assert np.abs(Decoder().decode(data, "i", UPRIGHT.shape) - UPRIGHT.astype(int)).mean() < 15
     cropped = Decoder(size=12).decode(data, "i", (3, 12, 12))
     assert np.abs(cropped - UPRIGHT[:, :, 2:14].astype(int)).mean() < 20
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!!", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
-def test_an_orientation_that_cannot_be_read_turns_nothing(exif: bytes):
+def test_an_unreadable_orientation_is_ignored(exif: bytes):
     data, plain = making.encoded(UPRIGHT, "jpg", exif=exif), making.encoded(UPRIGHT, "jpg")
     assert np.array_equal(Decoder().decode(data, "i", UPRIGHT.shape), Decoder().decode(plain, "i", UPRIGHT.shape))
 
 
-def test_images_that_an_older_version_left_on_their_side_are_decoded_again(
+def test_images_cached_by_an_older_version_without_orientation_are_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Which files are for training and which are held out, by their names; what leaves a doubt is refused."""
+"""Names of files decide which are for training and which are held out. Ambiguous names are refused."""
 
 from pathlib import Path
 
@@ -12,23 +12,23 @@ from tests.kac.data import making
 IMAGES = [making.encoded(image) for image in making.pixels(40)]
 
 
-def make(root: Path, paths: list[str]) -> Path:
-    """Files below ``root``: a Parquet file or an image; of a name without an ending a folder of six images."""
+def write_files(root: Path, paths: list[str]) -> Path:
+    """Write files below ``root``: Parquet files, images, and a folder of six images for each path without suffix."""
     images = iter(IMAGES * 5)
     for path in paths:
         file = root / path
         if file.suffix == ".parquet":
             making.write_parquet(file, making.pixels(10), [0, 1] * 5)
             continue
-        for one in [file] if file.suffix else [file / f"{i}.png" for i in range(6)]:
-            one.parent.mkdir(parents=True, exist_ok=True)
-            one.write_bytes(next(images))
+        for image in [file] if file.suffix else [file / f"{i}.png" for i in range(6)]:
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(next(images))
     return root
 
 
-def described(root: Path, paths: list[str]) -> DataDescription:
+def describe(root: Path, paths: list[str]) -> DataDescription:
     kind = "parquet" if paths[0].endswith(".parquet") else "folder"
-    return open_dataset(DataConfig(kind=kind, root=str(make(root, paths)))).description
+    return open_dataset(DataConfig(kind=kind, root=str(write_files(root, paths)))).description
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,20 @@ def described(root: Path, paths: list[str]) -> DataDescription:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_split_is_a_word_anywhere_in_the_path(
+def test_a_split_is_named_by_a_word_anywhere_in_the_path(
     tmp_path: Path, paths: list[str], train: int, held_out: int, train_from: str, held_out_from: str
 ):
-    found = described(tmp_path, paths)
-    assert (found.train, found.held_out) == (train, held_out)
-    of_train, of_held_out = found.split.split(", held-out images from ")
-    assert of_train.startswith(f"training images from {train_from}")
-    assert of_held_out.startswith(held_out_from)
+    description = describe(tmp_path, paths)
+    assert (description.train, description.held_out) == (train, held_out)
+    train_text, held_out_text = description.split.split(", held-out images from ")
+    assert train_text.startswith(f"training images from {train_from}")
+    assert held_out_text.startswith(held_out_from)
 
 
 @pytest.mark.parametrize("ending", ["", "/0.parquet"], ids=["folder", "parquet"])
 def test_with_a_test_split_the_validation_split_is_not_used(tmp_path: Path, ending: str):
     paths = [f"{part}/a{ending}" for part in ("train", "test", "val")]
-    three, two = described(tmp_path / "3", paths), described(tmp_path / "2", paths[:2])
+    three, two = describe(tmp_path / "3", paths), describe(tmp_path / "2", paths[:2])
     assert three.sha256 == two.sha256
     assert "val/" in three.split
     assert "not used" in three.split
@@ -87,19 +87,19 @@ def test_with_a_test_split_the_validation_split_is_not_used(tmp_path: Path, endi
     [["train_station", "airport"], ["bullet train"], ["a/train.png", "a/1.png", "a/2.png", "a/3.png", "a/test.png"]],
     ids=" ".join,
 )
-def test_a_word_in_the_name_of_a_class_or_of_some_images_is_no_split(tmp_path: Path, paths: list[str]):
-    found = described(tmp_path, paths)
-    total = found.train + found.held_out
-    assert found.held_out == total // 5 if len(paths) == 5 else total // 6
-    assert found.split.startswith("every fifth image of each class is held out")
+def test_the_word_of_a_split_among_others_or_in_some_images_is_no_split(tmp_path: Path, paths: list[str]):
+    description = describe(tmp_path, paths)
+    total = description.train + description.held_out
+    assert description.held_out == total // 5 if len(paths) == 5 else total // 6
+    assert description.split.startswith("every fifth image of each class is held out")
 
 
 @pytest.mark.parametrize("paths", [["train/a"], ["train-0.parquet", "train-1.parquet"], ["0.parquet", "1.parquet"]])
 def test_without_a_held_out_split_every_fifth_image_is_held_out(tmp_path: Path, paths: list[str]):
-    found = described(tmp_path, paths)
-    assert found.held_out == (found.train + found.held_out) // 5
-    assert found.split.startswith("every fifth image of each class is held out")
-    assert (paths[0].partition("/")[0] in found.split) == paths[0].startswith("train")
+    description = describe(tmp_path, paths)
+    assert description.held_out == (description.train + description.held_out) // 5
+    assert description.split.startswith("every fifth image of each class is held out")
+    assert (paths[0].partition("/")[0] in description.split) == paths[0].startswith("train")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_without_a_held_out_split_every_fifth_image_is_held_out(tmp_path: Path, 
     ],
     ids=" ".join,
 )
-def test_names_that_leave_a_doubt_are_refused_and_named(tmp_path: Path, paths: list[str], named: list[str]):
+def test_ambiguous_names_are_refused_and_named(tmp_path: Path, paths: list[str], named: list[str]):
     with pytest.raises(DistillKacError) as raised:
-        described(tmp_path, paths)
+        describe(tmp_path, paths)
     message = str(raised.value)
     assert message.startswith(f"{tmp_path}: ")
     assert "\n" not in message
@@ -139,14 +139,14 @@ def test_names_that_leave_a_doubt_are_refused_and_named(tmp_path: Path, paths: l
         assert name in message
 
 
-def test_a_single_file_is_one_set_whatever_it_is_called(tmp_path: Path):
+def test_the_name_of_a_single_file_does_not_matter(tmp_path: Path):
     path = making.write_parquet(tmp_path / "test-0.parquet", making.pixels(10), [0] * 10)
     found = open_dataset(DataConfig(kind="parquet", root=str(path))).description
     assert (found.train, found.held_out) == (8, 2)
 
 
-def test_what_operating_systems_leave_behind_is_left_out(tmp_path: Path):
-    make(tmp_path, ["a", "b"])
+def test_files_of_operating_systems_are_ignored(tmp_path: Path):
+    write_files(tmp_path, ["a", "b"])
     before = open_dataset(DataConfig(kind="folder", root=str(tmp_path))).description
     for path in ("Thumbs.db", "a/desktop.ini", "a/.DS_Store", "__MACOSX/a/._0.png", "__MACOSX/0.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def test_what_operating_systems_leave_behind_is_left_out(tmp_path: Path):
     assert open_dataset(DataConfig(kind="folder", root=str(tmp_path))).description == before
 
 
-def test_idx_files_with_dots_in_their_names(tmp_path: Path):
+def test_idx_files_may_have_dots_in_their_names(tmp_path: Path):
     making.write_idx(tmp_path, making.pixels(60, 1), np.arange(60) % 3, held_out=12, packed=True)
     before = open_dataset(DataConfig(kind="idx", root=str(tmp_path))).description
     for path in list(tmp_path.iterdir()):
