@@ -1,7 +1,6 @@
-"""Rollouts that fail on order: actors that die, hang, raise or produce NaN, and the driver of such a job.
+"""Rollouts with injected faults: actors that die, hang, raise or produce NaN, and jobs that use such actors.
 
-A fault is switched on by a file beside the store, ``STORE.fault``, so that a test switches it off from outside and the
-same command goes on without it:
+The file ``STORE.fault`` beside the store enables the fault. A test removes it, and the same command succeeds:
 
     python -m tests.pipeline.faulty hang-in-shard    [options of jobs.rollout]
     python -m tests.pipeline.faulty hang-in-manifest [options of jobs.rollout]
@@ -35,12 +34,12 @@ S3_ATTEMPTS = 2
 
 
 def fault_file(store: str) -> Path:
-    """Faults happen while this file is there."""
+    """Return the file that enables faults while it exists."""
     return Path(f"{store}.fault")
 
 
 def hung_file(store: str) -> Path:
-    """A process that hangs on order writes its process id here."""
+    """Return the file to which a hanging process writes its process id."""
     return Path(f"{store}.hung")
 
 
@@ -70,7 +69,7 @@ class NanActor(RaisingActor):
 
 
 class DyingActor(RaisingActor):
-    """Dies on one shard, as under the out-of-memory killer."""
+    """Dies on one shard, like a process that the out-of-memory killer ends."""
 
     def fault(self, rows: Rows) -> Rows:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,40 +77,40 @@ class DyingActor(RaisingActor):
 
 
 class DyingMaker:
-    """Dies before it makes anything, as where a teacher does not fit the memory."""
+    """Dies in the constructor, like a process whose teacher does not fit into memory."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RefusingMaker:
-    """Refuses before it makes anything, as where a node does not see the teacher."""
+    """Raises a user error in the constructor, like a process on a node without the teacher."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
-        raise DistillKacError(f"{spec.teacher}: expected a model folder, found none")
+        raise DistillKacError(f"{spec.teacher} is not a model folder.")
 
 
 class BrokenMaker:
-    """Raises what no one expects."""
+    """Raises an unexpected exception in the constructor."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         raise ZeroDivisionError("a bug")
 
 
 class FailingMaker:
-    """Fails on every shard, and leaves a file for each that it is given."""
+    """Fails on every shard, and writes a file for each."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         self.spec = spec
 
     def make(self, shard: Shard) -> ShardOutcome:
-        """Raises."""
+        """Write a file and raise."""
         Path(f"{self.spec.store}.{shard.start}").touch()
         raise RolloutError(f"{shard.name}: fails")
 
 
 class ImpatientLedger(actors.AttemptLedger):
-    """Gives up sooner, so that a test need not wait for ten restarts."""
+    """Gives up after fewer restarts, to shorten the test."""
 
     def __init__(self, count: int) -> None:
         actors.MAX_ATTEMPTS = QUICK_ATTEMPTS
@@ -119,7 +118,7 @@ class ImpatientLedger(actors.AttemptLedger):
 
 
 class ImpatientActor(actors.ShardActor):
-    """Gives up on S3 sooner, so that a test need not wait for all of the retries."""
+    """Gives up on S3 after fewer retries, to shorten the test."""
 
     def __init__(self, *options: Any, **others: Any) -> None:
         import s3fs
@@ -138,7 +137,7 @@ class HangingActor(actors.ShardActor):
 
 
 def hang_in_fsync(store: str, what: str, number: int) -> None:
-    """From now on, the ``number``-th sync of a file named ``what`` in this process never returns."""
+    """Make the ``number``-th fsync of a file whose name contains ``what`` hang in this process."""
     fsync, calls = os.fsync, []
 
     def hang(descriptor: int) -> None:
@@ -154,7 +153,7 @@ def hang_in_fsync(store: str, what: str, number: int) -> None:
 
 
 def lose_node(spec: RolloutSpec) -> None:
-    """Roll out on two worker nodes of one CPU each; one of them goes once the first shards are there."""
+    """Roll out on two worker nodes with one CPU each, and remove one of them after the first shards."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -164,13 +163,15 @@ def lose_node(spec: RolloutSpec) -> None:
     def remove() -> None:
         while len(list_shards(spec.store)) < 3:
             time.sleep(0.02)
-        everyone = ray._private.state.actors().values()
-        homes = {actor["Address"]["NodeID"] for actor in everyone if actor["ActorClassName"] == "AttemptLedger"}
-        # The node that keeps the count of attempts is the worst one to lose.
-        victim = next((node for node in nodes if node.node_id in homes), nodes[0])
+        all_actors = ray._private.state.actors().values()
+        ledger_nodes = {
+            actor["Address"]["NodeID"] for actor in all_actors if actor["ActorClassName"] == "AttemptLedger"
+        }
+        # Losing the node with the ledger is the hardest case.
+        victim = next((node for node in nodes if node.node_id in ledger_nodes), nodes[0])
         cluster.remove_node(victim, allow_graceful=False)
-        kept = "with" if victim.node_id in homes else "without"
-        print(f"removed a node {kept} the ledger, {len(list_shards(spec.store))} shards there", flush=True)
+        kind = "with" if victim.node_id in ledger_nodes else "without"
+        print(f"removed a node {kind} the ledger after {len(list_shards(spec.store))} shards", flush=True)
 
     remover = threading.Thread(target=remove, daemon=True)
     remover.start()
@@ -183,13 +184,13 @@ def lose_node(spec: RolloutSpec) -> None:
 
 
 def hang_in_shard(spec: RolloutSpec) -> None:
-    """Roll out with actors that hang in the middle of a write."""
+    """Roll out with actors that hang while they write a shard."""
     actors.ShardActor = HangingActor  # type: ignore[misc]
     rollout(spec)
 
 
 def hang_in_manifest(spec: RolloutSpec) -> None:
-    """Roll out and hang with the manifest written but not published."""
+    """Roll out, and hang with the manifest written but not published."""
     hang_in_fsync(spec.store, MANIFEST, 1)
     rollout(spec)
 

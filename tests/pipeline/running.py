@@ -1,4 +1,4 @@
-"""Rollouts as processes that a test can kill: what they make, what they print, and what they start."""
+"""Rollouts as processes that a test can kill, with their output and child processes."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from pipeline.config.specs import RolloutSpec
 
 ROOT = Path(__file__).parents[2]
 SHARDS, TRAJECTORIES = 20, 620
-"""What ``spec_of`` makes, over its two guidance scales."""
+"""Totals of ``spec_of`` over its two guidance scales."""
 
 WAIT_SECONDS = 300.0
 
 
 def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:
-    """The rollout that all tests here do: quick, and of enough shards that a fault hits the middle of it."""
+    """Return the spec of a quick rollout with enough shards that a fault can hit the middle of it."""
     defaults = {
         "trajectories": 310,  # the last shard of a scale is short
         "shard_size": 32,
@@ -34,7 +34,7 @@ def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:
 
 
 def command_line(spec: RolloutSpec) -> list[str]:
-    """The options of `python -m jobs.rollout` that make this spec."""
+    """Return the options of `python -m jobs.rollout` for this spec."""
     words: list[str] = []
     for name, value in spec.model_dump(mode="json", exclude_defaults=True).items():
         values = value if isinstance(value, list) else [value]
@@ -43,7 +43,7 @@ def command_line(spec: RolloutSpec) -> list[str]:
 
 
 class Job:
-    """A job as a process of its own, on the cluster at ``address`` or with an embedded Ray."""
+    """A job in its own process, on the cluster at ``address`` or with an embedded Ray."""
 
     def __init__(self, module: list[str], spec: RolloutSpec, address: str | None, log: Path | None = None) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -63,20 +63,20 @@ class Job:
         return self.process.poll() is not None
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """Return the output so far."""
         return self.log.read_text()
 
     def started(self) -> list[psutil.Process]:
-        """The processes below the driver: an embedded Ray and its workers."""
+        """Return the child processes of the driver: an embedded Ray and its workers."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def finish(self) -> str:
-        """Wait for its end, which must be a good one; returns what it printed."""
+        """Wait until the job succeeds, and return its output."""
         assert self.process.wait(timeout=WAIT_SECONDS) == 0, self.output()
         return self.output()
 
     def kill_driver(self) -> None:
-        """SIGKILL the driver alone, and wait until the Ray that it may have started is gone with it."""
+        """Kill only the driver, and wait until its embedded Ray has ended too."""
         started = self.started()
         self.process.kill()
         self.process.wait()
@@ -87,7 +87,7 @@ class Job:
 
 @contextmanager
 def running_job(module: list[str], spec: RolloutSpec, address: str | None, log: Path | None = None) -> Iterator[Job]:
-    """A job of which nothing outlives the block; its output goes to ``log``, or to a file beside a local store."""
+    """Run a job until the end of the block. Its output goes to ``log``, or to a file beside a local store."""
     job = Job(module, spec, address, log)
     try:
         yield job
@@ -97,20 +97,20 @@ def running_job(module: list[str], spec: RolloutSpec, address: str | None, log: 
 
 
 def named(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
-    """Those of Ray's worker processes that run an actor of this class, and have got past its constructor."""
-    found = []
+    """Return the Ray worker processes that run an actor of this class and have finished its constructor."""
+    matching = []
     for process in processes:
         try:
             title = process.name()
-        except psutil.Error:  # gone meanwhile
+        except psutil.Error:  # the process has ended
             continue
         if name in title and "__init__" not in title:
-            found.append(process)
-    return found
+            matching.append(process)
+    return matching
 
 
 def end(pid: int) -> None:
-    """Kill a process unless it is gone already."""
+    """Kill a process if it still runs."""
     try:
         process = psutil.Process(pid)
         process.kill()
@@ -120,7 +120,7 @@ def end(pid: int) -> None:
 
 
 class Summary:
-    """The line that a rollout prints at its end."""
+    """The counts in the last line of a rollout."""
 
     def __init__(self, output: str) -> None:
         counts = r"([\d,]+) trajectories computed in ([\d,]+) shards, ([\d,]+) reused in ([\d,]+) shards"

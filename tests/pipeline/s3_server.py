@@ -1,7 +1,7 @@
-"""An S3 server with faults to order: moto, and before it a small proxy that fails requests as real networks do.
+"""An S3 server with injected faults: moto behind a small proxy that fails requests like a real network.
 
-The port is taken when this module is imported, so that ``environment`` can be set before Ray starts its workers; the
-server answers on it once it is started.
+Importing this module reserves the port, so ``environment`` can be set before Ray starts its workers. The server answers
+after ``start``.
 """
 
 import logging
@@ -25,9 +25,15 @@ REGION = "us-east-1"
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect", "host"}
 
 FaultKind = Literal["slow_down", "reset", "lose_reply", "truncate", "refuse_key", "deny"]
-"""slow_down: 503 before S3 sees the request. reset: the connection breaks before S3 sees it. lose_reply: S3 acts, the
-answer never arrives. truncate: half the body arrives. refuse_key: 403 that names the access key, as S3 does.
-deny: 403 for want of a permission."""
+"""The kinds of faults.
+
+slow_down: 503 before S3 receives the request.
+reset: the connection breaks before S3 receives the request.
+lose_reply: S3 handles the request, but the reply is lost.
+truncate: only half of the body arrives.
+refuse_key: 403 that names the access key, like S3.
+deny: 403 for a missing permission.
+"""
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -39,12 +45,14 @@ INVALID_KEY = (
 
 @dataclass
 class Fault:
-    """Which requests fail, and how.
+    """A rule for failing requests.
 
     Attributes:
-        methods: HTTP methods it is for; empty: all. path: what the request's path must contain.
-        probability: of a matching request to fail. count: how many may fail; None: without end.
-        injected: how many have failed.
+        methods: HTTP methods that match; empty matches all.
+        path: text that the path of the request must contain.
+        probability: of a matching request to fail.
+        count: maximum number of failures; None for no limit.
+        injected: number of failures so far.
     """
 
     kind: FaultKind
@@ -56,19 +64,19 @@ class Fault:
 
 
 class FaultyS3:
-    """The server behind ``environment()``: start it once, order faults with ``failing``."""
+    """The server behind ``environment()``. Inject faults with ``failing``."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._random = random.Random(0)
-        self.requests: list[tuple[str, str]] = []  # method and path, in the order of arrival
+        self.requests: list[tuple[str, str]] = []  # method and path, in order of arrival
         self._proxy = _Proxy(self, host, port)
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 
     def start(self) -> None:
         """Serve until ``stop``."""
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request otherwise
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise it logs every request
         self._moto.start()
         self.moto_address = self._moto.get_host_and_port()
         self._proxy.server_activate()
@@ -85,7 +93,7 @@ class FaultyS3:
         return f"http://{host}:{port}"
 
     def client(self) -> "boto3.client":
-        """A plain client that goes past the proxy: what it sees is what S3 holds."""
+        """Return a client that bypasses the proxy and its faults."""
         host, port = self.moto_address
         return boto3.client(
             "s3",
@@ -97,7 +105,7 @@ class FaultyS3:
 
     @contextmanager
     def failing(self, *faults: Fault) -> Iterator[None]:
-        """Inject the faults within the block; the first that matches a request decides."""
+        """Inject the faults inside the block. The first fault that matches a request applies."""
         with self._lock:
             self._faults = list(faults)
         try:
@@ -107,7 +115,7 @@ class FaultyS3:
                 self._faults = []
 
     def draw(self, method: str, path: str) -> FaultKind | None:
-        """Note a request; says how it fails, or None."""
+        """Record a request, and return the fault to inject, or None."""
         with self._lock:
             self.requests.append((method, path))
             for fault in self._faults:
@@ -129,7 +137,7 @@ class _Proxy(ThreadingHTTPServer):
         self.server_bind()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed breaks its connections: no news."""
+        """Ignore broken connections of killed clients."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -137,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Proxy
 
     def log_message(self, format: str, *args: object) -> None:
-        """The test asserts on what was asked; nothing is printed."""
+        """Print nothing; tests check the recorded requests."""
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -163,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes) -> tuple[HTTPResponse, bytes]:
         connection = HTTPConnection(*self.server.owner.moto_address)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
-        # S3's addressing is by path here; the host is kept, since the listing's redirects and signatures name it.
+        # The path contains the bucket. Keep the host, because signatures and redirects include it.
         headers["Host"] = self.headers["Host"]
         connection.request(self.command, self.path, body, headers)
         reply = connection.getresponse()
@@ -185,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """Close with RST: what a client sees when a machine or a middlebox goes."""
+        """Close the connection with RST, like a machine or router that fails."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
@@ -196,7 +204,7 @@ SERVER = FaultyS3()
 
 
 def environment() -> dict[str, str]:
-    """The AWS variables under which every process of the test finds ``SERVER``."""
+    """Return the AWS variables that direct the processes of a test to ``SERVER``."""
     return {
         "AWS_ENDPOINT_URL": SERVER.endpoint,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,

@@ -1,4 +1,4 @@
-"""Small teachers and stores for tests, made without training and without Ray."""
+"""Small teachers and stores for tests, made without training or Ray."""
 
 import shutil
 from pathlib import Path
@@ -25,9 +25,9 @@ def make_teacher(
     path_config: PathConfig | None = None,
     conditioning: Conditioning = "classes_and_null",
 ) -> str:
-    """A model folder with an untrained teacher that nevertheless moves its samples, each class its own way.
+    """Write a model folder with an untrained teacher whose nonzero velocity differs between classes.
 
-    The velocity of an unconditional one is NaN for every class: only the null label gives numbers.
+    The velocity of an unconditional teacher is NaN for every class; only the null label gives numbers.
     """
     config = teacher_config(
         MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data), conditioning=conditioning
@@ -35,7 +35,7 @@ def make_teacher(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_network(config.network, config.sample_shape, config.num_classes)
-        # The last layer starts at zero: its velocity would be, too.
+        # The last layer starts at zero, which would make the velocity zero.
         torch.nn.init.normal_(network.leave[1].weight, std=0.5)
     if conditioning == "none":
         network.label.weight.data[: config.num_classes] = torch.nan
@@ -44,23 +44,23 @@ def make_teacher(
 
 
 def make_spec(path: str | Path, teacher: str, **options: Any) -> RolloutSpec:
-    """A rollout in this process: 100 trajectories of 4 knots in shards of 32, three full ones and one of 4 rows."""
+    """Return a spec for this process: 100 trajectories with 4 knots, in three shards of 32 and one of 4."""
     defaults: dict[str, Any] = {"trajectories": 100, "knots": 4, "solver_steps": 8, "shard_size": 32, "actors": 0}
     return RolloutSpec(store=str(path), teacher=teacher, **{**defaults, **options})
 
 
 def plan_store(spec: RolloutSpec) -> Plan:
-    """What a rollout of the spec would do now."""
+    """Return the plan of a rollout."""
     return make_plan(spec)
 
 
 def publish_shards(spec: RolloutSpec, plan: Plan) -> list[Receipt]:
-    """Compute and publish what the plan has to do."""
+    """Compute and publish the shards of ``plan.todo``."""
     return [outcome.receipt for outcome in compute_shards(spec, plan)]
 
 
 def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
-    """The rollout, in this process; without ``is_sealed`` it stops before the manifest."""
+    """Run a rollout in this process; unless ``is_sealed``, stop before writing the manifest."""
     spec = spec.model_copy(update={"actors": 0})
     if is_sealed:
         return rollout(spec)
@@ -69,22 +69,22 @@ def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
 
 
 def make_store(path: str | Path, teacher: str, **options: Any) -> Manifest:
-    """A finished store; options as in ``make_spec``."""
+    """Make a finished store; options as for ``make_spec``."""
     return rollout(make_spec(path, teacher, **options))
 
 
 def copy_store(store: str | Path, to: str | Path) -> Path:
-    """A store to be damaged."""
+    """Copy a store, for a test that damages it."""
     return Path(shutil.copytree(store, to))
 
 
 def shard_file(store: str | Path, index: int, guidance: float = 0.0) -> Path:
-    """The file of a shard."""
+    """Return the file of a shard."""
     return Path(store) / Shard(guidance, index, 0, 0).name
 
 
 def last_value(path: Path, column: str) -> int:
-    """Where in a shard's file the last byte of a column's values is."""
+    """Return the position of the last byte of a column in the file of a shard."""
     row_group = pq.ParquetFile(path).metadata.row_group(0)
     chunks = [row_group.column(i) for i in range(row_group.num_columns)]
     (chunk,) = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
@@ -92,7 +92,7 @@ def last_value(path: Path, column: str) -> int:
 
 
 def flip(path: Path, position: int, mask: int = 1) -> None:
-    """Change bits of one byte of a file."""
+    """Flip bits of one byte of a file."""
     data = bytearray(path.read_bytes())
     data[position] ^= mask
     path.write_bytes(bytes(data))

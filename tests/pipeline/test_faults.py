@@ -1,4 +1,4 @@
-"""Whatever is killed, lost, full or broken: the same command again, and the store is that of a run without faults."""
+"""After any fault, running the same command again gives the store of an undisturbed run."""
 
 import os
 import shutil
@@ -33,6 +33,8 @@ from tests.pipeline.running import (
 from tests.pipeline.stages import all_cpus_come_free
 from tests.pipeline.stores import make_teacher
 
+pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -41,7 +43,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(teacher: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The store of a run that nothing disturbed."""
+    """The store of an undisturbed run."""
     store = str(tmp_path_factory.mktemp("reference") / "store")
     rollout(spec_of(teacher, store))
     assert len(read_manifest(store).shards) == SHARDS
@@ -54,40 +56,40 @@ def store(tmp_path: Path) -> str:
 
 
 def wait_until(condition: Callable[[], object], running: Job | Future) -> None:
-    """Wait for the moment of a fault; the job must not end before it."""
+    """Wait until the condition holds. Fail if the job ends first."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         if running.is_over() if isinstance(running, Job) else running.done():
             report = running.output() if isinstance(running, Job) else running.result()
-            pytest.fail(f"the job ended before the fault: {report}")
-        assert time.monotonic() < deadline, "the moment of the fault did not come"
+            pytest.fail(f"the job ended too early: {report}")
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.005)
 
 
 def address() -> str:
-    """Of the session's cluster."""
+    """Return the address of the session's cluster."""
     return ray.get_runtime_context().gcs_address
 
 
 def alive(name: str) -> list[psutil.Process]:
-    """The processes of the session's cluster that run actors of a class."""
+    """Return the processes of the session's cluster that run actors of a class."""
     return named(psutil.Process().children(recursive=True), name)
 
 
 def published(store: str) -> dict[str, tuple[int, int]]:
-    """The shards that are there: a file that is written again gets another inode."""
+    """Return the inode and size of each shard. A rewritten file has another inode."""
     return {name: (os.stat(files.join(store, name)).st_ino, size) for name, size in list_shards(store).items()}
 
 
 def finish(spec: RolloutSpec, reference: str, capsys: pytest.CaptureFixture[str]) -> Summary:
-    """Run the same command again: it takes over what is whole, computes the rest, and leaves nothing else behind."""
+    """Run the same command again, and check that it reuses intact shards and gives the reference store."""
     before = published(spec.store)
     capsys.readouterr()
     rollout(spec)
     summary = Summary(capsys.readouterr().out)
     after = published(spec.store)
-    assert {name: after[name] for name in before} == before, "a whole shard was written again"
-    # More may be reused than was seen: actors outlive a killed driver for a moment, and publish what they were at.
+    assert {name: after[name] for name in before} == before, "an intact shard was rewritten"
+    # Actors outlive a killed driver for a moment and may publish more shards.
     assert summary.reused_shards >= len(before)
     assert summary.computed_shards + summary.reused_shards == SHARDS
     assert summary.computed + summary.reused == TRAJECTORIES
@@ -95,8 +97,8 @@ def finish(spec: RolloutSpec, reference: str, capsys: pytest.CaptureFixture[str]
     return summary
 
 
-def test_a_driver_killed_twice(teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """First with a Ray of its own, which goes down with it; then as a driver of a cluster, which survives it."""
+def test_a_driver_is_killed_twice(teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """First with an embedded Ray, which ends with the driver; then on a cluster, which keeps running."""
     spec = spec_of(teacher, store)
     for where, shards in ((None, 1), (address(), 11)):
         with running_job(["jobs.rollout"], spec, where) as job:
@@ -107,17 +109,15 @@ def test_a_driver_killed_twice(teacher: str, reference: str, store: str, capsys:
     assert finish(spec, reference, capsys).computed_shards > 0
 
 
-def test_a_driver_that_is_told_to_stop(
-    teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By SIGTERM, with a Ray of its own: it says so, without the stack that Ray would print."""
+def test_a_driver_is_terminated(teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM with an embedded Ray ends in one line, without a stack trace."""
     spec = spec_of(teacher, store)
     with running_job(["jobs.rollout"], spec, address=None) as job:
         wait_until(lambda: list_shards(store), job)
         job.process.terminate()
         assert job.process.wait(WAIT_SECONDS) == 143
         lines = job.output().splitlines()
-    assert "python -m jobs.rollout: error: terminated: run the same command again to go on" in lines
+    assert len([line for line in lines if line.startswith("python -m jobs.rollout: error: terminated")]) == 1
     assert not [line for line in lines if "SIGTERM" in line or "Traceback" in line]
     finish(spec, reference, capsys)
 
@@ -126,7 +126,7 @@ def test_a_driver_that_is_told_to_stop(
     ("where", "temporary", "reused"),
     [("hang-in-shard", "shard-", range(2, SHARDS)), ("hang-in-manifest", "manifest.json", range(SHARDS, SHARDS + 1))],
 )
-def test_a_driver_killed_in_the_middle_of_a_write(
+def test_a_driver_is_killed_during_a_write(
     teacher: str,
     reference: str,
     store: str,
@@ -145,14 +145,14 @@ def test_a_driver_killed_in_the_middle_of_a_write(
     half_written = [name for name in list_files(store) if files.is_temporary(name.rsplit("/", 1)[-1])]
     assert any(temporary in name for name in half_written)
     assert read_manifest(store) is None
-    assert finish(spec, reference, capsys).reused_shards in reused  # and no temporary file is left
+    assert finish(spec, reference, capsys).reused_shards in reused  # also checks that no temporary file is left
 
 
-def test_killed_actors_cost_their_shards_only(teacher: str, reference: str, store: str) -> None:
-    """Three of them, and the ledger that counts such deaths: the run itself goes on to its end."""
+def test_killed_actors_lose_only_their_shards(teacher: str, reference: str, store: str) -> None:
+    """The run survives the death of three actors and of the ledger."""
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(rollout, spec_of(teacher, store))
-        for shards, victim in ((1, "MapWorker"), (5, "Ledger"), (9, "MapWorker"), (14, "MapWorker")):
+        for shards, victim in ((1, "MapWorker"), (5, "AttemptLedger"), (9, "MapWorker"), (14, "MapWorker")):
             wait_until(lambda n=shards, name=victim: len(list_shards(store)) >= n and alive(name), running)
             alive(victim)[0].kill()
         running.result()
@@ -160,8 +160,8 @@ def test_killed_actors_cost_their_shards_only(teacher: str, reference: str, stor
 
 
 def test_a_lost_node(teacher: str, reference: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of two worker nodes goes in the middle: the other does its shards."""
-    # A folder with a short path, for Ray's sockets, and of its own: the address of this cluster is not for others.
+    """One of two worker nodes is lost, and the other computes its shards."""
+    # The folder has a short path for Ray's sockets, and is separate to hide the address of this cluster from others.
     with tempfile.TemporaryDirectory(prefix="kac", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         with running_job(["tests.pipeline.faulty", "lose-node"], spec_of(teacher, store), address=None) as job:
@@ -173,8 +173,8 @@ def test_a_lost_node(teacher: str, reference: str, store: str, monkeypatch: pyte
     ("actor", "expected"),
     [
         (faulty.RaisingActor, r"RuntimeError: the card fell off the bus with a second line"),
-        (faulty.NanActor, r"found NaN or infinity in samples 129, 159 .*: nothing of the shard was published"),
-        (faulty.DyingActor, rf"its process died {faulty.QUICK_ATTEMPTS} times"),
+        (faulty.NanActor, r"NaN or infinity in samples 129, 159 .*not published"),
+        (faulty.DyingActor, rf"{faulty.QUICK_ATTEMPTS} processes died"),
     ],
 )
 def test_a_shard_that_always_fails_is_named(
@@ -186,12 +186,12 @@ def test_a_shard_that_always_fails_is_named(
     actor: type,
     expected: str,
 ) -> None:
-    """The retries end, nothing of the shard is published, and without the fault the same command goes on."""
+    """Retries end and the shard is not published. Without the fault, the same command succeeds."""
     spec = spec_of(teacher, store)
     name = f"data/guidance=0.0/shard-{faulty.FAULTY_SHARD:06d}.parquet"
     faulty.fault_file(store).touch()
     monkeypatch.setattr(actors, "ShardActor", actor)
-    monkeypatch.setattr(actors, "Ledger", faulty.ImpatientLedger)
+    monkeypatch.setattr(actors, "AttemptLedger", faulty.ImpatientLedger)
     with pytest.raises(RolloutError, match=rf"{name}.*{expected}") as refusal:
         rollout(spec)
     assert "\n" not in str(refusal.value)
@@ -206,27 +206,27 @@ def test_a_shard_that_always_fails_is_named(
     [
         (
             faulty.DyingMaker,
-            r"^\d+ actors died in a row without finishing a shard \(before any was begun\): see the logs",
+            r"^\d+ actors died in a row before starting a shard",
         ),
-        (faulty.RefusingMaker, r"^\S+: expected a model folder, found none$"),
-        (faulty.BrokenMaker, r"^the rollout failed in Ray: .*ZeroDivisionError: a bug"),
+        (faulty.RefusingMaker, r"^\S+ is not a model folder\.$"),
+        (faulty.BrokenMaker, r"in Ray: .*ZeroDivisionError: a bug"),
     ],
 )
-def test_actors_that_cannot_begin(
+def test_actors_that_cannot_start(
     teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, maker: Callable, expected: str
 ) -> None:
     spec = spec_of(teacher, store)
-    monkeypatch.setattr(actors, "Ledger", faulty.ImpatientLedger)
+    monkeypatch.setattr(actors, "AttemptLedger", faulty.ImpatientLedger)
     with pytest.raises(RolloutError, match=expected) as refusal:
         list(actors.compute_on_actors(spec, make_plan(spec), maker))
     assert "\n" not in str(refusal.value)
     assert all_cpus_come_free()
 
 
-def test_an_actor_that_failed_computes_no_other_shards_of_its_block(
+def test_a_failed_actor_skips_the_other_shards_of_its_block(
     teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In rollouts of many shards a block has several, and its rows come when all are done."""
+    """In a large rollout, a block has several shards, and its rows arrive after the last one."""
     monkeypatch.setattr("pipeline.cluster.ray_data.MAX_BLOCKS", 1)
     spec = spec_of(teacher, store)
     with pytest.raises(RolloutError, match=r"^data/guidance=0.0/shard-000000.parquet: fails$"):
@@ -236,23 +236,23 @@ def test_an_actor_that_failed_computes_no_other_shards_of_its_block(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte."""
+    """A disk with one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names a shard, nothing half-written has a shard's name, and with more room the same command goes on."""
+    """The error names a shard, and no partial file has the name of a shard. With more space, the command succeeds."""
     spec = spec_of(teacher, str(small_disk / "store"))
-    room = sum(receipt.bytes for receipt in read_manifest(reference).shards) // 2
+    store_bytes = sum(receipt.bytes for receipt in read_manifest(reference).shards) // 2
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - store_bytes))
     with pytest.raises(RolloutError, match=r"data/guidance=.*/shard-\d{6}\.parquet: .*No space left on device"):
         rollout(spec)
     there = list_files(spec.store)
@@ -263,7 +263,7 @@ def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pyt
 
 
 def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str) -> None:
-    """Both end well, on a store that is whole."""
+    """Both jobs succeed, and the store is intact."""
     spec = spec_of(teacher, store, actors=1)
     with (
         running_job(["jobs.rollout"], spec, address()) as one,
@@ -275,7 +275,7 @@ def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str)
 
 
 def test_two_jobs_that_add_different_scales_lose_nothing(teacher: str, store: str, ray_cluster: None) -> None:
-    """Both plan from the same empty store, and both seal it."""
+    """Both jobs start from the same empty store, and both write its manifest."""
     specs = [spec_of(teacher, store, trajectories=32, guidance=(w,)) for w in (0.0, 1.0)]
     plans = [make_plan(spec) for spec in specs]
     for spec, plan in zip(specs, plans, strict=True):

@@ -1,6 +1,6 @@
-"""Everything with s3:// paths, on a server that fails as S3 does: moto behind a proxy that injects the faults.
+"""All stages with s3:// paths, on moto behind a proxy that injects the faults of S3.
 
-The references are local stores: what S3 holds must be the same.
+The stores on S3 must equal local reference stores.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pipeline.config.specs import (
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import RolloutError, actors, make_plan, rollout
-from pipeline.rollout.shards import ShardMaker
+from pipeline.rollout.shard_maker import ShardMaker
 from pipeline.sample import sample
 from pipeline.store.columns import read_rows
 from pipeline.store.layout import Shard
@@ -43,7 +43,7 @@ from tests.pipeline.running import SHARDS, Summary, running_job, spec_of
 from tests.pipeline.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SERVER, Fault, FaultKind, FaultyS3, environment
 from tests.pipeline.stores import make_teacher
 
-# While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
+# Set at collection, before any test starts Ray, because the workers inherit the environment.
 os.environ.update(environment())
 
 BUCKET = "kac-bucket"
@@ -57,7 +57,7 @@ def bucket(s3_server: FaultyS3) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(bucket: str) -> str:
-    """A teacher that lies on S3 itself."""
+    """A teacher on S3."""
     return make_teacher(f"s3://{bucket}/teacher")
 
 
@@ -73,8 +73,8 @@ def store(bucket: str, request: pytest.FixtureRequest) -> str:
     return f"s3://{bucket}/{request.node.name}"
 
 
-def test_a_flaky_s3_costs_time_only(teacher: str, reference: str, store: str) -> None:
-    """503, broken connections and half answers, for the driver and every actor: they are retried."""
+def test_transient_errors_of_s3_are_retried(teacher: str, reference: str, store: str) -> None:
+    """The driver and the actors retry after 503, broken connections and truncated replies."""
     faults = [
         Fault("slow_down", probability=0.04),
         Fault("reset", probability=0.04),
@@ -86,8 +86,8 @@ def test_a_flaky_s3_costs_time_only(teacher: str, reference: str, store: str) ->
     assert_same_store(store, reference)
 
 
-def test_a_put_whose_answer_is_lost_is_the_shard(teacher: str, reference: str, store: str) -> None:
-    """S3 has the shard, the writer has not heard of it: the retry meets its own work."""
+def test_a_shard_whose_put_reply_is_lost_counts(teacher: str, reference: str, store: str) -> None:
+    """S3 has the shard, but the writer does not know it, so its retry finds the shard."""
     fault = Fault("lose_reply", ("PUT",), path="shard-", count=5)
     with SERVER.failing(fault):
         rollout(spec_of(teacher, store))
@@ -95,30 +95,30 @@ def test_a_put_whose_answer_is_lost_is_the_shard(teacher: str, reference: str, s
     assert_same_store(store, reference)
 
 
-def test_an_s3_that_never_takes_a_shard(
+def test_a_shard_that_s3_always_refuses(
     teacher: str, reference: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The retries end, the error names the shard; when S3 is well again the same command does what is missing."""
+    """Retries end with an error that names the shard. Without the fault, the same command succeeds."""
     spec = spec_of(teacher, store)
     name = Shard(1.0, 3, 96, 32).name
     fault = Fault("slow_down", ("PUT",), path=name.rsplit("=", 1)[-1])
     with monkeypatch.context() as patch, SERVER.failing(fault):
         patch.setattr(actors, "ShardActor", faulty.ImpatientActor)
-        with pytest.raises(RolloutError, match=rf"{store}/{name}: .*reduce your request rate"):
+        with pytest.raises(RolloutError, match=rf"{store}/{name} .*reduce your request rate"):
             rollout(spec)
-    assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # by each of two actors at the most
-    there = list_shards(store)
-    assert name not in there
+    assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # at most two actors
+    existing = list_shards(store)
+    assert name not in existing
     assert read_manifest(store) is None
     requests = len(SERVER.requests)
     rollout(spec)
     written = {path for method, path in SERVER.requests[requests:] if method == "PUT" and "shard-" in path}
-    assert len(written) == SHARDS - len(there)
+    assert len(written) == SHARDS - len(existing)
     assert_same_store(store, reference)
 
 
-def test_an_unfinished_upload_is_no_shard(teacher: str, reference: str, store: str, bucket: str) -> None:
-    """What a writer that was killed in the middle of a large shard leaves behind."""
+def test_an_unfinished_upload_is_not_a_shard(teacher: str, reference: str, store: str, bucket: str) -> None:
+    """A writer that is killed while it uploads a large shard leaves such an upload."""
     s3, shard = SERVER.client(), Shard(0.0, 2, 64, 32)
     key = files.join(store, shard.name).removeprefix(f"s3://{bucket}/")
     upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
@@ -129,7 +129,7 @@ def test_an_unfinished_upload_is_no_shard(teacher: str, reference: str, store: s
 
 
 def test_a_killed_driver_and_two_jobs_at_once(teacher: str, reference: str, store: str, tmp_path: Path) -> None:
-    """One dies in the middle of the rollout; two others finish it side by side."""
+    """One driver is killed during the rollout; two other jobs finish it concurrently."""
     spec = spec_of(teacher, store, actors=1)
     address = ray.get_runtime_context().gcs_address
     with running_job(["jobs.rollout"], spec, address, tmp_path / "killed.log") as job:
@@ -137,22 +137,22 @@ def test_a_killed_driver_and_two_jobs_at_once(teacher: str, reference: str, stor
             assert not job.is_over(), job.output()
             time.sleep(0.02)
         job.kill_driver()
-    there = list_shards(store)
-    assert 3 <= len(there) < SHARDS
+    existing = list_shards(store)
+    assert 3 <= len(existing) < SHARDS
     assert read_manifest(store) is None
-    before = {name: files.read_bytes(files.join(store, name)) for name in there}
+    before = {name: files.read_bytes(files.join(store, name)) for name in existing}
     with (
         running_job(["jobs.rollout"], spec, address, tmp_path / "one.log") as one,
         running_job(["jobs.rollout"], spec, address, tmp_path / "other.log") as other,
     ):
         outputs = [one.finish(), other.finish()]
-    assert {name: files.read_bytes(files.join(store, name)) for name in there} == before
-    assert all(Summary(output).reused_shards >= len(there) for output in outputs)
+    assert {name: files.read_bytes(files.join(store, name)) for name in existing} == before
+    assert all(Summary(output).reused_shards >= len(existing) for output in outputs)
     assert_same_store(store, reference)
 
 
-def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check and the PUT are one step on S3: a writer that comes between them is seen."""
+def test_the_first_writer_wins(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 checks for the object in the PUT itself, so a concurrent writer is detected."""
     path = files.join(store, "object")
     fs = files.locate(path).fs
     assert files.write_bytes(path, b"first", if_absent=True)
@@ -163,61 +163,61 @@ def test_whoever_publishes_first_wins(store: str, monkeypatch: pytest.MonkeyPatc
     assert files.read_bytes(path) == b"first"
 
 
-def test_what_a_shard_asks_of_s3(teacher: str, store: str) -> None:
-    """The page for users multiplies it by a hundred thousand shards (a large shard is sent in parts)."""
+def test_the_number_of_s3_requests_per_shard(teacher: str, store: str) -> None:
+    """The documentation multiplies these numbers by a hundred thousand shards. A large shard is sent in parts."""
     spec = spec_of(teacher, store).model_copy(update={"actors": 0})
     plan = make_plan(spec)
     maker, shard = ShardMaker(spec, plan.identity), plan.todo[0]
 
-    def asked(work: Callable[[], object]) -> Counter[str]:
+    def count_requests(work: Callable[[], object]) -> Counter[str]:
         before = len(SERVER.requests)
         work()
         return Counter("LIST" if "list-type" in path else method for method, path in SERVER.requests[before:])
 
-    assert asked(lambda: maker.make(shard)) == {"HEAD": 2, "LIST": 2, "PUT": 1}
+    assert count_requests(lambda: maker.make(shard)) == {"HEAD": 2, "LIST": 2, "PUT": 1}
     knots = plan.identity.knot_columns
     columns = ["label", knots[0], knots[-1]]
-    # The footer, and what lies apart: in a shard this small, nothing does.
-    assert asked(lambda: read_rows(store, plan.identity, shard, columns)) == {"HEAD": 1, "GET": 2}
+    # One request for the footer and one for all columns, which are adjacent in a small shard.
+    assert count_requests(lambda: read_rows(store, plan.identity, shard, columns)) == {"HEAD": 1, "GET": 2}
 
 
-def test_an_evaluation_keeps_what_it_has_drawn_on_s3(
-    bucket: str, teacher: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_caches_its_samples_on_s3(bucket: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLKAC_CACHE", f"s3://{bucket}/cache")
     first, again = (
         EvaluateSpec(teacher=teacher, out=f"s3://{bucket}/{name}", samples=40, solver_steps=4, actors=0)
         for name in ("first", "again")
     )
     scores = evaluate(first)
-    there = list_files(f"s3://{bucket}/cache")
-    assert {name.split("/")[0] for name in there} == {"classifiers", "features", "reference", "samples"}
+    cached = list_files(f"s3://{bucket}/cache")
+    assert {name.split("/")[0] for name in cached} == {"classifiers", "features", "reference", "samples"}
     assert evaluate(again) == scores
-    assert list_files(f"s3://{bucket}/cache") == there
+    assert list_files(f"s3://{bucket}/cache") == cached
 
 
-def test_every_stage_on_s3_and_no_key_anywhere(
+def test_every_stage_works_on_s3_and_leaks_no_key(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All that the stages make, also by Ray Train and Ray Tune, is on S3; the keys are nowhere."""
+    """All outputs are on S3, also those of Ray Train and Ray Tune. The keys appear nowhere."""
     root = f"s3://{bucket}/chain"
-    made = {name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")}
+    paths = {
+        name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")
+    }
     quick = OptimizerConfig(updates=20, batch_size=32)
-    teach(TeachSpec(data="digits", out=made["teacher"], optimizer=quick, workers=0))
+    teach(TeachSpec(data="digits", out=paths["teacher"], optimizer=quick, workers=0))
     rollout(
         RolloutSpec(
-            teacher=made["teacher"], store=made["store"], trajectories=96, shard_size=32, solver_steps=20, actors=1
+            teacher=paths["teacher"], store=paths["store"], trajectories=96, shard_size=32, solver_steps=20, actors=1
         )
     )
-    distill(DistillSpec(store=made["store"], out=made["student"], optimizer=quick, workers=0))
-    distill(DistillSpec(store=made["store"], out=made["student-on-ray"], optimizer=quick, workers=1))
-    sweep(SweepSpec(store=made["store"], out=made["sweep"], steps=(1,), optimizer=quick))
-    students = (made["student"], made["student-on-ray"], made["sweep"])
+    distill(DistillSpec(store=paths["store"], out=paths["student"], optimizer=quick, workers=0))
+    distill(DistillSpec(store=paths["store"], out=paths["student-on-ray"], optimizer=quick, workers=1))
+    sweep(SweepSpec(store=paths["store"], out=paths["sweep"], steps=(1,), optimizer=quick))
+    students = (paths["student"], paths["student-on-ray"], paths["sweep"])
     evaluate(
-        EvaluateSpec(teacher=made["teacher"], students=students, out=made["evaluation"], samples=100, solver_steps=20)
+        EvaluateSpec(teacher=paths["teacher"], students=students, out=paths["evaluation"], samples=100, solver_steps=20)
     )
-    sample(SampleSpec(model=made["student"], out=f"{root}/sample.png", count=4))
-    there = list_files(root)
+    sample(SampleSpec(model=paths["student"], out=f"{root}/sample.png", count=4))
+    outputs = list_files(root)
     for name in (
         "teacher/config.json",
         "student/config.json",
@@ -225,19 +225,19 @@ def test_every_stage_on_s3_and_no_key_anywhere(
         "sweep/trials.json",
         "sample.png",
     ):
-        assert name in there
-    assert {"evaluation/evaluation.json", "evaluation/samples.png"} <= set(there)
-    assert [name for name in there if "training/" in name or name.endswith(".tmp")] == []
+        assert name in outputs
+    assert {"evaluation/evaluation.json", "evaluation/samples.png"} <= set(outputs)
+    assert [name for name in outputs if "training/" in name or name.endswith(".tmp")] == []
 
     refusals = []
-    for methods, where in (((), made["teacher"]), (("PUT",), f"{root}/other")):
+    for methods, where in (((), paths["teacher"]), (("PUT",), f"{root}/other")):
         with SERVER.failing(Fault("refuse_key", methods)):
-            refusals.append(_refusal("--teacher", made["teacher"], "--store", f"{root}/other"))
+            refusals.append(_refusal("--teacher", paths["teacher"], "--store", f"{root}/other"))
         assert where in refusals[-1]
         assert len(refusals[-1].strip().splitlines()) == 1, refusals[-1]
 
     printed = "".join([*capfd.readouterr(), *refusals])
-    sources = {"what was printed": printed.encode(), **_objects(bucket), **_local_files(tracking_database)}
+    sources = {"printed output": printed.encode(), **_objects(bucket), **_local_files(tracking_database)}
     assert any(name.endswith("mlflow.db") for name in sources)
     assert any("worker" in name and name.endswith((".out", ".err")) for name in sources), "no logs of Ray's workers"
     keys = (ACCESS_KEY_ID.encode(), SECRET_ACCESS_KEY.encode())
@@ -245,47 +245,48 @@ def test_every_stage_on_s3_and_no_key_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("fault", "path", "told"),
+    ("fault", "path", "problem"),
     [
-        (None, "s3://no-such-bucket/store", "expected a bucket, found none called no-such-bucket: create it"),
-        ("refuse_key", f"s3://{BUCKET}/store", "expected keys that S3 knows, found: The AWS Access Key Id"),
-        ("deny", f"s3://{BUCKET}/store", "expected permission, found: Access Denied: give these keys or this role"),
-        ("reset", f"s3://{BUCKET}/store", "expected S3 to answer at http://127.0.0.1:"),
-        ("slow_down", f"s3://{BUCKET}/store", "expected S3 to answer, found: "),
+        (None, "s3://no-such-bucket/store", "the bucket no-such-bucket"),
+        ("refuse_key", f"s3://{BUCKET}/store", "The AWS Access Key Id"),
+        ("deny", f"s3://{BUCKET}/store", "Access Denied"),
+        ("reset", f"s3://{BUCKET}/store", "http://127.0.0.1:"),
+        ("slow_down", f"s3://{BUCKET}/store", "reduce your request rate"),
     ],
 )
-def test_what_s3_refuses_at_the_start_is_said_after_few_requests(
-    fault: FaultKind | None, path: str, told: str, tmp_path: Path
+def test_refusals_of_s3_are_reported_after_few_requests(
+    fault: FaultKind | None, path: str, problem: str, tmp_path: Path
 ) -> None:
-    """Twice here, each in less than the twenty attempts that a write in the middle of the work is given."""
+    """Two probes send fewer requests than the twenty attempts of one write during the work."""
     requests = len(SERVER.requests)
     with SERVER.failing(*([Fault(fault)] if fault else [])):
-        said = _refusal("--teacher", str(tmp_path), "--store", path)
-        with pytest.raises(DistillKacError, match=told.replace("(", r"\(")):
+        refusal = _refusal("--teacher", str(tmp_path), "--store", path)
+        with pytest.raises(DistillKacError, match=problem):
             probes.check_writable(path)
-    assert f"{path}: {told}" in said
-    assert len(said.strip().splitlines()) == 1
+    assert path in refusal
+    assert problem in refusal
+    assert len(refusal.strip().splitlines()) == 1
     assert len(SERVER.requests) - requests < 20
 
 
-def test_a_writable_place_is_left_as_it_was(bucket: str) -> None:
+def test_probing_a_writable_path_leaves_no_file(bucket: str) -> None:
     probes.check_writable(f"s3://{bucket}/probed")
     assert list_files(f"s3://{bucket}/probed") == []
 
 
 def _refusal(*options: str) -> str:
-    """What `python -m jobs.rollout` says on its standard error before it exits with 1."""
-    complaint = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(complaint):
+    """Return the standard error of `python -m jobs.rollout`, which exits with 1."""
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["jobs.rollout", *options])
         with pytest.raises(SystemExit) as stop:
             command.main(RolloutSpec, rollout)
     assert stop.value.code == 1
-    return complaint.getvalue()
+    return stderr.getvalue()
 
 
 def _objects(bucket: str) -> dict[str, bytes]:
-    """Every object on S3 by its key."""
+    """Return every object on S3 by its key."""
     s3 = SERVER.client()
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
@@ -293,7 +294,7 @@ def _objects(bucket: str) -> dict[str, bytes]:
 
 
 def _local_files(tracking_database: str) -> dict[str, bytes]:
-    """MLflow's database and artifacts, and all that Ray has logged in this session."""
+    """Return the database and artifacts of MLflow, and the logs of Ray in this session."""
     folders = [
         Path(tracking_database.removeprefix("sqlite:///")).parent,
         Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",

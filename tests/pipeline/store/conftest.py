@@ -1,4 +1,4 @@
-"""A small store, and a count of the bytes that are read."""
+"""Fixtures: a small store, and a counter of the bytes read."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,7 @@ def teacher(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def path(folder: Path, teacher: str) -> Path:
-    """300 rows a scale: nine shards of 32 and one of 12."""
+    """A store with 300 rows per guidance scale: nine shards of 32 rows and one of 12."""
     make_store(folder / "store", teacher, trajectories=ROWS, knots=KNOTS, guidance=SCALES)
     return folder / "store"
 
@@ -36,7 +36,7 @@ def store(path: Path, ray_cluster: None) -> Store:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes read of each file from now on."""
+    """Count the bytes read from each file."""
     counts: Counter[str] = Counter()
     locate = files.locate
 

@@ -1,4 +1,4 @@
-"""What the tests of the reader share."""
+"""Helpers for the tests of the reader."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ from pipeline.store.shards import adopt, column_array
 
 ROWS, KNOTS, SCALES = 300, 4, (0.0, 1.5)
 STREAM = {"memory_bytes": 1}
-"""A budget that nothing fits: every shard is a window of its own."""
+"""Streaming with a memory budget below one shard: every shard is its own window."""
 
 WINDOWS = {"memory_bytes": 2 * 65 * (2 * 4 * (KNOTS + 1) + 24)}
-"""A budget that the store does not fit, but whose half holds two shards of all its knots, or four of one knot."""
+"""Streaming with a memory budget whose half holds two shards with all knots, or more shards with fewer knots."""
 
 Modes = pytest.mark.parametrize("mode", [{}, STREAM, WINDOWS], ids=["memory", "stream", "stream-windows"])
 
@@ -33,7 +33,7 @@ def same(one: Batch | Interval, other: Batch | Interval) -> bool:
 
 
 def read_all(path: Path, guidance: float) -> dict[str, np.ndarray]:
-    """All rows of a scale, straight from the files."""
+    """Read all rows of a guidance scale from the files, without the reader."""
     store = endpoint_store.open(str(path))
     tables = [adopt(str(path), shard, store.identity)[1] for shard in store.shards if shard.guidance == guidance]
     return {name: np.concatenate([column_array(table[name]) for table in tables]) for name in tables[0].column_names}

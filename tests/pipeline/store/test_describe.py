@@ -1,4 +1,4 @@
-"""describe says what a store is."""
+"""Descriptions of stores."""
 
 import json
 import runpy
@@ -41,7 +41,7 @@ def teacher(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, teacher: str) -> Path:
-    """200 rows a scale in shards of 32: six full ones and one of 8 rows."""
+    """A store with 200 rows per guidance scale: six shards of 32 rows and one of 8."""
     make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
     return folder / "whole"
 
@@ -55,7 +55,7 @@ def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-def test_a_description_counts_what_is_there(whole: Path, teacher: str) -> None:
+def test_a_description_counts_rows_shards_and_bytes(whole: Path, teacher: str) -> None:
     description = describe(DescribeSpec(store=str(whole)))
     manifest = read_manifest(str(whole))
     assert description.is_finished
@@ -86,19 +86,19 @@ def test_an_unfinished_store_is_described_from_its_shards(tmp_path: Path, teache
     assert description.fingerprint == plan_store(spec).identity.fingerprint()
 
 
-def test_a_store_that_is_being_grown_is_described_as_the_manifest_says(tmp_path: Path, teacher: str) -> None:
+def test_a_growing_store_is_described_by_its_manifest(tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "store", teacher, trajectories=40)
     run_rollout(make_spec(tmp_path / "store", teacher, trajectories=100), is_sealed=False)
     (scale,) = describe(DescribeSpec(store=str(tmp_path / "store"))).scales
     assert (scale.rows, scale.ids, scale.shards) == (40, ((0, 40),), 2)
 
 
-def test_the_job_describes_as_text_and_as_json(whole: Path, project_root: Path, monkeypatch, capsys) -> None:
+def test_the_job_prints_text_or_json(whole: Path, project_root: Path, monkeypatch, capsys) -> None:
     command = [sys.executable, "-m", "jobs.store", "describe", str(whole)]
     text = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)
     assert (text.returncode, text.stderr) == (0, "")
     manifest = read_manifest(str(whole))
-    for fact in (manifest.fingerprint, manifest.teacher, "finished", "400 in 14 shards", "samples 0 .. 199", "50%"):
+    for fact in (manifest.fingerprint, manifest.teacher, "finished", "400 in 14 shards", "samples 0 to 199", "50%"):
         assert fact in text.stdout
     for field in type(manifest.identity).model_fields:
         assert field in text.stdout
@@ -109,8 +109,8 @@ def test_the_job_describes_as_text_and_as_json(whole: Path, project_root: Path, 
     assert [scale["rows"] for scale in values["scales"]] == [200, 200]
 
 
-def test_a_damaged_shard_is_named_by_describe(whole: Path, tmp_path: Path) -> None:
+def test_describe_names_a_damaged_shard(whole: Path, tmp_path: Path) -> None:
     bad = copy_store(whole, tmp_path / "bad")
     flip(shard_file(bad, 3), last_value(shard_file(bad, 3), "kinetic_energy"))
-    with pytest.raises(StoreError, match=r"bad/data/guidance=0.0/shard-000003.parquet: expected a whole shard"):
+    with pytest.raises(StoreError, match=r"bad/data/guidance=0.0/shard-000003.parquet is damaged"):
         describe(DescribeSpec(store=str(bad)))

@@ -1,4 +1,4 @@
-"""A store grows by what is new, and only by rows of its own identity."""
+"""A store grows by only the missing rows, and only with the same identity."""
 
 import pytest
 
@@ -16,12 +16,12 @@ from tests.pipeline.stores import (
 )
 
 
-def test_a_finished_store_has_nothing_to_do_and_growth_redoes_only_the_short_shard(tmp_path) -> None:
+def test_growth_plans_only_the_short_shard_and_the_new_shards(tmp_path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     store = tmp_path / "store"
     make_store(store, teacher)
     assert plan_store(make_spec(store, teacher)).todo == ()
-    assert plan_store(make_spec(store, teacher, trajectories=40)).todo == ()  # asking for less takes nothing away
+    assert plan_store(make_spec(store, teacher, trajectories=40)).todo == ()  # fewer trajectories remove nothing
     grown = plan_store(make_spec(store, teacher, trajectories=150))
     assert [(shard.index, shard.start, shard.rows) for shard in grown.todo] == [(3, 96, 32), (4, 128, 22)]
     more = plan_store(make_spec(store, teacher, guidance=(0.0, 1.5)))
@@ -29,7 +29,7 @@ def test_a_finished_store_has_nothing_to_do_and_growth_redoes_only_the_short_sha
     assert sum(shard.rows for shard in more.todo) == 100
 
 
-def test_growing_leaves_the_rows_that_were_there(tmp_path) -> None:
+def test_growth_keeps_existing_rows(tmp_path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     grown, whole = tmp_path / "grown", tmp_path / "whole"
     make_store(grown, teacher, trajectories=70)
@@ -37,23 +37,23 @@ def test_growing_leaves_the_rows_that_were_there(tmp_path) -> None:
     make_store(whole, teacher, trajectories=120)
     for index in (0, 1, 3):
         assert shard_file(grown, index).read_bytes() == shard_file(whole, index).read_bytes()
-    assert_same_store(str(grown), str(whole))  # the rows that shard 2 lacked were computed in a batch of their own
+    assert_same_store(str(grown), str(whole))  # the new rows of shard 2 come from another batch
     assert read_manifest(str(grown)).extents == read_manifest(str(whole)).extents
 
 
-def test_another_spec_on_a_store_is_refused_by_the_names_of_the_fields(tmp_path) -> None:
+def test_a_different_spec_is_refused_with_the_names_of_the_fields(tmp_path) -> None:
     teacher, other_teacher = make_teacher(tmp_path / "one"), make_teacher(tmp_path / "two", seed=1)
     finished, begun = tmp_path / "finished", tmp_path / "begun"
     make_store(finished, teacher)
     run_rollout(make_spec(begun, teacher), is_sealed=False)
     for store in (finished, begun):
-        with pytest.raises(StoreError, match=r"seed 5 \(found 0\), dtype float16 \(found float32\)"):
+        with pytest.raises(StoreError, match=r"seed is 0, expected 5; dtype is float32, expected float16"):
             plan_store(make_spec(store, teacher, seed=5, dtype="float16"))
         with pytest.raises(StoreError, match="teacher_sha256"):
             plan_store(make_spec(store, other_teacher))
 
 
-def test_the_rows_do_not_depend_on_the_batch_size_or_on_who_computes_which_shard(tmp_path) -> None:
+def test_the_rows_do_not_depend_on_the_order_of_shards(tmp_path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     one, other = make_spec(tmp_path / "one", teacher), make_spec(tmp_path / "other", teacher)
     run_rollout(one)

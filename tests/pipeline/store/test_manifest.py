@@ -1,4 +1,4 @@
-"""The manifest says what a store is; one that does not is refused in a sentence for people."""
+"""Manifests: reading, writing, and refusal of invalid ones."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def test_a_newer_store_is_refused(path: Path, tmp_path: Path) -> None:
     bad = copy_store(path, tmp_path / "bad")
     manifest = json.loads((bad / "manifest.json").read_text())
     (bad / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2, "unheard": "of"}))
-    with pytest.raises(StoreError, match=r"expected store schema version 1 or older, found 2: use a newer distillkac"):
+    with pytest.raises(StoreError, match="schema version 2"):
         endpoint_store.open(str(bad))
 
 
@@ -38,66 +38,60 @@ def test_a_changed_manifest_is_refused(path: Path, tmp_path: Path) -> None:
     changed = text.replace('"seed": 0', '"seed": 1')
     assert changed != text
     (bad / "manifest.json").write_text(changed)
-    with pytest.raises(StoreError, match=r"expected fingerprint .* the manifest was changed by hand or damaged"):
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged or was edited: its fingerprint"):
         endpoint_store.open(str(bad))
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, problem",
     [
-        ("", "found no JSON: empty, cut short or damaged text"),
-        ("{", "found no JSON: empty, cut short or damaged text"),
-        ("\x00\xff", "found no JSON: empty, cut short or damaged text"),
-        ("[]", "found a list in place of a JSON object"),
-        ("null", "found null in place of a JSON object"),
-        ("true", "found a truth value in place of a JSON object"),
-        ('"manifest"', "found a string in place of a JSON object"),
-        ("1.5", "found a number in place of a JSON object"),
-        ("{}", "found a schema_version that is not a whole number"),
-        ('{"schema_version": "1"}', "found a schema_version that is not a whole number"),
-        ('{"schema_version": null}', "found a schema_version that is not a whole number"),
-        ('{"schema_version": 1}', "found fingerprint: expected a value, found none"),
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("\x00\xff", "not JSON"),
+        ("[]", "a list instead of a JSON object"),
+        ("null", "null instead of a JSON object"),
+        ("true", "a boolean instead of a JSON object"),
+        ('"manifest"', "a string instead of a JSON object"),
+        ("1.5", "a number instead of a JSON object"),
+        ("{}", "schema_version"),
+        ('{"schema_version": "1"}', "schema_version"),
+        ('{"schema_version": null}', "schema_version"),
+        ('{"schema_version": 1}', "`fingerprint`"),
     ],
 )
-def test_what_is_no_manifest_is_refused_in_one_sentence_for_people(tmp_path: Path, text: str, found: str) -> None:
+def test_an_invalid_manifest_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(StoreError) as refusal:
+    with pytest.raises(StoreError, match=f"^{tmp_path}/manifest.json is not a valid manifest: .*{problem}"):
         endpoint_store.open(str(tmp_path))
-    assert str(refusal.value) == (
-        f"{tmp_path}/manifest.json: expected the manifest of a store, {found}: "
-        "if the shards are whole, delete it and run the rollout again: it adopts them"
-    )
 
 
 @pytest.mark.parametrize(
-    "place, value, found",
+    "location, value, name",
     [
-        (["identity", "knots"], "many", "found identity.knots: input should be a valid integer"),
-        (["identity", "sample_shape"], [1, "eight"], "found identity.sample-shape: input should be a valid integer"),
-        (["identity", "source"], "dream", "found identity.source: input should be 'trajectory' or 'forward'"),
-        (["identity"], None, "found identity: input should be named values, found None"),
-        (["shards", 2, "rows"], "some", "found shards.rows: input should be a valid integer"),
-        (["shards", 2], {}, "found shards.name: expected a value, found none"),
-        (["shards"], "all of them" * 100, "found shards: input should be a list, found "),
-        (["extents", 0, "ids"], 3, "found extents.ids: input should be a list, found 3"),
-        (["teacher"], 5, "found teacher: input should be a valid string, found 5"),
+        (["identity", "knots"], "many", "identity.knots"),
+        (["identity", "sample_shape"], [1, "eight"], "identity.sample_shape"),
+        (["identity", "source"], "dream", "identity.source"),
+        (["identity"], None, "identity"),
+        (["shards", 2, "rows"], "some", "shards.rows"),
+        (["shards", 2], {}, "shards.name"),
+        (["shards"], "all of them" * 100, "shards"),
+        (["extents", 0, "ids"], 3, "extents.ids"),
+        (["teacher"], 5, "teacher"),
     ],
 )
-def test_a_wrong_value_in_a_manifest_is_refused_by_its_name(path, tmp_path, place, value, found) -> None:
+def test_a_wrong_value_in_a_manifest_is_refused_by_its_name(path, tmp_path, location, value, name) -> None:
     bad = copy_store(path, tmp_path / "bad")
     manifest = json.loads((bad / "manifest.json").read_text())
     inner = manifest
-    for key in place[:-1]:
+    for key in location[:-1]:
         inner = inner[key]
-    inner[place[-1]] = value
+    inner[location[-1]] = value
     (bad / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StoreError) as refusal:
+    with pytest.raises(StoreError, match=f"^{bad}/manifest.json is not a valid manifest: `{name}`") as refusal:
         endpoint_store.open(str(bad))
-    says = str(refusal.value)
-    assert says.startswith(f"{bad}/manifest.json: expected the manifest of a store, {found}")
-    assert says.endswith("delete it and run the rollout again: it adopts them")
-    assert len(says) < 500
-    assert "\n" not in says
+    message = str(refusal.value)
+    assert len(message) < 500
+    assert "\n" not in message
 
 
 def test_a_manifest_is_read_as_it_was_written(path: Path, tmp_path: Path) -> None:
@@ -109,7 +103,7 @@ def test_a_manifest_is_read_as_it_was_written(path: Path, tmp_path: Path) -> Non
     assert [shard.name for shard in manifest.plan()] == [receipt.name for receipt in manifest.shards]
 
 
-def test_files_are_listed_by_name_and_shards_are_those_named_like_one(path: Path, tmp_path: Path) -> None:
+def test_files_and_shards_are_listed_by_name(path: Path, tmp_path: Path) -> None:
     store = copy_store(path, tmp_path / "store")
     (store / "notes.txt").write_text("mine")
     (store / "data/guidance=0.0/shard-000001.parquet.bak").write_text("mine too")
@@ -122,13 +116,11 @@ def test_files_are_listed_by_name_and_shards_are_those_named_like_one(path: Path
     assert list_files(str(tmp_path / "nowhere")) == {}
 
 
-def test_a_manifest_that_plans_rows_it_has_no_receipt_for_is_refused(path: Path, tmp_path: Path) -> None:
+def test_a_manifest_without_a_receipt_for_all_rows_is_refused(path: Path, tmp_path: Path) -> None:
     bad = copy_store(path, tmp_path / "bad")
     manifest = json.loads((bad / "manifest.json").read_text())
     for stop, name in ((ROWS + 1, "shard-000009"), (5000, "shard-000009")):
         manifest["extents"][0]["ids"] = [[0, stop]]
         (bad / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(
-            StoreError, match=f"expected a receipt for all rows of each planned shard, found none .*{name}"
-        ):
+        with pytest.raises(StoreError, match=f"no receipt for all rows of .*{name}"):
             endpoint_store.open(str(bad))

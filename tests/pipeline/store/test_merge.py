@@ -1,4 +1,4 @@
-"""merge joins what was rolled out apart, and refuses what does not belong together."""
+"""Merging stores, and refusals of stores that do not fit together."""
 
 import runpy
 import sys
@@ -38,7 +38,7 @@ def teacher(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def parts(folder: Path, teacher: str) -> tuple[str, str, str]:
-    """Samples 0 .. 63 and 64 .. 163 of two scales, and 0 .. 39 of a third."""
+    """Stores with samples 0 to 63 and 64 to 163 of two guidance scales, and 0 to 39 of a third scale."""
     make_store(folder / "one", teacher, trajectories=64, guidance=(0.0, 1.5))
     make_store(folder / "two", teacher, trajectories=100, first_sample=64, guidance=(0.0, 1.5))
     make_store(folder / "three", teacher, trajectories=40, guidance=(3.0,))
@@ -50,21 +50,21 @@ def join(*stores: str, into: Path | str) -> Manifest:
 
 
 def tree(store: Path | str) -> dict[str, bytes]:
-    """All files but the name of the run, which a store has that was rolled out, and one that was joined has not."""
+    """Read all files except run.json, which a merged store does not have."""
     files = (path for path in Path(store).rglob("*") if path.is_file() and path.name != "run.json")
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
-def test_stores_rolled_out_apart_are_the_store_rolled_out_at_once(parts, tmp_path: Path, teacher: str) -> None:
+def test_merged_stores_equal_one_rollout(parts, tmp_path: Path, teacher: str) -> None:
     one, two, _ = parts
     join(two, one, into=tmp_path / "joined")
-    make_store(tmp_path / "at once", teacher, trajectories=164, guidance=(0.0, 1.5))
-    assert tree(tmp_path / "joined") == tree(tmp_path / "at once")
+    make_store(tmp_path / "one rollout", teacher, trajectories=164, guidance=(0.0, 1.5))
+    assert tree(tmp_path / "joined") == tree(tmp_path / "one rollout")
     spec = make_spec(tmp_path / "joined", teacher, trajectories=164, guidance=(0.0, 1.5))
     assert plan_store(spec).todo == ()
 
 
-def test_a_joined_store_is_whole_and_reads_every_row_once(parts, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_merged_store_is_intact_and_yields_every_row_once(parts, tmp_path: Path, ray_cluster: None) -> None:
     manifest = join(*parts, into=tmp_path / "joined")
     assert {extent.guidance: extent.ids for extent in manifest.extents} == {
         0.0: ((0, 164),),
@@ -80,7 +80,7 @@ def test_a_joined_store_is_whole_and_reads_every_row_once(parts, tmp_path: Path,
     assert sorted(ids) == list(range(164))
 
 
-def test_ranges_with_a_hole_between_them_stay_two(parts, tmp_path: Path, teacher: str, ray_cluster: None) -> None:
+def test_id_ranges_with_a_gap_stay_separate(parts, tmp_path: Path, teacher: str, ray_cluster: None) -> None:
     make_store(tmp_path / "far", teacher, trajectories=40, first_sample=224, guidance=(0.0,))
     manifest = join(*parts, str(tmp_path / "far"), into=tmp_path / "joined")
     assert manifest.ids(0.0) == ((0, 164), (224, 264))
@@ -88,23 +88,23 @@ def test_ranges_with_a_hole_between_them_stay_two(parts, tmp_path: Path, teacher
     store = endpoint_store.open(str(tmp_path / "joined"))
     ids = [int(i) for batch in store.batches(10, 0.0, [0]) for i in batch.sample_id]
     assert ids == [*range(164), *range(224, 264)]
-    # Filling the hole redoes the short shard at its edge and nothing that is whole.
+    # Filling the gap recomputes only the short shard at its edge.
     filled = plan_store(make_spec(tmp_path / "joined", teacher, trajectories=264))
     assert [shard.index for shard in filled.todo] == [5, 6]
 
 
-def test_a_rerun_copies_only_what_is_missing(parts, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_copies_only_missing_shards(parts, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     into = tmp_path / "joined"
     join(*parts, into=into)
     whole = tree(into)
     written = []
     write_bytes = files.write_bytes
 
-    def noting(path: str, data: bytes, if_absent: bool = False) -> bool:
+    def recording(path: str, data: bytes, if_absent: bool = False) -> bool:
         written.append(Path(path).name)
         return write_bytes(path, data, if_absent)
 
-    monkeypatch.setattr(files, "write_bytes", noting)
+    monkeypatch.setattr(files, "write_bytes", recording)
     for is_finished in (True, False):
         shard_file(into, 1).unlink()
         damaged = shard_file(into, 2, 1.5)
@@ -118,15 +118,13 @@ def test_a_rerun_copies_only_what_is_missing(parts, tmp_path: Path, capsys, monk
             "shard-000002.parquet",
         ]
         assert tree(into) == whole
-        assert "2 shards copied, 12 were there" in capsys.readouterr().out
+        assert "2 shards copied, 12 already existed" in capsys.readouterr().out
     written.clear()
     join(*parts, into=into)
     assert not [key for key in written if key.startswith("shard")]
 
 
-def test_a_merge_that_stops_leaves_an_unfinished_store_that_a_rerun_finishes(
-    parts, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_rerun_finishes_a_stopped_merge(parts, tmp_path: Path, monkeypatch) -> None:
     into, write_bytes = tmp_path / "joined", files.write_bytes
 
     def full_disk(path: str, data: bytes, if_absent: bool = False) -> bool:
@@ -144,7 +142,7 @@ def test_a_merge_that_stops_leaves_an_unfinished_store_that_a_rerun_finishes(
     assert tree(into) == tree(tmp_path / "fresh")
 
 
-def test_a_short_shard_that_grew_after_the_manifest_is_copied_as_it_is_now(
+def test_a_short_shard_that_grew_after_the_manifest_is_copied_with_its_new_rows(
     parts, tmp_path, teacher, ray_cluster
 ) -> None:
     grown = copy_store(parts[2], tmp_path / "grown")
@@ -156,68 +154,67 @@ def test_a_short_shard_that_grew_after_the_manifest_is_copied_as_it_is_now(
     assert endpoint_store.open(str(tmp_path / "joined")).rows(3.0) == 40
 
 
-def test_stores_of_other_specs_are_refused_by_the_fields(parts, tmp_path: Path, teacher: str) -> None:
+def test_stores_of_another_identity_are_refused_with_the_fields(parts, tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "other", teacher, trajectories=40, first_sample=640, seed=3, dtype="float16")
     with pytest.raises(
-        StoreError, match=r"other: expected a store of the same identity .*seed 0 \(found 3\), dtype float32"
+        StoreError, match=r"other cannot be merged with .*seed is 3, expected 0; dtype is float16, expected float32"
     ):
         join(parts[0], str(tmp_path / "other"), into=tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 
-def test_overlapping_samples_are_refused_by_name(parts, tmp_path: Path, teacher: str) -> None:
+def test_overlapping_samples_are_refused_with_the_names_of_the_stores(parts, tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "lap", teacher, trajectories=96, first_sample=128, guidance=(1.5,))
-    says = r"found those from 128 on of guidance 1.5 in .*/two too: roll one of them out with"
-    with pytest.raises(StoreError, match=says):
+    with pytest.raises(StoreError, match=r"lap and .*/two both have samples from 128 at guidance 1.5"):
         join(*parts, str(tmp_path / "lap"), into=tmp_path / "joined")
-    with pytest.raises(StoreError, match=r"found those from 0 on of guidance 0 in .*/one too"):
+    with pytest.raises(StoreError, match=r"/one and .*/one both have samples from 0 at guidance 0"):
         join(parts[0], parts[0], into=tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 
 def test_unfinished_and_missing_sources_are_refused(parts, tmp_path: Path, teacher: str) -> None:
     run_rollout(make_spec(tmp_path / "begun", teacher, first_sample=640), is_sealed=False)
-    with pytest.raises(StoreError, match=r"begun: expected a finished store, found 4 shards and no manifest"):
+    with pytest.raises(StoreError, match=r"begun is unfinished: it has 4 shards"):
         join(parts[0], str(tmp_path / "begun"), into=tmp_path / "joined")
-    with pytest.raises(StoreError, match=r"nowhere: expected an endpoint store, found none"):
+    with pytest.raises(StoreError, match=r"nowhere is not an endpoint store"):
         join(parts[0], str(tmp_path / "nowhere"), into=tmp_path / "joined")
     holed = copy_store(parts[1], tmp_path / "holed")
     shard_file(holed, 3).unlink()
-    with pytest.raises(StoreError, match=r"holed: expected 8 shards, found 1 of them missing"):
+    with pytest.raises(StoreError, match=r"holed lacks 1 of its 8 shards"):
         join(parts[0], str(holed), into=tmp_path / "joined")
 
 
-@pytest.mark.parametrize("damage", ["value", "footer", "truncated", "other place"])
-def test_a_damaged_source_is_named_and_nothing_is_sealed(parts, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["value", "footer", "truncated", "other shard"])
+def test_a_damaged_source_is_named_and_no_manifest_is_written(parts, tmp_path: Path, damage: str) -> None:
     bad = copy_store(parts[1], tmp_path / "bad")
     file = shard_file(bad, 3)
     if damage == "value":
         flip(file, last_value(file, "knot_01"))
     elif damage == "footer":
-        flip(file, file.stat().st_size - 12)  # the writer's name: no reader minds
+        flip(file, file.stat().st_size - 12)  # in the name of the writer, which readers ignore
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
     else:
         file.write_bytes(shard_file(bad, 4).read_bytes())
-    with pytest.raises(StoreError, match=r"bad/data/guidance=0.0/shard-000003.parquet: expected .*--repair") as refusal:
+    with pytest.raises(StoreError, match=r"bad/data/guidance=0.0/shard-000003.parquet .*--repair") as refusal:
         join(parts[0], str(bad), into=tmp_path / "joined")
     assert "\n" not in str(refusal.value)
     assert read_manifest(str(tmp_path / "joined")) is None
 
 
-def test_a_target_that_holds_something_else_is_refused_and_left_alone(parts, tmp_path: Path, teacher: str) -> None:
+def test_a_target_with_other_content_is_refused_and_unchanged(parts, tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "finished", teacher, trajectories=10)
     make_store(tmp_path / "other spec", teacher, trajectories=64, guidance=(0.0, 1.5), seed=8)
     run_rollout(make_spec(tmp_path / "begun", teacher, trajectories=32, guidance=(9.0,)), is_sealed=False)
     run_rollout(make_spec(tmp_path / "begun other", teacher, trajectories=32, seed=8), is_sealed=False)
-    for into, says in [
-        (tmp_path / "finished", "expected a new store, found a finished one that holds other samples"),
-        (tmp_path / "other spec", r"found one of another: seed 0 \(found 8\)"),
-        (tmp_path / "begun", "found data/guidance=9.0/shard-000000.parquet, which none of the stores to be joined has"),
-        (tmp_path / "begun other", r"found one of another: seed 0 \(found 8\)"),
+    for into, problem in [
+        (tmp_path / "finished", "finished is a finished store with other samples"),
+        (tmp_path / "other spec", "seed is 8, expected 0"),
+        (tmp_path / "begun", "data/guidance=9.0/shard-000000.parquet, which is not in the stores to merge"),
+        (tmp_path / "begun other", "seed is 8, expected 0"),
     ]:
         before = tree(into)
-        with pytest.raises(StoreError, match=says):
+        with pytest.raises(StoreError, match=problem):
             join(*parts, into=into)
         assert tree(into) == before
 
@@ -229,15 +226,15 @@ def test_a_target_that_is_one_of_the_stores_is_refused(parts) -> None:
     assert tree(parts[0]) == before
 
 
-def test_a_merge_goes_on_from_shards_that_a_rollout_left(parts, tmp_path: Path, teacher: str) -> None:
+def test_a_merge_reuses_the_shards_of_an_unfinished_rollout(parts, tmp_path: Path, teacher: str) -> None:
     run_rollout(make_spec(tmp_path / "joined", teacher, trajectories=64), is_sealed=False)
     join(*parts, into=tmp_path / "joined")
     join(*parts, into=tmp_path / "fresh")
     assert tree(tmp_path / "joined") == tree(tmp_path / "fresh")
 
 
-def test_a_filesystem_other_than_the_local_one_will_do(parts, tmp_path: Path) -> None:
-    """All access goes through fsspec: from a local store to a remote one, and from there on."""
+def test_a_merge_works_with_other_filesystems(parts, tmp_path: Path) -> None:
+    """All access uses fsspec: merge local stores into a remote one, and the remote one into a local one."""
     remote = f"memory://merge/{tmp_path.name}"
     join(parts[0], parts[2], into=remote)
     join(remote, parts[1], into=tmp_path / "back")
@@ -246,7 +243,7 @@ def test_a_filesystem_other_than_the_local_one_will_do(parts, tmp_path: Path) ->
     assert back == local
 
 
-def test_the_job_merges_and_refuses_in_one_line(parts, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_job_merges_and_prints_one_line_per_error(parts, tmp_path: Path, monkeypatch, capsys) -> None:
     def run_job(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["store", *arguments])
         try:
@@ -260,4 +257,4 @@ def test_the_job_merges_and_refuses_in_one_line(parts, tmp_path: Path, monkeypat
     assert run_job("merge", parts[0], parts[0], "--into", str(tmp_path / "twice")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("python -m jobs.store merge: error: ")
-    assert "found those from 0 on of guidance 0" in line
+    assert "samples from 0 at guidance 0" in line

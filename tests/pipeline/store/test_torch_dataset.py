@@ -1,4 +1,4 @@
-"""A store behind a PyTorch DataLoader: every row once, whatever the number of its workers."""
+"""A PyTorch DataLoader reads every row of a store once, with any number of workers."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.pipeline.store.reading import ROWS, Modes, ids
 
 @pytest.mark.parametrize("workers", [0, 2])
 @Modes
-def test_a_data_loader_reads_every_row_once_an_epoch(
+def test_a_data_loader_reads_every_row_once_per_epoch(
     path: Path, workers: int, mode: dict[str, int], ray_cluster: None
 ) -> None:
     dataset = endpoint_store.open(str(path)).dataset(8, guidance=1.5, knots=[0, 4], seed=3, **mode)
@@ -25,7 +25,7 @@ def test_a_data_loader_reads_every_row_once_an_epoch(
     assert second != first
 
 
-def test_data_loader_workers_share_the_rows_of_their_rank(path: Path) -> None:
+def test_data_loader_workers_split_the_rows_of_their_rank(path: Path) -> None:
     store = endpoint_store.open(str(path))
     ranks = [
         ids(DataLoader(store.dataset(8, guidance=0.0, seed=3, rank=r, world_size=2), batch_size=None, num_workers=2))

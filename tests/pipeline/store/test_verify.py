@@ -1,4 +1,4 @@
-"""verify names every kind of damage; --repair removes what must be redone, and nothing else."""
+"""verify reports every kind of damage, and --repair removes only shards that must be recomputed."""
 
 import json
 import runpy
@@ -13,7 +13,7 @@ from pipeline.store.examine import examine
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import list_files, read_manifest
 from pipeline.store.shards import check, column_array, encode, make_table, publish
-from pipeline.store.verify import Report, VerifySpec, verify
+from pipeline.store.verify import VerifyReport, VerifySpec, verify
 from tests.pipeline.stores import (
     copy_store,
     flip,
@@ -41,7 +41,7 @@ def teacher(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, teacher: str) -> Path:
-    """200 rows a scale in shards of 32: six full ones and one of 8 rows."""
+    """A store with 200 rows per guidance scale: six shards of 32 rows and one of 8."""
     make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
     return folder / "whole"
 
@@ -51,11 +51,11 @@ def store(whole: Path, tmp_path: Path, ray_cluster: None) -> Path:
     return copy_store(whole, tmp_path / "store")
 
 
-def kinds(report: Report) -> dict[str, str]:
+def kinds(report: VerifyReport) -> dict[str, str]:
     return {problem.name: problem.kind for problem in report.problems}
 
 
-def details(report: Report) -> dict[str, str]:
+def details(report: VerifyReport) -> dict[str, str]:
     return {problem.name: problem.detail for problem in report.problems}
 
 
@@ -68,7 +68,7 @@ def name(index: int, guidance: float = 0.0) -> str:
 
 
 def rewrite(store: Path, index: int, column: str, rows: list[int], value: float) -> None:
-    """A shard like the one that is there, but for one value in some rows: whole to its own CRCs."""
+    """Replace values of a shard, with correct CRCs."""
     identity, file = read_manifest(str(store)).identity, shard_file(store, index)
     shard = Shard(0.0, index, index * 32, 32)
     table = check(str(store), shard, identity, file.read_bytes())
@@ -78,7 +78,7 @@ def rewrite(store: Path, index: int, column: str, rows: list[int], value: float)
     publish(str(store), shard, identity, encode(changed), replace=True)
 
 
-def test_a_finished_store_is_whole(store: Path) -> None:
+def test_a_finished_store_is_intact(store: Path) -> None:
     before = contents(store)
     report = verify(VerifySpec(store=str(store), repair=True))
     assert report.is_whole
@@ -88,9 +88,7 @@ def test_a_finished_store_is_whole(store: Path) -> None:
     assert contents(store) == before
 
 
-def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_that(
-    store: Path, folder: Path, teacher: str
-) -> None:
+def test_every_kind_of_damage_is_reported_and_repaired(store: Path, folder: Path, teacher: str) -> None:
     good = contents(store)
     other = folder / "other"
     make_store(other, teacher, trajectories=200, guidance=SCALES, seed=9)
@@ -99,11 +97,11 @@ def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_th
     shard_file(store, 2).write_bytes(shard_file(store, 2).read_bytes()[:-100])
     shard_file(store, 3).write_bytes(b"")
     rewrite(store, 4, "knot_03", [3, 7], np.nan)
-    rewrite(store, 5, "kinetic_energy", [1], 0.25)  # finite, and not what was published
+    rewrite(store, 5, "kinetic_energy", [1], 0.25)  # finite, but not the published value
     shard_file(store, 6).write_bytes(shard_file(other, 6).read_bytes())
-    shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # the right one is there
+    shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # also exists under its own name
     shard_file(store, 5, 1.5).write_bytes(shard_file(store, 2, 1.5).read_bytes())
-    shard_file(store, 2, 1.5).unlink()  # now only there under another name
+    shard_file(store, 2, 1.5).unlink()  # now exists only under another name
     shard_file(store, 40).write_bytes(good[name(3, 1.5)])  # beyond the plan
     shard_file(store, 41).write_bytes(shard_file(other, 0).read_bytes())
     (store / "data/guidance=1.5/shard-000003 (copy).parquet").write_bytes(good[name(3, 1.5)])
@@ -136,14 +134,14 @@ def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_th
     assert not report.is_whole
     assert report.removed == ()
     assert contents(store) == before
-    said = details(report)
-    assert said[name(0)] == "expected samples 0 .. 31, found no file"
-    assert "CRC" in said[name(1)]
-    assert said[name(4)] == "expected finite values, found NaN or infinity in samples 131, 135 (knot_03)"
-    assert "expected sha256" in said[name(5)]
-    assert "seed 0 (found 9)" in said[name(6)]
-    assert name(2, 1.5) in said[name(5, 1.5)]
-    assert all("\n" not in detail and str(store) not in detail for detail in said.values())
+    detail = details(report)
+    assert "samples 0 to 31" in detail[name(0)]
+    assert "CRC" in detail[name(1)]
+    assert "NaN or infinity in samples 131, 135 (knot_03)" in detail[name(4)]
+    assert "sha256" in detail[name(5)]
+    assert "seed is 9, expected 0" in detail[name(6)]
+    assert name(2, 1.5) in detail[name(5, 1.5)]
+    assert all("\n" not in text and str(store) not in text for text in detail.values())
 
     repaired = verify(VerifySpec(store=str(store), repair=True))
     assert kinds(repaired) == expected
@@ -152,8 +150,8 @@ def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_th
     assert contents(store) == {key: data for key, data in before.items() if key not in bad}
 
     spec = make_spec(store, teacher, trajectories=200, guidance=SCALES)
-    redo = {name(index) for index in range(7)} | {name(0, 1.5), name(2, 1.5), name(5, 1.5)}
-    assert {shard.name for shard in plan_store(spec).todo} == redo
+    expected_todo = {name(index) for index in range(7)} | {name(0, 1.5), name(2, 1.5), name(5, 1.5)}
+    assert {shard.name for shard in plan_store(spec).todo} == expected_todo
     run_rollout(spec)
     again = verify(VerifySpec(store=str(store)))
     assert again.is_whole
@@ -161,7 +159,7 @@ def test_every_kind_of_damage_is_named_and_repair_makes_the_rollout_redo_just_th
     assert {key: data for key, data in contents(store).items() if key in good} == good
 
 
-def test_a_flipped_bit_in_the_values_of_an_unfinished_store_is_found(tmp_path: Path, teacher: str, ray_cluster) -> None:
+def test_a_flipped_bit_in_an_unfinished_store_is_detected(tmp_path: Path, teacher: str, ray_cluster) -> None:
     spec = make_spec(tmp_path / "begun", teacher, compression="zstd")
     run_rollout(spec, is_sealed=False)
     identity = plan_store(spec).identity
@@ -178,13 +176,13 @@ def test_a_flipped_bit_in_the_values_of_an_unfinished_store_is_found(tmp_path: P
     assert not report.is_whole
     assert report.removed == (name(1),)
     assert report.shards == 3
-    assert "expected the manifest of a finished store, found none" in details(report)["manifest.json"]
+    assert "unfinished" in details(report)["manifest.json"]
     run_rollout(spec)
     assert verify(VerifySpec(store=spec.store)).is_whole
 
 
-def test_nothing_foreign_is_removed_from_an_unfinished_store(tmp_path: Path, teacher: str, ray_cluster) -> None:
-    """Without a manifest it is anyone's guess which spec is the store's: here the first shards are the strangers."""
+def test_foreign_shards_of_an_unfinished_store_are_kept(tmp_path: Path, teacher: str, ray_cluster) -> None:
+    """Without a manifest, it is unknown which identity is the right one. Here the first shards are foreign."""
     spec = make_spec(tmp_path / "begun", teacher, trajectories=160)
     run_rollout(spec, is_sealed=False)
     run_rollout(make_spec(tmp_path / "other", teacher, seed=9), is_sealed=False)
@@ -197,47 +195,47 @@ def test_nothing_foreign_is_removed_from_an_unfinished_store(tmp_path: Path, tea
     assert contents(Path(spec.store)) == before
 
 
-def test_a_store_that_is_being_grown_is_not_damaged(store: Path, teacher: str) -> None:
+def test_a_growing_store_is_not_damaged(store: Path, teacher: str) -> None:
     run_rollout(make_spec(store, teacher, trajectories=230, guidance=SCALES), is_sealed=False)
     before = contents(store)
     report = verify(VerifySpec(store=str(store), repair=True))
     assert kinds(report) == {name(7): "unplanned", name(7, 1.5): "unplanned"}
-    assert "6 rows that manifest.json does not plan: run the rollout that made them again" in details(report)[name(7)]
+    assert "6 rows that manifest.json does not list" in details(report)[name(7)]
     assert contents(store) == before
     assert report.rows == 2 * (6 * 32 + 32 + 6)
     flip(shard_file(store, 6), last_value(shard_file(store, 6), "knot_01"))
     assert kinds(verify(VerifySpec(store=str(store))))[name(6)] == "damaged"
 
 
-def test_a_shard_that_lost_rows_is_damaged(store: Path, folder: Path, teacher: str) -> None:
+def test_a_shard_with_too_few_rows_is_damaged(store: Path, folder: Path, teacher: str) -> None:
     make_store(folder / "short", teacher, trajectories=40)
     shard_file(store, 1).write_bytes(shard_file(folder / "short", 1).read_bytes())
     report = verify(VerifySpec(store=str(store)))
     assert kinds(report) == {name(1): "damaged"}
-    assert details(report)[name(1)] == "expected 32 rows, found 8"
+    assert details(report)[name(1)] == "has 8 rows instead of 32."
 
 
-def test_a_file_that_changed_since_it_was_read_is_not_removed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rollout at work may mend a shard between the check and the repair."""
+def test_repair_keeps_a_file_that_changed_after_the_check(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running rollout may recompute a shard between the check and the repair."""
     from pipeline.store import verify as module
 
     good = shard_file(store, 2).read_bytes()
     flip(shard_file(store, 2), 50)
     examine_all = module.examine_all
 
-    def mended_meanwhile(*arguments):
-        findings = examine_all(*arguments)
+    def examine_then_restore(*arguments):
+        checks = examine_all(*arguments)
         shard_file(store, 2).write_bytes(good)
-        return findings
+        return checks
 
-    monkeypatch.setattr(module, "examine_all", mended_meanwhile)
+    monkeypatch.setattr(module, "examine_all", examine_then_restore)
     report = verify(VerifySpec(store=str(store), repair=True))
     assert kinds(report) == {name(2): "damaged"}
     assert report.removed == ()
     assert shard_file(store, 2).read_bytes() == good
 
 
-def test_a_newer_shard_is_named_and_left_alone(tmp_path: Path, teacher: str, ray_cluster: None) -> None:
+def test_a_newer_shard_is_reported_and_kept(tmp_path: Path, teacher: str, ray_cluster: None) -> None:
     spec = make_spec(tmp_path / "begun", teacher)
     run_rollout(spec, is_sealed=False)
     file = shard_file(spec.store, 1)
@@ -248,10 +246,10 @@ def test_a_newer_shard_is_named_and_left_alone(tmp_path: Path, teacher: str, ray
     assert file.exists()
 
 
-def test_no_store_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a store")
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(StoreError, match="expected an endpoint store, found none"):
+        with pytest.raises(StoreError, match=f"{path} is not an endpoint store"):
             verify(VerifySpec(store=str(path)))
 
 
@@ -264,43 +262,45 @@ def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-def test_the_job_says_one_line_a_problem_and_exits_1(store: Path, monkeypatch, capsys) -> None:
+def test_the_job_prints_one_line_per_problem_and_exits_with_1(store: Path, monkeypatch, capsys) -> None:
     assert run_job(monkeypatch, "verify", str(store)) == 0
     out, err = capsys.readouterr()
-    assert f"verify: {store}: 14 whole shards, 400 rows" in out
+    assert f"verify: {store} has 14 intact shards with 400 rows" in out
     assert "error" not in err
     (store / "notes.txt").write_text("my notes")
     assert run_job(monkeypatch, "verify", str(store)) == 0
-    assert "verify: extra: notes.txt: no file of this store: left alone" in capsys.readouterr().out
+    assert "verify: extra: notes.txt " in capsys.readouterr().out
     shard_file(store, 3).unlink()
     flip(shard_file(store, 4), 100)
     assert run_job(monkeypatch, "verify", str(store)) == 1
     out, err = capsys.readouterr()
-    assert f"verify: missing: {name(3)}: expected samples 96 .. 127, found no file" in out.splitlines()
-    assert sum(line.startswith(f"verify: damaged: {name(4)}: ") for line in out.splitlines()) == 1
-    (line,) = [line for line in err.splitlines() if "error" in line]
-    assert line == (
-        f"python -m jobs.store verify: error: {store}: expected a finished and whole store, "
-        f"found 1 damaged, 1 missing: "
-        f"python -m jobs.store verify {store} --repair, then run the rollout again to redo what is missing"
+    assert (
+        sum(line.startswith(f"verify: missing: {name(3)} ") and "96 to 127" in line for line in out.splitlines()) == 1
     )
+    assert sum(line.startswith(f"verify: damaged: {name(4)} ") for line in out.splitlines()) == 1
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert line.startswith(f"python -m jobs.store verify: error: {store} ")
+    assert "1 damaged, 1 missing" in line
+    assert f"`python -m jobs.store verify {store} --repair`" in line
     assert run_job(monkeypatch, "verify", str(store), "--repair") == 1
     out, err = capsys.readouterr()
     assert any(
-        line.startswith(f"verify: damaged: {name(4)}") and line.endswith(": removed") for line in out.splitlines()
+        line.startswith(f"verify: damaged: {name(4)}") and line.endswith(" It was removed.")
+        for line in out.splitlines()
     )
-    assert "found 1 damaged, 1 missing: run the rollout again to redo what is missing" in err
+    assert "1 damaged, 1 missing" in err
+    assert "--repair" not in err
     assert not shard_file(store, 4).exists()
 
 
-def test_a_newer_store_is_one_line(whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_job_refuses_a_newer_store_in_one_line(whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     newer = copy_store(whole, tmp_path / "newer")
     manifest = json.loads((newer / "manifest.json").read_text())
     (newer / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 7}))
-    for arguments, says in [
-        (("verify", str(newer)), "expected store schema version 1 or older, found 7: use a newer distillkac"),
-        (("describe", str(newer)), "expected store schema version 1 or older, found 7: use a newer distillkac"),
-        (("describe", str(tmp_path / "none")), "expected an endpoint store, found none"),
+    for arguments, problem in [
+        (("verify", str(newer)), "schema version 7"),
+        (("describe", str(newer)), "schema version 7"),
+        (("describe", str(tmp_path / "none")), "none is not an endpoint store"),
     ]:
         assert run_job(monkeypatch, *arguments) == 1
         out, err = capsys.readouterr()
@@ -308,10 +308,10 @@ def test_a_newer_store_is_one_line(whole: Path, tmp_path: Path, monkeypatch, cap
         (line,) = err.splitlines()
         assert line.startswith("python -m jobs.store")
         assert "error: " in line
-        assert says in line
+        assert problem in line
 
 
-def test_the_name_of_the_run_is_no_part_of_a_store(store: Path) -> None:
+def test_the_run_file_is_not_listed_as_a_file_of_the_store(store: Path) -> None:
     assert (store / "run.json").exists()
     assert verify(VerifySpec(store=str(store))).is_whole
     assert "run.json" not in {*list_files(str(store)), *kinds(verify(VerifySpec(store=str(store))))}

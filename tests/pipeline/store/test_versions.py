@@ -1,4 +1,4 @@
-"""Stores of other versions: a field that was added later is at its default, one that is not known is no damage."""
+"""Stores of other versions: missing fields have neutral values, and unknown fields mean a newer version."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ IDENTITY_VALUES = StoreIdentity.values
 
 
 class LaterIdentity(StoreIdentity):
-    """What a later version may add."""
+    """The identity with a field that a later version may add."""
 
     clock_shift: float = 0.0
     precision: Precision = Precision(dtype="float32")
 
 
 def write_like(monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...] = (), **added: object) -> None:
-    """From now on, manifests and footers are those of a version with other fields of the identity."""
+    """Write manifests and footers like a version whose identity has other fields."""
 
     def values(identity: StoreIdentity) -> dict:
         own = {name: value for name, value in IDENTITY_VALUES(identity).items() if name not in without}
@@ -37,7 +37,7 @@ def write_like(monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...] = (), *
     monkeypatch.setattr(StoreIdentity, "values", values)
 
 
-def test_a_field_added_later_changes_no_fingerprint_until_it_is_used(path: Path) -> None:
+def test_a_new_field_with_its_default_does_not_change_the_fingerprint(path: Path) -> None:
     manifest = read_manifest(str(path))
     assert manifest is not None
     values = manifest.identity.values()
@@ -45,7 +45,7 @@ def test_a_field_added_later_changes_no_fingerprint_until_it_is_used(path: Path)
     assert LaterIdentity(**values, clock_shift=0.5).fingerprint() != manifest.fingerprint
 
 
-def test_a_store_without_the_fields_of_this_version_is_read_checked_and_grown(
+def test_a_store_of_an_older_version_is_read_checked_and_grown(
     tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
 ) -> None:
     with monkeypatch.context() as older:
@@ -62,7 +62,7 @@ def test_a_store_without_the_fields_of_this_version_is_read_checked_and_grown(
     assert ids(endpoint_store.open(store.path).batches(10)) == list(range(200))
 
 
-def test_a_finished_store_with_unknown_fields_is_newer_and_not_damaged(tmp_path: Path, teacher: str) -> None:
+def test_a_finished_store_with_unknown_fields_is_newer_not_damaged(tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "new", teacher)
     file = tmp_path / "new/manifest.json"
     values = json.loads(file.read_text())
@@ -72,17 +72,11 @@ def test_a_finished_store_with_unknown_fields_is_newer_and_not_damaged(tmp_path:
         lambda: verify(VerifySpec(store=str(tmp_path / "new"))),
         lambda: plan_store(make_spec(tmp_path / "new", teacher)),
     ):
-        with pytest.raises(NewerVersion) as refusal:
+        with pytest.raises(NewerVersion, match=f"^{tmp_path}/new/manifest.json .*identity.clock_shift"):
             use()
-        assert str(refusal.value) == (
-            f"{tmp_path}/new/manifest.json: expected fields that this version knows, found identity.clock-shift: "
-            "a newer version wrote it: use a newer distillkac"
-        )
 
 
-def test_an_unfinished_store_with_unknown_fields_is_newer_and_left_alone(
-    tmp_path, teacher, monkeypatch, ray_cluster
-) -> None:
+def test_an_unfinished_store_with_unknown_fields_is_newer_and_kept(tmp_path, teacher, monkeypatch, ray_cluster) -> None:
     spec = make_spec(tmp_path / "new", teacher)
     with monkeypatch.context() as newer:
         write_like(newer, clock_shift=0.5)
@@ -93,7 +87,7 @@ def test_an_unfinished_store_with_unknown_fields_is_newer_and_left_alone(
         lambda: plan_store(spec),
         lambda: verify(VerifySpec(store=spec.store, repair=True)),
     ):
-        with pytest.raises(NewerVersion, match="found clock-shift: a newer version wrote it: use a newer distillkac"):
+        with pytest.raises(NewerVersion, match="unknown field clock_shift"):
             use()
     make_store(tmp_path / "ours", teacher)
     shard_file(spec.store, 0).write_bytes(shard_file(tmp_path / "ours", 0).read_bytes())
@@ -102,20 +96,20 @@ def test_an_unfinished_store_with_unknown_fields_is_newer_and_left_alone(
     assert report.removed == ()
 
 
-def test_an_unknown_name_in_the_place_of_a_known_one_is_damage(path: Path) -> None:
+def test_an_unknown_field_instead_of_a_known_one_is_damage(path: Path) -> None:
     manifest = read_manifest(str(path))
     assert manifest is not None
     values = json.loads(manifest.model_dump_json())
     values["teachex"] = values.pop("teacher")
-    with pytest.raises(ValueError, match=r"^teacher: expected a value, found none$"):
+    with pytest.raises(ValueError, match=r"^`teacher`"):
         parse("here", Manifest, json.dumps(values))
     identity = manifest.identity.values()
     identity["knot_grie"] = identity.pop("knot_grid")
-    with pytest.raises(ValueError, match=r"^knot-grie: unknown option$"):
+    with pytest.raises(ValueError, match=r"^`knot_grie`"):
         parse("here", StoreIdentity, json.dumps(identity))
 
 
-def test_a_file_without_a_field_is_read_with_its_neutral_value_not_with_todays_default():
+def test_a_missing_field_gets_its_neutral_value_not_its_default():
     neutral = {"json_schema_extra": {"neutral": "uniform"}}
     later = create_model("Later", __base__=Options, knots=(int, 20), grid=(str, Field("cosine", **neutral)))
     assert parse("here", later, '{"knots": 4}').grid == "uniform"
