@@ -94,7 +94,7 @@ def _add_batch(
             stepped - teacher_states[k + 1],
             solve(step, teacher_states[k], ends, "euler").x - teacher_states[k + 1],
             stepped - from_student,
-            restarted - teacher_states[k + 1],  # a multistep solver that restarts differs slightly
+            restarted - teacher_states[k + 1],  # not zero: a multistep solver differs slightly after a restart
         )
         squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
         x = stepped

@@ -120,7 +120,7 @@ def join(path: str, name: str) -> str:
 
 @contextmanager
 def errors_naming(path: str) -> Iterator[None]:
-    """Turn an error about a folder instead of a file into ``FolderError``, and S3's errors into ``DistillKacError``."""
+    """Convert errors about the path: a folder becomes ``FolderError``, and an error of S3 ``DistillKacError``."""
     try:
         yield
     except IsADirectoryError:
@@ -208,7 +208,7 @@ class Stamp(NamedTuple):
 def walk(path: str) -> Iterator[Stamp]:
     """Yield a file, or all files below a folder except hidden ones, sorted by the parts of their paths.
 
-    An empty folder inside a local folder is yielded too, with a slash at the end of its path.
+    A local subfolder without such files is yielded as its path with a slash at the end.
 
     Raises:
         DistillKacError: the path does not exist.

@@ -49,7 +49,7 @@ def hashed_values(model: BaseModel) -> dict[str, Any]:
 
 
 def with_neutral_values(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Add the fields that stored values lack, because an older version wrote them, with their neutral values."""
+    """Fill in, with neutral values, the fields that are missing because an older version stored the values."""
     filled = dict(values)
     for name, field in model.model_fields.items():
         if name not in values and "neutral" in _extra(field):

@@ -11,7 +11,7 @@ from kac.util.errors import as_options
 log = logging.getLogger("distillkac")
 log.addHandler(logging.NullHandler())
 progress_log = log.getChild("progress")
-"""For progress lines, which are not results."""
+"""For progress lines, which go to stderr."""
 
 
 class _Printed(logging.Handler):

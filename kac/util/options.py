@@ -27,11 +27,11 @@ else:
     ModelMetaclass = type(BaseModel)
 
 _is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
-"""False while a model validates its values, which can be models themselves."""
+"""False during validation, so that nested models do not raise errors of their own."""
 
 
 class _Absent:
-    """Hides a method of the metaclass, so that its classes do not seem to have an attribute of that name."""
+    """Hides a method of the metaclass from its classes."""
 
     def __get__(self, model: type, metaclass: type) -> Any:
         raise AttributeError("option models hide this method of abstract base classes")

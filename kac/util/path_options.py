@@ -35,7 +35,7 @@ def input_path(
 
     Args:
         kind: whether the path must be a file or a folder.
-        pattern: a regular expression. Only values that match it completely are paths.
+        pattern: a regular expression. Values that do not fully match it are not paths.
     """
     return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 

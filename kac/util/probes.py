@@ -1,4 +1,4 @@
-"""Checks that a path can be read or written, made before hours of work that need it.
+"""Checks that a path can be read or written, run before work that takes hours.
 
 The S3 client here gives up early. The client in ``files``, which does the work, retries for minutes.
 """
@@ -42,7 +42,7 @@ def check_writable(path: str) -> None:
     Raises:
         DistillKacError: writing failed.
     """
-    files.locate(path)  # an unknown scheme has an error of its own
+    files.locate(path)  # raises its own error for an unknown scheme
     probe = files.join(path, files.temporary_name("probe"))
     if path.startswith("s3://"):
         bucket, _, key = files.locate(probe).path.partition("/")
@@ -66,7 +66,7 @@ def check_writable(path: str) -> None:
 def _request(path: str, call: str, **request: Any) -> None:
     """Send one request to S3 with a client that gives up early."""
     fs = fsspec.filesystem("s3", **PROBE_OPTIONS)
-    fs.retries = 1  # otherwise s3fs retries what botocore has given up
+    fs.retries = 1  # otherwise s3fs retries after botocore has given up
     try:
         fs.call_s3(call, timeout=PROBE_SECONDS, **request)
     except Exception as error:  # noqa: BLE001 - from s3fs, botocore, aiohttp or asyncio

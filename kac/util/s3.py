@@ -10,7 +10,7 @@ KEYS_PER_REQUEST = 1000
 
 
 class ExactS3(S3FileSystem):  # type: ignore[misc]
-    """s3fs without its interpretation of names.
+    """s3fs with literal names.
 
     When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It cuts a key at ``?versionId=``. It lists
     the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of that.

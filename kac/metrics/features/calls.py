@@ -31,7 +31,7 @@ class NetworkFailed(ArgumentError):
 
 
 def run_network(network: nn.Module, samples: Tensor) -> Any:
-    """Call the network on its device, with a copy of the samples because it may change them in place."""
+    """Call the network on its device, with a copy of the samples, because it could change them in place."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return network(samples.to(device, copy=True))

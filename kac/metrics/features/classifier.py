@@ -108,7 +108,7 @@ def open_classifier(
     except FileNotFoundError:
         network = train_classifier(data, recipe)
         weights = safetensors.torch.save(network.state_dict())
-        # Several processes may train it. All use the one that was published first.
+        # Several processes can train this classifier at once. All use the weights that were published first.
         if not files.write_bytes(weights_path, weights, if_absent=True):
             weights = files.read_bytes(weights_path)
             network.load_state_dict(safetensors.torch.load(weights))

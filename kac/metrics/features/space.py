@@ -33,7 +33,7 @@ class FeatureSpace:
     """A trained network from delivered samples to features."""
 
     name: str  # part of the names of metrics
-    fingerprint: str  # of the network: cached features with this fingerprint were computed by it
+    fingerprint: str  # of the network; part of the names of cached features
     network: nn.Module  # [batch, *sample] float32 in [-1, 1] -> [batch, width]
     facts: dict[str, float]  # printed and stored, such as the classifier's held-out accuracy
     given: str  # the value of the option
