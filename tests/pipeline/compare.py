@@ -1,4 +1,4 @@
-"""What a store holds, read with plain pyarrow, and when two stores are the same."""
+"""Reads stores with plain pyarrow, checks them and compares them."""
 
 import hashlib
 import json
@@ -11,21 +11,20 @@ import pyarrow.parquet as pq
 from kac.util import files
 
 KNOT_TOLERANCE = 1e-5
-"""Between runs that cut the samples into other batches: the order of additions in a matrix product may differ."""
+"""Between runs with different batches, in which the order of additions in a matrix product may differ."""
 
 
 def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
-    """The manifest, and the rows of each guidance scale by sample id.
+    """The manifest, and the rows of each guidance scale sorted by sample id.
 
-    On the way it asserts what holds for every finished store: the manifest names exactly the files that are there, with
-    their sizes and hashes, and nothing else lies about.
+    Asserts that the manifest lists exactly the files in the store, with their sizes and hashes.
     """
     manifest = json.loads(files.read_bytes(files.join(store, "manifest.json")))
     named = {receipt["name"]: receipt for receipt in manifest["shards"]}
-    assert len(named) == len(manifest["shards"]), "a shard is named twice"
+    assert len(named) == len(manifest["shards"]), "the manifest lists a shard twice"
     others = [name for name in list_files(store) if name not in named]
-    assert set(others) - {"run.json"} == {"manifest.json"}, "files that the manifest does not name"
-    assert not set(named) - set(list_files(store)), "files that are not there"
+    assert set(others) - {"run.json"} == {"manifest.json"}, "the manifest does not list every file"
+    assert not set(named) - set(list_files(store)), "files are missing"
     tables: dict[float, list[pa.Table]] = {}
     for name, receipt in named.items():
         data = files.read_bytes(files.join(store, name))
@@ -36,39 +35,39 @@ def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
 
 
 def list_files(store: str) -> list[str]:
-    """Every file below a store, hidden ones too, by its path there."""
+    """The relative paths of all files in a store, including hidden ones."""
     location = files.locate(store)
-    found = location.fs.find(location.path)
-    return sorted(path.removeprefix(location.path).lstrip("/") for path in found)
+    paths = location.fs.find(location.path)
+    return sorted(path.removeprefix(location.path).lstrip("/") for path in paths)
 
 
 def assert_same_store(found: str, expected: str) -> None:
-    """Both hold the same samples, each once: ids, labels and noise to the bit, what was computed within tolerance."""
+    """Assert that both stores have the same samples once: ids, labels and noise bitwise, the rest within tolerance."""
     found_manifest, found_rows = read_store(found)
     expected_manifest, expected_rows = read_store(expected)
     for key in ("schema_version", "fingerprint", "identity", "extents"):
         assert found_manifest[key] == expected_manifest[key], key
     assert sorted(found_rows) == sorted(expected_rows)
-    for w, theirs in expected_rows.items():
-        ours = found_rows[w]
-        ids = ours["sample_id"].to_pylist()
+    for w, expected_table in expected_rows.items():
+        found_table = found_rows[w]
+        ids = found_table["sample_id"].to_pylist()
         planned = next(part["ids"] for part in expected_manifest["extents"] if part["guidance"] == w)
-        assert ids == [i for start, stop in planned for i in range(start, stop)], _what_is_wrong(ids)
-        assert ours.schema.equals(theirs.schema)
-        noise = next(name for name in ours.column_names if name.startswith("knot_"))
-        for name in ours.column_names:
-            mine, other = _array(ours[name]), _array(theirs[name])
-            if mine.dtype.kind == "i" or name == noise:
-                assert np.array_equal(mine, other), f"{name} at guidance {w}"
+        assert ids == [i for start, stop in planned for i in range(start, stop)], _describe(ids)
+        assert found_table.schema.equals(expected_table.schema)
+        noise = next(name for name in found_table.column_names if name.startswith("knot_"))
+        for name in found_table.column_names:
+            array, expected_array = _array(found_table[name]), _array(expected_table[name])
+            if array.dtype.kind == "i" or name == noise:
+                assert np.array_equal(array, expected_array), f"{name} at guidance {w}"
             else:
                 np.testing.assert_allclose(
-                    mine, other, rtol=KNOT_TOLERANCE, atol=KNOT_TOLERANCE, err_msg=f"{name} at guidance {w}"
+                    array, expected_array, rtol=KNOT_TOLERANCE, atol=KNOT_TOLERANCE, err_msg=f"{name} at guidance {w}"
                 )
 
 
-def _what_is_wrong(ids: list[int]) -> str:
-    twice = [i for i, times in Counter(ids).items() if times > 1]
-    return f"ids held more than once: {twice[:8]}; {len(set(ids))} different ids in all"
+def _describe(ids: list[int]) -> str:
+    repeated = [i for i, times in Counter(ids).items() if times > 1]
+    return f"repeated ids: {repeated[:8]}; {len(set(ids))} different ids"
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

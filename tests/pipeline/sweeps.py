@@ -1,4 +1,4 @@
-"""Sweeps as their ledger and the evaluation of their students would have them, without any training."""
+"""Fake sweeps: trials of a ledger, and the evaluation of their students, without any training."""
 
 import io
 import json
@@ -17,8 +17,8 @@ TEACHER = {0.0: (0.21, 5.6), 0.5: (0.24, 4.7), 1.0: (0.33, 4.3), 2.0: (0.61, 5.1
 
 
 @dataclass(frozen=True)
-class MadeTrial:
-    """What the ledger says of a trial."""
+class FakeTrial:
+    """The record of a trial."""
 
     number: int
     name: str
@@ -32,22 +32,22 @@ class MadeTrial:
 
 
 def grid(out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float] = (0.0, 0.5, 1.0, 2.0)) -> list[Any]:
-    """A trial a point."""
+    """One trial per step count and guidance scale."""
     trials = []
     for m in steps:
         for w in scales:
             name = f"steps-{m}-guidance-{w}"
-            found = {
+            metrics = {
                 "loss": 0.03 / m,
                 "validation/energy_distance": 0.4 / m + 0.01 * w,
                 "validation/endpoint_error": 0.1,
             }
-            trials.append(MadeTrial(len(trials), name, str(out / name), {"steps": m, "guidance": w}, metrics=found))
+            trials.append(FakeTrial(len(trials), name, str(out / name), {"steps": m, "guidance": w}, metrics=metrics))
     return trials
 
 
 def search(out: Path, count: int = 32) -> list[Any]:
-    """Trials of a random search over four fields, one of them of words; two of three go to their end."""
+    """Trials of a random search over four fields, one of them text. Two of three trials finish."""
     draws, trials = np.random.default_rng(0), []
     for number in range(count):
         rate = float(10 ** draws.uniform(-4, -2.5))
@@ -57,19 +57,23 @@ def search(out: Path, count: int = 32) -> list[Any]:
             "objective.kind": str(draws.choice(["endpoint", "flow-map"])),
             "guidance": round(float(draws.uniform(0, 2)), 3),
         }
-        lost = (np.log10(rate) + 3.0) ** 2 + (0.3 if values["objective.kind"] == "endpoint" else 0.0)
-        found = {"loss": 0.02 + 0.01 * lost, "validation/energy_distance": 0.05 + 0.1 * lost + 0.01 * draws.random()}
+        error = (np.log10(rate) + 3.0) ** 2 + (0.3 if values["objective.kind"] == "endpoint" else 0.0)
+        metrics = {
+            "loss": 0.02 + 0.01 * error,
+            "validation/energy_distance": 0.05 + 0.1 * error + 0.01 * draws.random(),
+        }
         status = "stopped" if number % 3 == 2 else "finished"
-        trials.append(MadeTrial(number, f"trial-{number}", str(out / f"trial-{number}"), values, status, metrics=found))
+        name = f"trial-{number}"
+        trials.append(FakeTrial(number, name, str(out / name), values, status, metrics=metrics))
     return trials
 
 
 def evaluation(folder: Path, trials: Sequence[Any], shown: int = 12) -> str:
-    """The folder of an evaluation of the trials' students, whose samples are digits with noise on them."""
+    """Write the folder of an evaluation of the trials' students. Their samples are digits with added noise."""
     folder.mkdir(parents=True)
     digits = load_digits().images[:, None] / 8 - 1
     draws = np.random.default_rng(1)
-    scores, images = [_real()], [digits[:shown]]
+    scores, images = [_real_score()], [digits[:shown]]
     for w in sorted({float(trial.values["guidance"]) for trial in trials}):
         scores.append(_score(f"teacher w={w:g}", "teacher", 100, w, 1.0, "/runs/teacher", draws))
         images.append(digits[:shown])
@@ -97,25 +101,25 @@ def evaluation(folder: Path, trials: Sequence[Any], shown: int = 12) -> str:
     return str(folder)
 
 
-def _real() -> Score:
-    found = {"frechet_distance_pixels": 0.52, "frechet_distance_classifier": 2.9, "precision_classifier": 0.79}
-    found |= {"recall_classifier": 0.8, "label_agreement": 0.983, "memorisation": 1.0, "sliced_wasserstein": 0.0021}
-    found |= {f"{name}_at_floor_count": value for name, value in found.items() if name.startswith("frechet")}
+def _real_score() -> Score:
+    metrics = {"frechet_distance_pixels": 0.52, "frechet_distance_classifier": 2.9, "precision_classifier": 0.79}
+    metrics |= {"recall_classifier": 0.8, "label_agreement": 0.983, "memorisation": 1.0, "sliced_wasserstein": 0.0021}
+    metrics |= {f"{name}_at_floor_count": value for name, value in metrics.items() if name.startswith("frechet")}
     return Score(
-        name="real images", kind="real", steps=None, guidance=None, count=355, metrics=found, fingerprint="1f" * 32
+        name="real images", kind="real", steps=None, guidance=None, count=355, metrics=metrics, fingerprint="1f" * 32
     )
 
 
 def _score(name: str, kind: str, steps: int, w: float, worse: float, folder: str, draws: np.random.Generator) -> Score:
     nearest = min(TEACHER, key=lambda scale: abs(scale - w))
     pixels, classifier = TEACHER[nearest]
-    found = {"frechet_distance_pixels": pixels * worse, "frechet_distance_classifier": classifier * worse}
-    found |= {f"{key}_at_floor_count": 1.2 * value for key, value in found.items()}
-    found |= {"precision_classifier": 0.8 / worse**0.2, "recall_classifier": 0.7 / worse**0.3}
-    found |= {"label_agreement": 0.99 - 0.02 * worse, "sliced_wasserstein": 0.002 * worse, "memorisation": 1.02}
-    found |= {"nfe": float(steps), "images_per_second": 52_000 / steps * float(draws.uniform(0.95, 1.05))}
+    metrics = {"frechet_distance_pixels": pixels * worse, "frechet_distance_classifier": classifier * worse}
+    metrics |= {f"{key}_at_floor_count": 1.2 * value for key, value in metrics.items()}
+    metrics |= {"precision_classifier": 0.8 / worse**0.2, "recall_classifier": 0.7 / worse**0.3}
+    metrics |= {"label_agreement": 0.99 - 0.02 * worse, "sliced_wasserstein": 0.002 * worse, "memorisation": 1.02}
+    metrics |= {"nfe": float(steps), "images_per_second": 52_000 / steps * float(draws.uniform(0.95, 1.05))}
     if kind == "student":
-        found |= {"frechet_ratio_pixels": worse, "frechet_ratio_classifier": worse, "endpoint_error": 0.05 * worse}
+        metrics |= {"frechet_ratio_pixels": worse, "frechet_ratio_classifier": worse, "endpoint_error": 0.05 * worse}
     return Score(
-        name=name, kind=kind, steps=steps, guidance=w, count=5000, metrics=found, fingerprint="ab" * 32, folder=folder
+        name=name, kind=kind, steps=steps, guidance=w, count=5000, metrics=metrics, fingerprint="ab" * 32, folder=folder
     )

@@ -1,4 +1,4 @@
-"""What a sweep answers: best, fronts and tables against trials whose order is known, and what is left out and why."""
+"""The answer of a sweep: the best trial, fronts, tables and plots, and notes on missing plots."""
 
 import csv
 import dataclasses
@@ -18,27 +18,29 @@ from pipeline.evaluate.scores import read_record
 from pipeline.sweep.answer import write_answer
 from pipeline.sweep.answer.pictures import parameters
 from pipeline.sweep.answer.rows import describe, front, headings, make_rows, ranked
-from tests.pipeline.sweeps import MadeTrial, evaluation, grid, search
+from tests.pipeline.sweeps import FakeTrial, evaluation, grid, search
 
 FRECHET = "frechet_distance_classifier"
 ENERGY = Metric("energy_distance", "energy distance of a small sample", "", ".4f", "lower")
 
 
-def answer(out: Path, trials: list[Any], metric: str = FRECHET, better: str = "lower", judged: bool = True) -> Any:
+def answer(
+    out: Path, trials: list[Any], metric: str = FRECHET, better: str = "lower", is_evaluated: bool = True
+) -> Any:
     """Write the answer; returns the sweep's run in MLflow."""
     finished = [trial for trial in trials if trial.status == "finished"]
-    folder = evaluation(out / "evaluation", finished) if judged else None
+    folder = evaluation(out / "evaluation", finished) if is_evaluated else None
     spec = SweepSpec(store="/runs/store", out=str(out))
     with tracking.start_run(spec=spec, fingerprint=str(out), inputs={}, output=str(out)) as run:
         write_answer(spec, trials, folder, run, metric, better)
     return MlflowClient().get_run(run.run_id)
 
 
-def made(number: int, value: float, **values: Any) -> MadeTrial:
-    return MadeTrial(number, f"t{number}", f"/o/t{number}", values, metrics={"q": value})
+def trial_of(number: int, value: float, **values: Any) -> FakeTrial:
+    return FakeTrial(number, f"t{number}", f"/o/t{number}", values, metrics={"q": value})
 
 
-def test_a_grid_is_answered_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_answer_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trials = grid(tmp_path)
     run = answer(tmp_path, trials)
     scores = [s for s in read_record(str(tmp_path / "evaluation")).scores if s.kind == "student"]
@@ -65,7 +67,7 @@ def trials_number(trials: list[Any], score: Any) -> int:
     return next(trial.number for trial in trials if trial.out == score.folder)
 
 
-def test_both_tables_hold_every_trial_with_what_was_varied_and_measured(tmp_path: Path):
+def test_both_tables_have_every_trial_with_values_and_metrics(tmp_path: Path):
     trials = grid(tmp_path)
     trials[3] = dataclasses.replace(trials[3], status="failed", metrics={}, error="the disk is full")
     answer(tmp_path, trials)
@@ -82,46 +84,46 @@ def test_both_tables_hold_every_trial_with_what_was_varied_and_measured(tmp_path
             assert row["validation/energy_distance"] == trial.metrics["validation/energy_distance"]
 
 
-def test_the_front_is_what_nothing_beats_at_no_higher_cost():
+def test_no_row_of_the_same_or_lower_cost_beats_a_row_of_the_front():
     values = [(1, 9.0), (1, 8.0), (2, 8.5), (4, 3.0), (4, 3.0), (20, 3.5), (20, 1.0)]
-    rows = make_rows([made(n, q, steps=m) for n, (m, q) in enumerate(values)], None)
+    rows = make_rows([trial_of(n, q, steps=m) for n, (m, q) in enumerate(values)], None)
     low, high = (Metric("q", "", better=better) for better in ("lower", "higher"))  # type: ignore[arg-type]
     cost = Metric("nfe", "", better="lower")
     assert [row.trial.number for row in front(rows, low, cost)] == [1, 3, 6]
     assert [row.trial.number for row in front(rows, high, cost)] == [0]
 
 
-def test_speeds_that_differ_by_chance_are_one(tmp_path: Path):
-    """Of the four trials of a step count, whose speeds are within a few per cent, the best alone is on the front."""
+def test_speeds_within_measurement_error_count_as_equal(tmp_path: Path):
+    """Four trials per step count differ in speed by a few per cent. Only the best of them is on the front."""
     trials = grid(tmp_path)
     record = read_record(evaluation(tmp_path / "evaluation", trials))
     metric, speed = describe(FRECHET, record, "lower"), describe("images_per_second", record, "higher")
     assert [row.steps for row in front(make_rows(trials, record), metric, speed)] == [1, 2, 4, 20]
 
 
-def test_a_trial_that_was_stopped_or_failed_is_never_the_best():
-    trials = [made(0, 2.0), dataclasses.replace(made(1, 1.0), status="stopped"), made(2, float("nan"))]
+def test_a_stopped_or_failed_trial_is_never_the_best():
+    trials = [trial_of(0, 2.0), dataclasses.replace(trial_of(1, 1.0), status="stopped"), trial_of(2, float("nan"))]
     assert [row.trial.number for row in ranked(make_rows(trials, None), Metric("q", "", better="lower"))] == [0]
 
 
-def test_a_search_without_an_evaluation_is_ranked_by_what_was_reported(tmp_path: Path, monkeypatch: Any):
+def test_a_search_without_an_evaluation_is_ranked_by_reported_metrics(tmp_path: Path, monkeypatch: Any):
     monkeypatch.setitem(tracking.METRICS, ENERGY.name, ENERGY)
     trials = search(tmp_path)
-    run = answer(tmp_path, trials, "validation/energy_distance", judged=False)
+    run = answer(tmp_path, trials, "validation/energy_distance", is_evaluated=False)
     best = min(t.metrics["validation/energy_distance"] for t in trials if t.status == "finished")
     assert run.data.metrics["best/validation/energy_distance"] == best
     page = (tmp_path / "report.html").read_text()
     assert "32 trials: 22 finished, 10 stopped early" in page
-    assert "they need finished trials of two step counts and two guidance scales" in page
+    assert "two step counts and two guidance scales" in page
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"parallel-coordinates", "importances"}
 
 
-def test_the_parameter_that_matters_is_the_important_one():
-    """And words, values that are missing and "all" among numbers are no obstacle."""
+def test_parameters_are_plotted_with_text_and_missing_values():
+    """Fields may mix numbers with text such as "all", and lack values in some trials."""
     trials = [
-        made(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
+        trial_of(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
     ]
-    trials += [made(24, 0.05, steps=0, guidance=0.0, chain="20-4")]
+    trials += [trial_of(24, 0.05, steps=0, guidance=0.0, chain="20-4")]
     rows, metric = make_rows(trials, None), Metric("q", "", "q", better="lower")
     drawn, note = parameters(rows, ["steps", "guidance", "chain"], metric)
     assert set(drawn) == {"parallel-coordinates", "importances"}
@@ -131,25 +133,25 @@ def test_the_parameter_that_matters_is_the_important_one():
 @pytest.mark.parametrize(
     ("trials", "note"),
     [
-        ([made(n, n, steps=n) for n in range(3)], "they need 4 finished trials with this metric, found 3"),
-        ([made(n, n, steps=1) for n in range(5)], "no parameter differs"),
-        ([made(n, n, steps=n) for n in range(5)], "one parameter was varied"),
-        ([made(n, 1.0, steps=n, guidance=n % 2) for n in range(5)], "all trials have the same value"),
+        ([trial_of(n, n, steps=n) for n in range(3)], "need 4 finished trials"),
+        ([trial_of(n, n, steps=1) for n in range(5)], "no parameter differs"),
+        ([trial_of(n, n, steps=n) for n in range(5)], "only one parameter"),
+        ([trial_of(n, 1.0, steps=n, guidance=n % 2) for n in range(5)], "all trials have the same value"),
     ],
 )
-def test_what_cannot_be_said_of_parameters_is_left_out_with_a_reason(trials: list[Any], note: str):
+def test_missing_plots_of_parameters_have_a_note(trials: list[Any], note: str):
     assert note in parameters(make_rows(trials, None), ["steps", "guidance"], Metric("q", "", "q", better="lower"))[1]
 
 
-def test_a_sweep_of_which_nothing_finished_still_has_its_answer(tmp_path: Path):
+def test_a_sweep_without_finished_trials_has_an_answer(tmp_path: Path):
     failed = [dataclasses.replace(t, status="failed", metrics={}, error="boom") for t in grid(tmp_path, (1,), (0.0,))]
-    run = answer(tmp_path, failed, judged=False)
+    run = answer(tmp_path, failed, is_evaluated=False)
     assert json.loads((tmp_path / "answer.json").read_text())["best"] is None
     assert run.data.metrics == {}
     assert "failed: #0 steps-1-guidance-0.0: boom" in (tmp_path / "table.txt").read_text()
 
 
-def test_fields_are_called_by_their_last_names_unless_two_have_the_same():
+def test_headings_are_the_last_part_of_a_name_unless_two_fields_share_it():
     assert headings(["optimizer.learning_rate", "objective.kind", "seed", "refine.seed"]) == {
         "optimizer.learning_rate": "learning rate",
         "objective.kind": "objective",

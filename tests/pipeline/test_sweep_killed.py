@@ -1,4 +1,4 @@
-"""A sweep whose driver is killed goes on by the same command: no child twice, none running, the same metrics."""
+"""A sweep whose driver was killed resumes with the same command: one run per trial, all ended, the same metrics."""
 
 import random
 import subprocess
@@ -23,13 +23,13 @@ SPACES = {
 
 def start(store: str, out: Path, space: list[str]) -> "subprocess.Popen[bytes]":
     training = ["--optimizer.updates", "400", "--optimizer.batch-size", "64", "--checkpoint-updates", "50"]
-    words = ["--store", store, "--out", str(out), "--samples", "0", *training, *space]
+    options = ["--store", store, "--out", str(out), "--samples", "0", *training, *space]
     with Path(f"{out}.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "jobs.sweep", *words], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, "-m", "jobs.sweep", *options], cwd=ROOT, stdout=log, stderr=log)
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_a_killed_driver_leaves_a_sweep_to_go_on_with(space: str, small_store: str, tmp_path: Path):
+def test_a_sweep_resumes_after_its_driver_was_killed(space: str, small_store: str, tmp_path: Path):
     out = tmp_path / "sweep"
     driver = start(small_store, out, SPACES[space])
     deadline = time.monotonic() + WAIT_SECONDS
@@ -49,10 +49,10 @@ def test_a_killed_driver_leaves_a_sweep_to_go_on_with(space: str, small_store: s
     assert [(r.status, r.updates) for r in records] == [("finished", 400)] * 4
     for old, new in zip(before, records, strict=False):
         assert (old.number, old.name, old.values) == (new.number, new.name, new.values)
-        assert old.status != "finished" or old == new, "what was finished is left as it was"
+        assert old.status != "finished" or old == new, "finished trials do not change"
     (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == str(out)]
     children = [run for run in runs_of("distill") if run.data.params["out"].startswith(f"{out}/")]
-    assert len(children) == 4, "a child a trial, none twice"
+    assert len(children) == 4, "one child per trial"
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     assert {run.data.params["out"]: run.data.metrics["loss"] for run in children} == pytest.approx(

@@ -1,4 +1,4 @@
-"""The space of a sweep: points of a grid, chains, draws of a search, and what is refused."""
+"""The students of a sweep: points of a grid, chains, draws of a search, and refused options."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def spec_of(store: str = "/store", out: str = "/out", **options: Any) -> SweepSp
     return SweepSpec(**{"optimizer": FEW, "samples": 0, "store": store, "out": out, **options})
 
 
-def test_the_grid_has_a_folder_a_point():
+def test_each_point_of_the_grid_has_a_folder():
     points = space.grid_points(spec_of(steps=(1, 2), guidance=(0.0, 1.0), grid=["optimizer.updates=5,6"]))
     assert len({point.spec.out for point in points}) == 8
     assert {(p.spec.steps, p.spec.guidance, p.spec.optimizer.updates) for p in points} == {
@@ -27,15 +27,15 @@ def test_the_grid_has_a_folder_a_point():
     assert points[0].values == {"steps": 1, "guidance": 0.0, "optimizer.updates": 5}
 
 
-def test_words_and_a_mapping_are_the_same_grid():
-    words = parse(
+def test_a_command_line_and_a_mapping_give_the_same_grid():
+    parsed = parse(
         SweepSpec,
         ["--store", "s", "--out", "o", "--grid", "steps=1,2", "optimizer.learning-rate=1e-3,2e-3"],
         "sweep",
     )
     mapping = spec_of("s", "o", grid={"steps": [1, 2], "optimizer.learning_rate": [0.001, 2e-3]})
-    assert [p.values for p in space.grid_points(words)] == [p.values for p in space.grid_points(mapping)]
-    assert space.identity(words) == space.identity(mapping)
+    assert [p.values for p in space.grid_points(parsed)] == [p.values for p in space.grid_points(mapping)]
+    assert space.identity(parsed) == space.identity(mapping)
 
 
 def test_a_flow_map_is_one_student_for_all_step_counts():
@@ -53,14 +53,14 @@ def test_a_flow_map_is_one_student_for_all_step_counts():
     assert isinstance(both[1].spec.objective, FlowMapConfig)
 
 
-def test_what_all_students_share_reaches_each():
+def test_shared_options_reach_every_student():
     spec = spec_of(seed=5, precision={"dtype": "bfloat16"}, memory_gib=0.5)
     for point in space.grid_points(spec):
         assert (point.spec.seed, point.spec.optimizer, point.spec.precision.dtype) == (5, FEW, "bfloat16")
         assert (point.spec.memory_gib, point.spec.workers) == (0.5, 0)
 
 
-def test_a_chain_starts_from_the_grid_and_each_student_from_the_one_before():
+def test_a_chain_starts_from_the_grid_and_each_student_from_its_predecessor():
     points = space.grid_points(spec_of(chain=["4,2,1"], steps=(1,), guidance=(0.0, 1.0)))
     assert [p.name for p in points if p.spec.guidance == 0.0] == [
         "steps-1-guidance-0.0",
@@ -72,10 +72,10 @@ def test_a_chain_starts_from_the_grid_and_each_student_from_the_one_before():
     assert (last.after, last.spec.init) == ("chain-4-2-guidance-1.0", "/out/chain-4-2-guidance-1.0")
     assert last.values == {"guidance": 1.0, "steps": 1, "chain": "4-2-1"}
     independent = space.grid_points(spec_of(chain=(4, 2, 1)))
-    assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "the same counts are trained alone too"
+    assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "the grid has the same counts"
 
 
-def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
+def test_a_search_draws_within_its_bounds_by_trial_number():
     from pipeline.sweep.search import RandomDraws
 
     spec = spec_of(
@@ -90,7 +90,7 @@ def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
     assert {p.spec.steps for p in points} == {1, 2} and {p.spec.guidance for p in points} == {0.0}
     assert proposer.propose(7) == RandomDraws(space.draws_of(spec), spec.seed).propose(7)
     again = space.make_point(spec, points[7].values, points[7].name)
-    assert again == points[7], "the record of a trial makes the same student"
+    assert again == points[7], "the values in a trial's record give the same student"
 
 
 @pytest.mark.parametrize(
@@ -107,43 +107,43 @@ def test_a_search_draws_within_its_bounds_and_the_same_for_the_same_number():
     ],
 )
 def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
-    with pytest.raises(DistillKacError, match=r"`search` optimizer\.learning-rate: expected uniform"):
+    with pytest.raises(ArgumentError, match=r"`search` .* optimizer\.learning-rate"):
         space.draws_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": ["colour=1"]}, "colour: expected a field of jobs.distill"),
-        ({"grid": ["store=a,b"]}, "store: expected a field of jobs.distill"),
-        ({"grid": ["optimizer.speed=1"]}, "`optimizer.speed`: unknown option"),
-        ({"grid": ["optimizer.updates=x"]}, "`optimizer.updates`: "),
-        ({"grid": ["optimizer.updates"]}, "`grid`: expected FIELD=VALUE"),
-        ({"grid": ["optimizer.updates="]}, "`grid`: expected optimizer.updates=VALUE,VALUE, found no value"),
-        ({"grid": {"optimizer.updates": []}}, "found no value"),
-        ({"steps": ()}, "`steps`: expected at least one value"),
-        ({"grid": ["steps=1,2"], "steps": (1,)}, "`steps`: expected the values of steps once"),
-        ({"grid": ["steps=1,3"]}, "`steps`: "),
-        ({"guidance": (0.0, 0.5)}, r"`guidance`: expected scales of the store .* found 0.5 missing: add `rollout`"),
-        ({"trials": 3}, "`search`: expected it beside `trials`"),
-        ({"search": ["optimizer.updates=randint(1,2)"]}, "`trials`: expected it beside `search`"),
-        ({"metric": "beauty"}, "`metric`: expected a metric that is reported"),
-        ({"metric": "frechet_distance_pixels"}, "since `samples` 0 leaves the students unevaluated"),
-        ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "`asha_metric`: expected a metric"),
-        ({"asha": True, "grace_updates": 60}, "`grace_updates`: expected less than all updates"),
+        ({"grid": ["colour=1"]}, "^colour .*optimizer"),
+        ({"grid": ["store=a,b"]}, "^store "),
+        ({"grid": ["optimizer.speed=1"]}, "^`optimizer.speed`"),
+        ({"grid": ["optimizer.updates=x"]}, "^`optimizer.updates`"),
+        ({"grid": ["optimizer.updates"]}, "^`grid`.*FIELD=VALUE"),
+        ({"grid": ["optimizer.updates="]}, "^`grid`.*optimizer.updates"),
+        ({"grid": {"optimizer.updates": []}}, "^`grid`.*optimizer.updates"),
+        ({"steps": ()}, "^`steps`"),
+        ({"grid": ["steps=1,2"], "steps": (1,)}, "^`steps` .*`grid`"),
+        ({"grid": ["steps=1,3"]}, "^`steps`"),
+        ({"guidance": (0.0, 0.5)}, "^`guidance` 0.5 .*`rollout`"),
+        ({"trials": 3}, "^`search` .*`trials`"),
+        ({"search": ["optimizer.updates=randint(1,2)"]}, "^`trials` .*`search`"),
+        ({"metric": "beauty"}, "^`metric` is beauty"),
+        ({"metric": "frechet_distance_pixels"}, "^`metric` .*`samples` 0"),
+        ({"asha": True, "asha_metric": "frechet_distance_pixels"}, "^`asha_metric`"),
+        ({"asha": True, "grace_updates": 60}, "^`grace_updates` is 60"),
         (
             {"asha": True, "grace_updates": 9, "validation_updates": 0},
-            "`validation_updates`: expected some for `asha` on validation/energy_distance, found 0",
+            "^`validation_updates` is 0.*`asha` .*validation/energy_distance",
         ),
         (
             {"asha": True, "grace_updates": 9, "asha_metric": "validation/endpoint_error"},
-            "`held_out_rows`: expected some for `asha`",
+            "^`held_out_rows` .*`asha`",
         ),
-        ({"chain": (1, 2)}, "`chain`: expected two or more step counts"),
-        ({"chain": (4, 2), "asha": True}, "`chain`: expected a grid"),
+        ({"chain": (1, 2)}, "^`chain`"),
+        ({"chain": (4, 2), "asha": True}, "^`chain` .*`asha`"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_written(
+def test_invalid_options_are_refused_in_one_line_before_anything_is_written(
     options: dict[str, Any], message: str, small_store: str, tmp_path: Path
 ):
     with pytest.raises(DistillKacError, match=message) as error:
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--grid", "--search"])
-def test_an_empty_space_is_refused(option: str):
-    with pytest.raises(ArgumentError, match=f"^{option}: expected NAME=VALUE, found none"):
-        parse(SweepSpec, ["--store", "/store", "--out", "/out", option], "sweep")
+@pytest.mark.parametrize("name", ["grid", "search"])
+def test_an_empty_grid_or_search_is_refused(name: str):
+    with pytest.raises(ArgumentError, match=f"`{name}`|--{name}"):
+        parse(SweepSpec, ["--store", "/store", "--out", "/out", f"--{name}"], "sweep")
