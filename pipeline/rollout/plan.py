@@ -11,7 +11,7 @@ from kac.util import files
 from pipeline.config.specs import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity, check_identity, parse_shard_name
-from pipeline.store.manifest import Extent, Manifest, read_manifest, shards_of, unite_extents
+from pipeline.store.manifest import Extent, Manifest, merge_extents, read_manifest, shards_of
 from pipeline.store.receipts import read_receipts
 from pipeline.store.shards import Receipt, identity_or_none
 
@@ -49,7 +49,7 @@ def make_plan(spec: RolloutSpec) -> Plan:
     check_store(spec.store, identity, manifest, filter(parse_shard_name, sizes))
     ids = (spec.first_sample, spec.first_sample + spec.trajectories)
     requested = [Extent(guidance=w, ids=(ids,)) for w in spec.guidance]
-    extents = unite_extents([*(manifest.extents if manifest else ()), *requested])
+    extents = merge_extents([*(manifest.extents if manifest else ()), *requested])
     sealed = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
     unsealed = read_receipts(spec.store, identity, sizes)
     finished, todo = [], []

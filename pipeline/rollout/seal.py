@@ -8,7 +8,7 @@ from pipeline.rollout.plan import Plan, check_store
 from pipeline.rollout.shard_maker import ShardOutcome
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import guidance_folder
-from pipeline.store.manifest import Manifest, read_manifest, shards_of, unite_extents, write_manifest
+from pipeline.store.manifest import Manifest, merge_extents, read_manifest, shards_of, write_manifest
 from pipeline.store.receipts import remove_receipts
 from pipeline.store.shards import Receipt
 
@@ -47,7 +47,7 @@ def _make_manifest(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt], r
     check_store(spec.store, plan.identity, existing)
     shards, extents = (existing.shards, existing.extents) if existing else ((), ())
     longest = {receipt.name: receipt for receipt in sorted((*shards, *receipts), key=lambda receipt: receipt.rows)}
-    extents = unite_extents([*extents, *plan.extents])
+    extents = merge_extents([*extents, *plan.extents])
     return Manifest(
         fingerprint=plan.identity.fingerprint(),
         identity=plan.identity,

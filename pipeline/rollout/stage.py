@@ -57,7 +57,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         return None
     if plan.is_done and plan.manifest is not None:
         remove_orphans(spec.store, plan.manifest.guidance)
-        log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows; nothing to do")
+        log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do")
         return plan.manifest
     teacher = load_model(spec.teacher).config
     place = choose_place(spec)

@@ -25,9 +25,9 @@ class Batch(NamedTuple):
 AnyBatch = TypeVar("AnyBatch", Batch, Interval)
 
 
-def whole_rows(pieces: Sequence[Piece]) -> Batch:
+def gather_rows(pieces: Sequence[Piece]) -> Batch:
     """Gather all loaded columns of the rows."""
-    return _join(
+    return _concatenate(
         [
             Batch(
                 columns.sample_id[rows],
@@ -40,7 +40,7 @@ def whole_rows(pieces: Sequence[Piece]) -> Batch:
     )
 
 
-def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: Tensor) -> Interval:
+def gather_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: Tensor) -> Interval:
     """Gather one interval per row, between two of its loaded knots.
 
     Args:
@@ -48,7 +48,7 @@ def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: 
         start, end: [batch], indices of loaded knots.
     """
     sizes = [len(rows) for _, rows in pieces]
-    return _join(
+    return _concatenate(
         [
             Interval(
                 columns.knot_of(rows, i),
@@ -63,7 +63,7 @@ def drawn_intervals(pieces: Sequence[Piece], times: Tensor, start: Tensor, end: 
     )
 
 
-def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
+def gather_stored_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
     """Gather the interval that each row of a forward store spans.
 
     Args:
@@ -75,10 +75,10 @@ def own_intervals(pieces: Sequence[Piece], times: Tensor) -> Interval:
         k = columns.interval[rows]
         knots, w = columns.knots_of(rows), columns.guidance[rows]
         intervals.append(Interval(knots[:, 0], knots[:, 1], times[k], times[k + 1], columns.label[rows], w))
-    return _join(intervals)
+    return _concatenate(intervals)
 
 
-def _join(parts: Sequence[AnyBatch]) -> AnyBatch:
+def _concatenate(parts: Sequence[AnyBatch]) -> AnyBatch:
     if len(parts) == 1:
         return parts[0]
     columns = zip(*parts, strict=True)

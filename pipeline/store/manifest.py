@@ -118,7 +118,7 @@ def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
     ]
 
 
-def unite_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+def merge_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """Merge extents into one per guidance scale, in ascending order."""
     ids: dict[float, list[IdRange]] = {}
     for extent in extents:

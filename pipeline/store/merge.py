@@ -17,7 +17,7 @@ from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config.specs import Spec
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, check_identity
-from pipeline.store.manifest import Extent, Manifest, list_shards, read_manifest, unite_extents, write_manifest
+from pipeline.store.manifest import Extent, Manifest, list_shards, merge_extents, read_manifest, write_manifest
 from pipeline.store.reader import open_store
 from pipeline.store.shards import Receipt, confirm, identity_or_none, sha256_of
 from pipeline.store.threads import map_in_threads
@@ -66,7 +66,7 @@ def merge(spec: MergeSpec) -> Manifest:
         problem = f"{path} cannot be merged with {first}"
         check_identity(other.identity, identity, problem, "Merge only stores with the same identity.")
     copies = _plan_copies(sources)
-    extents = unite_extents(extent for _, manifest in sources for extent in manifest.extents)
+    extents = merge_extents(extent for _, manifest in sources for extent in manifest.extents)
     finished = _check_target(into, identity, extents, copies)
     probes.check_writable(into)
     results = map_in_threads(lambda copy: _copy(into, identity, copy, finished.get(copy.shard.name)), copies, "copy")

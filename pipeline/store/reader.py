@@ -18,7 +18,7 @@ from kac.losses import Interval, Objective
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
 from pipeline.store import sharing
-from pipeline.store.batches import Batch, Piece, drawn_intervals, own_intervals, whole_rows
+from pipeline.store.batches import Batch, Piece, gather_intervals, gather_rows, gather_stored_intervals
 from pipeline.store.columns import Columns, Selection, columns_of_knots, read_rows, shard_at, to_columns
 from pipeline.store.layout import Shard, StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
@@ -102,7 +102,7 @@ class Store:
             guidance: one or several guidance scales, whose rows are mixed; None if the store has only one scale.
             knots: indices of the knots to read, from 0 (noise) to ``identity.knots`` (image); None reads all. Must be
                 None for a forward store, whose two columns are the start and the end of an interval.
-            seed: of the shuffle, which differs in each epoch; None reads in the order of sample ids.
+            seed: shuffle seed; every epoch is shuffled differently. None reads in the order of sample ids.
             start_batch: first batch to yield. The batches are those of an epoch that was not stopped.
             memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed. The budget is
                 per process: every rank and every DataLoader worker has its own.
@@ -116,7 +116,7 @@ class Store:
         selection = self._select(guidance, columns_of_knots(self.identity, knots))
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         pieces = reading.pieces(range(epoch, epoch + 1), start_batch * batch_size)
-        yield from map(whole_rows, rebatch(pieces, batch_size))
+        yield from map(gather_rows, rebatch(pieces, batch_size))
 
     def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
@@ -145,7 +145,7 @@ class Store:
             kept = self.rows(w) - count
             if kept < 1:
                 raise StoreError(
-                    f"{self.path} has only {self.rows(w):,} rows of guidance {w}, so {count:,} cannot be held out."
+                    f"{self.path} has only {self.rows(w):,} rows of guidance {w:g}, so {count:,} cannot be held out."
                 )
             for shard in sorted(self._shards_of(w)):
                 if kept > 0:
@@ -186,12 +186,12 @@ class Store:
         epoch, skip = divmod(start_batch * batch_size, reading.rows_per_epoch())
         for n, pieces in enumerate(rebatch(reading.endless(epoch, skip), batch_size), start=start_batch):
             if is_forward:
-                yield own_intervals(pieces, times)
+                yield gather_stored_intervals(pieces, times)
             else:
                 # The draws are numbered over all ranks, so several workers draw the same intervals as one worker.
                 positions = range(n * batch_size * world_size, (n + 1) * batch_size * world_size)
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM, positions, 2)[rank::world_size]
-                yield drawn_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
+                yield gather_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
         """Return a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
@@ -325,9 +325,9 @@ class _Reading:
     def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
         """Yield the rows of all epochs from ``epoch``, without the first ``skip`` rows."""
         # A Ray Data pipeline takes a second to start, so one pipeline serves several epochs of a small store.
-        together = max(1, PIPELINE_SHARDS // max(1, len(self.order.share(self.selection.shards))))
-        for first in itertools.count(epoch, together):
-            yield from self.pieces(range(first, first + together), skip if first == epoch else 0)
+        epochs = max(1, PIPELINE_SHARDS // max(1, len(self.order.share(self.selection.shards))))
+        for first in itertools.count(epoch, epochs):
+            yield from self.pieces(range(first, first + epochs), skip if first == epoch else 0)
 
     def pieces(self, epochs: range, skip: int) -> Iterator[Piece]:
         """Yield the rows of some epochs in order, without the first ``skip`` rows."""

@@ -14,7 +14,7 @@ def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], title:
     """Return ``work`` of each item, in order. The first error cancels the remaining items.
 
     Args:
-        title: of a progress bar that counts shards; empty for no progress bar.
+        title: title of a progress bar that counts shards; empty for no progress bar.
     """
     from tqdm import tqdm
 

@@ -32,7 +32,7 @@ def check_version(where: str, version: Any) -> None:
         raise ValueError("its schema_version is not an integer")
     if version > SCHEMA_VERSION:
         raise NewerVersion(
-            f"{where} has schema version {version}, but this version of distillkac reads only {SCHEMA_VERSION}. "
+            f"{where} has schema version {version}, but this version of distillkac reads up to {SCHEMA_VERSION}. "
             "Install a newer distillkac."
         )
 
