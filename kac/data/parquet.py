@@ -165,7 +165,7 @@ class ParquetSource:
 
         name = self._name(path)
         location = files.locate(name)
-        with files.naming(name), location.fs.open(location.path) as raw:
+        with files.errors_naming(name), location.fs.open(location.path) as raw:
             try:
                 with pq.ParquetFile(raw, page_checksum_verification=True) as file:
                     yield file
