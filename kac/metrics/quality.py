@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kac.metrics import distances
-from kac.metrics.metric import Metric
 from kac.metrics.statistics import Moments, Statistics
 from kac.util.errors import ArgumentError, one_line
 
@@ -18,6 +18,18 @@ PIXELS = "pixels"
 NEIGHBOURS = 3
 MEMORISATION_ROWS = 2000
 """The number of samples that are compared with all training images."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that is logged, and how it is displayed."""
+
+    name: str  # in MLflow and in stored records
+    meaning: str
+    heading: str = ""  # of its column in the table; empty: no column
+    format: str = ".4f"
+    better: Literal["lower", "higher", ""] = ""
+    is_plotted: bool = False  # against network evaluations; only for metrics of both teachers and students
 
 
 class Reference:
