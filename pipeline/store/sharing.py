@@ -1,14 +1,14 @@
 """Sharing: columns loaded once per node, which all processes of the node read from shared memory.
 
-The parent loads the columns (``lent_columns``) and puts them into shared memory, for example Ray's object store. Each
-child process reads them inside ``borrowing``. Batches from shared columns are bitwise equal to batches from columns
+The parent loads the columns (``load_shared``) and puts them into shared memory, for example Ray's object store. Each
+child process reads them inside ``use_shared``. Batches from shared columns are bitwise equal to batches from columns
 that the process loads itself.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,34 +20,34 @@ from pipeline.store.prefetch import GROUP_BYTES
 
 
 @dataclass(frozen=True)
-class Loan:
+class SharedColumns:
     """Loaded columns as arrays, by the names of the fields of ``Columns``. They may be read-only shared memory."""
 
     selection: Selection
     arrays: Mapping[str, Any]
 
 
-_borrowed: list[Loan] = []
+_shared: list[SharedColumns] = []
 
 
 @contextmanager
-def borrowing(loans: Sequence[Loan]) -> Iterator[None]:
-    """Inside the block, every reader of this process uses the loans instead of loading their columns."""
-    _borrowed.extend(loans)
+def use_shared(columns: Sequence[SharedColumns]) -> Iterator[None]:
+    """Inside the block, every reader of this process uses these columns instead of loading them."""
+    _shared.extend(columns)
     try:
         yield
     finally:
-        _borrowed.clear()
+        _shared.clear()
 
 
 def find(selection: Selection) -> Columns | None:
-    """Return the selected columns from a loan, or None if no loan contains them."""
-    for loan in _borrowed:
-        lent = loan.selection
-        if (lent.store, lent.identity, lent.shards) == (selection.store, selection.identity, selection.shards):
-            indices = [lent.knots.index(name) for name in selection.knots if name in lent.knots]
+    """Return the selected columns if they are shared, otherwise None."""
+    for shared in _shared:
+        available = shared.selection
+        if available == replace(selection, knots=available.knots):
+            indices = [available.knots.index(name) for name in selection.knots if name in available.knots]
             if len(indices) == len(selection.knots):
-                return _to_columns(loan.arrays, torch.tensor(indices))
+                return _to_columns(shared.arrays, torch.tensor(indices))
     return None
 
 
@@ -69,14 +69,14 @@ def load(selection: Selection) -> Columns:
     return to_columns(selection, selection.shards, (read_group(selection, group) for group in groups))
 
 
-def lent_columns(selection: Selection) -> Loan:
+def load_shared(selection: Selection) -> SharedColumns:
     """Load the selected columns for sharing; raises as ``load``."""
     columns = load(selection)
     values = {field.name: getattr(columns, field.name) for field in fields(columns)}
-    return Loan(selection, {name: value.numpy() for name, value in values.items() if value is not None})
+    return SharedColumns(selection, {name: value.numpy() for name, value in values.items() if value is not None})
 
 
-def united(selections: Sequence[Selection]) -> list[Selection]:
+def merge_selections(selections: Sequence[Selection]) -> list[Selection]:
     """Merge selections of the same shards into one that has all their knots."""
     knots: dict[tuple[Shard, ...], set[str]] = {}
     for selection in selections:

@@ -60,11 +60,11 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
     most_updates = max(student.optimizer.updates for student in specs)
     updates = {point.name: point.spec.optimizer.updates for point in todo}
     scheduler = Halving(spec, ledger, lambda name: updates.get(name, most_updates), most_updates) if spec.asha else None
-    loans = _lend(spec, specs)
+    shared = _share_columns(spec, specs)
     # Tune's own files are not needed to resume: checkpoints are in the students' folders, the rest is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = Tuner(
-            tune.with_resources(tune.with_parameters(_trial, loans=loans, run=run), bundles),
+            tune.with_resources(tune.with_parameters(_trial, shared=shared, run=run), bundles),
             tune_config=TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
@@ -95,7 +95,7 @@ def _proposer(spec: SweepSpec, ledger: Ledger) -> Any:
     return RandomDraws(draws, spec.seed)
 
 
-def _lend(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.Loan]:
+def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.SharedColumns]:
     """Put the columns that the students read into Ray's object store, once per node for all trials.
 
     Returns an empty list if the columns do not fit ``memory_gib`` or the object store. Each trial then reads the store.
@@ -109,16 +109,18 @@ def _lend(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.Loan
         )
         for s in students
     ]
-    selections = sharing.united(wanted)
+    selections = sharing.merge_selections(wanted)
     size = sum(rows_of(selection.shards) * selection.row_bytes for selection in selections)
     shared_memory = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
     if spec.workers or size > min(spec.memory_gib * 2**30, 0.8 * shared_memory):
         return []
-    loans = []
+    shared = []
     for selection in selections:
-        loan = sharing.lent_columns(selection)
-        loans.append(sharing.Loan(selection, {name: ray.put(array) for name, array in loan.arrays.items()}))
-    return loans
+        columns = sharing.load_shared(selection)
+        shared.append(
+            sharing.SharedColumns(selection, {name: ray.put(array) for name, array in columns.arrays.items()})
+        )
+    return shared
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def _without_aws_keys() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _trial(config: dict[str, Any], loans: Sequence[sharing.Loan], run: tracking.TrackedRun) -> None:
+def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run: tracking.TrackedRun) -> None:
     """One trial, in a process of Ray Tune. Training runs in this process, or on Ray Train workers of the trial."""
     import ray
 
@@ -148,9 +150,12 @@ def _trial(config: dict[str, Any], loans: Sequence[sharing.Loan], run: tracking.
         last.update(metrics)
         report_to_tune(last, started)
 
-    arrays = [sharing.Loan(loan.selection, {k: ray.get(ref) for k, ref in loan.arrays.items()}) for loan in loans]
+    arrays = [
+        sharing.SharedColumns(columns.selection, {k: ray.get(ref) for k, ref in columns.arrays.items()})
+        for columns in shared
+    ]
     try:
-        with sharing.borrowing(arrays):
+        with sharing.use_shared(arrays):
             distill.distill(spec, run, on_report=report)
     except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
         report_to_tune(last, started, error=one_line(error), has_diverged=isinstance(error, DivergedError))

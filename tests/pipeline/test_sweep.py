@@ -237,23 +237,23 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
 
     expected = batches()
     source = store.open(small_store)
-    (selection,) = sharing.united(
+    (selection,) = sharing.merge_selections(
         [
             source.selection(build_objective(distill_spec(small_store, Path("x")).objective, m, ()), 1.0)
             for m in (1, 2, 4)
         ]
     )
-    loan = sharing.lent_columns(selection)
-    for array in loan.arrays.values():
+    shared = sharing.load_shared(selection)
+    for array in shared.arrays.values():
         array.setflags(write=False)
-    with sharing.borrowing([loan]):
+    with sharing.use_shared([shared]):
         assert (
             sharing.find(source.selection(build_objective(distill_spec(small_store, Path("x")).objective, 2, ()), 0.0))
             is None
         )
         shared = batches()
         columns = sharing.find(selection)
-        assert columns is not None and columns.knots.numpy().ctypes.data == loan.arrays["knots"].ctypes.data
+        assert columns is not None and columns.knots.numpy().ctypes.data == shared.arrays["knots"].ctypes.data
     for batch, other in zip(expected, shared, strict=True):
         for left, right in zip(batch, other, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
