@@ -172,9 +172,9 @@ class ParquetSource:
             except (pa.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # of the disk or S3; pyarrow's have no errno
                     raise
+                reason = one_line(error).rstrip(".")
                 raise DistillKacError(
-                    f"{name} is not a readable Parquet file ({one_line(error)}). Download it again; unpack archives "
-                    "first."
+                    f"{name} is not a readable Parquet file ({reason}). Download it again; unpack archives first."
                 ) from None
 
     def _name(self, path: str) -> str:

@@ -17,7 +17,8 @@ from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Conditioning, NetworkModule
 from kac.networks.weight_files import WRAPPERS, WeightsFile, choose_key, find_prefixes, remove_prefix, shorten
-from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
+from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
+from kac.util.imports import describe_exception
 
 MOST_PREFIXES = 200
 """The most prefixes to try. Generic names such as ``0.weight`` occur under many."""
@@ -132,8 +133,9 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
     except ArgumentError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"the network fails on samples of shape {list(sample_shape)} ({reason}).") from error
+        raise CheckpointError(
+            f"the network fails on samples of shape {list(sample_shape)} ({describe_exception(error)})."
+        ) from error
     if velocity.shape != x.shape:
         raise CheckpointError(
             f"the network returns velocities of shape {list(velocity.shape)} for samples of shape {list(x.shape)}."
