@@ -1,4 +1,4 @@
-"""The report in a real browser: texts, counts and sizes on a phone and on a desk, and its print."""
+"""The report of a sweep in a real browser: texts, counts and widths on a phone and on a desktop, and in print."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), rea
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a grid of 16 points, one of which has failed."""
+    """The report of a grid of 16 trials with one failed trial."""
     out = tmp_path_factory.mktemp("sweeps") / "digits"
     trials = grid(out)
     trials[6] = dataclasses.replace(trials[6], status="failed", metrics={}, error="loss is <nan> after update 312")
@@ -36,12 +36,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_says_everything_and_fits(browser: Any, report: Path, width: int):
-    asked: list[str] = []
+def test_the_report_is_complete_and_fits_the_screen(browser: Any, report: Path, width: int):
+    requests: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 844})
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(report.as_uri())
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == [], "it stands alone"
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == [], "the page loads nothing"
     assert page.title() == page.inner_text("h1") == "DistillKac: sweep digits"
     assert [heading.inner_text() for heading in page.query_selector_all("h2")] == [
         "Quality against cost",
@@ -49,7 +49,7 @@ def test_the_report_says_everything_and_fits(browser: Any, report: Path, width: 
         "Steps x guidance",
         "What the parameters do",
         "All trials",
-        "Go on",
+        "Next steps",
         "Options",
     ]
     text = page.inner_text("body")
@@ -70,7 +70,7 @@ def test_the_report_says_everything_and_fits(browser: Any, report: Path, width: 
 
 
 def test_nothing_is_cut_off_in_print(browser: Any, report: Path):
-    """On the pages that lie across, at their width of 273 mm, the widest table fits."""
+    """The widest table fits the landscape pages, which are 273 mm wide."""
     page = browser.new_page(viewport={"width": round(273 / 25.4 * 96), "height": 700})
     page.emulate_media(media="print")
     page.goto(report.as_uri())

@@ -1,4 +1,4 @@
-"""Feature networks of others are tried before an evaluation or a sweep does or writes anything."""
+"""The user's feature networks are tried before an evaluation or a sweep draws, trains or writes anything."""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def spec_of(teacher: str, out: Path, *features: str, **options: object) -> EvaluateSpec:
-    made = {"samples": 300, "solver_steps": 2, "actors": 0, **options}
-    return EvaluateSpec(**made, teacher=teacher, out=str(out), features=features)
+    defaults = {"samples": 300, "solver_steps": 2, "actors": 0}
+    return EvaluateSpec(**{**defaults, **options}, teacher=teacher, out=str(out), features=features)
 
 
 def scripted(folder: Path, name: str) -> str:
@@ -42,28 +42,28 @@ def scripted(folder: Path, name: str) -> str:
 def test_an_evaluation_draws_and_writes_nothing_before_a_refusal(
     name: str, digits_teacher: str, cache: Path, tmp_path: Path
 ):
-    """Not even the classifier is trained, though it is named first."""
+    """The classifier is not trained either, although it comes first in ``features``."""
     given, runs = scripted(tmp_path, name), len(runs_of("evaluate"))
-    with pytest.raises(ArgumentError, match=f"`features` {given}: "):
+    with pytest.raises(ArgumentError, match=f"`features` {given}"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "classifier", given))
     assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
     assert len(runs_of("evaluate")) == runs
 
 
 @pytest.mark.parametrize("given", ["no.such.module:net", "tests.feature_networks:Nowhere", "FOLDER/weights.pt"])
-def test_what_cannot_be_opened_is_refused_before_anything_is_written(
+def test_a_network_that_cannot_be_opened_is_refused_before_anything_is_written(
     given: str, digits_teacher: str, cache: Path, tmp_path: Path
 ):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    with pytest.raises(ArgumentError, match="--features"):
+    with pytest.raises(ArgumentError, match="`features`"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", given.replace("FOLDER", str(tmp_path))))
     assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
 
 
-def test_networks_run_where_the_evaluation_will_call_them(
+def test_networks_are_tried_where_the_evaluation_will_run_them(
     digits_teacher: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """With actors the driver never calls the network."""
+    """With actors the driver never runs the network."""
     monkeypatch.setattr(
         "pipeline.evaluate.feature_trial.try_space", lambda *_: pytest.fail("the driver tried the network")
     )
@@ -83,28 +83,32 @@ def test_unusual_features_are_evaluated(name: str, digits_teacher: str, tmp_path
 
 @pytest.mark.parametrize("name", ["Later", "LaterNaN", "LaterWider"])
 @pytest.mark.parametrize("samples", [50, 300])
-def test_a_network_that_fails_later_is_one_line(name: str, samples: int, digits_teacher: str, tmp_path: Path):
+def test_a_network_that_fails_after_the_trial_is_refused_in_one_line(
+    name: str, samples: int, digits_teacher: str, tmp_path: Path
+):
     given = f"tests.feature_networks:{name}"
-    with pytest.raises(ArgumentError, match=f"`features` {given}: ") as caught:
+    with pytest.raises(ArgumentError, match=f"`features` {given}") as caught:
         evaluate(spec_of(digits_teacher, tmp_path / "out", given, samples=samples))
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_that_fails_later_on_an_actor_is_one_line(digits_teacher: str, tmp_path: Path, ray_cluster: None):
+def test_a_network_that_fails_on_an_actor_is_refused_in_one_line(
+    digits_teacher: str, tmp_path: Path, ray_cluster: None
+):
     given = "tests.feature_networks:Later"
-    with pytest.raises(ArgumentError, match=f"`features` {given}: .*more than I can take") as caught:
+    with pytest.raises(ArgumentError, match=f"`features` {given}.*more than I can take") as caught:
         evaluate(spec_of(digits_teacher, tmp_path / "out", given, actors=1))
     assert "\n" not in str(caught.value)
 
 
 def test_a_finished_evaluation_needs_no_network(digits_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec = spec_of(digits_teacher, tmp_path / "out", "tests.feature_networks:Thin")
-    found = evaluate(spec)
+    scores = evaluate(spec)
     monkeypatch.delattr(feature_networks, "Thin")
-    assert evaluate(spec) == found
+    assert evaluate(spec) == scores
 
 
-def test_features_of_an_older_cache_that_are_not_finite_are_named(digits_teacher: str, cache: Path, tmp_path: Path):
+def test_cached_features_that_are_not_finite_are_refused_by_path(digits_teacher: str, cache: Path, tmp_path: Path):
     given = "tests.feature_networks:Thin"
     evaluate(spec_of(digits_teacher, tmp_path / "first", given))
     for path in (cache / "features").rglob("*.npy"):
@@ -118,6 +122,6 @@ def test_a_sweep_trains_nothing_before_a_refusal(digits_teacher: str, tmp_path: 
     make_store(store, digits_teacher, trajectories=64, shard_size=64, guidance=(0.0,))
     given, runs = "tests.feature_networks:ThreeChannels", len(runs_of("sweep"))
     spec = SweepSpec(store=store, out=str(tmp_path / "sweep"), steps=(2,), guidance=(0.0,), features=(given,))
-    with pytest.raises(ArgumentError, match=f"`features` {given}: .*3 channels"):
+    with pytest.raises(ArgumentError, match=f"`features` {given}.*3 channels"):
         sweep(spec)
     assert not (tmp_path / "sweep").exists() and len(runs_of("sweep")) == runs

@@ -1,4 +1,4 @@
-"""One run a model: what an evaluation adds to the runs of the models that it judged, and how these are found."""
+"""One run per model: what an evaluation adds to the runs of its models, and how it finds models by their runs."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from kac.model import load_config
-from kac.util.errors import DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
 from pipeline.config.specs import EvaluateSpec
 from pipeline.distill import distill
@@ -19,8 +19,8 @@ from tests.pipeline.stages import FEW, distill_spec, run_of, runs_of, teach_spec
 from tests.pipeline.stores import make_store, make_teacher
 
 
-def judge(out: Path, **options: Any) -> str:
-    """An evaluation of 60 samples in this process; returns its fingerprint."""
+def evaluate_into(out: Path, **options: Any) -> str:
+    """Evaluate 60 samples in this process; returns the fingerprint of the evaluation."""
     evaluate(EvaluateSpec(**{"samples": 60, "actors": 0, "features": ("pixels",), **options}, out=str(out)))
     return read_record(str(out)).fingerprint
 
@@ -31,7 +31,7 @@ def artifacts(run_id: str, below: str | None = None) -> list[str]:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> dict[str, str]:
-    """A teacher with a run, and its student of any steps and all scales."""
+    """A teacher with a run, and its any-step student of all guidance scales."""
     folder = tmp_path_factory.mktemp("taught")
     teach(teach_spec(folder / "teacher"))
     make_store(str(folder / "store"), str(folder / "teacher"), trajectories=400, shard_size=128, guidance=(0.0, 1.0))
@@ -40,8 +40,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> 
     return {name: str(folder / name) for name in ("teacher", "store", "every")}
 
 
-def test_quality_is_in_the_run_that_made_the_model(taught: dict[str, str], tmp_path: Path):
-    judged = judge(tmp_path / "out", teacher=taught["teacher"], students=(taught["every"],), steps=(1, 2))
+def test_scores_are_in_the_run_that_produced_the_model(taught: dict[str, str], tmp_path: Path):
+    fingerprint = evaluate_into(tmp_path / "out", teacher=taught["teacher"], students=(taught["every"],), steps=(1, 2))
     record = read_record(str(tmp_path / "out"))
     student = run_of("distill", load_config(taught["every"]).fingerprint)
     by_name = {score.name: score.metrics["frechet_distance_pixels"] for score in record.scores}
@@ -51,21 +51,21 @@ def test_quality_is_in_the_run_that_made_the_model(taught: dict[str, str], tmp_p
         "guidance_1/frechet_distance_pixels": by_name["every@2 w=1"],
         "steps_1/guidance_1/frechet_distance_pixels": by_name["every@1 w=1"],
     }
-    assert "loss" in student.data.metrics, "it is the run with the curves of the training"
-    below = f"evaluation-{judged[:8]}"
+    assert "loss" in student.data.metrics, "the run also has the curves of the training"
+    folder = f"evaluation-{fingerprint[:8]}"
     names = ["quality_by_nfe.png", "samples.png", "table.txt"]
     teacher = run_of("teach", load_config(taught["teacher"]).fingerprint)
     for run in (student, teacher):
-        assert artifacts(run.info.run_id, below) == [f"{below}/{name}" for name in names]
-        assert run.data.tags["distillkac.evaluation"] == judged
+        assert artifacts(run.info.run_id, folder) == [f"{folder}/{name}" for name in names]
+        assert run.data.tags["distillkac.evaluation"] == fingerprint
         assert run.info.status == "FINISHED"
     assert teacher.data.metrics["frechet_distance_pixels"] == by_name["teacher w=0"]
     assert teacher.data.metrics["guidance_1/frechet_distance_pixels"] == by_name["teacher w=1"]
 
 
-def test_the_evaluations_own_run_keeps_the_comparison(taught: dict[str, str], tmp_path: Path):
-    judged = judge(tmp_path / "out", teacher=taught["teacher"], students=(taught["every"],), steps=(2,), samples=50)
-    run = run_of("evaluate", judged)
+def test_the_run_of_the_evaluation_has_the_comparison(taught: dict[str, str], tmp_path: Path):
+    options = {"students": (taught["every"],), "steps": (2,), "samples": 50}
+    run = run_of("evaluate", evaluate_into(tmp_path / "out", teacher=taught["teacher"], **options))
     assert artifacts(run.info.run_id) == [
         "evaluation.json",
         "quality_by_nfe.png",
@@ -74,9 +74,9 @@ def test_the_evaluations_own_run_keeps_the_comparison(taught: dict[str, str], tm
         "table.txt",
     ]
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "table.json", "type": "table"}]
-    shown = MlflowClient().download_artifacts(run.info.run_id, "table.json", str(tmp_path))
+    table_json = MlflowClient().download_artifacts(run.info.run_id, "table.json", str(tmp_path))
     record = read_record(str(tmp_path / "out"))
-    assert len(json.loads(Path(shown).read_text())["data"]) == len(record.scores)
+    assert len(json.loads(Path(table_json).read_text())["data"]) == len(record.scores)
     assert (tmp_path / "out" / "table.txt").read_text() == table(record)
     children = [r for r in runs_of("evaluate-model") if r.data.tags["mlflow.parentRunId"] == run.info.run_id]
     assert [child.info.run_name for child in children] == ["real images"]
@@ -86,43 +86,43 @@ def test_the_evaluations_own_run_keeps_the_comparison(taught: dict[str, str], tm
 
 
 def test_other_steps_of_a_teacher_have_a_prefix(taught: dict[str, str], tmp_path: Path):
-    judge(tmp_path / "out", teacher=taught["teacher"], solver_steps=8)
-    found = run_of("teach", load_config(taught["teacher"]).fingerprint).data.metrics
-    assert found["steps_8/nfe"] == 8
-    assert found["nfe"] == 100
+    evaluate_into(tmp_path / "out", teacher=taught["teacher"], solver_steps=8)
+    metrics = run_of("teach", load_config(taught["teacher"]).fingerprint).data.metrics
+    assert metrics["steps_8/nfe"] == 8
+    assert metrics["nfe"] == 100
 
 
-def test_runs_in_mlflow_are_compared_by_their_ids(taught: dict[str, str], tmp_path: Path):
-    """The teacher is found by its weights."""
+def test_runs_are_compared_by_their_ids(taught: dict[str, str], tmp_path: Path):
+    """The evaluation finds the teacher by its weights."""
     distill(distill_spec(taught["store"], tmp_path / "two", seed=3))
     two = str(tmp_path / "two")
     ids = [run_of("distill", load_config(path).fingerprint).info.run_id for path in (taught["every"], two)]
-    judge(tmp_path / "out", runs=ids, steps=(2,), guidance=(0.0,))
+    evaluate_into(tmp_path / "out", runs=ids, steps=(2,), guidance=(0.0,))
     scores = read_record(str(tmp_path / "out")).scores
     assert [score.name for score in scores] == ["real images", "teacher w=0", "every@2 w=0", "two"]
     assert scores[1].folder == taught["teacher"]
 
 
-def test_the_store_knows_a_teacher_without_a_run(small_store: str, student: str, teacher: str, tmp_path: Path):
+def test_the_store_names_a_teacher_without_a_run(small_store: str, student: str, teacher: str, tmp_path: Path):
     run = run_of("distill", load_config(student).fingerprint)
-    judge(tmp_path / "out", runs=(run.info.run_id,), solver_steps=8)
+    evaluate_into(tmp_path / "out", runs=(run.info.run_id,), solver_steps=8)
     assert read_record(str(tmp_path / "out")).scores[1].folder == teacher
 
 
-def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], tmp_path: Path):
+def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str, str], tmp_path: Path):
     for message, options in {
-        "`runs` nothing: expected the id of a run in sqlite": {"runs": ("nothing",)},
-        "found one of the stage rollout": {"runs": (_other_run(),)},
-        "expected the folder of a finished sweep, found no answer.json": {"from_sweep": str(tmp_path)},
-        "`teacher`: expected a value, found none": {},
+        "`runs` nothing .*sqlite": {"runs": ("nothing",)},
+        "`runs` .*stage rollout": {"runs": (_other_run(),)},
+        "`from_sweep` .*answer.json": {"from_sweep": str(tmp_path)},
+        "`teacher`": {},
     }.items():
-        with pytest.raises(DistillKacError, match=message) as caught:
-            judge(tmp_path / "out", **options)
+        with pytest.raises(ArgumentError, match=message) as caught:
+            evaluate_into(tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
     other = make_teacher(tmp_path / "other", seed=5)
-    mine = run_of("distill", load_config(taught["every"]).fingerprint).info.run_id
-    with pytest.raises(DistillKacError, match="expected a student of the teacher"):
-        judge(tmp_path / "out", teacher=other, runs=(mine,))
+    run_id = run_of("distill", load_config(taught["every"]).fingerprint).info.run_id
+    with pytest.raises(DistillKacError, match="another teacher"):
+        evaluate_into(tmp_path / "out", teacher=other, runs=(run_id,))
 
 
 def _other_run() -> str:
@@ -133,11 +133,11 @@ def _other_run() -> str:
         return run.run_id
 
 
-def test_the_front_of_a_sweep_is_judged_again_with_intervals(taught: dict[str, str], tmp_path: Path):
+def test_the_front_of_a_sweep_is_evaluated_again_with_intervals(taught: dict[str, str], tmp_path: Path):
     distill(distill_spec(taught["store"], tmp_path / "sweep" / "steps-2", optimizer=FEW, seed=4))
     answer = {"teacher": None, "store": taught["store"], "front": ["/gone/steps-2"]}
     (tmp_path / "sweep" / "answer.json").write_text(json.dumps(answer))
-    judge(tmp_path / "out", from_sweep=str(tmp_path / "sweep"), samples=50, seeds=2, solver_steps=8)
+    evaluate_into(tmp_path / "out", from_sweep=str(tmp_path / "sweep"), samples=50, seeds=2, solver_steps=8)
     record = read_record(str(tmp_path / "out"))
     assert record.scores[2].name == "steps-2"
     assert record.scores[2].half_widths["frechet_distance_pixels"] > 0
@@ -146,7 +146,7 @@ def test_the_front_of_a_sweep_is_judged_again_with_intervals(taught: dict[str, s
     assert tags["distillkac.evaluation.seeds"] == "1000003 1000004"
 
 
-def test_students_of_one_name_are_told_apart_by_what_stands_before_it():
+def test_students_with_equal_folder_names_get_longer_names():
     assert _names(["/a/x/two", "/a/y/two", "/a/four"]) == {
         "/a/x/two": "x/two",
         "/a/y/two": "y/two",

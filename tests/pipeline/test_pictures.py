@@ -1,4 +1,4 @@
-"""Pictures: what is pasted where."""
+"""Sheets of samples: the position and the colours of every image."""
 
 import io
 
@@ -12,7 +12,7 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_a_sheet_shows_the_bytes_that_are_delivered():
+def test_a_sheet_shows_delivered_bytes():
     images = np.linspace(-1, 1, 12 * 3 * 8 * 8, dtype=np.float32).reshape(12, 3, 8, 8)
     shown, side = pixels(sheet(images)), CELL + GAP
     assert shown.shape == (2 * side, 10 * side, 3)
@@ -21,7 +21,7 @@ def test_a_sheet_shows_the_bytes_that_are_delivered():
     assert (shown[side:, 2 * side :] == 255).all()
 
 
-def test_grey_images_and_points_have_rows_under_their_titles():
+def test_grey_images_and_points_have_rows_with_titles():
     for samples in (np.full((4, 1, 28, 28), -1, np.float32), np.zeros((4, 2), np.float32)):
         rows = [("real images", samples), ("teacher w=0", samples[:2])]
         shown = pixels(comparison(rows))

@@ -1,4 +1,4 @@
-"""Report: one self-contained page."""
+"""The report of an evaluation is one self-contained page."""
 
 import html
 from pathlib import Path
@@ -18,7 +18,7 @@ def evaluation(tmp_path: Path, teacher: str, student: str) -> Path:
     return out
 
 
-def test_the_report_is_one_file_with_everything_in_it(evaluation: Path, student: str, tmp_path: Path):
+def test_the_report_is_self_contained(evaluation: Path, student: str, tmp_path: Path):
     page = tmp_path / "report.html"
     sections = {"distill": str(Path(student) / "spec.json")}
     write_report(str(page), "a <test>", str(evaluation), sections, "sqlite:////somewhere/mlflow.db")
