@@ -163,7 +163,7 @@ def _get(address: str, path: str) -> Any:
             "listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
         ) from None
     if answer.status_code in {401, 403}:
-        raise DistillKacError(f"access is denied: {joining.token_trouble()}")
+        raise DistillKacError(f"access is denied: {joining.describe_token_problem()}")
     try:
         return answer.json()["data"]
     except (ValueError, KeyError, TypeError):

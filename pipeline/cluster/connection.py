@@ -34,7 +34,7 @@ class Machines(NamedTuple):
     may_grow: bool
 
     @property
-    def are_one(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is only one machine, and no autoscaler."""
         return self.number == 1 and not self.may_grow
 
@@ -117,7 +117,7 @@ def connect() -> Resources:
                 f"Cannot join the cluster at {joining.VARIABLE}={one_line(address)}: {innermost(error)}. Run python -m "
                 "jobs.cluster check."
             ) from error
-        keep_on_sigterm(on_sigterm)
+        _restore_sigterm_handler(on_sigterm)
     import ray.data  # imported first, because it configures the loggers
 
     quiet("ray.data", "ray.train", "ray.tune")
@@ -149,7 +149,7 @@ def keep_to_this_machine() -> None:
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
-def keep_on_sigterm(handler: Any) -> None:
+def _restore_sigterm_handler(handler: Any) -> None:
     """Restore the handler of SIGTERM after ``ray.init``, whose own handler prints a stack and stops Ray first.
 
     Without an earlier handler, this reinstalls Ray's Python handler, in front of the C++ handler that prints the stack.

@@ -119,10 +119,10 @@ def _check_cluster(address: str) -> None:
 
 
 def _refused(address: str) -> str:
-    return f"The cluster at {VARIABLE}={address} refuses this process: {token_trouble()}"
+    return f"The cluster at {VARIABLE}={address} refuses this process: {describe_token_problem()}"
 
 
-def token_trouble() -> str:
+def describe_token_problem() -> str:
     """Why a cluster with tokens refuses this process, and what to do. It never shows the token."""
     from ray._raylet import (  # type: ignore[attr-defined]
         AuthenticationMode,

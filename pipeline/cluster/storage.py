@@ -53,13 +53,13 @@ def check_shared(
     if not is_spread():
         return
     machines = cluster.machines()
-    if machines.are_one:
+    if machines.is_single:
         return
-    for option, path in _each(paths):
+    for option, path in _flatten(paths):
         if not is_shared(path):
             raise ArgumentError(
-                f"{option} is {path}, but the cluster has {machines}, which may not share this path. Use s3://, or "
-                f"name the shared folders in {SHARED_VARIABLE}=/mnt/one:/mnt/other."
+                f"{option} is {path} on this machine, but the cluster has {machines}. Use s3://, or name folders that "
+                f"all machines share in {SHARED_VARIABLE}=/mnt/one:/mnt/other."
             )
     uri = "" if writes_to_mlflow is None else tracking.tracking_uri(writes_to_mlflow)
     local = environment.local_path(uri)
@@ -70,7 +70,7 @@ def check_shared(
         )
 
 
-def _each(paths: Mapping[str, str | Iterable[str] | None]) -> Iterator[tuple[str, str]]:
+def _flatten(paths: Mapping[str, str | Iterable[str] | None]) -> Iterator[tuple[str, str]]:
     for option, given in paths.items():
         for path in [given] if isinstance(given, str) else given or []:
             yield option, path

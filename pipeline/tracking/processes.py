@@ -4,7 +4,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.tracking.server import connect
@@ -58,15 +58,21 @@ def close_dead(uri: str, older_than: float | None = None) -> list[str]:
     """Mark runs as KILLED whose process on this host has ended; returns their ids.
 
     Args:
+        uri: address of the tracking server.
         older_than: also mark runs of other hosts that have logged nothing for this number of hours.
 
     Raises:
         Exception: any error of MLflow, for example if the server does not answer.
     """
     client, experiment = connect(uri)
-    running = _search(client, experiment, "attributes.status = 'RUNNING'")
-    silent = [run for run in running if older_than is not None and _hours_silent(client, run) > older_than]
-    return _close(client, [run for run in running if is_dead(run) or (run in silent and not _is_here(run))])
+    closed = []
+    for run in _search(client, experiment, "attributes.status = 'RUNNING'"):
+        is_here = run.data.tags.get(HOST_TAG) == socket.gethostname()
+        is_old = older_than is not None and not is_here and _hours_silent(client, run) > older_than
+        if is_dead(run) or is_old:
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed.append(str(run.info.run_id))
+    return closed
 
 
 def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:
@@ -85,18 +91,6 @@ def _search(client: Any, experiment: str, query: str) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _close(client: Any, runs: Iterable[Any]) -> list[str]:
-    closed = []
-    for run in runs:
-        client.set_terminated(run.info.run_id, "KILLED")
-        closed.append(str(run.info.run_id))
-    return closed
-
-
-def _is_here(run: Any) -> bool:
-    return bool(run.data.tags.get(HOST_TAG) == socket.gethostname())
 
 
 def _hours_silent(client: Any, run: Any) -> float:

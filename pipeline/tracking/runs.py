@@ -18,7 +18,7 @@ from pipeline import claims
 from pipeline.config.specs import Spec
 from pipeline.tracking import processes
 from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
-from pipeline.tracking.entries import Entry, Kind, split_content
+from pipeline.tracking.entries import Entry, split_content
 from pipeline.tracking.metrics import SYSTEM_PREFIX, check_declared
 from pipeline.tracking.sender import LOCAL, PARENT_TAG, RunNotCreatedYet
 from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, is_refusal, tracking_uri, without_password
@@ -48,8 +48,8 @@ THUMBNAIL = 256
 class TrackedRun:
     """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
 
-    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the
-    server. A run with an empty URI drops all values.
+    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the server. A
+    run with an empty URI drops all values.
     """
 
     tracking_uri: str
@@ -76,7 +76,7 @@ class TrackedRun:
 
     def artifact(self, name: str, data: bytes) -> None:
         """Attach a file. Its name may contain folders."""
-        self._put(self._entry("file", {"name": name, "data": base64.b64encode(data).decode()}))
+        self._put(Entry(self.run_id, "file", {"name": name, "data": base64.b64encode(data).decode()}))
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Add a picture to the series ``name``."""
@@ -95,7 +95,7 @@ class TrackedRun:
     def datasets(self, datasets: Sequence[Dataset]) -> None:
         """Log the data that the run reads."""
         if datasets:
-            self._put(self._entry("datasets", {"datasets": [dataset.values() for dataset in datasets]}))
+            self._put(Entry(self.run_id, "datasets", {"datasets": [dataset.values() for dataset in datasets]}))
 
     def last_step(self, name: str) -> int:
         """The last step of a metric on the server; 0 without one, or if the server does not answer."""
@@ -112,7 +112,7 @@ class TrackedRun:
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run of a process that has ended; ``start_run`` ends its own runs."""
-        self._put(self._entry("status", {"status": status}))
+        self._put(Entry(self.run_id, "status", {"status": status}))
 
     def nest(self, parent: "TrackedRun") -> None:
         """Nest the run below another one."""
@@ -136,9 +136,6 @@ class TrackedRun:
             return query(client, sender.id_of(self.run_id))
         except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
             return default
-
-    def _entry(self, kind: Kind, content: dict[str, Any]) -> Entry:
-        return Entry(self.run_id, kind, content)
 
     def _put(self, *entries: Entry) -> None:
         if self.tracking_uri:

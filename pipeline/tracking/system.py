@@ -1,5 +1,6 @@
 """Log CPU, memory, disk, network and GPU use during a run, with MLflow's own monitors and names (``system/...``)."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +30,6 @@ def system_metrics(log: Callable[[dict[str, float]], None]) -> Iterator[None]:
 
 
 def _measure(log: Callable[[dict[str, float]], None], ended: threading.Event) -> None:
-    import os
-
     every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or EVERY_SECONDS)
     if ended.wait(min(FIRST_SECONDS, every)):
         return

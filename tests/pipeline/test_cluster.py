@@ -201,7 +201,7 @@ def test_a_cluster_with_an_autoscaler_counts_as_several_machines(ray_cluster: No
     nodes = [{**node, "Labels": {cluster.NODE_GROUP_LABEL: "head"}} for node in ray.nodes()]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert str(cluster.machines()) == "1 machine and an autoscaler"
-    assert not cluster.machines().are_one
+    assert not cluster.machines().is_single
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
