@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kac.data.source import Contents, Unit, count_classes, images_per_block, shorten
+from kac.data.source import Contents, Unit, count_classes, images_per_block
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip
+from kac.util.text import shorten
 
 UBYTE = 0x08
 """The code of unsigned bytes, the only type in which images and labels are published."""

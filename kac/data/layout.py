@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from kac.data.source import shorten
 from kac.data.splits import EVERY_FIFTH
 from kac.util import files
 from kac.util.errors import DistillKacError
+from kac.util.text import shorten
 
 Part = Literal["train", "validation", "test"]
 

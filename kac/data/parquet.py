@@ -13,9 +13,10 @@ import numpy as np
 
 from kac.data import layout
 from kac.data.encoded import Decoder
-from kac.data.source import Contents, Unit, count_classes, images_per_block, shorten
+from kac.data.source import Contents, Unit, count_classes, images_per_block
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
+from kac.util.text import shorten
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -1,6 +1,6 @@
 """The interface of image files: what a kind of files must provide so that its images can be decoded into the cache."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -108,8 +108,3 @@ def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.n
             f"{root} has at most {counts.max()} images per class, so no fifth image can be held out. Add images until "
             "a class has 5, or a test split."
         )
-
-
-def shorten(names: Sequence[str], most: int) -> str:
-    """Return the first ``most`` names, and the number of the others: "a, b and 3 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

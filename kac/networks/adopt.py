@@ -16,9 +16,10 @@ from kac.networks.openai import OUR_CLASSES, from_openai, is_openai, openai_name
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Conditioning, NetworkModule
-from kac.networks.weight_files import WRAPPERS, WeightsFile, choose_key, find_prefixes, remove_prefix, shorten
+from kac.networks.weight_files import WRAPPERS, WeightsFile, choose_key, find_prefixes, remove_prefix
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.imports import describe_exception
+from kac.util.text import shorten
 
 MOST_PREFIXES = 200
 """The most prefixes to try. Generic names such as ``0.weight`` occur under many."""

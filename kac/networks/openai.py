@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kac.networks.unet import UNetConfig
-from kac.networks.weight_files import shorten
 from kac.util.errors import ArgumentError, CheckpointError
+from kac.util.text import shorten
 
 GROUPS = 32
 """Groups of all its group norms. The weights do not show the number."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from kac.util import files
 from kac.util.errors import CheckpointError, one_line
 from kac.util.integrity import check_zip
+from kac.util.text import shorten
 
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that torch.compile, FSDP and activation checkpointing add at any depth."""
@@ -22,6 +23,7 @@ AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNOREC
 """Names of entries that hold averaged weights, the weights to evaluate."""
 
 MOST_SHOWN = 6
+"""The most entries in a message."""
 
 
 class WeightsFile(NamedTuple):
@@ -35,7 +37,7 @@ class WeightsFile(NamedTuple):
     def describe(self) -> str:
         """Describe the content of the file for a message."""
         if not self.named and not self.unnamed:
-            return f"no tensors in {shorten(self.entries)}" if self.entries else "no named entries"
+            return f"no tensors in {shorten(self.entries, MOST_SHOWN)}" if self.entries else "no named entries"
         example = "".join(f", such as {name} {list(value.shape)}" for name, value in list(self.named.items())[:1])
         total = len(self.named) + sum(map(len, self.unnamed.values()))
         return f"{total} tensors: {self.describe_entries(self.named)}{example}"
@@ -44,7 +46,8 @@ class WeightsFile(NamedTuple):
         """Describe the entries of ``names`` and all lists except ``without``, with the number of tensors in each."""
         parts = [f"{name} ({count})" for name, count in group_names(names, self.named)]
         lists = [(name, tensors) for name, tensors in self.unnamed.items() if name != without]
-        return shorten([*parts, *(f"{name or 'a list'} ({len(tensors)} without names)" for name, tensors in lists)])
+        parts += [f"{name or 'a list'} ({len(tensors)} without names)" for name, tensors in lists]
+        return shorten(parts, MOST_SHOWN)
 
 
 def read_weights(path: str) -> WeightsFile:
@@ -58,8 +61,8 @@ def read_weights(path: str) -> WeightsFile:
     except IsADirectoryError:
         endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
         inside = sorted(name for name in files.list_sizes(path) if name.endswith(endings))
-        content = f"It contains {shorten(inside)}. Give one of these files" if inside else "Give a file of weights"
-        raise CheckpointError(f"{path} is a folder. {content}.") from None
+        advice = f"one of its files: {shorten(inside, MOST_SHOWN)}" if inside else "a file of weights"
+        raise CheckpointError(f"{path} is a folder. Give {advice}.") from None
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist. Give a file of weights.") from None
     content = _load(path, data)
@@ -139,9 +142,3 @@ def group_names(names: Collection[str], among: Collection[str]) -> list[tuple[st
     first, last = min(split, default=[]), max(split, default=[])
     depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)) + 1
     return Counter(".".join(name.split(".")[:depth]) for name in names).most_common()
-
-
-def shorten(parts: Sequence[str], most: int = MOST_SHOWN) -> str:
-    """Return the first ``most`` parts, and the number of the others: "a, b and 3 more"."""
-    others = f" and {len(parts) - most} more" if len(parts) > most else ""
-    return ", ".join(parts[:most]) + others

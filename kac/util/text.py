@@ -1,0 +1,8 @@
+"""Text in messages."""
+
+from collections.abc import Sequence
+
+
+def shorten(names: Sequence[str], most: int) -> str:
+    """Return the first ``most`` names, and the number of the others: "a, b and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
