@@ -59,7 +59,7 @@ def check_writable(path: str) -> None:
         else:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DistillKacError(
-            f"{path} cannot be written: {one_line(reason).rstrip('.')}. Make it writable, or choose another path."
+            f"{path}: this path is not writable ({one_line(reason).rstrip('.')}). Make it writable, or choose another path."
         ) from None
 
 
