@@ -58,9 +58,8 @@ def check_writable(path: str) -> None:
             reason = "a parent folder is a file"
         else:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise DistillKacError(
-            f"{path}: this path is not writable ({one_line(reason).rstrip('.')}). Make it writable, or choose another path."
-        ) from None
+        reason = one_line(reason).rstrip(".")
+        raise DistillKacError(f"{path}: the path is not writable ({reason}). Choose another path.") from None
 
 
 def _request(path: str, call: str, **request: Any) -> None:
