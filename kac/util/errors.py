@@ -86,7 +86,7 @@ def has_secret(path: str) -> bool:
     return without_secrets(path) != path if "://" in path else False
 
 
-def check_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raise ``ValueError`` unless the argument ``what`` has one of the known values."""
-    if name not in known:
-        raise ValueError(f"`{what}` is {name!r}. Choose one of {', '.join(sorted(known))}.")
+def check_known(argument: str, value: str, known: Collection[str]) -> None:
+    """Raise ``ValueError`` unless the argument has one of the known values."""
+    if value not in known:
+        raise ValueError(f"`{argument}` is {value!r}. Choose one of {', '.join(sorted(known))}.")

@@ -139,7 +139,7 @@ def _prepare(given: str, network: nn.Module, device: torch.device | str) -> nn.M
 
 
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
-    """Return what identifies a space without opening it: its name, with the hash of its file or training data."""
+    """Return a space's identity without opening it: its name, with the hash of its file or training data."""
     if given.endswith(TORCHSCRIPT):
         return {"space": given.rsplit("/", 1)[-1], "sha256": _file_sha256(given)}
     return {"space": given, "data": data.description.sha256} if given == "classifier" else {"space": given}
