@@ -1,4 +1,4 @@
-"""Every option of every job, with valid values of every form that its type has, as words and in a file."""
+"""Every option of every job, with valid values of every form of its type, on a command line and in a file."""
 
 import importlib
 import json
@@ -26,14 +26,14 @@ for module in pkgutil.iter_modules(jobs.__path__):
     importlib.import_module(f"jobs.{module.name}")
 
 
-def below(spec_type: type[Spec]) -> Iterator[type[Spec]]:
+def subclasses(spec_type: type[Spec]) -> Iterator[type[Spec]]:
     for other in spec_type.__subclasses__():
         if other.__module__.startswith("pipeline."):
             yield other
-        yield from below(other)
+        yield from subclasses(other)
 
 
-SPECS = sorted(dict.fromkeys(below(Spec)), key=lambda spec: spec.__name__)
+SPECS = sorted(dict.fromkeys(subclasses(Spec)), key=lambda spec: spec.__name__)
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "BenchmarkSpec": {},
@@ -79,7 +79,7 @@ VALUES: dict[str, list[Any]] = {
     "DiTConfig.head_channels": [8],
     "BenchmarkSpec.batch_size": [128],
 }
-"""Values of the options whose type does not say which ones are valid."""
+"""Valid values of options whose type allows invalid ones."""
 
 BESIDE: dict[str, dict[str, Any]] = {
     "DataConfig.root": {"kind": "folder"},
@@ -91,31 +91,31 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{f"OutsideConfig.{name}": {"module": "a:b"} for name in OutsideConfig.model_fields},
     "EvaluateSpec.teacher": {"runs": ("r",)},
 }
-"""What must be given beside an option."""
+"""What an option needs besides itself."""
 
 REFUSED = [
-    ("TeachSpec", "conditions"),  # a teacher takes none
+    ("TeachSpec", "conditions"),  # a teacher has no conditions
     ("ConvertSpec", "conditions"),
     ("BenchmarkSpec", "OutsideConfig.conditions"),
     ("TeachSpec", "OutsideConfig.labels", "without_null"),  # unless --label-dropout is 0
 ]
-"""What has a valid type and is refused for its meaning."""
+"""Options and values that have a valid type but are refused."""
 
 
 class Case(typing.NamedTuple):
-    """Options of one model that can be given together."""
+    """Values of one model that can be given together."""
 
     spec_type: type[Spec]
-    path: tuple[str, ...]  # of the fields on the way to the model
+    path: tuple[str, ...]  # the fields that lead to the model
     values: dict[str, Any]
-    beside: dict[str, Any]  # what else must be given there
+    beside: dict[str, Any]  # other values that the model then needs
 
     def __str__(self) -> str:
         return "-".join(map(str, (self.spec_type.__name__, *self.path, *self.beside.values(), *self.values.values())))
 
 
 def values_of(annotation: Any, constraints: list[Any]) -> list[Any]:
-    """Valid values of a type, at least one of each form that it has."""
+    """Return valid values of a type, at least one of each form."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return values_of(parts[0], [*constraints, *parts[1:]])
@@ -152,7 +152,7 @@ def _within(constraints: list[Any], candidates: list[Any]) -> Any:
 
 
 def cases_of(spec_type: type[Spec], model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Case]:
-    """Every value of every option of a model, which a spec has at ``path``; of a union those of every kind."""
+    """Yield every value of every option of the model at ``path``, and of every kind of a union."""
     spec = spec_type.__name__
     together: dict[str, dict[str, list[Any]]] = {}
     for name, field in model.model_fields.items():
@@ -164,7 +164,9 @@ def cases_of(spec_type: type[Spec], model: type[BaseModel], path: tuple[str, ...
                 yield case._replace(beside={**chosen, **case.beside}) if is_own else case
         if kinds:
             continue
-        for value in VALUES.get(option) or values_of(field.annotation, field.metadata):
+        given = VALUES.get(option) or values_of(field.annotation, field.metadata)
+        is_output = "writes" in (field.json_schema_extra or {})
+        for value in [value and f"{value} out" for value in given] if is_output else given:
             if not any(case in REFUSED for case in [(spec, name), (spec, option), (spec, option, value)]):
                 beside = {"root": "r"} if option == "DataConfig.kind" and value in KINDS else BESIDE.get(option, {})
                 together.setdefault(json.dumps(beside), {}).setdefault(name, []).append(value)
@@ -177,7 +179,7 @@ CASES = [case for spec_type in SPECS for case in cases_of(spec_type, spec_type)]
 
 
 def nested(case: Case) -> dict[str, Any]:
-    """All that is given, as a file has it."""
+    """Return all values of a case, nested as in a file."""
     values = {**case.beside, **case.values}
     for name in reversed(case.path):
         values = {name: values}
@@ -186,7 +188,7 @@ def nested(case: Case) -> dict[str, Any]:
 
 
 def words_of(spec_type: type[Spec], values: dict[str, Any], prefix: str = "--") -> tuple[list[str], list[str]]:
-    """The words for these values, the positional ones apart."""
+    """Return the positional words and the other words for these values."""
     positional: list[str] = []
     words: list[str] = []
     for name, value in values.items():
@@ -219,14 +221,14 @@ def word(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """In ``NAME=VALUE``."""
+    """Format the value of ``NAME=VALUE``."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return value if isinstance(value, str) else word(value) if isinstance(value, float) else json.dumps(value)
 
 
 def in_file(value: Any) -> Any:
-    """As YAML can say it."""
+    """Convert a value to one that YAML can hold."""
     if isinstance(value, dict):
         return {name.replace("_", "-"): in_file(each) for name, each in value.items()}
     if isinstance(value, tuple | list):
@@ -235,20 +237,20 @@ def in_file(value: Any) -> Any:
 
 
 def as_words(spec: Spec) -> Spec:
-    """With the values of a grid as words: a field of any type, which keeps what a file or a command line has."""
+    """Replace a grid's values by text: numbers of a file stay numbers, and words of a command line stay text."""
     grid = {name: tuple(map(str, values)) for name, values in getattr(spec, "grid", {}).items()}
     return spec.model_copy(update={"grid": grid}) if grid else spec
 
 
-def test_it_knows_every_job(project_root: Path):
+def test_every_job_is_covered(project_root: Path):
     assert {spec.__name__ for spec in SPECS} == set(REQUIRED)
     modules = {path.stem for path in (project_root / "jobs").glob("*.py")}
-    of_several_commands, no_jobs = {"cluster", "runs", "store"}, {"__init__", "command", "config_files", "parsing"}
-    assert modules - {spec.stage for spec in SPECS} == of_several_commands | no_jobs
+    with_commands, not_jobs = {"cluster", "runs", "store"}, {"__init__", "command", "config_files", "parsing"}
+    assert modules - {spec.stage for spec in SPECS} == with_commands | not_jobs
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_options_are_the_same_as_words_and_in_a_file(case: Case, tmp_path: Path):
+def test_options_are_the_same_on_a_command_line_and_in_a_file(case: Case, tmp_path: Path):
     given = nested(case)
     positional, words = words_of(case.spec_type, given)
     spec = parse(case.spec_type, positional + words, "python -m jobs.test")

@@ -1,4 +1,4 @@
-"""Every recipe goes through every stage, its sizes cut by options."""
+"""Every recipe works in every stage, with sizes reduced by options."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from tests.kac.data.making import cifar_batches, pixels, write_archive, write_fo
 FLOAT32 = "--precision.dtype float32"
 ONE_UPDATE = f"--optimizer.updates 1 --optimizer.batch-size 2 --optimizer.accumulation 1 --workers 0 {FLOAT32}"
 ONE_SHARD = f"--trajectories 2 --shard-size 2 --knots 4 --solver-steps 4 --actors 0 {FLOAT32}"
-CUT = {
+SMALL = {
     "digits": "--network.width 16",
     "fashion-mnist": "--network.channels 8 16",
     "cifar10-duong": "--network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 16",
@@ -41,7 +41,7 @@ CUT = {
     "lsun256": "--data.size 64 --network.channels 32 32 32 32 32 64 --network.blocks 1 --network.head-channels 32",
     "dit-s-2": "--network.heads 2 --network.head-channels 8 --network.depth 2",
 }
-"""Options that make the network of each recipe small; what it looks like stays."""
+"""Options that shrink the network of each recipe but keep its structure."""
 
 STAGES = {
     "teach": TeachSpec,
@@ -64,7 +64,7 @@ REQUIRED = {
 
 
 def root_of(recipe: str, folder: Path) -> str:
-    """The option for a few images of the recipe's kind and size."""
+    """Write a few images of the recipe's kind and size, and return the option for them."""
     labels = [0, 1] * 5
     if recipe == "digits":
         return ""
@@ -82,16 +82,16 @@ def options(spec_type: type, words: str):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_a_recipe_goes_through_every_stage(recipe: str, tmp_path: Path):
-    teacher, made, student, images = (tmp_path / name for name in ("teacher", "store", "student", "images.npz"))
+def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
+    teacher, path, student, images = (tmp_path / name for name in ("teacher", "store", "student", "images.npz"))
     grids = "--objective flow-map --objective.grids 1 2 4" if recipe == "digits" else ""
-    cut = f"{ONE_UPDATE} {CUT[recipe]} {root_of(recipe, tmp_path)}"
-    taught = teach(options(TeachSpec, f"--config {recipe} {cut} --out {teacher}"))
+    small = f"{ONE_UPDATE} {SMALL[recipe]} {root_of(recipe, tmp_path)}"
+    taught = teach(options(TeachSpec, f"--config {recipe} {small} --out {teacher}"))
     assert taught is not None
-    rollout(options(RolloutSpec, f"--config {recipe} {ONE_SHARD} --teacher {teacher} --store {made}"))
-    assert store.open(str(made)).identity.sample_shape == taught.sample_shape
+    rollout(options(RolloutSpec, f"--config {recipe} {ONE_SHARD} --teacher {teacher} --store {path}"))
+    assert store.open(str(path)).identity.sample_shape == taught.sample_shape
     distilled = distill(
-        options(DistillSpec, f"--config {recipe} {ONE_UPDATE} {grids} --store {made} --steps 2 --out {student}")
+        options(DistillSpec, f"--config {recipe} {ONE_UPDATE} {grids} --store {path} --steps 2 --out {student}")
     )
     network, loaded = load_model(str(student))
     assert loaded == distilled
@@ -104,7 +104,7 @@ def test_a_recipe_goes_through_every_stage(recipe: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_section_of_a_recipe_is_one_of_a_stage(recipe: str):
+def test_every_section_of_a_recipe_belongs_to_a_stage(recipe: str):
     sections = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     assert {"teach", "rollout", "distill", "sweep", "evaluate"} <= set(sections)
     for stage in sections:
@@ -112,7 +112,7 @@ def test_every_section_of_a_recipe_is_one_of_a_stage(recipe: str):
         options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
 
 
-def test_the_recipe_of_the_digits_is_the_demo():
+def test_the_digits_recipe_is_the_demo():
     assert options(TeachSpec, "--config digits --out o") == TeachSpec(out="o", optimizer=quickstart.TEACHER)
     distilled = options(DistillSpec, "--config digits --store s --out o")
     assert distilled == DistillSpec(store="s", out="o", objective=quickstart.OBJECTIVE, optimizer=quickstart.FLOW_MAP)
@@ -121,7 +121,7 @@ def test_the_recipe_of_the_digits_is_the_demo():
     assert options(EvaluateSpec, "--config digits --teacher t --out o") == EvaluateSpec(teacher="t", out="o")
 
 
-def test_a_file_of_ones_own_may_have_sections(tmp_path: Path):
+def test_a_users_file_can_have_sections(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text("teach: {out: there, optimizer: {updates: 7, batch-size: 8}}\nsample: {model: m, out: o.png}\n")
     spec = options(TeachSpec, f"--config {file} --optimizer.updates 9")
@@ -132,22 +132,24 @@ def test_a_file_of_ones_own_may_have_sections(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "part"),
     [
-        ("no-such", f"expected a YAML file, or one of the recipes {', '.join(recipe_names())}, found neither"),
-        ("{file}", "expected a section for rollout, found teach"),
-        ("{mixed}", "expected sections of options for teach, convert, rollout"),
+        ("no-such", ", ".join(recipe_names())),
+        ("{file}", "section for rollout"),
+        ("{mixed}", "updates"),
     ],
 )
-def test_what_is_no_recipe_is_refused(config: str, message: str, tmp_path: Path):
+def test_a_file_that_is_not_a_recipe_is_refused(config: str, part: str, tmp_path: Path):
     (tmp_path / "file.yaml").write_text("teach: {out: there}")
     (tmp_path / "mixed.yaml").write_text("teach: {out: there}\nupdates: 7")
     path = config.format(file=tmp_path / "file.yaml", mixed=tmp_path / "mixed.yaml")
-    with pytest.raises(ArgumentError, match="--config") as refused:
+    with pytest.raises(ArgumentError) as error:
         options(RolloutSpec, f"--config {path}")
-    assert str(refused.value).startswith(f"--config {path}: {message}")
+    assert error.value.name == "config"
+    assert path in str(error.value)
+    assert part in str(error.value)
 
 
-def test_the_sections_are_named_as_the_stages_are():
+def test_sections_are_named_like_stages():
     assert set(STAGES) == set(config_files.STAGES)
     assert all(spec.stage == name for name, spec in STAGES.items())
