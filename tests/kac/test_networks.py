@@ -1,7 +1,5 @@
 """Velocity networks: shapes, null label, times, conditions and seeds. First the MLP, then the networks of diffusers."""
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 from jobs.parsing import parse
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
-from kac.util.errors import ArgumentError, CheckpointError
+from kac.util.errors import ArgumentError, CheckpointError, as_options
 from pipeline.config.specs import TeachSpec
 
 
@@ -394,46 +392,53 @@ def test_attention_is_at_the_requested_levels():
 @pytest.mark.parametrize(
     ("words", "sample_shape", "option", "values"),
     [
-        ("--network unet", (3, 16, 8), "network", "[3, 16, 8]"),
-        ("--network unet", (2,), "network", "[2]"),
-        ("--network dit", (3, 16, 8), "network", "[3, 16, 8]"),
-        ("--network dit", (64,), "network", "[64]"),
-        ("--network unet --network.patch 3", SHAPE, "network.patch", "16"),
-        ("--network dit --network.patch 32", SHAPE, "network.patch", "16"),
-        ("--network unet --network.channels 32 32 32 32 --network.patch 4", SHAPE, "network.channels", "at most 3"),
-        ("--network unet --network.channels 32 32", (1, 7, 7), "network.channels", "at most 1"),
-        ("--network unet --network.attention 8 5", SHAPE, "network.attention", "[5] [16, 8]"),
-        ("--network unet --network.attention 16 --network.patch 2", SHAPE, "network.attention", "[16] [8, 4]"),
-        ("--network unet --network.channels 32 64 --network.head-channels 48", SHAPE, "network.head_channels", "[64]"),
+        ("--network unet", (3, 16, 8), "network", ["[3, 16, 8]"]),
+        ("--network unet", (2,), "network", ["[2]"]),
+        ("--network dit", (3, 16, 8), "network", ["[3, 16, 8]"]),
+        ("--network dit", (64,), "network", ["[64]"]),
+        ("--network unet --network.patch 3", SHAPE, "network.patch", ["16"]),
+        ("--network dit --network.patch 32", SHAPE, "network.patch", ["16"]),
+        ("--network unet --network.channels 32 32 32 32 --network.patch 4", SHAPE, "network.channels", ["at most 3"]),
+        ("--network unet --network.channels 32 32", (1, 7, 7), "network.channels", ["at most 1"]),
+        ("--network unet --network.attention 8 5", SHAPE, "network.attention", ["[5]", "[16, 8]"]),
+        ("--network unet --network.attention 16 --network.patch 2", SHAPE, "network.attention", ["[16]", "[8, 4]"]),
+        (
+            "--network unet --network.channels 32 64 --network.head-channels 48",
+            SHAPE,
+            "network.head_channels",
+            ["[64]"],
+        ),
         (
             "--network unet --network.channels 32 64 --network.attention 16 --network.head-channels 64",
             SHAPE,
             "network.head_channels",
-            "[32, 64]",
+            ["[32, 64]"],
         ),
-        ("--network unet --network.channels 32 48", SHAPE, "network.groups", "32 [32, 48]"),
-        ("--network unet --network.channels 32 0", SHAPE, "network.channels", "0"),
-        ("--network unet --network.channels", SHAPE, "network.channels", ""),
-        ("--network unet --network.dropout 1", SHAPE, "network.dropout", "1"),
-        ("--network unet --network.time-scale 0", SHAPE, "network.time_scale", "0"),
-        ("--network unet --network.heads 3", SHAPE, "network.heads", ""),
-        ("--network dit --network.channels 3", SHAPE, "network.channels", ""),
-        ("--network dit --network.heads 0", SHAPE, "network.heads", "0"),
+        ("--network unet --network.channels 32 48", SHAPE, "network.groups", ["32", "[32, 48]"]),
+        ("--network unet --network.channels 32 0", SHAPE, "network.channels", ["0"]),
+        ("--network unet --network.channels", SHAPE, "network.channels", []),
+        ("--network unet --network.dropout 1", SHAPE, "network.dropout", ["1"]),
+        ("--network unet --network.time-scale 0", SHAPE, "network.time_scale", ["0"]),
+        ("--network unet --network.heads 3", SHAPE, "network.heads", []),
+        ("--network dit --network.channels 3", SHAPE, "network.channels", []),
+        ("--network dit --network.heads 0", SHAPE, "network.heads", ["0"]),
         (
             "--network dit --network.heads 3 --network.head-channels 6",
             SHAPE,
             "network.head_channels",
-            "18 multiple of 4",
+            ["18", "multiple of 4"],
         ),
     ],
 )
 def test_networks_that_do_not_fit_the_images_are_refused(words, sample_shape, option, values):
-    """The error names the option; ``values`` are parts of its message, in their order."""
-    with pytest.raises(ArgumentError, match=".*".join(map(re.escape, values.split(" ", 1)))) as error:
+    """The message names the option and has these values."""
+    with pytest.raises(ArgumentError) as error:
         spec = parse(TeachSpec, ["--out", "o", *words.split()], "teach")
         build_network(spec.network, sample_shape, CLASSES)
-    assert error.value.name == option
-    assert "\n" not in str(error.value)
+    message = as_options(str(error.value))
+    assert f"--{option.replace('_', '-')}" in message
+    assert all(value in message for value in values)
+    assert "\n" not in message
 
 
 # Sizes of the networks in the recipes, compared with their papers
