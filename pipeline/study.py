@@ -46,7 +46,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.config.specs import StudySpec
 from pipeline.evaluate.sources import images_in_parts
 from pipeline.evaluate.stage import load_student_config, student_folders
-from pipeline.report import study_pictures
+from pipeline.report import study_plots
 from pipeline.store.layout import KINETIC_ENERGY, LABEL, knot_column
 
 STUDY_FILE = "study.json"
@@ -334,7 +334,7 @@ def _stability(inputs: Inputs) -> Outcome:
         metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
         metrics |= {f"image_bound/{name}": knots[-1].bound, f"knots_beyond/{name}": float(len(beyond))}
     values = {name: [{**knot._asdict(), "holds": knot.holds} for knot in knots] for name, knots in found.items()}
-    return ClaimResult("; ".join([*lines, *left_out]), values, metrics, study_pictures.stability(found))
+    return ClaimResult("; ".join([*lines, *left_out]), values, metrics, study_plots.stability(found))
 
 
 def _speed(inputs: Inputs) -> Outcome:
@@ -352,7 +352,7 @@ def _speed(inputs: Inputs) -> Outcome:
     metrics = {f"largest/{name}": s.largest for name, s in found.items()}
     metrics |= {f"share_beyond/{name}": s.share_beyond for name, s in found.items()}
     text = f"limit {limit:g} of |u| per coordinate: {'; '.join(lines)}"
-    return ClaimResult(text, {"limit": limit, "models": values}, metrics, study_pictures.speed(found, limit))
+    return ClaimResult(text, {"limit": limit, "models": values}, metrics, study_plots.speed(found, limit))
 
 
 def _solver(inputs: Inputs) -> Outcome:
@@ -371,7 +371,7 @@ def _solver(inputs: Inputs) -> Outcome:
     count, floor = inputs.floor
     real = f"{count:,} held-out images {floor[space]:.4f}"
     text = f"FD {space} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}; {real}"
-    picture = study_pictures.solver(found, count, floor)
+    picture = study_plots.solver(found, count, floor)
     return ClaimResult(text, {"held_out": {"count": count, "distances": floor}, **values}, metrics, picture)
 
 
@@ -393,7 +393,7 @@ def _guidance(inputs: Inputs) -> Outcome:
         w = measured.pop("guidance")
         metrics |= {f"{name}/w={w:g}": value for name, value in measured.items() if value is not None}
     text = f"w = {first.guidance:g} to {last.guidance:g}: {', '.join(parts)}"
-    return ClaimResult(text, {"teacher": [p._asdict() for p in found]}, metrics, study_pictures.guidance(found))
+    return ClaimResult(text, {"teacher": [p._asdict() for p in found]}, metrics, study_plots.guidance(found))
 
 
 def _memorisation(inputs: Inputs) -> Outcome:
@@ -415,7 +415,7 @@ def _memorisation(inputs: Inputs) -> Outcome:
         f"the 5 % with the most energy: {found.energetic_ratio:.3f} of the mean"
     )
     metrics = {name: float(value) for name, value in found._asdict().items()}
-    picture = study_pictures.memorisation(rows[KINETIC_ENERGY], distance, rows[LABEL], found)
+    picture = study_plots.memorisation(rows[KINETIC_ENERGY], distance, rows[LABEL], found)
     return ClaimResult(text, {"guidance": w, **found._asdict()}, metrics, picture)
 
 
@@ -441,7 +441,7 @@ def _marginals(inputs: Inputs) -> Outcome:
     metrics = {"image_distance": image.distance, "image_floor": image.floor}
     metrics |= {f"distance/t={each.t:g}": each.distance for each in found}
     values = {"guidance": w, "knots": [each._asdict() for each in found]}
-    return ClaimResult(text, values, metrics, study_pictures.marginals(found))
+    return ClaimResult(text, values, metrics, study_plots.marginals(found))
 
 
 def _plane(inputs: Inputs) -> Outcome:
@@ -461,7 +461,7 @@ def _plane(inputs: Inputs) -> Outcome:
         lines.append(
             f"{name}: squared sliced W2 {measured['sliced_wasserstein']:.5f}, fastest {measured['fastest']:.2f}"
         )
-    return ClaimResult("; ".join(lines), values, metrics, study_pictures.plane(train, found))
+    return ClaimResult("; ".join(lines), values, metrics, study_plots.plane(train, found))
 
 
 MEASURES: dict[str, Callable[[Inputs], Outcome]] = {

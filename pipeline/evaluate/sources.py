@@ -197,8 +197,8 @@ def _read_cached(path: str) -> Iterator[io.BytesIO]:
         yield io.BytesIO(files.read_bytes(path))
     except FileNotFoundError:
         raise DistillKacError(
-            f"The actors computed {path}, but this process cannot find it. On several nodes {VARIABLE} must be a "
-            "folder that all nodes share, or an s3:// prefix."
+            f"{path} is missing, although the actors computed it. On several nodes {VARIABLE} must be a folder that "
+            "all nodes share, or an s3:// prefix."
         ) from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DistillKacError(
@@ -211,7 +211,7 @@ def _model(path: str, weights_sha256: str) -> Model:
     torch.compiler.reset()  # PyTorch keeps only a few compiled variants, and those of the last model fill its limit
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
-        raise DistillKacError(f"The weights in {path} changed during the evaluation. Run the same command again.")
+        raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")
     return model
 
 

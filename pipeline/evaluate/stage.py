@@ -276,15 +276,15 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
         teachers: dict[float, tuple[ModelSamples, dict[str, float]]] = {}
         for candidate in comparison.candidates:
             source = comparison.source(candidate, seed)
-            judged = gather(source, spaces, reference, *teachers.get(candidate.guidance, ()))
-            by_seed[candidate.name].append(_score(record, candidate, judged, source))
+            evaluated = gather(source, spaces, reference, *teachers.get(candidate.guidance, ()))
+            by_seed[candidate.name].append(_score(record, candidate, evaluated, source))
             teachers.setdefault(candidate.guidance, (source, by_seed[candidate.name][-1].metrics))
     scores += [mean_score(scores_of_model) for scores_of_model in by_seed.values()]
     return record.model_copy(update={"scores": tuple(scores)})
 
 
-def _score(record: Record, candidate: Candidate, judged: Evaluated, source: ModelSamples | RealImages) -> Score:
-    computed = {name: metric.compute(judged) for name, metric in record.metrics().items()}
+def _score(record: Record, candidate: Candidate, evaluated: Evaluated, source: ModelSamples | RealImages) -> Score:
+    computed = {name: metric.compute(evaluated) for name, metric in record.metrics().items()}
     is_model = isinstance(source, ModelSamples)
     return Score(
         name=candidate.name,

@@ -16,7 +16,7 @@ from pipeline import tracking
 from pipeline.config.specs import SweepSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.sweep.answer import write_answer
-from pipeline.sweep.answer.pictures import parameters
+from pipeline.sweep.answer.plots import parameters
 from pipeline.sweep.answer.rows import describe, front, headings, make_rows, ranked
 from tests.pipeline.sweeps import FakeTrial, evaluation, grid, search
 

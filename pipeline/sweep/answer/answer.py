@@ -17,9 +17,9 @@ from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.evaluate.scores import REAL, read_record
 from pipeline.evaluate.stage import read_shown
 from pipeline.outputs import SPEC_FILE
-from pipeline.report import pictures as sheets
-from pipeline.sweep.answer import pictures
-from pipeline.sweep.answer.page import make_page
+from pipeline.report import pictures
+from pipeline.sweep.answer import plots
+from pipeline.sweep.answer.answer_page import make_page
 from pipeline.sweep.answer.rows import COST, SPEED, Row, Trial, describe
 from pipeline.sweep.answer.table import Answer, make_answer, text_table
 
@@ -73,16 +73,16 @@ def draw(answer: Answer, evaluation: str | None) -> tuple[dict[str, bytes], dict
     notes: dict[str, str] = {}
     for name, on_front in ((COST, answer.by_cost), (SPEED, answer.by_speed)):
         if on_front:
-            drawn[f"front-{name}"] = pictures.front(rows, on_front, metric, describe(name, record), record)
+            drawn[f"front-{name}"] = plots.front(rows, on_front, metric, describe(name, record), record)
     sheet = _sample_sheet(answer, evaluation)
     if sheet:
         drawn["samples"] = sheet
-    maps = {m.name: pictures.heat_map(rows, m) for m in answer.columns if m.name != COST}
+    maps = {m.name: plots.heat_map(rows, m) for m in answer.columns if m.name != COST}
     drawn |= {f"heat-map-{name.replace('/', '-')}": data for name, data in maps.items() if data}
     if not any(maps.values()):
         notes["heat maps"] = "Left out: heat maps need finished trials of two step counts and two guidance scales."
-    plots, notes["parameters"] = pictures.parameters(rows, answer.fields, metric)
-    return drawn | plots, notes
+    of_parameters, notes["parameters"] = plots.parameters(rows, answer.fields, metric)
+    return drawn | of_parameters, notes
 
 
 def _sample_sheet(answer: Answer, evaluation: str | None) -> bytes | None:
@@ -97,7 +97,7 @@ def _sample_sheet(answer: Answer, evaluation: str | None) -> bytes | None:
     ]
     real = [(score.name, index) for index, score in enumerate(scores) if score.kind == REAL]
     teachers = [(s.name, index) for index, s in enumerate(scores) if s.kind == "teacher" and s.guidance in scales]
-    return sheets.comparison([(name, images[index]) for name, index in (*real, *front, *teachers)])
+    return pictures.comparison([(name, images[index]) for name, index in (*real, *front, *teachers)])
 
 
 def trial_tables(answer: Answer) -> dict[str, bytes]:
