@@ -1,4 +1,4 @@
-"""One tracking database and one embedded Ray a test session."""
+"""One tracking database and one embedded Ray per test session."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# As the jobs do, and before anything imports torch or Ray.
+# Sets the environment of the jobs, before anything imports torch or Ray.
 import jobs  # noqa: F401  isort: skip
 import pytest
 
@@ -15,7 +15,7 @@ from kac.util.log import show
 
 @pytest.fixture(scope="session", autouse=True)
 def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """MLflow's database for this session, created before any two processes could race for its migration."""
+    """MLflow's database for this session. It is created first, so that processes do not race to migrate it."""
     folder = tmp_path_factory.mktemp("tracking")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -32,13 +32,13 @@ def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 @pytest.fixture(scope="session", autouse=True)
 def log() -> None:
-    """Print the lines of the project, as the jobs do."""
+    """Print the log lines of the project, as the jobs do."""
     show()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this session's own."""
+    """A separate cache for this session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILLKAC_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tracking_database: str) -> Iterator[None]:
-    """An embedded Ray with two CPUs, shared by all tests that need one."""
+    """An embedded Ray with two CPUs, shared by all tests that need Ray."""
     import ray
 
     from pipeline.cluster import connection as cluster
@@ -61,7 +61,7 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Any]:
-    """The S3 server that a test module names in its environment; see ``tests/pipeline/s3_server.py``."""
+    """The S3 server that test modules name in their environment (``tests/pipeline/s3_server.py``)."""
     from tests.pipeline.s3_server import SERVER
 
     SERVER.start()
@@ -70,19 +70,19 @@ def s3_server() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_cpu_stays_taken() -> Iterator[None]:
-    """What a file of tests leaves behind on Ray would fail another file, minutes later."""
+def no_cpu_stays_in_use() -> Iterator[None]:
+    """Check that a test file frees Ray's CPUs, because otherwise another file would fail minutes later."""
     yield
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        from tests.pipeline.stages import all_cpus_come_free
+        from tests.pipeline.stages import wait_for_free_cpus
 
-        assert all_cpus_come_free(), "expected Ray's CPUs to be free after the tests of this file, found some held"
+        assert wait_for_free_cpus(), "the tests of this file left CPUs of Ray in use"
 
 
 @pytest.fixture
 def project_root() -> Path:
-    """The checkout, where `python -m jobs.*` runs."""
+    """The checkout, in which `python -m jobs.*` runs."""
     return Path(__file__).parent.parent
 
 

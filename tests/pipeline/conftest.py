@@ -1,4 +1,4 @@
-"""A teacher, a store of its trajectories and a student: made once for all tests of a process."""
+"""A teacher, its store and a student, made once per test process."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) ->
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory, teacher: str) -> str:
-    """A store of 400 trajectories of 4 knots at two guidance scales."""
+    """A store of 400 trajectories with 4 knots at each of two guidance scales."""
     path = str(tmp_path_factory.mktemp("stores") / "store")
     make_store(path, teacher, trajectories=400, shard_size=128, guidance=(0.0, 1.0))
     return path

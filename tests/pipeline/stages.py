@@ -1,4 +1,4 @@
-"""Small runs of the stages for tests, and what MLflow knows of them."""
+"""Small runs of the stages for tests, and their records in MLflow."""
 
 import time
 from pathlib import Path
@@ -16,41 +16,41 @@ SMALL = MLPConfig(width=16, depth=1)
 
 
 def teach_spec(out: Path, **options: Any) -> TeachSpec:
-    """A teacher of the moons in 60 updates, in this process."""
+    """Return a spec of a teacher of the moons: 60 updates in this process."""
     return TeachSpec(**{"data": "moons", "network": SMALL, "optimizer": FEW, "workers": 0, **options}, out=str(out))
 
 
 def distill_spec(store: str, out: Path, **options: Any) -> DistillSpec:
-    """A student of two steps in 60 updates, in this process."""
+    """Return a spec of a student of two steps: 60 updates in this process."""
     return DistillSpec(**{"optimizer": FEW, "workers": 0, "steps": 2, **options}, store=store, out=str(out))
 
 
 def weights(path: str | Path) -> bytes:
-    """The weights of a model folder, as they lie there."""
+    """Return the bytes of a model folder's weights."""
     return (Path(path) / "model.safetensors").read_bytes()
 
 
 def runs_of(stage: str) -> list[Any]:
-    """The stage's runs in this session's MLflow."""
+    """Return the stage's runs in this session's MLflow."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name(tracking.experiment_name())
     assert experiment is not None
-    found = client.search_runs([experiment.experiment_id], f"tags.`{tracking.STAGE_TAG}` = '{stage}'", max_results=1000)
-    return list(found)
+    query = f"tags.`{tracking.STAGE_TAG}` = '{stage}'"
+    return list(client.search_runs([experiment.experiment_id], query, max_results=1000))
 
 
 def run_of(stage: str, fingerprint: str) -> Any:
-    """The run of the stage that made what has this fingerprint."""
+    """Return the stage's run with this fingerprint."""
     return next(run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint)
 
 
 def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
-    """The history of a metric."""
+    """Return the history of a metric."""
     return list(MlflowClient().get_metric_history(run_of(stage, fingerprint).info.run_id, name))
 
 
-def all_cpus_come_free(seconds: float = 20.0) -> bool:
-    """Whether, within so long, nothing holds a CPU of the Ray that this process is connected to."""
+def wait_for_free_cpus(seconds: float = 20.0) -> bool:
+    """Wait until Ray has no CPU in use. Return False after ``seconds``."""
     import ray
 
     deadline = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""The split and the names of the classes of a dataset, from its folders to MLflow, students, samples and reports."""
+"""The split and the class names of a dataset reach MLflow, students, samples and reports."""
 
 import html
 import json
@@ -33,7 +33,7 @@ NAMES = ("1", "2", "10")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Folders 1, 2 and 10 below train and test."""
+    """Images in folders 1, 2 and 10 of train and test."""
     root = tmp_path_factory.mktemp("images")
     pixels, labels = making.pixels(36, 1, 4), np.arange(36) % 3
     making.write_folder(root / "train", pixels[:24], labels[:24], names=NAMES)
@@ -54,10 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, images: DataConfig, trackin
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_teach_says_what_is_for_training_and_what_is_held_out(
-    images: DataConfig, tmp_path: Path, dry_run: bool, capsys: pytest.CaptureFixture[str]
-):
-    for _ in range(2):  # the second time it is decoded, and the teacher complete
+def test_teach_prints_the_split(images: DataConfig, tmp_path: Path, dry_run: bool, capsys: pytest.CaptureFixture[str]):
+    for _ in range(2):  # the second time the data is decoded and the teacher complete
         teach(teach_spec(tmp_path / "out", data=images, dry_run=dry_run))
         lines = capsys.readouterr().out.splitlines()
         split = next(line for line in lines if line.startswith("teach: folder: "))
@@ -66,13 +64,13 @@ def test_teach_says_what_is_for_training_and_what_is_held_out(
         assert "teach: classes, label=name: 0=1, 1=2, 2=10" in lines
 
 
-def test_teach_says_it_of_data_without_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_teach_prints_the_split_of_data_without_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     teach(teach_spec(tmp_path / "out", dry_run=True))
     expected = "teach: moons: 3,278 training and 818 held-out images: every fifth image of each class is held out"
     assert expected in capsys.readouterr().out.splitlines()
 
 
-def test_a_warning_of_the_files_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_warning_about_the_files_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     batches = making.cifar_batches(making.pixels(60, 3, 32), np.arange(60) % 10)
     archive = making.write_archive(tmp_path / "cifar-10-python.tar.gz", batches)
     teach(teach_spec(tmp_path / "out", data=DataConfig(kind="cifar10", root=str(archive)), dry_run=True))
@@ -80,7 +78,7 @@ def test_a_warning_of_the_files_is_a_line(tmp_path: Path, capsys: pytest.Capture
     assert str(archive) in line
 
 
-def test_models_and_their_runs_keep_the_names(models: dict[str, str], images: DataConfig):
+def test_models_and_their_runs_keep_the_class_names(models: dict[str, str], images: DataConfig):
     for name in ("teacher", "student"):
         assert load_config(models[name]).class_names == NAMES
     run = run_of("teach", load_config(models["teacher"]).fingerprint)
@@ -90,7 +88,7 @@ def test_models_and_their_runs_keep_the_names(models: dict[str, str], images: Da
     assert json.loads(Path(path).read_text()) == open_dataset(images).description.model_dump(mode="json")
 
 
-def test_a_logged_student_says_which_label_is_which_class(models: dict[str, str], tracking_database: str):
+def test_a_logged_student_has_the_class_names(models: dict[str, str], tracking_database: str):
     run = run_of("distill", load_config(models["student"]).fingerprint)
     model = model_of_run(TrackedRun(tracking_database, run.info.run_id))
     assert model is not None
@@ -98,19 +96,19 @@ def test_a_logged_student_says_which_label_is_which_class(models: dict[str, str]
     assert info.metadata["class_names"] == list(NAMES)
 
 
-def test_samples_are_of_the_classes_named(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_samples_can_have_class_names(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sample(SampleSpec(model=models["student"], out=str(tmp_path / "s.npz"), count=4, labels=("10", 1)))
     with np.load(tmp_path / "s.npz", allow_pickle=False) as found:
         assert found["labels"].tolist() == [2, 0, 2, 0]
         assert found["class_names"].tolist() == list(NAMES)
     assert "sample: classes, label=name: 0=1, 1=2, 2=10" in capsys.readouterr().out.splitlines()
     for word in ("0", "3", "cat"):
-        with pytest.raises(DistillKacError, match=f"`labels`: .*'{word}'"):
+        with pytest.raises(DistillKacError, match=f"`labels`.*{word}"):
             sample(SampleSpec(model=models["student"], out=str(tmp_path / "x.npz"), labels=(word,)))
     assert not (tmp_path / "x.npz").exists()
 
 
-def test_an_evaluation_and_its_report_show_the_names(models: dict[str, str], tmp_path: Path):
+def test_an_evaluation_and_its_report_show_the_class_names(models: dict[str, str], tmp_path: Path):
     out, page = tmp_path / "evaluation", tmp_path / "report.html"
     spec = EvaluateSpec(teacher=models["teacher"], students=(models["student"],), out=str(out), samples=20, actors=0)
     evaluate(spec.model_copy(update={"features": ("pixels",), "solver_steps": 8}))
@@ -123,7 +121,7 @@ def test_an_evaluation_and_its_report_show_the_names(models: dict[str, str], tmp
     assert html.escape(f"Classes from left to right: {columns}.") in page.read_text()
 
 
-def test_an_evaluation_of_an_older_version_is_read_and_reported(models: dict[str, str], tmp_path: Path):
+def test_an_evaluation_of_an_older_version_can_be_reported(models: dict[str, str], tmp_path: Path):
     out, page = tmp_path / "evaluation", tmp_path / "report.html"
     spec = EvaluateSpec(teacher=models["teacher"], out=str(out), samples=20, actors=0, features=("pixels",))
     evaluate(spec.model_copy(update={"solver_steps": 8}))
@@ -134,7 +132,7 @@ def test_an_evaluation_of_an_older_version_is_read_and_reported(models: dict[str
     assert "Classes from left to right" not in page.read_text()
 
 
-def test_a_student_is_not_validated_on_data_that_have_changed(
+def test_a_student_is_not_validated_on_changed_data(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config_file = Path(models["teacher"]) / "config.json"

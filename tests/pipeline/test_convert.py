@@ -1,4 +1,4 @@
-"""Convert: weights that others trained become a teacher like any other."""
+"""Convert: existing weights become a teacher."""
 
 import hashlib
 import json
@@ -63,14 +63,14 @@ def refusal(spec: ConvertSpec) -> str:
         convert(spec)
     message = str(error.value)
     assert "\n" not in message
-    assert not Path(spec.out).exists(), "nothing is left behind"
+    assert not Path(spec.out).exists(), "nothing is written"
     return message
 
 
-# What is written
+# The model folder
 
 
-def test_a_unet_of_openai_becomes_a_teacher_with_its_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_openais_unet_becomes_a_teacher_with_the_same_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     theirs = openai()
     torch.save(
         {"net_model": openai(seed=1).state_dict(), "ema_model": theirs.state_dict(), "step": 7}, tmp_path / "e.pt"
@@ -87,11 +87,11 @@ def test_a_unet_of_openai_becomes_a_teacher_with_its_outputs(tmp_path: Path, cap
     out = capsys.readouterr().out
     parameters = sum(parameter.numel() for parameter in network.parameters())
     assert "e.pt, ema_model (sha256 " in out
-    assert "U-Net of OpenAI, with 32 channels a head in attention" in out
+    assert "32 channels" in out
     assert f"wrote {tmp_path / 'teacher'}: unet of {parameters / 1e3:.0f} k parameters" in out
 
 
-def test_its_run_names_what_went_in(tmp_path: Path):
+def test_the_run_names_the_inputs(tmp_path: Path):
     torch.save(openai(10).state_dict(), tmp_path / "model.pt")
     config = convert(spec(tmp_path / "model.pt", tmp_path / "teacher"))
     run = run_of("convert", config.fingerprint)
@@ -104,32 +104,32 @@ def test_its_run_names_what_went_in(tmp_path: Path):
     assert run.data.params["network.attention"] == "[4]"
 
 
-def test_a_complete_folder_is_left_alone_and_another_spec_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_complete_folder_refuses_another_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.save(openai().state_dict(), tmp_path / "model.pt")
     given = spec(tmp_path / "model.pt", tmp_path / "teacher")
-    made, count = convert(given), len(runs_of("convert"))
-    assert convert(given) == made
+    config, count = convert(given), len(runs_of("convert"))
+    assert convert(given) == config
     assert f"convert: {tmp_path / 'teacher'} is complete: nothing to do" in capsys.readouterr().out
     assert len(runs_of("convert")) == count
-    with pytest.raises(DistillKacError, match=r"found one of another spec .*path.c is 2.0, not 3.0"):
+    with pytest.raises(DistillKacError, match=r"another spec .*path\.c is 2\.0, not 3\.0"):
         convert(spec(tmp_path / "model.pt", tmp_path / "teacher", path={"a": 4, "c": 3}))
     torch.save(openai(seed=1).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(DistillKacError, match=r"found one of another spec .*checkpoint-sha256 is"):
+    with pytest.raises(DistillKacError, match=r"another spec .*checkpoint-sha256"):
         convert(given)
-    assert load_config(str(tmp_path / "teacher")) == made
+    assert load_config(str(tmp_path / "teacher")) == config
 
 
-def test_the_weights_of_a_folder_of_diffusers_are_taken_as_they_are(tmp_path: Path):
+def test_weights_of_diffusers_are_loaded_unchanged(tmp_path: Path):
     torch.save(openai(10).state_dict(), tmp_path / "model.pt")
     first = convert(spec(tmp_path / "model.pt", tmp_path / "first"))
     again = tmp_path / "first" / "unet" / "diffusion_pytorch_model.safetensors"
     assert convert(spec(again, tmp_path / "second")).weights_sha256 == first.weights_sha256
 
 
-# An outside teacher through the stages
+# An outside teacher in all stages
 
 
-def test_an_outside_teacher_goes_through_every_stage(tmp_path: Path, field: Field):
+def test_an_outside_teacher_works_in_every_stage(tmp_path: Path, field: Field):
     torch.save({"state_dict": field.state_dict()}, tmp_path / "field.ckpt")
     teacher = convert(outside(tmp_path / "field.ckpt", tmp_path / "teacher"))
     network, _ = load_model(str(tmp_path / "teacher"))
@@ -169,11 +169,11 @@ def test_an_outside_teacher_goes_through_every_stage(tmp_path: Path, field: Fiel
     assert [score.name for score in scores] == ["real images", "teacher w=0", "teacher w=1", "student"]
 
 
-def test_guidance_of_a_teacher_without_null_label_is_refused_before_work(tmp_path: Path):
+def test_guidance_without_a_null_label_is_refused_before_any_work(tmp_path: Path):
     torch.save(Field(classes=2).state_dict(), tmp_path / "field.pt")
     network = FIELD.model_copy(update={"labels": "without_null", "arguments": {"classes": 2}})
     convert(outside(tmp_path / "field.pt", tmp_path / "teacher", network=network))
-    message = r"^`guidance` 1: this network has no null label"
+    message = r"`guidance`.* no null label"
     with pytest.raises(ArgumentError, match=message):
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), guidance=(0.0, 1.0)))
     assert not (tmp_path / "store").exists()
@@ -186,7 +186,7 @@ def test_guidance_of_a_teacher_without_null_label_is_refused_before_work(tmp_pat
 @pytest.mark.parametrize(
     ("classes", "conditioning", "label"), [(None, "none", {10}), (10, "classes", set(range(10))), (11, None, None)]
 )
-def test_a_converted_teacher_is_given_the_labels_that_its_weights_show(
+def test_a_converted_teacher_gets_the_labels_that_its_weights_have(
     classes: int | None, conditioning: str | None, label: set[int] | None, tmp_path: Path
 ):
     torch.save(openai(classes).state_dict(), tmp_path / "model.pt")
@@ -196,24 +196,24 @@ def test_a_converted_teacher_is_given_the_labels_that_its_weights_show(
     if label is None:
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
         return
-    with pytest.raises(ArgumentError, match=r"^`guidance` 1: this teacher"):
+    with pytest.raises(ArgumentError, match="`guidance`"):
         rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **options))
     rollout(make_spec(tmp_path / "store", str(tmp_path / "teacher"), **{**options, "guidance": (0.0,)}))
     table = pq.read_table(tmp_path / "store" / "data" / "guidance=0.0")
     assert set(table["label"].to_pylist()) == label
 
 
-# Where in a file the weights are
+# The weights in a file
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_the_key_that_was_taken_and_what_else_the_file_holds_are_printed(
+def test_the_key_and_the_other_contents_of_the_file_are_printed(
     ending: str, tmp_path: Path, field: Field, capsys: pytest.CaptureFixture[str]
 ):
-    found = {f"model.net.{name}": value.clone() for name, value in field.state_dict().items()}
-    found["discriminator.weight"] = torch.ones(3)
+    contents = {f"model.net.{name}": value.clone() for name, value in field.state_dict().items()}
+    contents["discriminator.weight"] = torch.ones(3)
     file = tmp_path / f"file.{ending}"
-    torch.save(found, file) if ending == "pt" else safetensors.torch.save_file(found, file)
+    torch.save(contents, file) if ending == "pt" else safetensors.torch.save_file(contents, file)
     convert(outside(file, tmp_path / "teacher"))
     network, _ = load_model(str(tmp_path / "teacher"))
     assert torch.equal(network.inner.classes.weight, field.classes.weight)
@@ -225,9 +225,9 @@ def test_the_key_that_was_taken_and_what_else_the_file_holds_are_printed(
 def test_the_key_chooses_among_weights_that_fit(tmp_path: Path, field: Field):
     other = Field(scale=0.5)
     torch.save({"first": field.state_dict(), "second": other.state_dict()}, tmp_path / "file.pt")
-    said = refusal(outside(tmp_path / "file.pt", tmp_path / "out"))
-    assert said.startswith(f"{tmp_path / 'file.pt'}: ")
-    assert "first, second" in said
+    message = refusal(outside(tmp_path / "file.pt", tmp_path / "out"))
+    assert str(tmp_path / "file.pt") in message
+    assert "first, second" in message
     convert(outside(tmp_path / "file.pt", tmp_path / "teacher", key="second"))
     assert torch.equal(load_model(str(tmp_path / "teacher")).network.inner.classes.weight, other.classes.weight)
 
@@ -236,7 +236,7 @@ WEIGHTS = {"a": torch.ones(2), "b": torch.zeros(1)}
 
 
 class Payload:
-    """What a pickle would run when it is opened."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -245,98 +245,99 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
+def test_a_pickle_with_code_is_refused_and_never_runs(tmp_path: Path):
     torch.save({"model": WEIGHTS, "args": Payload(tmp_path / "trap")}, tmp_path / "bomb.pt")
-    said = refusal(outside(tmp_path / "bomb.pt", tmp_path / "out"))
-    assert said.startswith(f"{tmp_path / 'bomb.pt'}: expected tensors and plain values, found posix.mkdir, and code is")
-    assert "torch.save(model.state_dict(), FILE)" in said
+    message = refusal(outside(tmp_path / "bomb.pt", tmp_path / "out"))
+    assert str(tmp_path / "bomb.pt") in message
+    assert "posix.mkdir" in message
+    assert "torch.save(model.state_dict(), FILE)" in message
     assert not (tmp_path / "trap").exists()
     torch.load(tmp_path / "bomb.pt", weights_only=False)
-    assert (tmp_path / "trap").exists()  # the trap works
+    assert (tmp_path / "trap").exists()  # so the payload works
 
 
 @pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"something else", b"PK\x03\x04 cut off"])
 def test_damaged_files_are_refused(name: str, content: bytes, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
-    assert refusal(outside(tmp_path / name, tmp_path / "out")).startswith(
-        f"{tmp_path / name}: expected a file of weights, found "
-    )
+    assert str(tmp_path / name) in refusal(outside(tmp_path / name, tmp_path / "out"))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+def test_a_missing_file_is_named(tmp_path: Path):
     path = tmp_path / "none.pt"
-    assert refusal(outside(path, tmp_path / "out")) == f"{path}: expected a file of weights, found none"
+    assert str(path) in refusal(outside(path, tmp_path / "out"))
 
 
 def test_a_folder_is_refused_with_the_files_in_it(tmp_path: Path, field: Field):
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert refusal(outside(folder, tmp_path / "out")).startswith(f"{folder}: ")
+    assert str(folder) in refusal(outside(folder, tmp_path / "out"))
     (folder / "unet").mkdir()
     torch.save(field.state_dict(), folder / "unet" / "model.pt")
     assert "unet/model.pt" in refusal(outside(folder, tmp_path / "out"))
 
 
-# What does not fit
+# Weights that do not fit
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"network": UNET.model_copy(update={"blocks": 2})}, "FILE: the weights are of a unet with `network.blocks` 1"),
-        ({"network": UNET.model_copy(update={"time_scale": 1000.0})}, "`network.time_scale`: expected 1"),
-        ({"network": FIELD}, "FILE: no weights of tests.kac.outside_modules:Field found. The file holds 12"),
-        ({"data": "moons"}, "`network`: expected square images"),
-        ({"network": UNET.model_copy(update={"attention": (16,)})}, "`network.attention`: expected widths of"),
+        ({"network": UNET.model_copy(update={"blocks": 2})}, "`network.blocks` 1"),
+        ({"network": UNET.model_copy(update={"time_scale": 1000.0})}, "`network.time_scale`"),
+        ({"network": FIELD}, "tests.kac.outside_modules:Field"),
+        ({"data": "moons"}, "`network`"),
+        ({"network": UNET.model_copy(update={"attention": (16,)})}, "`network.attention`"),
     ],
     ids=["blocks", "time scale", "outside", "data", "attention"],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_before_anything_is_written(options: dict, message: str, tmp_path: Path):
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(options: dict, named: str, tmp_path: Path):
     torch.save(openai().state_dict(), tmp_path / "model.pt")
-    said = refusal(spec(tmp_path / "model.pt", tmp_path / "out", **options))
-    assert said.startswith(message.replace("FILE", str(tmp_path / "model.pt")))
+    message = refusal(spec(tmp_path / "model.pt", tmp_path / "out", **options))
+    assert named in message
 
 
-def test_a_network_without_a_velocity_is_refused_before_anything_is_written(tmp_path: Path, field: Field):
+def test_a_network_without_finite_velocity_is_refused_before_anything_is_written(tmp_path: Path, field: Field):
     weights = field.state_dict()
     weights["linear.bias"] = weights["twin.bias"] = torch.full((2,), torch.inf)
     torch.save(weights, tmp_path / "field.pt")
-    said = refusal(outside(tmp_path / "field.pt", tmp_path / "out"))
-    assert said.endswith("field.pt: expected finite velocities of shape [2, 2], found NaN or infinity")
+    message = refusal(outside(tmp_path / "field.pt", tmp_path / "out"))
+    assert "field.pt" in message
+    assert "NaN" in message
     torch.save(field.state_dict(), tmp_path / "field.pt")
-    said = refusal(outside(tmp_path / "field.pt", tmp_path / "out", data="digits"))
-    assert "expected a velocity for samples of [1, 8, 8], found RuntimeError: " in said
+    message = refusal(outside(tmp_path / "field.pt", tmp_path / "out", data="digits"))
+    assert "[1, 8, 8]" in message
+    assert "RuntimeError: " in message
 
 
-def test_conditions_are_no_teachers(tmp_path: Path):
-    with pytest.raises(ArgumentError, match=r"a teacher takes time and label alone: leave `network.conditions` out"):
+def test_a_teacher_with_conditions_is_refused(tmp_path: Path):
+    with pytest.raises(ArgumentError, match=r"`network\.conditions`"):
         spec(tmp_path, tmp_path, network={"kind": "mlp", "conditions": ("end_time",)})
 
 
 # The command line
 
-WORDS = "`checkpoint` ema_400000.pt `out` teacher `data` digits `path.a` 9 `path.c` 3"
+WORDS = "--checkpoint ema_400000.pt --out teacher --data digits --path.a 9 --path.c 3"
 
 
-def test_the_networks_default_is_the_authors():
+def test_the_default_network_is_the_authors_network():
     made = parse(ConvertSpec, shlex.split(WORDS), "prog")
     assert made.network == UNetConfig(
         channels=(128, 256, 256, 256), blocks=2, attention=(16,), head_channels=64, time_scale=1.0
     )
-    smaller = parse(ConvertSpec, shlex.split(f"{WORDS} `network` unet `network.channels` 32 64"), "prog")
+    smaller = parse(ConvertSpec, shlex.split(f"{WORDS} --network unet --network.channels 32 64"), "prog")
     assert smaller.network == made.network.model_copy(update={"channels": (32, 64)})
-    with pytest.raises(ArgumentError, match="`data`: expected a value, found none"):
-        parse(ConvertSpec, shlex.split("`checkpoint` c `out` o"), "prog")
+    with pytest.raises(ArgumentError, match="`data` is required"):
+        parse(ConvertSpec, shlex.split("--checkpoint c --out o"), "prog")
 
 
 def test_the_job_converts(tmp_path: Path, project_root: Path):
     torch.save(openai().state_dict(), tmp_path / "ema_400000.pt")
     options = (
-        "`network` unet `network.channels` 32 64 `network.blocks` 1 `network.attention` 4 `network.head_channels` 32"
+        "--network unet --network.channels 32 64 --network.blocks 1 --network.attention 4 --network.head-channels 32"
     )
     words = shlex.split(
-        f"{WORDS} {options}".replace("ema_", f"{tmp_path}/ema_").replace("`out` ", f"`out` {tmp_path}/")
+        f"{WORDS} {options}".replace("ema_", f"{tmp_path}/ema_").replace("--out ", f"--out {tmp_path}/")
     )
     ended = subprocess.run(
         [sys.executable, "-m", "jobs.convert", *words], cwd=project_root, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Distill: what a student learns, where it starts, what is refused before anything is written."""
+"""Distill: what a student learns, its initial weights, and errors before anything is written."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 
 
-def test_a_student_lands_nearer_than_its_teachers_own_euler_steps(small_store: str, teacher: str, tmp_path: Path):
+def test_a_student_lands_nearer_than_the_teachers_euler_steps(small_store: str, teacher: str, tmp_path: Path):
     longer = FEW.model_copy(update={"updates": 600})
     distill(distill_spec(small_store, tmp_path / "student", steps=1, optimizer=longer))
     batch = next(store.open(small_store).batches(400, 0.0, [0, 4]))
@@ -44,9 +44,9 @@ def test_a_student_names_its_store_and_teacher(student: str, small_store: str, t
     assert config.teacher_sha256 == load_config(teacher).weights_sha256
 
 
-def test_students_can_start_from_the_previous_one(student: str, small_store: str, tmp_path: Path):
-    none = FEW.model_copy(update={"updates": 1, "learning_rate": 1e-12, "warmup_updates": 0})
-    distill(distill_spec(small_store, tmp_path / "one", steps=1, init=student, optimizer=none))
+def test_a_student_can_start_from_a_previous_student(student: str, small_store: str, tmp_path: Path):
+    tiny = FEW.model_copy(update={"updates": 1, "learning_rate": 1e-12, "warmup_updates": 0})
+    distill(distill_spec(small_store, tmp_path / "one", steps=1, init=student, optimizer=tiny))
     config = load_config(str(tmp_path / "one"))
     assert (config.steps, config.teacher_sha256) == (1, load_config(student).teacher_sha256)
     for name, value in load_model(str(tmp_path / "one")).network.state_dict().items():
@@ -56,15 +56,15 @@ def test_students_can_start_from_the_previous_one(student: str, small_store: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 3}, r"`steps`: expected a divisor of the store's 4 knots \[1, 2, 4\], found 3"),
-        ({"guidance": 2.0}, r"`guidance`: expected one of the store's scales \[0.0, 1.0\], found 2.0"),
-        ({"guidance": 1.0, "init": "STUDENT"}, "expected a student of guidance 1.0, found one of 0.0"),
-        ({"init": "OTHER"}, "expected the store's teacher"),
-        ({"teacher": "OTHER"}, "expected the store's teacher"),
-        ({"init": "no/such/model"}, "expected a model folder"),
+        ({"steps": 3}, "`steps` 3"),
+        ({"guidance": 2.0}, "`guidance` 2"),
+        ({"guidance": 1.0, "init": "STUDENT"}, "student of guidance 0.0"),
+        ({"init": "OTHER"}, "other belongs to the teacher"),
+        ({"teacher": "OTHER"}, "other belongs to the teacher"),
+        ({"init": "no/such/model"}, "no/such/model"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(
     options: dict[str, Any], message: str, small_store: str, student: str, tmp_path: Path
 ):
     folders = {"STUDENT": student, "OTHER": make_teacher(tmp_path / "other", seed=9)}
@@ -74,28 +74,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_passes_make_the_student_of_one(student: str, small_store: str, tmp_path: Path):
+def test_two_passes_give_the_same_student_as_one(student: str, small_store: str, tmp_path: Path):
     distill(distill_spec(small_store, tmp_path / "out", optimizer=FEW.model_copy(update={"accumulation": 2})))
     for name, value in load_model(str(tmp_path / "out")).network.state_dict().items():
         torch.testing.assert_close(value, load_model(student).network.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+def test_a_dry_run_prints_the_cost_and_writes_nothing(
     small_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert distill(distill_spec(small_store, tmp_path / "out", dry_run=True)) is None
     assert list(tmp_path.iterdir()) == []
-    assert "distill: 60 updates of 64 samples, 3,840 in all: 9.6 epochs of 400" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "distill: 60 updates of 64 samples" in out
+    assert "9.6 epochs of 400" in out
 
 
 def test_an_unfinished_store_is_refused(small_store: str, tmp_path: Path):
     shutil.copytree(small_store, tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()
-    with pytest.raises(DistillKacError, match="expected a finished store, found 8 shards and no manifest"):
+    with pytest.raises(DistillKacError, match="8 shards"):
         distill(distill_spec(str(tmp_path / "store"), tmp_path / "out"))
 
 
-def test_a_grown_store_makes_another_student(teacher: str, tmp_path: Path):
+def test_a_grown_store_gives_another_student(teacher: str, tmp_path: Path):
     path = str(tmp_path / "store")
     make_store(path, teacher)
     distill(distill_spec(path, tmp_path / "out"))
@@ -104,17 +106,17 @@ def test_a_grown_store_makes_another_student(teacher: str, tmp_path: Path):
         distill(distill_spec(path, tmp_path / "out"))
 
 
-def test_forward_stores_distill_too(teacher: str, tmp_path: Path):
+def test_a_forward_store_can_be_distilled(teacher: str, tmp_path: Path):
     path = str(tmp_path / "store")
     make_store(path, teacher, source="forward", trajectories=200)
     distill(distill_spec(path, tmp_path / "out", steps=4))
     assert load_config(str(tmp_path / "out")).steps == 4
-    with pytest.raises(DistillKacError, match="`steps`: expected 4"):
+    with pytest.raises(DistillKacError, match=r"`steps`.*4"):
         distill(distill_spec(path, tmp_path / "two", steps=2))
 
 
-def test_workers_that_hold_every_cpu_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
-    """The tasks that read for them must not wait for a CPU."""
+def test_workers_that_use_every_cpu_can_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
+    """The tasks that read the store must not wait for a CPU."""
     make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
     distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
     assert load_config(str(tmp_path / "out")).steps == 2
@@ -129,7 +131,7 @@ def any_step_student(small_store: str, tmp_path_factory: pytest.TempPathFactory)
     return str(out)
 
 
-def test_one_flow_map_lands_near_the_teacher_from_any_knot_in_any_number_of_steps(
+def test_a_flow_map_lands_near_the_teacher_in_any_number_of_steps(
     any_step_student: str, small_store: str, teacher: str
 ):
     model = load_model(any_step_student)
@@ -144,7 +146,7 @@ def test_one_flow_map_lands_near_the_teacher_from_any_knot_in_any_number_of_step
         assert errors[0] < 0.5 * errors[1]
 
 
-def test_an_any_step_student_is_sampled_with_the_steps_asked_for(any_step_student: str, tmp_path: Path):
+def test_an_any_step_student_is_sampled_with_the_requested_steps(any_step_student: str, tmp_path: Path):
     made = {}
     for steps in (None, 2, 3):
         out = str(tmp_path / f"{steps}.npz")
@@ -155,7 +157,7 @@ def test_an_any_step_student_is_sampled_with_the_steps_asked_for(any_step_studen
     assert np.abs(made[3] - made[2]).max() > 1e-4
 
 
-def test_a_refined_student_is_nearer_to_the_data_than_one_that_went_on_without(
+def test_refinement_brings_a_student_nearer_to_the_data_than_more_distillation(
     any_step_student: str, small_store: str, tmp_path: Path
 ):
     refine = {"kind": "data", "steps": (1, 2), "anchor": 0.01}
@@ -180,28 +182,28 @@ def test_a_refined_student_is_nearer_to_the_data_than_one_that_went_on_without(
     assert distances["refined"] < 0.7 * distances["plain"]
 
 
-def test_what_cannot_be_refined_is_refused_before_anything_is_written(
+def test_an_impossible_refinement_is_refused_before_anything_is_written(
     any_step_student: str, small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refused(message: str, **options: Any) -> None:
+    def check_refused(message: str, **options: Any) -> None:
         with pytest.raises(DistillKacError, match=message):
             distill(distill_spec(small_store, tmp_path / "out", **options))
         assert not (tmp_path / "out").exists()
 
-    refused("expected a student of one step count for `objective` endpoint, found a flow map", init=any_step_student)
-    refused("`refine.spaces` pooled: expected images of at least 4", refine={"kind": "data", "spaces": ("pooled",)})
-    refused("of at least 2 for 1 passes an update, found 1 and 64", refine={"kind": "data", "real_images": 1})
+    check_refused("flow map.*`objective` endpoint", init=any_step_student)
+    check_refused("`refine.spaces`.*pooled", refine={"kind": "data", "spaces": ("pooled",)})
+    check_refused("`refine.real_images` is 1 .* at least 2", refine={"kind": "data", "real_images": 1})
     passes = FEW.model_copy(update={"accumulation": 64})
-    refused("of at least 128 for 64 passes an update, found 512 and 64", refine="data", optimizer=passes)
+    check_refused("`optimizer.batch_size` is 64, .* at least 128", refine="data", optimizer=passes)
     other = in_memory(torch.zeros(20, 2), torch.arange(20) % 2, 2)
     monkeypatch.setattr(checkpoint, "open_dataset", lambda config: other)
-    refused("expected the data .* that this model was made from, found .*: the files .* have changed", refine="data")
+    check_refused("data", refine="data")
 
 
-def test_a_flow_map_wants_whole_trajectories(teacher: str, tmp_path: Path):
+def test_a_flow_map_needs_whole_trajectories(teacher: str, tmp_path: Path):
     path = str(tmp_path / "store")
     make_store(path, teacher, source="forward", trajectories=200)
-    with pytest.raises(DistillKacError, match="expected whole trajectories for a flow map, found a forward store"):
+    with pytest.raises(DistillKacError, match="forward store"):
         distill(distill_spec(path, tmp_path / "out", objective={"kind": "flow-map", "grids": (1, 2, 4)}))
 
 
@@ -211,7 +213,7 @@ REFINED = {
 }
 
 
-def test_a_refinement_that_is_stopped_goes_on_to_the_same_weights(
+def test_a_stopped_refinement_resumes_to_the_same_weights(
     small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def spec(name: str) -> DistillSpec:
@@ -233,7 +235,7 @@ def test_a_refinement_that_is_stopped_goes_on_to_the_same_weights(
     assert resumed.weights_sha256 == whole.weights_sha256
 
 
-def test_two_workers_refine_as_one_in_two_passes(small_store: str, tmp_path: Path, ray_cluster: None):
+def test_two_workers_refine_like_one_with_two_passes(small_store: str, tmp_path: Path, ray_cluster: None):
     two_passes = FEW.model_copy(update={"accumulation": 2})
     distill(distill_spec(small_store, tmp_path / "one", optimizer=two_passes, **REFINED))
     distill(distill_spec(small_store, tmp_path / "two", workers=2, **REFINED))
@@ -265,10 +267,10 @@ def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, sma
     out = str(tmp_path / "made.npz")
     sample(SampleSpec(model=str(tmp_path / "all"), out=out, count=4, guidance=0.5))
     again = distill_spec(small_store, tmp_path / "one", init=str(tmp_path / "all"), objective=options)
-    with pytest.raises(DistillKacError, match=r"expected a student of guidance 0.0, found one of all"):
+    with pytest.raises(DistillKacError, match="student of guidance all"):
         distill(again)
 
 
-def test_all_scales_are_not_refined_at_once(small_store: str, tmp_path: Path):
-    with pytest.raises(DistillKacError, match=r"`refine` data: expected one `guidance`, since .*, found all"):
+def test_a_student_of_all_scales_cannot_be_refined(small_store: str, tmp_path: Path):
+    with pytest.raises(DistillKacError, match=r"`refine` data .* `guidance` is all"):
         distill_spec(small_store, tmp_path / "out", guidance="all", refine="data")
