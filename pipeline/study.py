@@ -90,14 +90,14 @@ class Inputs:
 
     @functools.cached_property
     def floor(self) -> tuple[int, dict[str, float]]:
-        """The count of held-out images, at most ``samples``, and their Frechet distances by feature space."""
+        """The number of held-out images (at most ``samples``), and their Frechet distance in each feature space."""
         count = min(self.spec.samples, len(self.data.held_out))
         chosen = torch.randperm(len(self.data.held_out), generator=torch.Generator().manual_seed(0))[:count]
         by_space = moments_in(self.spaces, [delivered(self.data.held_out.rows(chosen).images)])
         return count, {name: frechet_distance(self.train[name], moments) for name, moments in by_space.items()}
 
     def _teacher_sampling(self, guidance: float, steps: int) -> Sampling:
-        """The teacher's sampling: as in the store, or else the default with a multiple of ``steps`` solver steps.
+        """The sampling of the store, or without a store the default sampling with a multiple of ``steps`` solver steps.
 
         Raises:
             ArgumentError: the teacher cannot be guided.
@@ -109,7 +109,7 @@ class Inputs:
         return teacher_sampling(self.teacher, guidance, -(-TEACHER_STEPS // steps) * steps)
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
-        """The teacher, with a number of solver steps that ``steps`` divides unless the store fixes it."""
+        """The teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes the number."""
         return self._subject("teacher", self.spec.teacher, self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
@@ -194,12 +194,12 @@ def _open(spec: StudySpec) -> Inputs:
     check_guidance(teacher, [w for _, config in students if (w := config.guidance) is not None])
     names = [path.rsplit("/", 1)[-1] for path in folders]
     if len(set(names)) < len(names):
-        raise ArgumentError(f"`students` have the same folder name ({', '.join(names)}). Rename one of the folders.")
+        raise ArgumentError(f"`students` have folders of the same name: {', '.join(names)}. Rename one of them.")
     opened = None if spec.store is None else store.open(spec.store)
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{spec.store} is a store of another teacher ({opened.identity.teacher_sha256[:12]}...) than "
-            f"{spec.teacher} ({teacher.weights_sha256[:12]}...). Give the store's own teacher."
+            f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...) than {spec.teacher} "
+            f"({teacher.weights_sha256[:12]}...). Give the teacher of the store."
         )
     return Inputs(spec, teacher, students, _check_rival(spec, teacher), opened, data)
 

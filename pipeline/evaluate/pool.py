@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_LOSSES = 3
-"""Actors that may be lost per item; also, per actor of the pool, losses before the next item is finished."""
+"""Limit of lost actors per item. While no item is finished, a pool of N actors may lose N times as many idle actors."""
 
 
 def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Iterator[Any]:

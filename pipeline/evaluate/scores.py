@@ -62,7 +62,7 @@ def read_record(out: str) -> Record:
     """Read the record in an evaluation's folder.
 
     Raises:
-        DistillKacError: an older version wrote it, whose scores are of raw network outputs.
+        DistillKacError: an older version wrote the record, with scores of raw network outputs.
     """
     path = files.join(out, EVALUATION_FILE)
     values = json.loads(files.read_bytes(path))

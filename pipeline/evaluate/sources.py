@@ -122,7 +122,7 @@ class RealImages:
         return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
 
     def rows(self, ids: range) -> Rows:
-        """Images by their numbers in the order, clipped and rounded like delivered samples."""
+        """The images ``ids`` in this order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
         images, label = split.rows(_order(len(split))[ids.start : ids.stop])
         return Rows(delivered(images), label)

@@ -1,4 +1,4 @@
-"""The stage: held-out images, the teacher and its students from the same noise, in one table and two pictures."""
+"""The stage: score held-out images, and the teacher and its students from the same noise."""
 
 import io
 import itertools
@@ -217,8 +217,8 @@ def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> M
         raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")
     if config.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{path} is a student of another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
-            f"({teacher.weights_sha256[:12]}...). Give the student's own teacher."
+            f"{path} belongs to another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
+            f"({teacher.weights_sha256[:12]}...). Give the teacher of the student."
         )
     return config
 
@@ -364,7 +364,7 @@ def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
 
 
 def _match_labels(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:
-    """Indices into ``labels``, each at most once: for each wanted label an equal one if there is any left."""
+    """For each wanted label, the index of an unused equal label, or of any unused label if none is equal."""
     free = list(range(len(labels)))
     chosen = []
     for label in wanted[: len(labels)]:

@@ -15,7 +15,7 @@ LEAD = (
 
 
 def mlflow_command(uri: str) -> str:
-    """The command or the hint that shows the runs."""
+    """A command or a hint for viewing the runs."""
     if uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {uri}"
     return f"open {tracking.without_password(uri)} in a browser"

@@ -47,7 +47,7 @@ def speed(found: Mapping[str, Speeds], limit: float) -> bytes:
     figure, (axis,) = _figure(1, 1, width=8)
     for name, measured in found.items():
         edges, heights = measured.density()
-        # Without the last bin, which would be a spike; the legend has the share beyond the limit.
+        # The last bin would be a spike, so it is left out. The legend has the share beyond the limit.
         label = f"{name}: {100 * measured.share_beyond:.2g} % beyond, at most {measured.largest:.2f}"
         axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
     axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")

@@ -1,4 +1,4 @@
-"""Checks before a sweep begins: do the options fit together, the store and the cluster?"""
+"""Checks before a sweep begins: conflicting options, the store, and the resources of the cluster."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -137,7 +137,7 @@ def wait_for_resources(spec: SweepSpec) -> None:
 
 
 def resources_per_trial(spec: SweepSpec, resources: cluster.Resources) -> placement.Share:
-    """The resources that a trial needs, or each of its workers."""
+    """The resources of one trial, or of each of its workers."""
     return placement.Share(spec.cpus_per_trial, gpus_per_trial(spec, resources), spec.label_selector)
 
 

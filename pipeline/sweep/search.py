@@ -169,7 +169,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
     def _next(self) -> Point | None:
         for point in list(self.waiting):
-            # The record of a predecessor that still waits for its retry has the status of the last attempt.
+            # Until a predecessor is retried, its record has the status of the last attempt.
             will_be_retried = any(other.name == point.after for other in self.waiting)
             predecessor = self.ledger.get(point.after) if point.after and not will_be_retried else None
             if predecessor is not None and predecessor.status in {"failed", "stopped"}:

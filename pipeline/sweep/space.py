@@ -162,7 +162,7 @@ def draws_of(spec: SweepSpec) -> dict[str, Draw]:
     """The distribution of each field of a search. Axes of the grid become choices.
 
     Raises:
-        ArgumentError: an expression cannot be parsed, or as ``axes_of``.
+        ArgumentError: an expression cannot be parsed, or ``axes_of`` raises.
     """
     draws = {field_named(name): parse_draw(name, text) for name, text in spec.search.items()}
     return {**{name: Choice(values) for name, values in axes_of(spec).items()}, **draws}
@@ -192,7 +192,7 @@ def grid_points(spec: SweepSpec) -> list[Point]:
     """The points of the grid, then the points of the chains, each after its predecessor.
 
     Raises:
-        ArgumentError: a point is not a valid spec, or as ``axes_of``.
+        ArgumentError: a point is not a valid spec, or ``axes_of`` raises.
     """
     axes = axes_of(spec)
     if spec.chain and spec.chain[0] not in {int(m) for m in axes["steps"]}:

@@ -44,7 +44,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     checks.check_options(spec)
     checks.check_validation(spec)
     source, missing = checks.check_store(spec, points)
-    # Decided by where the trials run, not by this process, so that any process can resume the sweep.
+    # The resources of the trials decide, not those of this process, so that any process can resume the sweep.
     spec = spec.settled(lambda: checks.gpus_per_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)

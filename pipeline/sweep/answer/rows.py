@@ -69,7 +69,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name in the evaluation's table, or of the trial."""
+        """The name in the evaluation's table; without an evaluation, the name of the trial."""
         return self.score.name if self.score else self.trial.name
 
     @property
