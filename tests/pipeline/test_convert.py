@@ -312,7 +312,7 @@ def test_a_network_without_finite_velocity_is_refused_before_anything_is_written
 
 def test_a_teacher_with_conditions_is_refused(tmp_path: Path):
     with pytest.raises(ArgumentError, match=r"`network\.conditions`"):
-        spec(tmp_path, tmp_path, network={"kind": "mlp", "conditions": ("end_time",)})
+        spec(tmp_path / "w.pt", tmp_path / "out", network={"kind": "mlp", "conditions": ("end_time",)})
 
 
 # The command line

@@ -30,7 +30,7 @@ from tests.pipeline.running import (
     running_job,
     spec_of,
 )
-from tests.pipeline.stages import all_cpus_come_free
+from tests.pipeline.stages import wait_for_free_cpus
 from tests.pipeline.stores import make_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
@@ -220,7 +220,7 @@ def test_actors_that_cannot_start(
     with pytest.raises(RolloutError, match=expected) as refusal:
         list(actors.compute_on_actors(spec, make_plan(spec), maker))
     assert "\n" not in str(refusal.value)
-    assert all_cpus_come_free()
+    assert wait_for_free_cpus()
 
 
 def test_a_failed_actor_skips_the_other_shards_of_its_block(

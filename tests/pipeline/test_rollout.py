@@ -26,7 +26,7 @@ from pipeline.config.specs import RolloutSpec
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
 from tests.pipeline.compare import assert_same_store
-from tests.pipeline.stages import all_cpus_come_free
+from tests.pipeline.stages import wait_for_free_cpus
 from tests.pipeline.stores import make_teacher
 
 KNOTS = 4
@@ -300,7 +300,7 @@ def test_nan_from_the_teacher_is_named_and_not_published(
     save_model(broken, model.config, weights)
     with pytest.raises(DistillKacError, match=r"shard-00000\d.parquet .*NaN or infinity in samples \d+"):
         rollout(spec(broken, tmp_path / "store", actors=actors))
-    assert all_cpus_come_free()
+    assert wait_for_free_cpus()
     assert list((tmp_path / "store").rglob("*.parquet")) == []
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -315,7 +315,7 @@ def test_a_rollout_that_fails_in_the_driver_frees_its_cpus(
     monkeypatch.setattr("pipeline.rollout.stage.write_receipts", full)
     with pytest.raises(OSError, match="No space") as kept:  # keeps the frames, like the last error in a notebook
         rollout(spec(teacher, tmp_path / "store", actors=2))
-    assert all_cpus_come_free()
+    assert wait_for_free_cpus()
     del kept
 
 
