@@ -160,7 +160,7 @@ def find(paths: CachePaths) -> Dataset | None:
 
 @contextmanager
 def decoding(source: Source, root: str, paths: CachePaths) -> Iterator[Decoding]:
-    """Begin to decode a source into the cache. Without ``finish`` in the block, everything is removed.
+    """Begin to decode a source into the cache. Everything is removed unless the block calls ``finish``.
 
     Raises:
         DistillKacError: the files are not a dataset.
@@ -304,7 +304,7 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
 
 
 def _upload(folder: str, shared: str, description: DataDescription) -> None:
-    """Write the labels and the description, which complete a prefix that has all blocks."""
+    """Complete a prefix that has all blocks: write the labels and the description."""
     for split in SPLITS:
         name = f"{split}-labels.npy"
         files.write_bytes(files.join(shared, name), Path(folder, name).read_bytes())

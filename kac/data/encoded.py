@@ -70,7 +70,7 @@ class Decoder(NamedTuple):
             long, short = max(image.size), min(image.size)
             if self.size * self.size * long > MOST_PIXELS * short:
                 raise DistillKacError(
-                    f"{name} has {image.width}x{image.height} pixels, which is too long to resize its short side to "
+                    f"{name} ({image.width}x{image.height} pixels) is too long and narrow to resize its short side to "
                     f"`data.size` {self.size}. Crop or remove it."
                 )
             image = square(image, self.size)

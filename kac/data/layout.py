@@ -190,9 +190,9 @@ def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
         if split:
             counts.setdefault(split.part, Counter())[split.name] += 1
     if not counts and list(paths) == [""]:
-        return Division(None, f"{EVERY_FIFTH} of the one file")
+        return Division(None, f"{EVERY_FIFTH}, because there is only one file")
     if not counts:
-        return Division(None, f"{EVERY_FIFTH}, since no name of a folder or file says train or test")
+        return Division(None, f"{EVERY_FIFTH}, because no folder or file is named train or test")
     if None in splits:
         known = next(split for split in splits if split)
         raise DistillKacError(
@@ -208,11 +208,11 @@ def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
         )
     held_out: Part | None = next((part for part in ("test", "validation") if part in counts), None)
     if held_out is None:
-        return Division(None, f"{EVERY_FIFTH} of {described['train']}, since no name says test or validation")
+        return Division(None, f"{EVERY_FIFTH} of {described['train']}, because nothing is named test or validation")
     unused = ", ".join(f"{described[part]} is not used" for part in counts if part not in {"train", held_out})
     return Division(
         held_out,
-        f"training images from {described['train']}, held-out images from {described[held_out]}, as the names say"
+        f"training images from {described['train']}, held-out images from {described[held_out]}, by their names"
         + (f"; {unused}" if unused else ""),
     )
 

@@ -62,7 +62,7 @@ def images_per_block(shape: tuple[int, ...]) -> int:
 
 
 def count_classes(labels: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes of the integer labels 0 .. n - 1. Nothing is allocated by an unchecked label.
+    """Return the number of classes of the integer labels 0 .. n - 1, after checking that it is plausible.
 
     Args:
         labels: the labels of each file, [images], of any integer type.
@@ -100,11 +100,11 @@ def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.n
     counts = np.bincount(labels[~held_out], minlength=num_classes)
     if not counts.all():
         raise DistillKacError(
-            f"{root} has no training images of class {int(np.argmin(counts))}, but of other classes in "
+            f"{root} has no training images of class {int(np.argmin(counts))}, one of the classes "
             f"0 .. {num_classes - 1}. Number the classes from 0 without gaps."
         )
     if not held_out.any():
         raise DistillKacError(
-            f"{root} has at most {counts.max()} images per class, so no fifth image can be held out. Add images until "
-            "a class has 5, or a test split."
+            f"{root} has at most {counts.max()} images per class, so no fifth image can be held out. Add images, so "
+            "that a class has at least 5, or add a test split."
         )

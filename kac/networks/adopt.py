@@ -58,10 +58,10 @@ def adopt(
 
     Args:
         network: freshly built from ``config`` for samples of ``sample_shape``.
-        key: the prefix of the weights, or its beginning; default: the only weights that fit, or their average.
+        key: the prefix of the weights, or its first part; default: the only weights that fit, or their average.
 
     Raises:
-        ArgumentError: the options do not go with these weights.
+        ArgumentError: the options contradict the weights.
         CheckpointError: no weights fit, or several do.
     """
     target = _target(network)
@@ -164,14 +164,14 @@ def _fit(
     """Return the weights under the names of the network.
 
     Raises:
-        ArgumentError: the options do not go with these weights.
+        ArgumentError: the options contradict the weights.
         CheckpointError: weights are missing, unexpected or of another shape.
     """
     weights, facts, conditioning = source, [], config.conditioning
     if isinstance(config, UNetConfig):
         if is_openai(weights):
             heads = f"{config.head_channels} channels per head" if config.head_channels else "one head"
-            facts = [f"U-Net of OpenAI, taken to have {heads} in attention (the weights do not show it)"]
+            facts = [f"U-Net of OpenAI, assuming {heads} in attention (not visible in the weights)"]
             weights = from_openai(weights, config, sample_shape[1], expected)
         classes = _complete_classes(weights.get(OUR_CLASSES), expected[OUR_CLASSES])
         weights, conditioning = {**weights, OUR_CLASSES: classes.rows}, classes.conditioning
@@ -252,14 +252,16 @@ def _does_not_fit(
     sample_shape: tuple[int, ...],
     expected: Mapping[str, Tensor],
 ) -> DistillKacError:
-    """Return the error for the weights that come nearest. It names the options that differ, or the first weights."""
+    """Return the error for the weights that fit best. It names the options that differ, or else the weights."""
     if isinstance(failure, ArgumentError):
         return failure
     where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"
     options = differing_options(config, remove_prefix(file.named, prefix), sample_shape, expected)
     if options:
         actual = ", ".join(options)
-        return CheckpointError(f"{where} are of {_kind(config)} with {actual}. Choose `network` and `data` to match.")
+        return CheckpointError(
+            f"{where} belong to {_kind(config)} with {actual}. Choose `network` and `data` to match."
+        )
     return CheckpointError(
         f"{where} do not fit {_kind(config)}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose "
         "the `network` and `data` of the training, or other weights with `key`."

@@ -28,7 +28,7 @@ def diffusers_time(x: Tensor, t: Tensor, scale: float) -> Tensor:
 
 
 def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the channels and the width of square images after patches of patch x patch pixels became channels.
+    """Return the channels and the width of square images after folding patch x patch pixels into channels.
 
     Raises:
         ArgumentError: the samples are not square images, or ``patch`` does not divide their width.

@@ -18,13 +18,13 @@ class DiTConfig(NetworkOptions):
     depth: PositiveInt = Field(12, description="transformer blocks")
     patch: PositiveInt = Field(2, description="side of the patch of one token, in pixels")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the blocks")
-    time_scale: PositiveFloat = Field(1000.0, description="factor on times before they are embedded")
+    time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
         if self.heads * self.head_channels % 4:  # positions are a sine and a cosine per coordinate
             product = f"{self.heads} x {self.head_channels} = {self.heads * self.head_channels}"
-            raise ValueError(f"`head_channels`: heads x head channels is {product}. Choose a multiple of 4.")
+            raise ValueError(f"`head_channels`: heads x head channels is {product}, but must be a multiple of 4.")
         return self
 
 
@@ -64,7 +64,7 @@ class DiT(NetworkModule):
         return self.transformer(x, diffusers_time(x, t, self.time_scale), given).sample  # type: ignore[no-any-return]
 
     def _start_as_identity(self) -> None:
-        """Make every block the identity and the velocity 0 (adaLN-Zero). diffusers does not initialise them so."""
+        """Initialise every block as the identity and the velocity as 0 (adaLN-Zero), which diffusers does not do."""
         gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)

@@ -1,4 +1,4 @@
-"""Infer the options of a network from its weights, for the message that they do not match ``network``."""
+"""Infer the options of a network from its weights, for error messages about weights that do not fit."""
 
 import re
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ from kac.util.options import expand_kind
 
 NetworkConfig = Annotated[
     MLPConfig | UNetConfig | DiTConfig | OutsideConfig,
-    Field(discriminator="kind", description="kind of velocity network, with the options of this kind"),
+    Field(discriminator="kind", description="kind of velocity network; each kind has its own options"),
     BeforeValidator(expand_kind),
 ]
 """The config of any kind. The command line, YAML files and a model's config.json use the same fields."""

@@ -16,7 +16,7 @@ from kac.util.errors import ArgumentError, CheckpointError
 from kac.util.text import shorten
 
 GROUPS = 32
-"""Groups of all its group norms. The weights do not show the number."""
+"""The number of groups in all its group norms. It cannot be inferred from the weights."""
 
 CLASSES, OUR_CLASSES = "label_emb.weight", "class_embedding.weight"
 

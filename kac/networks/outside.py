@@ -32,10 +32,10 @@ class OutsideConfig(NetworkOptions):
     )
     time: Literal["data_at_0", "data_at_1"] = Field(
         "data_at_0",
-        description="end of time where the module has the data; data_at_0: as in this project; data_at_1: the module "
-        "is called at 1 - t",
+        description="time of the data in the module; data_at_0: t = 0, as in this project; data_at_1: t = 1, so the "
+        "module is called at 1 - t",
     )
-    time_scale: PositiveFloat = Field(1.0, description="factor on the times that the module is called with")
+    time_scale: PositiveFloat = Field(1.0, description="factor that multiplies t before the module is called")
     labels: Literal["with_null", "without_null", "none"] = Field(
         "with_null",
         description="labels that the module accepts; with_null: classes, and 'no class' as the label after the last "

@@ -24,7 +24,7 @@ class UNetConfig(NetworkOptions):
     )
     patch: PositiveInt = Field(1, description="fold patches of PATCH x PATCH pixels into channels (space to depth)")
     groups: PositiveInt = Field(32, description="groups of the group norms; must divide the channels of every level")
-    time_scale: PositiveFloat = Field(1000.0, description="factor on times before they are embedded")
+    time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:

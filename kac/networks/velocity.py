@@ -30,7 +30,7 @@ class NetworkOptions(Kinded):
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the network can be conditioned on. Training may use less of it."""
+        """What the network can be conditioned on. A model may be trained with less."""
         return "classes_and_null"
 
     @property
@@ -76,7 +76,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if missing or unfit:
         names = ", ".join((missing + unfit)[:3])
         raise CheckpointError(
-            f"The weights do not fit this network: {names} are missing, unexpected or have another shape."
+            f"The weights do not fit this network. These are missing, unexpected or of another shape: {names}."
         )
     network.load_state_dict(weights, strict=False)
 
@@ -104,7 +104,7 @@ class FourierFeatures(nn.Module):
 
 
 CONDITION_CYCLES: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
-"""Frequency range of each condition. Students see few guidance scales; low frequencies interpolate between them."""
+"""Frequency range per condition. Students see few guidance scales, and low frequencies interpolate between them."""
 
 
 class ConditionEmbedding(nn.Module):

@@ -87,8 +87,8 @@ def _load(path: str, data: bytes) -> Any:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
             raise CheckpointError(
-                f"{path} contains the Python object {forbidden[1]}, which would have to run code to load. Save only "
-                "the weights: torch.save(model.state_dict(), FILE)."
+                f"{path} contains the Python object {forbidden[1]}, which cannot be loaded without running code. Save "
+                "only the weights: torch.save(model.state_dict(), FILE)."
             ) from None
         raise CheckpointError(f"{path} is not a readable file of weights ({one_line(error, 120)}).") from None
 
