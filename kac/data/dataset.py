@@ -52,7 +52,7 @@ class DataConfig(Kinded):
     @model_validator(mode="after")
     def _has_only_options_of_its_kind(self) -> Self:
         if self.kind in BUNDLED and self.root is not None:
-            raise ValueError(f"`root` is {self.root!r}, but {self.kind} has no files. Remove `root`.")
+            raise ValueError(f"`root` is {self.root!r}, but {self.kind} has no files. Remove it.")
         if self.kind in KINDS and not self.root:
             raise ValueError(f"`root` is missing. Give the path or s3:// URI of the {self.kind} files.")
         known = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
