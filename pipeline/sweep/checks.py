@@ -112,7 +112,7 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
             f"`guidance` {', '.join(f'{w:g}' for w in missing)} is not in the store {spec.store}, which has "
             f"{', '.join(f'{w:g}' for w in source.guidance)}. Add `rollout` to compute the missing scales first."
         )
-    if spec.search and isinstance(space.draws_of(spec).get("guidance"), space.Uniform):
+    if spec.search and not space.is_choice(space.distributions_of(spec)["guidance"]):
         raise ArgumentError(
             "`search` draws guidance from a range, but a store has only some guidance scales. Use choice(...) instead."
         )

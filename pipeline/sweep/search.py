@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -19,7 +19,10 @@ from kac.util import files
 from kac.util.log import log
 from pipeline.config.specs import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
-from pipeline.sweep.space import Choice, Draw, Integers, Point, Uniform
+from pipeline.sweep.space import Point, is_choice, sample
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 OPTUNA_FILE = "optuna.log"
 CONTROL = ("update", "seconds", "is_done", "error", "has_diverged")
@@ -38,16 +41,16 @@ class Proposer(Protocol):
         ...
 
 
-class RandomDraws:
+class RandomSearch:
     """Random search. The values of a trial depend only on the seed and the trial's number."""
 
-    def __init__(self, draws: Mapping[str, Draw], seed: int) -> None:
-        self.draws, self.seed = draws, seed
+    def __init__(self, space: "Mapping[str, BaseDistribution]", seed: int) -> None:
+        self.space, self.seed = space, seed
 
     def propose(self, number: int) -> dict[str, Any]:
         """The values of trial ``number``."""
         generator = random.Random(f"{self.seed}-{number}")
-        return {name: draw.sample(generator) for name, draw in self.draws.items()}
+        return {name: sample(distribution, generator) for name, distribution in self.space.items()}
 
     def observe(self, record: TrialRecord) -> None:
         """Do nothing."""
@@ -60,14 +63,16 @@ class Optuna:
     to OUT/optuna.log for Optuna's dashboard.
     """
 
-    def __init__(self, draws: Mapping[str, Draw], seed: int, metric: str, ledger: Ledger, out: str) -> None:
+    def __init__(
+        self, space: "Mapping[str, BaseDistribution]", seed: int, metric: str, ledger: Ledger, out: str
+    ) -> None:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.draws, self.metric = draws, metric
+        self.space, self.metric = space, metric
         storage = None
         if "://" not in out:
             path = files.join(out, OPTUNA_FILE)
@@ -76,9 +81,8 @@ class Optuna:
         records = ledger.records
         # With the same seed, a restarted sampler would repeat its first proposals.
         sampler = optuna.samplers.TPESampler(seed=seed + len(records), constant_liar=True)
-        space = {name: _distribution(draw) for name, draw in draws.items()}
         self.search = OptunaSearch(
-            space, metric=metric, mode="min", sampler=sampler, storage=storage, study_name="distillkac"
+            dict(space), metric=metric, mode="min", sampler=sampler, storage=storage, study_name="distillkac"
         )
         self.proposed: set[str] = set()
         for record in records:
@@ -99,27 +103,16 @@ class Optuna:
             result = None if has_failed else {self.metric: value}
             self.search.on_trial_complete(record.name, result, error=has_failed)
             return
-        values = {name: _as_given(draw, record.values.get(name)) for name, draw in self.draws.items()}
+        values = {name: _as_given(one, record.values.get(name)) for name, one in self.space.items()}
         if None not in values.values():
             self.search.add_evaluated_point(values, value, error=has_failed)
 
 
-def _distribution(draw: Draw) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(draw, Uniform):
-        return FloatDistribution(draw.low, draw.high, log=draw.is_log)
-    if isinstance(draw, Integers):
-        return IntDistribution(draw.low, draw.high)
-    assert isinstance(draw, Choice)
-    return CategoricalDistribution(draw.values)
-
-
-def _as_given(draw: Draw, value: Any) -> Any:
+def _as_given(distribution: Any, value: Any) -> Any:
     """The value as the user wrote it: a record has typed values, but a choice has text. None if no choice matches."""
-    if not isinstance(draw, Choice):
+    if not is_choice(distribution):
         return value
-    return next((choice for choice in draw.values if _is_same(choice, value)), None)
+    return next((choice for choice in distribution.choices if _is_same(choice, value)), None)
 
 
 def _is_same(choice: Any, value: Any) -> bool:

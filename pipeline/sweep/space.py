@@ -8,13 +8,16 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kac.util import files
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields
 from kac.util.options import nested_models
 from pipeline.config.specs import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 NOT_VARIED = (
     "store",
@@ -45,91 +48,48 @@ class Point:
     after: str | None = None  # name of its predecessor in a chain, whose student it starts from
 
 
-class Draw(Protocol):
-    """A distribution of a search."""
-
-    def sample(self, draws: random.Random) -> Any:
-        """A random value."""
-        ...
-
-    def ends(self) -> tuple[Any, ...]:
-        """The bounds, or every choice. If these values are valid, all values are."""
-        ...
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """A uniform or log-uniform number."""
-
-    low: float
-    high: float
-    is_log: bool = False
-
-    def sample(self, draws: random.Random) -> float:
-        """A random value."""
-        if self.is_log:
-            return math.exp(draws.uniform(math.log(self.low), math.log(self.high)))
-        return draws.uniform(self.low, self.high)
-
-    def ends(self) -> tuple[float, ...]:
-        """The bounds."""
-        return (self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Integers:
-    """A uniform integer between two bounds, both included."""
-
-    low: int
-    high: int
-
-    def sample(self, draws: random.Random) -> int:
-        """A random value."""
-        return draws.randint(self.low, self.high)
-
-    def ends(self) -> tuple[int, ...]:
-        """The bounds."""
-        return (self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several values, with equal probability."""
-
-    values: tuple[Any, ...]
-
-    def sample(self, draws: random.Random) -> Any:
-        """A random value."""
-        return draws.choice(self.values)
-
-    def ends(self) -> tuple[Any, ...]:
-        """Every choice."""
-        return self.values
-
-
-def parse_draw(field: str, text: str) -> Draw:
+def parse_distribution(field: str, text: str) -> "BaseDistribution":
     """Parse an expression such as ``loguniform(1e-4,3e-3)``. No code is evaluated.
 
     Raises:
         ArgumentError: the expression cannot be parsed.
     """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     match = re.fullmatch(r"(uniform|loguniform|randint|choice)\((.+)\)", str(text).strip())
     parts = [part.strip() for part in match[2].split(",")] if match else []
     try:
         if match and match[1] == "choice" and all(parts):
-            return Choice(tuple(parts))
+            return CategoricalDistribution(parts)
         low, high = parts
         if match and match[1] == "randint" and int(low) <= int(high):
-            return Integers(int(low), int(high))
+            return IntDistribution(int(low), int(high))
         is_log = match is not None and match[1] == "loguniform"
         if match and match[1] != "randint" and (0.0 if is_log else -math.inf) < float(low) < float(high) < math.inf:
-            return Uniform(float(low), float(high), is_log)
+            return FloatDistribution(float(low), float(high), log=is_log)
     except ValueError:
         pass
     raise ArgumentError(
         f"`search` cannot parse {text!r} for {field}. Use uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, "
         "randint(LOW,HIGH) or choice(VALUE,...)."
     )
+
+
+def is_choice(distribution: "BaseDistribution") -> bool:
+    """Whether a distribution is a choice of values instead of a range of numbers."""
+    return hasattr(distribution, "choices")
+
+
+def sample(distribution: Any, generator: random.Random) -> Any:
+    """A random value of a distribution."""
+    if is_choice(distribution):
+        return generator.choice(distribution.choices)
+    low, high = distribution.low, distribution.high
+    if isinstance(low, int):
+        return generator.randint(low, high)
+    if distribution.log:
+        return math.exp(generator.uniform(math.log(low), math.log(high)))
+    return generator.uniform(low, high)
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
@@ -158,14 +118,16 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
     return {name: values for name, values in axes.items() if name not in searched}
 
 
-def draws_of(spec: SweepSpec) -> dict[str, Draw]:
+def distributions_of(spec: SweepSpec) -> "dict[str, BaseDistribution]":
     """The distribution of each field of a search. Axes of the grid become choices.
 
     Raises:
         ArgumentError: an expression cannot be parsed, or ``axes_of`` raises.
     """
-    draws = {field_named(name): parse_draw(name, text) for name, text in spec.search.items()}
-    return {**{name: Choice(values) for name, values in axes_of(spec).items()}, **draws}
+    from optuna.distributions import CategoricalDistribution
+
+    searched = {field_named(name): parse_distribution(name, text) for name, text in spec.search.items()}
+    return {**{name: CategoricalDistribution(values) for name, values in axes_of(spec).items()}, **searched}
 
 
 def field_named(name: str) -> str:
@@ -267,15 +229,17 @@ def drawn_point(spec: SweepSpec, number: int, values: Mapping[str, Any]) -> Poin
 
 
 def sample_points(spec: SweepSpec) -> list[Point]:
-    """Sample points of a search, for checks: each field in turn takes its end values, the others their first value.
+    """Sample points of a search, for checks: each field in turn takes its bounds or choices, the others their first.
 
     Raises:
         ArgumentError: a point is not valid.
     """
-    draws = draws_of(spec)
-    first = {name: draw.ends()[0] for name, draw in draws.items()}
+    tested = {
+        name: one.choices if is_choice(one) else (one.low, one.high) for name, one in distributions_of(spec).items()
+    }
+    first = {name: values[0] for name, values in tested.items()}
     return [
-        make_point(spec, {**first, name: value}, name="trial") for name, draw in draws.items() for value in draw.ends()
+        make_point(spec, {**first, name: value}, name="trial") for name, values in tested.items() for value in values
     ]
 
 

@@ -85,14 +85,14 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
 
 
 def _proposer(spec: SweepSpec, ledger: Ledger) -> Any:
-    from pipeline.sweep.search import Optuna, RandomDraws
+    from pipeline.sweep.search import Optuna, RandomSearch
 
     if not spec.search:
         return None
-    draws = space.draws_of(spec)
+    distributions = space.distributions_of(spec)
     if spec.searcher == "optuna":
-        return Optuna(draws, spec.seed, spec.asha_metric, ledger, spec.out)
-    return RandomDraws(draws, spec.seed)
+        return Optuna(distributions, spec.seed, spec.asha_metric, ledger, spec.out)
+    return RandomSearch(distributions, spec.seed)
 
 
 def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.SharedColumns]:
@@ -156,7 +156,7 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
     ]
     try:
         with sharing.use_shared(arrays):
-            distill.distill(spec, run, on_report=report)
+            distill.distill(spec, run, on_report=report, is_trial=True)
     except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
         report_to_tune(last, started, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return

@@ -21,7 +21,7 @@ from pipeline.distill import check, distill, resolve, start_run
 from pipeline.store import sharing
 from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep
 from pipeline.sweep.search import Halving, LedgerSearch, Optuna
-from pipeline.sweep.space import draws_of
+from pipeline.sweep.space import distributions_of
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
 from tests.pipeline.stores import make_store
 
@@ -145,7 +145,7 @@ def test_a_search_runs_its_trials_and_can_be_extended(small_store: str, tmp_path
     assert more[:3] == first and len(more) == 4
     rates = [record.values["optimizer.learning_rate"] for record in more]
     assert len(set(rates)) == 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
-    study = Optuna(draws_of(spec), 0, "loss", Ledger(spec.out), spec.out).search._ot_study
+    study = Optuna(distributions_of(spec), 0, "loss", Ledger(spec.out), spec.out).search._ot_study
     assert [round(trial.value, 6) for trial in study.trials] == [round(r.metrics["loss"], 6) for r in more]
 
 

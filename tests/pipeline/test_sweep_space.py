@@ -76,19 +76,19 @@ def test_a_chain_starts_from_the_grid_and_each_student_from_its_predecessor():
 
 
 def test_a_search_draws_within_its_bounds_by_trial_number():
-    from pipeline.sweep.search import RandomDraws
+    from pipeline.sweep.search import RandomSearch
 
     spec = spec_of(
         search=["optimizer.learning-rate=loguniform(1e-4, 3e-3)", "optimizer.updates=randint(3,5)"],
         trials=8,
         grid=["steps=1,2"],
     )
-    proposer = RandomDraws(space.draws_of(spec), spec.seed)
+    proposer = RandomSearch(space.distributions_of(spec), spec.seed)
     points = [space.drawn_point(spec, n, proposer.propose(n)) for n in range(40)]
     assert all(1e-4 <= p.spec.optimizer.learning_rate <= 3e-3 for p in points)
     assert {p.spec.optimizer.updates for p in points} == {3, 4, 5}
     assert {p.spec.steps for p in points} == {1, 2} and {p.spec.guidance for p in points} == {0.0}
-    assert proposer.propose(7) == RandomDraws(space.draws_of(spec), spec.seed).propose(7)
+    assert proposer.propose(7) == RandomSearch(space.distributions_of(spec), spec.seed).propose(7)
     again = space.make_point(spec, points[7].values, points[7].name)
     assert again == points[7], "the values in a trial's record give the same student"
 
@@ -108,7 +108,7 @@ def test_a_search_draws_within_its_bounds_by_trial_number():
 )
 def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
     with pytest.raises(ArgumentError, match=r"`search` .* optimizer\.learning-rate"):
-        space.draws_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
+        space.distributions_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
 
 
 @pytest.mark.parametrize(
