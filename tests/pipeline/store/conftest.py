@@ -29,6 +29,13 @@ def path(folder: Path, teacher: str) -> Path:
     return folder / "store"
 
 
+@pytest.fixture(scope="session")
+def whole(folder: Path, teacher: str) -> Path:
+    """A store with 200 rows per guidance scale: six shards of 32 rows and one of 8."""
+    make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
+    return folder / "whole"
+
+
 @pytest.fixture
 def store(path: Path, ray_cluster: None) -> Store:
     return endpoint_store.open(str(path))

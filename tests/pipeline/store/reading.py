@@ -1,5 +1,7 @@
-"""Helpers for the tests of the reader."""
+"""Helpers for the tests of stores."""
 
+import runpy
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +39,16 @@ def read_all(path: Path, guidance: float) -> dict[str, np.ndarray]:
     store = endpoint_store.open(str(path))
     tables = [adopt(str(path), shard, store.identity)[1] for shard in store.shards if shard.guidance == guidance]
     return {name: np.concatenate([column_array(table[name]) for table in tables]) for name in tables[0].column_names}
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run `python -m jobs.store` in this process, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["store", *arguments])
+    try:
+        runpy.run_module("jobs.store", run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 class CountingFile:

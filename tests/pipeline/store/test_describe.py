@@ -1,7 +1,6 @@
 """Descriptions of stores."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,45 +13,17 @@ from pipeline.store.describe import DescribeSpec, describe
 from pipeline.store.layout import StoreError
 from pipeline.store.manifest import read_manifest
 from pipeline.store.shards import column_array
+from tests.pipeline.store.reading import SCALES, run_job
 from tests.pipeline.stores import (
     copy_store,
     flip,
     last_value,
     make_spec,
     make_store,
-    make_teacher,
     plan_store,
     run_rollout,
     shard_file,
 )
-
-SCALES = (0.0, 1.5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stores")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> str:
-    return make_teacher(folder / "teacher")
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path, teacher: str) -> Path:
-    """A store with 200 rows per guidance scale: six shards of 32 rows and one of 8."""
-    make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
-    return folder / "whole"
-
-
-def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["store", *arguments])
-    try:
-        runpy.run_module("jobs.store", run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_a_description_counts_rows_shards_and_bytes(whole: Path, teacher: str) -> None:

@@ -1,7 +1,5 @@
 """Merging stores, and refusals of stores that do not fit together."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,27 +11,17 @@ from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import Manifest, read_manifest
 from pipeline.store.merge import MergeSpec, merge
 from pipeline.store.verify import VerifySpec, verify
+from tests.pipeline.store.reading import run_job
 from tests.pipeline.stores import (
     copy_store,
     flip,
     last_value,
     make_spec,
     make_store,
-    make_teacher,
     plan_store,
     run_rollout,
     shard_file,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stores")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> str:
-    return make_teacher(folder / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +232,9 @@ def test_a_merge_works_with_other_filesystems(parts, tmp_path: Path) -> None:
 
 
 def test_the_job_merges_and_prints_one_line_per_error(parts, tmp_path: Path, monkeypatch, capsys) -> None:
-    def run_job(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["store", *arguments])
-        try:
-            runpy.run_module("jobs.store", run_name="__main__")
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    assert run_job("merge", *parts, "--into", str(tmp_path / "joined")) == 0
+    assert run_job(monkeypatch, "merge", *parts, "--into", str(tmp_path / "joined")) == 0
     assert "merge: wrote" in capsys.readouterr().out
-    assert run_job("merge", parts[0], parts[0], "--into", str(tmp_path / "twice")) == 1
+    assert run_job(monkeypatch, "merge", parts[0], parts[0], "--into", str(tmp_path / "twice")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("python -m jobs.store merge: error: ")
     assert "samples from 0 at guidance 0" in line

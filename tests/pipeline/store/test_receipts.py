@@ -9,12 +9,7 @@ from pipeline.rollout import make_plan, rollout
 from pipeline.rollout import stage as rollout_stage
 from pipeline.store.manifest import list_files, read_manifest
 from pipeline.store.receipts import is_receipt_file, read_receipts, write_receipts
-from tests.pipeline.stores import make_spec, make_teacher, plan_store, publish_shards, shard_file
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_teacher(tmp_path_factory.mktemp("models") / "teacher")
+from tests.pipeline.stores import make_spec, plan_store, publish_shards, shard_file
 
 
 def receipt_files(store: Path) -> list[str]:

@@ -1,8 +1,6 @@
 """verify reports every kind of damage, and --repair removes only shards that must be recomputed."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +12,17 @@ from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import list_files, read_manifest
 from pipeline.store.shards import check, column_array, encode, make_table, publish
 from pipeline.store.verify import VerifyReport, VerifySpec, verify
+from tests.pipeline.store.reading import SCALES, run_job
 from tests.pipeline.stores import (
     copy_store,
     flip,
     last_value,
     make_spec,
     make_store,
-    make_teacher,
     plan_store,
     run_rollout,
     shard_file,
 )
-
-SCALES = (0.0, 1.5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stores")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> str:
-    return make_teacher(folder / "teacher")
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path, teacher: str) -> Path:
-    """A store with 200 rows per guidance scale: six shards of 32 rows and one of 8."""
-    make_store(folder / "whole", teacher, trajectories=200, guidance=SCALES)
-    return folder / "whole"
 
 
 @pytest.fixture
@@ -251,15 +230,6 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(StoreError, match=f"{path} is not an endpoint store"):
             verify(VerifySpec(store=str(path)))
-
-
-def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["store", *arguments])
-    try:
-        runpy.run_module("jobs.store", run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_the_job_prints_one_line_per_problem_and_exits_with_1(store: Path, monkeypatch, capsys) -> None:
