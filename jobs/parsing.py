@@ -219,21 +219,22 @@ def _leaf(
         is_instance=lambda _: True,
         str_from_instance=lambda _: [],
     )
-    about = tyro.conf.arg(
-        help=as_options(description) or None,
-        help_behavior_hint=_default_hint(default, description) if hint is None else hint,
-    )
+    text, default_hint = _help_texts(as_options(description), default)
+    about = tyro.conf.arg(help=text or None, help_behavior_hint=default_hint if hint is None else hint)
     annotated: Any = Annotated
     return annotated[Any, constructor, about, *metadata]
 
 
-def _default_hint(default: Any, description: str) -> str:
+def _help_texts(description: str, default: Any) -> tuple[str, str]:
+    """Return the help and its hint. A description can end with what happens without a value, "; default: X"."""
+    text, _, without_value = description.partition("; default: ")
     if default is PydanticUndefined:
-        return "(required)"
-    if default in (None, (), {}) and "default" in description:
-        return ""  # the description says what happens without a value
-    text = " ".join(map(str, default)) if isinstance(default, tuple | list) else default
-    return f"(default: {'none' if text in ('', {}) and not isinstance(default, str) else text})"
+        return text, "(required)"
+    if default in (None, (), [], {}):
+        if not without_value and "default" in text:
+            return text, ""
+        return text, f"(default: {without_value or (None if default is None else 'none')})"
+    return text, f"(default: {' '.join(map(str, default)) if isinstance(default, tuple | list) else default})"
 
 
 def _metavar(kind: Any) -> str:

@@ -178,7 +178,7 @@ LabelSelector = Annotated[
     dict[str, str], BeforeValidator(lambda given: parse_pairs("`label_selector`", given, name="KEY"))
 ]
 LABEL_SELECTOR = unhashed(
-    {}, "only use nodes with these labels: KEY=VALUE, KEY=!VALUE or 'KEY=in(ONE,OTHER)'", RESOURCES
+    {}, "use only nodes with these labels: KEY=VALUE, KEY=!VALUE or 'KEY=in(ONE,OTHER)'", RESOURCES
 )
 
 
@@ -298,7 +298,7 @@ class RolloutSpec(RolloutRecipe, Spec):
         0, "id of the first trajectory, a multiple of `shard_size`; for stores that will be merged"
     )
     guidance: tuple[float, ...] = unhashed(
-        (0.0,), "guidance scales w, 0 is none; a rerun can add more: 0 1 2", min_length=1
+        (0.0,), "guidance scales w, 0 is none; such as 0 1 2; a rerun can add more", min_length=1
     )
     compression: Literal["none", "zstd", "lz4"] = unhashed(
         "lz4", "Parquet compression of the knots (byte-stream split)"
@@ -364,7 +364,7 @@ class DistillSpec(StudentOptions, Spec):
         0.0, description="guidance scale to learn; all: every scale of the store, as an input of the network"
     )
     steps: PositiveInt = Field(
-        4, description="the student's steps, a divisor of the store's knots; for an any-step student, its default"
+        4, description="the student's steps, a divisor of the store's knots; an any-step student uses them by default"
     )
     workers: Count | None = WORKERS
     gpu: bool | None = GPU
@@ -408,15 +408,15 @@ class SweepSpec(StudentOptions, Spec):
         None, "guidance scales, short for `grid` guidance=0,1; all: one student for all scales; default: 0"
     )
     grid: dict[str, tuple[Any, ...]] = unhashed(
-        {}, "axes of the grid, any options of jobs.distill: steps=1,2 optimizer.learning-rate=1e-3,2e-3"
+        {}, "axes of the grid, any options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
     )
     chain: tuple[PositiveInt, ...] = unhashed(
-        (), "step counts of students that each start from the one before, in addition to the grid: 20 4 2 1"
+        (), "step counts of students that each start from the one before, in addition to the grid, such as 20 4 2 1"
     )
     search: dict[str, str] = unhashed(
         {},
-        "distributions to draw options from; grid axes are then choices: "
-        "'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, randint (both ends included), choice",
+        "distributions to draw options from, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)', or uniform, "
+        "randint (both ends included), choice; the grid's axes are then choices",
     )
     trials: NonNegativeInt = unhashed(0, "number of trials of `search`; a rerun can add more")
     searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm of `search`")
