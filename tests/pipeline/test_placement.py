@@ -18,7 +18,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.cluster.placement import Node, Share, await_room
 from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
-from pipeline.distill import DistillTask, distill, resolve
+from pipeline.distill import DistillTask, distill, resolve_spec
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
@@ -91,7 +91,7 @@ MAX_WORKERS = 4, 3
 
 def elastic_tasks(teacher: str, small_store: str, out: Path) -> tuple[TeachTask, DistillTask]:
     two_passes = FEW.model_copy(update={"batch_size": 48, "accumulation": 2})
-    student = resolve(
+    student = resolve_spec(
         distill_spec(small_store, out, optimizer=two_passes, objective={"kind": "flow-map", "grids": (1, 2, 4)})
     )
     return TeachTask(teach_spec(out)), DistillTask(student, teacher)
@@ -157,7 +157,7 @@ def test_an_elastic_group_of_ray_train_trains_like_one_process(
 ):
     spec = distill_spec(small_store, tmp_path / "group", workers="1:2")
     distill(spec)
-    job = training.Job(DistillTask(resolve(spec), teacher), "test", str(tmp_path / "alone"), Untracked("", ""), 60)
+    job = training.Job(DistillTask(resolve_spec(spec), teacher), "test", str(tmp_path / "alone"), Untracked("", ""), 60)
     state = run_updates(job, training.Worker(0, 1, torch.device("cpu"), 2), lambda metrics, state: None, None)
     single, group = averaged_weights(state), load_model(str(tmp_path / "group")).network.state_dict()
     for name, value in single.items():
