@@ -8,10 +8,11 @@ from kac.metrics import quality_metrics
 from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
-from pipeline import distill, store, training
+from pipeline import store, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.config.specs import SweepSpec
+from pipeline.distill import plan_student, resolve_spec
 from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.space import Point
@@ -121,11 +122,11 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
         training.check_batch_split(point.spec.optimizer, point.spec.workers or 0)
         # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
         init = spec.init if point.after else point.spec.init
-        student = distill.resolve(point.spec.model_copy(update={"init": init}))
+        student = resolve_spec(point.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
         if student.guidance not in missing and key not in checked:
             checked.add(key)
-            distill.check(student)
+            plan_student(student)
     return source, missing
 
 

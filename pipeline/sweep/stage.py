@@ -8,10 +8,19 @@ from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.log import log
-from pipeline import claims, distill, outputs, store, tracking
+from pipeline import claims, outputs, store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.distill import (
+    DistillPlan,
+    absolute_spec,
+    check_student_storage,
+    finish_stopped_student,
+    plan_student,
+    resolve_spec,
+    start_student_run,
+)
 from pipeline.evaluate.feature_trial import try_features
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
@@ -37,8 +46,8 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         DistillKacError: the options, the store, the cluster or the folder do not fit (before any trial starts), or
             trials failed (after all others have ended).
     """
-    spec = distill.absolute(spec)
-    distill.check_storage(spec, lambda: True)
+    spec = absolute_spec(spec)
+    check_student_storage(spec, lambda: True)
     points = space.sample_points(spec) if spec.search else space.grid_points(spec)
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
@@ -167,10 +176,10 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
     record = ledger.get(point.name)
     if record is not None and record.status == "stopped":
         return False
-    student = distill.resolve(point.spec)
+    student = resolve_spec(point.spec)
     if point.after and not _has_student(student.init):
         return True
-    plan = distill.check(student)
+    plan = plan_student(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
         claims.release(student.out)  # the trial's process claims the folder again
         return True
@@ -186,9 +195,7 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
     return False
 
 
-def _nest(
-    student: DistillSpec, plan: distill.DistillPlan, run: tracking.TrackedRun, was_cut_off: bool
-) -> dict[str, float]:
+def _nest(student: DistillSpec, plan: DistillPlan, run: tracking.TrackedRun, was_cut_off: bool) -> dict[str, float]:
     """Make the run of a complete student a child of the sweep's run; a student without a run gets one.
 
     Args:
@@ -200,12 +207,12 @@ def _nest(
     """
     own = tracking.run_of_output(student.out)
     if own is None:
-        with distill.start_run(student, plan, run) as new:
+        with start_student_run(student, plan, run) as new:
             new.tags({"distillkac.path": student.out})
         return {}
     own.nest(run)
     if was_cut_off:
-        distill.finish_stopped(student)
+        finish_stopped_student(student)
     return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from kac.util.errors import DivergedError, one_line
-from pipeline import distill, store, tracking
+from pipeline import store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.config.specs import DistillSpec, SweepSpec
+from pipeline.distill import distill, objective_of
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep import space
@@ -105,7 +106,7 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sha
     source = store.open(spec.store)
     wanted = [
         source.without_last(s.held_out_rows).selection(
-            distill.objective_of(s), source.guidance if s.guidance == "all" else s.guidance
+            objective_of(s), source.guidance if s.guidance == "all" else s.guidance
         )
         for s in students
     ]
@@ -156,7 +157,7 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
     ]
     try:
         with sharing.use_shared(arrays):
-            distill.distill(spec, run, on_report=report, is_trial=True)
+            distill(spec, run, on_report=report, is_trial=True)
     except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
         report_to_tune(last, started, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,21 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from pipeline.evaluate.scores import Record, Score
+from pipeline.sweep import TrialRecord
 
 TEACHER = {0.0: (0.21, 5.6), 0.5: (0.24, 4.7), 1.0: (0.33, 4.3), 2.0: (0.61, 5.1)}
 """Frechet distances of a teacher in pixels and in the classifier's features, by guidance scale."""
 
 
-@dataclass(frozen=True)
-class FakeTrial:
-    """The record of a trial."""
-
-    number: int
-    name: str
-    out: str
-    values: dict[str, Any]
-    status: str = "finished"
-    updates: int = 2000
-    seconds: float = 31.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
+def trial_record(number: int, name: str, out: str, values: dict[str, Any], **options: Any) -> TrialRecord:
+    """The record of a trial, finished by default."""
+    defaults = {"status": "finished", "updates": 2000, "seconds": 31.0}
+    return TrialRecord(**{**defaults, **options}, number=number, name=name, out=out, values=values)
 
 
-def grid(out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float] = (0.0, 0.5, 1.0, 2.0)) -> list[Any]:
+def grid(
+    out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float] = (0.0, 0.5, 1.0, 2.0)
+) -> list[TrialRecord]:
     """One trial per step count and guidance scale."""
     trials = []
     for m in steps:
@@ -42,11 +35,13 @@ def grid(out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float
                 "validation/energy_distance": 0.4 / m + 0.01 * w,
                 "validation/endpoint_error": 0.1,
             }
-            trials.append(FakeTrial(len(trials), name, str(out / name), {"steps": m, "guidance": w}, metrics=metrics))
+            trials.append(
+                trial_record(len(trials), name, str(out / name), {"steps": m, "guidance": w}, metrics=metrics)
+            )
     return trials
 
 
-def search(out: Path, count: int = 32) -> list[Any]:
+def search(out: Path, count: int = 32) -> list[TrialRecord]:
     """Trials of a random search over four fields, one of them text. Two of three trials finish."""
     draws, trials = np.random.default_rng(0), []
     for number in range(count):
@@ -64,11 +59,11 @@ def search(out: Path, count: int = 32) -> list[Any]:
         }
         status = "stopped" if number % 3 == 2 else "finished"
         name = f"trial-{number}"
-        trials.append(FakeTrial(number, name, str(out / name), values, status, metrics=metrics))
+        trials.append(trial_record(number, name, str(out / name), values, status=status, metrics=metrics))
     return trials
 
 
-def evaluation(folder: Path, trials: Sequence[Any], shown: int = 12) -> str:
+def evaluation(folder: Path, trials: Sequence[TrialRecord], shown: int = 12) -> str:
     """Write the folder of an evaluation of the trials' students. Their samples are digits with added noise."""
     folder.mkdir(parents=True)
     digits = load_digits().images[:, None] / 8 - 1
@@ -96,7 +91,7 @@ def evaluation(folder: Path, trials: Sequence[Any], shown: int = 12) -> str:
     (folder / "evaluation.json").write_text(json.dumps(record.model_dump(mode="json")))
     (folder / "spec.json").write_text(json.dumps({"options": {"teacher": "/runs/teacher"}}))
     sink = io.BytesIO()
-    np.savez_compressed(sink, **{str(place): rows.astype(np.float32) for place, rows in enumerate(images)})
+    np.savez_compressed(sink, **{str(row): samples.astype(np.float32) for row, samples in enumerate(images)})
     (folder / "samples.npz").write_bytes(sink.getvalue())
     return str(folder)
 

@@ -1,6 +1,5 @@
 """The report of a sweep in a real browser: texts, counts and widths on a phone and on a desktop, and in print."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.sweeps import grid
-from tests.pipeline.test_sweep_answer import answer
+from tests.pipeline.test_sweep_answer import answer, failed
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -22,7 +21,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a grid of 16 trials with one failed trial."""
     out = tmp_path_factory.mktemp("sweeps") / "digits"
     trials = grid(out)
-    trials[6] = dataclasses.replace(trials[6], status="failed", metrics={}, error="loss is <nan> after update 312")
+    trials[6] = failed(trials[6], "loss is <nan> after update 312")
     answer(out, trials)
     return out / "report.html"
 

@@ -1,7 +1,6 @@
 """The answer of a sweep: the best trial, fronts, tables and plots, and notes on missing plots."""
 
 import csv
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,10 +14,11 @@ from kac.metrics import Metric
 from pipeline import tracking
 from pipeline.config.specs import SweepSpec
 from pipeline.evaluate.scores import read_record
+from pipeline.sweep import TrialRecord
 from pipeline.sweep.answer import write_answer
 from pipeline.sweep.answer.plots import parameters
 from pipeline.sweep.answer.rows import describe, front, headings, make_rows, ranked
-from tests.pipeline.sweeps import FakeTrial, evaluation, grid, search
+from tests.pipeline.sweeps import evaluation, grid, search, trial_record
 
 FRECHET = "frechet_distance_classifier"
 ENERGY = Metric("energy_distance", "energy distance of a small sample", "", ".4f", "lower")
@@ -36,8 +36,12 @@ def answer(
     return MlflowClient().get_run(run.run_id)
 
 
-def trial_of(number: int, value: float, **values: Any) -> FakeTrial:
-    return FakeTrial(number, f"t{number}", f"/o/t{number}", values, metrics={"q": value})
+def trial_of(number: int, value: float, **values: Any) -> TrialRecord:
+    return trial_record(number, f"t{number}", f"/o/t{number}", values, metrics={"q": value})
+
+
+def failed(record: TrialRecord, error: str) -> TrialRecord:
+    return record.model_copy(update={"status": "failed", "metrics": {}, "error": error})
 
 
 def test_the_answer_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -69,7 +73,7 @@ def trials_number(trials: list[Any], score: Any) -> int:
 
 def test_both_tables_have_every_trial_with_values_and_metrics(tmp_path: Path):
     trials = grid(tmp_path)
-    trials[3] = dataclasses.replace(trials[3], status="failed", metrics={}, error="the disk is full")
+    trials[3] = failed(trials[3], "the disk is full")
     answer(tmp_path, trials)
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     lines = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text())))
@@ -102,7 +106,12 @@ def test_speeds_within_measurement_error_count_as_equal(tmp_path: Path):
 
 
 def test_a_stopped_or_failed_trial_is_never_the_best():
-    trials = [trial_of(0, 2.0), dataclasses.replace(trial_of(1, 1.0), status="stopped"), trial_of(2, float("nan"))]
+    stopped, diverged = {"status": "stopped"}, {"metrics": {"q": float("nan")}}
+    trials = [
+        trial_of(0, 2.0),
+        trial_of(1, 1.0).model_copy(update=stopped),
+        trial_of(2, 0.0).model_copy(update=diverged),
+    ]
     assert [row.trial.number for row in ranked(make_rows(trials, None), Metric("q", "", better="lower"))] == [0]
 
 
@@ -144,8 +153,8 @@ def test_missing_plots_of_parameters_have_a_note(trials: list[Any], note: str):
 
 
 def test_a_sweep_without_finished_trials_has_an_answer(tmp_path: Path):
-    failed = [dataclasses.replace(t, status="failed", metrics={}, error="boom") for t in grid(tmp_path, (1,), (0.0,))]
-    run = answer(tmp_path, failed, is_evaluated=False)
+    trials = [failed(record, "boom") for record in grid(tmp_path, (1,), (0.0,))]
+    run = answer(tmp_path, trials, is_evaluated=False)
     assert json.loads((tmp_path / "answer.json").read_text())["best"] is None
     assert run.data.metrics == {}
     assert "failed: #0 steps-1-guidance-0.0: boom" in (tmp_path / "table.txt").read_text()

@@ -20,8 +20,9 @@ from pipeline.outputs import SPEC_FILE
 from pipeline.report import pictures
 from pipeline.sweep.answer import plots
 from pipeline.sweep.answer.answer_page import make_page
-from pipeline.sweep.answer.rows import COST, SPEED, Row, Trial, describe
+from pipeline.sweep.answer.rows import COST, SPEED, Row, describe
 from pipeline.sweep.answer.table import Answer, make_answer, text_table
+from pipeline.sweep.ledger import TrialRecord
 
 REPORT_FILE, TABLE_FILE = "report.html", "table.txt"
 PARQUET_FILE, CSV_FILE = "trials.parquet", "trials.csv"
@@ -32,7 +33,7 @@ BEST = "best/"
 
 def write_answer(
     spec: SweepSpec,
-    trials: Sequence[Trial],
+    trials: Sequence[TrialRecord],
     evaluation: str | None,
     run: tracking.TrackedRun,
     metric: str,

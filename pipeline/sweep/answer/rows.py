@@ -8,61 +8,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from kac.metrics import Metric
 from pipeline import tracking
 from pipeline.evaluate.scores import Record, Score, columns
+from pipeline.sweep.ledger import TrialRecord
 
 COST, SPEED = "nfe", "images_per_second"
 """The metrics that measure cost: network evaluations per image, and images per second."""
-
-
-class Trial(Protocol):
-    """The part of a ledger's ``TrialRecord`` that the answer needs."""
-
-    @property
-    def number(self) -> int:
-        """Order in the sweep."""
-
-    @property
-    def name(self) -> str:
-        """Unique name."""
-
-    @property
-    def out(self) -> str:
-        """Folder of the student."""
-
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """Varied fields by dotted name."""
-
-    @property
-    def status(self) -> str:
-        """waiting, running, finished, stopped (early) or failed."""
-
-    @property
-    def updates(self) -> int:
-        """Completed updates."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Latest reported metrics."""
-
-    @property
-    def error(self) -> str:
-        """Reason of a failure."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A trial, with one score of its student if there is any."""
 
-    trial: Trial
+    trial: TrialRecord
     score: Score | None = None
     score_index: int | None = None  # in the evaluation
     metrics: Mapping[str, float] = field(default_factory=dict)  # from training and from the evaluation
@@ -89,7 +50,7 @@ class Row:
         return nfe
 
 
-def make_rows(trials: Sequence[Trial], record: Record | None) -> list[Row]:
+def make_rows(trials: Sequence[TrialRecord], record: Record | None) -> list[Row]:
     """One or more rows per trial, in the order of the sweep."""
     rows = []
     for trial in sorted(trials, key=lambda trial: trial.number):

@@ -12,7 +12,6 @@ from pipeline.sweep.answer.rows import (
     COST,
     SPEED,
     Row,
-    Trial,
     describe,
     front,
     headings,
@@ -22,6 +21,7 @@ from pipeline.sweep.answer.rows import (
     text,
     varied,
 )
+from pipeline.sweep.ledger import TrialRecord
 
 PRINTED_ROWS = 20
 """Rows of the printed table; the files have all rows."""
@@ -87,7 +87,7 @@ class Answer:
         return ", ".join(name for name, rows in fronts.items() if row in rows)
 
 
-def make_answer(trials: Sequence[Trial], record: Record | None, metric: str, better: str) -> Answer:
+def make_answer(trials: Sequence[TrialRecord], record: Record | None, metric: str, better: str) -> Answer:
     """The answer from the trials and the evaluation of their students."""
     return Answer(make_rows(trials, record), describe(metric, record, better), record)
 
