@@ -54,7 +54,7 @@ def test_a_student_of_several_scales_accepts_scales_in_its_range():
 def test_a_student_refuses_steps_and_guidance_it_was_not_trained_for():
     with pytest.raises(ArgumentError, match=r"`guidance` is 1\.0.*1\.5"):
         student_sampling(config(), guidance=1.0)
-    with pytest.raises(ArgumentError, match=r"`steps` is 5.*only 4"):
+    with pytest.raises(ArgumentError, match=r"`steps` is 5.*only with 4"):
         student_sampling(config(), steps=5)
 
 
