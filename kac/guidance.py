@@ -16,6 +16,13 @@ class GuidedVelocity:
 
     w = 0 means no guidance (arXiv 2509.21513).
 
+    Example:
+        >>> from kac.networks import MLPConfig, build_network
+        >>> network = build_network(MLPConfig(width=8, depth=1), (2,), num_classes=3)
+        >>> velocity = guide(network, w=1.5, label=torch.tensor([0, 2]))
+        >>> velocity(torch.zeros(2, 2), torch.tensor(0.5)).shape, velocity.nfe_per_call
+        (torch.Size([2, 2]), 2)
+
     Args:
         label: [batch].
         conditions: function from t to the scalar values of further network inputs.

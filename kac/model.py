@@ -13,7 +13,8 @@ MODEL/unet/config.json                           the config of diffusers
 import contextlib
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -27,6 +28,9 @@ from kac.util import files
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
 from kac.util.fingerprint import with_neutral_values
 from kac.util.options import Options
+
+if TYPE_CHECKING:
+    from kac.sampling import Samples
 
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -131,6 +135,46 @@ class Model(NamedTuple):
 
     network: NetworkModule
     config: ModelConfig
+
+    def sample(
+        self,
+        count: int,
+        *,
+        steps: int | None = None,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        guidance: float | None = None,
+    ) -> "Samples":
+        """Draw the images that ``jobs.sample`` draws with the same options.
+
+        Args:
+            count: number of images.
+            steps: student steps, or solver steps of a teacher; default: those of the student, 100 for a teacher.
+            labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
+            seed: seed of noise and classes.
+            guidance: guidance scale; default: that of the student, 0 for a teacher.
+
+        Returns:
+            ``images`` [count, *sample_shape] in [-1, 1], and their ``label`` [count].
+
+        Raises:
+            ArgumentError: steps, classes or guidance that the model does not support.
+            DivergedError: the model generates NaN or infinity.
+
+        Example:
+            >>> student = load_model("runs/student")  # doctest: +SKIP
+            >>> student.sample(16, steps=1).images.shape  # doctest: +SKIP
+            torch.Size([16, 1, 8, 8])
+        """
+        from kac import sampling  # which imports this module
+        from kac.precision import Precision
+
+        if self.config.kind == "teacher":
+            how = sampling.teacher_sampling(self.config, guidance, steps)
+        else:
+            how = sampling.student_sampling(self.config, steps, guidance)
+        classes = None if labels is None else tuple(labels)
+        return sampling.draw(self, how, Precision(), seed, count, sampling.BATCH_SIZE, classes)
 
 
 def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:

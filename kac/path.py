@@ -25,6 +25,14 @@ class PathSample(NamedTuple):
 class KacPath:
     """x_t = f(t) x_0 + K_{g(t)} with an independent Kac process per coordinate (arXiv 2509.21513).
 
+    Example:
+        >>> path = KacPath(KacProcess(a=9, c=3), clock="quadratic")
+        >>> point = path.sample(torch.zeros(4, 1, 8, 8), t=torch.rand(4))
+        >>> point.x_t.shape, point.target.shape
+        (torch.Size([4, 1, 8, 8]), torch.Size([4, 1, 8, 8]))
+        >>> path.speed_limit()  # of data in [-1, 1]
+        7.0
+
     Raises:
         ValueError: an unknown signal or clock.
     """
@@ -64,7 +72,12 @@ class KacPath:
 
 @dataclass(frozen=True)
 class GaussianPath:
-    """Ordinary flow matching with the interface of ``KacPath``: x_t = (1 - t) x_0 + t eps, u_t = eps - x_0."""
+    """Ordinary flow matching with the interface of ``KacPath``: x_t = (1 - t) x_0 + t eps, u_t = eps - x_0.
+
+    Example:
+        >>> GaussianPath().sample(torch.zeros(4, 2), t=torch.rand(4)).target.shape
+        torch.Size([4, 2])
+    """
 
     uniforms_per_coordinate: ClassVar[int] = 1
 

@@ -30,6 +30,11 @@ class KacNoise(NamedTuple):
 class KacProcess:
     """The damped-wave process with reversal rate ``a`` (1/time) and speed ``c`` (length/time).
 
+    Example:
+        >>> noise = KacProcess(a=9, c=3).sample(torch.ones(1000), torch.Generator().manual_seed(0))
+        >>> bool((noise.displacement.abs() <= 3).all())  # nothing moves faster than c
+        True
+
     Raises:
         ValueError: a or c is not positive and finite.
     """

@@ -1,10 +1,36 @@
-"""The stages on Ray, the endpoint store, and tracking."""
+"""The stages on Ray, the endpoint store, and tracking.
+
+The names of the stages here are functions (``pipeline.api``), which replace the modules of the same name:
+``from pipeline import teach``.
+"""
 
 import sys
 
-if "ray" in sys.modules:
-    from kac.util.log import show
-    from pipeline.cluster.connection import is_worker
+from kac.util.log import show
+from pipeline.api import (
+    EvaluationResult,
+    ModelResult,
+    StoreResult,
+    SweepResult,
+    distill,
+    evaluate,
+    rollout,
+    sweep,
+    teach,
+)
+from pipeline.cluster.connection import is_worker
 
-    if is_worker():  # Ray sends the output of its workers to the driver
-        show()
+__all__ = [
+    "EvaluationResult",
+    "ModelResult",
+    "StoreResult",
+    "SweepResult",
+    "distill",
+    "evaluate",
+    "rollout",
+    "sweep",
+    "teach",
+]
+
+if "ray" in sys.modules and is_worker():  # Ray carries the output of its workers to the driver
+    show()

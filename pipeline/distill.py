@@ -28,15 +28,19 @@ from pipeline.tracking import logged_models
 
 
 def distill(
-    spec: DistillSpec, parent: tracking.TrackedRun | None = None, on_report: training.OnReport | None = None
+    spec: DistillSpec,
+    parent: tracking.TrackedRun | None = None,
+    on_report: training.OnReport | None = None,
+    *,
+    is_trial: bool = False,
 ) -> ModelConfig | None:
     """Train a student and write its model folder. A complete folder stays unchanged.
 
     Args:
         spec: the options.
         parent: the run of the sweep or demo that this student is part of.
-        on_report: called with the metrics of every validation and checkpoint, if this process does the training. This
-            function then logs no lines for people.
+        on_report: called with the metrics of validations and checkpoints.
+        is_trial: log no lines, because the sweep does.
 
     Returns:
         The student's config, or None after a dry run.
@@ -44,10 +48,10 @@ def distill(
     Raises:
         DistillKacError: the store, the guidance scale, the step count, the initial weights or the folder do not fit.
     """
-    spec = absolute(spec)
-    check_storage(spec, lambda: bool(training.choose_workers(spec).workers))
-    spec = resolve(spec)
-    plan = check(spec)
+    spec = absolute_spec(spec)
+    check_student_storage(spec, lambda: bool(training.choose_workers(spec).workers))
+    spec = resolve_spec(spec)
+    plan = plan_student(spec)
     group = training.choose_workers(spec)
     storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
     _check_passes(spec, group)
@@ -58,13 +62,13 @@ def distill(
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         log.info(f"distill: {spec.out} is complete: nothing to do")
-        if not finish_stopped(spec) and spec.register:
+        if not finish_stopped_student(spec) and spec.register:
             logged_models.register_folder(spec.out, spec.register)
         return load_config(spec.out)
     training.await_workers("distill", spec.optimizer, group)
-    if on_report is None:
+    if not is_trial:
         log.info(f"{cost}\ndistill: {training.describe_workers(group, spec.precision)}")
-    with start_run(spec, plan, parent) as run:
+    with start_student_run(spec, plan, parent) as run:
         title = f"distill {_describe(spec)}"
         training.log_cost(run, *network)
         sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
@@ -79,12 +83,12 @@ def distill(
         weights = training.train(job, group, on_report)
         config = outputs.write_model(spec.out, plan.student, weights, run)
         logged_models.log_finished(run, spec, config)
-    if on_report is None:
+    if not is_trial:
         log.info(f"distill: wrote {spec.out} ({_describe(spec)})")
     return config
 
 
-def finish_stopped(spec: DistillSpec) -> bool:
+def finish_stopped_student(spec: DistillSpec) -> bool:
     """Finish the run of a job that was stopped after it wrote its student.
 
     Returns:
@@ -110,7 +114,7 @@ class DistillPlan:
     scales: tuple[float, ...]  # guidance scales to learn
 
 
-def start_run(
+def start_student_run(
     spec: DistillSpec, plan: DistillPlan, parent: tracking.TrackedRun | None = None
 ) -> AbstractContextManager[tracking.TrackedRun]:
     """Start the student's run, or resume it."""
@@ -149,16 +153,16 @@ def _describe(spec: DistillSpec) -> str:
     return f"{steps}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
 
 
-def resolve(spec: DistillSpec) -> DistillSpec:
+def resolve_spec(spec: DistillSpec) -> DistillSpec:
     """Return the spec with absolute paths and a settled precision."""
-    spec = absolute(spec)
+    spec = absolute_spec(spec)
     return spec.settled(lambda: training.choose_workers(spec).on_gpu)
 
 
 StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
 
 
-def absolute(spec: StudentSpec) -> StudentSpec:
+def absolute_spec(spec: StudentSpec) -> StudentSpec:
     """Return the spec with absolute paths, which are valid in every process of the cluster."""
     paths = {name: getattr(spec, name) for name in ("store", "out", "teacher", "init")}
     return spec.model_copy(
@@ -170,7 +174,7 @@ def absolute(spec: StudentSpec) -> StudentSpec:
     )
 
 
-def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
+def check_student_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
     """Check that all machines can use the paths.
 
     Raises:
@@ -189,7 +193,7 @@ def check_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
     )
 
 
-def check(spec: DistillSpec) -> DistillPlan:
+def plan_student(spec: DistillSpec) -> DistillPlan:
     """Check the inputs before any work, and return what to do.
 
     Raises:

@@ -18,8 +18,15 @@ from pipeline.cluster import storage
 from pipeline.config.specs import OptimizerConfig, TeachSpec
 
 
-def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig | None:
+def teach(
+    spec: TeachSpec, parent: tracking.TrackedRun | None = None, on_report: training.OnReport | None = None
+) -> ModelConfig | None:
     """Train a teacher and write its model folder. A complete folder stays unchanged.
+
+    Args:
+        spec: the options.
+        parent: the run of the demo that this teacher is part of.
+        on_report: called with the metrics of validations and checkpoints.
 
     Returns:
         The teacher's config, or None after a dry run.
@@ -81,7 +88,7 @@ def teach(spec: TeachSpec, parent: tracking.TrackedRun | None = None) -> ModelCo
             validation,
             spec.checkpoint_seconds,
         )
-        config = outputs.write_model(spec.out, config, training.train(job, group), run)
+        config = outputs.write_model(spec.out, config, training.train(job, group, on_report), run)
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config

@@ -64,6 +64,16 @@ def endpoint_loss(
 
     Division by the squared step length makes it a velocity error, comparable across intervals and step counts.
 
+    Example:
+        >>> import torch
+        >>> from kac.losses import Interval
+        >>> from kac.networks import MLPConfig, build_network
+        >>> network = build_network(MLPConfig(width=8, depth=1), (2,), num_classes=3)
+        >>> start, end, label = torch.zeros(4, 2), torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+        >>> interval = Interval(start, end, torch.ones(4), torch.zeros(4), label, guidance=torch.zeros(4))
+        >>> endpoint_loss(network, interval).shape
+        torch.Size([])
+
     Args:
         loss, scales: as in ``velocity_loss``.
         conditions: further inputs of the network.

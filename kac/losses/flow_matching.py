@@ -12,6 +12,15 @@ def flow_matching_loss(
 ) -> Tensor:
     """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate; a scalar.
 
+    Example:
+        >>> from kac import KacPath
+        >>> from kac.networks import MLPConfig, build_network
+        >>> network = build_network(MLPConfig(width=8, depth=1), (2,), num_classes=3)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x_0, t, label = torch.zeros(16, 2), stratified_times(16, generator), torch.zeros(16, dtype=torch.long)
+        >>> flow_matching_loss(network, KacPath(), x_0, t, label, generator).shape
+        torch.Size([])
+
     Args:
         x_0: [batch, *sample] in [-1, 1].
         t: [batch], uniform in [0, 1].

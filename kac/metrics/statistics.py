@@ -14,7 +14,14 @@ MAX_BLOCKS = 10
 
 
 class Moments:
-    """The count, mean [width] and covariance [width, width] (unbiased, by n - 1) of rows, in float64."""
+    """The count, mean [width] and covariance [width, width] (unbiased, by n - 1) of rows, in float64.
+
+    Example:
+        >>> moments = Moments(width=2)
+        >>> moments.add(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+        >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
+        (2, [1.0, 2.0], [[2.0, 4.0], [4.0, 8.0]])
+    """
 
     def __init__(self, width: int) -> None:
         self.count = 0

@@ -103,7 +103,10 @@ def _teacher_of_students(spec: EvaluateSpec, students: list[str]) -> str | None:
     """The teacher of the first student: found in MLflow by its weights, or in the manifest of the student's store."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking.tracking_uri(spec.out))
+    uri = tracking.tracking_uri(spec.out)
+    if not uri:
+        return None
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(tracking.experiment_name())
     if not students or experiment is None:
         return None

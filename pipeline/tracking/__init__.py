@@ -21,7 +21,15 @@ from pipeline.tracking.runs import (
     run_of_output,
     start_run,
 )
-from pipeline.tracking.server import RUN_FILE, connect, experiment_name, is_refusal, tracking_uri, without_password
+from pipeline.tracking.server import (
+    RUN_FILE,
+    connect,
+    experiment_name,
+    is_refusal,
+    tracking_off,
+    tracking_uri,
+    without_password,
+)
 from pipeline.tracking.source import Dataset
 
 __all__ = [
@@ -43,6 +51,7 @@ __all__ = [
     "run_of_output",
     "start_run",
     "sync",
+    "tracking_off",
     "tracking_uri",
     "without_password",
 ]

@@ -71,6 +71,8 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Log
 
     If MLflow fails, this warns and returns None: the student is complete on disk.
     """
+    if not run.tracking_uri:
+        return None
     run.flush()  # the logged model copies the run's parameters and metrics
     try:
         manifest = store.read_manifest(spec.store)

@@ -176,6 +176,13 @@ def start_run(
         DistillKacError: the server refuses the run. A server that does not answer is no error.
     """
     uri = parent.tracking_uri if parent else tracking_uri(output)
+    if not uri:
+        try:
+            yield TrackedRun("", "")
+        finally:
+            if not stage:
+                claims.release(output)
+        return
     tags = {
         "mlflow.runName": name or stage or spec.stage,
         STAGE_TAG: stage or spec.stage,
@@ -206,7 +213,7 @@ def start_run(
 def run_of_output(out: str) -> TrackedRun | None:
     """The run that made an output; None if it is on another server, or unknown."""
     record, uri = _read_record(out), tracking_uri(out)
-    if record is None or record["tracking_uri"] != without_password(uri):
+    if record is None or not uri or record["tracking_uri"] != without_password(uri):
         return None
     return TrackedRun(uri, record["run_id"])
 
@@ -220,7 +227,7 @@ def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None
         uri: the server; default: ``tracking_uri`` of the current directory.
     """
     uri = uri or tracking_uri(".")
-    if not fingerprint:
+    if not fingerprint or not uri:
         return []
     query = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'" + (f" and tags.`{STAGE_TAG}` = '{stage}'" if stage else "")
     try:

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,19 @@ START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DEN
 """Error codes that end a job at its start. Later, log entries wait instead: a token or a proxy may be mended."""
 
 
+_is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
+
+
+@contextmanager
+def tracking_off() -> Iterator[None]:
+    """Within this context, runs go nowhere, and no database is created."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
 class DeletedExperimentError(DistillKacError):
     """The experiment was deleted. It accepts no runs until it is restored."""
 
@@ -39,12 +53,16 @@ class DeletedExperimentError(DistillKacError):
 def tracking_uri(output: str) -> str:
     """The address of the tracking server: MLFLOW_TRACKING_URI, or else ``mlflow.db`` in the current directory.
 
+    It is empty within ``tracking_off``.
+
     Args:
         output: output of the stage. A submitted job's database is beside it, since Ray deletes the job's directory.
 
     Raises:
         ArgumentError: MLflow cannot use MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI.
     """
+    if _is_off.get():
+        return ""
     if configured := mlflow_address():
         return configured
     folder = os.getcwd()

@@ -17,7 +17,7 @@ from kac.precision import Precision
 from kac.util.errors import DistillKacError
 from pipeline import store, tracking
 from pipeline.config.specs import SweepSpec
-from pipeline.distill import check, distill, resolve, start_run
+from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
 from pipeline.store import sharing
 from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep
 from pipeline.sweep.search import Halving, LedgerSearch, Optuna
@@ -107,8 +107,8 @@ def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_
     ledger, runs = Ledger(str(tmp_path)), []
     for number, status in enumerate(("waiting", "running", "finished")):
         out = tmp_path / status
-        student = resolve(distill_spec(small_store, out))
-        with suppress(RuntimeError), start_run(student, check(student)) as run:
+        student = resolve_spec(distill_spec(small_store, out))
+        with suppress(RuntimeError), start_student_run(student, plan_student(student)) as run:
             runs.append(run)
             raise RuntimeError("its process is killed")
         MlflowClient().update_run(run.run_id, "RUNNING")

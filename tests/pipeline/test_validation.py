@@ -13,7 +13,7 @@ from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from pipeline import decode, store
 from pipeline.config.specs import OptimizerConfig
-from pipeline.distill import check, distill
+from pipeline.distill import distill, plan_student
 from pipeline.teach import teach
 from pipeline.training import Validation, validation
 from pipeline.training.validation import ENDPOINT_ERROR, ENERGY_DISTANCE
@@ -90,9 +90,9 @@ def test_validation_images_are_decoded_before_any_worker_starts(
 ):
     decoded: list[DataConfig] = []
     monkeypatch.setattr(decode, "begin_decoding", decoded.append)
-    check(distill_spec(small_store, tmp_path, validation_updates=0))
+    plan_student(distill_spec(small_store, tmp_path, validation_updates=0))
     assert decoded == []
-    check(distill_spec(small_store, tmp_path))
+    plan_student(distill_spec(small_store, tmp_path))
     assert decoded == [load_config(teacher).data]
 
 

@@ -18,7 +18,13 @@ def straight_through(samples: Tensor) -> Tensor:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimate of D from independent points x [n, width] and y [m, width], n, m >= 2; a scalar."""
+    """The unbiased estimate of D from independent points x [n, width] and y [m, width], n, m >= 2; a scalar.
+
+    Example:
+        >>> points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> bool(energy_distance(points[:250], points[250:] + 1) > energy_distance(points[:250], points[250:]))
+        True
+    """
     return 2 * _distances(x, y).mean() - _mean_distance(x) - _mean_distance(y)
 
 
