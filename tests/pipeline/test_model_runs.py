@@ -113,7 +113,7 @@ def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str
     for message, options in {
         "`runs` nothing .*sqlite": {"runs": ("nothing",)},
         "`runs` .*stage rollout": {"runs": (_other_run(),)},
-        "`from_sweep` .*answer.json": {"from_sweep": str(tmp_path)},
+        "`from_sweep` .*answer.json": {"from_sweep": str(tmp_path / "sweep")},
         "`teacher`": {},
     }.items():
         with pytest.raises(ArgumentError, match=message) as caught:

@@ -251,10 +251,10 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
             sharing.find(source.selection(build_objective(distill_spec(small_store, Path("x")).objective, 2, ()), 0.0))
             is None
         )
-        shared = batches()
+        batches_of_shared = batches()
         columns = sharing.find(selection)
         assert columns is not None and columns.knots.numpy().ctypes.data == shared.arrays["knots"].ctypes.data
-    for batch, other in zip(expected, shared, strict=True):
+    for batch, other in zip(expected, batches_of_shared, strict=True):
         for left, right in zip(batch, other, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 
-from kac.util import files
 from pipeline.config.specs import SweepSpec
 from pipeline.evaluate.scores import direction, provenance
 from pipeline.report import page
@@ -52,9 +51,9 @@ def make_page(
 
 
 def evaluate_command(spec: SweepSpec) -> str:
-    """The command that evaluates the front with more samples."""
-    again = files.join(spec.out, "evaluation-again")
-    return f"python -m jobs.evaluate --from-sweep {spec.out} --samples 10000 --seeds 5 --out {again}"
+    """The command that evaluates the front with more samples. An evaluation inside the sweep's folder is refused."""
+    out = f"{spec.out.rstrip('/')}-evaluation"
+    return f"python -m jobs.evaluate --from-sweep {spec.out} --samples 10000 --seeds 5 --out {out}"
 
 
 def _table(answer: Answer, only_front: bool) -> str:
