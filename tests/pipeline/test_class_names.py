@@ -66,8 +66,7 @@ def test_teach_prints_the_split(images: DataConfig, tmp_path: Path, dry_run: boo
 
 def test_teach_prints_the_split_of_data_without_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     teach(teach_spec(tmp_path / "out", dry_run=True))
-    expected = "teach: moons: 3,278 training and 818 held-out images: every fifth image of each class is held out"
-    assert expected in capsys.readouterr().out.splitlines()
+    assert "teach: moons: 3,278 training and 818 held-out images" in capsys.readouterr().out
 
 
 def test_a_warning_about_the_files_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kac import checkpoint
+from kac import model as models
 from kac.data import open_dataset
 from kac.data.splits import in_memory
 from kac.losses.refinement.energy import energy_distance
@@ -196,8 +196,8 @@ def test_an_impossible_refinement_is_refused_before_anything_is_written(
     passes = FEW.model_copy(update={"accumulation": 64})
     check_refused("`optimizer.batch_size` is 64, .* at least 128", refine="data", optimizer=passes)
     other = in_memory(torch.zeros(20, 2), torch.arange(20) % 2, 2)
-    monkeypatch.setattr(checkpoint, "open_dataset", lambda config: other)
-    check_refused("data", refine="data")
+    monkeypatch.setattr(models, "open_dataset", lambda config: other)
+    check_refused("sha256", refine="data")
 
 
 def test_a_flow_map_needs_whole_trajectories(teacher: str, tmp_path: Path):
