@@ -149,7 +149,9 @@ def _copy(into: str, identity: StoreIdentity, copy: ShardCopy, finished: Receipt
         receipt = _check_source(copy, identity, data)
         files.write_bytes(target, data)
     except OSError as error:
-        raise StoreError(f"{copy.source}/{copy.shard.name} cannot be copied to {into}: {error}") from None
+        raise StoreError(
+            f"{copy.source}/{copy.shard.name} cannot be copied to {into}: {error.strerror or error}."
+        ) from None
     return receipt, False
 
 

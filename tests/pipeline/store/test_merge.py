@@ -121,7 +121,7 @@ def test_a_rerun_finishes_a_stopped_merge(parts, tmp_path: Path, monkeypatch) ->
         return write_bytes(path, data, if_absent)
 
     monkeypatch.setattr(files, "write_bytes", full_disk)
-    with pytest.raises(StoreError, match=r"guidance=1.5/shard-000004.parquet: .*No space left on device"):
+    with pytest.raises(StoreError, match=r"guidance=1.5/shard-000004.parquet .*No space left on device"):
         join(*parts, into=into)
     assert read_manifest(str(into)) is None
     monkeypatch.undo()
