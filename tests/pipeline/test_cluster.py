@@ -204,6 +204,7 @@ def test_a_cluster_with_an_autoscaler_counts_as_several_machines(ray_cluster: No
     assert not cluster.machines().is_single
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_temporary_folder_too_long_for_sockets_is_named(variable: str, tmp_path: Path, project_root: Path):
     """In another process, since this one may have started Ray."""

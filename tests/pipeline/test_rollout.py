@@ -104,6 +104,7 @@ assert "ray" not in sys.modules
     assert store.open(str(tmp_path / "store")).rows(0.0) == 40
 
 
+@pytest.mark.ray
 def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, project_root: Path):
     """With `gpu`, nothing connects to a cluster earlier."""
     code = f"""
