@@ -112,7 +112,7 @@ def test_the_store_names_a_teacher_without_a_run(small_store: str, student: str,
 def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str, str], tmp_path: Path):
     for message, options in {
         "`runs` nothing .*sqlite": {"runs": ("nothing",)},
-        "`runs` .*stage rollout": {"runs": (_other_run(),)},
+        "`runs` .*stage rollout": {"runs": (_other_run(tmp_path),)},
         "`from_sweep` .*answer.json": {"from_sweep": str(tmp_path / "sweep")},
         "`teacher`": {},
     }.items():
@@ -125,11 +125,11 @@ def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str
         evaluate_into(tmp_path / "out", teacher=other, runs=(run_id,))
 
 
-def _other_run() -> str:
+def _other_run(out: Path) -> str:
     from pipeline.config.specs import RolloutSpec
 
     spec = RolloutSpec(teacher="t", store="s")
-    with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output="o") as run:
+    with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output=str(out / "store")) as run:
         return run.run_id
 
 
