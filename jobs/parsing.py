@@ -27,7 +27,7 @@ SpecType = TypeVar("SpecType", bound=Spec)
 
 _CONFIG_HELP = f"recipe ({', '.join(recipe_names())}) or YAML file of options; options of the command line override it"
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
-_GROUP = typing.get_args(tyro.conf.OmitArgPrefixes[dict])[1]
+_GROUP = typing.get_args(tyro.conf.OmitArgPrefixes[str])[1]
 """Marks a TypedDict whose options form a group in the help, and whose name is not part of the options."""
 
 
