@@ -194,7 +194,9 @@ def test_a_model_is_code_and_safetensors_with_tags_of_its_origin(logged: LoggedM
     run = MlflowClient().get_run(found.source_run_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
     assert found.params == run.data.params
-    assert {metric.key: metric.value for metric in found.metrics} == run.data.metrics
+    # A run that takes longer than two seconds also has system metrics, which the model does not copy.
+    expected = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+    assert {metric.key: metric.value for metric in found.metrics} == expected
     names = (folder / "requirements.txt").read_text()
     assert "torch==" in names
     assert "+" not in names
@@ -210,7 +212,7 @@ def test_a_model_needs_no_files_of_its_dataset(flow_map: str, tmp_path: Path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "data": MISSING_DATA}))
     client = MlflowClient()
-    run = client.create_run(client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id)
+    run = client.create_run(client.get_experiment_by_name(tracking.experiment_name()).experiment_id)
     tracked = TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
     model = log_student(tracked, str(tmp_path), load_config(str(tmp_path)), {})
     assert mlflow.pyfunc.load_model(model.uri).predict({"label": [-1, -1]}).shape == (2, 1, 8, 8)
