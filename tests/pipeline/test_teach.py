@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from pipeline import training
 from pipeline.teach import TeachTask, teach
 from pipeline.tracking import TrackedRun
 from tests.pipeline.stages import DIVERGING, FEW, metrics_of, run_of, runs_of, teach_spec, weights
+
+MODULE = sys.modules["pipeline.teach"]
+"""The module. The attribute ``teach`` of the package is a function."""
 
 
 def test_the_spec_determines_the_teacher(tmp_path: Path):
@@ -54,7 +58,7 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.
         seen.extend(tuple(image.tolist()) for image in x_0)
         return (network(x_0, t, label) - x_0).square().mean()
 
-    monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
+    monkeypatch.setattr(MODULE, "flow_matching_loss", spy)
     teach(teach_spec(tmp_path / "out"))
     assert len(seen) == FEW.updates * FEW.batch_size
     assert len(set(seen)) == data.description.train
@@ -71,7 +75,7 @@ def test_random_numbers_do_not_depend_on_the_split_of_the_batch(tmp_path: Path, 
             to.append((x_0, t, label, torch.rand(3, generator=noise)))
             return network(x_0, t, label).sum()
 
-        monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
+        monkeypatch.setattr(MODULE, "flow_matching_loss", spy)
         optimizer = FEW.model_copy(update={"accumulation": accumulation})
         for rank in range(workers):
             task = TeachTask(teach_spec(tmp_path, optimizer=optimizer))
@@ -91,7 +95,7 @@ def test_a_tenth_of_the_labels_is_dropped(tmp_path: Path, monkeypatch: pytest.Mo
         labels.append(label)
         return network(x_0, t, label).sum()
 
-    monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
+    monkeypatch.setattr(MODULE, "flow_matching_loss", spy)
     learner = TeachTask(teach_spec(tmp_path)).build(training.Worker(0, 1, torch.device("cpu")))
     for update in range(100):
         learner.update(update)
@@ -117,8 +121,8 @@ def test_half_of_the_images_are_flipped_and_a_pass_reads_only_its_rows(tmp_path:
         given.append(x_0)
         return network(x_0, t, label).sum()
 
-    monkeypatch.setattr("pipeline.teach.flow_matching_loss", spy)
-    monkeypatch.setattr("pipeline.teach.open_dataset", lambda config: replace(digits, train=Watched()))
+    monkeypatch.setattr(MODULE, "flow_matching_loss", spy)
+    monkeypatch.setattr(MODULE, "open_dataset", lambda config: replace(digits, train=Watched()))
     flipping = DataConfig.model_construct(kind="digits", horizontal_flip=True)
     spec = teach_spec(tmp_path, data="digits", optimizer=FEW.model_copy(update={"accumulation": 2}))
     spec = spec.model_copy(update={"data": flipping})
