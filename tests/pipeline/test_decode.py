@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kac.data import DataConfig, all_rows, begin_decoding, open_dataset
-from kac.data import dataset as datasets
+from kac.data import DataConfig, all_rows, begin_decoding, decoded, open_dataset
 from kac.util.errors import DistillKacError
 from pipeline import decode
 from pipeline.config.specs import TeachSpec
@@ -34,7 +33,7 @@ def test_ray_and_one_process_decode_the_same(config, ray_cluster, monkeypatch, t
     open_dataset.cache_clear()
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "other"))
     decode.prepare(config, from_images=1)
-    monkeypatch.setattr(datasets.decoded, "decode_here", None)  # the data must be decoded by now
+    monkeypatch.setattr(decoded, "decode_here", None)  # the data must be decoded by now
     distributed = open_dataset(config)
     assert distributed.description == single.description
     for split in ("train", "held_out"):
@@ -55,10 +54,10 @@ def test_a_damaged_image_is_named_and_no_file_stays(config, ray_cluster, tmp_pat
 
 
 def test_teach_decodes_its_data_first_and_only_once(config, tmp_path, monkeypatch):
-    decoded = []
-    monkeypatch.setattr(decode, "begin_decoding", lambda data: decoded.append(data) or begin_decoding(data))
+    configs = []
+    monkeypatch.setattr(decode, "begin_decoding", lambda data: configs.append(data) or begin_decoding(data))
     spec = TeachSpec(out=str(tmp_path / "t"), data=config, network={"kind": "mlp", "width": 8, "depth": 1}, workers=0)
     assert teach(spec.model_copy(update={"dry_run": True})) is None
-    assert decoded
+    assert configs
     assert begin_decoding(config) is None
     assert not (tmp_path / "t").exists()
