@@ -37,7 +37,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         return load_config(spec.out)
     cost, fingerprint = network_cost(spec.network, *samples), spec.fingerprint(**content)
     inputs, name = {"data": data.sha256, "checkpoint": checkpoint.sha256}, f"convert-{spec.data.kind}"
-    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
+    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)]
     with tracking.start_run(
         spec=spec,
         fingerprint=fingerprint,

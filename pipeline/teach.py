@@ -62,7 +62,7 @@ def teach(
     training.await_workers("teach", spec.optimizer, group)
     log.info(f"{cost}\nteach: {training.describe_workers(group, spec.precision)}")
     inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
-    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.root or spec.data.kind)]
+    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)]
     with tracking.start_run(
         spec=spec,
         fingerprint=fingerprint,

@@ -1,9 +1,11 @@
 """Datasets: images in [-1, 1] with integer labels, in a training split and a held-out split."""
 
-from kac.data.dataset import DataConfig, begin_decoding, open_dataset
+from kac.data.arrays import ArrayData
+from kac.data.kinds import DataConfig, begin_decoding, open_dataset
 from kac.data.splits import DataDescription, Dataset, LabelledImages, all_rows
 
 __all__ = [
+    "ArrayData",
     "DataConfig",
     "DataDescription",
     "Dataset",

@@ -1,4 +1,10 @@
-"""Small datasets without files, from scikit-learn or generated here."""
+"""Small datasets without files, from scikit-learn or generated here.
+
+To add one, write a function that returns a ``Dataset``, and add it to ``BundledKind``, ``BUNDLED`` and ``HELP`` below.
+"""
+
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,3 +40,11 @@ def gaussians() -> Dataset:
     points = centres + 0.05 * np.random.RandomState(0).standard_normal((4096, 2))
     images = torch.tensor(points, dtype=torch.float32).clamp(-1, 1)
     return in_memory(images, torch.tensor(labels, dtype=torch.int64), num_classes=8)
+
+
+BundledKind = Literal["digits", "moons", "gaussians"]
+
+BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
+"""The functions that make the datasets."""
+
+HELP = "digits: 8x8 handwritten digits; moons, gaussians: points in the plane"

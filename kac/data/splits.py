@@ -12,6 +12,7 @@ from kac.util.options import Options
 
 HELD_OUT_EVERY = 5  # of each class, for datasets without their own split
 EVERY_FIFTH = "every fifth image of each class is held out"
+GIVEN = "the held-out images are given with the data"
 
 
 class DataDescription(Options):
@@ -67,15 +68,22 @@ class InMemorySplit(NamedTuple):
         return LabelledImages(self.data.images[ids], self.data.labels[ids])
 
 
-def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor | None = None) -> Dataset:
+def in_memory(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    held_out: Tensor | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Dataset:
     """Return a dataset that is held in memory.
 
     Args:
         images: [count, *sample], float32 in [-1, 1].
         labels: [count], int64 in 0 .. num_classes - 1.
         held_out: [count] bool, the images to hold out; default: every fifth image of each class.
+        class_names: by label.
     """
-    split = EVERY_FIFTH if held_out is None else ""
+    split = EVERY_FIFTH if held_out is None else GIVEN
     held_out = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
     train, rest = (InMemorySplit(LabelledImages(images[which], labels[which])) for which in (~held_out, held_out))
     counts = torch.bincount(train.data.labels, minlength=num_classes).double()
@@ -86,6 +94,7 @@ def in_memory(images: Tensor, labels: Tensor, num_classes: int, held_out: Tensor
         train=len(train),
         held_out=len(rest),
         sha256=_content_sha256(images, labels, held_out),
+        class_names=class_names,
         split=split,
     )
     return Dataset(description, train, rest)

@@ -1,17 +1,13 @@
 """Networks of kind ``outside``: a velocity field written by others, given by its import path."""
 
-import ast
-import json
-import typing
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from kac.networks.velocity import Conditioning, NetworkModule, NetworkOptions
 from kac.util.errors import ArgumentError
-from kac.util.imports import IMPORT_PATH, find_factory, make_module
+from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath, build
 
 OPTION = "`network.module`"
 
@@ -24,12 +20,10 @@ class OutsideConfig(NetworkOptions):
     kind: Literal["outside"] = Field(
         "outside", description="outside: a module of your own, by its import path, called as module(x, t, label)"
     )
-    module: str = Field(
+    module: ImportPath = Field(
         description="package.module:factory, where factory is an nn.Module class or a function annotated to return one"
     )
-    arguments: dict[str, Any] = Field(
-        {}, description="keyword arguments of the factory as NAME=VALUE: width=64 levels=[1,2] name=abc flag=true"
-    )
+    arguments: FactoryArguments = Field({}, description=ARGUMENTS_HELP)
     time: Literal["data_at_0", "data_at_1"] = Field(
         "data_at_0",
         description="time of the data in the module; data_at_0: t = 0, as in this project; data_at_1: t = 1, so the "
@@ -48,30 +42,6 @@ class OutsideConfig(NetworkOptions):
         declared: dict[str, Conditioning] = {"with_null": "classes_and_null", "without_null": "classes"}
         return declared.get(self.labels, "none")
 
-    @field_validator("module")
-    @classmethod
-    def _is_import_path(cls, module: str) -> str:
-        if not IMPORT_PATH.fullmatch(module):
-            raise ValueError("write it as package.module:factory.")
-        return module
-
-    @field_validator("arguments", mode="before")
-    @classmethod
-    def _parse_words(cls, given: Any) -> Any:
-        return dict(_parse_argument(word) for word in given) if isinstance(given, list | tuple) else given
-
-    @field_validator("arguments")
-    @classmethod
-    def _are_plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments as they will be read from config.json."""
-        try:
-            plain: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
-        except (TypeError, ValueError):
-            raise ValueError(
-                "values must be numbers, text, true, false, null, or lists and mappings of them."
-            ) from None
-        return plain
-
     @model_validator(mode="after")
     def _takes_no_conditions(self) -> Self:
         if self.conditions:
@@ -89,14 +59,7 @@ class Outside(NetworkModule):
         self.null_label, self.takes = num_classes if config.has_null_label else None, ()
         self.time, self.time_scale, self.labels = config.time, config.time_scale, config.labels
         self.name = config.module
-        factory = find_factory(OPTION, config.module)
-        # The config.json of a model folder names the factory, so it must not be able to call arbitrary functions.
-        if not _returns_module(factory):
-            raise ArgumentError(
-                f"{OPTION} {config.module} is neither an nn.Module class nor a function annotated to return one. "
-                "Annotate it: def factory(...) -> nn.Module."
-            )
-        self.inner = make_module(OPTION, config.module, factory, **config.arguments)
+        self.inner = build(OPTION, config.module, nn.Module, config.arguments)
         if next(self.inner.parameters(), None) is None:
             raise ArgumentError(f"{OPTION} {config.module} has no parameters. Give a module with weights.")
 
@@ -121,29 +84,6 @@ def _find_tensor(output: Any) -> Any:
     if isinstance(output, tuple):
         return output[0] if output else None
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)
-
-
-def _parse_argument(word: Any) -> tuple[str, Any]:
-    """Parse NAME=VALUE. VALUE is JSON or a Python literal; any other word is text."""
-    name, equals, text = str(word).partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError("write each argument as NAME=VALUE.")
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return name, parse(text)
-        except (ValueError, SyntaxError):
-            continue
-    if text[:1] in {"[", "{", "("}:
-        raise ValueError("write lists and mappings as JSON.")
-    return name, text
-
-
-def _returns_module(factory: Callable[..., Any]) -> bool:
-    try:
-        result = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
-    except (TypeError, NameError, AttributeError):
-        return False
-    return isinstance(result, type) and issubclass(result, nn.Module)
 
 
 def _conditions_message(name: str, config: OutsideConfig) -> str:

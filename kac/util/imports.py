@@ -1,54 +1,123 @@
 """User code, imported by a path ``package.module:factory``."""
 
+import ast
 import importlib
+import json
 import re
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BeforeValidator
 from torch import nn
 
 from kac.util.errors import ArgumentError, one_line
+
+Result = TypeVar("Result")
 
 IMPORT_PATH = re.compile(r"[\w.]+:\w+")
 """The syntax of an import path."""
 
 
-def find_factory(option: str, given: str) -> Callable[..., Any]:
-    """Import a factory.
+def build(
+    option: str,
+    given: str,
+    wanted: type[Result],
+    arguments: Mapping[str, Any] | None = None,
+    needs_annotation: bool = True,
+) -> Result:
+    """Import a factory, call it, and return the object that it builds.
 
     Args:
         option: the argument in backquotes, for error messages.
-        given: the import path.
+        given: the import path of the factory.
+        wanted: the type of the object.
+        arguments: keyword arguments of the factory.
+        needs_annotation: refuse a factory that is neither a class of this type nor a function annotated to return it.
+            Then the config.json of a stranger's model folder cannot name arbitrary functions.
 
     Raises:
-        ArgumentError: the import fails.
+        ArgumentError: the import fails, the factory lacks the annotation or raises, or it returns another type.
     """
-    module, _, name = given.partition(":")
-    try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:
+    factory, name = _find_factory(option, given), "nn.Module" if wanted is nn.Module else wanted.__name__
+    if needs_annotation and not _is_annotated(factory, wanted):
         raise ArgumentError(
-            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory."
-        ) from error
-    return factory
-
-
-def make_module(option: str, given: str, factory: Callable[..., Any], **arguments: Any) -> nn.Module:
-    """Call the factory at the import path ``given`` with ``arguments``, and return the module that it builds.
-
-    Raises:
-        ArgumentError: the factory fails, or returns something other than a module.
-    """
+            f"{option} {given} is neither an {name} class nor a function annotated to return one. Annotate it: "
+            f"def factory(...) -> {name}."
+        )
     try:
-        module = factory(**arguments)
+        result = factory(**arguments or {})
     except Exception as error:
         raise ArgumentError(f"{option} {given} raised {describe_exception(error)}.") from error
-    if not isinstance(module, nn.Module):
-        raise ArgumentError(f"{option} {given} returned {type(module).__name__}. It should return an nn.Module.")
-    return module
+    if not isinstance(result, wanted):
+        raise ArgumentError(f"{option} {given} returned {type(result).__name__}. It should return an {name}.")
+    return result
 
 
 def describe_exception(error: Exception) -> str:
     """Return an exception's type and its text on one line, without a period at the end."""
     text = one_line(error).rstrip(".")
     return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
+def _find_factory(option: str, given: str) -> Callable[..., Any]:
+    module, _, name = given.partition(":")
+    try:
+        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ArgumentError(
+            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory "
+            "of an installed module, or of one in the working directory."
+        ) from error
+    return factory
+
+
+def _is_annotated(factory: Callable[..., Any], wanted: type) -> bool:
+    try:
+        result = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
+    except (TypeError, NameError, AttributeError):
+        return False
+    return isinstance(result, type) and issubclass(result, wanted)
+
+
+def _check_import_path(path: str) -> str:
+    if not IMPORT_PATH.fullmatch(path):
+        raise ValueError("write it as package.module:factory.")
+    return path
+
+
+def _parse_words(given: Any) -> Any:
+    return dict(_parse_argument(word) for word in given) if isinstance(given, list | tuple) else given
+
+
+def _parse_argument(word: Any) -> tuple[str, Any]:
+    """Parse NAME=VALUE. VALUE is JSON or a Python literal; any other word is text."""
+    name, equals, text = str(word).partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError("write each argument as NAME=VALUE.")
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return name, parse(text)
+        except (ValueError, SyntaxError):
+            continue
+    if text[:1] in {"[", "{", "("}:
+        raise ValueError("write lists and mappings as JSON.")
+    return name, text
+
+
+def _as_plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments as they will be read from config.json."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError("values must be numbers, text, true, false, null, or lists and mappings of them.") from None
+    return plain
+
+
+ImportPath = Annotated[str, AfterValidator(_check_import_path)]
+"""A field for the import path of a factory."""
+
+FactoryArguments = Annotated[dict[str, Any], BeforeValidator(_parse_words), AfterValidator(_as_plain)]
+"""A field for the keyword arguments of a factory: a mapping, or words NAME=VALUE."""
+
+ARGUMENTS_HELP = "keyword arguments of the factory as NAME=VALUE: width=64 levels=[1,2] name=abc flag=true"

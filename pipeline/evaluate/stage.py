@@ -117,7 +117,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     data = candidates[0].config.data
-    datasets = [tracking.Dataset(data.kind, candidates[0].config.data_sha256, data.root or data.kind, "evaluation")]
+    datasets = [tracking.Dataset(data.kind, candidates[0].config.data_sha256, data.origin, "evaluation")]
     with tracking.start_run(
         spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=datasets
     ) as run:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 import jobs
 from jobs import parsing
 from jobs.parsing import parse
-from kac.data.dataset import KINDS
+from kac.data.kinds import FILE_KINDS
 from kac.networks.outside import OutsideConfig
 from kac.util.options import Range, nested_models
 from pipeline.config.specs import CLAIMS, Spec
@@ -54,6 +54,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "VerifySpec": {"store": "s"},
 }
 
+ARGUMENTS = {"width": 64, "levels": [1, 2], "name": "on", "flag": True, "rate": 1e-3, "no": None}
+
 VALUES: dict[str, list[Any]] = {
     "SweepSpec.grid": [{"steps": ("1", "2"), "optimizer.learning-rate": ("1e-3",)}],
     "SweepSpec.search": [{"optimizer.learning-rate": "loguniform(1e-4,3e-3)"}],
@@ -65,8 +67,10 @@ VALUES: dict[str, list[Any]] = {
     "RolloutSpec.first_sample": [1024],
     "StudySpec.claims": [("speed", "plane"), CLAIMS],
     "DataConfig.root": ["a folder", "s3://bucket/a=b"],
+    "DataConfig.factory": ["a.b:c"],
+    "DataConfig.arguments": [ARGUMENTS],
     "OutsideConfig.module": ["a.b:c"],
-    "OutsideConfig.arguments": [{"width": 64, "levels": [1, 2], "name": "on", "flag": True, "rate": 1e-3, "no": None}],
+    "OutsideConfig.arguments": [ARGUMENTS],
     "OptimizerConfig.accumulation": [2],
     "DistillSpec.register": ["a name", None],
     "SweepSpec.register": ["a name", None],
@@ -83,6 +87,8 @@ VALUES: dict[str, list[Any]] = {
 
 BESIDE: dict[str, dict[str, Any]] = {
     "DataConfig.root": {"kind": "folder"},
+    "DataConfig.factory": {"kind": "outside"},
+    "DataConfig.arguments": {"kind": "outside", "factory": "a:b"},
     "DataConfig.size": {"kind": "folder", "root": "r"},
     "DataConfig.channels": {"kind": "folder", "root": "r"},
     "DataConfig.image_column": {"kind": "parquet", "root": "r"},
@@ -168,7 +174,9 @@ def cases_of(spec_type: type[Spec], model: type[BaseModel], path: tuple[str, ...
         is_output = "writes" in (field.json_schema_extra or {})
         for value in [value and f"{value} out" for value in given] if is_output else given:
             if not any(case in REFUSED for case in [(spec, name), (spec, option), (spec, option, value)]):
-                beside = {"root": "r"} if option == "DataConfig.kind" and value in KINDS else BESIDE.get(option, {})
+                beside = BESIDE.get(option, {})
+                if option == "DataConfig.kind":
+                    beside = {"root": "r"} if value in FILE_KINDS else {"factory": "a:b"} if value == "outside" else {}
                 together.setdefault(json.dumps(beside), {}).setdefault(name, []).append(value)
     for beside, values in together.items():
         for number in range(max(map(len, values.values()))):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kac.util import files
 from kac.util.errors import ArgumentError, one_line
 from kac.util.images import to_bytes
-from kac.util.imports import find_factory, make_module
+from kac.util.imports import build
 from kac.util.integrity import check_zip
 
 LITE0_SIDE = 64
@@ -120,4 +120,4 @@ def imported(given: str) -> nn.Module:
     Raises:
         ArgumentError: the import fails, or the function fails or does not return a module.
     """
-    return make_module("`features`", given, find_factory("`features`", given))
+    return build("`features`", given, nn.Module, needs_annotation=False)

@@ -1,10 +1,12 @@
 """Datasets without files: their content, their splits, and their options."""
 
+import typing
+
 import pytest
 import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.data.dataset import BUNDLED
+from kac.data.bundled import BUNDLED, HELP, BundledKind
 from kac.data.splits import every_nth_of_each_class, in_memory
 from kac.util.errors import ArgumentError
 
@@ -117,6 +119,11 @@ def test_the_hash_depends_on_images_labels_shape_and_split():
     ]
     assert len({sha256(*parts) for parts in variants}) == len(variants)
     assert sha256(*variants[0]) == sha256(*(part.clone() for part in variants[0]))
+
+
+def test_every_bundled_dataset_has_a_name_and_help():
+    assert set(typing.get_args(BundledKind)) == set(BUNDLED)
+    assert all(kind in HELP for kind in BUNDLED)
 
 
 def test_a_dataset_is_opened_once_per_process():

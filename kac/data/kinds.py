@@ -1,7 +1,7 @@
 """Datasets by kind.
 
-To add a kind without files, write a function that returns a ``Dataset`` and register it in ``BUNDLED``. To add a kind
-of files, write a ``Source`` and register it in ``KINDS``. Both also need an entry in ``DataKind``.
+To add a kind without files, see ``kac/data/bundled.py``. To add a kind of files, write a ``Source``, register it in
+``FILE_KINDS``, and add it to ``DataKind``.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kac.data import decoded
-from kac.data.bundled import digits, gaussians, moons
+from kac.data import bundled, decoded
+from kac.data.arrays import open_arrays
+from kac.data.bundled import BUNDLED, BundledKind
 from kac.data.cifar10 import Cifar10Source
 from kac.data.encoded import Decoder
 from kac.data.folder import FolderSource
@@ -21,10 +22,12 @@ from kac.data.parquet import ParquetSource
 from kac.data.source import Source
 from kac.data.splits import Dataset
 from kac.util import files
+from kac.util.fingerprint import unhashed
+from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath
 from kac.util.options import Kinded
 from kac.util.path_options import input_path
 
-DataKind = Literal["digits", "moons", "gaussians", "idx", "cifar10", "folder", "parquet"]
+DataKind = Literal[BundledKind, "idx", "cifar10", "folder", "parquet", "outside"]
 
 
 class DataConfig(Kinded):
@@ -32,13 +35,15 @@ class DataConfig(Kinded):
 
     kind: DataKind = Field(
         "digits",
-        description="digits: 8x8 handwritten digits; moons, gaussians: points in the plane; idx: the four files of "
-        "MNIST or Fashion-MNIST; cifar10: its Python archive; folder: ROOT/CLASS/IMAGE or "
-        "ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face datasets",
+        description=f"{bundled.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
+        "folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face "
+        "datasets; outside: arrays from a function of your own, by its import path",
     )
-    root: str | None = input_path(
-        None, "path or s3:// URI of the files; not for digits, moons and gaussians, which have no files", kind="any"
+    root: str | None = input_path(None, "path or s3:// URI of the files, for kinds that have files", kind="any")
+    factory: ImportPath | None = unhashed(
+        None, "package.module:function, where the function is annotated to return a kac.data.ArrayData"
     )
+    arguments: FactoryArguments = unhashed({}, ARGUMENTS_HELP)
     size: PositiveInt | None = Field(
         None, description="crop images to their central square and resize it to SIZE pixels; default: keep their size"
     )
@@ -49,13 +54,24 @@ class DataConfig(Kinded):
     label_column: str | None = Field("label", description="column of integer labels; None: one class for all images")
     horizontal_flip: bool = Field(False, description="mirror training images left to right with probability 1/2")
 
+    def __hash__(self) -> int:
+        """The hash for caches of opened datasets: ``arguments`` may contain lists and mappings, which have none."""
+        return hash(self.model_dump_json())
+
+    @property
+    def origin(self) -> str:
+        """Where the data come from: the path of the files, the import path of the factory, or the kind."""
+        return self.root or self.factory or self.kind
+
     @model_validator(mode="after")
     def _has_only_options_of_its_kind(self) -> Self:
-        if self.kind in BUNDLED and self.root is not None:
-            raise ValueError(f"`root` is {self.root!r}, but {self.kind} has no files. Remove it.")
-        if self.kind in KINDS and not self.root:
+        if self.kind in FILE_KINDS and not self.root:
             raise ValueError(f"`root` is missing. Give the path or s3:// URI of the {self.kind} files.")
-        known = {"kind", "root", *(KINDS[self.kind].options if self.kind in KINDS else ())}
+        if self.kind == "outside" and not self.factory:
+            raise ValueError("`factory` is missing. Give package.module:function.")
+        known = {"kind", *(OUTSIDE_OPTIONS if self.kind == "outside" else ())}
+        if self.kind in FILE_KINDS:
+            known |= {"root", *FILE_KINDS[self.kind].options}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in known and value != field.default:
@@ -63,17 +79,17 @@ class DataConfig(Kinded):
         return self
 
 
+OUTSIDE_OPTIONS = ("factory", "arguments", "horizontal_flip")
+
+
 class FileKind(NamedTuple):
     """A kind of dataset that is read from files."""
 
     source: Callable[[DataConfig, str], Source]  # makes the source from the config and its absolute root
-    options: tuple[str, ...]  # options that the kind uses, beside kind and root
+    options: tuple[str, ...]  # options that the kind uses, besides kind and root
 
 
-BUNDLED: dict[DataKind, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
-"""Kinds without files, and the functions that make them."""
-
-KINDS: dict[DataKind, FileKind] = {
+FILE_KINDS: dict[DataKind, FileKind] = {
     "idx": FileKind(lambda _, root: IdxSource(root), ("horizontal_flip",)),
     "cifar10": FileKind(lambda _, root: Cifar10Source(root), ("horizontal_flip",)),
     "folder": FileKind(
@@ -98,10 +114,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     """Return the dataset, opened once per process. If it is not in the cache, it is decoded in this process first.
 
     Raises:
-        DistillKacError: files are missing, damaged or inconsistent.
+        DistillKacError: files are missing, damaged or inconsistent, or a factory or its data are not valid.
     """
     if config.kind in BUNDLED:
         return BUNDLED[config.kind]()
+    if config.factory is not None:
+        return open_arrays(config.factory, config.arguments, config.horizontal_flip)
     source, root, paths = _locate(config)
     return decoded.find(paths) or decoded.decode_here(source, root, paths)
 
@@ -111,7 +129,7 @@ def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decodin
 
     Returns None if the dataset has no files or is in the cache.
     """
-    if config.kind in BUNDLED:
+    if config.kind not in FILE_KINDS:
         return None
     source, root, paths = _locate(config)
     return None if decoded.find(paths) else decoded.decoding(source, root, paths)
@@ -121,7 +139,7 @@ def _locate(config: DataConfig) -> tuple[Source, str, decoded.CachePaths]:
     """Return the source of a config, its absolute root, and where the cache stores its images."""
     root = config.root or ""
     root = files.normal(root) if files.is_uri(root) else files.locate(root).path
-    kind = KINDS[config.kind]
+    kind = FILE_KINDS[config.kind]
     options: dict[str, Any] = {name: getattr(config, name) for name in kind.options if name not in TRAINING_ONLY}
     source = kind.source(config, root)
     return source, root, decoded.cache_paths(source, {"kind": config.kind, "root": root, **options})
