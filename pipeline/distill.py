@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from kac.conditioning import known_classes, network_labels
-from kac.losses import Interval, Objective, build_objective
-from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
+from kac.conditioning import known_classes
+from kac.losses import Interval, LossTerms, Objective
+from kac.losses.refinement import check_spaces
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
-from kac.sampling import Sampling, integrate
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.log import log
-from kac.util.options import most
 from kac.util.path_options import check_apart
-from pipeline import decode, outputs, store, tracking, training
+from pipeline import decode, outputs, refinement, store, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config.specs import DistillSpec, OptimizerConfig, SweepSpec
@@ -54,7 +51,7 @@ def distill(
     plan = plan_student(spec)
     group = training.choose_workers(spec)
     storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
-    _check_passes(spec, group)
+    refinement.check_passes(spec, group)
     network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
     cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
     if spec.dry_run:
@@ -136,16 +133,6 @@ def _calls(spec: DistillSpec) -> float:
         return 1.0
     steps = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
     return 1 + sum(steps) / len(steps)
-
-
-def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
-    """Check that every pass of a refinement has two images or more, because their distances enter the loss."""
-    passes = max(1, most(group.workers)) * spec.optimizer.accumulation
-    if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
-        raise ArgumentError(
-            f"`refine.real_images` is {spec.refine.real_images} and `optimizer.batch_size` is "
-            f"{spec.optimizer.batch_size}, but {passes} passes per update need at least {2 * passes} of both."
-        )
 
 
 def _describe(spec: DistillSpec) -> str:
@@ -248,7 +235,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
 
 def objective_of(spec: DistillSpec) -> Objective:
     """Return the objective of a student."""
-    return build_objective(spec.objective, spec.steps, ("guidance",) if spec.guidance == "all" else ())
+    return spec.objective.build(spec.steps, ("guidance",) if spec.guidance == "all" else ())
 
 
 def _scales(spec: DistillSpec, source: store.Store) -> tuple[float, ...]:
@@ -332,9 +319,11 @@ class DistillTask:
         read = _Intervals(spec, objective, worker).batch if given is None else lambda update, seat: given(update)
         # A seat's whole batch is read once and kept, because each of its passes takes a part of it.
         batch = functools.lru_cache(maxsize=1)(read)
-        refine = None if spec.refine.kind == "none" else _Refinement(spec, spec.refine, self.init, first.config, worker)
+        refine = None
+        if spec.refine.kind == "data":
+            refine = refinement.Refinement(spec, spec.refine, self.init, first.config, worker)
 
-        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             training.seed_dropout(spec.seed, micro)
             parts = (
                 part[micro.slot % micro.accumulation :: micro.accumulation] for part in batch(micro.update, micro.seat)
@@ -343,50 +332,6 @@ class DistillTask:
             return distillation if refine is None else refine.losses(network, micro, distillation)
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
-
-
-class _Refinement:
-    """Adds the energy distance between student and training images to the distillation loss, which is the anchor."""
-
-    def __init__(
-        self, spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, worker: training.Worker
-    ) -> None:
-        self.spec, self.options, self.model = spec, options, model
-        data = learned_data(init, model)
-        self.path, self.data = model.path.build(), data.train
-        self.spaces = open_spaces(options.spaces, data, worker.device)
-        self.knot_grid = store.open(spec.store).identity.knot_grid
-        self.frequencies = torch.tensor(model.class_frequencies)
-
-    def losses(
-        self, network: VelocityNetwork, micro: training.MicroBatch, distillation: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the weighted distillation losses, and ``energy``: every update has new samples and real images."""
-        spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
-        rows = spec.optimizer.batch_size // micro.slots
-        draws = training.update_generator(spec.seed, micro.update)
-        real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
-        real, real_label = self.data.rows(real_rows)
-        label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
-        noise = training.slot_generator(spec.seed, micro)
-        x_1 = self.path.sample(
-            torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
-        ).x_t
-        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
-        label = label.to(device)
-        sampling = Sampling(0.0, steps, "euler", self.knot_grid)
-        x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
-        energy = refinement_loss(
-            straight_through(x_0),
-            label if known_classes(model) else None,
-            real.to(device),
-            real_label.to(device),
-            self.spaces,
-            options.class_weight,
-            model.num_classes,
-            micro.update,
-        )
-        return {**{name: options.anchor * loss for name, loss in distillation.items()}, "energy": energy}
 
 
 class _Intervals:

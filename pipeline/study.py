@@ -25,12 +25,12 @@ from kac.metrics.quality import PIXELS
 from kac.model import ModelConfig, learned_data, load_model, load_teacher_config
 from kac.networks import VelocityNetwork
 from kac.sampling import TEACHER_STEPS, Sampling, student_sampling, teacher_sampling
-from kac.solvers import knot_times
+from kac.solvers import STEPPERS, knot_times
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal
 from kac.study.memorisation import energy_and_nearness
 from kac.study.plane import distance_to, travel
-from kac.study.solver_steps import METHODS, STEPS, moments_in, quality_by_solver
+from kac.study.solver_steps import STEPS, moments_in, quality_by_solver
 from kac.study.speed_limit import speeds
 from kac.study.stability import stability
 from kac.study.subject import Subject
@@ -361,7 +361,7 @@ def _solver(inputs: Inputs) -> Outcome:
     lines: list[str] = []
     metrics: dict[str, float] = {}
     for name, points in found.items():
-        for method in METHODS:
+        for method in STEPPERS:
             distances = [f"{point.distances[space]:.4f}" for point in points if point.method == method]
             lines.append(f"{name} {method} {' '.join(distances)}")
         for point in points:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
+from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
 from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
 from kac.networks import VelocityNetwork, build_network
@@ -112,10 +113,10 @@ class TeachTask:
         network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
         path, batch = spec.path.build(), training.prefetched(_Batches(spec, data), worker.device)
 
-        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> dict[str, Tensor]:
+        def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             training.seed_dropout(spec.seed, micro)
             noise = training.slot_generator(spec.seed, micro)
-            return {"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)}
+            return LossTerms({"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)})
 
         return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
 

@@ -2,8 +2,8 @@
 
 from kac.losses.endpoint import EndpointConfig, EndpointObjective
 from kac.losses.flow_map import FlowMapConfig, FlowMapObjective
-from kac.losses.objective import ObjectiveConfig, build_objective
-from kac.losses.protocol import Interval, Objective
+from kac.losses.objective import ObjectiveConfig
+from kac.losses.protocol import Interval, LossTerms, Objective
 
 __all__ = [
     "EndpointConfig",
@@ -11,7 +11,7 @@ __all__ = [
     "FlowMapConfig",
     "FlowMapObjective",
     "Interval",
+    "LossTerms",
     "Objective",
     "ObjectiveConfig",
-    "build_objective",
 ]

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from kac.losses.protocol import Interval, check_divides_knots
+from kac.losses.protocol import Interval, LossTerms, check_divides_knots
 from kac.losses.velocity_error import LossName, VelocityErrorOptions, velocity_loss
 from kac.networks import Condition, VelocityNetwork
 
@@ -44,13 +44,13 @@ class EndpointObjective:
         k = (uniforms[:, 0] * self.steps).long()
         return k, k + 1
 
-    def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
+    def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
         """The endpoint loss.
 
         Raises:
             ArgumentError: the images are too small for ``scales``.
         """
-        return {"endpoint": endpoint_loss(network, interval, self.loss, self.scales, self.conditions)}
+        return LossTerms({"endpoint": endpoint_loss(network, interval, self.loss, self.scales, self.conditions)})
 
 
 def endpoint_loss(

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from kac.losses.protocol import Interval, check_divides_knots
+from kac.losses.protocol import Interval, LossTerms, check_divides_knots
 from kac.losses.velocity_error import LossName, VelocityErrorOptions, velocity_loss
 from kac.networks import Condition, VelocityNetwork
 
@@ -70,7 +70,7 @@ class FlowMapObjective:
         pair = pair.clamp(max=len(i) - 1)
         return i[pair], j[pair]
 
-    def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
+    def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
         """|| u_student(x_s, s, label, r) - (x_s - x_r) / (s - r) ||^2 per coordinate.
 
         Raises:
@@ -78,7 +78,7 @@ class FlowMapObjective:
         """
         inputs = interval.conditions(self.conditions)
         u = network(interval.x_start, interval.t_start, interval.label, **inputs)
-        return {"flow_map": velocity_loss(u - interval.mean_velocity(), self.loss, self.scales)}
+        return LossTerms({"flow_map": velocity_loss(u - interval.mean_velocity(), self.loss, self.scales)})
 
 
 def pair_probabilities(law: PairLaw, grids: tuple[int, ...], stored: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""All objectives. To add one, write a module with its config and ``Objective``, and add the config to this union."""
+"""All objectives. To add one, write a module with its config and its ``Objective``, and register the config here."""
 
 from typing import Annotated
 
@@ -6,22 +6,14 @@ from pydantic import BeforeValidator, Field
 
 from kac.losses.endpoint import EndpointConfig
 from kac.losses.flow_map import FlowMapConfig
-from kac.losses.protocol import Objective
-from kac.networks import Condition
 from kac.util.options import expand_kind
 
+OBJECTIVES = EndpointConfig | FlowMapConfig
+"""The configs of all objectives. The method ``build`` of a config returns the ``Objective``."""
+
 ObjectiveConfig = Annotated[
-    EndpointConfig | FlowMapConfig,
+    OBJECTIVES,
     Field(discriminator="kind", description="training objective of the student"),
     BeforeValidator(expand_kind),
 ]
 """The config of any objective. The string "flow-map" is short for its default config."""
-
-
-def build_objective(config: ObjectiveConfig, steps: int, takes: tuple[Condition, ...] = ()) -> Objective:
-    """The objective of a student with ``steps`` steps.
-
-    Args:
-        takes: network inputs, besides time and label, that any objective may have, such as ``guidance``.
-    """
-    return config.build(steps, takes)

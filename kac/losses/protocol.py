@@ -1,6 +1,7 @@
-"""The interface of objectives: the knots to read, the intervals to draw, and the losses."""
+"""The interface of objectives: the knots to read, the intervals to draw, the losses and the diagnostics."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -30,6 +31,19 @@ class Interval(NamedTuple):
         return {name: values[name] for name in names}
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalars of a batch by name. Every pass of an update has the same names. Logged as means over passes and workers.
+
+    Attributes:
+        losses: parts of the training loss, logged as ``loss/NAME``. Training minimises their sum.
+        diagnostics: only logged, as ``diagnostic/NAME``. They need no declaration and have no effect on training.
+    """
+
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Objective(Protocol):
     """A training objective for students."""
 
@@ -55,8 +69,8 @@ class Objective(Protocol):
         """
         ...
 
-    def losses(self, network: VelocityNetwork, interval: Interval) -> dict[str, Tensor]:
-        """Named scalar losses. Training minimises their sum."""
+    def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
+        """The losses of a batch, and diagnostics to log."""
         ...
 
 

@@ -1,5 +1,6 @@
 """Losses of a velocity error, shared by the objectives."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, PositiveInt
@@ -38,7 +39,7 @@ def velocity_loss(error: Tensor, loss: LossName = "mse", scales: int = 1) -> Ten
     Raises:
         ArgumentError: the images are too small for ``scales``.
     """
-    return sum((_LOSSES[loss](part) for part in _pyramid(error, scales)), start=error.new_zeros(())) / scales
+    return sum((VELOCITY_LOSSES[loss](part) for part in _pyramid(error, scales)), start=error.new_zeros(())) / scales
 
 
 def _pyramid(error: Tensor, scales: int) -> list[Tensor]:
@@ -61,4 +62,4 @@ def _pseudo_huber(error: Tensor) -> Tensor:
     return ((mean_square + HUBER_SCALE**2).sqrt() - HUBER_SCALE).mean()
 
 
-_LOSSES = {"mse": _mse, "huber": _pseudo_huber}
+VELOCITY_LOSSES: dict[LossName, Callable[[Tensor], Tensor]] = {"mse": _mse, "huber": _pseudo_huber}

@@ -13,12 +13,11 @@ from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
 from kac.metrics.statistics import Moments
 from kac.sampling import generate
-from kac.solvers import Method
+from kac.solvers import STEPPERS, Method
 from kac.study.subject import Subject
 from kac.util.images import delivered
 
 STEPS = (5, 10, 20, 50, 100)
-METHODS: tuple[Method, ...] = ("euler", "heun", "ab2")
 
 
 class SolverPoint(NamedTuple):
@@ -44,7 +43,6 @@ def quality_by_solver(
     subject: Subject,
     spaces: Sequence[FeatureSpace],
     train: dict[str, Moments],
-    methods: Sequence[Method] = METHODS,
     steps: Sequence[int] = STEPS,
 ) -> Iterator[SolverPoint]:
     """Yield the quality for each combination of solver and number of steps.
@@ -52,7 +50,7 @@ def quality_by_solver(
     Args:
         train: the moments of the training images, by feature space.
     """
-    for method in methods:
+    for method in STEPPERS:
         for count in steps:
             sampling = subject.sampling._replace(solver=method, steps=count)
             nfe = 0

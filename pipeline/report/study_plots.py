@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kac.solvers import STEPPERS
 from kac.study.guidance_scales import GuidancePoint
 from kac.study.marginals import Marginal
 from kac.study.memorisation import EnergyAndNearness
 from kac.study.plane import EDGE, Travelled, density
-from kac.study.solver_steps import METHODS, SolverPoint
+from kac.study.solver_steps import SolverPoint
 from kac.study.speed_limit import Speeds
 from kac.study.stability import StabilityKnot
 
@@ -67,7 +68,7 @@ def solver(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mappin
     for axis, (space, distance) in zip(axes, floor.items(), strict=True):
         axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")
         for line, (name, points) in zip(("-", "--"), found.items(), strict=False):
-            for number, method in enumerate(METHODS):
+            for number, method in enumerate(STEPPERS):
                 own = [(point.nfe, point.distances[space]) for point in points if point.method == method]
                 style = f"{MARKERS[number]}{line}"
                 axis.plot(*zip(*own, strict=True), style, color=f"C{number}", label=f"{name}, {method}")

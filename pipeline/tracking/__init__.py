@@ -10,7 +10,7 @@ system.py       CPU, memory, disk, network and GPU use during a run
 """
 
 from pipeline.tracking.delivery import sync
-from pipeline.tracking.metrics import METRICS, PART_PREFIX, declare, declared
+from pipeline.tracking.metrics import DIAGNOSTIC_PREFIX, METRICS, PART_PREFIX, declare, declared
 from pipeline.tracking.processes import close_dead
 from pipeline.tracking.runs import (
     FINGERPRINT_TAG,
@@ -33,6 +33,7 @@ from pipeline.tracking.server import (
 from pipeline.tracking.source import Dataset
 
 __all__ = [
+    "DIAGNOSTIC_PREFIX",
     "FINGERPRINT_TAG",
     "INPUT_TAG",
     "METRICS",

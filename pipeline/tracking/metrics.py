@@ -10,6 +10,9 @@ METRICS: dict[str, Metric] = {}
 PART_PREFIX = "loss/"
 """Prefix of the parts of a loss, ``loss/<part>``. They need no declaration."""
 
+DIAGNOSTIC_PREFIX = "diagnostic/"
+"""Prefix of the diagnostics of an objective, ``diagnostic/<name>``. They need no declaration."""
+
 SYSTEM_PREFIX = "system/"
 """Prefix of the measurements of MLflow's monitors, ``system/<name>``."""
 
@@ -32,7 +35,7 @@ def check_declared(names: Iterable[str]) -> None:
     Raises:
         KeyError: the metrics that are not.
     """
-    undeclared = (PART_PREFIX, SYSTEM_PREFIX)
+    undeclared = (PART_PREFIX, DIAGNOSTIC_PREFIX, SYSTEM_PREFIX)
     unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:
         raise KeyError(f"These metrics are not in METRICS: {sorted(unknown)}. Declare them by tracking.declare.")

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from kac.losses import LossTerms
 from kac.networks import NetworkModule, VelocityNetwork
 from kac.precision import Precision
 from pipeline.config.specs import OptimizerConfig
+from pipeline.tracking import DIAGNOSTIC_PREFIX
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -88,15 +90,15 @@ class MicroBatch(NamedTuple):
         return rows[self.slot :: self.slots]
 
 
-Losses = Callable[[VelocityNetwork, MicroBatch], dict[str, Tensor]]
-"""(network, micro-batch) -> the terms of the loss by name, scalars."""
+Losses = Callable[[VelocityNetwork, MicroBatch], LossTerms]
+"""(network, micro-batch) -> the parts of the loss, and diagnostics."""
 
 
 class Progress(NamedTuple):
     """The scalars of one update."""
 
-    losses: dict[str, Tensor]  # the terms of the loss by name; their sum is minimised
-    diagnostics: dict[str, Tensor]  # other metrics by name
+    losses: dict[str, Tensor]  # the parts of the loss by name; their sum is minimised
+    diagnostics: dict[str, Tensor]  # other metrics by their full name
 
 
 class Learner(Protocol):
@@ -216,23 +218,32 @@ class NetworkLearner(TrainedNetwork):
         """Do update ``number`` on the mean loss of its micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
-        losses = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]
+        passes = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]
         # A worker with more passes than others has more weight in the mean over the workers.
         weight = first.passes * self.worker.world_size / first.slots
-        means = {name: weight * torch.stack([terms[name] for terms in losses]).mean() for name in losses[0]}
-        return Progress(means, {"gradient_norm": self.step(number)})
 
-    def _add_gradient(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """Add the gradient of one micro-batch. Return the terms of its loss."""
-        terms: dict[str, Tensor] = {}
+        def means(terms: list[dict[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
+            return {f"{prefix}{name}": weight * torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
+
+        diagnostics = means([terms.diagnostics for terms in passes], DIAGNOSTIC_PREFIX)
+        return Progress(means([terms.losses for terms in passes]), {**diagnostics, "gradient_norm": self.step(number)})
+
+    def _add_gradient(self, micro: MicroBatch) -> LossTerms:
+        """Add the gradient of one micro-batch. Return the scalars of its loss, detached."""
+        terms = LossTerms({})
 
         def loss() -> Tensor:
-            terms.update(self.losses(self.forward, micro))
+            nonlocal terms
+            terms = self.losses(self.forward, micro)
             # DistributedDataParallel takes the mean over workers, whatever their number of passes.
-            return torch.stack(list(terms.values())).sum() / (micro.slots / micro.worker.world_size)
+            return torch.stack(list(terms.losses.values())).sum() / (micro.slots / micro.worker.world_size)
 
         self.accumulate(loss, micro.is_last)
-        return {name: term.detach() for name, term in terms.items()}
+        return LossTerms(
+            {name: value.detach() for name, value in terms.losses.items()},
+            # A diagnostic may be a count, or computed on the CPU.
+            {name: value.detach().to(self.worker.device, torch.float32) for name, value in terms.diagnostics.items()},
+        )
 
 
 # Random numbers depend only on (seed, update, slot), so that checkpoints need no random state.

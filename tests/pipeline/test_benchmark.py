@@ -242,7 +242,7 @@ def test_the_compared_loops_train_on_the_same_endpoints(setting):
         torch.manual_seed(0)
         learner = task.build(worker)
         with torch.no_grad():
-            losses = [learner.losses(learner.forward, part(update))["endpoint"] for update in range(400)]
+            losses = [learner.losses(learner.forward, part(update)).losses["endpoint"] for update in range(400)]
         return float(torch.stack(losses).mean())
 
     expected = mean_loss(distill_task(setting, 100))

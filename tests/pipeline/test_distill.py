@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from kac import model as models
 from kac.data import open_dataset
 from kac.data.splits import in_memory
+from kac.losses import EndpointConfig, EndpointObjective, LossTerms
 from kac.losses.refinement.energy import energy_distance
 from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling
 from kac.util.errors import DistillKacError
-from pipeline import store
+from pipeline import store, tracking
 from pipeline.config.specs import DistillSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
@@ -274,3 +276,30 @@ def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, sma
 def test_a_student_of_all_scales_cannot_be_refined(small_store: str, tmp_path: Path):
     with pytest.raises(DistillKacError, match=r"`refine` data .* `guidance` is all"):
         distill_spec(small_store, tmp_path / "out", guidance="all", refine="data")
+
+
+class DiagnosedObjective(EndpointObjective):
+    """Logs diagnostics: a scalar with a gradient, and a count."""
+
+    def losses(self, network: Any, interval: Any) -> LossTerms:
+        losses = super().losses(network, interval).losses
+        return LossTerms(losses, {"double": 2 * losses["endpoint"], "rows": torch.tensor(len(interval.label))})
+
+
+@pytest.mark.parametrize(("refine", "anchor"), [("none", 1.0), ({"kind": "data", "anchor": 0.25}, 0.25)])
+def test_diagnostics_of_an_objective_are_logged_and_not_minimised(
+    refine: Any, anchor: float, small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {"refine": refine, "optimizer": FEW.model_copy(update={"accumulation": 2})}
+    plain = distill(distill_spec(small_store, tmp_path / "plain", **options))
+    monkeypatch.setattr(EndpointConfig, "build", lambda config, steps, takes: DiagnosedObjective(steps))
+    diagnosed = distill(distill_spec(small_store, tmp_path / "diagnosed", **options))
+    assert plain is not None
+    assert diagnosed is not None
+    assert diagnosed.weights_sha256 == plain.weights_sha256
+    run = tracking.run_of_output(str(tmp_path / "diagnosed"))
+    assert run is not None
+    metrics = MlflowClient().get_run(run.run_id).data.metrics
+    assert metrics["diagnostic/double"] == pytest.approx(2 * metrics["loss/endpoint"] / anchor)
+    assert metrics["diagnostic/rows"] == FEW.batch_size / 2
+    assert metrics["loss"] == pytest.approx(sum(v for name, v in metrics.items() if name.startswith("loss/")))

@@ -11,7 +11,6 @@ import torch
 from mlflow import MlflowClient
 from ray.tune.search import Searcher
 
-from kac.losses import build_objective
 from kac.model import load_config, load_model
 from kac.precision import Precision
 from kac.util.errors import DistillKacError
@@ -230,7 +229,7 @@ def test_resources_that_the_cluster_lacks_are_refused(small_store: str, tmp_path
 def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: int):
     def batches() -> list[Any]:
         source = store.open(small_store)
-        objective = build_objective(distill_spec(small_store, Path("x")).objective, steps, ())
+        objective = distill_spec(small_store, Path("x")).objective.build(steps)
         intervals = source.interval_batches(64, objective, 1.0, seed=3)
         whole = source.batches(100, 1.0, knots=(4, 0), seed=1)
         return [next(intervals) for _ in range(8)] + list(whole)
@@ -238,19 +237,13 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
     expected = batches()
     source = store.open(small_store)
     (selection,) = sharing.merge_selections(
-        [
-            source.selection(build_objective(distill_spec(small_store, Path("x")).objective, m, ()), 1.0)
-            for m in (1, 2, 4)
-        ]
+        [source.selection(distill_spec(small_store, Path("x")).objective.build(m), 1.0) for m in (1, 2, 4)]
     )
     shared = sharing.load_shared(selection)
     for array in shared.arrays.values():
         array.setflags(write=False)
     with sharing.use_shared([shared]):
-        assert (
-            sharing.find(source.selection(build_objective(distill_spec(small_store, Path("x")).objective, 2, ()), 0.0))
-            is None
-        )
+        assert sharing.find(source.selection(distill_spec(small_store, Path("x")).objective.build(2), 0.0)) is None
         batches_of_shared = batches()
         columns = sharing.find(selection)
         assert columns is not None and columns.knots.numpy().ctypes.data == shared.arrays["knots"].ctypes.data

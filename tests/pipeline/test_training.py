@@ -14,6 +14,7 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
+from kac.losses import LossTerms
 from kac.precision import Precision
 from kac.util.errors import ArgumentError, DistillKacError, DivergedError
 from pipeline import tracking, training
@@ -57,14 +58,14 @@ class Regression:
         target = points @ torch.arange(10.0).reshape(5, 2)
         torch.manual_seed(0)
 
-        def losses(network: nn.Module, micro: training.MicroBatch) -> dict[str, Tensor]:
+        def losses(network: nn.Module, micro: training.MicroBatch) -> LossTerms:
             update = micro.update
             if update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
                 Path(self.mark).touch()
                 os._exit(1)
             x, y = micro.share(points), micro.share(target)
             value = (network(x, None, None) - y).square().mean()
-            return {"regression": value * float("nan") if update == self.poison_at else value}
+            return LossTerms({"regression": value * float("nan") if update == self.poison_at else value})
 
         return training.NetworkLearner(Linear(), losses, self.optimizer, worker)
 

@@ -1,17 +1,13 @@
 """Refinement: training that moves a student's images towards the training images of the same class.
 
 A student that only imitates its teacher cannot become better than the teacher. Refinement generates student images in a
-few steps, clips and rounds them, and compares them with training images by an energy distance (G. J. Szekely and
-M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) in one or several feature spaces:
-
-    D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only if X and Y have the same distribution.
-
-X and Y include their classes, so images are compared class by class. The student's objective remains in the loss as an
-anchor, because precision drops without it.
+few steps, clips and rounds them, and compares them with training images by a distance in one or several feature
+spaces. The compared points include the classes, so images are compared class by class. The student's objective remains
+in the loss as an anchor, because precision drops without it.
 """
 
 from kac.losses.refinement.config import DataRefinementConfig, NoRefinementConfig, RefinementConfig
-from kac.losses.refinement.energy import refinement_loss, straight_through
+from kac.losses.refinement.loss import refinement_loss, straight_through
 from kac.losses.refinement.spaces import RefinementSpace, check_spaces, open_spaces
 
 __all__ = [

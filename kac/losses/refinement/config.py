@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 
+from kac.losses.refinement.loss import DistanceName
 from kac.losses.refinement.spaces import SpaceName
 from kac.util.options import Kinded, expand_kind
 
@@ -18,7 +19,8 @@ class DataRefinementConfig(Kinded):
     """Refinement on the training images."""
 
     kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
-    anchor: NonNegativeFloat = Field(0.05, description="weight of the objective relative to the energy distance")
+    anchor: NonNegativeFloat = Field(0.05, description="weight of the objective relative to the distance")
+    distance: DistanceName = Field("energy", description="energy: energy distance between student and training images")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,

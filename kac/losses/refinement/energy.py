@@ -1,20 +1,15 @@
-"""The energy distance between delivered samples and training images, class by class."""
+"""The energy distance (G. J. Szekely and M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) between two sets of points.
 
-from collections.abc import Sequence
+    D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only if X and Y have the same distribution.
+
+X' and Y' are independent copies of X and Y.
+"""
 
 import torch
-from torch import Tensor, nn
-
-from kac.losses.refinement.spaces import RefinementSpace
-from kac.util.images import delivered
+from torch import Tensor
 
 TINY = 1e-12
 """Lower limit of squared distances, because the slope of their square root is infinite at 0."""
-
-
-def straight_through(samples: Tensor) -> Tensor:
-    """Delivered samples, whose gradient ignores the clipping and rounding."""
-    return samples + (delivered(samples) - samples).detach()
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -25,45 +20,13 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
         >>> bool(energy_distance(points[:250], points[250:] + 1) > energy_distance(points[:250], points[250:]))
         True
     """
-    return 2 * _distances(x, y).mean() - _mean_distance(x) - _mean_distance(y)
+    return 2 * _distances(x, y).mean() - mean_distance(x) - mean_distance(y)
 
 
-def refinement_loss(
-    samples: Tensor,
-    label: Tensor | None,
-    real: Tensor,
-    real_label: Tensor,
-    spaces: Sequence[RefinementSpace],
-    class_weight: float,
-    num_classes: int,
-    update: int = 0,
-) -> Tensor:
-    """The energy distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
-
-    Distances are divided by the mean distance between real images, so all spaces have equal weight and the loss is
-    about 1 for samples unrelated to the data.
-
-    Args:
-        samples, real: [batch, *sample].
-        label, real_label: [batch]. If ``label`` is None, classes are ignored.
-        class_weight: distance between images of different classes, in the same unit.
-        update: seed of random spaces.
-    """
-
-    def one_hot(classes: Tensor) -> Tensor:
-        return class_weight / 2**0.5 * nn.functional.one_hot(classes, num_classes).to(samples.dtype)
-
-    classes, real_classes = ([], []) if label is None else ([one_hot(label)], [one_hot(real_label)])
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        unit = _mean_distance(y).detach().clamp(min=1e-6)
-        return energy_distance(torch.cat([x / unit, *classes], 1), torch.cat([y / unit, *real_classes], 1))
-
-    means = [
-        torch.stack([distance(*pair) for pair in zip(space(samples, update), space(real, update), strict=True)]).mean()
-        for space in spaces
-    ]
-    return torch.stack(means).mean()
+def mean_distance(x: Tensor) -> Tensor:
+    """Mean distance between different points of x [n, width]; a scalar."""
+    n = len(x)
+    return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -75,9 +38,3 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     dtype, x, y = x.dtype, x.double(), y.double()
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
     return squared.clamp(min=TINY).sqrt().to(dtype)
-
-
-def _mean_distance(x: Tensor) -> Tensor:
-    """Mean distance between different points of x [n, width]."""
-    n = len(x)
-    return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))

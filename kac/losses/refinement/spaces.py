@@ -46,7 +46,7 @@ def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_
 
 def open_spaces(names: Sequence[SpaceName], data: Dataset, device: torch.device) -> list[RefinementSpace]:
     """The named spaces, checked by ``check_spaces``. Trains the classifier if the cache has none for these data."""
-    return [_OPENERS[name](data, device) for name in names]
+    return [SPACES[name](data, device) for name in names]
 
 
 def _open_pixels(data: Dataset, device: torch.device) -> RefinementSpace:
@@ -73,12 +73,13 @@ def _open_random(data: Dataset, device: torch.device) -> RefinementSpace:
     return features
 
 
-_OPENERS: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = {
+SPACES: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = {
     "pixels": _open_pixels,
     "pooled": _open_pooled,
     "classifier": _open_classifier,
     "random": _open_random,
 }
+"""Functions that open the spaces."""
 
 
 def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:

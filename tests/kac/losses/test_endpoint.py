@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kac.losses import EndpointConfig, EndpointObjective, Interval, build_objective
+from kac.losses import EndpointConfig, EndpointObjective, Interval
 from kac.losses.endpoint import endpoint_loss as loss_of_interval
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
@@ -93,7 +93,7 @@ def test_gradient_points_away_from_the_exact_velocity():
     ("stored", "steps", "knots"), [(20, 4, [0, 5, 10, 15, 20]), (20, 1, [0, 20]), (3, 3, [0, 1, 2, 3])]
 )
 def test_objective_reads_the_knots_at_the_ends_of_steps(stored, steps, knots):
-    objective = build_objective(EndpointConfig(), steps)
+    objective = EndpointConfig().build(steps)
     assert list(objective.knots(stored)) == knots
     assert torch.equal(knot_times(stored)[objective.knots(stored)], knot_times(steps))
 
@@ -116,8 +116,8 @@ def test_objective_draws_intervals_with_equal_probability():
 
 def test_objective_has_one_loss():
     interval = Interval(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2), torch.full((2,), 0.5), *torch.zeros(2, 2))
-    losses = EndpointObjective(2).losses(lambda x, t, label: x, interval)
-    assert {name: value.item() for name, value in losses.items()} == {"endpoint": 1.0}
+    terms = EndpointObjective(2).losses(lambda x, t, label: x, interval)
+    assert {name: value.item() for name, value in terms.losses.items()} == {"endpoint": 1.0}
     assert EndpointObjective(2).conditions == ()
 
 
@@ -126,7 +126,7 @@ def losses_of(error: torch.Tensor, **options) -> float:
     start = torch.zeros_like(error)
     interval = Interval(start, start, torch.ones(len(error)), *torch.zeros(3, len(error)))
     objective = EndpointConfig(**options).build(1)
-    return objective.losses(lambda x, t, label: error, interval)["endpoint"].item()
+    return objective.losses(lambda x, t, label: error, interval).losses["endpoint"].item()
 
 
 def test_huber_is_quadratic_for_small_and_linear_for_large_errors():

@@ -1,4 +1,4 @@
-"""Refinement: the energy distance, the loss over classes and spaces, and gradients of delivered samples."""
+"""Refinement: the energy distance, the loss over distances, classes and spaces, and delivered samples."""
 
 from collections.abc import Iterator
 from typing import get_args
@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from kac.data import DataConfig, Dataset, open_dataset
-from kac.losses.refinement import check_spaces, open_spaces, refinement_loss, straight_through
+from kac.losses.refinement import (
+    DataRefinementConfig,
+    check_spaces,
+    open_spaces,
+    refinement_loss,
+    straight_through,
+)
 from kac.losses.refinement.energy import energy_distance
+from kac.losses.refinement.loss import DISTANCES, DistanceName
 from kac.losses.refinement.spaces import CLASSIFIER, SpaceName
 from kac.metrics.features import classifier
 from kac.metrics.features.classifier import EVALUATION_CLASSIFIER
 from kac.util.errors import ArgumentError
+from kac.util.fingerprint import hashed_values
 from kac.util.images import delivered
 
 
@@ -46,6 +54,20 @@ def loss_of(samples, label, real, real_label, weight=0.5, spaces=None):
 
 def pixels(samples, update):
     return [samples.flatten(1)]
+
+
+def test_the_loss_uses_the_named_distance(monkeypatch: pytest.MonkeyPatch):
+    def gap(x: torch.Tensor, y: torch.Tensor, update: int) -> torch.Tensor:
+        return (x.mean() - y.mean()).abs() + update
+
+    monkeypatch.setitem(DISTANCES, "gap", gap)
+    samples, real = torch.tensor([[5.0], [7.0]]), torch.tensor([[0.0], [2.0]])  # mean distance between real points: 2
+    assert refinement_loss(samples, None, real, torch.zeros(2), [pixels], 0.5, 2, 10, "gap").item() == 12.5
+
+
+def test_every_distance_has_a_name_for_the_option_whose_default_changes_no_fingerprint():
+    assert tuple(DISTANCES) == get_args(DistanceName)
+    assert hashed_values(DataRefinementConfig()) == {"kind": "data"}
 
 
 def two_parts(samples, update):
