@@ -20,7 +20,7 @@ class DataRefinementConfig(Kinded):
 
     kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
     anchor: NonNegativeFloat = Field(0.05, description="weight of the objective relative to the distance")
-    distance: DistanceName = Field("energy", description="energy: energy distance between student and training images")
+    distance: DistanceName = Field("energy", description="distance between student and training images")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,
