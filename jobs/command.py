@@ -15,7 +15,7 @@ from kac.util.errors import DistillKacError, as_options, one_line
 from kac.util.log import show
 from kac.util.path_options import check_kinds
 from pipeline.cluster import environment, storage
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 
 SYNC = "--sync-tracking"
 """An option of every job: first deliver what earlier jobs could not. Without other options the job then ends."""

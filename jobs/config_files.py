@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from kac.util.errors import ArgumentError, one_line
 from kac.util.options import nested_models
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 
 Values = dict[str, Any]
 

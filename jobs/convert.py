@@ -1,7 +1,7 @@
 """`python -m jobs.convert --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import ConvertSpec
+from pipeline.config import ConvertSpec
 from pipeline.convert import convert
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m jobs.distill --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import DistillSpec
+from pipeline.config import DistillSpec
 from pipeline.distill import distill
 
 if __name__ == "__main__":

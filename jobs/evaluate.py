@@ -1,7 +1,7 @@
 """`python -m jobs.evaluate --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.stage import evaluate
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from jobs.config_files import Values, read_options, recipe_names
 from kac.util.errors import ArgumentError, UnknownArgument, as_options
 from kac.util.options import expand_kind, nested_models
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
 

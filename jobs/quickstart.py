@@ -1,7 +1,7 @@
 """`python -m jobs.quickstart --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import QuickstartSpec
+from pipeline.config import QuickstartSpec
 from pipeline.quickstart import quickstart
 
 if __name__ == "__main__":

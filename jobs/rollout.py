@@ -1,7 +1,7 @@
 """`python -m jobs.rollout --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import rollout
 
 if __name__ == "__main__":

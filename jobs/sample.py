@@ -1,7 +1,7 @@
 """`python -m jobs.sample --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.sample import sample
 
 if __name__ == "__main__":

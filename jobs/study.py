@@ -1,7 +1,7 @@
 """`python -m jobs.study --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import StudySpec
+from pipeline.config import StudySpec
 from pipeline.study import study
 
 if __name__ == "__main__":

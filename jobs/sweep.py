@@ -1,7 +1,7 @@
 """`python -m jobs.sweep --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.sweep import sweep
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m jobs.teach --help`"""
 
 from jobs.command import main
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 from pipeline.teach import teach
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store as endpoint_store
 from pipeline.cluster import connection, joining
-from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
 from pipeline.distill import distill as _distill
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.evaluate.scores import Score

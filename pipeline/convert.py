@@ -12,7 +12,7 @@ from kac.util.errors import CheckpointError
 from kac.util.log import log
 from pipeline import decode, outputs, tracking
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import ConvertSpec
+from pipeline.config import ConvertSpec
 
 
 def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> ModelConfig:

@@ -20,7 +20,7 @@ from kac.util.path_options import check_apart
 from pipeline import decode, outputs, refinement, store, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config.specs import DistillSpec, OptimizerConfig, SweepSpec
+from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
 from pipeline.tracking import logged_models
 
 

@@ -18,7 +18,7 @@ from kac.util.errors import DistillKacError
 from kac.util.fingerprint import hashed_fields
 from kac.util.options import flatten
 from pipeline import claims
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.tracking import RUN_FILE, TrackedRun, run_of_output
 
 SPEC_FILE = "spec.json"

@@ -8,7 +8,7 @@ from kac.util import files
 from kac.util.log import log
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
+from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate.scores import Score
 from pipeline.evaluate.stage import evaluate

@@ -12,7 +12,7 @@ from kac.sampling import Sampling, integrate
 from kac.util.errors import ArgumentError
 from kac.util.options import most
 from pipeline import store, training
-from pipeline.config.specs import DistillSpec
+from pipeline.config import DistillSpec
 
 
 def check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:

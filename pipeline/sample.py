@@ -13,7 +13,7 @@ from kac.util.device import default_device
 from kac.util.errors import ArgumentError
 from kac.util.log import log
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.report.pictures import sheet
 
 

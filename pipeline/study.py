@@ -43,7 +43,7 @@ from kac.util.options import flatten
 from kac.util.path_options import check_apart
 from pipeline import outputs, store, tracking
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import StudySpec
+from pipeline.config import StudySpec
 from pipeline.evaluate.sources import images_in_parts
 from pipeline.evaluate.stage import load_student_config, student_folders
 from pipeline.report import study_plots

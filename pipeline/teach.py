@@ -16,7 +16,7 @@ from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config.specs import OptimizerConfig, TeachSpec
+from pipeline.config import OptimizerConfig, TeachSpec
 
 
 def teach(

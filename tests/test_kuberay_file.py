@@ -152,7 +152,7 @@ def test_every_pod_has_the_settings_and_no_secret(items: dict[str, dict[str, Any
 
 def test_its_job_is_a_valid_command(items: dict[str, dict[str, Any]]):
     from jobs.parsing import parse
-    from pipeline.config.specs import RolloutSpec
+    from pipeline.config import RolloutSpec
 
     python, dash_m, module, *options = items["RayJob"]["spec"]["entrypoint"].split()
     assert (python, dash_m, module) == ("python", "-m", "jobs.rollout")

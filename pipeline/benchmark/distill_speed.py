@@ -16,7 +16,7 @@ from kac.util.device import default_device
 from pipeline import training
 from pipeline.benchmark.measurement import Bar, Measurement, interleave, one_thread
 from pipeline.benchmark.setting import STUDENT_STEPS, Setting
-from pipeline.config.specs import DistillSpec, OptimizerConfig
+from pipeline.config import DistillSpec, OptimizerConfig
 from pipeline.distill import DistillTask
 from pipeline.tracking import TrackedRun
 from pipeline.training.loop import LOG_UPDATES, run_updates

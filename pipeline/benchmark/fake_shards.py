@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from kac.util import files
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import ShardOutcome
 from pipeline.store.layout import Shard, StoreIdentity
 from pipeline.store.shards import Receipt

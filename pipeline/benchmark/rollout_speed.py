@@ -16,7 +16,7 @@ from kac.util.device import default_device
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting, compute_unsealed
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout.actors import SHARDS_IN_FLIGHT
 
 UNIT = "trajectories/s"

@@ -13,7 +13,7 @@ from kac.util import files
 from pipeline import store
 from pipeline.benchmark.spec import CALLS_PER_SHARD, BenchmarkSpec
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import ShardOutcome, compute_shards, make_plan, seal
 
 ACTOR_START_SECONDS = 600

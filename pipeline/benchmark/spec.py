@@ -9,7 +9,7 @@ from kac.data import DataConfig
 from kac.networks import MLPConfig, NetworkConfig
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 
 PARTS = {
     "peak-memory": "e",  # first, because it measures the memory of this process

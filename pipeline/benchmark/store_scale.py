@@ -15,7 +15,7 @@ from kac.util import files
 from pipeline.benchmark.fake_shards import outcome_of, write_shards
 from pipeline.benchmark.measurement import Bar, Measurement, interleave
 from pipeline.benchmark.setting import Setting
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.memory import peak_memory
 from pipeline.rollout import make_plan, seal
 from pipeline.store.layout import MANIFEST

@@ -10,7 +10,7 @@ from kac.util.options import Range, most
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.cluster.placement import Share
-from pipeline.config.specs import EvaluateSpec, RolloutSpec
+from pipeline.config import EvaluateSpec, RolloutSpec
 
 
 class Place(NamedTuple):

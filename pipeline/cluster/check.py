@@ -18,7 +18,7 @@ from kac.util.log import log
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import environment, joining, storage
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
 REQUEST_SECONDS = 10.0

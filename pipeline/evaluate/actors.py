@@ -16,7 +16,7 @@ from kac.util.options import most
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.placement import await_room
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.pool import each_once
 from pipeline.evaluate.sources import Chunk, make
 from pipeline.progress import ProgressBar

@@ -9,7 +9,7 @@ from kac.util.errors import DistillKacError
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.placement import await_room
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import task_error
 
 

@@ -8,7 +8,7 @@ from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 
 ANSWER_FILE = "answer.json"
 """The answer in a sweep's folder: see ``pipeline.sweep.answer``."""

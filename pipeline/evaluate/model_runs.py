@@ -8,7 +8,7 @@ import numpy as np
 from kac.model import ModelConfig
 from kac.sampling import TEACHER_STEPS, Sampling
 from pipeline import tracking
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.scores import REAL, Record, Score, table
 from pipeline.report import pictures
 

@@ -26,7 +26,7 @@ from pipeline import outputs, tracking
 from pipeline.cluster import storage
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.placement import await_room
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import make_chunks, open_spaces
 from pipeline.evaluate.feature_trial import try_features
 from pipeline.evaluate.gather import gather, real_images, reference_of, unfinished_reference, with_pixels

@@ -35,7 +35,7 @@ from kac.util.options import most
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.ray_data import each
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan
 from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome
 from pipeline.rollout.teacher import RolloutError, endpoint_rms

@@ -8,7 +8,7 @@ from kac.data import open_dataset
 from kac.guidance import check_guidance
 from kac.model import DATA_CHANGED, load_teacher_config
 from kac.util import files
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout.teacher import RolloutError
 from pipeline.store.layout import Shard, StoreIdentity, check_identity, parse_shard_name
 from pipeline.store.manifest import Extent, Manifest, merge_extents, read_manifest, shards_of

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from kac.util import files
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan, check_store
 from pipeline.rollout.shard_maker import ShardOutcome
 from pipeline.rollout.teacher import RolloutError

@@ -7,7 +7,7 @@ import time
 from kac.util.errors import DistillKacError, one_line
 from kac.util.log import log
 from kac.util.options import Options
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.memory import peak_memory
 from pipeline.rollout.teacher import FrozenTeacher, RolloutError, join
 from pipeline.store.layout import Shard, StoreIdentity

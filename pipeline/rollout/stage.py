@@ -15,7 +15,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.placement import await_room
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
 from pipeline.rollout.plan import Plan, make_plan

@@ -14,7 +14,7 @@ from kac.precision import Precision
 from kac.solvers import knot_times, solve
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, StoreIdentity
 
 

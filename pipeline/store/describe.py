@@ -12,7 +12,7 @@ from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from kac.util.options import flatten
 from kac.util.path_options import input_path
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.store.columns import read_rows
 from pipeline.store.layout import KINETIC_ENERGY, Shard
 from pipeline.store.manifest import IdRange, list_shards, merge_ranges

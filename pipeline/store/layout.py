@@ -21,7 +21,7 @@ from kac.path import PathConfig
 from kac.util.errors import DistillKacError
 from kac.util.fingerprint import fingerprint, hashed_fields, hashed_values
 from kac.util.options import flatten
-from pipeline.config.specs import RolloutRecipe
+from pipeline.config import RolloutRecipe
 
 MANIFEST = "manifest.json"
 DATA = "data"

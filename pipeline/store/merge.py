@@ -15,7 +15,7 @@ from kac.util import files, probes
 from kac.util.log import log
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, check_identity
 from pipeline.store.manifest import Extent, Manifest, list_shards, merge_extents, read_manifest, write_manifest
 from pipeline.store.reader import open_store

@@ -10,7 +10,7 @@ from kac.util.log import log
 from kac.util.path_options import input_path
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.store.describe import StorePath
 from pipeline.store.examine import UNRELATED, FileCheck, Kind, examine_all
 from pipeline.store.layout import MANIFEST, StoreError, StoreIdentity, parse_shard_name

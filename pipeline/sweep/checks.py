@@ -11,7 +11,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.distill import plan_student, resolve_spec
 from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger

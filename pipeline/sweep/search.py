@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from kac.networks.cost import duration
 from kac.util import files
 from kac.util.log import log
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.space import Point, is_choice, sample
 

@@ -14,7 +14,7 @@ from kac.util import files
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields
 from kac.util.options import nested_models
-from pipeline.config.specs import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
+from pipeline.config import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

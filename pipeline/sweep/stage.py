@@ -11,7 +11,7 @@ from kac.util.log import log
 from pipeline import claims, outputs, store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.distill import (
     DistillPlan,
     absolute_spec,

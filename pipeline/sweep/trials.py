@@ -12,7 +12,7 @@ from kac.util.errors import DivergedError, one_line
 from pipeline import store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
-from pipeline.config.specs import DistillSpec, SweepSpec
+from pipeline.config import DistillSpec, SweepSpec
 from pipeline.distill import distill, objective_of
 from pipeline.store import sharing
 from pipeline.store.order import rows_of

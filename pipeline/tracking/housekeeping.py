@@ -4,7 +4,7 @@ from kac.util.errors import DistillKacError, one_line
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from pipeline import tracking
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.tracking.server import without_password
 
 

@@ -31,7 +31,7 @@ from kac.util import files
 from kac.util.errors import DistillKacError, one_line
 from kac.util.log import log
 from pipeline import store, tracking
-from pipeline.config.specs import DistillSpec
+from pipeline.config import DistillSpec
 from pipeline.tracking import TrackedRun
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from kac.util import files
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import flatten
 from pipeline import claims
-from pipeline.config.specs import Spec
+from pipeline.config import Spec
 from pipeline.tracking import processes
 from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
 from pipeline.tracking.entries import Entry, split_content

@@ -3,7 +3,7 @@
 from kac.networks import NetworkConfig
 from kac.networks.cost import TRAINING_CALLS, network_cost, short
 from kac.precision import Precision
-from pipeline.config.specs import OptimizerConfig
+from pipeline.config import OptimizerConfig
 from pipeline.tracking import TrackedRun
 from pipeline.training.hosts import WorkerGroup
 

@@ -21,7 +21,7 @@ from kac.util.options import Range, most
 from pipeline import claims
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.placement import Share, await_room
-from pipeline.config.specs import DistillSpec, OptimizerConfig, TeachSpec
+from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
 from pipeline.training.learner import Worker

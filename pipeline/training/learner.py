@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from kac.losses import LossTerms
 from kac.networks import NetworkModule, VelocityNetwork
 from kac.precision import Precision
-from pipeline.config.specs import OptimizerConfig
+from pipeline.config import OptimizerConfig
 from pipeline.tracking import DIAGNOSTIC_PREFIX
 
 Tensors = tuple[Tensor, ...] | list[Tensor]

@@ -21,7 +21,7 @@ from kac.networks.cost import duration
 from kac.util.errors import DivergedError
 from kac.util.log import log
 from pipeline import claims
-from pipeline.config.specs import OptimizerConfig
+from pipeline.config import OptimizerConfig
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare

@@ -21,7 +21,7 @@ from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from kac.util.log import log
 from pipeline import store
-from pipeline.config.specs import OptimizerConfig
+from pipeline.config import OptimizerConfig
 from pipeline.store.layout import LABEL
 from pipeline.tracking import declare
 from pipeline.training.sheets import SEED, sampling_of

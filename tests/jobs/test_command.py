@@ -13,7 +13,7 @@ import pytest
 
 from jobs import command
 from kac.util.errors import DistillKacError
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 
 JOBS = [
     *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),

@@ -20,7 +20,7 @@ from jobs.parsing import parse
 from kac.data.kinds import FILE_KINDS
 from kac.networks.outside import OutsideConfig
 from kac.util.options import Range, nested_models
-from pipeline.config.specs import CLAIMS, Spec
+from pipeline.config import CLAIMS, Spec
 
 for module in pkgutil.iter_modules(jobs.__path__):
     importlib.import_module(f"jobs.{module.name}")

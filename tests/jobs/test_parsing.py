@@ -14,9 +14,9 @@ from jobs import parsing
 from jobs.parsing import parse
 from kac.util.errors import ArgumentError, as_options
 from kac.util.options import Kinded, Options, Range, expand_kind, flatten, nested_models
+from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import specs as config
-from pipeline.config.specs import EvaluateSpec, Spec, SweepSpec, TeachSpec
+from pipeline.config import EvaluateSpec, Spec, SweepSpec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec

@@ -13,7 +13,7 @@ from jobs.parsing import parse
 from kac.model import load_model
 from kac.util.errors import ArgumentError
 from pipeline import quickstart, store
-from pipeline.config.specs import (
+from pipeline.config import (
     ConvertSpec,
     DistillSpec,
     EvaluateSpec,

@@ -8,7 +8,7 @@ from jobs.parsing import parse
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
 from kac.util.errors import ArgumentError, CheckpointError, as_options
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 
 
 def nonzero_mlp(

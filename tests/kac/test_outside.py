@@ -18,7 +18,7 @@ from kac.networks.velocity import NetworkModule
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.util.errors import ArgumentError, CheckpointError
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 from tests.kac.outside_modules import Field
 from tests.kac.weights_files import file_of
 

@@ -21,7 +21,7 @@ import ray
 from jobs.command import main
 from kac.util import files
 from kac.util.errors import DistillKacError
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import actors, rollout
 from pipeline.rollout.shard_maker import ShardOutcome
 from pipeline.rollout.teacher import RolloutError, Rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 
 ROOT = Path(__file__).parents[2]
 SHARDS, TRAJECTORIES = 20, 620

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from kac.networks import MLPConfig
 from pipeline import tracking
-from pipeline.config.specs import DistillSpec, OptimizerConfig, TeachSpec
+from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
 
 FEW = OptimizerConfig(updates=60, batch_size=64, learning_rate=3e-3, warmup_updates=5, ema_decay=0.9)
 DIVERGING = OptimizerConfig(updates=60, learning_rate=1e30, warmup_updates=0, max_gradient_norm=1e30)

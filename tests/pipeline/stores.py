@@ -11,7 +11,7 @@ from kac.data import DataConfig
 from kac.model import save_model, teacher_config
 from kac.networks import Conditioning, MLPConfig, build_network
 from kac.path import PathConfig
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import Plan, compute_shards, make_plan, rollout
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import Manifest

@@ -10,7 +10,7 @@ import random
 import tempfile
 import time
 
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.running import Job, Summary, end, named
 from tests.pipeline.stores import make_teacher

@@ -16,7 +16,7 @@ from kac.path import PathConfig
 from kac.util.errors import ArgumentError
 from pipeline.benchmark import benchmark
 from pipeline.benchmark.spec import BenchmarkSpec
-from pipeline.config.specs import EvaluateSpec, StudySpec, SweepSpec
+from pipeline.config import EvaluateSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout

@@ -11,7 +11,7 @@ import pytest
 import pipeline
 from kac import load_model
 from kac.util.errors import ArgumentError
-from pipeline.config.specs import DistillSpec, TeachSpec
+from pipeline.config import DistillSpec, TeachSpec
 
 NOTEBOOK = """
 import sys
@@ -47,7 +47,7 @@ def test_a_notebook_runs_without_ray_output_or_a_database(tmp_path: Path, projec
 
 
 def test_a_model_samples_the_images_of_the_job(student: str, teacher: str, tmp_path: Path):
-    from pipeline.config.specs import SampleSpec
+    from pipeline.config import SampleSpec
     from pipeline.sample import sample
 
     for folder, steps, guidance in ((student, None, None), (teacher, 7, 1.5)):

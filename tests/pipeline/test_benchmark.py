@@ -26,7 +26,7 @@ from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, pre
 from pipeline.benchmark.setting import compute_unsealed, make_setting
 from pipeline.benchmark.spec import CALLS_PER_SHARD, PARTS
 from pipeline.benchmark.store_scale import SHARD_ROWS, UNITS
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.store.layout import plan_shards
 from pipeline.store.shards import adopt, column_array
 from pipeline.training.loop import LOG_UPDATES

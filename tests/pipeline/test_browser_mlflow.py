@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
-from pipeline.config.specs import OptimizerConfig, SweepSpec
+from pipeline.config import OptimizerConfig, SweepSpec
 from pipeline.sweep import sweep
 from tests.pipeline.test_browser import CHROMIUM, sync_api
 from tests.pipeline.tracking_servers import mlflow_server

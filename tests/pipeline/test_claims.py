@@ -27,7 +27,7 @@ ENDLESS = teach_spec(Path("unused")).optimizer.model_copy(update={"updates": 10*
 JOB = """
 import sys
 from pipeline.teach import teach
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 teach(TeachSpec.model_validate_json(sys.argv[1]))
 """
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from kac.data import DataConfig, open_dataset
 from kac.model import load_config
 from kac.util.errors import DistillKacError
-from pipeline.config.specs import EvaluateSpec, RolloutSpec, SampleSpec
+from pipeline.config import EvaluateSpec, RolloutSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.evaluate.scores import read_record
 from pipeline.evaluate.stage import evaluate

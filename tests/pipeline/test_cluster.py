@@ -17,7 +17,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import joining, storage
 from pipeline.cluster.connection import Machines
-from pipeline.config.specs import EvaluateSpec, SweepSpec
+from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout

@@ -8,10 +8,10 @@ from pydantic import BaseModel, create_model
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields, hashed_values
-from kac.util.options import Options
+from kac.util.options import Options, nested_models
+from pipeline import config
 from pipeline.benchmark import BenchmarkSpec
-from pipeline.config import specs as config
-from pipeline.config.specs import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
+from pipeline.config import ConvertSpec, DistillSpec, EvaluateSpec, OptimizerConfig, RolloutSpec, Spec, TeachSpec
 from pipeline.store import StoreIdentity
 
 IDENTITY: dict[str, Any] = {
@@ -126,8 +126,10 @@ def test_neutral_values_never_change():
 
 def models() -> list[type[BaseModel]]:
     """Return all option models of the specs and of a store's identity."""
-    specs = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, Options)]
-    return [*(spec for spec in specs if spec not in (Options, Spec)), StoreIdentity, BenchmarkSpec]
+    exported = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, Options)]
+    specs = [spec for spec in exported if spec is not Spec]
+    nested = [model for spec in specs for field in spec.model_fields.values() for model in nested_models(field)]
+    return list(dict.fromkeys([*specs, *nested, StoreIdentity, BenchmarkSpec]))
 
 
 MINIMAL: dict[str, dict[str, Any]] = {
@@ -141,6 +143,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "StudySpec": {"teacher": "t", "out": "o"},
     "SampleSpec": {"model": "m", "out": "o"},
     "QuickstartSpec": {"out": "o"},
+    "OutsideConfig": {"module": "package:Class"},
     "StoreIdentity": IDENTITY,
 }
 

@@ -22,7 +22,7 @@ from kac.model import load_config, load_model
 from kac.networks import OutsideConfig, UNetConfig
 from kac.solvers import knot_times, solve
 from kac.util.errors import ArgumentError, DistillKacError
-from pipeline.config.specs import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
+from pipeline.config import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
 from pipeline.convert import convert
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate

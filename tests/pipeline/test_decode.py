@@ -9,7 +9,7 @@ import torch
 from kac.data import DataConfig, all_rows, begin_decoding, decoded, open_dataset
 from kac.util.errors import DistillKacError
 from pipeline import decode
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 from pipeline.teach import teach
 from tests.kac.data import making
 

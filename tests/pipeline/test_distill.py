@@ -18,7 +18,7 @@ from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling
 from kac.util.errors import DistillKacError
 from pipeline import store, tracking
-from pipeline.config.specs import DistillSpec, SampleSpec
+from pipeline.config import DistillSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from tests.pipeline.stages import FEW, distill_spec, run_of

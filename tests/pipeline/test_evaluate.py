@@ -21,7 +21,7 @@ from kac.sampling import teacher_sampling
 from kac.solvers import knot_times, solve
 from kac.util.errors import DistillKacError, DivergedError
 from pipeline import store, tracking
-from pipeline.config.specs import EvaluateSpec, SampleSpec
+from pipeline.config import EvaluateSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.evaluate import actors, sources
 from pipeline.evaluate.scores import Score, mean_score, read_record, table

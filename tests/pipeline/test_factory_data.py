@@ -9,7 +9,7 @@ import pytest
 from kac.data import DataConfig, open_dataset
 from kac.model import load_config
 from kac.util.errors import ArgumentError
-from pipeline.config.specs import EvaluateSpec, SampleSpec
+from pipeline.config import EvaluateSpec, SampleSpec
 from pipeline.evaluate.stage import evaluate
 from pipeline.sample import sample
 from pipeline.teach import teach

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from kac.util import files
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import RolloutError, actors, compute_shards, make_plan, rollout, seal
 from pipeline.store.manifest import list_shards, read_manifest
 from tests.pipeline import faulty

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kac.util.errors import ArgumentError
-from pipeline.config.specs import EvaluateSpec, SweepSpec
+from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.evaluate import feature_trial
 from pipeline.evaluate.stage import evaluate
 from pipeline.sweep import sweep

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from kac.model import load_config
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from pipeline.tracking import TrackedRun, logged_models

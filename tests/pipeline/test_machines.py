@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.parsing import parse
-from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutSpec, Spec, TeachSpec
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, TeachSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout

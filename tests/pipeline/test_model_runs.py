@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from kac.model import load_config
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.distill import distill
 from pipeline.evaluate.scores import read_record, table
 from pipeline.evaluate.stage import _names, evaluate, read_shown
@@ -126,7 +126,7 @@ def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str
 
 
 def _other_run(out: Path) -> str:
-    from pipeline.config.specs import RolloutSpec
+    from pipeline.config import RolloutSpec
 
     spec = RolloutSpec(teacher="t", store="s")
     with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output=str(out / "store")) as run:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kac.util import files
-from pipeline.config.specs import EvaluateSpec, SampleSpec, StudySpec, SweepSpec
+from pipeline.config import EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout

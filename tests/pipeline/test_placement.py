@@ -17,7 +17,7 @@ from pipeline import training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.cluster.placement import Node, Share, await_room
-from pipeline.config.specs import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
 from pipeline.distill import DistillTask, distill, resolve_spec
 from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout

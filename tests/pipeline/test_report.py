@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.specs import EvaluateSpec
+from pipeline.config import EvaluateSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.evaluate.stage import evaluate
 from pipeline.report.run_report import write_report

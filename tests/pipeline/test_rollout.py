@@ -22,7 +22,7 @@ from pipeline import store
 from pipeline.cluster.actor_place import Place, choose_place
 from pipeline.cluster.connection import Resources
 from pipeline.cluster.placement import Node, Share
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import make_plan, rollout, stage
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
 from tests.pipeline.compare import assert_same_store
@@ -95,7 +95,7 @@ def test_the_store_is_the_same_with_and_without_actors(
 def test_a_rollout_in_one_process_does_not_import_ray(teacher: str, tmp_path: Path, project_root: Path):
     code = f"""
 import sys
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 from pipeline.rollout import rollout
 rollout(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, trajectories=40, shard_size=32, actors=0))
 assert "ray" not in sys.modules
@@ -110,7 +110,7 @@ def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, 
     code = f"""
 from pipeline.cluster.actor_place import choose_place
 from pipeline.cluster.placement import await_room
-from pipeline.config.specs import RolloutSpec
+from pipeline.config import RolloutSpec
 place = choose_place(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, actors=1, gpu=False))
 await_room("rollout", "`actors`", place.actors, place.share)
 """

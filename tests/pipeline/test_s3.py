@@ -18,7 +18,7 @@ import ray
 from jobs import command
 from kac.util import files, probes
 from kac.util.errors import DistillKacError
-from pipeline.config.specs import (
+from pipeline.config import (
     DistillSpec,
     EvaluateSpec,
     OptimizerConfig,

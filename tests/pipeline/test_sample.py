@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kac.util.errors import ArgumentError
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.sample import sample
 from tests.pipeline.stores import make_teacher
 

@@ -11,7 +11,7 @@ import pytest
 
 from kac.util.errors import ArgumentError, one_line
 from pipeline import tracking
-from pipeline.config.specs import DistillSpec, EvaluateSpec
+from pipeline.config import DistillSpec, EvaluateSpec
 from pipeline.store import shards
 from pipeline.store.manifest import read_manifest
 from tests.pipeline.stores import copy_store

@@ -13,7 +13,7 @@ from kac.model import load_config
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
-from pipeline.config.specs import CLAIMS, StudySpec
+from pipeline.config import CLAIMS, StudySpec
 from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
 from pipeline.study import study
 from pipeline.tracking.metrics import SYSTEM_PREFIX

@@ -15,7 +15,7 @@ from kac.model import load_config, load_model
 from kac.precision import Precision
 from kac.util.errors import DistillKacError
 from pipeline import store, tracking
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
 from pipeline.store import sharing
 from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from kac.metrics import Metric
 from pipeline import tracking
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.sweep import TrialRecord
 from pipeline.sweep.answer import write_answer

@@ -8,7 +8,7 @@ import pytest
 from jobs.parsing import parse
 from kac.losses import FlowMapConfig
 from kac.util.errors import ArgumentError, DistillKacError
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.sweep import space, sweep
 from tests.pipeline.stages import FEW
 

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from kac.util.errors import DistillKacError
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.tracking import delivery, processes, runs, spill
 from pipeline.tracking.entries import Entry, first_batch
 from pipeline.tracking.sender import Sender
@@ -198,7 +198,7 @@ def test_system_metrics_are_logged_and_continue_in_a_rerun(uri: str, tmp_path: P
 DYING = """
 import os, sys
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 with tracking.start_run(
     spec=SampleSpec(model="m", out="o.png"), fingerprint=sys.argv[2], inputs={}, output=sys.argv[1]
 ) as run, tracking.start_run(
@@ -436,7 +436,7 @@ START_TOGETHER = """
 import sys
 from pathlib import Path
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 Path(sys.argv[1] + "/ready-" + sys.argv[2]).touch()
 while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2:
     pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 from pipeline.teach import teach
 from pipeline.tracking import delivery, start_run
 from tests.pipeline.stages import teach_spec
@@ -74,7 +74,7 @@ from pathlib import Path
 import mlflow
 import pipeline.training
 from pipeline import tracking
-from pipeline.config.specs import SampleSpec
+from pipeline.config import SampleSpec
 
 parent, folder, seconds = tracking.TrackedRun(sys.argv[1], sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 number = next((number for number in range(4) if os.fork() == 0), None)

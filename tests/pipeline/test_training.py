@@ -18,7 +18,7 @@ from kac.losses import LossTerms
 from kac.precision import Precision
 from kac.util.errors import ArgumentError, DistillKacError, DivergedError
 from pipeline import tracking, training
-from pipeline.config.specs import OptimizerConfig, SampleSpec, SweepSpec
+from pipeline.config import OptimizerConfig, SampleSpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.sweep import sweep
 from pipeline.teach import teach

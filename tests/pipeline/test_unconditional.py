@@ -22,7 +22,7 @@ from kac.precision import Precision
 from kac.sampling import teacher_sampling
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from pipeline import store
-from pipeline.config.specs import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
+from pipeline.config import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.sources import ModelSamples
 from pipeline.evaluate.stage import evaluate

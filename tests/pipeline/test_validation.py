@@ -12,7 +12,7 @@ from kac.sampling import generate, student_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from pipeline import decode, store
-from pipeline.config.specs import OptimizerConfig
+from pipeline.config import OptimizerConfig
 from pipeline.distill import distill, plan_student
 from pipeline.teach import teach
 from pipeline.training import Validation, validation

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from kac.util import files
 from kac.util.log import log
 from pipeline import tracking
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.evaluate.scores import REAL, read_record
 from pipeline.evaluate.stage import read_shown

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from pipeline.config.specs import SweepSpec
+from pipeline.config import SweepSpec
 from pipeline.evaluate.scores import direction, provenance
 from pipeline.report import page
 from pipeline.report.run_report import mlflow_command

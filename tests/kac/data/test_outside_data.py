@@ -15,7 +15,7 @@ from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.fingerprint import hashed_values
 from kac.util.images import to_bytes
-from pipeline.config.specs import TeachSpec
+from pipeline.config import TeachSpec
 from tests.kac.data import outside_data
 from tests.kac.data.outside_data import COUNT, IMAGES, LABELS, POINTS
 

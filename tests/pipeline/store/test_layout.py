@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kac.model import load_teacher_config
 from kac.path import PathConfig
 from kac.precision import Precision
-from pipeline.config.specs import RolloutRecipe, RolloutSpec
+from pipeline.config import RolloutRecipe, RolloutSpec
 from pipeline.store.layout import (
     Shard,
     StoreIdentity,

@@ -1,0 +1,82 @@
+"""The options of rollout."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from kac.precision import Precision
+from kac.solvers import KnotGrid, Method
+from kac.util.fingerprint import unhashed
+from kac.util.options import Options
+from kac.util.path_options import input_path, output_path
+from pipeline.config.shared_options import (
+    DRY_RUN,
+    SEED,
+    ActorOptions,
+)
+from pipeline.config.spec import Spec
+
+
+class RolloutRecipe(Options):
+    """The options of a rollout that determine its rows and their division into shards.
+
+    With the facts of the teacher, these options identify a store.
+    """
+
+    source: Literal["trajectory", "forward"] = Field(
+        "trajectory",
+        description="trajectory: follow the teacher from noise and keep every knot; forward: noise data to the start "
+        "of a random interval and follow the teacher through it (arXiv 2509.21513, Algorithm 1)",
+    )
+    knots: PositiveInt = Field(20, description="stored intervals; knot 0 is noise, the last the image")
+    knot_grid: KnotGrid = Field("uniform", description="times of the knots between t = 1 and t = 0")
+    solver: Method = Field("ab2", description="the teacher's solver")
+    solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
+    precision: Precision = Precision()
+    seed: int = SEED
+    shard_size: PositiveInt = Field(1024, description="trajectories per shard")
+    dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
+
+    @model_validator(mode="after")
+    def _check_solver_steps(self) -> Self:
+        if self.solver_steps % self.knots:
+            raise ValueError(
+                f"`solver_steps` {self.solver_steps} is not a multiple of `knots` {self.knots}. "
+                f"Choose {self.solver_steps // self.knots * self.knots + self.knots}, for example."
+            )
+        return self
+
+
+class RolloutSpec(ActorOptions, RolloutRecipe, Spec):
+    """Store the frozen teacher's trajectories in an endpoint store (Ray Data)."""
+
+    stage = "rollout"
+    common = ("trajectories", "guidance", "knots", "solver", "solver_steps", "seed", "dry_run")
+    teacher: str = input_path(..., "the teacher's model folder: path or s3:// URI")
+    store: str = output_path(..., "store to write: path or s3:// URI")
+    trajectories: PositiveInt = unhashed(12000, "trajectories per guidance scale; a rerun can add more")
+    first_sample: NonNegativeInt = unhashed(
+        0, "id of the first trajectory, a multiple of `shard_size`; for stores that will be merged"
+    )
+    guidance: tuple[float, ...] = unhashed(
+        (0.0,), "guidance scales w, 0 is none; such as 0 1 2; a rerun can add more", min_length=1
+    )
+    compression: Literal["none", "zstd", "lz4"] = unhashed(
+        "lz4", "Parquet compression of the knots (byte-stream split)"
+    )
+    batch_size: PositiveInt = unhashed(512, "trajectories per network call")
+    dry_run: bool = DRY_RUN
+
+    @field_validator("guidance")
+    @classmethod
+    def _remove_duplicates(cls, guidance: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(float(w) + 0.0 for w in guidance))
+
+    @model_validator(mode="after")
+    def _check_first_sample(self) -> Self:
+        if self.first_sample % self.shard_size:
+            raise ValueError(
+                f"`first_sample` {self.first_sample} is not a multiple of `shard_size` {self.shard_size}. Choose "
+                f"{self.first_sample // self.shard_size * self.shard_size + self.shard_size}, for example."
+            )
+        return self

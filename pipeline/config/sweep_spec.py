@@ -1,0 +1,133 @@
+"""The options of sweep."""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+
+from kac.util.fingerprint import unhashed
+from kac.util.path_options import input_path, output_path
+from pipeline.config.distill_spec import StudentOptions
+from pipeline.config.shared_options import (
+    FEATURE_FILE,
+    LABEL_SELECTOR,
+    RESOURCES,
+    Features,
+    LabelSelector,
+    RegisteredName,
+    parse_pairs,
+)
+from pipeline.config.spec import Spec
+
+STEP_COUNTS = (1, 2, 4, 20)
+"""The student steps of a sweep by default."""
+
+
+class SweepSpec(StudentOptions, Spec):
+    """Distill many students from one store, evaluate them and report the best (Ray Tune)."""
+
+    stage = "sweep"
+    common = ("steps", "guidance", "grid", "chain", "search", "trials", "samples", "features", "seed", "register")
+    out: str = output_path(..., "folder to write: one student folder per trial, and the results")
+    steps: tuple[PositiveInt, ...] | None = unhashed(
+        None,
+        "student steps, short for `grid` steps=1,2; a flow map is one student for all; default: 1 2 4 20, or those of "
+        "`chain`, or 4 with `search`",
+    )
+    guidance: tuple[float | Literal["all"], ...] | None = unhashed(
+        None, "guidance scales, short for `grid` guidance=0,1; all: one student for all scales; default: 0"
+    )
+    grid: dict[str, tuple[Any, ...]] = unhashed(
+        {}, "axes of the grid, any options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
+    )
+    chain: tuple[PositiveInt, ...] = unhashed(
+        (), "step counts of students that each start from the one before, in addition to the grid, such as 20 4 2 1"
+    )
+    search: dict[str, str] = unhashed(
+        {},
+        "distributions to draw options from, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)', or uniform, "
+        "randint (both ends included), choice; the grid's axes are then choices",
+    )
+    trials: NonNegativeInt = unhashed(0, "number of trials of `search`; a rerun can add more")
+    searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm of `search`")
+    asha: bool = unhashed(False, "stop bad trials early (asynchronous successive halving)")
+    asha_metric: str = unhashed(
+        "validation/energy_distance", "metric that ASHA and Optuna optimise, reported during training"
+    )
+    asha_factor: float = unhashed(3.0, "keep one of every N trials at each rung", gt=1)
+    grace_updates: PositiveInt = unhashed(500, "updates before a trial can be stopped")
+    metric: str | None = unhashed(
+        None, "metric of the best student; default: the Frechet distance in the last of `features`"
+    )
+    samples: NonNegativeInt = unhashed(2000, "samples per evaluated student; 0: no evaluation")
+    features: Features = input_path(
+        ("pixels", "classifier"),
+        "feature spaces of the evaluation, as in jobs.evaluate",
+        kind="file",
+        pattern=FEATURE_FILE,
+        min_length=1,
+    )
+    rollout: bool = unhashed(False, "first add missing guidance scales to the store")
+    register: RegisteredName | None = unhashed(None, "register the best student in MLflow under this name")
+    workers: int | None = unhashed(
+        None, "Ray Train workers per trial; default: the trial's own process", RESOURCES, ge=0
+    )
+    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs per trial, or per worker with `workers`", RESOURCES)
+    gpus_per_trial: float | None = unhashed(
+        None,
+        "GPUs per trial, or per worker with `workers`, such as 0.5; default: 1 if the cluster has GPUs, else 0",
+        RESOURCES,
+        ge=0,
+    )
+    label_selector: LabelSelector = LABEL_SELECTOR
+
+    @field_validator("grid", "search", mode="before")
+    @classmethod
+    def _parse_axes(cls, given: Any, info: ValidationInfo) -> Any:
+        """Return FIELD=VALUE,VALUE words as a mapping. A single value of the grid becomes an axis of one value."""
+        if isinstance(given, list | tuple):
+            given = parse_pairs(f"`{info.field_name}`", given)
+        if info.field_name == "search" or not isinstance(given, dict):
+            return given
+        axes = {name: _axis(values) for name, values in given.items()}
+        for name, values in axes.items():
+            if not values or any(value in ("", None) for value in values):
+                raise ValueError(f"`grid` has no value for {name}. Give {name}=VALUE,VALUE.")
+        return axes
+
+    @field_validator("chain", mode="before")
+    @classmethod
+    def _split_commas(cls, given: Any) -> Any:
+        """Accept 20,4,2,1 for 20 4 2 1."""
+        if isinstance(given, list | tuple) and len(given) == 1 and "," in str(given[0]):
+            return given[0].split(",")
+        return given
+
+    @field_validator("chain")
+    @classmethod
+    def _check_chain(cls, chain: tuple[int, ...]) -> tuple[int, ...]:
+        if len(chain) == 1 or any(after >= before for before, after in pairwise(chain)):
+            raise ValueError(
+                f"`chain` is {' '.join(map(str, chain))}. Give two or more step counts, each smaller than the one "
+                "before."
+            )
+        return chain
+
+    @field_validator("steps", "guidance")
+    @classmethod
+    def _check_not_empty(cls, values: tuple[Any, ...] | None, info: ValidationInfo) -> tuple[Any, ...] | None:
+        if values == ():
+            raise ValueError(f"`{info.field_name}` has no values. Give at least one, or leave it out.")
+        return values
+
+
+def _axis(values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str):
+        return tuple(value.strip() for value in values.split(","))
+    return tuple(values) if isinstance(values, list | tuple) else (values,)
