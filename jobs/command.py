@@ -94,7 +94,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _sync(prog: str, exit_after: bool) -> None:
-    from pipeline.tracking.housekeeping import sync
+    from pipeline.tracking.delivery import sync
 
     try:
         sync()

@@ -1,11 +1,12 @@
 """`python -m jobs.runs --help`"""
 
 from jobs.command import Command, main_of
-from pipeline.tracking import housekeeping
+from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
+from pipeline.tracking.delivery import SyncSpec, sync
 
 COMMANDS: dict[str, Command] = {
-    "close-dead": (housekeeping.CloseDeadSpec, housekeeping.close_dead),
-    "sync": (housekeeping.SyncSpec, housekeeping.sync),
+    "close-dead": (CloseDeadSpec, close_dead),
+    "sync": (SyncSpec, sync),
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import uuid
 
 from kac.util import files
 from kac.util.errors import DistillKacError
-from pipeline.tracking import processes
+from pipeline.tracking import process_tags
 
 CLAIM_FILE = "claim.json"
 
@@ -34,10 +34,10 @@ def take(out: str) -> None:
         DistillKacError: another process on this machine has claimed it.
     """
     path, token, deadline = files.join(out, CLAIM_FILE), uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
-    record = json.dumps({"token": token, **processes.tags()}, indent=2).encode()
+    record = json.dumps({"token": token, **process_tags.tags()}, indent=2).encode()
     while True:
         claim = _read(out)
-        if claim is None or claim["token"] == _held.get(out) or not processes.is_alive(claim):
+        if claim is None or claim["token"] == _held.get(out) or not process_tags.is_alive(claim):
             if files.write_bytes(path, record, if_absent=claim is None):
                 _held[out] = token
                 return
@@ -90,7 +90,7 @@ def _release_all() -> None:
 
 def _read(out: str) -> dict[str, str] | None:
     """The claim on the folder, or None. A damaged claim is read as that of no process."""
-    names = ("token", *processes.tags())
+    names = ("token", *process_tags.tags())
     try:
         record = json.loads(files.read_bytes(files.join(out, CLAIM_FILE)))
         return {name: str(record[name]) for name in names}
@@ -101,4 +101,4 @@ def _read(out: str) -> dict[str, str] | None:
 
 
 def _describe(claim: dict[str, str]) -> str:
-    return f"process {claim[processes.PID_TAG]} on {claim[processes.HOST_TAG]}"
+    return f"process {claim[process_tags.PID_TAG]} on {claim[process_tags.HOST_TAG]}"

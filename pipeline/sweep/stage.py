@@ -222,7 +222,7 @@ def _close_stopped(ledger: Ledger) -> None:
         run = tracking.run_of_output(record.out) if record.status == "stopped" else None
         if run is not None:
             run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
-            run.end("KILLED")
+            run.end_killed()
 
 
 def _close_open(ledger: Ledger) -> None:
@@ -231,7 +231,7 @@ def _close_open(ledger: Ledger) -> None:
         # A trial that has not reported yet is still "waiting" in the ledger, but may already have a run.
         run = tracking.run_of_output(record.out) if record.status in {"waiting", "running"} else None
         if run is not None:
-            run.end("KILLED")
+            run.end_killed()
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:

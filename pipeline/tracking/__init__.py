@@ -1,22 +1,26 @@
 """MLflow tracking: one experiment, one run per output; fingerprint tags link teacher, store, student and evaluation.
 
-runs.py         start, resume, log to and end a run, from any process
-delivery.py     a queue in front of the server, so that a failing server never stops the work (entries, sender, spill)
-server.py       the address of the server, and its experiment
-metrics.py      the table of metric names
-processes.py    which process a run belongs to, and closing the runs of dead processes
-source.py       tags for the command, the commit and the data behind a run
-system.py       CPU, memory, disk, network and GPU use during a run
+runs.py             start or resume the run of a stage, end it, and find runs
+tracked_run.py      the handle of a run, to which any process can log
+process_tags.py     tags of a run's process, and whether the process has ended
+dead_runs.py        close the runs of dead processes
+metrics.py          the table of metric names
+source.py           tags for the command, the commit and the data behind a run
+system.py           CPU, memory, disk, network and GPU use during a run
+delivery.py         the queue in front of the server, so that a failing server never stops the work
+entries.py          log entries, which wait in the queue
+spill.py            files in which log entries wait for a failing server
+sender.py           requests to MLflow from log entries
+server.py           the address of the server, and its experiment
+logged_models.py    students as logged models, which can be loaded, served and registered
+student_pyfunc.py   the code of a logged model
 """
 
-from pipeline.tracking.delivery import sync
 from pipeline.tracking.metrics import DIAGNOSTIC_PREFIX, METRICS, PART_PREFIX, declare, declared
-from pipeline.tracking.processes import close_dead
 from pipeline.tracking.runs import (
     FINGERPRINT_TAG,
     INPUT_TAG,
     STAGE_TAG,
-    TrackedRun,
     find_runs,
     run_of_output,
     start_run,
@@ -31,6 +35,7 @@ from pipeline.tracking.server import (
     without_password,
 )
 from pipeline.tracking.source import Dataset
+from pipeline.tracking.tracked_run import TrackedRun
 
 __all__ = [
     "DIAGNOSTIC_PREFIX",
@@ -42,7 +47,6 @@ __all__ = [
     "STAGE_TAG",
     "Dataset",
     "TrackedRun",
-    "close_dead",
     "connect",
     "declare",
     "declared",
@@ -51,7 +55,6 @@ __all__ = [
     "is_refusal",
     "run_of_output",
     "start_run",
-    "sync",
     "tracking_off",
     "tracking_uri",
     "without_password",

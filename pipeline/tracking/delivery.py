@@ -12,11 +12,12 @@ import time
 from collections import deque
 from itertools import islice
 
-from kac.util.errors import one_line
+from kac.util.errors import DistillKacError, one_line
 from kac.util.log import log
+from pipeline.config import Spec
 from pipeline.tracking.entries import REQUEST_LIMITS, Entry, first_batch
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.server import client_of, connect, is_refusal, without_password
+from pipeline.tracking.server import client_of, connect, is_refusal, tracking_uri, without_password
 from pipeline.tracking.spill import Spill, leftovers, save_unlocked, waiting_servers
 
 MAX_ENTRIES, MAX_BYTES = 10_000, 64 * 2**20
@@ -235,16 +236,28 @@ def delivery_to(uri: str) -> Delivery:
         return _deliveries[key]
 
 
-def sync(uri: str) -> tuple[int, int]:
-    """Deliver the entries of ended processes to ``uri`` and to every other server with waiting entries.
+class SyncSpec(Spec):
+    """Deliver log entries that ended jobs on this machine could not send to their tracking server."""
 
-    Returns:
-        The numbers of delivered and of still waiting entries.
+    stage = "sync"
+
+
+def sync(spec: SyncSpec | None = None) -> int:
+    """Deliver all log entries that wait on this machine, to every server; returns their number.
+
+    Raises:
+        DistillKacError: some entries could not be delivered.
     """
-    others = sorted(waiting_servers() - {without_password(uri)})
-    counts = [delivery_to(server).deliver_leftovers() for server in (uri, *others)]
+    uri = tracking_uri(".")
+    servers = (uri, *sorted(waiting_servers() - {without_password(uri)}))
+    counts = [delivery_to(server).deliver_leftovers() for server in servers]
     delivered, waiting = (sum(each) for each in zip(*counts, strict=True))
-    return delivered, waiting
+    log.info(f"sync: delivered {delivered:,} entries")
+    if waiting:
+        raise DistillKacError(
+            f"{waiting:,} log entries still wait, because their tracking servers do not answer. Try again later."
+        )
+    return delivered
 
 
 @atexit.register

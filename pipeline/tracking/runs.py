@@ -1,32 +1,29 @@
 """One MLflow run per output. A rerun resumes it, any process can log to it, and it is always closed."""
 
-import base64
 import contextlib
-import io
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import flatten
 from pipeline import claims
 from pipeline.config import Spec
-from pipeline.tracking import processes
-from pipeline.tracking.delivery import END_SECONDS, Delivery, delivery_to
-from pipeline.tracking.entries import Entry, split_content
-from pipeline.tracking.metrics import SYSTEM_PREFIX, check_declared
+from pipeline.tracking import process_tags
+from pipeline.tracking.dead_runs import dead_below
+from pipeline.tracking.delivery import Delivery, delivery_to
+from pipeline.tracking.entries import Entry
+from pipeline.tracking.metrics import SYSTEM_PREFIX
 from pipeline.tracking.sender import LOCAL, PARENT_TAG, RunNotCreatedYet
 from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, is_refusal, tracking_uri, without_password
 from pipeline.tracking.source import Dataset, source_tags
 from pipeline.tracking.system import system_metrics
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from pipeline.tracking.tracked_run import TrackedRun
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 CONTINUES_TAG = "distillkac.continues"
@@ -36,110 +33,6 @@ START_SECONDS, NESTED_SECONDS = 60.0, 10.0
 
 KILLED_SECONDS = 2.0
 """How long a stopped job waits for the server. Ray kills it three seconds after asking it to stop."""
-
-PARAM_LENGTH = 500
-"""Longest logged value of a parameter. Longer values are cut, and end in an ellipsis."""
-
-THUMBNAIL = 256
-"""Largest side, in pixels, of the small copies of pictures that MLflow's pages show."""
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
-
-    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the server. A
-    run with an empty URI drops all values.
-    """
-
-    tracking_uri: str
-    run_id: str
-
-    def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics of ``METRICS`` and parts of the loss.
-
-        Raises:
-            KeyError: a metric is not declared.
-        """
-        check_declared(values)
-        numbers = {name: float(value) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "metrics", part, step=step) for part in split_content("metrics", numbers)))
-
-    def tags(self, values: dict[str, str]) -> None:
-        """Set tags."""
-        self._put(*(Entry(self.run_id, "tags", part) for part in split_content("tags", values)))
-
-    def params(self, values: dict[str, Any]) -> None:
-        """Log parameters. In a rerun, changed parameters become tags ``distillkac.rerun.<name>``."""
-        texts = {name: _truncate(str(value)) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "params", part) for part in split_content("params", texts)))
-
-    def artifact(self, name: str, data: bytes) -> None:
-        """Attach a file. Its name may contain folders."""
-        self._put(Entry(self.run_id, "file", {"name": name, "data": base64.b64encode(data).decode()}))
-
-    def image(self, name: str, png: bytes, step: int) -> None:
-        """Add a picture to the series ``name``."""
-        from PIL import Image
-
-        picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        picture.convert("RGB").save(small, "webp")
-        # MLflow's pages find the pictures of a series by these names, which MLflow's client creates.
-        now = time.time_ns() // 1_000_000
-        path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now}+{uuid.uuid4()}"
-        self.artifact(f"{path}.png", png)
-        self.artifact(f"{path}+compressed.webp", small.getvalue())
-        self.tags({"mlflow.loggedImages": "True"})
-
-    def datasets(self, datasets: Sequence[Dataset]) -> None:
-        """Log the data that the run reads."""
-        if datasets:
-            self._put(Entry(self.run_id, "datasets", {"datasets": [dataset.values() for dataset in datasets]}))
-
-    def last_step(self, name: str) -> int:
-        """The last step of a metric on the server; 0 without one, or if the server does not answer."""
-        history = self._query(lambda client, run_id: client.get_metric_history(run_id, name), [])
-        return max((int(point.step) for point in history), default=0)
-
-    def last_metrics(self) -> dict[str, float]:
-        """The last value of each metric on the server; empty if the server does not answer."""
-        return dict(self._query(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
-
-    def status(self) -> str:
-        """The run's status on the server: RUNNING, FINISHED, FAILED or KILLED; empty if the server does not answer."""
-        return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
-
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the run of a process that has ended; ``start_run`` ends its own runs."""
-        self._put(Entry(self.run_id, "status", {"status": status}))
-
-    def nest(self, parent: "TrackedRun") -> None:
-        """Nest the run below another one."""
-        self.tags({PARENT_TAG: parent.run_id})
-
-    def flush(self, seconds: float = END_SECONDS) -> bool:
-        """Wait until the server has all log entries of this process, or until they are on disk if the server fails.
-
-        Returns:
-            Whether the server has all entries.
-        """
-        return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
-
-    def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
-        """The server's answer; ``default`` if the server fails, so that the work continues."""
-        if not self.tracking_uri:
-            return default
-        sender = delivery_to(self.tracking_uri).sender
-        try:
-            client, _ = sender.connected()
-            return query(client, sender.id_of(self.run_id))
-        except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
-            return default
-
-    def _put(self, *entries: Entry) -> None:
-        if self.tracking_uri:
-            delivery_to(self.tracking_uri).put(*entries)
 
 
 @contextmanager
@@ -189,23 +82,26 @@ def start_run(
         FINGERPRINT_TAG: fingerprint,
         **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
         **source_tags(spec.stage),
-        **processes.tags(),
+        **process_tags.tags(),
         **({PARENT_TAG: parent.run_id} if parent else {}),
     }
     run = _open_run(uri, tags, None if stage else output, is_nested=parent is not None)
     run.params(flatten(spec.model_dump(mode="json")))
     run.datasets(datasets)
     monitoring = contextlib.nullcontext() if stage else system_metrics(_system_logger(run))
-    status, seconds = "FAILED", END_SECONDS
     try:
         with monitoring:
             yield run
-        status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
-        status, seconds = "KILLED", KILLED_SECONDS
+        run.end_killed()
+        run.flush(KILLED_SECONDS)
         raise
+    except BaseException:
+        _end(run, "FAILED")
+        raise
+    else:
+        _end(run, "FINISHED")
     finally:
-        _end(run, status, seconds)
         if not stage:
             claims.release(output)
 
@@ -272,10 +168,6 @@ def _wait_for_server(delivery: Delivery, seconds: float) -> bool:
         ) from error
 
 
-def _truncate(text: str) -> str:
-    return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
-
-
 def _format_error(error: Exception) -> str:
     return without_password(one_line(error))
 
@@ -298,9 +190,8 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
         # If the server fails here, the next start closes these runs.
         with contextlib.suppress(Exception):
             client, experiment = delivery.sender.connected()
-            dead = processes.dead_below(client, experiment, delivery.sender.id_of(run.run_id))
-            # Use the queue, which retries: SQLite refuses one of two simultaneous writers.
-            delivery.put(*(Entry(run_id, "status", {"status": "KILLED"}) for run_id in dead))
+            for dead in dead_below(client, experiment, replace(run, run_id=delivery.sender.id_of(run.run_id))):
+                dead.end_killed()
             run.flush()
     return run
 
@@ -321,11 +212,10 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
     return run
 
 
-def _end(run: TrackedRun, status: str, seconds: float) -> None:
-    delivery = delivery_to(run.tracking_uri)
-    delivery.put(Entry(run.run_id, "status", {"status": status}))
-    if run.flush(seconds) and status != "KILLED":
-        delivery.deliver_leftovers()
+def _end(run: TrackedRun, status: Literal["FINISHED", "FAILED"]) -> None:
+    run.end(status)
+    if run.flush():
+        delivery_to(run.tracking_uri).deliver_leftovers()
 
 
 def _system_logger(run: TrackedRun) -> Callable[[dict[str, float]], None]:

@@ -15,7 +15,7 @@ from kac.util.errors import DistillKacError
 from pipeline import claims, outputs
 from pipeline.distill import distill
 from pipeline.teach import teach
-from pipeline.tracking import processes
+from pipeline.tracking import process_tags
 from tests.pipeline.s3_server import FaultyS3, environment
 from tests.pipeline.stages import DIVERGING, distill_spec, teach_spec
 
@@ -58,7 +58,7 @@ def job(tmp_path: Path, project_root: Path) -> Iterator["subprocess.Popen[str]"]
 
 def claim_from_elsewhere(out: str) -> str:
     """Claim the folder like a process on another machine; returns its token."""
-    record = {**processes.tags(), "token": "theirs", processes.HOST_TAG: "another-machine"}
+    record = {**process_tags.tags(), "token": "theirs", process_tags.HOST_TAG: "another-machine"}
     files.write_bytes(files.join(out, claims.CLAIM_FILE), json.dumps(record).encode())
     return "theirs"
 

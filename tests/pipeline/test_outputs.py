@@ -43,7 +43,7 @@ def test_a_rerun_finishes_the_run_of_a_job_that_was_stopped_after_its_model(
     config = make()
     run, client = tracking.run_of_output(str(out)), MlflowClient()
     assert config is not None and run is not None and run.status() == "FINISHED"
-    run.end("KILLED")
+    run.end_killed()
     run.flush()
     for name in ("distillkac.weights_sha256", "distillkac.path"):
         client.delete_tag(run.run_id, name)

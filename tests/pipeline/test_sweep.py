@@ -261,7 +261,7 @@ def test_each_trial_has_one_run_after_reruns(small_store: str, tmp_path: Path, r
     # The state after an interrupt between the end of the student and the end of the trial.
     ledger = Ledger(spec.out)
     ledger.change("steps-1-guidance-0.0", status="running")
-    tracking.run_of_output(ledger.records[0].out).end("KILLED")
+    tracking.run_of_output(ledger.records[0].out).end_killed()
     (tmp_path / "sweep" / "trials.json").unlink()
     sweep(spec)
     (record,) = Ledger(spec.out).records

@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from kac.util.errors import DistillKacError
 from pipeline import tracking
 from pipeline.config import SampleSpec
-from pipeline.tracking import delivery, processes, runs, spill
+from pipeline.tracking import delivery, process_tags, runs, spill
+from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.entries import Entry, first_batch
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import local_folder
@@ -45,7 +46,7 @@ def uri(tracking_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     link.symlink_to(path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{link}")
     yield f"sqlite:///{link}"
-    tracking.runs.delivery_to(f"sqlite:///{link}").flush(5)
+    delivery.delivery_to(f"sqlite:///{link}").flush(5)
 
 
 def start(out: Path, fingerprint: str = "f", **more: Any) -> Any:
@@ -221,16 +222,16 @@ def test_runs_of_dead_processes_are_closed(uri: str, tmp_path: Path, project_roo
     client, _ = tracking.connect(uri)
     outer, inner = die("a")
     other, other_inner = die("b")
-    client.set_tag(other, processes.HOST_TAG, "elsewhere")
-    client.set_tag(other_inner, processes.HOST_TAG, "elsewhere")
+    client.set_tag(other, process_tags.HOST_TAG, "elsewhere")
+    client.set_tag(other_inner, process_tags.HOST_TAG, "elsewhere")
     with start(tmp_path / "a", "a") as run:
         assert run.run_id == outer
         assert client.get_run(inner).info.status == "KILLED", "no process runs it"
         run.flush()
-        assert {outer, inner, other} & set(tracking.close_dead(uri)) == set()
+        assert {outer, inner, other} & set(close_dead(CloseDeadSpec())) == set()
         assert stored(run).info.status == "RUNNING"
-    assert tracking.close_dead(uri, older_than=1.0) == []
-    assert set(tracking.close_dead(uri, older_than=1e-9)) == {other, other_inner}
+    assert close_dead(CloseDeadSpec(older_than=1.0)) == []
+    assert set(close_dead(CloseDeadSpec(older_than=1e-9))) == {other, other_inner}
     assert client.get_run(other).info.status == "KILLED"
 
 
@@ -318,7 +319,7 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     lost._file.write(b'{"run_id": "cut o')
     lost._file.close()
     data = path.read_bytes()
-    assert tracking.sync(uri) == (2000, 0)
+    assert delivery.sync() == 2000
     assert not path.exists()
     path.write_bytes(data)
     with start(tmp_path / "other", "other"):

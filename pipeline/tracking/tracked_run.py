@@ -1,0 +1,133 @@
+"""A handle of an MLflow run that any process can log to."""
+
+import base64
+import io
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.tracking.delivery import END_SECONDS, delivery_to
+from pipeline.tracking.entries import Entry, split_content
+from pipeline.tracking.metrics import check_declared
+from pipeline.tracking.sender import PARENT_TAG
+from pipeline.tracking.source import Dataset
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+KILLED = "KILLED"
+"""MLflow's status of a run that was stopped."""
+
+PARAM_LENGTH = 500
+"""Longest logged value of a parameter. Longer values are cut, and end in an ellipsis."""
+
+THUMBNAIL = 256
+"""Largest side, in pixels, of the small copies of pictures that MLflow's pages show."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
+
+    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the server. A
+    run with an empty URI drops all values.
+    """
+
+    tracking_uri: str
+    run_id: str
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log metrics of ``METRICS`` and parts of the loss.
+
+        Raises:
+            KeyError: a metric is not declared.
+        """
+        check_declared(values)
+        numbers = {name: float(value) for name, value in values.items()}
+        self._put(*(Entry(self.run_id, "metrics", part, step=step) for part in split_content("metrics", numbers)))
+
+    def tags(self, values: dict[str, str]) -> None:
+        """Set tags."""
+        self._put(*(Entry(self.run_id, "tags", part) for part in split_content("tags", values)))
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters. In a rerun, changed parameters become tags ``distillkac.rerun.<name>``."""
+        texts = {name: _truncate(str(value)) for name, value in values.items()}
+        self._put(*(Entry(self.run_id, "params", part) for part in split_content("params", texts)))
+
+    def artifact(self, name: str, data: bytes) -> None:
+        """Attach a file. Its name may contain folders."""
+        self._put(Entry(self.run_id, "file", {"name": name, "data": base64.b64encode(data).decode()}))
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Add a picture to the series ``name``."""
+        from PIL import Image
+
+        picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.convert("RGB").save(small, "webp")
+        # MLflow's pages find the pictures of a series by these names, which MLflow's client creates.
+        now = time.time_ns() // 1_000_000
+        path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now}+{uuid.uuid4()}"
+        self.artifact(f"{path}.png", png)
+        self.artifact(f"{path}+compressed.webp", small.getvalue())
+        self.tags({"mlflow.loggedImages": "True"})
+
+    def datasets(self, datasets: Sequence[Dataset]) -> None:
+        """Log the data that the run reads."""
+        if datasets:
+            self._put(Entry(self.run_id, "datasets", {"datasets": [dataset.values() for dataset in datasets]}))
+
+    def last_step(self, name: str) -> int:
+        """The last step of a metric on the server; 0 without one, or if the server does not answer."""
+        history = self._query(lambda client, run_id: client.get_metric_history(run_id, name), [])
+        return max((int(point.step) for point in history), default=0)
+
+    def last_metrics(self) -> dict[str, float]:
+        """The last value of each metric on the server; empty if the server does not answer."""
+        return dict(self._query(lambda client, run_id: client.get_run(run_id).data.metrics, {}))
+
+    def status(self) -> str:
+        """The run's status on the server: RUNNING, FINISHED, FAILED or KILLED; empty if the server does not answer."""
+        return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
+
+    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
+        """End the run. ``start_run`` ends its own runs."""
+        self._put(Entry(self.run_id, "status", {"status": status}))
+
+    def end_killed(self) -> None:
+        """End the run as KILLED: it was stopped from outside, or its process has ended."""
+        self._put(Entry(self.run_id, "status", {"status": KILLED}))
+
+    def nest(self, parent: "TrackedRun") -> None:
+        """Nest the run below another one."""
+        self.tags({PARENT_TAG: parent.run_id})
+
+    def flush(self, seconds: float = END_SECONDS) -> bool:
+        """Wait until the server has all log entries of this process, or until they are on disk if the server fails.
+
+        Returns:
+            Whether the server has all entries.
+        """
+        return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
+
+    def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
+        """The server's answer; ``default`` if the server fails, so that the work continues."""
+        if not self.tracking_uri:
+            return default
+        sender = delivery_to(self.tracking_uri).sender
+        try:
+            client, _ = sender.connected()
+            return query(client, sender.id_of(self.run_id))
+        except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
+            return default
+
+    def _put(self, *entries: Entry) -> None:
+        if self.tracking_uri:
+            delivery_to(self.tracking_uri).put(*entries)
+
+
+def _truncate(text: str) -> str:
+    return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
