@@ -38,7 +38,7 @@ CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 
 DATA_CHANGED = (
-    "The files of the dataset have changed, or an older version read them differently: it sorted numbered class "
+    "The dataset has changed, or an older version read its files differently: it sorted numbered class "
     "folders as 1, 10, 2 and did not rotate photographs upright. Train the teacher again on these data."
 )
 """Error text for data that differ from the training data of a model."""

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from kac.util.errors import ArgumentError, UnknownArgument
+from kac.util.errors import ArgumentError, UnknownArgument, one_line
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -196,6 +196,7 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         where, found = f"{where}.kind", context.get("tag")
+    shown = one_line(repr(found), 100)  # an array given by mistake has many lines
     if kind == "extra_forbidden":
         return f"`{where}` is unknown. Check the spelling."
     if kind in {"missing", "union_tag_not_found"}:
@@ -204,13 +205,13 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
         message = str(context.get("error", entry["msg"]))
         if message.startswith("`"):  # a nested model names the argument itself
             return f"`{where}.{message[1:]}" if where and isinstance(found, dict) else message
-        return f"`{where}` is {found!r}: {message}" if where else message
+        return f"`{where}` is {shown}: {message}" if where else message
     if "expected_tags" in context:
         problem = f"be {' or '.join(context['expected_tags'].rsplit(', ', 1))}"
     else:  # a union of types has one error per type
         same = (other for other in entries if (other["loc"][:-1], other["input"]) == (entry["loc"][:-1], found))
         problem = " or ".join(dict.fromkeys(map(_problem, same))).replace(" or be ", " or ")
-    return f"`{where}` is {found!r}, but should {problem}."
+    return f"`{where}` is {shown}, but should {problem}."
 
 
 def _problem(entry: dict[str, Any]) -> str:

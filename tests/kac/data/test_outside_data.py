@@ -194,6 +194,14 @@ def test_wrong_options_are_refused(option: str, values: dict[str, Any]):
     assert error.value.name == option
 
 
+def test_arrays_instead_of_a_factory_are_refused_in_one_line():
+    with pytest.raises(ArgumentError) as error:
+        TeachSpec(out="o", data=ArrayData(IMAGES, LABELS))
+    assert error.value.name == "data"
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
 # Options, fingerprints, model folders
 
 
