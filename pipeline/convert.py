@@ -22,9 +22,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network's output
             is not a finite velocity, or the folder belongs to another spec or cannot be written.
     """
-    root = spec.data.root and cluster.absolute(spec.data.root)
-    paths = {"out": cluster.absolute(spec.out), "checkpoint": cluster.absolute(spec.checkpoint)}
-    spec = spec.model_copy(update={**paths, "data": spec.data.model_copy(update={"root": root})})
+    spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root")
     data = decode.open_described("convert", spec.data)
     samples = (data.sample_shape, data.num_classes)
     checkpoint, network = read_weights(spec.checkpoint), build_network(spec.network, *samples)

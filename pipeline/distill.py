@@ -151,14 +151,8 @@ StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
 
 def absolute_spec(spec: StudentSpec) -> StudentSpec:
     """Return the spec with absolute paths, which are valid in every process of the cluster."""
-    paths = {name: getattr(spec, name) for name in ("store", "out", "teacher", "init")}
-    return spec.model_copy(
-        update={
-            name: cluster.absolute(path)
-            for name, path in paths.items()
-            if path is not None and not (name == "init" and path == "teacher")
-        }
-    )
+    init = () if spec.init == "teacher" else ("init",)
+    return cluster.absolute_paths(spec, "store", "out", "teacher", *init)
 
 
 def check_student_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:

@@ -163,9 +163,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
         DistillKacError: a model or the store is missing or belongs to another teacher, or the rival is not comparable.
     """
     spec = spec.settled(torch.cuda.is_available)
-    paths = {name: getattr(spec, name) for name in ("teacher", "store", "rival", "out")}
-    absolute = {name: cluster.absolute(path) for name, path in paths.items() if path is not None}
-    spec = spec.model_copy(update={**absolute, "students": tuple(map(cluster.absolute, spec.students))})
+    spec = cluster.absolute_paths(spec, "teacher", "store", "students", "rival", "out")
     inputs = _open(spec)
     check_apart(spec, {"`data.root` of the teacher": inputs.teacher.data.root})
     content = _content(inputs)

@@ -36,10 +36,8 @@ def teach(
         DistillKacError: the data is missing or damaged, the folder belongs to another spec or cannot be written, or
             the training diverged.
     """
-    root = spec.data.root and cluster.absolute(spec.data.root)
-    spec = spec.model_copy(
-        update={"out": cluster.absolute(spec.out), "data": spec.data.model_copy(update={"root": root})}
-    )
+    spec = cluster.absolute_paths(spec, "out", "data.root")
+    root = spec.data.root
     storage.check_shared(
         {"`out`": spec.out, "`data.root`": root, **storage.cache_of(root is not None)},
         is_spread=lambda: bool(training.choose_workers(spec).workers),

@@ -8,7 +8,9 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel
 
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_secrets
@@ -190,6 +192,26 @@ def absolute(path: str) -> str:
             "deletes after the job. Use an absolute path or an s3:// URI."
         )
     return str(Path(name).absolute())
+
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def absolute_paths(options: Options, *names: str) -> Options:
+    """The options with these paths in their absolute form. Raises as ``absolute``.
+
+    Args:
+        names: fields with a path, several paths or None; ``data.root`` is a field of ``data``.
+    """
+    changed: dict[str, Any] = {}
+    for name in names:
+        field, _, nested = name.partition(".")
+        value = getattr(options, field)
+        if nested:
+            changed[field] = absolute_paths(value, nested)
+        elif value is not None:
+            changed[field] = absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
+    return options.model_copy(update=changed)
 
 
 def in_job_copy() -> bool:

@@ -42,7 +42,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     Raises:
         DistillKacError: the teacher or the store does not fit the spec, the store is not writable, or a shard failed.
     """
-    spec = spec.model_copy(update={"store": cluster.absolute(spec.store), "teacher": cluster.absolute(spec.teacher)})
+    spec = cluster.absolute_paths(spec, "store", "teacher")
     is_spread = spec.actors != 0
     storage.check_shared({"`store`": spec.store, "`teacher`": spec.teacher}, lambda: is_spread)
     if spec.source == "forward":
