@@ -101,11 +101,11 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
     Raises:
         MlflowException: the server refuses the model.
     """
+    existing = model_of_run(run, config.weights_sha256)
+    if existing:
+        return existing
     client = _client(run.tracking_uri)
     info = client.get_run(run.run_id)
-    existing = _find(client, info.info.experiment_id, config, info.info.run_id)
-    if existing:
-        return LoggedModel(run.tracking_uri, existing)
     facts = {
         "stage": "distill",
         "fingerprint": config.fingerprint,
@@ -150,32 +150,29 @@ def register(run_or_model: TrackedRun | LoggedModel, name: str, alias: str | Non
     Raises:
         DistillKacError: the run has no logged model, or MLflow refuses the name or the alias, or does not answer.
     """
-    with _mlflow_errors(run_or_model.tracking_uri):
-        return _register(_client(run_or_model.tracking_uri), run_or_model, name, alias)
-
-
-def _register(client: "MlflowClient", run_or_model: TrackedRun | LoggedModel, name: str, alias: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    model = run_or_model if isinstance(run_or_model, LoggedModel) else model_of_run(run_or_model)
-    if model is None:
-        raise DistillKacError(
-            f"The MLflow run {getattr(run_or_model, 'run_id', '')} has no logged model to register. "
-            "Remove the student and distill it again."
-        )
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    logged = client.get_logged_model(model.model_id)
-    quoted = name.replace("'", "''")
-    versions = client.search_model_versions(f"name = '{quoted}'")
-    number = next((str(other.version) for other in versions if other.source == logged.artifact_location), None)
-    number = number or _new_version(client, name, logged)
-    if alias:
-        client.set_registered_model_alias(name, alias, number)
-    return number
+    with _mlflow_errors(run_or_model.tracking_uri):
+        model = run_or_model if isinstance(run_or_model, LoggedModel) else model_of_run(run_or_model)
+        if model is None:
+            raise DistillKacError(
+                f"The MLflow run {getattr(run_or_model, 'run_id', '')} has no logged model to register. "
+                "Remove the student and distill it again."
+            )
+        client = _client(model.tracking_uri)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        logged = client.get_logged_model(model.model_id)
+        quoted = name.replace("'", "''")
+        versions = client.search_model_versions(f"name = '{quoted}'")
+        number = next((str(other.version) for other in versions if other.source == logged.artifact_location), None)
+        number = number or _new_version(client, name, logged)
+        if alias:
+            client.set_registered_model_alias(name, alias, number)
+        return number
 
 
 def register_folder(folder: str, name: str) -> str:
@@ -184,29 +181,33 @@ def register_folder(folder: str, name: str) -> str:
     Raises:
         DistillKacError: MLflow has no run of this student, or as ``register``.
     """
-    uri = tracking.tracking_uri(folder)
-    with _mlflow_errors(uri):
-        return register(_model_of_folder(folder, uri), name)
-
-
-def _model_of_folder(folder: str, uri: str) -> LoggedModel:
-    client, config = _client(uri), load_config(folder)
-    experiment = client.get_experiment_by_name(tracking.experiment_name())
-    query = f"tags.`{tracking.FINGERPRINT_TAG}` = '{config.fingerprint}' and tags.`{tracking.STAGE_TAG}` = 'distill'"
-    runs = client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
+    uri, config = tracking.tracking_uri(folder), load_config(folder)
+    runs = tracking.find_runs(config.fingerprint, "distill", uri)
     if not runs:
         raise DistillKacError(
-            f"{folder}: MLflow ({tracking.without_password(uri)}) has no run of this student. Set MLFLOW_TRACKING_URI "
-            "to the server that was used to train it."
+            f"{folder}: MLflow ({tracking.without_password(uri)}) has no run of this student, or does not answer. Set "
+            "MLFLOW_TRACKING_URI to the server that was used to train it."
         )
-    run, links = TrackedRun(uri, runs[0].info.run_id), runs[0].data.params
-    return log_student(run, folder, config, {name: links[name] for name in ("store", "teacher") if name in links})
+    with _mlflow_errors(uri):
+        params = _client(uri).get_run(runs[0].run_id).data.params
+        links = {name: params[name] for name in ("store", "teacher") if name in params}
+        return register(log_student(runs[0], folder, config, links), name)
 
 
-def model_of_run(run: TrackedRun) -> LoggedModel | None:
-    """The student that was logged to a run, or None."""
-    model_id = _client(run.tracking_uri).get_run(run.run_id).data.tags.get(MODEL_ID_TAG)
-    return LoggedModel(run.tracking_uri, model_id) if model_id else None
+def model_of_run(run: TrackedRun, weights_sha256: str = "") -> LoggedModel | None:
+    """The newest student that was logged to a run, or None.
+
+    Args:
+        run: the run that made the student.
+        weights_sha256: only a student with these weights.
+    """
+    client = _client(run.tracking_uri)
+    query = f"source_run_id = '{run.run_id}'"
+    if weights_sha256:
+        query += f" and tags.`{TAG}weights_sha256` = '{weights_sha256}'"
+    models = client.search_logged_models([client.get_run(run.run_id).info.experiment_id], query)
+    complete = (model for model in models if str(model.status) == "READY")
+    return next((LoggedModel(run.tracking_uri, str(model.model_id)) for model in complete), None)
 
 
 @contextmanager
@@ -229,14 +230,6 @@ def _client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
-
-
-def _find(client: "MlflowClient", experiment_id: str, config: ModelConfig, run_id: str) -> str | None:
-    """The id of the complete logged model of the run with these weights."""
-    models = client.search_logged_models(
-        [experiment_id], f"source_run_id = '{run_id}' and tags.`{TAG}weights_sha256` = '{config.weights_sha256}'"
-    )
-    return next((str(model.model_id) for model in models if str(model.status) == "READY"), None)
 
 
 def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
@@ -262,9 +255,9 @@ def _new_version(client: "MlflowClient", name: str, logged: Any) -> str:
     )
     # For the model's page in MLflow. A server sets this tag itself, a database does not.
     versions = json.loads(client.get_logged_model(logged.model_id).tags.get(VERSIONS_TAG, "[]"))
-    new = {"name": name, "version": created.version}
-    if not any(str(other["version"]) == str(created.version) and other["name"] == name for other in versions):
-        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps([*versions, new])})
+    if not any((other["name"], str(other["version"])) == (name, str(created.version)) for other in versions):
+        versions.append({"name": name, "version": created.version})
+        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps(versions)})
     return str(created.version)
 
 
@@ -280,17 +273,24 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
         model_id=created.model_id,
         metadata={**facts, **({"class_names": list(config.class_names)} if config.class_names else {})},
     )
-    with tempfile.TemporaryDirectory() as scratch, _quiet("mlflow.pyfunc", "mlflow.models"), _save_lock:
+    with _save_lock, _quiet("mlflow.pyfunc", "mlflow.models"):
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(CODE_FILE),
-            code_paths=[str(_copy_code(Path(scratch)))],
+            code_paths=[str(Path(kac.__file__).parent)],
             signature=signature(config),
             input_example=example(config),
             pip_requirements=_requirements(config),
             mlflow_model=model,
         )
-    _copy_model(folder, path / MODEL_FOLDER)
+    for file in Path(path, "code").rglob("*"):
+        if file.is_file() and file.suffix != ".py":
+            file.unlink()
+    for name in files.list_sizes(folder):
+        if name.endswith(".safetensors") or Path(name).name == CONFIG_FILE:
+            copy = path / MODEL_FOLDER / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(files.read_bytes(files.join(folder, name)))
     # MLflow would copy the artifact with a progress bar, and record the temporary path of its source.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": MODEL_FOLDER, "uri": folder}}
@@ -303,16 +303,16 @@ def signature(config: ModelConfig) -> Any:
     """The signature of the model: labels to images, with seed, steps and guidance as parameters."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     return ModelSignature(
-        Schema([ColSpec(DataType.long, "label")]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, *config.sample_shape))]),
-        ParamSchema(
+        inputs=Schema([ColSpec("long", "label")]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *config.sample_shape))]),
+        params=ParamSchema(
             [
-                ParamSpec("seed", DataType.long, 0),
-                ParamSpec("steps", DataType.long, config.steps),
-                ParamSpec("guidance", DataType.double, config.guidance),
+                ParamSpec("seed", "long", 0),
+                ParamSpec("steps", "long", config.steps),
+                ParamSpec("guidance", "double", config.guidance),
             ]
         ),
     )
@@ -326,25 +326,6 @@ def example(config: ModelConfig) -> tuple[Any, dict[str, int]]:
     return pandas.DataFrame({"label": [*dict.fromkeys((*known[:1], *known[-1:])), -1]}), {"seed": 0}
 
 
-def _copy_model(folder: str, into: Path) -> None:
-    """Copy the files of a model folder that ``load_model`` reads."""
-    for name in files.list_sizes(folder):
-        if name.endswith(".safetensors") or Path(name).name == CONFIG_FILE:
-            path = into / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files.read_bytes(files.join(folder, name)))
-
-
-def _copy_code(into: Path) -> Path:
-    """Copy the Python files of ``kac``; returns the copy."""
-    source = Path(kac.__file__).parent
-    for path in source.rglob("*.py"):
-        copy = into / "kac" / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    return into / "kac"
-
-
 def _requirements(config: ModelConfig) -> list[str]:
     """Requirements with the installed versions, without local suffixes such as +cu128."""
     network = outline_network(config.network, config.sample_shape, config.num_classes)
@@ -354,17 +335,13 @@ def _requirements(config: ModelConfig) -> list[str]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Hide log lines below warnings from this thread's calls of MLflow."""
-    thread = threading.get_ident()
-
-    def is_shown(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.WARNING
-
+    """Hide MLflow's log lines below warnings."""
     loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.addFilter(is_shown)
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(is_shown)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
