@@ -13,7 +13,8 @@ from pipeline.distill import distill
 from pipeline.evaluate.scores import Score
 from pipeline.evaluate.stage import evaluate
 from pipeline.outputs import SPEC_FILE
-from pipeline.report.run_report import mlflow_command, write_report
+from pipeline.report.evaluation_page import write_evaluation_page
+from pipeline.report.page import mlflow_command
 from pipeline.rollout import rollout
 from pipeline.store.layout import MANIFEST
 from pipeline.teach import teach
@@ -57,7 +58,7 @@ def quickstart(spec: QuickstartSpec) -> None:
         "evaluate": files.join(evaluation, SPEC_FILE),
     }
     report = files.join(out, "report.html")
-    write_report(report, "quickstart on the handwritten digits", evaluation, sections, uri)
+    write_evaluation_page(report, "quickstart on the handwritten digits", evaluation, sections, uri)
     log.info(f"quickstart: {_headline(scores)}")
     log.info(f"quickstart: wrote the report {report}")
     log.info(f"quickstart: to compare the runs: {mlflow_command(uri)}")

@@ -11,7 +11,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.config import EvaluateSpec
 
 ANSWER_FILE = "answer.json"
-"""The answer in a sweep's folder: see ``pipeline.sweep.answer``."""
+"""The answer in a sweep's folder: see ``pipeline.sweep.report``."""
 
 PATH_TAG, WEIGHTS_TAG = "distillkac.path", "distillkac.weights_sha256"
 """Tags of a run that produced a model: the folder and the weights of the model."""

@@ -7,6 +7,8 @@ import base64
 import html
 from collections.abc import Collection, Sequence
 
+from pipeline import tracking
+
 STYLE = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -70,6 +72,13 @@ def heading(text: str, level: int = 2) -> str:
 def paragraph(*lines: str, kind: str = "") -> str:
     """A paragraph, with a line break after each line."""
     return f"<p{_class(kind)}>{'<br>'.join(map(html.escape, lines))}</p>"
+
+
+def mlflow_command(uri: str) -> str:
+    """A command or a hint for viewing the runs."""
+    if uri.startswith("sqlite:"):
+        return f"mlflow ui --backend-store-uri {uri}"
+    return f"open {tracking.without_password(uri)} in a browser"
 
 
 def listing(text: str) -> str:

@@ -1,12 +1,15 @@
 """Sweep: many students of one store, as trials of Ray Tune.
 
-stage.py    the stage: check, add missing guidance scales, run, evaluate, write the answer
-checks.py   checks before the sweep begins
-space.py    the students of the sweep: grid points, chains, and the ranges of a search
-trials.py   the trials under Ray Tune
-search.py   which trial starts next, and which stops early
-ledger.py   the record of each trial, one file each in OUT/trials
-answer/     the results: tables, plots and a page
+stage.py           the stage: check, add missing guidance scales, run, evaluate, write the report
+checks.py          checks before the sweep begins
+planned_trials.py  the trials of a grid and its chains: names, specs, values
+search_space.py    the distributions of a search
+proposers.py       search algorithms: random, Optuna
+trials.py          the trials under Ray Tune
+ledger_search.py   Tune's searcher: which trial starts next, and how results reach the ledger
+early_stopping.py  ASHA
+ledger.py          the record of each trial, one file each in OUT/trials
+report/            the results: tables, plots and a page
 """
 
 from pipeline.sweep.ledger import Ledger, TrialRecord

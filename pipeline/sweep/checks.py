@@ -13,9 +13,10 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.config import SweepSpec
 from pipeline.distill import plan_student, resolve_spec
-from pipeline.sweep import space
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.space import Point
+from pipeline.sweep.planned_trials import PlannedTrial
+from pipeline.sweep.proposers import PROPOSERS
+from pipeline.sweep.search_space import is_choice, search_space
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
 """Metrics that a trial reports during training. Lower is better for each of them."""
@@ -58,7 +59,7 @@ def check_options(spec: SweepSpec) -> None:
 
 
 def check_validation(spec: SweepSpec) -> None:
-    """Raise ``ArgumentError`` if ASHA or Optuna would use a validation metric that is not computed."""
+    """Raise ``ArgumentError`` if ASHA or the search would use a validation metric that is not computed."""
     user = _user_of_reports(spec)
     if not user:
         return
@@ -73,7 +74,7 @@ def check_validation(spec: SweepSpec) -> None:
 
 
 def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
-    """Raise ``DistillKacError`` if no trial has reported the metric that ASHA or Optuna needs."""
+    """Raise ``DistillKacError`` if no trial has reported the metric that ASHA or the search needs."""
     user = _user_of_reports(spec)
     ended = [record for record in ledger.records if record.status in {"finished", "stopped"}]
     if user and ended and not any(spec.asha_metric in record.metrics for record in ended):
@@ -84,10 +85,12 @@ def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
 
 def _user_of_reports(spec: SweepSpec) -> str:
     """The option that makes the sweep use ``asha_metric``; empty if none does."""
-    return "`asha`" if spec.asha else "`searcher` optuna" if spec.search and spec.searcher == "optuna" else ""
+    if spec.asha:
+        return "`asha`"
+    return f"`searcher` {spec.searcher}" if spec.search and PROPOSERS[spec.searcher].uses_reports else ""
 
 
-def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, list[float]]:
+def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.Store, list[float]]:
     """Open the store and check every student against it.
 
     Returns:
@@ -97,12 +100,12 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
         DistillKacError: an option does not fit, or scales are missing and ``rollout`` is not given.
     """
     source = store.open(spec.store)
-    shortest = min(point.spec.optimizer.updates for point in points)
+    shortest = min(trial.spec.optimizer.updates for trial in trials)
     if spec.asha and shortest <= spec.grace_updates:
         raise ArgumentError(
             f"`grace_updates` is {spec.grace_updates}, but a trial has only {shortest} updates. Choose a smaller value."
         )
-    wanted = dict.fromkeys(point.spec.guidance for point in points)
+    wanted = dict.fromkeys(trial.spec.guidance for trial in trials)
     missing = [w for w in wanted if w != "all" and w not in source.guidance]
     assert source.manifest is not None
     teacher = spec.teacher or source.manifest.teacher
@@ -113,16 +116,16 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
             f"`guidance` {', '.join(f'{w:g}' for w in missing)} is not in the store {spec.store}, which has "
             f"{', '.join(f'{w:g}' for w in source.guidance)}. Add `rollout` to compute the missing scales first."
         )
-    if spec.search and not space.is_choice(space.distributions_of(spec)["guidance"]):
+    if spec.search and not is_choice(search_space(spec)["guidance"]):
         raise ArgumentError(
             "`search` draws guidance from a range, but a store has only some guidance scales. Use choice(...) instead."
         )
     checked: set[tuple[Any, ...]] = set()
-    for point in points:
-        training.check_batch_split(point.spec.optimizer, point.spec.workers or 0)
+    for trial in trials:
+        training.check_batch_split(trial.spec.optimizer, trial.spec.workers or 0)
         # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
-        init = spec.init if point.after else point.spec.init
-        student = resolve_spec(point.spec.model_copy(update={"init": init}))
+        init = spec.init if trial.after else trial.spec.init
+        student = resolve_spec(trial.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
         if student.guidance not in missing and key not in checked:
             checked.add(key)
@@ -131,17 +134,17 @@ def check_store(spec: SweepSpec, points: Sequence[Point]) -> tuple[store.Store, 
 
 
 def wait_for_resources(spec: SweepSpec) -> None:
-    """Return once the cluster can run one trial; raises as ``placement.await_room``."""
+    """Return once the cluster can run one trial; raises as ``placement.wait_for_capacity``."""
     needs = resources_per_trial(spec, cluster.connect())
     option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
-    placement.await_room("sweep", option, count, needs)
+    placement.wait_for_capacity("sweep", option, count, needs)
 
 
-def resources_per_trial(spec: SweepSpec, resources: cluster.Resources) -> placement.Share:
+def resources_per_trial(spec: SweepSpec, resources: cluster.ClusterResources) -> placement.Resources:
     """The resources of one trial, or of each of its workers."""
-    return placement.Share(spec.cpus_per_trial, gpus_per_trial(spec, resources), spec.label_selector)
+    return placement.Resources(spec.cpus_per_trial, gpus_per_trial(spec, resources), spec.label_selector)
 
 
-def gpus_per_trial(spec: SweepSpec, resources: cluster.Resources) -> float:
+def gpus_per_trial(spec: SweepSpec, resources: cluster.ClusterResources) -> float:
     """The number of GPUs per trial; may be a fraction of one."""
     return spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)

@@ -12,6 +12,7 @@ from pydantic import Field
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.options import Options
+from pipeline.sweep.planned_trials import PlannedTrial
 
 TRIALS_FOLDER = "trials"
 
@@ -58,6 +59,12 @@ class Ledger:
     def get(self, name: str) -> TrialRecord | None:
         """The record of a trial, or None."""
         return self._records.get(name)
+
+    def record_of(self, trial: PlannedTrial) -> TrialRecord:
+        """The record of a planned trial; a new one, which is not written yet, if there is none."""
+        return self.get(trial.name) or TrialRecord(
+            number=self.next_number(), name=trial.name, out=trial.spec.out, values=trial.values
+        )
 
     def next_number(self) -> int:
         """The number for the next new trial."""

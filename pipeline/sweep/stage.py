@@ -1,4 +1,4 @@
-"""The stage: check everything, add missing guidance scales, run the trials, evaluate the students, write the answer."""
+"""The stage: check everything, add missing guidance scales, run the trials, evaluate the students, write the report."""
 
 import json
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ from pipeline.distill import (
 from pipeline.evaluate.feature_trial import try_features
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
-from pipeline.sweep import checks, space
-from pipeline.sweep.answer import write_answer
+from pipeline.sweep import checks
 from pipeline.sweep.ledger import Ledger, TrialRecord
-from pipeline.sweep.space import Point
+from pipeline.sweep.planned_trials import PlannedTrial, grid_trials, identity, plan_trial
+from pipeline.sweep.report import write_report
+from pipeline.sweep.search_space import edge_trials
 from pipeline.sweep.trials import run_trials
 
 RESULT_FILE = "trials.json"
@@ -35,7 +36,7 @@ EVALUATION = "evaluation"
 
 
 def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[TrialRecord]:
-    """Distill every student of the sweep, evaluate the students and write the answer.
+    """Distill every student of the sweep, evaluate the students and write the report.
 
     A rerun keeps finished trials and resumes unfinished ones with the same values.
 
@@ -48,30 +49,26 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     """
     spec = absolute_spec(spec)
     check_student_storage(spec, lambda: True)
-    points = space.sample_points(spec) if spec.search else space.grid_points(spec)
+    planned = edge_trials(spec) if spec.search else grid_trials(spec)
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
     checks.check_validation(spec)
-    source, missing = checks.check_store(spec, points)
+    source, missing = checks.check_store(spec, planned)
     # The resources of the trials decide, not those of this process, so that any process can resume the sweep.
     spec = spec.settled(lambda: checks.gpus_per_trial(spec, cluster.connect()) > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
-    content = {"store": source.manifest.fingerprint, **space.identity(spec)}
+    content = {"store": source.manifest.fingerprint, **identity(spec)}
     if spec.samples and not files.exists(files.join(spec.out, RESULT_FILE)):
-        planned = _evaluation_spec(spec, source)
-        try_features(planned, load_teacher_config(str(planned.teacher)).data)
+        evaluation_spec = _evaluation_spec(spec, source)
+        try_features(evaluation_spec, load_teacher_config(str(evaluation_spec.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
     # Again, because the settled spec may change the students.
-    points = (
-        [space.make_point(spec, record.values, record.name) for record in ledger.records]
-        if spec.search
-        else space.grid_points(spec)
-    )
-    total = max(len(points), spec.trials) if spec.search else len(points)
+    planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
+    total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
-    if was_done and _is_complete(ledger, points, total) and _read_result(spec.out).get("judged") == judged:
+    if was_done and _is_complete(ledger, planned, total) and _read_result(spec.out).get("judged") == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
     claims.take(spec.out)  # again, because outputs.begin does not claim the folder of a finished sweep
@@ -84,9 +81,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     ) as run:
         if missing:
             _add_scales(spec, source, missing)
-        todo = [point for point in points if _is_open(ledger, point, run)]
-        complete = len(points) - len(todo)
-        if todo or len(points) < total:
+        todo = [trial for trial in planned if _is_open(ledger, trial, run)]
+        complete = len(planned) - len(todo)
+        if todo or len(planned) < total:
             try:
                 run_trials(spec, ledger, todo, total, run)
             except (KeyboardInterrupt, SystemExit):
@@ -95,7 +92,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         _close_stopped(ledger)
         checks.check_reported(spec, ledger)
         evaluation = _evaluate(spec, ledger, source, run)
-        write_answer(spec, ledger.records, evaluation, run, metric, better)
+        write_report(spec, ledger.records, evaluation, run, metric, better)
         if spec.register:
             _register_best(spec, spec.register)
         _check_failed(spec, ledger, total)
@@ -154,10 +151,10 @@ def _read_result(out: str) -> dict[str, Any]:
     return result
 
 
-def _is_complete(ledger: Ledger, points: Sequence[Point], total: int) -> bool:
+def _is_complete(ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> bool:
     """Whether every trial has finished with a student, or was stopped early."""
-    records = [ledger.get(point.name) for point in points]
-    return len(points) == total and all(
+    records = [ledger.get(trial.name) for trial in planned]
+    return len(planned) == total and all(
         record is not None and (record.status == "stopped" or (not record.is_open and _has_student(record.out)))
         for record in records
     )
@@ -167,17 +164,17 @@ def _has_student(out: str) -> bool:
     return files.exists(files.join(out, CONFIG_FILE))
 
 
-def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
-    """Whether a point needs training. If its student is already complete, its record becomes "finished".
+def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> bool:
+    """Whether a trial needs training. If its student is already complete, its record becomes "finished".
 
     Raises:
         DistillKacError: the student's folder belongs to another spec.
     """
-    record = ledger.get(point.name)
+    record = ledger.get(trial.name)
     if record is not None and record.status == "stopped":
         return False
-    student = resolve_spec(point.spec)
-    if point.after and not _has_student(student.init):
+    student = resolve_spec(trial.spec)
+    if trial.after and not _has_student(student.init):
         return True
     plan = plan_student(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
@@ -185,13 +182,10 @@ def _is_open(ledger: Ledger, point: Point, run: tracking.TrackedRun) -> bool:
         return True
     was_cut_off = record is not None and record.status != "finished"
     if record is None or was_cut_off:
-        record = record or TrialRecord(
-            number=ledger.next_number(), name=point.name, out=student.out, values=point.values
-        )
-        ledger.put(record)
+        record = ledger.put(ledger.record_of(trial))
     metrics = _nest(student, plan, run, was_cut_off)
     updates = student.optimizer.updates
-    ledger.change(point.name, status="finished", error="", updates=updates, metrics={**metrics, **record.metrics})
+    ledger.change(trial.name, status="finished", error="", updates=updates, metrics={**metrics, **record.metrics})
     return False
 
 

@@ -16,10 +16,10 @@ from pipeline.config import DistillSpec, SweepSpec
 from pipeline.distill import distill, objective_of
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
-from pipeline.sweep import space
 from pipeline.sweep.checks import resources_per_trial
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.space import Point
+from pipeline.sweep.planned_trials import PlannedTrial
+from pipeline.sweep.search_space import edge_trials
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
@@ -30,12 +30,15 @@ PROCESS_FAILURES = 2
 """Restarts per trial whose process died. Each restart resumes from the trial's checkpoint."""
 
 
-def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: int, run: tracking.TrackedRun) -> None:
+def run_trials(
+    spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
+) -> None:
     """Run the trials of ``todo``, then new trials of a search until there are ``total``. Results go to the ledger."""
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
-    from pipeline.sweep.search import Halving, LedgerSearch
+    from pipeline.sweep.early_stopping import LedgerASHA
+    from pipeline.sweep.ledger_search import LedgerSearch
 
     # Tune's tables would bury our progress lines; verbose=0 silences only Tune's older reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -45,30 +48,20 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
     share, waiting = resources_per_trial(spec, resources), {"memory": WAITING_BYTES}
     selector = dict(spec.label_selector)
     bundles = tune.PlacementGroupFactory(
-        [waiting if spec.workers else share.resources],
+        [waiting if spec.workers else share.by_ray_name],
         **({"bundle_label_selector": [selector]} if selector and not spec.workers else {}),
     )
-    concurrent = max(1, int(placement.room(placement.alive(), share)) // spec.workers) if spec.workers else None
-    searcher = LedgerSearch(
-        spec,
-        ledger,
-        todo,
-        total,
-        _proposer(spec, ledger),
-        lambda number, values: space.drawn_point(spec, number, values),
-    )
-    specs = [point.spec for point in todo] or [point.spec for point in space.sample_points(spec)]
-    most_updates = max(student.optimizer.updates for student in specs)
-    updates = {point.name: point.spec.optimizer.updates for point in todo}
-    scheduler = Halving(spec, ledger, lambda name: updates.get(name, most_updates), most_updates) if spec.asha else None
-    shared = _share_columns(spec, specs)
+    concurrent = max(1, int(placement.capacity(share)) // spec.workers) if spec.workers else None
+    students = [trial.spec for trial in todo or edge_trials(spec)]
+    most_updates = max(student.optimizer.updates for student in students)
+    shared = _share_columns(spec, students)
     # Tune's own files are not needed to resume: checkpoints are in the students' folders, the rest is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = Tuner(
             tune.with_resources(tune.with_parameters(_trial, shared=shared, run=run), bundles),
             tune_config=TuneConfig(
-                search_alg=searcher,
-                scheduler=scheduler,
+                search_alg=LedgerSearch(spec, ledger, todo, total),
+                scheduler=LedgerASHA(spec, ledger, most_updates) if spec.asha else None,
                 num_samples=max(1, len(todo) + max(0, total - len(ledger.records))),
                 max_concurrent_trials=concurrent,
                 reuse_actors=not spec.workers,  # saves the imports and the first read of each trial
@@ -83,17 +76,6 @@ def run_trials(spec: SweepSpec, ledger: Ledger, todo: Sequence[Point], total: in
         )
         with _without_aws_keys():
             tuner.fit()
-
-
-def _proposer(spec: SweepSpec, ledger: Ledger) -> Any:
-    from pipeline.sweep.search import Optuna, RandomSearch
-
-    if not spec.search:
-        return None
-    distributions = space.distributions_of(spec)
-    if spec.searcher == "optuna":
-        return Optuna(distributions, spec.seed, spec.asha_metric, ledger, spec.out)
-    return RandomSearch(distributions, spec.seed)
 
 
 def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.SharedColumns]:
@@ -141,15 +123,20 @@ def _without_aws_keys() -> Iterator[None]:
 def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run: tracking.TrackedRun) -> None:
     """One trial, in a process of Ray Tune. Training runs in this process, or on Ray Train workers of the trial."""
     import ray
-
-    from pipeline.sweep.search import report_to_tune
+    from ray import tune
 
     spec = DistillSpec(**json.loads(config["spec"]))
-    started, last = time.perf_counter(), {"update": 0.0}
+    started = time.perf_counter()
+    metrics: dict[str, float] = {}
 
-    def report(metrics: Mapping[str, float]) -> None:
-        last.update(metrics)
-        report_to_tune(last, started)
+    def report(
+        latest: Mapping[str, float], *, is_done: bool = False, error: str = "", has_diverged: bool = False
+    ) -> None:
+        """Report the latest value of every metric, and the state of the trial."""
+        metrics.update(latest)
+        names = " ".join(name for name in metrics if name != "update")
+        state = {"is_done": is_done, "error": error, "has_diverged": has_diverged, "reported": names}
+        tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, **state})
 
     arrays = [
         sharing.SharedColumns(columns.selection, {k: ray.get(ref) for k, ref in columns.arrays.items()})
@@ -159,7 +146,6 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
         with sharing.use_shared(arrays):
             distill(spec, run, on_report=report, is_trial=True)
     except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
-        report_to_tune(last, started, error=one_line(error), has_diverged=isinstance(error, DivergedError))
+        report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return
-    last["update"] = float(spec.optimizer.updates)
-    report_to_tune(last, started, is_done=True)
+    report({"update": float(spec.optimizer.updates)}, is_done=True)

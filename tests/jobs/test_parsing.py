@@ -20,7 +20,7 @@ from pipeline.config import EvaluateSpec, Spec, SweepSpec, TeachSpec
 from pipeline.store.describe import DescribeSpec
 from pipeline.store.merge import MergeSpec
 from pipeline.store.verify import VerifySpec
-from pipeline.sweep.space import grid_points
+from pipeline.sweep.planned_trials import grid_trials
 
 
 class Attention(Options):
@@ -301,7 +301,7 @@ def test_a_grid_in_a_file_or_on_the_command_line_gives_the_same_trial_folders(wr
     rates = "1e-3", "2.0e-3", "0.003"
     file = write(f"{{store: s, out: o, grid: {{optimizer.learning-rate: [{', '.join(rates)}]}}}}")
     words = ["--store", "s", "--out", "o", "--grid", f"optimizer.learning-rate={','.join(rates)}"]
-    points = [grid_points(parse(SweepSpec, given, "prog")) for given in (["--config", str(file)], words)]
+    points = [grid_trials(parse(SweepSpec, given, "prog")) for given in (["--config", str(file)], words)]
     assert points[0] == points[1]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.sweeps import grid
-from tests.pipeline.test_sweep_answer import answer, failed
+from tests.pipeline.test_sweep_report import failed, report_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -22,7 +22,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweeps") / "digits"
     trials = grid(out)
     trials[6] = failed(trials[6], "loss is <nan> after update 312")
-    answer(out, trials)
+    report_run(out, trials)
     return out / "report.html"
 
 

@@ -17,7 +17,7 @@ from pipeline.config import EvaluateSpec, RolloutSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.evaluate.scores import read_record
 from pipeline.evaluate.stage import evaluate
-from pipeline.report.run_report import write_report
+from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.teach import teach
@@ -115,7 +115,7 @@ def test_an_evaluation_and_its_report_show_the_class_names(models: dict[str, str
     assert record.class_names == NAMES
     assert len(record.shown_labels) == 12
     assert "classes, label=name: 0=1, 1=2, 2=10" in (out / "table.txt").read_text().splitlines()
-    write_report(str(page), "t", str(out), {}, "sqlite:///m.db")
+    write_evaluation_page(str(page), "t", str(out), {}, "sqlite:///m.db")
     columns = ", ".join(f"{label} {NAMES[label]}" for label in record.shown_labels)
     assert html.escape(f"Classes from left to right: {columns}.") in page.read_text()
 
@@ -127,7 +127,7 @@ def test_an_evaluation_of_an_older_version_can_be_reported(models: dict[str, str
     values = json.loads((out / "evaluation.json").read_text())
     del values["shown_labels"], values["real"]["class_names"], values["real"]["split"]
     (out / "evaluation.json").write_text(json.dumps(values))
-    write_report(str(page), "t", str(out), {}, "sqlite:///m.db")
+    write_evaluation_page(str(page), "t", str(out), {}, "sqlite:///m.db")
     assert "Classes from left to right" not in page.read_text()
 
 

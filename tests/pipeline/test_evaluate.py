@@ -26,7 +26,7 @@ from pipeline.distill import distill
 from pipeline.evaluate import actors, sources
 from pipeline.evaluate.scores import Score, mean_score, read_record, table
 from pipeline.evaluate.stage import _panels, evaluate, read_scores
-from pipeline.report.run_report import write_report
+from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.sample import sample
 from tests.pipeline.stages import distill_spec, runs_of
 from tests.pipeline.stores import make_teacher
@@ -213,7 +213,7 @@ def test_a_new_metric_is_one_line_for_table_log_and_report(
     assert f"{score.metrics['brightness']:+.5f}" in table(read_record(str(tmp_path))).splitlines()[4]
     logged = [run.data.metrics["brightness"] for run in runs_of("evaluate-model") if "brightness" in run.data.metrics]
     assert score.metrics["brightness"] in logged
-    write_report(str(tmp_path / "page.html"), "t", str(tmp_path), {}, "sqlite:///mlflow.db")
+    write_evaluation_page(str(tmp_path / "page.html"), "t", str(tmp_path), {}, "sqlite:///mlflow.db")
     assert "mean of all values" in (tmp_path / "page.html").read_text()
     del tracking.METRICS["brightness"]
 

@@ -18,9 +18,11 @@ from pipeline import store, tracking
 from pipeline.config import SweepSpec
 from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
 from pipeline.store import sharing
-from pipeline.sweep import Ledger, TrialRecord, space, stage, sweep
-from pipeline.sweep.search import Halving, LedgerSearch, Optuna
-from pipeline.sweep.space import distributions_of
+from pipeline.sweep import Ledger, TrialRecord, stage, sweep
+from pipeline.sweep.early_stopping import LedgerASHA
+from pipeline.sweep.ledger_search import LedgerSearch
+from pipeline.sweep.planned_trials import grid_trials
+from pipeline.sweep.proposers import Optuna
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
 from tests.pipeline.stores import make_store
 
@@ -78,27 +80,27 @@ def test_a_failed_trial_fails_the_rest_of_its_chain(small_store: str, tmp_path: 
 
 def test_students_of_a_chain_wait_for_the_retry_of_their_predecessor(tmp_path: Path):
     spec = spec_of("s", tmp_path, chain=(4, 2, 1), steps=(4,))
-    points, ledger = space.grid_points(spec), Ledger(spec.out)
-    for number, point in enumerate(points):
-        record = TrialRecord(number=number, name=point.name, out=point.spec.out, values=point.values)
+    planned, ledger = grid_trials(spec), Ledger(spec.out)
+    for number, trial in enumerate(planned):
+        record = TrialRecord(number=number, name=trial.name, out=trial.spec.out, values=trial.values)
         ledger.put(record.model_copy(update={"status": "failed", "error": "lost"}))
-    search = LedgerSearch(spec, ledger, points, len(points))
-    for point in points:
-        assert search.suggest(point.name)["trial"] == point.name
-        assert search.suggest("too early") is (None if point is not points[-1] else Searcher.FINISHED)
-        search.on_trial_complete(point.name, {"update": 60, "seconds": 1.0, "is_done": True})
+    search = LedgerSearch(spec, ledger, planned, len(planned))
+    for trial in planned:
+        assert search.suggest(trial.name)["trial"] == trial.name
+        assert search.suggest("too early") is (None if trial is not planned[-1] else Searcher.FINISHED)
+        search.on_trial_complete(trial.name, {"update": 60, "seconds": 1.0, "is_done": True})
     assert {record.status for record in ledger.records} == {"finished"}
 
 
 def test_a_failure_in_a_chain_is_logged_once_per_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     spec = spec_of("s", tmp_path, chain=(4, 2, 1), steps=(4,))
-    points, ledger = space.grid_points(spec), Ledger(spec.out)
-    search = LedgerSearch(spec, ledger, points, len(points))
+    planned, ledger = grid_trials(spec), Ledger(spec.out)
+    search = LedgerSearch(spec, ledger, planned, len(planned))
     search.suggest("first")
     search.on_trial_complete("first", error=True)
     assert search.suggest("second") is Searcher.FINISHED
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[1].split(":")[0] for line in lines] == [point.name for point in points]
+    assert [line.split(", ")[1].split(":")[0] for line in lines] == [trial.name for trial in planned]
 
 
 def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_path: Path):
@@ -144,7 +146,7 @@ def test_a_search_runs_its_trials_and_can_be_extended(small_store: str, tmp_path
     assert more[:3] == first and len(more) == 4
     rates = [record.values["optimizer.learning_rate"] for record in more]
     assert len(set(rates)) == 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
-    study = Optuna(distributions_of(spec), 0, "loss", Ledger(spec.out), spec.out).search._ot_study
+    study = Optuna(spec, Ledger(spec.out)).study
     assert [round(trial.value, 6) for trial in study.trials] == [round(r.metrics["loss"], 6) for r in more]
 
 
@@ -179,9 +181,9 @@ def test_rungs_include_the_reports_of_an_earlier_start(tmp_path: Path):
         ledger.put(TrialRecord(number=number, name=name, out=name, values={}))
         ledger.report(name, {"update": 10, "loss": loss})
 
-    new = SimpleNamespace(trial_id="new", config={"trial": "trial-0002"})
+    new = SimpleNamespace(trial_id="new", config={"trial": "trial-0002", "updates": 100})
     for earlier, action in ((Ledger(str(tmp_path)), "STOP"), (Ledger(str(tmp_path / "other")), "CONTINUE")):
-        scheduler = Halving(spec, earlier, lambda _: 100, 100)
+        scheduler = LedgerASHA(spec, earlier, 100)
         scheduler.on_trial_add(None, new)
         assert scheduler.on_trial_result(None, new, {"update": 10, "loss": 0.3}) == action
         assert scheduler.on_trial_result(None, new, {"update": 100, "loss": 0.3}) == "CONTINUE"

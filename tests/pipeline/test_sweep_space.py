@@ -1,7 +1,7 @@
-"""The students of a sweep: points of a grid, chains, draws of a search, and refused options."""
+"""The students of a sweep: trials of a grid, chains, draws of a search, and refused options."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -9,7 +9,10 @@ from jobs.parsing import parse
 from kac.losses import FlowMapConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import SweepSpec
-from pipeline.sweep import space, sweep
+from pipeline.sweep import Ledger, sweep
+from pipeline.sweep.planned_trials import grid_trials, identity, plan_trial, search_name
+from pipeline.sweep.proposers import PROPOSERS, RandomSearch
+from pipeline.sweep.search_space import search_space
 from tests.pipeline.stages import FEW
 
 
@@ -18,13 +21,13 @@ def spec_of(store: str = "/store", out: str = "/out", **options: Any) -> SweepSp
 
 
 def test_each_point_of_the_grid_has_a_folder():
-    points = space.grid_points(spec_of(steps=(1, 2), guidance=(0.0, 1.0), grid=["optimizer.updates=5,6"]))
-    assert len({point.spec.out for point in points}) == 8
-    assert {(p.spec.steps, p.spec.guidance, p.spec.optimizer.updates) for p in points} == {
+    trials = grid_trials(spec_of(steps=(1, 2), guidance=(0.0, 1.0), grid=["optimizer.updates=5,6"]))
+    assert len({trial.spec.out for trial in trials}) == 8
+    assert {(p.spec.steps, p.spec.guidance, p.spec.optimizer.updates) for p in trials} == {
         (m, w, n) for m in (1, 2) for w in (0.0, 1.0) for n in (5, 6)
     }
-    assert points[0].name == "steps-1-guidance-0.0-optimizer-updates-5"
-    assert points[0].values == {"steps": 1, "guidance": 0.0, "optimizer.updates": 5}
+    assert trials[0].name == "steps-1-guidance-0.0-optimizer-updates-5"
+    assert trials[0].values == {"steps": 1, "guidance": 0.0, "optimizer.updates": 5}
 
 
 def test_a_command_line_and_a_mapping_give_the_same_grid():
@@ -34,17 +37,17 @@ def test_a_command_line_and_a_mapping_give_the_same_grid():
         "sweep",
     )
     mapping = spec_of("s", "o", grid={"steps": [1, 2], "optimizer.learning_rate": [0.001, 2e-3]})
-    assert [p.values for p in space.grid_points(parsed)] == [p.values for p in space.grid_points(mapping)]
-    assert space.identity(parsed) == space.identity(mapping)
+    assert [p.values for p in grid_trials(parsed)] == [p.values for p in grid_trials(mapping)]
+    assert identity(parsed) == identity(mapping)
 
 
 def test_a_flow_map_is_one_student_for_all_step_counts():
-    points = space.grid_points(spec_of(steps=(4, 1), guidance=(0.0, "all"), objective="flow-map"))
-    assert [(p.name, p.spec.steps, p.spec.guidance) for p in points] == [
+    trials = grid_trials(spec_of(steps=(4, 1), guidance=(0.0, "all"), objective="flow-map"))
+    assert [(p.name, p.spec.steps, p.spec.guidance) for p in trials] == [
         ("any-steps-guidance-0.0", 4, 0.0),
         ("any-steps-guidance-all", 4, "all"),
     ]
-    both = space.grid_points(spec_of(grid=["steps=1,2", "objective=endpoint,flow-map"]))
+    both = grid_trials(spec_of(grid=["steps=1,2", "objective=endpoint,flow-map"]))
     assert [p.name for p in both] == [
         "steps-1-guidance-0.0-objective-kind-endpoint",
         "any-steps-guidance-0.0-objective-kind-flow-map",
@@ -55,42 +58,44 @@ def test_a_flow_map_is_one_student_for_all_step_counts():
 
 def test_shared_options_reach_every_student():
     spec = spec_of(seed=5, precision={"dtype": "bfloat16"}, memory_gib=0.5)
-    for point in space.grid_points(spec):
-        assert (point.spec.seed, point.spec.optimizer, point.spec.precision.dtype) == (5, FEW, "bfloat16")
-        assert (point.spec.memory_gib, point.spec.workers) == (0.5, 0)
+    for trial in grid_trials(spec):
+        assert (trial.spec.seed, trial.spec.optimizer, trial.spec.precision.dtype) == (5, FEW, "bfloat16")
+        assert (trial.spec.memory_gib, trial.spec.workers) == (0.5, 0)
 
 
 def test_a_chain_starts_from_the_grid_and_each_student_from_its_predecessor():
-    points = space.grid_points(spec_of(chain=["4,2,1"], steps=(1,), guidance=(0.0, 1.0)))
-    assert [p.name for p in points if p.spec.guidance == 0.0] == [
+    trials = grid_trials(spec_of(chain=["4,2,1"], steps=(1,), guidance=(0.0, 1.0)))
+    assert [p.name for p in trials if p.spec.guidance == 0.0] == [
         "steps-1-guidance-0.0",
         "steps-4-guidance-0.0",
         "chain-4-2-guidance-0.0",
         "chain-4-2-1-guidance-0.0",
     ]
-    last = points[-1]
+    last = trials[-1]
     assert (last.after, last.spec.init) == ("chain-4-2-guidance-1.0", "/out/chain-4-2-guidance-1.0")
     assert last.values == {"guidance": 1.0, "steps": 1, "chain": "4-2-1"}
-    independent = space.grid_points(spec_of(chain=(4, 2, 1)))
+    independent = grid_trials(spec_of(chain=(4, 2, 1)))
     assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "the grid has the same counts"
 
 
 def test_a_search_draws_within_its_bounds_by_trial_number():
-    from pipeline.sweep.search import RandomSearch
-
     spec = spec_of(
         search=["optimizer.learning-rate=loguniform(1e-4, 3e-3)", "optimizer.updates=randint(3,5)"],
         trials=8,
         grid=["steps=1,2"],
     )
-    proposer = RandomSearch(space.distributions_of(spec), spec.seed)
-    points = [space.drawn_point(spec, n, proposer.propose(n)) for n in range(40)]
-    assert all(1e-4 <= p.spec.optimizer.learning_rate <= 3e-3 for p in points)
-    assert {p.spec.optimizer.updates for p in points} == {3, 4, 5}
-    assert {p.spec.steps for p in points} == {1, 2} and {p.spec.guidance for p in points} == {0.0}
-    assert proposer.propose(7) == RandomSearch(space.distributions_of(spec), spec.seed).propose(7)
-    again = space.make_point(spec, points[7].values, points[7].name)
-    assert again == points[7], "the values in a trial's record give the same student"
+    proposer = RandomSearch(spec, Ledger("/out"))
+    trials = [plan_trial(spec, proposer.propose(n), search_name(n)) for n in range(40)]
+    assert all(1e-4 <= p.spec.optimizer.learning_rate <= 3e-3 for p in trials)
+    assert {p.spec.optimizer.updates for p in trials} == {3, 4, 5}
+    assert {p.spec.steps for p in trials} == {1, 2} and {p.spec.guidance for p in trials} == {0.0}
+    assert proposer.propose(7) == RandomSearch(spec, Ledger("/out")).propose(7)
+    again = plan_trial(spec, trials[7].values, trials[7].name)
+    assert again == trials[7], "the values in a trial's record give the same student"
+
+
+def test_each_searcher_has_an_option():
+    assert tuple(PROPOSERS) == get_args(SweepSpec.model_fields["searcher"].annotation)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_a_search_draws_within_its_bounds_by_trial_number():
 )
 def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
     with pytest.raises(ArgumentError, match=r"`search` .* optimizer\.learning-rate"):
-        space.distributions_of(spec_of(search={"optimizer.learning-rate": text}, trials=2))
+        search_space(spec_of(search={"optimizer.learning-rate": text}, trials=2))
 
 
 @pytest.mark.parametrize(

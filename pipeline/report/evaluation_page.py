@@ -1,9 +1,8 @@
-"""The report of an evaluation: one self-contained HTML page."""
+"""The HTML page of an evaluation."""
 
 import json
 
 from kac.util import files
-from pipeline import tracking
 from pipeline.evaluate.model_runs import CURVE_PICTURE, SAMPLES_PICTURE
 from pipeline.evaluate.scores import Record, direction, head, provenance, read_record, row
 from pipeline.report import page
@@ -14,14 +13,7 @@ LEAD = (
 )
 
 
-def mlflow_command(uri: str) -> str:
-    """A command or a hint for viewing the runs."""
-    if uri.startswith("sqlite:"):
-        return f"mlflow ui --backend-store-uri {uri}"
-    return f"open {tracking.without_password(uri)} in a browser"
-
-
-def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:
+def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:
     """Write the page ``out`` from the folder of an evaluation.
 
     Args:
@@ -42,7 +34,7 @@ def write_report(out: str, title: str, evaluation: str, specs: dict[str, str], t
         page.heading("All metrics"),
         _metrics_table(record),
         page.heading("Compare the runs in MLflow"),
-        page.listing(mlflow_command(tracking_uri)),
+        page.listing(page.mlflow_command(tracking_uri)),
         page.heading("Options"),
         *(part for name, path in specs.items() for part in (page.heading(name, 3), page.listing(_options(path)))),
     ]

@@ -1,4 +1,4 @@
-"""The answer of a sweep: the best trial, fronts, tables and plots, and notes on missing plots."""
+"""The report of a sweep: the best trial, fronts, tables and plots, and notes on missing plots."""
 
 import csv
 import io
@@ -15,24 +15,24 @@ from pipeline import tracking
 from pipeline.config import SweepSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.sweep import TrialRecord
-from pipeline.sweep.answer import write_answer
-from pipeline.sweep.answer.plots import parameters
-from pipeline.sweep.answer.rows import describe, front, headings, make_rows, ranked
+from pipeline.sweep.report import write_report
+from pipeline.sweep.report.sweep_plots import parameter_plots
+from pipeline.sweep.report.sweep_report import SweepReport, describe, front, headings, make_rows, ranked
 from tests.pipeline.sweeps import evaluation, grid, search, trial_record
 
 FRECHET = "frechet_distance_classifier"
 ENERGY = Metric("energy_distance", "energy distance of a small sample", "", ".4f", "lower")
 
 
-def answer(
+def report_run(
     out: Path, trials: list[Any], metric: str = FRECHET, better: str = "lower", is_evaluated: bool = True
 ) -> Any:
-    """Write the answer; returns the sweep's run in MLflow."""
+    """Write the report; returns the sweep's run in MLflow."""
     finished = [trial for trial in trials if trial.status == "finished"]
     folder = evaluation(out / "evaluation", finished) if is_evaluated else None
     spec = SweepSpec(store="/runs/store", out=str(out))
     with tracking.start_run(spec=spec, fingerprint=str(out), inputs={}, output=str(out)) as run:
-        write_answer(spec, trials, folder, run, metric, better)
+        write_report(spec, trials, folder, run, metric, better)
     return MlflowClient().get_run(run.run_id)
 
 
@@ -44,9 +44,9 @@ def failed(record: TrialRecord, error: str) -> TrialRecord:
     return record.model_copy(update={"status": "failed", "metrics": {}, "error": error})
 
 
-def test_the_answer_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_report_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trials = grid(tmp_path)
-    run = answer(tmp_path, trials)
+    run = report_run(tmp_path, trials)
     scores = [s for s in read_record(str(tmp_path / "evaluation")).scores if s.kind == "student"]
     best = min(scores, key=lambda score: score.metrics[FRECHET])
     found = json.loads((tmp_path / "answer.json").read_text())
@@ -61,6 +61,8 @@ def test_the_answer_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: p
     assert pictures >= {"front-nfe", "front-images_per_second", "samples", "parallel-coordinates", "importances"}
     metrics = read_record(str(tmp_path / "evaluation")).metrics().values()
     assert {f"heat-map-{m.name}" for m in metrics if m.heading and m.name != "nfe"} <= pictures
+    columns = (tmp_path / "report.html").read_text().split("All trials")[1].count("</th>")
+    assert columns == len([m for m in metrics if m.heading]) + 8, "several metrics may share a heading"
     printed = capsys.readouterr().out
     assert f"best by FD classifier (lower is better): #{trials_number(trials, best)} {best.name}" in printed
     assert "16 trials: 16 finished" in printed
@@ -74,7 +76,7 @@ def trials_number(trials: list[Any], score: Any) -> int:
 def test_both_tables_have_every_trial_with_values_and_metrics(tmp_path: Path):
     trials = grid(tmp_path)
     trials[3] = failed(trials[3], "the disk is full")
-    answer(tmp_path, trials)
+    report_run(tmp_path, trials)
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     lines = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text())))
     assert len(table) == len(lines) == 16
@@ -118,7 +120,7 @@ def test_a_stopped_or_failed_trial_is_never_the_best():
 def test_a_search_without_an_evaluation_is_ranked_by_reported_metrics(tmp_path: Path, monkeypatch: Any):
     monkeypatch.setitem(tracking.METRICS, ENERGY.name, ENERGY)
     trials = search(tmp_path)
-    run = answer(tmp_path, trials, "validation/energy_distance", is_evaluated=False)
+    run = report_run(tmp_path, trials, "validation/energy_distance", is_evaluated=False)
     best = min(t.metrics["validation/energy_distance"] for t in trials if t.status == "finished")
     assert run.data.metrics["best/validation/energy_distance"] == best
     page = (tmp_path / "report.html").read_text()
@@ -133,8 +135,7 @@ def test_parameters_are_plotted_with_text_and_missing_values():
         trial_of(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
     ]
     trials += [trial_of(24, 0.05, steps=0, guidance=0.0, chain="20-4")]
-    rows, metric = make_rows(trials, None), Metric("q", "", "q", better="lower")
-    drawn, note = parameters(rows, ["steps", "guidance", "chain"], metric)
+    drawn, note = parameter_plots(SweepReport.of(trials, None, "q", "lower"))
     assert set(drawn) == {"parallel-coordinates", "importances"}
     assert note == ""
 
@@ -149,12 +150,12 @@ def test_parameters_are_plotted_with_text_and_missing_values():
     ],
 )
 def test_missing_plots_of_parameters_have_a_note(trials: list[Any], note: str):
-    assert note in parameters(make_rows(trials, None), ["steps", "guidance"], Metric("q", "", "q", better="lower"))[1]
+    assert note in parameter_plots(SweepReport.of(trials, None, "q", "lower"))[1]
 
 
-def test_a_sweep_without_finished_trials_has_an_answer(tmp_path: Path):
+def test_a_sweep_without_finished_trials_has_a_report(tmp_path: Path):
     trials = [failed(record, "boom") for record in grid(tmp_path, (1,), (0.0,))]
-    run = answer(tmp_path, trials, is_evaluated=False)
+    run = report_run(tmp_path, trials, is_evaluated=False)
     assert json.loads((tmp_path / "answer.json").read_text())["best"] is None
     assert run.data.metrics == {}
     assert "failed: #0 steps-1-guidance-0.0: boom" in (tmp_path / "table.txt").read_text()

@@ -1,23 +1,18 @@
-"""The students of a sweep: the points of a grid, chains of step counts, and the distributions of a search."""
+"""The trials of a sweep before they run, one student each: a grid, chains of step counts, and trials of a search."""
 
 import difflib
 import functools
 import itertools
-import math
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kac.util import files
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields
 from kac.util.options import nested_models
 from pipeline.config import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 NOT_VARIED = (
     "store",
@@ -39,57 +34,13 @@ NOT_VARIED = (
 
 
 @dataclass(frozen=True)
-class Point:
-    """A student of the sweep."""
+class PlannedTrial:
+    """A student that the sweep trains."""
 
     name: str  # of its folder below `out`
     spec: DistillSpec
     values: dict[str, Any]  # varied fields by dotted name
     after: str | None = None  # name of its predecessor in a chain, whose student it starts from
-
-
-def parse_distribution(field: str, text: str) -> "BaseDistribution":
-    """Parse an expression such as ``loguniform(1e-4,3e-3)``. No code is evaluated.
-
-    Raises:
-        ArgumentError: the expression cannot be parsed.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    match = re.fullmatch(r"(uniform|loguniform|randint|choice)\((.+)\)", str(text).strip())
-    parts = [part.strip() for part in match[2].split(",")] if match else []
-    try:
-        if match and match[1] == "choice" and all(parts):
-            return CategoricalDistribution(parts)
-        low, high = parts
-        if match and match[1] == "randint" and int(low) <= int(high):
-            return IntDistribution(int(low), int(high))
-        is_log = match is not None and match[1] == "loguniform"
-        if match and match[1] != "randint" and (0.0 if is_log else -math.inf) < float(low) < float(high) < math.inf:
-            return FloatDistribution(float(low), float(high), log=is_log)
-    except ValueError:
-        pass
-    raise ArgumentError(
-        f"`search` cannot parse {text!r} for {field}. Use uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, "
-        "randint(LOW,HIGH) or choice(VALUE,...)."
-    )
-
-
-def is_choice(distribution: "BaseDistribution") -> bool:
-    """Whether a distribution is a choice of values instead of a range of numbers."""
-    return hasattr(distribution, "choices")
-
-
-def sample(distribution: Any, generator: random.Random) -> Any:
-    """A random value of a distribution."""
-    if is_choice(distribution):
-        return generator.choice(distribution.choices)
-    low, high = distribution.low, distribution.high
-    if isinstance(low, int):
-        return generator.randint(low, high)
-    if distribution.log:
-        return math.exp(generator.uniform(math.log(low), math.log(high)))
-    return generator.uniform(low, high)
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
@@ -118,18 +69,6 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
     return {name: values for name, values in axes.items() if name not in searched}
 
 
-def distributions_of(spec: SweepSpec) -> "dict[str, BaseDistribution]":
-    """The distribution of each field of a search. Axes of the grid become choices.
-
-    Raises:
-        ArgumentError: an expression cannot be parsed, or ``axes_of`` raises.
-    """
-    from optuna.distributions import CategoricalDistribution
-
-    searched = {field_named(name): parse_distribution(name, text) for name, text in spec.search.items()}
-    return {**{name: CategoricalDistribution(values) for name, values in axes_of(spec).items()}, **searched}
-
-
 def field_named(name: str) -> str:
     """The dotted name of a field, as in specs: "optimizer.learning-rate" becomes "optimizer.learning_rate".
 
@@ -150,43 +89,43 @@ def field_named(name: str) -> str:
     return field if below or not nested_models(DistillSpec.model_fields[top]) else f"{top}.kind"
 
 
-def grid_points(spec: SweepSpec) -> list[Point]:
-    """The points of the grid, then the points of the chains, each after its predecessor.
+def grid_trials(spec: SweepSpec) -> list[PlannedTrial]:
+    """The trials of the grid, then the trials of the chains, each after its predecessor.
 
     Raises:
-        ArgumentError: a point is not a valid spec, or ``axes_of`` raises.
+        ArgumentError: a student is not valid, or ``axes_of`` raises.
     """
     axes = axes_of(spec)
     if spec.chain and spec.chain[0] not in {int(m) for m in axes["steps"]}:
         axes["steps"] = (*axes["steps"], spec.chain[0])
-    points: dict[str, Point] = {}
+    trials: dict[str, PlannedTrial] = {}
     for chosen in itertools.product(*axes.values()):
-        point = make_point(spec, dict(zip(axes, chosen, strict=True)))
-        points.setdefault(point.name, point)
+        trial = plan_trial(spec, dict(zip(axes, chosen, strict=True)))
+        trials.setdefault(trial.name, trial)
     if spec.chain:
         others = {name: values for name, values in axes.items() if name != "steps"}
         for chosen in itertools.product(*others.values()):
-            for point in _chain(spec, dict(zip(others, chosen, strict=True))):
-                points[point.name] = point
-    return list(points.values())
+            for trial in _chain(spec, dict(zip(others, chosen, strict=True))):
+                trials[trial.name] = trial
+    return list(trials.values())
 
 
-def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[Point]:
-    """The students of a chain without the first one, which is a point of the grid."""
+def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]:
+    """The trials of a chain without the first one, which is in the grid."""
     counts = spec.chain
-    before = make_point(spec, {**values, "steps": counts[0]}).name
+    before = plan_trial(spec, {**values, "steps": counts[0]}).name
     for length in range(2, len(counts) + 1):
         chain = "-".join(map(str, counts[:length]))
-        point = make_point(spec, {**values, "steps": counts[length - 1]}, head=f"chain-{chain}")
+        trial = plan_trial(spec, {**values, "steps": counts[length - 1]}, head=f"chain-{chain}")
         init = files.join(spec.out, before)
-        yield Point(
-            point.name, point.spec.model_copy(update={"init": init}), {**point.values, "chain": chain}, after=before
+        yield PlannedTrial(
+            trial.name, trial.spec.model_copy(update={"init": init}), {**trial.values, "chain": chain}, after=before
         )
-        before = point.name
+        before = trial.name
 
 
-def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> Point:
-    """The point of the student with these values of its fields.
+def plan_trial(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> PlannedTrial:
+    """The trial with these values of its student's fields.
 
     Args:
         values: by dotted name.
@@ -220,27 +159,12 @@ def make_point(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
         others = [(field, given) for field, given in values.items() if field not in {"steps", "guidance"}]
         parts = [head or ("any-steps" if is_any_step else f"steps-{student.steps}"), f"guidance-{student.guidance}"]
         name = "-".join([*parts, *(f"{_plain(field)}-{_plain(str(given))}" for field, given in others)])
-    return Point(name, student.model_copy(update={"out": files.join(spec.out, name)}), varied)
+    return PlannedTrial(name, student.model_copy(update={"out": files.join(spec.out, name)}), varied)
 
 
-def drawn_point(spec: SweepSpec, number: int, values: Mapping[str, Any]) -> Point:
-    """The point of trial ``number`` of a search; raises as ``make_point``."""
-    return make_point(spec, values, name=f"trial-{number:04d}")
-
-
-def sample_points(spec: SweepSpec) -> list[Point]:
-    """Sample points of a search, for checks: each field in turn takes its bounds or choices, the others their first.
-
-    Raises:
-        ArgumentError: a point is not valid.
-    """
-    tested = {
-        name: one.choices if is_choice(one) else (one.low, one.high) for name, one in distributions_of(spec).items()
-    }
-    first = {name: values[0] for name, values in tested.items()}
-    return [
-        make_point(spec, {**first, name: value}, name="trial") for name, values in tested.items() for value in values
-    ]
+def search_name(number: int) -> str:
+    """The name of trial ``number`` of a search."""
+    return f"trial-{number:04d}"
 
 
 def identity(spec: SweepSpec) -> dict[str, Any]:

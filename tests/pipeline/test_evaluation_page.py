@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.evaluate.stage import evaluate
-from pipeline.report.run_report import write_report
+from pipeline.report.evaluation_page import write_evaluation_page
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def evaluation(tmp_path: Path, teacher: str, student: str) -> Path:
 def test_the_report_is_self_contained(evaluation: Path, student: str, tmp_path: Path):
     page = tmp_path / "report.html"
     sections = {"distill": str(Path(student) / "spec.json")}
-    write_report(str(page), "a <test>", str(evaluation), sections, "sqlite:////somewhere/mlflow.db")
+    write_evaluation_page(str(page), "a <test>", str(evaluation), sections, "sqlite:////somewhere/mlflow.db")
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 2
     assert 'src="http' not in text and "href=" not in text
