@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from kac.networks.cost import duration
 from kac.util.log import log, progress_log
+from pipeline.cluster import ray_internals
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"
@@ -81,7 +82,7 @@ class ProgressBar:
 def _terminal_bar(title: str, total: int, unit: str, done: int) -> Any:
     import ray
 
-    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+    if ray.is_initialized() and ray_internals.is_worker():
         from ray.experimental import tqdm_ray
 
         bar = tqdm_ray.tqdm(desc=title, total=total)

@@ -50,9 +50,10 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
     import ray
 
     from pipeline.cluster import connection as cluster
+    from pipeline.cluster import ray_internals
 
     os.environ.pop("RAY_ADDRESS", None)
-    cluster.keep_to_this_machine()
+    ray_internals.keep_to_this_machine()
     ray.init(num_cpus=2, include_dashboard=True, logging_level="ERROR")
     cluster.connect()
     yield

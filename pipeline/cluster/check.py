@@ -16,8 +16,8 @@ from kac.util.errors import ArgumentError, DistillKacError, one_line, without_se
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from pipeline import tracking
+from pipeline.cluster import address_checks, environment, ray_internals, storage
 from pipeline.cluster import connection as cluster
-from pipeline.cluster import environment, joining, storage
 from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
@@ -27,7 +27,7 @@ REQUEST_SECONDS = 10.0
 MAX_SECONDS = 30.0
 """Time limit of all checks, which run at the same time."""
 
-DEFAULT_ADDRESS = f"http://127.0.0.1:{joining.JOB_PORT}"
+DEFAULT_ADDRESS = f"http://127.0.0.1:{address_checks.JOB_PORT}"
 
 
 class CheckSpec(Spec):
@@ -77,7 +77,7 @@ def job_server(given: str | None) -> str:
     Raises:
         ArgumentError: an environment variable and ``given`` differ.
     """
-    names = ("RAY_API_SERVER_ADDRESS", joining.VARIABLE)
+    names = ("RAY_API_SERVER_ADDRESS", address_checks.RAY_ADDRESS)
     variable = next((name for name in names if os.environ.get(name)), "")
     address = _as_http(os.environ[variable]) if variable else _as_http(given or DEFAULT_ADDRESS)
     if variable and given and address != _as_http(given):
@@ -93,7 +93,7 @@ def _as_http(address: str) -> str:
     if scheme in {"http", "https"}:
         return f"{scheme}{separator}{rest}"
     # An address of a cluster or of Ray Client: the job server has another port on the same machine.
-    return f"http://{rest.rpartition(':')[0] or rest}:{joining.JOB_PORT}"
+    return f"http://{rest.rpartition(':')[0] or rest}:{address_checks.JOB_PORT}"
 
 
 def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
@@ -112,8 +112,8 @@ def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
 
 def _check_cluster(address: str, gpus: int) -> str:
     metadata = _get(address, "/api/v0/cluster_metadata")
-    there = joining.Versions(metadata["rayVersion"], metadata["pythonVersion"])
-    joining.check_versions(f"cluster {without_secrets(address)}", there)
+    there = address_checks.Versions(metadata["rayVersion"], metadata["pythonVersion"])
+    address_checks.check_versions(f"cluster {without_secrets(address)}", there)
     nodes = _get(address, "/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
     alive = [node for node in nodes if node["state"] == "ALIVE"]
     total = sum(node["resources_total"].get("GPU", 0) for node in alive)
@@ -142,16 +142,11 @@ def _get(address: str, path: str) -> Any:
     Raises:
         DistillKacError: nothing answers in time, the server is not Ray, or it refuses this process.
     """
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-    from ray.exceptions import AuthenticationError
-
     where = without_secrets(address)
     try:
-        headers = get_auth_headers_if_auth_enabled({})
-    except AuthenticationError:
-        headers = {}
-    try:
-        answer = requests.get(address + path, headers=headers, timeout=REQUEST_SECONDS, allow_redirects=False)
+        answer = requests.get(
+            address + path, headers=ray_internals.token_headers(), timeout=REQUEST_SECONDS, allow_redirects=False
+        )
     except requests.Timeout:
         raise DistillKacError(
             f"no answer from the job server at {where} in {REQUEST_SECONDS:.0f} s. Correct the address, or open its "
@@ -163,7 +158,7 @@ def _get(address: str, path: str) -> Any:
             "listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
         ) from None
     if answer.status_code in {401, 403}:
-        raise DistillKacError(f"access is denied: {joining.describe_token_problem()}")
+        raise DistillKacError(f"access is denied: {address_checks.describe_token_problem()}")
     try:
         return answer.json()["data"]
     except (ValueError, KeyError, TypeError):

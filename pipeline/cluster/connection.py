@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_secrets
 from pipeline import progress
-from pipeline.cluster import joining
+from pipeline.cluster import address_checks, ray_internals
 
 
-class Resources(NamedTuple):
+class ClusterResources(NamedTuple):
     """The total resources of the cluster."""
 
     cpus: int
@@ -66,28 +66,24 @@ def is_connected() -> bool:
 
 def is_worker() -> bool:
     """Whether this process is a Ray worker, and not a driver."""
-    if not is_connected():
-        return False
-    import ray
-
-    return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+    return is_connected() and ray_internals.is_worker()
 
 
-def connect() -> Resources:
+def connect() -> ClusterResources:
     """Connect to Ray, unless connected; start an embedded Ray if RAY_ADDRESS is not set.
 
     ``ray job submit`` sets RAY_ADDRESS, so that the same command works on a cluster and on a laptop.
 
     Raises:
-        DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``joining``), or the path of the
-            temporary folder is too long for Ray.
+        DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``address_checks``), or the path of
+            the temporary folder is too long for Ray.
     """
     from pipeline.cluster import environment  # imported here, because it imports this module
 
     environment.make_absolute()
-    address = os.environ.get(joining.VARIABLE, "")
+    address = os.environ.get(address_checks.RAY_ADDRESS, "")
     if not address:
-        keep_to_this_machine()
+        ray_internals.keep_to_this_machine()
     import ray
 
     if not ray.is_initialized():
@@ -103,10 +99,9 @@ def connect() -> Resources:
             os.environ[progress.TERMINAL_VARIABLE] = "1"
         else:
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        # At every start, this logger warns that tokens are on. Errors about tokens are reported anyway.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        ray_internals.quiet_token_warnings()
         if address:
-            joining.check_address(address)
+            address_checks.check_address(address)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(logging_level=logging.WARNING, **local)
@@ -116,15 +111,15 @@ def connect() -> Resources:
             if not address:
                 raise
             raise DistillKacError(
-                f"Cannot join the cluster at {joining.VARIABLE}={one_line(address)}: {innermost(error)}. Run python -m "
-                "jobs.cluster check."
+                f"Cannot join the cluster at {address_checks.RAY_ADDRESS}={one_line(address)}: {innermost(error)}. "
+                "Run python -m jobs.cluster check."
             ) from error
         _restore_sigterm_handler(on_sigterm)
     import ray.data  # imported first, because it configures the loggers
 
     quiet("ray.data", "ray.train", "ray.tune")
     total = ray.cluster_resources()
-    return Resources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
+    return ClusterResources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
 
 
 SOCKET_PATH = re.compile(r"AF_UNIX path length cannot exceed (\d+) bytes: (.*)", re.DOTALL)
@@ -138,17 +133,6 @@ def _describe_long_folder(limit: int, socket: str) -> str:
         f"{variable}: the path {folder} is {excess} bytes too long: Ray creates sockets in it, and their paths have at "
         f"most {limit} bytes. Set {variable} to a folder with a shorter path, such as /tmp."
     )
-
-
-def keep_to_this_machine() -> None:
-    """Make an embedded Ray listen only on 127.0.0.1, where other machines cannot reach it.
-
-    This uses Ray's switch for Windows and macOS: Ray 2.60 has no other, since it replaces a given address by the
-    machine's public one. It does not affect a Ray that other processes started.
-    """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
-        constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
 def _restore_sigterm_handler(handler: Any) -> None:

@@ -74,7 +74,7 @@ def database_file(address: str) -> Path | None:
 
 
 def local_path(address: str) -> Path | None:
-    """The local file or folder that an address of MLflow names; None for a server."""
+    """The local file or folder that an MLflow address points to; None for a server."""
     return Path(unquote(address.removeprefix("file://"))) if address.startswith("file:///") else database_file(address)
 
 

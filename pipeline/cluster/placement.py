@@ -1,9 +1,9 @@
 """The resources that a worker needs on a node, and whether the cluster has or can get them.
 
-Ray waits silently for resources that no node can provide. Stages call ``await_room`` first. It accepts resources that
-fit on the live nodes, even if other jobs use them now, since Ray queues such work. Otherwise it waits for nodes that
-may still join (``JOINING``), or that an autoscaler may start (``STARTING``), and then raises. While it waits, a pending
-placement group shows the autoscaler which resources are missing.
+Ray waits silently for resources that no node can provide. Stages call ``wait_for_capacity`` first. It accepts
+resources that fit on the live nodes, even if other jobs use them now, since Ray queues such work. Otherwise it waits
+for nodes that may still join (``JOIN_SECONDS``), or that an autoscaler may start (``START_SECONDS``), and then raises.
+While it waits, a pending placement group shows the autoscaler which resources are missing.
 
 How a driver learns what the autoscaler can add (Ray 2.60): on the head that ``ray up`` starts, the configuration is in
 ``CONFIG_FILE``. Elsewhere (KubeRay), the autoscaler's state in Ray's control store lists infeasible requests and nodes
@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,13 @@ from kac.util.errors import ArgumentError
 from kac.util.log import log
 from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
+from pipeline.cluster import ray_internals
 
-JOINING = "DISTILLKAC_JOINING_SECONDS"
-"""How long to wait for nodes to join (default: 30 seconds) if there is no autoscaler."""
+JOIN_SECONDS, JOIN_VARIABLE = 30.0, "DISTILLKAC_JOINING_SECONDS"
+"""How long to wait for nodes to join if there is no autoscaler, and the variable that replaces this number."""
 
-STARTING = "DISTILLKAC_STARTING_SECONDS"
-"""How long to wait for an autoscaler to start nodes (default: 20 minutes)."""
+START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
+"""How long to wait for an autoscaler to start nodes, and the variable that replaces this number."""
 
 CONFIG_FILE = "~/ray_bootstrap_config.yaml"
 POLL_SECONDS = 1.0
@@ -39,7 +40,7 @@ BUSY_SECONDS = 2.0
 """Resources of an earlier stage are free this long after its end."""
 
 
-class Share(NamedTuple):
+class Resources(NamedTuple):
     """The resources that one worker, actor or trial needs on a node."""
 
     cpus: float
@@ -47,7 +48,7 @@ class Share(NamedTuple):
     label_selector: Mapping[str, str] = {}
 
     @property
-    def resources(self) -> dict[str, float]:
+    def by_ray_name(self) -> dict[str, float]:
         """The resources above 0, by Ray's names."""
         return {name: value for name, value in (("CPU", self.cpus), ("GPU", self.gpus)) if value}
 
@@ -59,7 +60,7 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         labels = ", ".join(f"{key}={value}" for key, value in self.label_selector.items())
-        return (_format_resources(self.resources) or "no CPU") + f" on nodes with {labels}" * bool(labels)
+        return (_format_resources(self.by_ray_name) or "no CPU") + f" on nodes with {labels}" * bool(labels)
 
 
 class Node(NamedTuple):
@@ -68,13 +69,13 @@ class Node(NamedTuple):
     resources: Mapping[str, float]
     labels: Mapping[str, str]
 
-    def room(self, share: Share) -> float:
+    def capacity(self, resources: Resources) -> float:
         """How many workers with these resources fit on the node; infinity if they need none."""
-        if not all(_matches(self.labels.get(key), wanted) for key, wanted in share.label_selector.items()):
+        if not all(_matches(self.labels.get(key), wanted) for key, wanted in resources.label_selector.items()):
             return 0
-        counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in share.resources.items()]
-        if 0 < share.gpus < 1:  # a worker cannot use parts of two GPUs
-            counts.append(int(self.resources.get("GPU", 0)) * int(1 / share.gpus + 1e-9))
+        counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in resources.by_ray_name.items()]
+        if 0 < resources.gpus < 1:  # a worker cannot use parts of two GPUs
+            counts.append(int(self.resources.get("GPU", 0)) * int(1 / resources.gpus + 1e-9))
         return min(counts, default=float("inf"))
 
     def __str__(self) -> str:
@@ -82,70 +83,65 @@ class Node(NamedTuple):
         return ", ".join([_format_resources({name: self.resources.get(name, 0) for name in ("CPU", "GPU")}), *labels])
 
 
-def await_room(stage: str, option: str, count: int | Range, share: Share) -> None:
+def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Resources) -> None:
     """Wait until the nodes can fit ``count`` workers, or the minimum of a range.
 
     Args:
         stage: name of the stage, for log lines.
         option: the argument that asks for the workers, such as "`workers`".
         count: number of workers.
-        share: resources of each worker.
+        resources: resources of each worker.
 
     Raises:
         ArgumentError: no nodes can provide the resources, or Ray does not accept the labels.
     """
-    _check_labels(share)
+    _check_labels(resources)
     wanted = least(count)
-    if room(alive(), share) >= wanted:
-        _log_if_busy(stage, wanted, share)
+    if capacity(resources) >= wanted:
+        _log_if_busy(stage, wanted, resources)
         return
-    if is_embedded():
+    if ray_internals.is_embedded():
         raise _too_small(
-            option, wanted, share, "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
+            option, wanted, resources, "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
         )
-    joining, starting = _seconds(JOINING, 30.0), _seconds(STARTING, 1200.0)
+    join_seconds, start_seconds = _seconds(JOIN_VARIABLE, JOIN_SECONDS), _seconds(START_VARIABLE, START_SECONDS)
     log.info(
-        f"{stage}: waiting for nodes that can fit {wanted} x ({share}): at most {duration(joining)}, or "
-        f"{duration(starting)} with an autoscaler"
+        f"{stage}: waiting for nodes that can fit {wanted} x ({resources}): at most {duration(join_seconds)}, or "
+        f"{duration(start_seconds)} with an autoscaler"
     )
     started = time.monotonic()
-    with asking(wanted, share) as request:
-        while room(alive(), share) < wanted:
-            waited, growth = time.monotonic() - started, _growth(wanted, share, request)
-            if waited >= (starting if growth.is_possible else joining):
+    with requested_from_autoscaler(wanted, resources) as request:
+        while capacity(resources) < wanted:
+            waited, growth = time.monotonic() - started, _growth(wanted, resources, request)
+            if waited >= (start_seconds if growth.is_possible else join_seconds):
                 reason = f"{growth.description}. Waited {duration(waited)}. Start nodes, or ask for less."
-                raise _too_small(option, wanted, share, reason)
+                raise _too_small(option, wanted, resources, reason)
             time.sleep(POLL_SECONDS)
 
 
-def room(nodes: Sequence[Node], share: Share) -> float:
-    """How many workers with these resources fit on the nodes."""
-    return sum(node.room(share) for node in nodes)
+def capacity(resources: Resources) -> float:
+    """How many workers with these resources fit on the live nodes."""
+    return sum(node.capacity(resources) for node in live_nodes())
 
 
-def alive() -> list[Node]:
+def free_capacity(resources: Resources) -> float:
+    """How many workers with these resources fit on the live nodes beside the work that runs there now."""
+    return sum(node.capacity(resources) for node in free_resources())
+
+
+def live_nodes() -> list[Node]:
     """The live nodes of the cluster, with their total resources."""
     import ray
 
     return [Node(node["Resources"], node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
 
 
-def free() -> list[Node]:
+def free_resources() -> list[Node]:
     """The live nodes of the cluster, with their unused resources, which Ray reports about a second late."""
     import ray
 
-    # Ray has no public function for the available resources of each node.
-    left = ray._private.state.available_resources_per_node()
+    left = ray_internals.available_resources_per_node()
     return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
-
-
-def is_embedded() -> bool:
-    """Whether this process has started its own Ray."""
-    import ray
-
-    # Ray has no public function for this.
-    own = ray._private.worker._global_node
-    return own is not None and bool(own.head)
 
 
 class _Growth(NamedTuple):
@@ -155,22 +151,21 @@ class _Growth(NamedTuple):
     description: str
 
 
-def _growth(wanted: int, share: Share, request: str) -> _Growth:
-    nodes = alive()
-    if not any(cluster.NODE_GROUP_LABEL in node.labels for node in nodes):
+def _growth(wanted: int, resources: Resources, request: str) -> _Growth:
+    if not any(cluster.NODE_GROUP_LABEL in node.labels for node in live_nodes()):
         return _Growth(False, "There is no autoscaler to add nodes")
     config = Path(CONFIG_FILE).expanduser()
     if config.exists():
         types = _node_types(yaml.safe_load(config.read_text()))
         limits = "; ".join(f"{number} x ({node})" for node, number in types) or "no nodes"
-        grown = sum(node.room(share) * number for node, number in types)
-        return _Growth(room(nodes, share) + grown >= wanted, f"The autoscaler can add at most {limits}")
-    state = _autoscaling_state()
+        grown = sum(node.capacity(resources) * number for node, number in types)
+        return _Growth(capacity(resources) + grown >= wanted, f"The autoscaler can add at most {limits}")
+    state = ray_internals.autoscaling_state()
     if state.pending_instances or state.pending_instance_requests:
         return _Growth(True, "The nodes that the autoscaler requested have not joined")
     if any(gang.details.startswith(request) for gang in state.infeasible_gang_resource_requests):
         # The request may become feasible when other jobs release nodes.
-        return _Growth(room(free(), share) < room(nodes, share), "The autoscaler cannot add such nodes")
+        return _Growth(free_capacity(resources) < capacity(resources), "The autoscaler cannot add such nodes")
     return _Growth(True, "The autoscaler has not added any nodes")
 
 
@@ -184,45 +179,32 @@ def _node_types(config: Mapping[str, Any]) -> list[tuple[Node, int]]:
     ]
 
 
-def _autoscaling_state() -> Any:
-    """The last state that the autoscaler reported (version 2, which ``ray up`` and KubeRay use)."""
-    import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
-    return reply.autoscaling_state
-
-
 @contextlib.contextmanager
-def asking(wanted: int, share: Share) -> Iterator[str]:
+def requested_from_autoscaler(wanted: int, resources: Resources) -> Iterator[str]:
     """Request the resources from the autoscaler during the block; gives the id of the request."""
     from ray.util import placement_group, remove_placement_group
 
-    labels = [dict(share.label_selector)] * wanted if share.label_selector else None
-    group = placement_group([share.resources or {"CPU": 0.001}] * wanted, bundle_label_selector=labels)
+    labels = [dict(resources.label_selector)] * wanted if resources.label_selector else None
+    group = placement_group([resources.by_ray_name or {"CPU": 0.001}] * wanted, bundle_label_selector=labels)
     try:
         yield group.id.hex()
     finally:
         remove_placement_group(group)
 
 
-def _log_if_busy(stage: str, wanted: int, share: Share) -> None:
+def _log_if_busy(stage: str, wanted: int, resources: Resources) -> None:
     """Log a line if the stage has to wait for other jobs."""
     until = time.monotonic() + BUSY_SECONDS
-    while room(free(), share) < wanted:
+    while free_capacity(resources) < wanted:
         if time.monotonic() > until:
-            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({share})")
+            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({resources})")
             return
         time.sleep(BUSY_SECONDS / 10)
 
 
-def _check_labels(share: Share) -> None:
-    from ray._private.label_utils import validate_label_selector  # Ray's public functions check labels much later
-
-    if error := validate_label_selector(dict(share.label_selector)):
-        given = " ".join(f"{key}={value}" for key, value in share.label_selector.items())
+def _check_labels(resources: Resources) -> None:
+    if error := ray_internals.label_selector_error(resources.label_selector):
+        given = " ".join(f"{key}={value}" for key, value in resources.label_selector.items())
         raise ArgumentError(f"`label_selector` is {given}, which Ray does not accept: {error.strip().rstrip('.')}.")
 
 
@@ -233,13 +215,12 @@ def _matches(value: str | None, wanted: str) -> bool:
     return (value in values) != wanted.startswith("!")
 
 
-def _too_small(option: str, wanted: int, share: Share, reason: str) -> ArgumentError:
-    nodes = alive()
-    kinds = Counter(str(node) for node in nodes)
+def _too_small(option: str, wanted: int, resources: Resources, reason: str) -> ArgumentError:
+    kinds = Counter(str(node) for node in live_nodes())
     total = "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items()) or "nothing"
     return ArgumentError(
-        f"{option}: the nodes cannot fit {wanted} x ({share}). They have {total}, enough for {room(nodes, share):g}. "
-        f"{reason}"
+        f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {total}, enough for "
+        f"{capacity(resources):g}. {reason}"
     )
 
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cluster import ray_internals
+
 if TYPE_CHECKING:
     import ray
 
@@ -48,10 +50,8 @@ def _pause(seconds: float) -> type:
     spins, and a training loop in the same process has a fifth of its speed. During long tasks, its ten rounds per
     second cost 4 % of a core (Ray 2.60).
     """
-    # Ray Data has no public setting for this.
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Pause(ExecutionCallback):  # type: ignore[misc]
+    class Pause(ray_internals.execution_callback()):  # type: ignore[misc]
         """Ray Data creates it without arguments."""
 
         def on_execution_step(self, executor: Any) -> None:

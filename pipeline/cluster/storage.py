@@ -13,8 +13,8 @@ from kac.util import cache, files, probes
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.options import flatten
 from pipeline import tracking
+from pipeline.cluster import address_checks, environment
 from pipeline.cluster import connection as cluster
-from pipeline.cluster import environment, joining
 
 SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
 """Folders that every machine of the cluster has under the same path, separated by colons: ``/mnt/efs:/home``."""
@@ -46,7 +46,7 @@ def check_shared(
     Raises:
         DistillKacError: a path is local to this machine, or this process cannot join the cluster.
     """
-    if not os.environ.get(joining.VARIABLE) and not cluster.is_connected():
+    if not os.environ.get(address_checks.RAY_ADDRESS) and not cluster.is_connected():
         return
     if cluster.is_worker():  # its driver has checked, and only the driver's environment names the shared folders
         return

@@ -6,7 +6,7 @@ from pipeline.config.evaluate_spec import EvaluateSpec
 from pipeline.config.quickstart_spec import QuickstartSpec
 from pipeline.config.rollout_spec import RolloutRecipe, RolloutSpec
 from pipeline.config.sample_spec import SampleSpec
-from pipeline.config.shared_options import OptimizerConfig
+from pipeline.config.shared_options import ActorOptions, OptimizerConfig, WorkerOptions
 from pipeline.config.spec import Spec
 from pipeline.config.study_spec import CLAIMS, Claim, StudySpec
 from pipeline.config.sweep_spec import STEP_COUNTS, SweepSpec
@@ -15,6 +15,7 @@ from pipeline.config.teach_spec import TeachSpec
 __all__ = [
     "CLAIMS",
     "STEP_COUNTS",
+    "ActorOptions",
     "Claim",
     "ConvertSpec",
     "DistillSpec",
@@ -29,4 +30,5 @@ __all__ = [
     "StudySpec",
     "SweepSpec",
     "TeachSpec",
+    "WorkerOptions",
 ]

@@ -112,9 +112,7 @@ class WorkerOptions(Options):
         "without GPUs",
         RESOURCES,
     )
-    gpu: bool | None = unhashed(
-        None, "whether each worker uses a GPU; default: if the cluster has GPUs now", RESOURCES
-    )
+    gpu: bool | None = unhashed(None, "whether each worker uses a GPU; default: if the cluster has GPUs now", RESOURCES)
     cpus_per_worker: float = unhashed(1.0, "CPUs per worker", RESOURCES, gt=0)
     gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if it uses one", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
@@ -130,9 +128,7 @@ class ActorOptions(Options):
         RESOURCES,
     )
     gpu: bool | None = unhashed(None, "whether each actor uses a GPU; default: if the cluster has GPUs now", RESOURCES)
-    cpus_per_actor: float | None = unhashed(
-        None, "CPUs per actor; default: 1, or 0 if it uses a GPU", RESOURCES, ge=0
-    )
+    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 if it uses a GPU", RESOURCES, ge=0)
     gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if it uses one", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
 

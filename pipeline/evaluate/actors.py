@@ -14,8 +14,8 @@ from kac.util.device import default_device
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_place import choose_place
-from pipeline.cluster.placement import await_room
+from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.pool import each_once
 from pipeline.evaluate.sources import Chunk, make
@@ -75,11 +75,11 @@ def _in_process(spec: EvaluateSpec, data: DataConfig, todo: Sequence[Chunk]) -> 
 def _on_actors(spec: EvaluateSpec, data: DataConfig, expected: Sequence[str], todo: Sequence[Chunk]) -> Generator[int]:
     import ray
 
-    place = choose_place(spec).for_work(len(todo))
-    await_room("evaluate", "`actors`", place.actors, place.share)
-    actor: Any = ray.remote(ChunkActor).options(**place.share.remote_options)
+    group = choose_actors(spec).for_work(len(todo))
+    wait_for_capacity("evaluate", "`actors`", group.actors, group.resources)
+    actor: Any = ray.remote(ChunkActor).options(**group.resources.remote_options)
     try:
-        yield from each_once(lambda: actor.remote(spec.features, data, expected), most(place.actors), todo)
+        yield from each_once(lambda: actor.remote(spec.features, data, expected), most(group.actors), todo)
     except ray.exceptions.RayTaskError as error:
         raise task_error(error) from None
     except ray.exceptions.RayError as error:

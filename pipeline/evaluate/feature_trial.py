@@ -7,8 +7,8 @@ from kac.metrics.features import OWN, check_fits, try_space
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_place import choose_place
-from pipeline.cluster.placement import await_room
+from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import task_error
 
@@ -42,9 +42,9 @@ def _try_all(outside: Sequence[str], data: DataConfig) -> None:
 def _try_on_ray(spec: EvaluateSpec, outside: Sequence[str], data: DataConfig) -> None:
     import ray
 
-    share = choose_place(spec).share
-    await_room("evaluate", "`actors`", 1, share)
-    trial = ray.remote(_try_all).options(max_retries=0, **share.remote_options)
+    resources = choose_actors(spec).resources
+    wait_for_capacity("evaluate", "`actors`", 1, resources)
+    trial = ray.remote(_try_all).options(max_retries=0, **resources.remote_options)
     try:
         ray.get(trial.remote(outside, data))
     except ray.exceptions.RayTaskError as error:

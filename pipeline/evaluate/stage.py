@@ -24,8 +24,8 @@ from kac.util.log import log
 from kac.util.path_options import check_apart
 from pipeline import outputs, tracking
 from pipeline.cluster import storage
-from pipeline.cluster.actor_place import choose_place
-from pipeline.cluster.placement import await_room
+from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import make_chunks, open_spaces
 from pipeline.evaluate.feature_trial import try_features
@@ -101,7 +101,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     root = load_teacher_config(spec.teacher).data.root
     check_apart(spec, {"`data.root` of the teacher": root})
     _check_storage(spec, root)
-    spec = spec.settled(lambda: choose_place(spec).on_gpu)
+    spec = spec.settled(lambda: choose_actors(spec).on_gpu)
     candidates = _candidates(spec)
     content = _content(spec, candidates)
     if not files.exists(files.join(spec.out, EVALUATION_FILE)):
@@ -113,7 +113,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
         # For one actor; the number that the work needs is not known yet.
-        await_room("evaluate", "`actors`", 1, choose_place(spec).share)
+        wait_for_capacity("evaluate", "`actors`", 1, choose_actors(spec).resources)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
     data = candidates[0].config.data

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_place import choose_place
+from pipeline.cluster.actor_group import choose_actors
 from pipeline.cluster.ray_data import each
 from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan
@@ -71,8 +71,8 @@ def compute_on_actors(
     Raises:
         RolloutError: a shard failed; the message names it.
     """
-    place = choose_place(spec)
-    actors = most(place.for_work(len(plan.todo)).actors)
+    group = choose_actors(spec)
+    actors = most(group.for_work(len(plan.todo)).actors)
     # The ledger runs on the driver's node, whose loss ends the job anyway. A restarted ledger counts from zero, which
     # only delays giving up on a shard that kills its process.
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -90,7 +90,7 @@ def compute_on_actors(
         pause_seconds=pause_seconds,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
-        **place.share.remote_options,
+        **group.resources.remote_options,
     )
     rows = iter(results.iter_rows())
     try:
@@ -115,7 +115,7 @@ def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
     Raises:
         RolloutError: the computation failed.
     """
-    task = ray.remote(endpoint_rms).options(**choose_place(spec).share.remote_options)
+    task = ray.remote(endpoint_rms).options(**choose_actors(spec).resources.remote_options)
     try:
         return float(ray.get(task.remote(spec, plan.identity)))
     except ray.exceptions.RayError as error:

@@ -13,8 +13,8 @@ from kac.util.path_options import check_apart
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.cluster.actor_place import choose_place
-from pipeline.cluster.placement import await_room
+from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import wait_for_capacity
 from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining
@@ -49,7 +49,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         root = load_teacher_config(spec.teacher).data.root
         storage.check_shared({"`data.root` of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
     check_apart(spec, {"`data.root` of the teacher": load_teacher_config(spec.teacher).data.root})
-    spec = spec.settled(lambda: choose_place(spec).on_gpu)
+    spec = spec.settled(lambda: choose_actors(spec).on_gpu)
     plan = make_plan(spec)
     cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"
     if spec.dry_run:
@@ -60,11 +60,11 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do")
         return plan.manifest
     teacher = load_model(spec.teacher).config
-    place = choose_place(spec)
-    if place.actors:
-        await_room("rollout", "`actors`", place.for_work(len(plan.todo)).actors, place.share)
+    group = choose_actors(spec)
+    if group.actors:
+        wait_for_capacity("rollout", "`actors`", group.for_work(len(plan.todo)).actors, group.resources)
     probes.check_writable(spec.store)
-    log.info(f"{cost}\nrollout: {place}, {spec.precision.resolved(place.on_gpu)}")
+    log.info(f"{cost}\nrollout: {group}, {spec.precision.resolved(group.on_gpu)}")
     with tracking.start_run(
         name=f"rollout-{teacher.data.kind}",
         spec=spec,
@@ -118,7 +118,7 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
             if is_first and bar.done < total:
-                bar.write(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_place(spec).actors))}")
+                bar.write(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_actors(spec).actors))}")
             if len(outcomes) % SHARDS_PER_RECEIPT_FILE == 0:
                 latest = [each.receipt for each in outcomes[-SHARDS_PER_RECEIPT_FILE:]]
                 write_receipts(spec.store, plan.identity, latest)

@@ -20,7 +20,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.options import Range, most
 from pipeline import claims
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.placement import Share, await_room
+from pipeline.cluster.placement import Resources, wait_for_capacity
 from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
@@ -36,7 +36,7 @@ class WorkerGroup(NamedTuple):
 
     workers: int | Range  # of Ray Train; 0 means this process
     use_gpu: bool  # whether each worker uses a GPU or a fraction of one
-    share: Share = Share(1.0)  # resources per worker
+    resources: Resources = Resources(1.0)  # resources per worker
 
     @property
     def on_gpu(self) -> bool:
@@ -48,7 +48,7 @@ class WorkerGroup(NamedTuple):
         if not self.workers:
             return f"in this process on the {device}"
         number = str(self.workers).replace(":", " to ")
-        resources = f"a {device}" if self.share == Share(1.0, float(self.use_gpu)) else self.share
+        resources = f"a {device}" if self.resources == Resources(1.0, float(self.use_gpu)) else self.resources
         return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
 
 
@@ -66,8 +66,8 @@ def choose_workers(spec: TeachSpec | DistillSpec) -> WorkerGroup:
     else:
         gpus = cluster.connect().gpus
         use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
-        share = Share(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
-        group = WorkerGroup(gpus if spec.workers is None else spec.workers, use_gpu, share)
+        resources = Resources(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
+        group = WorkerGroup(gpus if spec.workers is None else spec.workers, use_gpu, resources)
     _check_options(spec, group)
     return group
 
@@ -105,14 +105,14 @@ def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
-    """Wait until the nodes can fit the workers. Raises as ``check_batch_split`` and ``placement.await_room``.
+    """Wait until the nodes can fit the workers. Raises as ``check_batch_split`` and ``placement.wait_for_capacity``.
 
     A trial of a sweep does not wait here, because the sweep has done so. If a trial does not fit, a node was lost, and
     ``recovery`` waits for its replacement.
     """
     check_batch_split(optimizer, group.workers)
     if group.workers and not cluster.is_worker():
-        await_room(stage, "`workers`", group.workers, group.share)
+        wait_for_capacity(stage, "`workers`", group.workers, group.resources)
 
 
 def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> dict[str, Tensor]:
@@ -161,8 +161,8 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
             scaling_config=ScalingConfig(
                 num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
                 use_gpu=group.use_gpu,
-                resources_per_worker=group.share.resources,
-                label_selector=dict(group.share.label_selector) or None,
+                resources_per_worker=group.resources.by_ray_name,
+                label_selector=dict(group.resources.label_selector) or None,
             ),
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
@@ -176,7 +176,7 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
             ),
         )
 
-    result = recovery.fit(make_trainer, job.title, job.out, group.workers, group.share)
+    result = recovery.fit(make_trainer, job.title, job.out, group.workers, group.resources)
     if result.checkpoint is None:
         raise DistillKacError(f"{job.out}: training ended without a checkpoint.")
     if on_report is not None:

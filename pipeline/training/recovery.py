@@ -20,8 +20,8 @@ from kac.util.errors import DistillKacError, DivergedError
 from kac.util.log import log
 from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
-from pipeline.cluster import placement
-from pipeline.cluster.placement import Share
+from pipeline.cluster import placement, ray_internals
+from pipeline.cluster.placement import Resources
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 
 MAX_FAILURES = 3
@@ -37,33 +37,37 @@ DETECTION_SECONDS = 30.0
 """Ray needs up to this long to detect that a node is lost."""
 
 
-def fit(make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, share: Share) -> Any:
+def fit(
+    make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, resources: Resources
+) -> Any:
     """Fit a trainer of Ray Train, with a new trainer after each failure. Return the result of the last one.
 
     Args:
         make_trainer: makes a trainer for a number of workers. It resumes from the last checkpoint below ``out`` and
             does not restart its workers.
-        share: resources per worker.
+        resources: resources per worker.
 
     Raises:
         DistillKacError: the workers fail repeatedly without a new checkpoint, or the cluster cannot fit them.
     """
     from ray.train import TrainingFailedError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     failures, group = 0, workers
     while True:
-        _await_nodes(title, out, workers, share)
+        _await_nodes(title, out, workers, resources)
         before = _checkpoints(out)
         try:
             return make_trainer(group).fit()
         except TrainingFailedError as error:
             if _checkpoints(out) != before:
                 failures = 0
-            lacks_resources = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-            group = _fitting(workers, share) if lacks_resources else workers
-            if lacks_resources and _are_resources_in_use(workers, share):
-                log.info(f"{title}: waiting until other jobs on the cluster free {_describe_resources(workers, share)}")
+            failure = getattr(error, "controller_failure", None)
+            lacks_resources = isinstance(failure, ray_internals.start_timeout_error())
+            group = _fitting(workers, resources) if lacks_resources else workers
+            if lacks_resources and _are_resources_in_use(workers, resources):
+                log.info(
+                    f"{title}: waiting until other jobs on the cluster free {_describe_resources(workers, resources)}"
+                )
                 continue
             failures += 1
             _check_retry(error, out, failures)
@@ -91,47 +95,47 @@ def _check_retry(error: Exception, out: str, failures: int) -> None:
     raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
 
 
-def _await_nodes(title: str, out: str, workers: int | Range, share: Share) -> None:
+def _await_nodes(title: str, out: str, workers: int | Range, resources: Resources) -> None:
     """Wait until the nodes can fit the workers. Ray Train itself waits for resources that other jobs use.
 
     Raises:
         DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray is too small.
     """
     wanted, started = least(workers), time.monotonic()
-    if placement.room(placement.alive(), share) >= wanted:
+    if placement.capacity(resources) >= wanted:
         return
     logged = -LOG_SECONDS
-    with placement.asking(wanted, share):
-        while placement.room(placement.alive(), share) < wanted:
+    with placement.requested_from_autoscaler(wanted, resources):
+        while placement.capacity(resources) < wanted:
             waited = time.monotonic() - started
-            if waited >= WAIT_SECONDS or placement.is_embedded():
+            if waited >= WAIT_SECONDS or ray_internals.is_embedded():
                 raise DistillKacError(
-                    f"{out}: the nodes cannot fit {_describe_resources(workers, share)}, after waiting for "
+                    f"{out}: the nodes cannot fit {_describe_resources(workers, resources)}, after waiting for "
                     f"{duration(waited)}. Add nodes or lower `workers`, then run the same command again to resume from "
                     "the last checkpoint."
                 )
             if waited >= logged + LOG_SECONDS:
                 logged, left = waited, duration(WAIT_SECONDS - waited)
-                needed = _describe_resources(workers, share)
+                needed = _describe_resources(workers, resources)
                 log.info(f"{title}: the nodes cannot fit {needed}; waiting at most {left} for more nodes")
             time.sleep(placement.POLL_SECONDS)
 
 
-def _are_resources_in_use(workers: int | Range, share: Share) -> bool:
+def _are_resources_in_use(workers: int | Range, resources: Resources) -> bool:
     """Whether other jobs on the cluster use the resources. An embedded Ray has no other jobs."""
-    return not placement.is_embedded() and placement.room(placement.free(), share) < least(workers)
+    return not ray_internals.is_embedded() and placement.free_capacity(resources) < least(workers)
 
 
-def _fitting(workers: int | Range, share: Share) -> int | Range:
+def _fitting(workers: int | Range, resources: Resources) -> int | Range:
     """A range without the workers that do not fit beside other jobs; a fixed number is unchanged."""
     if not isinstance(workers, Range):
         return workers
-    free = placement.room(placement.free(), share)
+    free = placement.free_capacity(resources)
     return Range(workers.least, int(max(workers.least, min(workers.most, free))))
 
 
-def _describe_resources(workers: int | Range, share: Share) -> str:
-    return f"{least(workers)} x ({share})"
+def _describe_resources(workers: int | Range, resources: Resources) -> str:
+    return f"{least(workers)} x ({resources})"
 
 
 def _lost_ranks(error: Exception) -> list[int]:

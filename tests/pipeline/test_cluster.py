@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from kac.util.errors import ArgumentError, DistillKacError
+from pipeline.cluster import address_checks, storage
 from pipeline.cluster import connection as cluster
-from pipeline.cluster import joining, storage
 from pipeline.cluster.connection import Machines
 from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.distill import distill
@@ -29,7 +29,7 @@ from tests.pipeline.stores import make_spec
 
 def refusal(address: str) -> str:
     with pytest.raises(DistillKacError) as refused:
-        joining.check_address(address)
+        address_checks.check_address(address)
     return str(refused.value)
 
 
@@ -55,11 +55,11 @@ def listening() -> Iterator[socket.socket]:
 )
 def test_an_address_of_another_kind_or_without_a_server_is_refused(address: str, advice: str):
     message = refusal(address)
-    assert message.startswith(f"{joining.VARIABLE} is {address}") and advice in message
+    assert message.startswith(f"{address_checks.RAY_ADDRESS} is {address}") and advice in message
 
 
 def test_a_server_that_drops_packets_or_never_answers_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(joining, "SECONDS", 0.5)
+    monkeypatch.setattr(address_checks, "CHECK_SECONDS", 0.5)
     with listening() as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert "no answer in 0 s" in refusal(address)
@@ -71,7 +71,7 @@ def test_a_server_that_drops_packets_or_never_answers_is_refused(monkeypatch: py
 
 TOKENS = """
 import os, sys
-from pipeline.cluster import joining
+from pipeline.cluster import address_checks
 from kac.util.errors import DistillKacError
 from ray._raylet import AuthenticationTokenLoader, Config
 for case in ({}, {"RAY_AUTH_TOKEN": "a-wrong-token-for-certain"}, {"HOME": "/nowhere"}, {"RAY_AUTH_MODE": "disabled"}):
@@ -79,7 +79,7 @@ for case in ({}, {"RAY_AUTH_TOKEN": "a-wrong-token-for-certain"}, {"HOME": "/now
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
     try:
-        joining.check_address(sys.argv[1])
+        address_checks.check_address(sys.argv[1])
         print("accepted")
     except DistillKacError as error:
         print(error)
@@ -112,8 +112,8 @@ def test_other_versions_and_a_machine_that_is_no_node_are_refused(ray_cluster: N
         patch.setattr("ray._private.services.find_node_ids", set)
         message = refusal(address)
         assert "none of the cluster's 1 nodes" in message and "ray job submit" in message
-    here = joining.versions_here()
-    monkeypatch.setattr(joining, "versions_here", lambda: here._replace(ray="2.58.1", python="3.12.1"))
+    here = address_checks.versions_here()
+    monkeypatch.setattr(address_checks, "versions_here", lambda: here._replace(ray="2.58.1", python="3.12.1"))
     message = refusal(address)
     assert f"has {here}," in message and "this process has Ray 2.58.1 with Python 3.12.1" in message
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kac.util.errors import ArgumentError, DistillKacError
-from pipeline.cluster import joining
+from pipeline.cluster import address_checks
 from pipeline.cluster.check import CheckSpec, check, job_server
 
 
@@ -51,7 +51,7 @@ def lines_of(capsys: pytest.CaptureFixture[str], spec: CheckSpec, failed: int) -
 
 def test_successful_checks_log_ok(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = lines_of(capsys, CheckSpec(address=address, paths=(str(tmp_path),)), failed=0)
-    assert lines[0].startswith(f"ok     cluster {address}: {joining.versions_here()}, as here; 1 x (2 CPU")
+    assert lines[0].startswith(f"ok     cluster {address}: {address_checks.versions_here()}, as here; 1 x (2 CPU")
     assert lines[1].startswith(f"ok     {tmp_path}: ") and "DISTILLKAC_SHARED_FOLDERS" in lines[1]
     assert lines[2].startswith("ok     mlflow: no server")
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,8 @@ from kac.util.errors import ArgumentError
 from kac.util.options import Range
 from pipeline import training
 from pipeline.cluster import connection as cluster
-from pipeline.cluster import placement
-from pipeline.cluster.placement import Node, Share, await_room
+from pipeline.cluster import placement, ray_internals
+from pipeline.cluster.placement import Node, Resources, wait_for_capacity
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
 from pipeline.distill import DistillTask, distill, resolve_spec
 from pipeline.evaluate.stage import evaluate
@@ -74,13 +74,13 @@ def test_a_label_selector_from_options_and_yaml_is_the_same(tmp_path: Path):
 
 def test_a_node_fits_whole_workers():
     node = Node({"CPU": 4, "GPU": 2}, {"market": "spot"})
-    assert node.room(Share(1)) == 4
-    assert node.room(Share(1.5)) == 2
-    assert node.room(Share(1, 1)) == 2
-    assert node.room(Share(0, 0.4)) == 4, "a worker cannot use parts of two GPUs"
+    assert node.capacity(Resources(1)) == 4
+    assert node.capacity(Resources(1.5)) == 2
+    assert node.capacity(Resources(1, 1)) == 2
+    assert node.capacity(Resources(0, 0.4)) == 4, "a worker cannot use parts of two GPUs"
     for value, fitting in (("spot", 4), ("!spot", 0), ("in(on-demand, spot)", 4), ("!in(on-demand)", 4), ("other", 0)):
-        assert node.room(Share(1, 0, {"market": value})) == fitting
-    assert node.room(Share(1, 0, {"zone": "!a"})) == 4
+        assert node.capacity(Resources(1, 0, {"market": value})) == fitting
+    assert node.capacity(Resources(1, 0, {"zone": "!a"})) == 4
 
 
 # Elastic groups.
@@ -197,7 +197,7 @@ def test_an_embedded_ray_that_is_too_small_is_refused_at_once(
     assert not (tmp_path / "store").exists()
 
 
-GPU = Share(1, 1)
+GPU = Resources(1, 1)
 
 
 class Clock:
@@ -216,7 +216,7 @@ class Clock:
 @pytest.fixture
 def clock(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock for ``placement``, which sees the session's Ray as a cluster that other nodes may join."""
-    monkeypatch.setattr(placement, "is_embedded", lambda: False)
+    monkeypatch.setattr(ray_internals, "is_embedded", lambda: False)
     clock = Clock()
     monkeypatch.setattr(placement, "time", clock)
     return clock
@@ -224,16 +224,16 @@ def clock(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_cluster_that_stays_too_small_is_refused_after_a_wait(clock: Clock, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ArgumentError, match=r"`workers`.*1 x \(1 CPU, 1 GPU\).*no autoscaler.*30 s"):
-        await_room("distill", "`workers`", 1, GPU)
+        wait_for_capacity("distill", "`workers`", 1, GPU)
     assert clock.now == 30
     assert "distill: waiting for nodes that can fit 1 x (1 CPU, 1 GPU)" in capsys.readouterr().out
 
 
 def test_a_node_that_joins_in_time_is_used(clock: Clock, monkeypatch: pytest.MonkeyPatch):
     seen = [[], [], [], [Node({"CPU": 8, "GPU": 1}, {})]]
-    monkeypatch.setattr(placement, "alive", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
-    monkeypatch.setattr(placement, "free", lambda: seen[-1])
-    await_room("distill", "`workers`", 1, GPU)
+    monkeypatch.setattr(placement, "live_nodes", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
+    monkeypatch.setattr(placement, "free_resources", lambda: seen[-1])
+    wait_for_capacity("distill", "`workers`", 1, GPU)
     assert len(seen) == 1 and clock.now < 30
 
 
@@ -244,12 +244,16 @@ def test_nodes_of_an_autoscaler_are_waited_for_longer(clock: Clock, tmp_path: Pa
     config = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(placement, "CONFIG_FILE", str(tmp_path / "config.yaml"))
-    monkeypatch.setattr(placement, "alive", lambda: [Node({"CPU": 0}, {cluster.NODE_GROUP_LABEL: "head"})])
+    monkeypatch.setattr(placement, "live_nodes", lambda: [Node({"CPU": 0}, {cluster.NODE_GROUP_LABEL: "head"})])
     limits = r"autoscaler.* 2 x \(8 CPU, 1 GPU, market=spot\)"
-    for count, share, waited in ((2, GPU, 1200), (3, GPU, 30), (1, GPU._replace(label_selector={"market": "x"}), 30)):
+    for count, resources, waited in (
+        (2, GPU, 1200),
+        (3, GPU, 30),
+        (1, GPU._replace(label_selector={"market": "x"}), 30),
+    ):
         clock.now = 0.0
         with pytest.raises(ArgumentError, match=limits):
-            await_room("distill", "`workers`", count, share)
+            wait_for_capacity("distill", "`workers`", count, resources)
         assert clock.now == waited
 
 

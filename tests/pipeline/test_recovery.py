@@ -13,8 +13,8 @@ from ray.train.v2._internal.exceptions import (
 
 from kac.util.errors import DistillKacError
 from kac.util.options import Range
-from pipeline.cluster import placement
-from pipeline.cluster.placement import Node, Share
+from pipeline.cluster import placement, ray_internals
+from pipeline.cluster.placement import Node, Resources
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
 
@@ -39,7 +39,7 @@ class Cluster:
         if self.comes_back_at and self.now >= self.comes_back_at:
             self.alive = self.free = 2
 
-    def asking(self, wanted: int, share: Share) -> contextlib.AbstractContextManager[str]:
+    def asking(self, wanted: int, resources: Resources) -> contextlib.AbstractContextManager[str]:
         self.asked_for = wanted
         return contextlib.nullcontext("request")
 
@@ -48,10 +48,10 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     fake = Cluster()
     monkeypatch.setattr(recovery, "time", fake)
-    monkeypatch.setattr(placement, "asking", fake.asking)
-    monkeypatch.setattr(placement, "is_embedded", lambda: False)
-    monkeypatch.setattr(placement, "alive", lambda: [Node({"CPU": 1}, {})] * fake.alive)
-    monkeypatch.setattr(placement, "free", lambda: [Node({"CPU": 1}, {})] * fake.free)
+    monkeypatch.setattr(placement, "requested_from_autoscaler", fake.asking)
+    monkeypatch.setattr(ray_internals, "is_embedded", lambda: False)
+    monkeypatch.setattr(placement, "live_nodes", lambda: [Node({"CPU": 1}, {})] * fake.alive)
+    monkeypatch.setattr(placement, "free_resources", lambda: [Node({"CPU": 1}, {})] * fake.free)
     return fake
 
 
@@ -82,7 +82,7 @@ def fit(
                 raise outcome
             return outcome
 
-    result = recovery.fit(Trainer, "teach", str(out), workers, Share(1.0))
+    result = recovery.fit(Trainer, "teach", str(out), workers, Resources(1.0))
     assert not left
     return result
 
@@ -135,7 +135,7 @@ def test_the_wait_for_nodes_is_limited(
 def test_an_embedded_ray_does_not_wait_for_nodes(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "is_embedded", lambda: True)
+    monkeypatch.setattr(ray_internals, "is_embedded", lambda: True)
     cluster.alive = 1
     with pytest.raises(DistillKacError, match=r"2 x \(1 CPU\)"):
         fit(cluster, tmp_path)
@@ -155,7 +155,7 @@ def test_the_wait_for_other_jobs_is_unlimited(
 def test_an_embedded_ray_does_not_wait_for_other_jobs(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "is_embedded", lambda: True)
+    monkeypatch.setattr(ray_internals, "is_embedded", lambda: True)
     cluster.free = 1
     with pytest.raises(DistillKacError, match="training failed: "):
         fit(cluster, tmp_path, *[(NO_RESOURCES, False)] * (recovery.MAX_FAILURES + 1))

@@ -19,9 +19,9 @@ from kac.solvers import knot_times, solve
 from kac.util import files
 from kac.util.errors import DistillKacError
 from pipeline import store
-from pipeline.cluster.actor_place import Place, choose_place
-from pipeline.cluster.connection import Resources
-from pipeline.cluster.placement import Node, Share
+from pipeline.cluster.actor_group import ActorGroup, choose_actors
+from pipeline.cluster.connection import ClusterResources
+from pipeline.cluster.placement import Node, Resources
 from pipeline.config import RolloutSpec
 from pipeline.rollout import make_plan, rollout, stage
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
@@ -108,11 +108,11 @@ assert "ray" not in sys.modules
 def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, project_root: Path):
     """With `gpu`, nothing connects to a cluster earlier."""
     code = f"""
-from pipeline.cluster.actor_place import choose_place
-from pipeline.cluster.placement import await_room
+from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import wait_for_capacity
 from pipeline.config import RolloutSpec
-place = choose_place(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, actors=1, gpu=False))
-await_room("rollout", "`actors`", place.actors, place.share)
+place = choose_actors(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, actors=1, gpu=False))
+wait_for_capacity("rollout", "`actors`", place.actors, place.resources)
 """
     subprocess.run([sys.executable, "-c", code], cwd=project_root, check=True)
 
@@ -174,18 +174,20 @@ def test_a_lower_precision_logs_its_rounding_error(
 
 
 def test_several_actors_share_a_gpu(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def place(gpus: int, **options: object) -> Place:
-        monkeypatch.setattr("pipeline.cluster.connection.connect", lambda: Resources(cpus=8, gpus=gpus))
-        monkeypatch.setattr("pipeline.cluster.placement.alive", lambda: [Node({"CPU": 8, "GPU": gpus}, {})])
-        return choose_place(spec(teacher, tmp_path, **{"actors": None, **options}))
+    def place(gpus: int, **options: object) -> ActorGroup:
+        monkeypatch.setattr("pipeline.cluster.connection.connect", lambda: ClusterResources(cpus=8, gpus=gpus))
+        monkeypatch.setattr("pipeline.cluster.placement.live_nodes", lambda: [Node({"CPU": 8, "GPU": gpus}, {})])
+        return choose_actors(spec(teacher, tmp_path, **{"actors": None, **options}))
 
-    assert place(0) == Place(8, Share(1))
-    assert place(0, cpus_per_actor=3) == Place(2, Share(3))
-    assert place(2) == Place(2, Share(0, 1))
-    assert place(2, gpus_per_actor=0.25) == Place(8, Share(0, 0.25))
-    assert place(3, gpus_per_actor=0.4, cpus_per_actor=1) == Place(6, Share(1, 0.4)), "an actor uses part of one GPU"
-    assert place(2, gpu=False) == Place(8, Share(1))
-    assert place(0, gpu=True, actors=5) == Place(5, Share(0, 1))
+    assert place(0) == ActorGroup(8, Resources(1))
+    assert place(0, cpus_per_actor=3) == ActorGroup(2, Resources(3))
+    assert place(2) == ActorGroup(2, Resources(0, 1))
+    assert place(2, gpus_per_actor=0.25) == ActorGroup(8, Resources(0, 0.25))
+    assert place(3, gpus_per_actor=0.4, cpus_per_actor=1) == ActorGroup(6, Resources(1, 0.4)), (
+        "an actor uses part of one GPU"
+    )
+    assert place(2, gpu=False) == ActorGroup(8, Resources(1))
+    assert place(0, gpu=True, actors=5) == ActorGroup(5, Resources(0, 1))
     assert str(place(2, gpus_per_actor=0.25)) == "on 8 actors with 0.25 GPU each"
 
 

@@ -1,20 +1,20 @@
 """Checks before this process joins the cluster at RAY_ADDRESS.
 
 Ray waits for minutes if nothing answers or this machine is not a node of the cluster, aborts the process if the token
-is wrong, and reports errors as long tracebacks. These checks take at most ``SECONDS`` each.
+is wrong, and reports errors as long tracebacks. These checks take at most ``CHECK_SECONDS`` each.
 """
 
-import json
 import os
 import socket
 import sys
 from typing import NamedTuple
 
 from kac.util.errors import DistillKacError, one_line
+from pipeline.cluster import ray_internals
 
-VARIABLE = "RAY_ADDRESS"
+RAY_ADDRESS = "RAY_ADDRESS"
 
-SECONDS = 10.0
+CHECK_SECONDS = 10.0
 """Time limit of each of two checks: whether the address answers, and whether it is a cluster that accepts us."""
 
 JOB_PORT = 8265
@@ -49,12 +49,12 @@ def check_address(address: str) -> None:
         return
     host, port = _host_and_port(address)
     try:
-        socket.create_connection((host, port), timeout=SECONDS).close()
+        socket.create_connection((host, port), timeout=CHECK_SECONDS).close()
     except OSError as error:
         is_late = isinstance(error, TimeoutError)
-        reason = f"no answer in {SECONDS:.0f} s" if is_late else one_line(error.strerror or error)
+        reason = f"no answer in {CHECK_SECONDS:.0f} s" if is_late else one_line(error.strerror or error)
         raise DistillKacError(
-            f"{VARIABLE} is {address}, but nothing answers there ({reason}). Correct the address, start a cluster "
+            f"{RAY_ADDRESS} is {address}, but nothing answers there ({reason}). Correct the address, start a cluster "
             "(ray start --head), or unset the variable to work only on this machine."
         ) from None
     _check_cluster(address)
@@ -69,11 +69,14 @@ def _host_and_port(address: str) -> tuple[str, int]:
             else "the address of a job server, but should be HOST:PORT of a cluster"
         )
         raise DistillKacError(
-            f"{VARIABLE} is {one_line(address)}, {problem}. Unset it and submit the job: {_submission(_host_of(rest))}."
+            f"{RAY_ADDRESS} is {one_line(address)}, {problem}. Unset it and submit the job: "
+            f"{_submission(_host_of(rest))}."
         )
     host, _, port = rest.rpartition(":")
     if not host or not port.isdigit():
-        raise DistillKacError(f"{VARIABLE} is {one_line(address)}, but should be HOST:PORT. Add the port, often 6379.")
+        raise DistillKacError(
+            f"{RAY_ADDRESS} is {one_line(address)}, but should be HOST:PORT. Add the port, often 6379."
+        )
     return host.strip("[]"), int(port)
 
 
@@ -86,57 +89,45 @@ def _submission(host: str) -> str:
 
 
 def _check_cluster(address: str) -> None:
-    """Check token, versions and nodes by plain gRPC, because Ray's own client retries after every error."""
+    """Check the token, the versions, and that a node of the cluster runs on this machine."""
     import grpc
-    from ray._private.gcs_utils import create_gcs_channel
-    from ray.core.generated import gcs_service_pb2 as messages
-    from ray.core.generated import gcs_service_pb2_grpc as services
     from ray.exceptions import AuthenticationError
 
-    channel = create_gcs_channel(address)
-    nodes, values = services.NodeInfoGcsServiceStub(channel), services.InternalKVGcsServiceStub(channel)
     try:
-        cluster_id = nodes.GetClusterId(messages.GetClusterIdRequest(), timeout=SECONDS).cluster_id
-        options = {"metadata": (("ray_cluster_id", cluster_id.hex()),), "timeout": SECONDS}
-        request = messages.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
-        metadata = json.loads(values.InternalKVGet(request, **options).value)
-        alive = nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), **options).node_info_list
+        versions, alive = ray_internals.ask_cluster(address, CHECK_SECONDS)
     except AuthenticationError:
         raise DistillKacError(_refused(address)) from None
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise DistillKacError(_refused(address)) from None
         is_late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        reason = f"no answer in {SECONDS:.0f} s" if is_late else one_line(error.details())
+        reason = f"no answer in {CHECK_SECONDS:.0f} s" if is_late else one_line(error.details())
         raise DistillKacError(
-            f"{VARIABLE} is {address}, which is not a Ray cluster ({reason}). Use the port of ray start --head, by "
+            f"{RAY_ADDRESS} is {address}, which is not a Ray cluster ({reason}). Use the port of ray start --head, by "
             "default 6379."
         ) from None
-    finally:
-        channel.close()
-    check_versions(f"{VARIABLE} {address}", Versions(metadata["ray_version"], metadata["python_version"]))
-    _check_is_node(address, {node.node_id.hex() for node in alive if node.state == 0})
+    check_versions(f"{RAY_ADDRESS} {address}", Versions(*versions))
+    # A driver needs a node of the cluster on its machine.
+    if not alive & ray_internals.nodes_here():
+        raise DistillKacError(
+            f"{RAY_ADDRESS} is {address}, but none of the cluster's {len(alive)} nodes runs on this machine. Submit "
+            f"the job ({_submission(_host_of(address))}), or let this machine join (ray start --address {address})."
+        )
 
 
 def _refused(address: str) -> str:
-    return f"The cluster at {VARIABLE}={address} refuses this process: {describe_token_problem()}"
+    return f"The cluster at {RAY_ADDRESS}={address} refuses this process: {describe_token_problem()}"
 
 
 def describe_token_problem() -> str:
     """Why a cluster with tokens refuses this process, and what to do. It never shows the token."""
-    from ray._raylet import (  # type: ignore[attr-defined]
-        AuthenticationMode,
-        AuthenticationTokenLoader,
-        get_authentication_mode,
-    )
-
     places = "in ~/.ray/auth_token, in a file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN"
-    if get_authentication_mode() != AuthenticationMode.TOKEN:
+    if not ray_internals.sends_token():
         return (
             "it requires a token, which Ray sends only with RAY_AUTH_MODE=token. Set the variable, and put the "
             f"cluster's token {places}."
         )
-    if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+    if not ray_internals.has_token():
         return f"it requires a token, and this machine has none. Put the cluster's token {places}."
     used = next(
         (name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token"
@@ -159,15 +150,4 @@ def check_versions(where: str, there: Versions) -> None:
         raise DistillKacError(
             f"{where} has {there}, but this process has {here}. Install the same versions on both (requirements.lock "
             "has Ray's)."
-        )
-
-
-def _check_is_node(address: str, alive: set[str]) -> None:
-    """Check that a Ray node of the cluster runs on this machine, which a driver needs."""
-    from ray._private.services import find_node_ids
-
-    if not alive & set(find_node_ids()):
-        raise DistillKacError(
-            f"{VARIABLE} is {address}, but none of the cluster's {len(alive)} nodes runs on this machine. Submit the "
-            f"job ({_submission(_host_of(address))}), or let this machine join (ray start --address {address})."
         )

@@ -1,0 +1,150 @@
+"""The uses of Ray's private modules (2.60). Each has a comment that names the missing public function."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def is_worker() -> bool:
+    """Whether this process is a Ray worker, and not a driver. Ray must be initialized."""
+    import ray
+
+    # The runtime context has no public attribute for the mode of a process.
+    return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
+def is_embedded() -> bool:
+    """Whether this process has started its own Ray."""
+    import ray
+
+    # There is no public function that says whether ray.init() started a cluster or joined one.
+    own = ray._private.worker._global_node
+    return own is not None and bool(own.head)
+
+
+def keep_to_this_machine() -> None:
+    """Make an embedded Ray listen only on 127.0.0.1, where other machines cannot reach it.
+
+    It does not affect a Ray that other processes started.
+    """
+    # ray.init() replaces a given address by the machine's public one. Only Ray's switch for Windows and macOS keeps it.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
+        constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+
+
+def quiet_token_warnings() -> None:
+    """Hide the warning at every start that tokens are on. Errors about tokens are reported anyway."""
+    # ray.init(logging_level=...) does not apply to this logger.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def available_resources_per_node() -> dict[str, dict[str, float]]:
+    """The unused resources of each node, by node id."""
+    import ray
+
+    # ray.available_resources() only has the sum over all nodes.
+    available: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    return available
+
+
+def autoscaling_state() -> Any:
+    """The last state that the autoscaler reported (version 2, which ``ray up`` and KubeRay use)."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    # ray.autoscaler.sdk can only request resources. It does not return the state of requests.
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    return reply.autoscaling_state
+
+
+def label_selector_error(selector: Mapping[str, str]) -> str | None:
+    """What Ray does not accept in a label selector, or None."""
+    # Public functions check a selector only when they submit work.
+    from ray._private.label_utils import validate_label_selector
+
+    error: str | None = validate_label_selector(dict(selector))
+    return error
+
+
+def ask_cluster(address: str, seconds: float) -> tuple[tuple[str, str], set[str]]:
+    """The versions of Ray and Python of the cluster at an address, and the ids of its live nodes.
+
+    Raises:
+        ray.exceptions.AuthenticationError: the token cannot be read.
+        grpc.RpcError: a request failed or took longer than ``seconds``.
+    """
+    # ray.init() retries for minutes after every error, and there is no other way to ask without joining the cluster.
+    from ray._private.gcs_utils import create_gcs_channel
+    from ray.core.generated import gcs_service_pb2 as messages
+    from ray.core.generated import gcs_service_pb2_grpc as services
+
+    channel = create_gcs_channel(address)
+    nodes, values = services.NodeInfoGcsServiceStub(channel), services.InternalKVGcsServiceStub(channel)
+    try:
+        cluster_id = nodes.GetClusterId(messages.GetClusterIdRequest(), timeout=seconds).cluster_id
+        options = {"metadata": (("ray_cluster_id", cluster_id.hex()),), "timeout": seconds}
+        request = messages.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
+        metadata = json.loads(values.InternalKVGet(request, **options).value)
+        every = nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), **options).node_info_list
+    finally:
+        channel.close()
+    return (metadata["ray_version"], metadata["python_version"]), {n.node_id.hex() for n in every if n.state == 0}
+
+
+def nodes_here() -> set[str]:
+    """The ids of the Ray nodes that run on this machine."""
+    # ray.nodes() needs a connection, and this is checked before ray.init().
+    from ray._private.services import find_node_ids
+
+    return set(find_node_ids())
+
+
+def sends_token() -> bool:
+    """Whether Ray sends a token with its requests (RAY_AUTH_MODE=token)."""
+    # There is no public function for the authentication mode.
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
+
+
+def has_token() -> bool:
+    """Whether this machine has a token of a cluster."""
+    # There is no public function that looks for a token.
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+
+
+def token_headers() -> dict[str, str]:
+    """The HTTP headers with this machine's token, as ``ray job submit`` sends them; empty without a token."""
+    # JobSubmissionClient is public, but hides the status of an answer.
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray.exceptions import AuthenticationError
+
+    try:
+        headers: dict[str, str] = get_auth_headers_if_auth_enabled({})
+    except AuthenticationError:
+        return {}
+    return headers
+
+
+def execution_callback() -> type:
+    """The base class of callbacks that Ray Data calls after each round of its scheduling loop."""
+    # DataContext has no public setting for the frequency of the loop.
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    return ExecutionCallback  # type: ignore[no-any-return]
+
+
+def start_timeout_error() -> type[Exception]:
+    """The error of Ray Train if its workers did not start in time."""
+    # ray.train exports only the errors that contain this one.
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return WorkerGroupStartupTimeoutError  # type: ignore[no-any-return]
