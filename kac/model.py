@@ -284,7 +284,7 @@ def _weights_file(network: NetworkModule) -> str:
 
 def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
     """The path and the content of the weights file."""
-    # Folders of older versions have no subfolder for diffusers: WEIGHTS_FILE has all weights under our names.
+    # Folders written by older versions have no diffusers subfolder: WEIGHTS_FILE has all weights under our names.
     for name in dict.fromkeys((_weights_file(network), WEIGHTS_FILE)):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             return files.join(path, name), files.read_bytes(files.join(path, name))

@@ -84,7 +84,7 @@ class _Wrapped:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         if x.is_cuda:
-            # Set in every call, because networks may differ, and not reset, because the backward pass follows.
+            # Set on every call, because networks may differ. Not reset, because the backward pass uses the setting too.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)

@@ -43,7 +43,7 @@ class Refinement:
         self.frequencies = torch.tensor(model.class_frequencies)
 
     def losses(self, network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
-        """Return the weighted distillation losses and the distance under its name. Diagnostics stay unweighted."""
+        """Return the weighted distillation losses, and the distance keyed by its name. Diagnostics stay unweighted."""
         distance = self._distance(network, micro)
         anchored = {name: self.options.anchor * loss for name, loss in distillation.losses.items()}
         return LossTerms({**anchored, self.options.distance: distance}, distillation.diagnostics)

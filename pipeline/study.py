@@ -1,7 +1,7 @@
 """Study: test the claims of the papers on Kac flows with a teacher, its store, its students and a Gaussian rival.
 
 Each claim has a module in ``kac/study/`` that measures it. This module opens the inputs and describes the results. A
-claim without its inputs is left out, with the reason.
+claim whose inputs are missing is skipped, and the reason is given.
 """
 
 import functools

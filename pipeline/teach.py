@@ -128,7 +128,7 @@ class TrainingBatch(NamedTuple):
 
 
 class _Batches:
-    """Makes the micro-batches of a training. Reads only the rows of the micro-batch, and keeps none of them."""
+    """Makes the micro-batches of a training run. Reads only the rows of each micro-batch, and keeps none of them."""
 
     def __init__(self, spec: TeachSpec, data: Dataset) -> None:
         self.spec, self.data = spec, data

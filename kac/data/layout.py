@@ -1,8 +1,8 @@
 """Decide which files are for training and which are held out, for image folders and Parquet files.
 
-A name belongs to a split if it contains a word of the split: ``train2017``, ``my-test-set``, ``trainA``. The words are
-those of Hugging Face. The held-out images are the test split, or the validation split if there is no test split.
-Ambiguous names raise an error, so that nothing is trained on because of a name that was misunderstood.
+A name belongs to a split if it contains a word of the split: ``train2017``, ``my-test-set``, ``trainA``. Hugging Face
+uses the same words. The held-out images are the test split, or the validation split if there is no test split.
+Ambiguous names raise an error, so that no file is used for training because its name was misread.
 """
 
 import re
@@ -39,7 +39,7 @@ MOST_SHOWN = 3
 
 
 class SplitName(NamedTuple):
-    """A split, and the name that says so."""
+    """A split, and the name that indicates it."""
 
     part: Part
     name: str  # of a file or folder; a folder ends in a slash

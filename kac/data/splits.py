@@ -26,7 +26,7 @@ class DataDescription(Options):
     sha256: str  # of the content of both splits
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
     split: str = ""  # which images are held out, and why
-    warnings: tuple[str, ...] = ()  # messages about the files for the user
+    warnings: tuple[str, ...] = ()  # messages for the user about the files
 
 
 class LabelledImages(NamedTuple):

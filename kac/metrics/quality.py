@@ -29,7 +29,7 @@ class Metric:
     heading: str = ""  # of its column in the table; empty: no column
     format: str = ".4f"
     better: Literal["lower", "higher", ""] = ""
-    is_plotted: bool = False  # against network evaluations; only for metrics of both teachers and students
+    is_plotted: bool = False  # against network evaluations; only for metrics that teachers and students share
 
 
 class Reference:

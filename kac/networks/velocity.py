@@ -1,4 +1,4 @@
-"""The interface of velocity networks: null label, conditions beside time and label, and loading of weights."""
+"""The interface of velocity networks: null label, conditions besides time and label, and loading of weights."""
 
 import math
 from typing import ClassVar, Literal, Protocol
@@ -11,7 +11,7 @@ from kac.util.errors import CheckpointError
 from kac.util.options import Kinded
 
 Condition = Literal["end_time", "guidance"]
-"""Optional inputs of a network beside time and label: the end time of a step, and the guidance scale."""
+"""Optional inputs of a network besides time and label: the end time of a step, and the guidance scale."""
 
 Conditioning = Literal["classes_and_null", "classes", "none"]
 """What a network is conditioned on: classes and the null label ("no class"), only classes, or no classes."""
@@ -26,7 +26,7 @@ class NetworkOptions(Kinded):
     builds_on_meta: ClassVar[bool] = True
     """Whether the network can be built on PyTorch's meta device, where weights have shapes but no values."""
 
-    conditions: tuple[Condition, ...] = Field((), description="inputs beside time and label: end_time, guidance")
+    conditions: tuple[Condition, ...] = Field((), description="inputs besides time and label: end_time, guidance")
 
     @property
     def conditioning(self) -> Conditioning:

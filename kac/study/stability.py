@@ -32,8 +32,8 @@ class StabilityKnot(NamedTuple):
     one_step: float  # lambda e + delta for the step that ends here
     bound: float  # lambda e + delta, with the bound of the previous knot as e
     certain: float  # as ``bound``, with delta from the student's states
-    step_error: float  # delta of the step that ends here, from the teacher's state; 0 at the noise
-    stretch: float  # lambda of the step that ends here, the maximum over samples; 1 at the noise
+    step_error: float  # delta of the step that ends here, from the teacher's state; 0 at the first knot
+    stretch: float  # lambda of the step that ends here: its maximum over samples; 1 at the first knot
 
     @property
     def holds(self) -> bool:

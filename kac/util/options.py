@@ -77,7 +77,7 @@ class Options(BaseModel, metaclass=_Metaclass):
     @model_validator(mode="before")
     @classmethod
     def _parse_literals(cls, values: Any) -> Any:
-        """Convert text to members of ``Literal`` types that are not text. Pydantic converts it to all other types."""
+        """Convert strings to non-string members of ``Literal`` types. Pydantic does this for all other types."""
         if not isinstance(values, dict):
             return values
         members = {name: _literals_by_text(cls, name) for name in values if name in cls.model_fields}
@@ -96,7 +96,7 @@ def _unwrapped_errors() -> Iterator[None]:
 
 @functools.cache
 def _literals_by_text(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """Return the members of a field's ``Literal`` types that are not text, keyed by their text."""
+    """Return the non-string members of a field's ``Literal`` types, keyed by their string form."""
 
     def members(annotation: Any) -> list[Any]:
         parts = typing.get_args(annotation)

@@ -46,7 +46,7 @@ def output_path(default: Any, description: str, kind: PathKind = "folder") -> An
 
 
 def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
-    """Return the marks of an ``input_path``, for a field that is part of the fingerprint."""
+    """Return the marks that ``input_path`` sets, for use on a field that is part of the fingerprint."""
     return {"reads": pattern, "path_kind": kind}
 
 

@@ -37,7 +37,7 @@ class SweepSpec(StudentOptions, Spec):
     out: str = output_path(..., "folder to write: one student folder per trial, and the results")
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
-        "student steps, short for `grid` steps=1,2; a flow map is one student for all; default: 1 2 4 20, or those of "
+        "student steps, short for `grid` steps=1,2; one flow map handles them all; default: 1 2 4 20, or those of "
         "`chain`, or 4 with `search`",
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(

@@ -150,7 +150,7 @@ def provenance(record: Record) -> list[str]:
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),
-        *([f"not comparable in features that a model was trained in: {'; '.join(seen)}"] if seen else []),
+        *([f"not comparable in feature spaces used to train a model: {'; '.join(seen)}"] if seen else []),
     ]
 
 

@@ -39,7 +39,7 @@ class Point(NamedTuple):
     """A model in a panel."""
 
     kind: str
-    curve: str  # models of one curve are joined: the name of an any-step student, or one name for all other students
+    curve: str  # name of the line through this point: an any-step student, or one name for all other students
     guidance: float
     nfe: float
     value: float

@@ -78,7 +78,7 @@ class FrozenTeacher:
 
     @torch.inference_mode()
     def _forward(self, guidance: float, ids: range) -> "_Transfer":
-        """Noise a data point to the start of an interval, and follow the teacher to its end (2509.21513, Alg. 1)."""
+        """Add noise to data up to the start of an interval; run the teacher to its end (2509.21513, Alg. 1)."""
         identity, data = self.identity, open_dataset(self.config.data).train
         point, interval = noise.data_points(identity.seed, ids, len(data), identity.knots)
         images, classes = data.rows(point)

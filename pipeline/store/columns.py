@@ -36,7 +36,7 @@ class Selection:
 
     @property
     def row_bytes(self) -> int:
-        """The size of a row as tensors."""
+        """The size of a row in memory, as tensors."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
 
@@ -85,7 +85,7 @@ def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
     """Return the shard with this name, with the number of rows from its footer.
 
     Raises:
-        StoreError: the shard is damaged, or belongs to another store or another position. The message names it.
+        StoreError: the shard is damaged, or belongs elsewhere in this store or to another store. The message names it.
     """
     shard = full_shard(name, identity.shard_size)
     assert shard is not None

@@ -69,7 +69,7 @@ def run(spec: DescribeSpec) -> None:
 
 
 def describe(spec: DescribeSpec) -> Description:
-    """Describe ``spec.store``. Of the rows, only the kinetic energies are read.
+    """Describe ``spec.store``. Only the kinetic energies of its rows are read.
 
     Raises:
         StoreError: the store does not exist or is from a newer version, or a shard is missing or damaged.

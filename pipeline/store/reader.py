@@ -220,7 +220,7 @@ class Store:
         return knots
 
     def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
-        """Return the selection that ``interval_batches`` reads for an objective; raises as ``interval_batches``."""
+        """Return the selection that ``interval_batches`` reads for an objective. Raises the same errors."""
         knots = self.check_objective(objective)
         return self._select(
             guidance, columns_of_knots(self.identity, None if self.identity.source == "forward" else knots)

@@ -44,7 +44,7 @@ class NotFiniteShard(DamagedShard):
 
 
 class ForeignShard(StoreError):
-    """An intact shard belongs to another store or another position. It must not be overwritten."""
+    """An intact shard belongs elsewhere in this store or to another store. It must not be overwritten."""
 
 
 def make_table(identity: StoreIdentity, shard: Shard, columns: Mapping[str, np.ndarray]) -> pa.Table:
@@ -208,7 +208,7 @@ def check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.S
     """Check that a shard's footer names the right store, position and columns.
 
     Raises:
-        ForeignShard: the shard belongs to another store or position.
+        ForeignShard: the shard belongs elsewhere in this store or to another store.
         NewerVersion: a newer version wrote the shard.
         One of ``UNREADABLE``: the footer is damaged.
     """
@@ -283,7 +283,7 @@ def read_metadata(where: str, schema: pa.Schema) -> dict[str, str]:
 
 
 def identity_in(where: str, metadata: dict[str, str]) -> StoreIdentity:
-    """Return the identity in the metadata of a shard; raises as ``read_metadata``."""
+    """Return the identity in the metadata of a shard. Raises the same errors as ``read_metadata``."""
     return parse(where, StoreIdentity, metadata["identity"])
 
 

@@ -64,13 +64,13 @@ def load(selection: Selection) -> Columns:
     Raises:
         StoreError: a shard is missing, damaged or from another store. The message names it.
     """
-    # Read a few shards at a time: holding the tables of all shards beside the tensors would double the memory.
+    # Read a few shards at a time: holding the tables of all shards alongside the tensors would double the memory.
     groups = group_shards(selection.shards, GROUP_BYTES // selection.row_bytes)
     return to_columns(selection, selection.shards, (read_group(selection, group) for group in groups))
 
 
 def load_shared(selection: Selection) -> SharedColumns:
-    """Load the selected columns for sharing; raises as ``load``."""
+    """Load the selected columns for sharing. Raises the same errors as ``load``."""
     columns = load(selection)
     values = {field.name: getattr(columns, field.name) for field in fields(columns)}
     return SharedColumns(selection, {name: value.numpy() for name, value in values.items() if value is not None})

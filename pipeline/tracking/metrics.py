@@ -33,9 +33,9 @@ def check_declared(names: Iterable[str]) -> None:
     """Check that metrics are declared.
 
     Raises:
-        KeyError: the metrics that are not.
+        KeyError: some are not; the message lists them.
     """
     undeclared = (PART_PREFIX, DIAGNOSTIC_PREFIX, SYSTEM_PREFIX)
     unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:
-        raise KeyError(f"These metrics are not in METRICS: {sorted(unknown)}. Declare them by tracking.declare.")
+        raise KeyError(f"These metrics are not in METRICS: {sorted(unknown)}. Declare them with tracking.declare.")

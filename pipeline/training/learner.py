@@ -62,7 +62,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def seat(self) -> int:
-        """The rank of its worker in a group of full size."""
+        """The rank of the worker that has this part in a group of full size."""
         return self.slot // self.accumulation
 
     @property
@@ -296,7 +296,7 @@ class EpochOrder:
 
 
 def learning_rate_factor(update: int, options: OptimizerConfig) -> float:
-    """The factor on the learning rate: a linear warm-up, then half a cosine down to 0, or a constant 1."""
+    """The factor on the learning rate: a linear warm-up, then either half a cosine down to 0 or a constant 1."""
     if update < options.warmup_updates:
         return (update + 1) / options.warmup_updates
     if options.schedule == "constant":

@@ -39,7 +39,7 @@ class Prefetcher(Generic[Batch]):
         self.queue: deque[tuple[MicroBatch, Future[Batch]]] = deque()
 
     def __call__(self, micro: MicroBatch) -> Batch:
-        """Return the batch of a micro-batch, on its worker's device."""
+        """Return the data of a micro-batch, on its worker's device."""
         if not self.queue or self.queue[0][0] != micro:
             self._restart(micro)
         _, batch = self.queue.popleft()

@@ -33,7 +33,7 @@ class DataRefinementConfig(Kinded):
         "classifier: layers of a classifier not used in evaluation; random: layers of a random network, new per update",
     )
     real_images: PositiveInt = Field(
-        512, description="training images per update, over all workers; more reduce the noise and cost little"
+        512, description="training images per update, over all workers; a larger set costs little and reduces noise"
     )
     class_weight: NonNegativeFloat = Field(
         0.5,
