@@ -32,7 +32,7 @@ from pipeline.evaluate.stage import evaluate as _evaluate
 from pipeline.rollout.stage import rollout as _rollout
 from pipeline.store.manifest import Manifest
 from pipeline.sweep.ledger import TrialRecord
-from pipeline.sweep.stage import sweep as _sweep
+from pipeline.sweep.sweep_stage import sweep as _sweep
 from pipeline.teach import teach as _teach
 from pipeline.tracking import tracking_off
 

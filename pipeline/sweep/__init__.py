@@ -1,6 +1,6 @@
 """Sweep: many students of one store, as trials of Ray Tune.
 
-stage.py           the stage: check, add missing guidance scales, run, evaluate, write the report
+sweep_stage.py     the stage: check, add missing guidance scales, run, evaluate, write the report
 checks.py          checks before the sweep begins
 planned_trials.py  the trials of a grid and its chains: names, specs, values
 search_space.py    the distributions of a search
@@ -13,6 +13,6 @@ report/            the results: tables, plots and a page
 """
 
 from pipeline.sweep.ledger import Ledger, TrialRecord
-from pipeline.sweep.stage import sweep
+from pipeline.sweep.sweep_stage import sweep
 
 __all__ = ["Ledger", "TrialRecord", "sweep"]

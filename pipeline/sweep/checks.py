@@ -56,21 +56,14 @@ def check_options(spec: SweepSpec) -> None:
             "`chain` needs a grid of students with fixed step counts. Drop `asha`, `search` and `objective.kind` "
             "flow-map."
         )
-
-
-def check_validation(spec: SweepSpec) -> None:
-    """Raise ``ArgumentError`` if ASHA or the search would use a validation metric that is not computed."""
     user = _user_of_reports(spec)
-    if not user:
-        return
-    if spec.asha_metric.startswith("validation/") and spec.validation_updates == 0:
-        raise ArgumentError(
-            f"`validation_updates` is 0, but {user} compares trials by {spec.asha_metric}. Choose 1 or more."
-        )
-    if spec.asha_metric.endswith("endpoint_error") and not spec.held_out_rows:
-        raise ArgumentError(
-            f"`held_out_rows` is 0, but {user} compares trials by {spec.asha_metric}. Choose 1 or more."
-        )
+    needed = {
+        "validation_updates": spec.asha_metric.startswith("validation/"),
+        "held_out_rows": spec.asha_metric.endswith("endpoint_error"),
+    }
+    for option, is_needed in needed.items():
+        if user and is_needed and getattr(spec, option) == 0:
+            raise ArgumentError(f"`{option}` is 0, but {user} compares trials by {spec.asha_metric}. Choose 1 or more.")
 
 
 def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
@@ -135,16 +128,12 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
 
 def wait_for_resources(spec: SweepSpec) -> None:
     """Return once the cluster can run one trial; raises as ``placement.wait_for_capacity``."""
-    needs = resources_per_trial(spec, cluster.connect())
     option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
-    placement.wait_for_capacity("sweep", option, count, needs)
+    placement.wait_for_capacity("sweep", option, count, resources_per_trial(spec))
 
 
-def resources_per_trial(spec: SweepSpec, resources: cluster.ClusterResources) -> placement.Resources:
-    """The resources of one trial, or of each of its workers."""
-    return placement.Resources(spec.cpus_per_trial, gpus_per_trial(spec, resources), spec.label_selector)
-
-
-def gpus_per_trial(spec: SweepSpec, resources: cluster.ClusterResources) -> float:
-    """The number of GPUs per trial; may be a fraction of one."""
-    return spec.gpus_per_trial if spec.gpus_per_trial is not None else min(1, resources.gpus)
+def resources_per_trial(spec: SweepSpec) -> placement.Resources:
+    """The resources of one trial, or of each of its workers. Connects to Ray. GPUs may be a fraction of one."""
+    available = cluster.connect().gpus
+    gpus = min(1, available) if spec.gpus_per_trial is None else spec.gpus_per_trial
+    return placement.Resources(spec.cpus_per_trial, gpus, spec.label_selector)

@@ -10,7 +10,6 @@ from typing import Any
 
 from kac.util.errors import DivergedError, one_line
 from pipeline import store, tracking
-from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.distill import distill, objective_of
@@ -43,9 +42,8 @@ def run_trials(
     # Tune's tables would bury our progress lines; verbose=0 silences only Tune's older reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    resources = cluster.connect()
     # A trial with Ray Train workers reserves no CPU, because its workers may need every CPU of the cluster.
-    share, waiting = resources_per_trial(spec, resources), {"memory": WAITING_BYTES}
+    share, waiting = resources_per_trial(spec), {"memory": WAITING_BYTES}
     selector = dict(spec.label_selector)
     bundles = tune.PlacementGroupFactory(
         [waiting if spec.workers else share.by_ray_name],
@@ -97,13 +95,10 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sha
     shared_memory = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
     if spec.workers or size > min(spec.memory_gib * 2**30, 0.8 * shared_memory):
         return []
-    shared = []
-    for selection in selections:
-        columns = sharing.load_shared(selection)
-        shared.append(
-            sharing.SharedColumns(selection, {name: ray.put(array) for name, array in columns.arrays.items()})
-        )
-    return shared
+    return [
+        sharing.SharedColumns(s, {name: ray.put(array) for name, array in sharing.load_shared(s).arrays.items()})
+        for s in selections
+    ]
 
 
 @contextmanager

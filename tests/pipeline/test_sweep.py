@@ -18,7 +18,7 @@ from pipeline import store, tracking
 from pipeline.config import SweepSpec
 from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
 from pipeline.store import sharing
-from pipeline.sweep import Ledger, TrialRecord, stage, sweep
+from pipeline.sweep import Ledger, TrialRecord, sweep, sweep_stage
 from pipeline.sweep.early_stopping import LedgerASHA
 from pipeline.sweep.ledger_search import LedgerSearch
 from pipeline.sweep.planned_trials import grid_trials
@@ -114,7 +114,7 @@ def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_
             raise RuntimeError("its process is killed")
         MlflowClient().update_run(run.run_id, "RUNNING")
         ledger.put(TrialRecord(number=number, name=status, out=str(out), values={}, status=status))
-    stage._close_open(ledger)
+    sweep_stage._end_runs(ledger, "waiting", "running")
     runs[-1].flush()
     assert [run.status() for run in runs] == ["KILLED", "KILLED", "RUNNING"]
     runs[-1].end("FAILED")

@@ -7,6 +7,7 @@ from kac.metrics import Metric
 from pipeline.config import SweepSpec
 from pipeline.evaluate.scores import direction, provenance
 from pipeline.report import page
+from pipeline.sweep.report.sweep_plots import heat_map_name
 from pipeline.sweep.report.sweep_report import COST, SPEED, Row, SweepReport
 from pipeline.sweep.report.trial_table import ordered_rows, summary_lines, table
 
@@ -18,6 +19,8 @@ SAMPLES = (
     "Each column has one noise and one label. The top row shows real images of that label; the last rows show the "
     "teachers."
 )
+
+HEAT_MAPS = "Each cell shows its best trial. Darker is better; the best cell has a frame."
 
 PORTRAIT_COLUMNS = 14
 """Tables with more columns are printed in landscape."""
@@ -32,20 +35,44 @@ def make_page(
         plots: by name.
         notes: on missing plots, by section.
     """
-    first, *others = summary_lines(report)
+
+    def picture(name: str, alt: str, caption: str = "", is_wide: bool = False) -> str:
+        return page.picture(plots[name], alt, caption, is_wide) if name in plots else ""
+
+    metric = report.metric.heading
+    by_cost = picture(f"front-{COST}", f"{metric} against network evaluations")
+    by_speed = picture(f"front-{SPEED}", f"{metric} against images per second")
+    front = []
+    if report.on_front:
+        fronts = page.pictures([by_cost, by_speed])
+        trials = _table(report, report.on_front, report.main_columns)
+        front = [page.heading("Quality against cost"), page.paragraph(FRONT), fronts, trials]
+    samples = [
+        page.heading("Samples of the front"),
+        page.paragraph(SAMPLES),
+        picture("samples", "samples of the front, with real images on top", is_wide=True),
+    ]
+    maps = [
+        picture(heat_map_name(m), f"{m.heading} by steps and guidance", f"{m.meaning}{direction(m)}")
+        for m in report.columns
+    ]
+    lines = f"{metric} and the parameters of every finished trial"
+    bars = f"the share of the variance in {metric} that each parameter explains"
     all_trials = [page.heading("All trials"), _table(report, ordered_rows(report), report.columns)]
     is_wide = len(table(report, report.rows[:1], report.columns)[0]) > PORTRAIT_COLUMNS
+    first, *others = summary_lines(report)
     parts = [
-        *(page.paragraph(sentence[0].upper() + sentence[1:], kind="lead") for sentence in others[:1]),
+        *(page.paragraph(_capital(sentence), kind="lead") for sentence in others[:1]),
         page.paragraph(first),
         *(page.paragraph(sentence, kind="note") for sentence in others[1:]),
-        *_front(report, plots),
-        *_samples(plots),
+        *front,
+        *(samples if "samples" in plots else []),
         page.heading("Steps x guidance"),
-        *_heat_maps(report, plots),
+        *([page.paragraph(HEAT_MAPS), page.pictures(maps)] if any(maps) else []),
         *_note(notes["heat maps"]),
         page.heading("What the parameters do"),
-        *_parameters(report, plots),
+        picture("parallel-coordinates", lines, _capital(lines), is_wide=True),
+        picture("importances", bars, _capital(bars)),
         *_note(notes["parameters"]),
         page.landscape(all_trials) if is_wide else "".join(all_trials),
         *([page.paragraph(*provenance(report.record), kind="note")] if report.record else []),
@@ -55,7 +82,8 @@ def make_page(
         page.heading("Options"),
         page.listing(json.dumps(spec.model_dump(mode="json"), indent=2)),
     ]
-    return page.page(f"DistillKac: sweep {spec.out.rstrip('/').rsplit('/', 1)[-1]}", parts)
+    title = f"DistillKac: sweep {spec.out.rstrip('/').rsplit('/', 1)[-1]}"
+    return page.page(title, [part for part in parts if part])
 
 
 def _table(report: SweepReport, rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
@@ -65,50 +93,12 @@ def _table(report: SweepReport, rows: Sequence[Row], metrics: Sequence[Metric]) 
     return page.table(heads, lines, text_columns, marked)
 
 
-def _front(report: SweepReport, plots: Mapping[str, bytes]) -> list[str]:
-    if not report.on_front:
-        return []
-    fronts = {f"front-{COST}": "network evaluations", f"front-{SPEED}": "images per second"}
-    pictures = [
-        page.picture(plots[name], f"{report.metric.heading} against {cost}")
-        for name, cost in fronts.items()
-        if name in plots
-    ]
-    trials = _table(report, report.on_front, report.main_columns)
-    return [page.heading("Quality against cost"), page.paragraph(FRONT), page.pictures(pictures), trials]
-
-
-def _samples(plots: Mapping[str, bytes]) -> list[str]:
-    if "samples" not in plots:
-        return []
-    picture = page.picture(plots["samples"], "samples of the front, with real images on top", is_wide=True)
-    return [page.heading("Samples of the front"), page.paragraph(SAMPLES), picture]
-
-
-def _heat_maps(report: SweepReport, plots: Mapping[str, bytes]) -> list[str]:
-    pictures = [
-        page.picture(plots[name], f"{metric.heading} by steps and guidance", f"{metric.meaning}{direction(metric)}")
-        for metric in report.columns
-        if (name := f"heat-map-{metric.name.replace('/', '-')}") in plots
-    ]
-    lead = "Each cell shows its best trial. Darker is better; the best cell has a frame."
-    return [page.paragraph(lead), page.pictures(pictures)] if pictures else []
-
-
-def _parameters(report: SweepReport, plots: Mapping[str, bytes]) -> list[str]:
-    titles = {
-        "parallel-coordinates": f"{report.metric.heading} and the parameters of every finished trial",
-        "importances": f"the share of the variance in {report.metric.heading} that each parameter explains",
-    }
-    return [
-        page.picture(plots[name], title, title[0].upper() + title[1:], is_wide=name == "parallel-coordinates")
-        for name, title in titles.items()
-        if name in plots
-    ]
-
-
 def _note(text: str) -> list[str]:
     return [page.paragraph(text, kind="note")] if text else []
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _evaluate_command(spec: SweepSpec) -> str:

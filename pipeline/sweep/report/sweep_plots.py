@@ -39,6 +39,11 @@ LEAST_TRIALS = 4
 """Finished trials that parallel coordinates and importances need."""
 
 
+def heat_map_name(metric: Metric) -> str:
+    """The name of a metric's heat map."""
+    return f"heat-map-{metric.name.replace('/', '-')}"
+
+
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
     """The best value per step count and guidance scale. None with fewer than two step counts or two scales."""
     from matplotlib.colors import ListedColormap, LogNorm, Normalize

@@ -38,7 +38,7 @@ def write_report(
     run: tracking.TrackedRun,
     metric: str,
     better: str,
-) -> None:
+) -> Row | None:
     """Write the report to the sweep's folder and run, and print the table.
 
     Args:
@@ -46,6 +46,9 @@ def write_report(
         run: the sweep's run.
         metric: ranks the trials.
         better: "lower" or "higher".
+
+    Returns:
+        The best row, if there is any.
 
     Raises:
         DistillKacError: the evaluation cannot be read.
@@ -64,6 +67,7 @@ def write_report(
         run.artifact(name, data)
     _track(report, run)
     log.info(f"{text_table(report)}\nsweep: wrote the report {files.join(spec.out, REPORT_FILE)}")
+    return report.best
 
 
 def _draw(report: SweepReport, evaluation: str | None) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -73,7 +77,7 @@ def _draw(report: SweepReport, evaluation: str | None) -> tuple[dict[str, bytes]
     if sheet := _sample_sheet(report, evaluation):
         plots["samples"] = sheet
     maps = {
-        f"heat-map-{metric.name.replace('/', '-')}": data
+        sweep_plots.heat_map_name(metric): data
         for metric in report.columns
         if metric.name != COST and (data := sweep_plots.heat_map(report.rows, metric))
     }

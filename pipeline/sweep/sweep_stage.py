@@ -9,7 +9,6 @@ from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.log import log
 from pipeline import claims, outputs, store, tracking
-from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.distill import (
@@ -22,12 +21,12 @@ from pipeline.distill import (
     start_student_run,
 )
 from pipeline.evaluate.feature_trial import try_features
-from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.outputs import SPEC_FILE
 from pipeline.sweep import checks
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.planned_trials import PlannedTrial, grid_trials, identity, plan_trial
 from pipeline.sweep.report import write_report
+from pipeline.sweep.report.sweep_report import Row
 from pipeline.sweep.search_space import edge_trials
 from pipeline.sweep.trials import run_trials
 
@@ -52,10 +51,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     planned = edge_trials(spec) if spec.search else grid_trials(spec)
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
-    checks.check_validation(spec)
     source, missing = checks.check_store(spec, planned)
     # The resources of the trials decide, not those of this process, so that any process can resume the sweep.
-    spec = spec.settled(lambda: checks.gpus_per_trial(spec, cluster.connect()) > 0)
+    spec = spec.settled(lambda: checks.resources_per_trial(spec).gpus > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **identity(spec)}
@@ -68,7 +66,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
-    if was_done and _is_complete(ledger, planned, total) and _read_result(spec.out).get("judged") == judged:
+    if was_done and _is_complete(ledger, planned, total) and _judged(spec.out) == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
     claims.take(spec.out)  # again, because outputs.begin does not claim the folder of a finished sweep
@@ -87,14 +85,15 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
             try:
                 run_trials(spec, ledger, todo, total, run)
             except (KeyboardInterrupt, SystemExit):
-                _close_open(ledger)
+                # A trial that has not reported yet is still "waiting" in the ledger, but may already have a run.
+                _end_runs(ledger, "waiting", "running")
                 raise
-        _close_stopped(ledger)
+        _end_runs(ledger, "stopped")
         checks.check_reported(spec, ledger)
         evaluation = _evaluate(spec, ledger, source, run)
-        write_report(spec, ledger.records, evaluation, run, metric, better)
-        if spec.register:
-            _register_best(spec, spec.register)
+        best = write_report(spec, ledger.records, evaluation, run, metric, better)
+        if spec.register and best:
+            _register(best, spec.register)
         _check_failed(spec, ledger, total)
     students = [record.name for record in ledger.records]
     listing = {"fingerprint": fingerprint, "students": students, "judged": judged}
@@ -146,9 +145,9 @@ def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
     )
 
 
-def _read_result(out: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(files.read_bytes(files.join(out, RESULT_FILE)))
-    return result
+def _judged(out: str) -> Any:
+    """The options with which a finished sweep was judged."""
+    return json.loads(files.read_bytes(files.join(out, RESULT_FILE))).get("judged")
 
 
 def _is_complete(ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> bool:
@@ -210,21 +209,13 @@ def _nest(student: DistillSpec, plan: DistillPlan, run: tracking.TrackedRun, was
     return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
 
 
-def _close_stopped(ledger: Ledger) -> None:
-    """End the runs of trials that were stopped early, with a tag that says so."""
+def _end_runs(ledger: Ledger, *statuses: str) -> None:
+    """End the runs of trials with these statuses as killed. A tag marks trials that were stopped early."""
     for record in ledger.records:
-        run = tracking.run_of_output(record.out) if record.status == "stopped" else None
+        run = tracking.run_of_output(record.out) if record.status in statuses else None
         if run is not None:
-            run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
-            run.end_killed()
-
-
-def _close_open(ledger: Ledger) -> None:
-    """End the runs of trials that are killed because the sweep is interrupted."""
-    for record in ledger.records:
-        # A trial that has not reported yet is still "waiting" in the ledger, but may already have a run.
-        run = tracking.run_of_output(record.out) if record.status in {"waiting", "running"} else None
-        if run is not None:
+            if record.status == "stopped":
+                run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
             run.end_killed()
 
 
@@ -267,12 +258,11 @@ def _remove_outdated(planned: EvaluateSpec) -> None:
         files.remove_tree(planned.out)
 
 
-def _register_best(spec: SweepSpec, name: str) -> None:
+def _register(best: Row, name: str) -> None:
     """Register the best student with the alias ``best``."""
     from pipeline.tracking import logged_models
 
-    best = json.loads(files.read_bytes(files.join(spec.out, ANSWER_FILE)))["best"]
-    own = None if best is None else tracking.run_of_output(best["out"])
+    own = tracking.run_of_output(best.trial.out)
     if own is not None:
         version = logged_models.register(own, name, alias="best")
-        log.info(f"sweep: registered {best['name']} as models:/{name}@best, version {version}")
+        log.info(f"sweep: registered {best.name} as models:/{name}@best, version {version}")
