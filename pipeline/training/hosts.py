@@ -21,7 +21,7 @@ from kac.util.options import Range, most
 from pipeline import claims
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.placement import Resources, wait_for_capacity
-from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec
+from pipeline.config import OptimizerConfig, WorkerOptions
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
 from pipeline.training.learner import Worker
@@ -52,7 +52,7 @@ class WorkerGroup(NamedTuple):
         return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
 
 
-def choose_workers(spec: TeachSpec | DistillSpec) -> WorkerGroup:
+def choose_workers(options: WorkerOptions) -> WorkerGroup:
     """Choose the workers of a training run and their resources.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
@@ -61,31 +61,33 @@ def choose_workers(spec: TeachSpec | DistillSpec) -> WorkerGroup:
     Raises:
         ArgumentError: the options cannot be combined.
     """
-    if spec.workers == 0:
+    if options.workers == 0:
         group = WorkerGroup(0, use_gpu=False)
     else:
         gpus = cluster.connect().gpus
-        use_gpu = gpus > 0 if spec.gpu is None else spec.gpu
-        resources = Resources(spec.cpus_per_worker, spec.gpus_per_worker if use_gpu else 0.0, spec.label_selector)
-        group = WorkerGroup(gpus if spec.workers is None else spec.workers, use_gpu, resources)
-    _check_options(spec, group)
+        use_gpu = gpus > 0 if options.gpu is None else options.gpu
+        resources = Resources(
+            options.cpus_per_worker, options.gpus_per_worker if use_gpu else 0.0, options.label_selector
+        )
+        group = WorkerGroup(gpus if options.workers is None else options.workers, use_gpu, resources)
+    _check_options(options, group)
     return group
 
 
-def _check_options(spec: TeachSpec | DistillSpec, group: WorkerGroup) -> None:
-    if spec.gpu and not group.on_gpu:
+def _check_options(options: WorkerOptions, group: WorkerGroup) -> None:
+    if options.gpu and not group.on_gpu:
         raise ArgumentError(
             "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."
         )
-    if spec.label_selector and not group.workers:
+    if options.label_selector and not group.workers:
         raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
-    if spec.label_selector and isinstance(group.workers, Range):
+    if options.label_selector and isinstance(group.workers, Range):
         # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
         raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
-    if group.use_gpu and spec.gpus_per_worker < 1 and most(group.workers) > 1:
+    if group.use_gpu and options.gpus_per_worker < 1 and most(group.workers) > 1:
         raise ArgumentError(  # because NCCL refuses two ranks on one GPU
-            f"`gpus_per_worker` is {spec.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or use "
-            "one worker."
+            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or "
+            "use one worker."
         )
 
 
