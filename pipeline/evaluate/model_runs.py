@@ -9,13 +9,10 @@ from kac.model import ModelConfig
 from kac.sampling import TEACHER_STEPS, Sampling
 from pipeline import tracking
 from pipeline.config import EvaluateSpec
-from pipeline.evaluate.scores import REAL, Record, Score, table
+from pipeline.evaluate.scores import CURVE_PICTURE, REAL, SAMPLES_PICTURE, TABLE_FILE, Record, Score, table
 from pipeline.report import pictures
 
-SAMPLES_PICTURE = "samples.png"
-CURVE_PICTURE = "quality_by_nfe.png"
-TABLE_FILE = "table.txt"
-SHOWN = 12
+SHOWN_SAMPLES = 12
 """Images per row of the picture."""
 
 STAGES = {"student": ("distill",), "teacher": ("teach", "convert")}
@@ -25,14 +22,14 @@ HALF_WIDTH_TAG = "distillkac.half_width."
 EVALUATION_TAG = "distillkac.evaluation"
 
 
-class Shown(NamedTuple):
+class ScoredSamples(NamedTuple):
     """A row of the table with its first samples."""
 
     score: Score
     images: np.ndarray  # [shown, *sample], delivered
 
 
-def prefix_of(config: ModelConfig, sampling: Sampling, guidance: float) -> str:
+def metric_prefix(config: ModelConfig, sampling: Sampling, guidance: float) -> str:
     """The prefix of a row's metrics in its model's run; empty for the model's own step count and guidance scale."""
     is_teacher = config.kind == "teacher"
     steps, scale = (TEACHER_STEPS, 0.0) if is_teacher else (config.steps, config.guidance)
@@ -42,7 +39,7 @@ def prefix_of(config: ModelConfig, sampling: Sampling, guidance: float) -> str:
 
 
 def track_models(
-    spec: EvaluateSpec, run: tracking.TrackedRun, record: Record, rows: Sequence[Shown], curve: bytes
+    spec: EvaluateSpec, run: tracking.TrackedRun, record: Record, rows: Sequence[ScoredSamples], curve: bytes
 ) -> None:
     """Add metrics, pictures and the table to the run of each model.
 
@@ -50,9 +47,9 @@ def track_models(
 
     Args:
         run: of the evaluation.
+        rows: real images first.
         curve: plot of quality against cost.
     """
-    real = rows[0]
     for folder in dict.fromkeys(row.score.folder for row in rows):
         own_rows = [row for row in rows if row.score.folder == folder]
         model_run = _run_of(own_rows[0].score, run)
@@ -60,16 +57,14 @@ def track_models(
             for row in own_rows:
                 _start_nested_run(spec, run, row)
             continue
-        artifacts = f"evaluation-{record.fingerprint[:8]}"
         _log(model_run, [row.score for row in own_rows])
         details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
-        model_run.tags(
-            {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": v for name, v in details.items()}}
-        )
-        picture = pictures.comparison([(row.score.name, row.images) for row in (real, *own_rows)])
-        model_run.artifact(f"{artifacts}/{SAMPLES_PICTURE}", picture)
-        model_run.artifact(f"{artifacts}/{CURVE_PICTURE}", curve)
-        model_run.artifact(f"{artifacts}/{TABLE_FILE}", table(record).encode())
+        tags = {f"{EVALUATION_TAG}.{name}": value for name, value in details.items()}
+        model_run.tags({EVALUATION_TAG: record.fingerprint, **tags})
+        picture = pictures.comparison([(row.score.name, row.images) for row in (rows[0], *own_rows)])
+        contents = {SAMPLES_PICTURE: picture, CURVE_PICTURE: curve, TABLE_FILE: table(record).encode()}
+        for name, data in contents.items():
+            model_run.artifact(f"evaluation-{record.fingerprint[:8]}/{name}", data)
 
 
 def _run_of(score: Score, evaluation: tracking.TrackedRun) -> tracking.TrackedRun | None:
@@ -87,7 +82,7 @@ def _log(run: tracking.TrackedRun, scores: Sequence[Score]) -> None:
     run.tags({f"{HALF_WIDTH_TAG}{name}": f"{value:.3g}" for name, value in widths.items()})
 
 
-def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, row: Shown) -> None:
+def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, row: ScoredSamples) -> None:
     score = row.score
     with tracking.start_run(
         stage="evaluate-model",
@@ -101,4 +96,4 @@ def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, row: Shown) 
         _log(nested, [score.model_copy(update={"prefix": ""})])
         if score.kind != REAL:
             nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
-        nested.artifact(SAMPLES_PICTURE, pictures.sheet(row.images, SHOWN))
+        nested.artifact(SAMPLES_PICTURE, pictures.sheet(row.images, SHOWN_SAMPLES))

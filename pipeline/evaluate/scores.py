@@ -13,7 +13,8 @@ from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.options import Options
 
-EVALUATION_FILE = "evaluation.json"
+EVALUATION_FILE, TABLE_FILE = "evaluation.json", "table.txt"
+SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
 REAL = "real"
 
 

@@ -31,16 +31,21 @@ from pipeline.evaluate.actors import make_chunks, open_spaces
 from pipeline.evaluate.feature_trial import try_features
 from pipeline.evaluate.gather import gather, real_images, reference_of, unfinished_reference, with_pixels
 from pipeline.evaluate.inputs import resolve
-from pipeline.evaluate.model_runs import (
+from pipeline.evaluate.model_runs import SHOWN_SAMPLES, ScoredSamples, metric_prefix, track_models
+from pipeline.evaluate.scores import (
     CURVE_PICTURE,
+    EVALUATION_FILE,
+    REAL,
     SAMPLES_PICTURE,
-    SHOWN,
     TABLE_FILE,
-    Shown,
-    prefix_of,
-    track_models,
+    Record,
+    Score,
+    head,
+    mean_score,
+    read_record,
+    row,
+    table,
 )
-from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, head, mean_score, read_record, row, table
 from pipeline.evaluate.sources import CHUNK_ROWS, ModelSamples, RealImages, chunks, unfinished
 from pipeline.report import pictures
 
@@ -297,7 +302,7 @@ def _score(record: Record, candidate: Candidate, evaluated: Evaluated, source: M
         metrics={name: value for name, value in computed.items() if value is not None},
         fingerprint=candidate.config.fingerprint if is_model else candidate.config.data_sha256,
         folder=candidate.path,
-        prefix=prefix_of(candidate.config, candidate.sampling, candidate.guidance) if is_model else "",
+        prefix=metric_prefix(candidate.config, candidate.sampling, candidate.guidance) if is_model else "",
     )
 
 
@@ -308,7 +313,7 @@ def _write(comparison: Comparison, run: tracking.TrackedRun, record: Record) -> 
     images, labels = _shown(comparison)
     if max(labels) < comparison.candidates[0].config.num_classes:  # not the null labels of an unconditional model
         record = record.model_copy(update={"shown_labels": labels})
-    shown = [Shown(*pair) for pair in zip(record.scores, images, strict=True)]
+    shown = [ScoredSamples(*pair) for pair in zip(record.scores, images, strict=True)]
     curve = pictures.quality_by_nfe(_panels(record))
     contents = {
         SAMPLES_PICTURE: pictures.comparison([(score.name, images) for score, images in shown]),
@@ -358,9 +363,9 @@ def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
     sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
     samples = [source.rows(chunks(source)[0].ids) for source in sources]
     real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
-    labels = samples[0].label[:SHOWN].tolist()
+    labels = samples[0].label[:SHOWN_SAMPLES].tolist()
     chosen = _match_labels(labels, real.label.tolist())
-    return [real.images[chosen].numpy(), *(rows.images[:SHOWN].numpy() for rows in samples)], tuple(labels)
+    return [real.images[chosen].numpy(), *(rows.images[:SHOWN_SAMPLES].numpy() for rows in samples)], tuple(labels)
 
 
 def _match_labels(wanted: Sequence[int], labels: Sequence[int]) -> torch.Tensor:

@@ -3,8 +3,16 @@
 import json
 
 from kac.util import files
-from pipeline.evaluate.model_runs import CURVE_PICTURE, SAMPLES_PICTURE
-from pipeline.evaluate.scores import Record, direction, head, provenance, read_record, row
+from pipeline.evaluate.scores import (
+    CURVE_PICTURE,
+    SAMPLES_PICTURE,
+    Record,
+    direction,
+    head,
+    provenance,
+    read_record,
+    row,
+)
 from pipeline.report import page
 
 LEAD = (
