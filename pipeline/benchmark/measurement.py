@@ -4,29 +4,13 @@ import dataclasses
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 Value = TypeVar("Value")
-
-
-class Bar(NamedTuple):
-    """A limit for the median ratio."""
-
-    sign: Literal[">=", "<="]
-    limit: float
-
-    def holds(self, ratio: float) -> bool:
-        """Whether the ratio is on the right side of the limit."""
-        return ratio >= self.limit if self.sign == ">=" else ratio <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.sign} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -37,36 +21,29 @@ class Measurement:
     unit: str
     values: tuple[float, ...]
     against: tuple[float, ...] = ()
-    bar: Bar | None = None
-
-    def __post_init__(self) -> None:
-        if not self.values or len(self.against) not in (0, len(self.values)):
-            raise ValueError(f"{self.what}: both sides need the same number of values, at least one.")
+    bar: str | None = None  # limit for the median ratio, such as ">= 0.95"
 
     @property
     def ratios(self) -> tuple[float, ...]:
         """One ratio per turn; empty without a reference."""
-        return tuple(a / b for a, b in zip(self.values, self.against, strict=False))
-
-    @property
-    def median_ratio(self) -> float | None:
-        """The median of all turns; None without a reference."""
-        return statistics.median(self.ratios) if self.ratios else None
+        return tuple(a / b for a, b in zip(self.values, self.against, strict=True)) if self.against else ()
 
     @property
     def holds(self) -> bool | None:
         """Whether the median ratio meets the bar; None without a bar."""
-        return self.bar.holds(self.median_ratio) if self.bar and self.median_ratio is not None else None
+        if self.bar is None:
+            return None
+        ratio, (sign, limit) = statistics.median(self.ratios), self.bar.split()
+        return ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
 
     def record(self) -> dict[str, Any]:
         """The measurement as plain values for JSON."""
         return {
             **dataclasses.asdict(self),
             "ratios": self.ratios,
-            "median_ratio": self.median_ratio,
+            "median_ratio": statistics.median(self.ratios) if self.ratios else None,
             "min_ratio": min(self.ratios, default=None),
             "max_ratio": max(self.ratios, default=None),
-            "bar": str(self.bar) if self.bar else None,
             "holds": self.holds,
         }
 
@@ -75,27 +52,6 @@ def interleave(turns: int, *sides: Callable[[], Value]) -> list[tuple[Value, ...
     """Call the sides alternately, A B A B ... Return one tuple of results per side."""
     rounds = [[side() for side in sides] for _ in range(turns)]
     return [tuple(values) for values in zip(*rounds, strict=True)]
-
-
-def seconds_per_call(work: Callable[[], object], at_least: float = 0.1) -> float:
-    """The mean seconds per call of ``work`` over ``at_least`` seconds, after one call to warm up."""
-    work()
-    calls, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < at_least or not calls:
-        work()
-        calls += 1
-    return elapsed / calls
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread, as in an actor or worker with one CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine() -> dict[str, Any]:
@@ -119,17 +75,16 @@ HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns"
 
 def table(results: Mapping[str, Sequence[Measurement]]) -> str:
     """The measurements as text, one line each, with medians over all turns."""
-    rows = [HEAD, *(_row(part, measurement) for part in results for measurement in results[part])]
-    return "\n".join(LINE.format(*row).rstrip() for row in rows)
-
-
-def _row(part: str, m: Measurement) -> tuple[object, ...]:
-    value, against = _short(statistics.median(m.values)), _short(statistics.median(m.against)) if m.against else ""
-    ratio, spread = "", f"{_short(min(m.values))}..{_short(max(m.values))}"
-    if m.ratios:
-        ratio, spread = f"{m.median_ratio:.3f}", f"{min(m.ratios):.3f}..{max(m.ratios):.3f}"
-    verdict = {True: "holds", False: "missed", None: ""}[m.holds]
-    return part, m.what, value, against, m.unit, ratio, spread, len(m.values), str(m.bar or ""), verdict
+    lines: list[tuple[object, ...]] = [HEAD]
+    for part, measurements in results.items():
+        for m in measurements:
+            value, against = (_short(statistics.median(side)) if side else "" for side in (m.values, m.against))
+            ratio = f"{statistics.median(m.ratios):.3f}" if m.ratios else ""
+            low, high = (f"{end(m.ratios):.3f}" if m.ratios else _short(end(m.values)) for end in (min, max))
+            verdict = {True: "holds", False: "missed", None: ""}[m.holds]
+            line = (part, m.what, value, against, m.unit, ratio, f"{low}..{high}", len(m.values), m.bar or "", verdict)
+            lines.append(line)
+    return "\n".join(LINE.format(*line).rstrip() for line in lines)
 
 
 def _short(value: float) -> str:

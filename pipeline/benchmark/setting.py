@@ -1,24 +1,57 @@
-"""The teacher, the rollouts on Ray and the store that all parts of the benchmark share."""
+"""The options of the benchmark, and the teacher and the store that its parts share."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-import ray
 import torch
+import tyro
+from pydantic import PositiveInt, model_validator
 
+from kac.data import DataConfig
 from kac.model import load_config, save_model, teacher_config
-from kac.networks import build_network
+from kac.networks import MLPConfig, NetworkConfig, build_network
 from kac.path import PathConfig
 from kac.util import files
+from kac.util.fingerprint import unhashed
+from kac.util.path_options import input_path, output_path
 from pipeline import store
-from pipeline.benchmark.spec import CALLS_PER_SHARD, BenchmarkSpec
 from pipeline.cluster import connection as cluster
-from pipeline.config import RolloutSpec
-from pipeline.rollout import ShardOutcome, compute_shards, make_plan, seal
+from pipeline.config import RolloutSpec, Spec
+from pipeline.rollout import compute_shards, make_plan, seal
 
-ACTOR_START_SECONDS = 600
-STORE_FACTOR = 3
-STUDENT_STEPS = 4
+Part = Literal["peak-memory", "rollout-speed", "distill-speed", "bytes-read", "bytes-stored", "online-speed"]
+
+CALLS_PER_SHARD, MIN_SHARDS = 4, 5
+STORE_FACTOR = 3  # trajectories in the store / trajectories per actor
+
+
+class BenchmarkSpec(Spec):
+    """Compare rollout, store and distillation with plain loops, as ratios (10 minutes on 2 CPUs)."""
+
+    stage = "benchmark"
+    only: tuple[Part, ...] = unhashed(get_args(Part), "parts to measure", min_length=1)
+    repeats: PositiveInt = unhashed(5, "number of times to measure both sides of each ratio")
+    trajectories: PositiveInt = unhashed(
+        8192, "trajectories per actor in rollout-speed; the store for the other parts has three times as many"
+    )
+    batch_size: PositiveInt = unhashed(256, "trajectories per network call, and samples per update")
+    teacher: str | None = input_path(None, "model folder of a teacher; default: an untrained `network` for `data`")
+    network: NetworkConfig = MLPConfig()
+    data: DataConfig = DataConfig()
+    folder: str | None = unhashed(None, "scratch folder that all nodes can access; default: a local temporary folder")
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = output_path(
+        None, "file to write all results to; - prints them instead of the table", kind="file"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BenchmarkSpec":
+        shard = CALLS_PER_SHARD * self.batch_size
+        if self.trajectories % shard or self.trajectories < MIN_SHARDS * shard:
+            raise ValueError(
+                f"`trajectories` is {self.trajectories}, but must be a multiple of {shard} ({CALLS_PER_SHARD} times "
+                f"`batch_size`) and at least {MIN_SHARDS * shard}."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -36,13 +69,10 @@ class Setting:
         return RolloutSpec(**place, batch_size=self.spec.batch_size, **{**size, **options})
 
     def store(self) -> store.Store:
-        """The store of the reading and training parts, made once.
-
-        It has ``STORE_FACTOR`` times the trajectories, in shards of the default size. One solver step per knot is
-        enough, because the values do not affect the reading speed.
-        """
+        """The store of the reading and training parts, made once, in shards of the default size."""
         shard_size = RolloutSpec.model_fields["shard_size"].default
         size = {"trajectories": STORE_FACTOR * self.spec.trajectories, "shard_size": shard_size}
+        # One solver step per knot is enough, because the values do not affect the reading speed.
         spec = self.rollout_spec("store", solver_steps=20, **size)
         plan = make_plan(spec)
         if not plan.is_done:
@@ -51,38 +81,21 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Load or make the teacher and return the setting.
+    """Check the teacher, or write an untrained one, which is as fast as a trained one.
 
     Raises:
         CheckpointError: ``spec.teacher`` is not a model folder.
     """
-    teacher = cluster.absolute(spec.teacher) if spec.teacher is not None else files.join(folder, "teacher")
-    if spec.teacher is None:
-        save_untrained(teacher, spec)
-    load_config(teacher)
-    return Setting(spec, folder, teacher)
-
-
-def save_untrained(path: str, spec: BenchmarkSpec) -> None:
-    """Write an untrained teacher, which is as fast as a trained one.
-
-    All-zero parameters, such as the last layer, get random values. Otherwise all knots would be equal.
-    """
+    if spec.teacher is not None:
+        load_config(cluster.absolute(spec.teacher))
+        return Setting(spec, folder, cluster.absolute(spec.teacher))
     config = teacher_config(spec.network, PathConfig(), spec.data)
     torch.manual_seed(0)
     network = build_network(config.network, config.sample_shape, config.num_classes)
+    # All-zero parameters, such as the last layer, get random values. Otherwise all knots would be equal.
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    save_model(path, config, network.state_dict())
-
-
-def compute_unsealed(spec: RolloutSpec) -> list[ShardOutcome]:
-    """Compute the shards of a new store after all actors have started. Return the outcomes in order of completion."""
-    context = ray.data.DataContext.get_current()
-    before = context.wait_for_min_actors_s
-    context.wait_for_min_actors_s = ACTOR_START_SECONDS
-    try:
-        return sorted(compute_shards(spec, make_plan(spec)), key=lambda outcome: outcome.finished)
-    finally:
-        context.wait_for_min_actors_s = before
+    teacher = files.join(folder, "teacher")
+    save_model(teacher, config, network.state_dict())
+    return Setting(spec, folder, teacher)

@@ -65,7 +65,7 @@ def compute_on_actors(
     """Make the shards of ``plan.todo`` and yield each when it is published. Closing the generator ends the actors.
 
     Args:
-        maker: makes the shards in an actor. A benchmark replaces it by one that does no work.
+        maker: makes the shards in an actor. Tests replace it by one that does no work.
         pause_seconds: see ``each``.
 
     Raises:

@@ -14,8 +14,7 @@ from kac.model import save_model, teacher_config
 from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError
-from pipeline.benchmark import benchmark
-from pipeline.benchmark.spec import BenchmarkSpec
+from pipeline.benchmark import BenchmarkSpec, benchmark
 from pipeline.config import EvaluateSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate

@@ -11,23 +11,21 @@ import pytest
 import torch
 
 from jobs.parsing import parse
+from kac.guidance import guide
 from kac.model import load_config, load_model
 from kac.networks import MLPConfig
+from kac.sampling import draw
+from kac.solvers import knot_times, solve
 from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, bytes_stored, peak_memory
-from pipeline.benchmark.bytes_read import CountingFileSystem, count_bytes, store_bytes
-from pipeline.benchmark.distill_speed import distill_task, speed, tensor_batches
-from pipeline.benchmark.fake_shards import receipt_of
-from pipeline.benchmark.measurement import Bar, interleave, seconds_per_call, table
-from pipeline.benchmark.online_speed import endpoint, online_batches
-from pipeline.benchmark.rollout_speed import bare_speed, follow, loop_speed, prepare, steady_rate
-from pipeline.benchmark.setting import compute_unsealed, make_setting
-from pipeline.benchmark.spec import CALLS_PER_SHARD, PARTS
-from pipeline.benchmark.store_scale import SHARD_ROWS, UNITS
-from pipeline.config import RolloutSpec
-from pipeline.store.layout import plan_shards
+from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, rollout_parts, store_parts
+from pipeline.benchmark.measurement import interleave, table
+from pipeline.benchmark.rollout_parts import bare_speed, loop_speed, run_and_remove, steady_rate
+from pipeline.benchmark.setting import CALLS_PER_SHARD, make_setting
+from pipeline.benchmark.store_parts import CountingFileSystem, count_bytes, online_batches, speed, tensor_batches
+from pipeline.config import DistillSpec, OptimizerConfig, RolloutSpec
+from pipeline.distill import DistillTask
 from pipeline.store.shards import adopt, column_array
 from pipeline.training.loop import LOG_UPDATES
 from tests.pipeline.stores import make_store, make_teacher, run_rollout
@@ -38,7 +36,7 @@ TINY = BenchmarkSpec(
     repeats=2,
     data="moons",
     network=MLPConfig(width=8, depth=1),
-    only=("bytes-read", "bytes-stored", "process-speed"),
+    only=("bytes-read", "bytes-stored"),
 )
 
 
@@ -63,19 +61,17 @@ def counted(path: str) -> str:
 
 
 def test_ratios_are_taken_per_turn_and_their_median_is_compared_with_the_bar():
-    speeds = Measurement("x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.9))
+    speeds = Measurement("x", "rows/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), ">= 0.9")
     assert speeds.ratios == (0.9, 2.0, 0.5)
     assert speeds.holds
-    assert not Measurement("x", "rows/s", (9.0, 20.0, 8.0), (10.0, 10.0, 10.0), Bar(">=", 0.91)).holds
-    assert Measurement("x", "bytes", (12.0,), (100.0,), Bar("<=", 0.12)).holds
-    assert not Measurement("x", "bytes", (13.0,), (100.0,), Bar("<=", 0.12)).holds
+    assert not Measurement("x", "rows/s", (9.0, 20.0, 8.0), (10.0, 10.0, 10.0), ">= 0.91").holds
+    assert Measurement("x", "bytes", (12.0,), (100.0,), "<= 0.12").holds
+    assert not Measurement("x", "bytes", (13.0,), (100.0,), "<= 0.12").holds
     assert Measurement("x", "ns", (13.0,), (100.0,)).holds is None
-    with pytest.raises(ValueError, match="x: both sides"):
-        Measurement("x", "rows/s", (1.0, 2.0), (1.0,))
 
 
 def test_the_table_and_the_record_agree():
-    measurement = Measurement("store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), Bar(">=", 0.95))
+    measurement = Measurement("store / tensors", "samples/s", (9.0, 20.0, 10.0), (10.0, 10.0, 20.0), ">= 0.95")
     record = json.loads(json.dumps(measurement.record()))
     assert (record["median_ratio"], record["min_ratio"], record["max_ratio"]) == (0.9, 0.5, 2.0)
     assert (record["bar"], record["holds"]) == (">= 0.95", False)
@@ -90,15 +86,6 @@ def test_sides_alternate():
     assert "".join(calls) == "ABABAB"
 
 
-def test_every_timed_call_is_counted(monkeypatch: pytest.MonkeyPatch):
-    now = iter(np.arange(0, 100, 0.25))
-    monkeypatch.setattr("pipeline.benchmark.measurement.time.perf_counter", lambda: next(now))
-    calls: list[int] = []
-    # The clock advances by 0.25 s per reading, and each call is followed by one reading.
-    assert seconds_per_call(lambda: calls.append(0), at_least=1.0) == pytest.approx(1.0 / 3)
-    assert len(calls) == 1 + 3
-
-
 def test_the_steady_rate_excludes_the_first_and_the_last_shards_of_every_actor():
     # Two actors finish a shard every 2 s, half a period apart. The first shards are slow; one actor ends late.
     first, second = [5.0, 10, 12, 14, 16, 18], [6.0, 11, 13, 15, 17, 40]
@@ -106,31 +93,30 @@ def test_the_steady_rate_excludes_the_first_and_the_last_shards_of_every_actor()
     # Both actors finish their shards at the same times.
     assert steady_rate(sorted([1.0, 9, 11, 13, 15] * 2), actors=2) == pytest.approx(1.0)
     assert steady_rate([5.0, 9, 10, 11, 12, 99], actors=1) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"7 shards .* 8"):
-        steady_rate([1.0, 2, 3, 4, 5, 6, 7], actors=2)
 
 
-def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting):
+def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting, monkeypatch: pytest.MonkeyPatch):
     spec = setting.rollout_spec("store", trajectories=40, shard_size=32)
     run_rollout(spec)
-    model = load_model(spec.teacher)
-    batches = prepare(spec, model)
-    samples = torch.cat([follow(spec, model, *batch) for batch in batches])
     rows = next(store.open(spec.store).batches(40, knots=[0, 20]))
-    assert torch.equal(torch.cat([noise for noise, _ in batches]), rows.knots[:, 0])
-    assert torch.equal(torch.cat([label for _, label in batches]), rows.label)
-    torch.testing.assert_close(samples, rows.knots[:, 1])
+    drawn = []
+    monkeypatch.setattr(
+        rollout_parts, "draw", lambda *args, **options: drawn.append(draw(*args, **options)) or drawn[-1]
+    )
+    assert loop_speed(spec) > 0
+    assert [len(samples.images) for samples in drawn] == [spec.batch_size, 40], "one batch to warm up, then all"
+    assert torch.equal(drawn[1].label, rows.label)
+    torch.testing.assert_close(drawn[1].images, rows.knots[:, 1])
     assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "the teacher does not move its samples"
 
 
-def test_the_bare_loop_runs_in_processes_with_one_thread(setting, monkeypatch: pytest.MonkeyPatch):
-    assert loop_speed(setting.rollout_spec("bare")) > 0
-    monkeypatch.setattr("pipeline.benchmark.rollout_speed.loop_speed", count_threads)
+def test_the_bare_loop_runs_in_processes_with_one_thread(setting, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rollout_parts, "loop_speed", count_threads)
     assert bare_speed(setting, loops=2) == 2
 
 
 def count_threads(spec: RolloutSpec) -> int:
-    """Run the loop in a new process. Return the number of its threads."""
+    """Run the loop in another process. Return the number of its threads."""
     assert loop_speed(spec) > 0
     return torch.get_num_threads()
 
@@ -138,26 +124,26 @@ def count_threads(spec: RolloutSpec) -> int:
 def test_read_bytes_are_counted(tmp_path: Path):
     (tmp_path / "file").write_bytes(bytes(10_000))
     location = files.locate(counted(str(tmp_path / "file")))
-    before = CountingFileSystem.bytes_read
+    CountingFileSystem.reads.clear()
     with location.fs.open(location.path, "rb") as file:
         file.read(100)
         file.seek(9_990)
         assert len(file.read(500)) == 10
-    assert CountingFileSystem.bytes_read - before == 110
+    assert sum(CountingFileSystem.reads) == 110
     files.read_bytes(counted(str(tmp_path / "file")))
-    assert CountingFileSystem.bytes_read - before == 10_110
+    assert sum(CountingFileSystem.reads) == 10_110
 
 
-def test_a_one_step_student_reads_two_of_the_knots(digits_store: str):
-    path = counted(digits_store)
+def test_a_one_step_student_reads_two_of_the_knots(digits_store: str, setting, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
     knot = 2048 * 64 * 4
-    for steps in (1, 4, 20):
-        count = count_bytes(path, steps)
-        # The knots, and at most 5% of all knots for labels, levels, page headers and footers.
-        assert (steps + 1) * knot <= count <= (steps + 1) * knot + 0.05 * 21 * knot
     parts = [file for file in Path(digits_store).rglob("*") if file.is_file() and file.name != "run.json"]
-    assert store_bytes(path) == sum(file.stat().st_size for file in parts)
-    assert count_bytes(path, 1) <= 0.12 * store_bytes(path)
+    measurements = store_parts.measure_bytes_read(setting)
+    for steps, measurement in zip((1, 4, 20), measurements, strict=True):
+        # The knots, and at most 5% of all knots for labels, levels, page headers and footers.
+        assert (steps + 1) * knot <= measurement.values[0] <= (steps + 1) * knot + 0.05 * 21 * knot
+        assert measurement.against == (sum(file.stat().st_size for file in parts),)
+    assert [measurement.holds for measurement in measurements] == [True, None, None]
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="requires Linux's /proc")
@@ -173,17 +159,18 @@ def test_the_count_agrees_with_the_kernel(digits_store: str):
     assert count <= kernel_count() - before <= 1.05 * count
 
 
-def test_tensor_bytes_equal_the_bytes_of_the_knots(digits_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    setting = make_setting(TINY, str(tmp_path))
+def test_tensor_bytes_equal_the_bytes_of_the_knots(
+    digits_store: str, setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
-    measurements = {m.what: m for m in bytes_stored.measure(setting)}
+    measurements = {m.what: m for m in store_parts.measure_bytes_stored(setting)}
     plain = measurements["stored, none / bytes of the tensors"]
     assert plain.against == (1024 * 21 * 64 * 4,)
     written = next(Path(digits_store).rglob("shard-000000.parquet"))
     assert plain.values == (written.stat().st_size,)
     assert plain.holds
     assert measurements["stored, zstd / bytes of the tensors"].ratios < plain.ratios
-    for name in bytes_stored.COMPRESSIONS:
+    for name in store_parts.COMPRESSIONS:
         shard = store.open(digits_store).shards[0]
         copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).identity)[1]
         original = adopt(digits_store, shard, store.open(digits_store).identity)[1]
@@ -191,19 +178,19 @@ def test_tensor_bytes_equal_the_bytes_of_the_knots(digits_store: str, tmp_path: 
             np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
 
 
-needs_clear_refs = pytest.mark.skipif(not peak_memory.RESET_FILE.exists(), reason="requires Linux's /proc")
+needs_clear_refs = pytest.mark.skipif(not rollout_parts.RESET_FILE.exists(), reason="requires Linux's /proc")
 
 
 @needs_clear_refs
 def test_the_peak_includes_freed_memory_until_it_is_reset():
     code = """
-from pipeline.benchmark.peak_memory import peak_memory, reset_peak
-reset_peak()
+from pipeline.benchmark.rollout_parts import RESET_FILE, peak_memory
+RESET_FILE.write_text("5")
 before = peak_memory()
 x = bytearray(300 << 20)
 x = None
 print(peak_memory() - before)
-reset_peak()
+RESET_FILE.write_text("5")
 print(peak_memory() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=True)
@@ -214,17 +201,19 @@ print(peak_memory() - before)
 
 @needs_clear_refs
 def test_the_peaks_of_the_actor_and_the_driver(setting, ray_cluster: None):
-    peaks = peak_memory.rollout_peaks(setting)
+    actor, driver = rollout_parts.rollout_peaks(setting)
     # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
-    assert 100 < peaks.actor < 4096
-    assert 100 < peaks.driver < 4096
+    assert 100 < actor < 4096
+    assert 100 < driver < 4096
 
 
 def test_outcomes_are_in_order_of_completion(setting, ray_cluster: None):
-    outcomes = compute_unsealed(setting.rollout_spec("unsealed", actors=2, trajectories=320))
+    spec = setting.rollout_spec("unsealed", actors=2, trajectories=320)
+    outcomes = run_and_remove(spec)
     assert sum(outcome.computed_rows for outcome in outcomes) == 320
     assert len(outcomes) == 320 // (CALLS_PER_SHARD * TINY.batch_size)
     assert [outcome.finished for outcome in outcomes] == sorted(outcome.finished for outcome in outcomes)
+    assert not Path(spec.store).exists()
 
 
 def test_the_compared_loops_train_on_the_same_endpoints(setting):
@@ -245,20 +234,25 @@ def test_the_compared_loops_train_on_the_same_endpoints(setting):
             losses = [learner.losses(learner.forward, part(update)).losses["endpoint"] for update in range(400)]
         return float(torch.stack(losses).mean())
 
-    expected = mean_loss(distill_task(setting, 100))
+    student = DistillSpec(
+        store=spec.store, out="", steps=4, optimizer=OptimizerConfig(updates=100, batch_size=TINY.batch_size)
+    )
+    expected = mean_loss(DistillTask(student, setting.teacher))
     batch = tensor_batches(whole.knots, whole.label, TINY.batch_size)
-    assert mean_loss(distill_task(setting, 100, batch=batch)) == pytest.approx(expected, rel=0.05)
-    assert mean_loss(distill_task(setting, 100)) == expected
+    assert mean_loss(DistillTask(student, setting.teacher, batch)) == pytest.approx(expected, rel=0.05)
+    assert mean_loss(DistillTask(student, setting.teacher)) == expected
 
 
-def test_the_online_teacher_ends_at_the_stored_knots(setting):
-    spec = setting.rollout_spec("store", trajectories=16, solver="euler", solver_steps=100)
-    run_rollout(spec)
-    rows = next(store.open(spec.store).batches(16, knots=[0, 5, 10, 15, 20]))
-    teacher = load_model(setting.teacher)
+def test_the_online_teacher_follows_the_path_of_the_teacher(setting):
+    teacher, batch = load_model(setting.teacher), online_batches(setting)
     for k in range(4):
-        x_end = endpoint(teacher, rows.knots[:, k], rows.label, k, solver="euler")
-        torch.testing.assert_close(x_end, rows.knots[:, k + 1])
+        interval = batch(4 + k)
+        assert torch.equal(interval.t_start, knot_times(4).float()[k].expand(TINY.batch_size))
+        assert torch.equal(interval.t_end, knot_times(4).float()[k + 1].expand(TINY.batch_size))
+        times = torch.linspace(1 - k / 4, 1 - (k + 1) / 4, 201, dtype=torch.float64)
+        x_end = solve(guide(teacher.network, 0.0, interval.label), interval.x_start, times, "euler").x
+        torch.testing.assert_close(interval.x_end, x_end.detach(), atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(interval.x_end, interval.x_start, atol=1e-2)
 
 
 def test_the_speed_excludes_the_first_window(setting, monkeypatch: pytest.MonkeyPatch):
@@ -266,7 +260,7 @@ def test_the_speed_excludes_the_first_window(setting, monkeypatch: pytest.Monkey
         for samples_per_second in (1.0, 100.0, 300.0):
             job.run.metrics({"samples_per_second": samples_per_second})
 
-    monkeypatch.setattr("pipeline.benchmark.distill_speed.run_updates", loop)
+    monkeypatch.setattr("pipeline.benchmark.store_parts.run_updates", loop)
     # Windows have the same number of samples, so the speed is the harmonic mean.
     assert speed(setting, 150) == pytest.approx(150.0)
 
@@ -283,31 +277,28 @@ def test_the_benchmark_end_to_end(ray_cluster: None, tmp_path: Path, capsys: pyt
     results = benchmark(TINY.model_copy(update={"json_file": str(out), "folder": str(scratch)}))
     printed = capsys.readouterr().out.splitlines()
     record = json.loads(out.read_text())
-    assert [m["part"] for m in record["measurements"]] == (
-        ["bytes-read"] * 3 + ["bytes-stored"] * 9 + ["process-speed"] * 2
-    )
+    assert [m["part"] for m in record["measurements"]] == (["bytes-read"] * 3 + ["bytes-stored"] * 9)
     assert list(results) == list(TINY.only)
     assert len(printed) == 1 + len(record["measurements"])
     assert record["machine"]["torch"] == torch.__version__
     assert record["options"]["trajectories"] == TINY.trajectories
-    draws = next(m for m in record["measurements"] if m["what"].startswith("exact draw"))
-    assert len(draws["values"]) == len(draws["against"]) == TINY.repeats
+    reads = next(m for m in record["measurements"] if m["what"] == "read, lz4 / none")
+    assert len(reads["values"]) == len(reads["against"]) == TINY.repeats
     assert list(scratch.iterdir()) == [], "the scratch folder is not empty"
 
 
 def test_json_can_be_printed(ray_cluster: None, capsys: pytest.CaptureFixture):
-    benchmark(TINY.model_copy(update={"json_file": "-", "only": ("process-speed",)}))
+    benchmark(TINY.model_copy(update={"json_file": "-", "only": ("bytes-read",)}))
     figures = json.loads(capsys.readouterr().out)["measurements"]
-    assert [m["part"] for m in figures] == ["process-speed", "process-speed"]
+    assert [m["part"] for m in figures] == ["bytes-read"] * 3
 
 
 def test_options():
     def options(text: str) -> BenchmarkSpec:
         return parse(BenchmarkSpec, text.split(), "python -m jobs.benchmark")
 
-    spec = options("--only c rollout-speed c --json figures.json --repeats 3")
-    assert (spec.only, spec.json_file, spec.repeats) == (("rollout-speed", "bytes-read"), "figures.json", 3)
-    assert sorted(options("--only a b c d e f g h i j").only) == sorted(options("").only) == sorted(PARTS)
+    spec = options("--only bytes-read rollout-speed bytes-read --json figures.json --repeats 3")
+    assert (set(spec.only), spec.json_file, spec.repeats) == ({"rollout-speed", "bytes-read"}, "figures.json", 3)
     for text, name in (("--only z", "only"), ("--trajectories 1000", "trajectories"), ("--repeats 0", "repeats")):
         with pytest.raises(ArgumentError, match=text.split()[1]) as refusal:
             options(text)
@@ -319,17 +310,3 @@ def test_a_given_teacher_is_used(tmp_path: Path):
     setting = make_setting(TINY.model_copy(update={"teacher": teacher}), str(tmp_path / "scratch"))
     assert setting.teacher == teacher
     assert load_config(setting.rollout_spec("x").teacher) == load_config(teacher)
-
-
-def test_fake_shards_go_through_the_code_of_real_shards(ray_cluster: None, tmp_path: Path):
-    scale = ("store-scale", "scheduling-rate", "ledger-rate")
-    results = benchmark(TINY.model_copy(update={"only": scale, "shards": 30, "repeats": 1, "folder": str(tmp_path)}))
-    (manifest,) = (m for m in results["store-scale"] if m.unit == "bytes")
-    more = plan_shards(0.0, range(3 * SHARD_ROWS, 30 * SHARD_ROWS), SHARD_ROWS)
-    compact = sum(len(json.dumps(receipt_of(shard).model_dump())) for shard in more)
-    # 27 more receipts, each on its own lines.
-    assert compact < manifest.values[0] - manifest.against[0] < 1.3 * compact
-    assert {m.what.partition(",")[0] for m in results["store-scale"]} == {what.partition(",")[0] for what in UNITS}
-    assert [m.unit for m in results["scheduling-rate"]] == ["shards/s", "ms/shard", "MiB"]
-    assert all(m.values[0] > 0 for m in (*results["scheduling-rate"][:2], *results["ledger-rate"]))
-    assert list(tmp_path.iterdir()) == [], "the scratch folder is not empty"

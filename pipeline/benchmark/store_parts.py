@@ -1,0 +1,205 @@
+"""The parts that read a store: the speed of distillation, the bytes read, and the bytes stored by each compression."""
+
+import functools
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from kac.conditioning import network_labels
+from kac.data import open_dataset
+from kac.guidance import guide
+from kac.losses import EndpointObjective, Interval
+from kac.model import load_model
+from kac.solvers import knot_times, solve
+from kac.util import files
+from kac.util.device import default_device
+from pipeline import store, training
+from pipeline.benchmark.measurement import Measurement, interleave
+from pipeline.benchmark.setting import STORE_FACTOR, Setting
+from pipeline.config import DistillSpec, OptimizerConfig
+from pipeline.distill import DistillTask
+from pipeline.store.columns import read_rows
+from pipeline.store.layout import MANIFEST
+from pipeline.store.manifest import list_shards
+from pipeline.store.shards import adopt, column_array, encode, publish
+from pipeline.tracking import TrackedRun
+from pipeline.training.loop import LOG_UPDATES, run_updates
+
+Batches = Callable[[int], Interval]  # returns the batch of an update
+
+STUDENT_STEPS, SOLVER_STEPS, ONLINE_UPDATES = 4, 100, 20
+COMPRESSIONS = ("none", "zstd", "lz4")
+
+
+def measure_distill_speed(setting: Setting) -> list[Measurement]:
+    """Compare the store loaded once, and the store streamed by Ray Data, with the same loop over tensors in memory."""
+    source = setting.store()
+    knots = EndpointObjective(STUDENT_STEPS).knots(source.identity.knots)
+    whole = next(source.batches(source.rows(0.0), knots=knots))
+    batch = tensor_batches(whole.knots, whole.label, setting.spec.batch_size)
+    tensors, loaded, streamed = interleave(
+        setting.spec.repeats,
+        lambda: speed(setting, batch=batch),
+        lambda: speed(setting),
+        lambda: speed(setting, memory_gib=whole.knots.nbytes / 4 / 2**30),  # a quarter fits
+    )
+    return [
+        Measurement("store, loaded once / tensors in memory", "samples/s", loaded, tensors, ">= 0.95"),
+        Measurement("store, streamed / tensors in memory", "samples/s", streamed, tensors, ">= 0.6"),
+    ]
+
+
+def measure_online_speed(setting: Setting) -> list[Measurement]:
+    """Compare training from the store with a teacher in the training loop."""
+    setting.store()
+    batch = online_batches(setting)
+    loaded, online = interleave(
+        setting.spec.repeats, lambda: speed(setting), lambda: speed(setting, ONLINE_UPDATES, batch)
+    )
+    return [Measurement("store, loaded once / the teacher in the training loop", "samples/s", loaded, online)]
+
+
+def speed(setting: Setting, updates: int = 0, batch: Batches | None = None, memory_gib: float = 4.0) -> float:
+    """Samples per second of the training loop on one thread, without the first window, which loads the rows.
+
+    By default, the loop trains on the store for at least one epoch after the first window.
+    """
+    size = setting.spec.batch_size
+    updates = updates or LOG_UPDATES * (1 + math.ceil(STORE_FACTOR * setting.spec.trajectories / size / LOG_UPDATES))
+    place = {"store": setting.rollout_spec("store").store, "out": files.join(setting.folder, "student")}
+    optimizer = OptimizerConfig(updates=updates, batch_size=size)
+    spec = DistillSpec(**place, steps=STUDENT_STEPS, optimizer=optimizer, memory_gib=memory_gib)
+    task, run, threads = DistillTask(spec, setting.teacher, batch), SpeedRecorder("", ""), torch.get_num_threads()
+    job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
+    torch.set_num_threads(1)  # as in a worker with one CPU
+    try:
+        run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.harmonic_mean(run.speeds[1:] or run.speeds)
+
+
+@dataclass(frozen=True)
+class SpeedRecorder(TrackedRun):
+    """Replaces an MLflow run. Keeps the speed that the loop logs for each window of ``LOG_UPDATES`` updates."""
+
+    speeds: list[float] = field(default_factory=list)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Keep the logged speed."""
+        self.speeds.append(values["samples_per_second"])
+
+
+def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Batches:
+    """Return a function that draws ``size`` random intervals of random rows, like a loop without a store."""
+    times, device = knot_times(STUDENT_STEPS).float(), default_device()
+
+    def batch(update: int) -> Interval:
+        row, k = torch.randint(len(label), (size,)), torch.randint(STUDENT_STEPS, (size,))
+        parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row], torch.zeros(size))
+        return Interval(*(part.to(device) for part in parts))
+
+    return batch
+
+
+def online_batches(setting: Setting) -> Batches:
+    """Return a function that adds noise to data up to the start of an interval and runs the teacher to its end.
+
+    This is Algorithm 1 of arXiv 2509.21513 with one interval per batch.
+    """
+    size, device = setting.spec.batch_size, default_device()
+    teacher = load_model(setting.teacher, device)
+    data, path = open_dataset(teacher.config.data).train, teacher.config.path.build()
+    times, every = knot_times(SOLVER_STEPS), SOLVER_STEPS // STUDENT_STEPS
+
+    @torch.no_grad()
+    def batch(update: int) -> Interval:
+        k = update % STUDENT_STEPS
+        images, classes = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
+        label = network_labels(teacher.config, classes)
+        between = times[k * every : (k + 1) * every + 1]
+        t_start, t_end = (t.float().expand(size).to(device) for t in (between[0], between[-1]))
+        x_start = path.sample(images, t_start).x_t
+        x_end = solve(guide(teacher.network, 0.0, label), x_start, between, "ab2").x
+        return Interval(x_start, x_end, t_start, t_end, label, torch.zeros_like(t_start))
+
+    return batch
+
+
+def measure_bytes_read(setting: Setting) -> list[Measurement]:
+    """Compare the bytes that students with 1, a few and all steps read with the size of the store."""
+    source, measurements = setting.store(), []
+    fsspec.register_implementation(CountingFileSystem.protocol, CountingFileSystem, clobber=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (MANIFEST, *list_shards(source.path)):
+            files.write_bytes(f"{folder}/{name}", files.read_bytes(files.join(source.path, name)))
+        size = sum(files.list_sizes(folder).values())
+        for steps in (1, STUDENT_STEPS, source.identity.knots):
+            count = count_bytes(f"{CountingFileSystem.protocol}://{folder}", steps)
+            what = f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store"
+            bar = "<= 0.12" if steps == 1 else None
+            measurements.append(Measurement(what, "bytes", (count,), (size,), bar))
+    return measurements
+
+
+def count_bytes(path: str, steps: int) -> int:
+    """Bytes read to open the store and load all rows for a student with ``steps`` steps."""
+    CountingFileSystem.reads.clear()
+    next(store.open(path).interval_batches(1, EndpointObjective(steps)))
+    return sum(CountingFileSystem.reads)
+
+
+class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """Local files under ``counted://``. Counts the bytes of each read, as S3 would receive them in range requests."""
+
+    protocol = "counted"
+    reads: ClassVar[list[int]] = []
+    """Belongs to the class, because fsspec makes one instance per thread."""
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> LocalFileOpener:
+        file = super()._open(path, mode, **options)
+        read = file.read
+
+        def counted_read(*size: int) -> bytes:
+            data: bytes = read(*size)
+            self.reads.append(len(data))
+            return data
+
+        file.read = counted_read
+        return file
+
+
+def measure_bytes_stored(setting: Setting) -> list[Measurement]:
+    """Measure one shard of the default size with every compression. Speeds refer to the bytes of the tensors."""
+    source = setting.store()
+    identity, shard = source.identity, source.shards[0]
+    table = adopt(source.path, shard, identity)[1]
+    raw = sum(column_array(table[name]).nbytes for name in identity.knot_columns)
+    sizes, work = {}, {}
+    for name in COMPRESSIONS:
+        path = files.join(setting.folder, f"compressed-{name}")
+        sizes[name] = publish(path, shard, identity, encode(table, name)).bytes
+        work["encode", name] = functools.partial(encode, table, name)
+        work["read", name] = functools.partial(read_rows, path, identity, shard, identity.knot_columns)
+    timers = [Timer("work()", globals={"work": each}) for each in work.values()]
+    sides = [functools.partial(timer.blocked_autorange, min_run_time=0.1) for timer in timers]
+    turns = zip(work, interleave(setting.spec.repeats, *sides), strict=True)
+    speeds = {key: tuple(raw / 1e6 / timing.mean for timing in timings) for key, timings in turns}
+    measurements = []
+    for name in COMPRESSIONS:
+        is_plain = name == "none"
+        bar = "<= 1.03" if is_plain else None
+        measurements.append(Measurement(f"stored, {name} / bytes of the tensors", "bytes", (sizes[name],), (raw,), bar))
+        for action in ("encode", "read"):
+            plain = () if is_plain else speeds[action, "none"]
+            measurements.append(Measurement(f"{action}, {name} / none", "MB/s", speeds[action, name], plain))
+    return measurements
