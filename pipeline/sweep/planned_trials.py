@@ -14,23 +14,8 @@ from kac.util.fingerprint import hashed_fields
 from kac.util.options import nested_models
 from pipeline.config import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
 
-NOT_VARIED = (
-    "store",
-    "out",
-    "teacher",
-    "dry_run",
-    "workers",
-    "gpu",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "label_selector",
-    "checkpoint_updates",
-    "sample_updates",
-    "memory_gib",
-    "validation_updates",
-    "register",
-)
-"""Fields that do not change the student, so a sweep cannot vary them."""
+VARIED = (*hashed_fields(DistillSpec(store="", out="")), "init")
+"""Fields that change the student, so a sweep can vary them."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +64,11 @@ def field_named(name: str) -> str:
     """
     field = name.strip().lstrip("-").replace("-", "_")
     top, _, below = field.partition(".")
-    allowed = [known for known in DistillSpec.model_fields if known not in NOT_VARIED]
-    if top not in allowed:
-        near = difflib.get_close_matches(top, allowed, n=1)
+    if top not in VARIED:
+        near = difflib.get_close_matches(top, VARIED, n=1)
         raise ArgumentError(
             f"{name} is not a field that a sweep can vary.{f' Did you mean {near[0]}?' if near else ''} "
-            f"Choose one of: {', '.join(allowed)}."
+            f"Choose one of: {', '.join(VARIED)}."
         )
     return field if below or not nested_models(DistillSpec.model_fields[top]) else f"{top}.kind"
 

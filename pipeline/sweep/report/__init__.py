@@ -1,6 +1,6 @@
 """The report of a sweep: a table of its trials, the best trial, the front of quality against cost, plots and a page.
 
-write_report.py  writes the files below and the sweep's run
+report_files.py  writes the files below, and the sweep's run
 sweep_report.py  the results as data: rows, ranking, fronts
 trial_table.py   the table of trials as text
 sweep_plots.py   the plots
@@ -12,6 +12,6 @@ OUT/report.html                      a self-contained page
 OUT/pictures/*.png                   the plots of the page
 """
 
-from pipeline.sweep.report.write_report import write_report
+from pipeline.sweep.report.report_files import write_report
 
 __all__ = ["write_report"]
