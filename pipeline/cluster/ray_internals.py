@@ -38,7 +38,7 @@ def keep_to_this_machine() -> None:
 
 def quiet_token_warnings() -> None:
     """Hide the warning at every start that tokens are on. Errors about tokens are reported anyway."""
-    # ray.init(logging_level=...) does not apply to this logger.
+    # ray.init() has no option that hides this warning.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
@@ -79,7 +79,7 @@ def ask_cluster(address: str, seconds: float) -> tuple[tuple[str, str], set[str]
         ray.exceptions.AuthenticationError: the token cannot be read.
         grpc.RpcError: a request failed or took longer than ``seconds``.
     """
-    # ray.init() retries for minutes after every error, and there is no other way to ask without joining the cluster.
+    # The only public function is ray.init(), which joins the cluster and retries for minutes after an error.
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated import gcs_service_pb2 as messages
     from ray.core.generated import gcs_service_pb2_grpc as services
@@ -123,7 +123,7 @@ def has_token() -> bool:
 
 def token_headers() -> dict[str, str]:
     """The HTTP headers with this machine's token, as ``ray job submit`` sends them; empty without a token."""
-    # JobSubmissionClient is public, but hides the status of an answer.
+    # There is no public function for these headers.
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray.exceptions import AuthenticationError
 
