@@ -7,9 +7,9 @@ dead_runs.py        close the runs of dead processes
 metrics.py          the table of metric names
 source.py           tags for the command, the commit and the data behind a run
 system.py           CPU, memory, disk, network and GPU use during a run
-delivery.py         the queue in front of the server, so that a failing server never stops the work
-entries.py          log entries, which wait in the queue
-spill.py            files in which log entries wait for a failing server
+delivery.py         the thread that sends log entries, so that a failing server never stops the work
+journal.py          files in which log entries wait until they are sent
+entries.py          log entries
 sender.py           requests to MLflow from log entries
 server.py           the address of the server, and its experiment
 logged_models.py    students as logged models, which can be loaded, served and registered

@@ -1,4 +1,4 @@
-"""Log entries: plain values that wait in a queue or in a file, each with the time at which it was logged.
+"""Log entries: plain values that wait in a file, each with the time at which it was logged.
 
 Delivering an entry twice is harmless. MLflow stores two metrics with the same name, step, value and time as one point,
 and a file with the same name as one file. All other entries set values.
@@ -6,7 +6,7 @@ and a file with the same name as one file. All other entries set values.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 REQUEST_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
@@ -25,16 +25,9 @@ class Entry:
     time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds, as in MLflow
     step: int = 0
 
-    @property
-    def size(self) -> int:
-        """Approximate size in bytes."""
-        if self.kind == "file":
-            return 200 + len(self.content["data"])
-        return 200 + 100 * len(self.content)
-
     def line(self) -> str:
         """The entry as one line of JSON."""
-        return json.dumps(asdict(self)) + "\n"
+        return json.dumps(vars(self)) + "\n"
 
     @classmethod
     def of_line(cls, line: str) -> Self:

@@ -14,6 +14,7 @@ import pytest
 from jobs import command
 from kac.util.errors import DistillKacError
 from pipeline.config import SampleSpec
+from pipeline.tracking import delivery
 
 JOBS = [
     *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),
@@ -155,15 +156,20 @@ def test_a_terminated_job_closes_its_resources():
 
 
 def test_sync_tracking_is_an_option_of_every_job(monkeypatch: pytest.MonkeyPatch):
-    from pipeline import tracking
+    waiting = 0
+
+    def deliver(self: delivery.Delivery) -> tuple[int, int]:
+        synced.append(self.uri)
+        return 3, waiting
 
     synced: list[str] = []
-    monkeypatch.setattr(tracking, "sync", lambda uri: (synced.append(uri), (3, 0))[1])
+    monkeypatch.setattr(delivery, "waiting_servers", set)
+    monkeypatch.setattr(delivery.Delivery, "deliver_leftovers", deliver)
     seen: list[SampleSpec] = []
     assert exit_code(seen.append, "--sync-tracking") == 0
     assert (len(synced), seen) == (1, []), "without other options the job ends"
     assert exit_code(seen.append, *WORDS, "--sync-tracking") == 0
     assert (len(synced), len(seen)) == (2, 1)
-    monkeypatch.setattr(tracking, "sync", lambda uri: (0, 2))
+    waiting = 2
     assert exit_code(seen.append, "--sync-tracking") == 1
     assert exit_code(seen.append, *WORDS, "--sync-tracking") == 0, "undelivered entries do not stop a job"

@@ -26,8 +26,10 @@ ENDLESS = teach_spec(Path("unused")).optimizer.model_copy(update={"updates": 10*
 
 JOB = """
 import sys
+from kac.util.log import show
 from pipeline.teach import teach
 from pipeline.config import TeachSpec
+show()
 teach(TeachSpec.model_validate_json(sys.argv[1]))
 """
 

@@ -19,9 +19,10 @@ from mlflow import MlflowClient
 from kac.util.errors import DistillKacError
 from pipeline import tracking
 from pipeline.config import SampleSpec
-from pipeline.tracking import delivery, process_tags, runs, spill
+from pipeline.tracking import delivery, journal, process_tags, runs
 from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.entries import Entry, first_batch
+from pipeline.tracking.journal import Journal, leftovers
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import local_folder
 
@@ -254,21 +255,22 @@ def test_a_server_that_goes_away_loses_nothing(
     client, _ = tracking.connect(uri)
     assert [file.path for file in client.list_artifacts(run.run_id, "a")] == ["a/b.txt"]
     assert capsys.readouterr().err.count("does not answer") == 1
-    assert not list(local_folder().glob(f"{spill.file_name_of(uri)}-*.jsonl"))
+    sizes = {path.stat().st_size for path in local_folder().glob(f"{journal.file_name_of(uri)}-*.jsonl")}
+    assert sizes == {journal.HEADER_BYTES}, "no entry waits"
 
 
 def test_entries_wait_in_memory_when_the_disk_is_full(
     uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     importlib.import_module("pipeline.training")
-    append = spill.Spill.append
+    write = Journal._write
 
-    def failing_append(self: spill.Spill, entries: Any) -> None:
-        if self and any(entry.step % 7 == 0 for entry in entries):
+    def failing_write(self: Journal, line: bytes) -> None:
+        if Entry.of_line(line.decode()).step % 7 == 1:
             raise OSError("no space left on device")
-        append(self, entries)
+        write(self, line)
 
-    monkeypatch.setattr(spill.Spill, "append", failing_append)
+    monkeypatch.setattr(Journal, "_write", failing_write)
     with start(tmp_path) as run:
         for step in range(1, 301):
             server.is_off = 20 <= step < 280
@@ -308,17 +310,17 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     with start(tmp_path) as run:
         run.metrics({"loss": 0.0}, step=1)
     stored(run)
-    lost = spill.Spill(uri)
+    lost = Journal(uri)
     entries = [Entry(run.run_id, "metrics", {"loss": float(step)}, time=step, step=step) for step in range(2, 2002)]
-    lost.append(entries)
+    lost.append(*entries)
     assert lost._file is not None
     path = lost.path
     with start(tmp_path / "other", "other"):
         pass
     assert len(history(run, "loss")) == 1, "the process of the other entries is alive"
-    lost._file.write(b'{"run_id": "cut o')
     lost._file.close()
-    data = path.read_bytes()
+    data = path.read_bytes() + b'{"run_id": "cut o'
+    path.write_bytes(data)
     assert delivery.sync() == 2000
     assert not path.exists()
     path.write_bytes(data)
@@ -328,14 +330,96 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     assert not path.exists()
 
 
-def test_a_full_queue_continues_in_a_file_in_order(
-    uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(delivery, "MAX_ENTRIES", 20)
-    with start(tmp_path) as run:
-        for number in range(500):
-            run.tags({"number": str(number)})
-    assert stored(run).data.tags["number"] == "499"
+KILLED_AT_WORK = """
+import os, sys
+import pipeline.training
+from pipeline import tracking
+from pipeline.config import SampleSpec
+from pipeline.tracking.sender import Sender
+with tracking.start_run(
+    spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=sys.argv[1]
+) as run:
+    run.flush()
+    Sender.send = lambda *_: (_ for _ in ()).throw(ConnectionError("refused"))
+    for step in range(1, 51):
+        run.metrics({"loss": 1 / step}, step=step)
+    print(run.run_id, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_process_loses_no_entry(uri: str, tmp_path: Path, project_root: Path):
+    importlib.import_module("pipeline.training")
+    command = [sys.executable, "-c", KILLED_AT_WORK, str(tmp_path / "killed")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project_root)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with start(tmp_path / "other", "other"):
+        pass
+    assert history(tracking.TrackedRun(uri, ended.stdout.strip()), "loss") == [(n, 1 / n) for n in range(1, 51)]
+
+
+def numbered(*numbers: int, size: int = 1) -> list[Entry]:
+    return [Entry("run", "tags", {"a": "x" * size}, step=number) for number in numbers]
+
+
+def steps(entries: list[Entry]) -> list[int]:
+    return [entry.step for entry in entries]
+
+
+def test_a_journal_keeps_its_order_while_the_disk_fails_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entries = Journal(f"sqlite:///{tmp_path}/a.db")
+    pwrite = os.pwrite
+
+    def write_half(file: int, data: bytes, position: int) -> int:
+        return pwrite(file, data[: len(data) // 2], position)
+
+    assert entries.append(*numbered(1, 2), *numbered(3, size=3 * journal.READ_BYTES)) is None
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", write_half)
+        assert isinstance(entries.append(*numbered(4)), OSError)
+        assert isinstance(entries.append(*numbered(5)), OSError)
+        assert not entries.is_on_disk
+    assert entries.count() == 5
+    assert steps(entries.first()) == [1, 2]
+    entries.drop(1)
+    assert steps(entries.first()) == [2]
+    entries.drop(1)
+    assert steps(entries.first()) == [3]
+    entries.drop(1)
+    assert steps(entries.first()) == [4, 5]
+    assert entries.append() is None
+    assert entries.is_on_disk
+    entries.drop(1)
+    assert steps(entries.first()) == [5]
+    entries.drop(1)
+    assert not entries
+    entries.close()
+    assert not entries.path.exists()
+
+
+def test_entries_in_memory_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(journal, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(journal, "local_folder", lambda: tmp_path / "missing")
+    entries = Journal("sqlite:///a.db")
+    for number in range(100):
+        assert isinstance(entries.append(*numbered(number)), OSError)
+    assert 1 < entries.count() < 20
+    assert steps(entries.first()) == list(range(entries.count()))
+
+
+def test_only_undelivered_entries_are_left_over(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/a.db"
+    entries = Journal(uri)
+    entries.append(*numbered(1, 2, 3, 4))
+    entries.first()
+    entries.drop(2)
+    assert list(leftovers(uri)) == [], "its process is alive"
+    assert entries._file is not None
+    entries._file.close()
+    for leftover in leftovers(uri):
+        assert steps(leftover.first()) == [3, 4]
+        leftover.drop(2)
+    assert list(leftovers(uri)) == []
 
 
 def test_refused_entries_do_not_block_later_ones(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

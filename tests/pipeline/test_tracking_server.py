@@ -73,9 +73,11 @@ import os, sys, time
 from pathlib import Path
 import mlflow
 import pipeline.training
+from kac.util.log import show
 from pipeline import tracking
 from pipeline.config import SampleSpec
 
+show()
 parent, folder, seconds = tracking.TrackedRun(sys.argv[1], sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 number = next((number for number in range(4) if os.fork() == 0), None)
 if number is None:
