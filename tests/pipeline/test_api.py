@@ -20,7 +20,8 @@ from pipeline import distill, evaluate, rollout, teach
 few = {"updates": 20, "batch_size": 32, "warmup_updates": 2}
 small = {"kind": "mlp", "width": 16, "depth": 1}
 teacher = teach(data="moons", out="teacher", network=small, optimizer=few, tracking=False)
-store = rollout(teacher=teacher.path, store="store", trajectories=64, shard_size=32, knots=4, solver_steps=8, tracking=False)
+store = rollout(teacher=teacher.path, store="store", trajectories=64, shard_size=32, knots=4, solver_steps=8,
+                tracking=False)
 student = distill(store=store.path, out="student", steps=2, optimizer=few, tracking=False)
 result = evaluate(teacher=teacher.path, students=[student.path], out="evaluation", samples=60, features=["pixels"],
                   solver_steps=8, tracking=False)
