@@ -1,13 +1,13 @@
 """Kac flows and their distillation in plain PyTorch, independent of Ray and MLflow.
 
-    import torch
-    from kac import KacPath, guide, knot_times, load_model, solve
+import torch
+from kac import KacPath, guide, knot_times, load_model, solve
 
-    point = KacPath().sample(images, t)                     # noised images and the velocity to learn
-    teacher = load_model("runs/teacher")
-    velocity = guide(teacher.network, w=1.0, label=labels)
-    solution = solve(velocity, noise, knot_times(100))      # solution.x: images
-    samples = load_model("runs/student").sample(16, steps=1)
+point = KacPath().sample(images, t)                     # noised images and the velocity to learn
+teacher = load_model("runs/teacher")
+velocity = guide(teacher.network, w=1.0, label=labels)
+solution = solve(velocity, noise, knot_times(100))      # solution.x: images
+samples = load_model("runs/student").sample(16, steps=1)
 """
 
 import os

@@ -218,7 +218,7 @@ def sync(spec: SyncSpec | None = None) -> int:
     uri = tracking_uri(".")
     servers = (uri, *sorted(waiting_servers() - {without_password(uri)}))
     counts = [delivery_to(server).deliver_leftovers() for server in servers]
-    delivered, waiting = sum(count for count, _ in counts), sum(count for _, count in counts)
+    delivered, waiting = sum([count for count, _ in counts]), sum([count for _, count in counts])
     log.info(f"sync: delivered {delivered:,} entries")
     if waiting:
         raise DistillKacError(
