@@ -40,8 +40,9 @@ def runs_of(stage: str) -> list[Any]:
 
 
 def run_of(stage: str, fingerprint: str) -> Any:
-    """Return the stage's run with this fingerprint."""
-    return next(run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint)
+    """Return the stage's run with this fingerprint, if possible a finished one."""
+    runs = [run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint]
+    return next((run for run in runs if run.info.status == "FINISHED"), runs[0])
 
 
 def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
