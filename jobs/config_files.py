@@ -112,6 +112,8 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
 
 
 def _read(path: Path, name: str) -> Any:
+    if not name:
+        raise OptionError("--config is empty. Give a YAML file, or the name of a recipe.")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except IsADirectoryError:

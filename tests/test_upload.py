@@ -9,7 +9,7 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
-MOST_BYTES = 1_000_000
+MOST_BYTES = 1_200_000
 
 
 @pytest.fixture

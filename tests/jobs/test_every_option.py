@@ -164,7 +164,9 @@ def cases_of(spec_type: type[Spec], model: type[BaseModel], path: tuple[str, ...
                 yield case._replace(beside={**chosen, **case.beside}) if is_own else case
         if kinds:
             continue
-        for value in VALUES.get(option) or values_of(field.annotation, field.metadata):
+        given = VALUES.get(option) or values_of(field.annotation, field.metadata)
+        is_output = "writes" in (field.json_schema_extra or {})
+        for value in [value and f"{value} out" for value in given] if is_output else given:
             if not any(case in REFUSED for case in [(spec, name), (spec, option), (spec, option, value)]):
                 beside = {"root": "r"} if option == "DataConfig.kind" and value in KINDS else BESIDE.get(option, {})
                 together.setdefault(json.dumps(beside), {}).setdefault(name, []).append(value)

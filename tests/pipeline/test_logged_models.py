@@ -211,7 +211,7 @@ def test_a_model_needs_no_files_of_its_data_set(flow_map: str, tmp_path: Path):
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**described, "data": DATA_THAT_IS_GONE}))
     client = MlflowClient()
-    run = client.create_run(client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id)
+    run = client.create_run(client.get_experiment_by_name(tracking.experiment_name()).experiment_id)
     tracked = TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
     model = log_student(tracked, str(tmp_path), load_config(str(tmp_path)), {})
     assert mlflow.pyfunc.load_model(model.uri).predict({"label": [-1, -1]}).shape == (2, 1, 8, 8)

@@ -113,7 +113,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], 
     for message, options in {
         "--runs nothing: expected the id of a run in sqlite": {"runs": ("nothing",)},
         "found one of the stage rollout": {"runs": (_other_run(),)},
-        "expected the folder of a finished sweep, found no answer.json": {"from_sweep": str(tmp_path)},
+        "expected the folder of a finished sweep, found no answer.json": {"from_sweep": str(tmp_path / "sweep")},
         "--teacher: expected a value, found none": {},
     }.items():
         with pytest.raises(DistillKacError, match=message) as caught:

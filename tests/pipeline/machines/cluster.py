@@ -177,7 +177,7 @@ class Cluster:
         """MLflow's runs of outputs at a place in the bucket, and below it."""
         with self.client.inside():
             client = MlflowClient(self.tracking_uri)
-            experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+            experiment = client.get_experiment_by_name(tracking.experiment_name())
             found = [] if experiment is None else list(client.search_runs([experiment.experiment_id], max_results=1000))
         place = self.path(out)
         outputs = [(run, run.data.params.get("out") or run.data.params.get("store") or "") for run in found]
