@@ -112,7 +112,7 @@ def test_the_store_knows_a_teacher_without_a_run(small_store: str, student: str,
 def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], tmp_path: Path):
     for message, options in {
         "--runs nothing: expected the id of a run in sqlite": {"runs": ("nothing",)},
-        "found one of the stage rollout": {"runs": (_other_run(),)},
+        "found one of the stage rollout": {"runs": (_other_run(tmp_path),)},
         "expected the folder of a finished sweep, found no answer.json": {"from_sweep": str(tmp_path / "sweep")},
         "--teacher: expected a value, found none": {},
     }.items():
@@ -125,11 +125,11 @@ def test_what_cannot_be_compared_is_refused_in_one_line(taught: dict[str, str], 
         judge(tmp_path / "out", teacher=other, runs=(mine,))
 
 
-def _other_run() -> str:
+def _other_run(out: Path) -> str:
     from pipeline.config import RolloutSpec
 
     spec = RolloutSpec(teacher="t", store="s")
-    with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output="o") as run:
+    with tracking.start_run(spec=spec, fingerprint="f", inputs={}, output=str(out / "store")) as run:
         return run.run_id
 
 
