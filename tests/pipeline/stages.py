@@ -40,8 +40,9 @@ def runs_of(stage: str) -> list[Any]:
 
 
 def run_of(stage: str, fingerprint: str) -> Any:
-    """The run of the stage that made what has this fingerprint."""
-    return next(run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint)
+    """The run of the stage that made what has this fingerprint; others of the same fingerprint may have failed."""
+    found = [run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint]
+    return next((run for run in found if run.info.status == "FINISHED"), found[0])
 
 
 def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
