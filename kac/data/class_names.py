@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 LISTED, FIRST, LENGTH = 20, 3, 400
-"""Up to 20 classes are listed in full, of more the first three and the last; in about 400 letters at most."""
+"""Up to 20 classes are listed in full, otherwise the first three and the last, in about 400 letters."""
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def _natural(name: str) -> list[tuple[int, int]]:
 
 
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
-    """The number of the class that a word of ``--labels`` means: its name, or its number.
+    """The number of the class that a word of ``--labels`` names or numbers.
 
     Where classes are named by numbers, a number is a name: of the classes 1 .. 12, ``1`` is the class named 1.
 
@@ -52,8 +52,8 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
 
 def list_classes(names: Sequence[str]) -> str:
     """The classes by number, on one line: ``0=cat, 1=dog``; the middle of many is left out."""
-    told = [f"{number}={' '.join(name.split())}" for number, name in enumerate(names)]
-    text = ", ".join(told)
-    if len(told) <= LISTED and len(text) <= LENGTH:
+    classes = [f"{number}={' '.join(name.split())}" for number, name in enumerate(names)]
+    text = ", ".join(classes)
+    if len(classes) <= LISTED and len(text) <= LENGTH:
         return text
-    return ", ".join([*(name[: LENGTH // 4] for name in told[:FIRST]), "...", told[-1][: LENGTH // 4]])
+    return ", ".join([*(name[: LENGTH // 4] for name in classes[:FIRST]), "...", classes[-1][: LENGTH // 4]])

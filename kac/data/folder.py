@@ -56,8 +56,8 @@ class FolderSource:
         strange = next((i for i, name in enumerate(classes) if name not in numbers), None)
         if strange is not None:
             raise DistillKacError(
-                f"{self.root}: found held-out images of the class {classes[strange]!r} ({paths[strange]}), of which "
-                f"there are no training images. Remove them, or add training images of this class"
+                f"{self.root}: found held-out images of the class {classes[strange]!r} ({paths[strange]}), "
+                f"which has no training images. Remove them, or add training images of this class"
             )
         return Contents(
             shape=self.decoder.shape_of(self._read(paths[0]), self._name(paths[0])),

@@ -98,7 +98,7 @@ class IdxSource:
 
 
 def read_idx(root: str, file: str, dimensions: int) -> IdxFile:
-    """The uint8 values of one of the four files in ``root``, an array of so many ``dimensions``.
+    """The uint8 values of one of the four files in ``root``, an array with this number of ``dimensions``.
 
     Args:
         file: ``train-images`` or another key of ``NAMES``.

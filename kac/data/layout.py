@@ -193,19 +193,19 @@ def choose(root: str, named: Sequence[Named | None], paths: Sequence[str], unit:
             f"{paths[named.index(None)] or files.join(root, '')}, which names no split. Move one of them away, or name "
             "the splits of all by the words train, validation and test"
         )
-    told = {part: _described(names, unit) for part, names in counts.items()}
+    described = {part: _described(names, unit) for part, names in counts.items()}
     if "train" not in counts:
         raise DistillKacError(
-            f"{root}: found the {' and '.join(told)} split, {'; '.join(told.values())}, and nothing to train on. Add a "
-            "folder or file with the word train in its name, or rename what is for training"
+            f"{root}: found the {' and '.join(described)} split, {'; '.join(described.values())}, and nothing to "
+            "train on. Add a folder or file with the word train in its name, or rename what is for training"
         )
     held_out: Part | None = next((part for part in ("test", "validation") if part in counts), None)
     if held_out is None:
-        return Split(None, f"{EVERY_FIFTH} of {told['train']}, since no name says test or validation")
-    unused = ", ".join(f"{told[part]} is not used" for part in counts if part not in {"train", held_out})
+        return Split(None, f"{EVERY_FIFTH} of {described['train']}, since no name says test or validation")
+    unused = ", ".join(f"{described[part]} is not used" for part in counts if part not in {"train", held_out})
     return Split(
         held_out,
-        f"training images from {told['train']}, held-out images from {told[held_out]}, as the names say"
+        f"training images from {described['train']}, held-out images from {described[held_out]}, as the names say"
         + (f"; {unused}" if unused else ""),
     )
 

@@ -158,7 +158,7 @@ class ParquetSource:
         return Labels(column.to_numpy(), names)
 
     def _rows(self, path: str, file: "pq.ParquetFile", size: int) -> int:
-        """The number of rows by the footer, if a file of ``size`` bytes can hold so many images."""
+        """The number of rows in the footer; refused if a file of ``size`` bytes cannot hold that number of images."""
         rows = int(file.metadata.num_rows)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         if rows > size or rows != sum(groups) or min(groups, default=0) < 0:
