@@ -15,20 +15,20 @@ from tests import feature_networks
 PROBLEMS = {
     "ThreeChannels": "3 channels",
     "Bytes": "uint8",
-    "ThreeChannelsOfBytes": "3 channels .*uint8",
-    "Large": "32 x 32",
-    "Flat": "flattened",
-    "DoubleWeights": "float64",
-    "OneAtATime": "one sample",
+    "ThreeChannelsOfBytes": "uint8 RGB please",
+    "Large": "Kernel size",
+    "Flat": "shapes",
+    "DoubleWeights": "float32",
+    "OneAtATime": "batches of any size",
     "NeedsABatch": r"eval\(\)",
     "NotANumber": "NaN",
     "OneRow": r"\[1, 64\] for 16",
     "ChangingWidth": "2 and 17",
-    "Squeezed": r"\[64\].*squeeze",
+    "Squeezed": r"\[64\] for 1 ",
     "Integers": "int64",
     "Complex": "complex64",
     "Truths": "bool",
-    "Sparse": "to_dense",
+    "Sparse": "sparse",
     "Pair": "tuple of 2",
     "Dictionary": "pooled, logits",
     "Listing": "list",
@@ -101,7 +101,7 @@ def test_a_module_with_shape_guards_or_without_weights_is_refused(name: str, dig
 def test_a_network_is_tried_on_points_too():
     moons = open_dataset(DataConfig(kind="moons"))
     try_space("torch.nn:Flatten", moons)
-    with pytest.raises(ArgumentError, match=r"float16|\[0, 1\]|failed on 16 samples of shape \[2\]"):
+    with pytest.raises(ArgumentError, match=r"failed on \[16, 2\] samples"):
         try_space("tests.feature_networks:ThreeChannels", moons)
 
 

