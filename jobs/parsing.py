@@ -1,34 +1,49 @@
 """Parse a command line and a file of options into a spec.
 
-tyro only splits the command line and formats the help. It reads a mirror of the spec, in which every option is optional
-and accepts any text. pydantic then validates the values of the command line and the file together. An invalid option
-therefore gives the same error wherever it comes from, and tyro's own errors never appear.
+An option is ``--NAME VALUES`` or ``--NAME=VALUE``, where NAME is the dotted name of a field. Values stay text until
+pydantic validates the values of the command line and of the file together. An invalid option therefore gives the same
+error in both.
 """
 
+import argparse
 import difflib
 import re
 import typing
 from collections.abc import Iterator
-from itertools import pairwise
 from types import NoneType
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-import tyro
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from tyro.constructors import PrimitiveConstructorSpec
 
 from jobs.config_files import Values, read_options, recipe_names
 from kac.util.errors import ArgumentError, UnknownArgument, as_options
-from kac.util.options import expand_kind, nested_models
+from kac.util.options import OptionStyle, expand_kind, nested_models
 from pipeline.config import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
+Given = list[tuple[str, list[str]]]
+"""Each option of a command line, with the words after it."""
 
-_CONFIG_HELP = f"recipe ({', '.join(recipe_names())}) or YAML file of options; options of the command line override it"
-POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
-_GROUP = typing.get_args(tyro.conf.OmitArgPrefixes[str])[1]
-"""Marks a TypedDict whose options form a group in the help, and whose name is not part of the options."""
+CONFIG: Any = Field(
+    None,
+    description=f"recipe ({', '.join(recipe_names())}) or YAML file of options; options of the command line override "
+    "it; default: no file",
+)
+CONFIG.annotation, CONFIG.metadata = str, [OptionStyle(metavar="RECIPE|FILE.yaml")]
+
+
+class Option(NamedTuple):
+    """A field of a spec as an option of the command line. A positional field has no names."""
+
+    names: tuple[str, ...]
+    path: tuple[str, ...]  # fields that lead to the value
+    can_be_none: bool
+    nargs: Literal["0", "1", "?", "*", "+"]  # number of words, as in argparse
+    metavar: str
+    help: str
+    section: str  # of the help; empty for the first section
 
 
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
@@ -39,48 +54,89 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     Raises:
         ArgumentError: an option of the command line or the file is unknown, missing or invalid.
     """
-    if sum(word.partition("=")[0] == "--config" for word in arguments) > 1:
+    positional, given = _split(arguments)
+    configs = [words for name, words in given if name == "--config"]
+    if len(configs) > 1:
         raise ArgumentError("`config` is given twice. Put all options into one file.")
-    # The first pass only finds the file and the kinds, which determine the options of the second pass.
-    first, _ = _read(_mirror([spec_type], _with_defaults(spec_type, {})), arguments, add_help=False)
-    path = first.get("config")
+    path = configs[0][0] if configs and configs[0] else None
     file = {} if path is None else read_options(path, spec_type)
-    mirror = _mirror([spec_type], _with_defaults(spec_type, _override(file, _kinds(first))))
-    given, unknown = _read(mirror, arguments, prog=prog, description=spec_type.__doc__)
-    if unknown:
-        raise ArgumentError(_describe_unknown(unknown[0], mirror))
-    options = {name: value for name, value in given.items() if name != "config"}
-    values = _with_defaults(spec_type, _override(file, options))
-    for name, field in spec_type.model_fields.items():
-        if POSITIONAL in field.metadata and not values.get(name):
-            raise ArgumentError(f"{name.upper()} is required. See --help.")
-        if typing.get_origin(field.annotation) is dict and given.get(name) == []:
-            raise ArgumentError(f"`{name}` needs NAME=VALUE. See --help.")
+    defaults = _with_defaults(spec_type, _override(file, _kinds(spec_type, given)))
+    options = [*_options([spec_type], defaults)]
+    if {"-h", "--help"} & {name for name, _ in given}:
+        print(_help(spec_type, options, prog), end="")
+        raise SystemExit(0)
+    values = _with_defaults(spec_type, _override(file, _values(options, positional, given)))
+    for option in options:
+        if not option.names and not values.get(option.path[0]):
+            raise ArgumentError(f"{option.path[0].upper()} is required. See --help.")
     try:
         return spec_type(**values)
     except UnknownArgument as error:  # only the file can still have unknown options
         raise ArgumentError(f"`config` {path}: {error}") from None
 
 
-def _read(mirror: Any, arguments: list[str], **tyro_options: Any) -> tuple[Values, list[str]]:
-    """Return the given values, nested as in the models, and the words that belong to no option."""
-    with_one_value = {option for option, nargs in _options(mirror) if nargs == 1}
-    for option, following in pairwise([*arguments, "--"]):
-        if _kebab(option) in with_one_value and re.match(r"-(?![\d.])", following):
-            raise ArgumentError(f"{option} needs a value. See --help.")
-    # Without this marker tyro searches source files for comments to use as help, which takes half of its time.
-    config = (tyro.conf.HelptextFromCommentsOff,)
-    given, unknown = tyro.cli(mirror, args=arguments, return_unknown_args=True, config=config, **tyro_options)
+def _split(arguments: list[str]) -> tuple[list[str], Given]:
+    """Return the words before the first option, and each option with the words after it."""
+    before: list[str] = []
+    given: Given = []
+    for argument in arguments:
+        if re.match(r"-(?![\d.])", argument):  # not a negative number
+            name, equals, value = argument.partition("=")
+            given.append((name, [value] if equals else []))
+        else:
+            (given[-1][1] if given else before).append(argument)
+    return before, given
+
+
+def _kinds(spec_type: type[Spec], given: Given) -> Values:
+    """Return the kinds that the command line chooses, nested. They determine its other options."""
+    kinds: Values = {}
+    for option, words in given:
+        path = tuple(part.replace("-", "_") for part in option.removeprefix("--").removesuffix(".kind").split("."))
+        models: list[type[BaseModel]] = [spec_type]
+        for name in path:
+            models = [inner for model in models for inner in nested_models(model.model_fields.get(name))]
+        if words and _kind_names(*models):
+            _put(kinds, (*path, "kind"), words[0])
+    return kinds
+
+
+def _values(options: list[Option], positional: list[str], given: Given) -> Values:
+    """Return the values of the command line, nested as in the spec."""
     values: Values = {}
-    for name, value in given.items():
-        values |= value if _is_group(mirror.__annotations__[name]) else {name: value}
-    return values, unknown
+    by_name = {name: option for option in options for name in option.names}
+    for name, words in given:
+        option = by_name.get(_kebab(name))
+        if option is None:
+            near = difflib.get_close_matches(_kebab(name), by_name, n=1, cutoff=0.85)
+            raise ArgumentError(f"{name} is unknown. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
+        if not words and option.nargs in "1+":
+            raise ArgumentError(f"{name} needs a value. See --help.")
+        most = len(words) if option.nargs in "*+" else min(len(words), option.nargs != "0")
+        _put(values, option.path, _value(option, words[:most]))
+        positional = positional + words[most:]
+    for option in options:
+        if not option.names and positional:
+            _put(values, option.path, _value(option, positional))
+            positional = []
+    if positional:
+        raise ArgumentError(f"{positional[0]!r} is not an option. See --help.")
+    values.pop("config", None)
+    return values
 
 
-def _kinds(values: Values) -> Values:
-    """Return only the kinds in nested values."""
-    nested = {name: _kinds(value) for name, value in values.items() if isinstance(value, dict)}
-    return nested | ({"kind": values["kind"]} if "kind" in values else {})
+def _value(option: Option, words: list[str]) -> Any:
+    if option.can_be_none and words == ["None"]:
+        return None
+    if option.nargs in "*+" or len(words) > 1:
+        return words
+    return words[0] if words else True  # a bool without a word
+
+
+def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+    values[path[-1]] = value
 
 
 def _override(lower: Any, upper: Any) -> Any:
@@ -123,65 +179,41 @@ def _kind_names(*models: type[BaseModel]) -> tuple[str, ...]:
     return tuple(kind for field in fields for kind in typing.get_args(field.annotation))
 
 
-def _describe_unknown(word: str, mirror: Any) -> str:
-    if not word.startswith("-"):
-        return f"{word!r} is not an option. See --help."
-    option = word.partition("=")[0]
-    near = difflib.get_close_matches(_kebab(option), [name for name, _ in _options(mirror)], n=1, cutoff=0.85)
-    return f"{option} is unknown. {f'Did you mean {near[0]}?' if near else 'See --help.'}"
+def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Yield the options of a model: of several models, the model for the kind in ``values``.
 
-
-def _options(mirror: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Yield every option and the number of words that it takes, as argparse's ``nargs``."""
-    for field, hint in mirror.__annotations__.items():
-        option = prefix + _kebab(field)
-        if _is_group(hint):
-            yield from _options(typing.get_args(hint)[0], prefix)
-        elif typing.is_typeddict(hint):
-            yield from [(option, 1)] if "kind" in hint.__annotations__ else []
-            yield from _options(hint, f"{option}.")
-        else:
-            _, constructor, *marks = typing.get_args(hint)
-            names = [mark.name for mark in marks if getattr(mark, "name", None)]
-            yield f"--{names[0]}" if names else option, constructor.nargs
-
-
-def _is_group(hint: Any) -> bool:
-    return _GROUP in typing.get_args(hint)
-
-
-def _mirror(models: list[type[BaseModel]], values: Values, prefix: str = "--") -> Any:
-    """Return a TypedDict of the options of a model: of several models, the one for the kind in ``values``.
-
-    The help shows ``values`` as the defaults.
+    ``values`` are the defaults in the help.
     """
     model = _model_of_kind(models, values)
-    has_positional = any(POSITIONAL in field.metadata for field in model.model_fields.values())
-    hints: Values = {}
-    groups: dict[str, Values] = {}
-    if prefix == "--":
-        hints["config"] = _leaf(str, None, _CONFIG_HELP, tyro.conf.arg(metavar="RECIPE|FILE.yaml"), hint="")
-    for name, field in model.model_fields.items():
-        value = values.get(name, PydanticUndefined)
-        extra: Any = field.json_schema_extra or {}
-        group = groups.setdefault(extra["group"], {}) if "group" in extra else hints
+    fields = {**({} if path else {"config": CONFIG}), **model.model_fields}
+    positional = [name for name, field in fields.items() if _style(field).positional]
+    for name in sorted(fields, key=lambda name: _rank(model, name)):
+        field, kind, style = fields[name], fields[name].annotation, _style(fields[name])
+        text, value = field.description or "", values.get(name, field.default)
         if nested := nested_models(field):
             inner = value if isinstance(value, dict) else _with_defaults(nested[0], {})
-            hints[name] = _mirror(nested, inner, f"{prefix}{_kebab(name)}.")
-        elif name == "kind":
+            yield from _options(nested, inner, (*path, name))
+            continue
+        names = () if name in positional else (f"--{_kebab('.'.join((*path, style.name or name)))}",)
+        if name == "kind":
+            names, kind = (names[0].removesuffix(".kind"), *names), Literal[_kind_names(*models)]
             text = "; ".join(other.model_fields["kind"].description or "" for other in models)
-            hints[name] = _leaf(Literal[_kind_names(*models)], value, text, tyro.conf.arg(aliases=[prefix[:-1]]))
-        else:
-            is_flag = has_positional and field.annotation is bool  # a word after it could be the positional argument
-            group[name] = _leaf(field.annotation, value, field.description or "", *field.metadata, is_flag=is_flag)
-    hints = {name: hints[name] for name in sorted(hints, key=lambda name: _help_rank(model, name))}
-    for title, members in groups.items():
-        annotated: Any = Annotated
-        hints[title] = annotated[_typed_dict(title, members), _GROUP]
-    return _typed_dict(model.__name__, hints, model.__doc__)
+        nargs = _nargs(kind)
+        if positional and nargs == "?":  # a word after a bool could be the positional argument
+            nargs = "0"
+        extra: Any = field.json_schema_extra or {}
+        yield Option(
+            names,
+            (*path, name),
+            NoneType in typing.get_args(kind),
+            nargs,
+            style.metavar or _metavar(kind),
+            _help_text(text, value),
+            extra.get("group") or _kebab(".".join(path)),
+        )
 
 
-def _help_rank(model: type[BaseModel], name: str) -> int:
+def _rank(model: type[BaseModel], name: str) -> int:
     """Return the position of an option in the help: required ones first, then ``--config``, then the common ones."""
     common = getattr(model, "common", ())
     if name == "config":
@@ -191,50 +223,44 @@ def _help_rank(model: type[BaseModel], name: str) -> int:
     return 2 + (common.index(name) if name in common else len(common))
 
 
-def _typed_dict(name: str, hints: Values, doc: str | None = None) -> Any:
-    make: Any = TypedDict
-    made = make(name, hints, total=False)
-    made.__doc__ = doc
-    return made
+def _style(field: FieldInfo) -> OptionStyle:
+    return next((mark for mark in field.metadata if isinstance(mark, OptionStyle)), OptionStyle())
 
 
-def _leaf(
-    kind: Any, default: Any, description: str, *metadata: Any, is_flag: bool = False, hint: str | None = None
-) -> Any:
-    """Return the mirror of one option, whose value is the word or words after it. A bool without a word is True."""
-    parts = typing.get_args(kind)
-    takes_many = any(typing.get_origin(part) in {tuple, dict} for part in (kind, *parts))
+def _nargs(kind: Any) -> Any:
+    origins = {typing.get_origin(part) for part in (kind, *typing.get_args(kind))}
+    return "+" if dict in origins else "*" if tuple in origins else "?" if kind is bool else "1"
 
-    def from_words(words: list[str]) -> Any:
-        if kind is bool and not words:
-            return True
-        if is_flag or (words == ["None"] and NoneType in parts):
-            return is_flag or None
-        return words[0] if len(words) == 1 and not takes_many else words
 
-    constructor: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-        nargs=0 if is_flag else (0, 1) if kind is bool else "*" if takes_many or POSITIONAL in metadata else 1,
-        metavar="" if is_flag else _metavar(kind),
-        instance_from_str=from_words,
-        is_instance=lambda _: True,
-        str_from_instance=lambda _: [],
+def _help(spec_type: type[Spec], options: list[Option], prog: str) -> str:
+    words = "".join(f"{option.metavar} " for option in options if not option.names)
+    parser = argparse.ArgumentParser(
+        usage=f"{prog} [-h] {words}[OPTIONS]",
+        description=" ".join((spec_type.__doc__ or "").split()),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
-    text, default_hint = _help_texts(as_options(description), default)
-    about = tyro.conf.arg(help=text or None, help_behavior_hint=default_hint if hint is None else hint)
-    annotated: Any = Annotated
-    return annotated[Any, constructor, about, *metadata]
+    sections: dict[str, Any] = {"": parser}
+    for option in options:
+        if option.section not in sections:
+            sections[option.section] = parser.add_argument_group(f"{option.section} options")
+        takes: dict[str, Any] = {"action": "store_true"} if option.nargs == "0" else {"metavar": option.metavar}
+        name = option.names[0] if option.names else option.path[0]
+        sections[option.section].add_argument(name, help=option.help.replace("%", "%%"), **takes)
+    return parser.format_help()
 
 
-def _help_texts(description: str, default: Any) -> tuple[str, str]:
-    """Return the help and its hint. A description can end with what happens without a value, "; default: X"."""
-    text, _, without_value = description.partition("; default: ")
+def _help_text(description: str, default: Any) -> str:
+    """Return the help with the default. A description can end with what happens without a value, "; default: X"."""
+    text, _, without_value = as_options(description).partition("; default: ")
     if default is PydanticUndefined:
-        return text, "(required)"
+        return f"{text} (required)"
     if default in (None, (), [], {}):
         if not without_value and "default" in text:
-            return text, ""
-        return text, f"(default: {without_value or (None if default is None else 'none')})"
-    return text, f"(default: {' '.join(map(str, default)) if isinstance(default, tuple | list) else default})"
+            return text
+        shown = without_value or ("None" if default is None else "none")
+    else:
+        shown = " ".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
+    return f"{text} (default: {shown})"
 
 
 def _metavar(kind: Any) -> str:
@@ -249,7 +275,7 @@ def _metavar(kind: Any) -> str:
         return "{" + ",".join(map(str, parts)) + "}"
     if parts:
         return "|".join(_metavar(part) for part in parts if part is not NoneType)
-    return "{True,False}" if kind is bool else getattr(kind, "metavar", kind.__name__.upper())
+    return "{True,False}" if kind is bool else str(getattr(kind, "metavar", kind.__name__.upper()))
 
 
 def _kebab(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -125,6 +125,14 @@ class Kinded(Options):
 def expand_kind(values: Any) -> Any:
     """Expand ``"name"`` to ``{"kind": "name"}``: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
+
+
+class OptionStyle(NamedTuple):
+    """How a field appears on a command line, if not as ``--FIELD TYPE``: ``Annotated[bool, OptionStyle("json")]``."""
+
+    name: str = ""
+    metavar: str = ""
+    positional: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-import tyro
 from pydantic import PositiveInt, model_validator
 
 from kac.data import DataConfig
@@ -13,6 +12,7 @@ from kac.networks import MLPConfig, NetworkConfig, build_network
 from kac.path import PathConfig
 from kac.util import files
 from kac.util.fingerprint import unhashed
+from kac.util.options import OptionStyle
 from kac.util.path_options import input_path, output_path
 from pipeline import store
 from pipeline.cluster import connection as cluster
@@ -39,7 +39,7 @@ class BenchmarkSpec(Spec):
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes can access; default: a local temporary folder")
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = output_path(
+    json_file: Annotated[str | None, OptionStyle(name="json")] = output_path(
         None, "file to write all results to; - prints them instead of the table", kind="file"
     )
 

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
 
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
-from kac.util.options import flatten
+from kac.util.options import OptionStyle, flatten
 from kac.util.path_options import input_path
 from pipeline.config import Spec
 from pipeline.store.columns import read_rows
@@ -22,7 +21,7 @@ from pipeline.store.threads import map_in_threads
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-StorePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
+StorePath = Annotated[str, OptionStyle(metavar="STORE", positional=True)]
 """A store as a positional argument of a job."""
 
 
@@ -31,7 +30,7 @@ class DescribeSpec(Spec):
 
     stage = "describe"
     store: StorePath = input_path(..., "endpoint store: a path or s3:// URI")
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = unhashed(False, "print JSON")
+    as_json: Annotated[bool, OptionStyle(name="json")] = unhashed(False, "print JSON")
 
 
 @dataclass(frozen=True)

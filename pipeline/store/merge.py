@@ -8,11 +8,11 @@ import contextlib
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-import tyro
 from pydantic import field_validator
 
 from kac.util import files, probes
 from kac.util.log import log
+from kac.util.options import OptionStyle
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config import Spec
@@ -22,7 +22,7 @@ from pipeline.store.reader import open_store
 from pipeline.store.shards import Receipt, confirm, identity_or_none, sha256_of
 from pipeline.store.threads import map_in_threads
 
-StorePaths = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="STORE [STORE ...]")]
+StorePaths = Annotated[tuple[str, ...], OptionStyle(metavar="STORE [STORE ...]", positional=True)]
 
 
 class MergeSpec(Spec):
@@ -30,7 +30,7 @@ class MergeSpec(Spec):
 
     stage = "merge"
     stores: StorePaths = input_path(..., "endpoint stores to merge: paths or s3:// URIs")
-    into: Annotated[str, tyro.conf.arg(metavar="STORE")] = output_path(
+    into: Annotated[str, OptionStyle(metavar="STORE")] = output_path(
         ..., "store to write, new or from an earlier attempt: a path or s3:// URI"
     )
 

@@ -13,9 +13,9 @@ import annotated_types
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 import jobs
-from jobs import parsing
 from jobs.parsing import parse
 from kac.data.kinds import FILE_KINDS
 from kac.networks.outside import OutsideConfig
@@ -207,17 +207,19 @@ def words_of(spec_type: type[Spec], values: dict[str, Any], prefix: str = "--") 
             continue
         if isinstance(value, dict):
             many = [f"{key}={text(one)}" for key, one in value.items()]
-        if field is not None and parsing.POSITIONAL in field.metadata:
+        if field is not None and is_positional(field):
             positional += many
         elif (
-            field is not None
-            and bool is field.annotation
-            and any(parsing.POSITIONAL in other.metadata for other in spec_type.model_fields.values())
+            field is not None and field.annotation is bool and any(map(is_positional, spec_type.model_fields.values()))
         ):
             words += [option_of(name, prefix)] * value
         else:
             words += [option_of(name, prefix), *many]
     return positional, words
+
+
+def is_positional(field: FieldInfo) -> bool:
+    return any(getattr(mark, "positional", False) for mark in field.metadata)
 
 
 def option_of(name: str, prefix: str) -> str:
