@@ -23,7 +23,7 @@ from kac.model import Model, ModelConfig, load_model
 from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store as endpoint_store
-from pipeline.cluster import address_checks, connection
+from pipeline.cluster import connection
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
 from pipeline.distill import distill as _distill
 from pipeline.evaluate.inputs import ANSWER_FILE
@@ -181,7 +181,7 @@ def _spec_of(spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, A
     """The spec, or one of the fields; by default in this process unless RAY_ADDRESS names a cluster."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
-    defaults = {} if os.environ.get(address_checks.RAY_ADDRESS) else in_process
+    defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
     texts = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
     return spec or spec_type(**{**defaults, **texts})
 

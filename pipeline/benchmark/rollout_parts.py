@@ -16,7 +16,7 @@ from kac.util.log import log
 from pipeline.benchmark.measurement import Measurement, interleave
 from pipeline.benchmark.setting import CALLS_PER_SHARD, Setting
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import choose_actors
 from pipeline.config import RolloutSpec
 from pipeline.memory import peak_memory
 from pipeline.rollout import ShardOutcome, compute_shards, make_plan

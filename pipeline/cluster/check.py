@@ -4,7 +4,6 @@ import functools
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -16,8 +15,8 @@ from kac.util.errors import ArgumentError, DistillKacError, one_line, without_se
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from pipeline import tracking
-from pipeline.cluster import address_checks, environment, ray_internals, storage
 from pipeline.cluster import connection as cluster
+from pipeline.cluster import environment, placement, ray_internals, storage
 from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
@@ -27,7 +26,7 @@ REQUEST_SECONDS = 10.0
 MAX_SECONDS = 30.0
 """Time limit of all checks, which run at the same time."""
 
-DEFAULT_ADDRESS = f"http://127.0.0.1:{address_checks.JOB_PORT}"
+DEFAULT_ADDRESS = f"http://127.0.0.1:{cluster.JOB_PORT}"
 
 
 class CheckSpec(Spec):
@@ -60,13 +59,10 @@ def check(spec: CheckSpec) -> None:
     for name, result in results.items():
         try:
             log.info(f"ok     {name}: {result.result(timeout=max(0.0, deadline - time.monotonic()))}")
-            continue
-        except TimeoutError:
-            problem: object = f"{name}: no answer in {MAX_SECONDS:.0f} s."
-        except DistillKacError as error:
-            problem = error if str(error).startswith(name) else f"{name}: {error}"
-        failed += 1
-        log.info(f"error  {one_line(problem, most=1000)}")
+        except (TimeoutError, DistillKacError) as error:
+            problem = str(error) or f"no answer in {MAX_SECONDS:.0f} s."
+            log.info(f"error  {one_line(problem if problem.startswith(name) else f'{name}: {problem}', most=1000)}")
+            failed += 1
     if failed:
         raise DistillKacError(f"{failed} of {len(checks)} checks failed. See the lines above.")
 
@@ -77,23 +73,23 @@ def job_server(given: str | None) -> str:
     Raises:
         ArgumentError: an environment variable and ``given`` differ.
     """
-    names = ("RAY_API_SERVER_ADDRESS", address_checks.RAY_ADDRESS)
-    variable = next((name for name in names if os.environ.get(name)), "")
-    address = _as_http(os.environ[variable]) if variable else _as_http(given or DEFAULT_ADDRESS)
-    if variable and given and address != _as_http(given):
-        raise ArgumentError(
-            f"`address` is {one_line(given)}, but {variable} is set to {one_line(address)}, and ray job submit would "
-            f"use that. Unset {variable}."
-        )
-    return address
+    for variable in ("RAY_API_SERVER_ADDRESS", cluster.RAY_ADDRESS):
+        if address := os.environ.get(variable):
+            if given and _as_http(given) != _as_http(address):
+                raise ArgumentError(
+                    f"`address` is {one_line(given)}, but {variable} is set to {one_line(_as_http(address))}, and ray "
+                    f"job submit would use {variable}. Unset it."
+                )
+            return _as_http(address)
+    return _as_http(given or DEFAULT_ADDRESS)
 
 
 def _as_http(address: str) -> str:
-    scheme, separator, rest = address.rstrip("/").rpartition("://")
+    scheme, _, rest = address.rstrip("/").rpartition("://")
     if scheme in {"http", "https"}:
-        return f"{scheme}{separator}{rest}"
+        return f"{scheme}://{rest}"
     # An address of a cluster or of Ray Client: the job server has another port on the same machine.
-    return f"http://{rest.rpartition(':')[0] or rest}:{address_checks.JOB_PORT}"
+    return f"http://{rest.rpartition(':')[0] or rest}:{cluster.JOB_PORT}"
 
 
 def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
@@ -112,28 +108,17 @@ def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
 
 def _check_cluster(address: str, gpus: int) -> str:
     metadata = _get(address, "/api/v0/cluster_metadata")
-    there = address_checks.Versions(metadata["rayVersion"], metadata["pythonVersion"])
-    address_checks.check_versions(f"cluster {without_secrets(address)}", there)
-    nodes = _get(address, "/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
-    alive = [node for node in nodes if node["state"] == "ALIVE"]
-    total = sum(node["resources_total"].get("GPU", 0) for node in alive)
-    may_grow = any(cluster.NODE_GROUP_LABEL in node["labels"] for node in alive)
-    kinds = Counter(_describe_node(node) for node in alive)
-    described = "; ".join(f"{number} x ({node})" for node, number in kinds.items())
-    described += "; an autoscaler may add nodes" * may_grow
+    where = f"cluster {without_secrets(address)}"
+    versions = cluster.check_versions(where, metadata["rayVersion"], metadata["pythonVersion"])
+    states = _get(address, "/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
+    nodes = [placement.Node(node["resources_total"], node["labels"]) for node in states if node["state"] == "ALIVE"]
+    total, may_grow = sum(node.resources.get("GPU", 0) for node in nodes), placement.has_autoscaler(nodes)
+    described = placement.describe_nodes(nodes) + "; an autoscaler may add nodes" * may_grow
     if gpus > total and not may_grow:
         raise DistillKacError(
             f"the nodes have {total:g} of {gpus} GPUs: {described}. Start nodes with GPUs (ray start --address ...)."
         )
-    return f"{there}, as here; {described}"
-
-
-def _describe_node(node: dict[str, Any]) -> str:
-    resources = [f"{node['resources_total'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
-    labels = [
-        f"{name}={value}" for name, value in sorted(node["labels"].items()) if not name.startswith("ray.io/node-id")
-    ]
-    return ", ".join([*(text for text in resources if not text.startswith("0 ")), *labels])
+    return f"{versions}, as here; {described}"
 
 
 def _get(address: str, path: str) -> Any:
@@ -142,29 +127,27 @@ def _get(address: str, path: str) -> Any:
     Raises:
         DistillKacError: nothing answers in time, the server is not Ray, or it refuses this process.
     """
+    from ray.exceptions import AuthenticationError
+
     where = without_secrets(address)
     try:
-        answer = requests.get(
-            address + path, headers=ray_internals.token_headers(), timeout=REQUEST_SECONDS, allow_redirects=False
-        )
-    except requests.Timeout:
-        raise DistillKacError(
-            f"no answer from the job server at {where} in {REQUEST_SECONDS:.0f} s. Correct the address, or open its "
-            "port for this machine, for example with ssh -L."
-        ) from None
-    except requests.RequestException:
-        raise DistillKacError(
-            f"no job server answers at {where}. Start the cluster, or correct the address. By default, Ray's dashboard "
-            "listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
-        ) from None
-    if answer.status_code in {401, 403}:
-        raise DistillKacError(f"access is denied: {address_checks.describe_token_problem()}")
-    try:
+        headers = ray_internals.token_headers()
+        answer = requests.get(address + path, headers=headers, timeout=REQUEST_SECONDS, allow_redirects=False)
+        if answer.status_code in {401, 403}:
+            raise AuthenticationError("the server does not accept the token")
         return answer.json()["data"]
-    except (ValueError, KeyError, TypeError):
+    except AuthenticationError:
+        raise DistillKacError(f"access is denied: {cluster.TOKEN_ADVICE}") from None
+    except requests.JSONDecodeError:
         raise DistillKacError(
             f"the server at {where} is not Ray's job server (status {answer.status_code}). Use the port of Ray's "
             "dashboard, often 8265."
+        ) from None
+    except requests.RequestException:
+        raise DistillKacError(
+            f"no job server answers at {where} in {REQUEST_SECONDS:.0f} s. Start the cluster, or correct the address. "
+            "By default, Ray's dashboard listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available "
+            "here."
         ) from None
 
 
@@ -179,7 +162,7 @@ def _check_path(path: str) -> str:
 
 def _check_tracking() -> str:
     uri = environment.mlflow_address()
-    if not uri or environment.local_path(uri):
+    if not uri or environment.database_file(uri):
         return "no server (MLFLOW_TRACKING_URI is not set to one); a SQLite file works only with one machine"
     where = tracking.without_password(uri)
     try:

@@ -1,9 +1,14 @@
-"""Connect to Ray: the cluster at RAY_ADDRESS, or an embedded Ray on this machine."""
+"""Connect to Ray: the cluster at RAY_ADDRESS, or an embedded Ray on this machine.
+
+Ray waits for minutes if nothing answers at an address or this machine is not a node of the cluster, aborts the process
+if the token is wrong, and reports errors as long tracebacks. ``check_address`` finds these problems before Ray starts.
+"""
 
 import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,7 +20,20 @@ from pydantic import BaseModel
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_secrets
 from pipeline import progress
-from pipeline.cluster import address_checks, ray_internals
+from pipeline.cluster import ray_internals
+
+RAY_ADDRESS = "RAY_ADDRESS"
+
+CHECK_SECONDS = 10.0
+"""Time limit of each of two checks: whether the address answers, and whether it is a cluster that accepts us."""
+
+JOB_PORT = 8265
+"""Default port of a cluster's job server (``ray job submit``)."""
+
+TOKEN_ADVICE = (
+    "the token is missing or wrong. Set RAY_AUTH_MODE=token, and put the token that ray get-auth-token prints on the "
+    "cluster's head in ~/.ray/auth_token, in a file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN."
+)
 
 
 class ClusterResources(NamedTuple):
@@ -23,39 +41,6 @@ class ClusterResources(NamedTuple):
 
     cpus: int
     gpus: int
-
-
-NODE_GROUP_LABEL = "ray.io/node-group"
-"""Ray adds this label to the nodes of a cluster with an autoscaler."""
-
-
-class Machines(NamedTuple):
-    """The number of live machines, and whether an autoscaler may add some."""
-
-    number: int
-    may_grow: bool
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there is only one machine, and no autoscaler."""
-        return self.number == 1 and not self.may_grow
-
-    def __str__(self) -> str:
-        return f"{self.number} machine{'s' * (self.number > 1)}{' and an autoscaler' * self.may_grow}"
-
-
-def machines() -> Machines:
-    """The machines of the cluster. Several nodes may be on one machine.
-
-    Raises:
-        DistillKacError: as ``connect``.
-    """
-    connect()
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    may_grow = any(NODE_GROUP_LABEL in node.get("Labels", {}) for node in nodes)
-    return Machines(len({node["NodeManagerAddress"] for node in nodes}), may_grow)
 
 
 def is_connected() -> bool:
@@ -75,46 +60,19 @@ def connect() -> ClusterResources:
     ``ray job submit`` sets RAY_ADDRESS, so that the same command works on a cluster and on a laptop.
 
     Raises:
-        DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``address_checks``), or the path of
-            the temporary folder is too long for Ray.
+        DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``check_address``), or the path of the
+            temporary folder is too long for Ray.
     """
     from pipeline.cluster import environment  # imported here, because it imports this module
 
     environment.make_absolute()
-    address = os.environ.get(address_checks.RAY_ADDRESS, "")
+    address = os.environ.get(RAY_ADDRESS, "")
     if not address:
         ray_internals.keep_to_this_machine()
     import ray
 
     if not ray.is_initialized():
-        # Without the dashboard, Ray Train's placement-group cleaner cannot query the state, and warns repeatedly.
-        # Without an address, Ray would join the cluster that was last started on this machine.
-        local = {} if address else {"address": "local", "include_dashboard": True}
-        # By default, Ray keeps one idle worker per CPU and ends the others after a second. But a new worker takes four
-        # seconds to start, and tasks that read ahead of a training loop are idle most of the time.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-        # Otherwise Ray Train also logs each line that its workers print.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-        if progress.on_terminal():
-            os.environ[progress.TERMINAL_VARIABLE] = "1"
-        else:
-            os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        ray_internals.quiet_token_warnings()
-        if address:
-            address_checks.check_address(address)
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(logging_level=logging.WARNING, **local)
-        except (OSError, RuntimeError) as error:
-            if too_long := SOCKET_PATH.search(str(error)):
-                raise DistillKacError(_describe_long_folder(int(too_long[1]), too_long[2])) from None
-            if not address:
-                raise
-            raise DistillKacError(
-                f"Cannot join the cluster at {address_checks.RAY_ADDRESS}={one_line(address)}: {innermost(error)}. "
-                "Run python -m jobs.cluster check."
-            ) from error
-        _restore_sigterm_handler(on_sigterm)
+        _start(address)
     import ray.data  # imported first, because it configures the loggers
 
     quiet("ray.data", "ray.train", "ray.tune")
@@ -122,26 +80,108 @@ def connect() -> ClusterResources:
     return ClusterResources(max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0)))
 
 
-SOCKET_PATH = re.compile(r"AF_UNIX path length cannot exceed (\d+) bytes: (.*)", re.DOTALL)
-"""The error of Ray (2.60) for a temporary folder whose path is too long for its sockets."""
+def _start(address: str) -> None:
+    import ray
 
-
-def _describe_long_folder(limit: int, socket: str) -> str:
-    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder, excess = os.environ.get(variable, tempfile.gettempdir()), len(os.fsencode(socket)) - limit
-    return (
-        f"{variable}: the path {folder} is {excess} bytes too long: Ray creates sockets in it, and their paths have at "
-        f"most {limit} bytes. Set {variable} to a folder with a shorter path, such as /tmp."
-    )
-
-
-def _restore_sigterm_handler(handler: Any) -> None:
-    """Restore the handler of SIGTERM after ``ray.init``, whose own handler prints a stack and stops Ray first.
-
-    Without an earlier handler, this reinstalls Ray's Python handler, in front of the C++ handler that prints the stack.
-    """
+    # Without the dashboard, Ray Train's placement-group cleaner cannot query the state, and warns repeatedly.
+    # Without an address, Ray would join the cluster that was last started on this machine.
+    local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": True}
+    # By default, Ray keeps one idle worker per CPU and ends the others after a second. But a new worker takes four
+    # seconds to start, and tasks that read ahead of a training loop are idle most of the time.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # Otherwise Ray Train also logs each line that its workers print.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if progress.on_terminal():
+        os.environ[progress.TERMINAL_VARIABLE] = "1"
+    else:
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    ray_internals.quiet_token_warnings()
+    if address:
+        check_address(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(logging_level=logging.WARNING, **local)
+    except (OSError, RuntimeError) as error:
+        if "AF_UNIX path length" in str(error):
+            variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+            folder = os.environ.get(variable, tempfile.gettempdir())
+            raise DistillKacError(
+                f"{variable}: the path {folder} is too long for the sockets that Ray creates in it. Set {variable} to "
+                "a folder with a shorter path, such as /tmp."
+            ) from None
+        if not address:
+            raise
+        raise DistillKacError(
+            f"Cannot join the cluster at {RAY_ADDRESS}={one_line(address)}: {innermost(error)}. Run python -m "
+            "jobs.cluster check."
+        ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler if callable(handler) else signal.getsignal(signal.SIGTERM))
+        # Ray's own handler prints a stack and stops Ray first. Without an earlier handler, this reinstalls Ray's Python
+        # handler, in front of the C++ handler that prints the stack.
+        signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
+
+
+def check_address(address: str) -> None:
+    """Check that this process can join the cluster at ``address``.
+
+    Raises:
+        DistillKacError: the address is not HOST:PORT, no cluster answers, the token is missing or wrong, the cluster
+            has other versions of Ray or Python, or this machine is not a node of the cluster.
+    """
+    if address in {"auto", "local"}:
+        return
+    authority = address.rpartition("://")[2].partition("/")[0]
+    host, _, port = authority.rpartition(":")
+    submit = f"ray job submit --address http://{host or authority}:{JOB_PORT} --working-dir . -- python -m jobs..."
+    if "/" in address or not host or not port.isdigit():
+        raise DistillKacError(
+            f"{RAY_ADDRESS} is {one_line(address)}, but should be HOST:PORT of a cluster on this machine, often with "
+            f"port 6379. For a job on another machine, unset it and run {submit}."
+        )
+    from ray.exceptions import AuthenticationError
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CHECK_SECONDS).close()
+        ray_version, python_version, alive = ray_internals.ask_cluster(address, CHECK_SECONDS)
+    except AuthenticationError:
+        raise DistillKacError(f"The cluster at {RAY_ADDRESS}={address} refuses this process: {TOKEN_ADVICE}") from None
+    except OSError as error:
+        is_late = isinstance(error, TimeoutError)
+        reason = f"no answer in {CHECK_SECONDS:.0f} s" if is_late else one_line(error.strerror or error)
+        raise DistillKacError(
+            f"{RAY_ADDRESS} is {address}, but no Ray cluster answers there ({reason}). Correct the address, start a "
+            "cluster (ray start --head, by default on port 6379), or unset the variable to work only on this machine."
+        ) from None
+    check_versions(f"{RAY_ADDRESS} {address}", ray_version, python_version)
+    # A driver needs a node of the cluster on its machine.
+    if not alive & ray_internals.nodes_here():
+        raise DistillKacError(
+            f"{RAY_ADDRESS} is {address}, but none of the cluster's {len(alive)} nodes runs on this machine. Submit "
+            f"the job ({submit}), or let this machine join (ray start --address {address})."
+        )
+
+
+def check_versions(where: str, ray_version: str, python_version: str) -> str:
+    """Describe the versions of a cluster. Its drivers need the same ones, because of Ray's protocols and pickles.
+
+    Args:
+        where: description of the cluster, for the message.
+        ray_version: version of Ray.
+        python_version: version of Python, with the patch level.
+
+    Raises:
+        DistillKacError: this process has other versions.
+    """
+    import ray
+
+    there = f"Ray {ray_version} with Python {python_version}"
+    here = f"Ray {ray.__version__} with Python {'.'.join(map(str, sys.version_info[:3]))}"
+    if there != here:
+        raise DistillKacError(
+            f"{where} has {there}, but this process has {here}. Install the same versions on both (requirements.lock "
+            "has Ray's)."
+        )
+    return there
 
 
 def quiet(*names: str) -> None:
@@ -157,8 +197,13 @@ def quiet(*names: str) -> None:
 
 def innermost(error: BaseException) -> str:
     """The last line of an error, which has the cause below the layers that Ray wraps around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_secrets(lines[-1]) if lines else type(error).__name__
+    lines = re.findall(r"\S.*", str(error))
+    return without_secrets(lines[-1].rstrip()) if lines else type(error).__name__
+
+
+def in_job_copy() -> bool:
+    """Whether the current directory is Ray's copy of a submitted working directory."""
+    return "runtime_resources/working_dir_files" in os.getcwd()
 
 
 def absolute(path: str) -> str:
@@ -196,8 +241,3 @@ def absolute_paths(options: Options, *names: str) -> Options:
         elif value is not None:
             changed[field] = absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
     return options.model_copy(update=changed)
-
-
-def in_job_copy() -> bool:
-    """Whether the current directory is Ray's copy of a submitted working directory."""
-    return "runtime_resources/working_dir_files" in os.getcwd()

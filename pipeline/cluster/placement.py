@@ -1,32 +1,29 @@
-"""The resources that a worker needs on a node, and whether the cluster has or can get them.
+"""The resources that workers, actors and trials need, and whether the cluster has or can get them.
 
 Ray waits silently for resources that no node can provide. Stages call ``wait_for_capacity`` first. It accepts
 resources that fit on the live nodes, even if other jobs use them now, since Ray queues such work. Otherwise it waits
 for nodes that may still join (``JOIN_SECONDS``), or that an autoscaler may start (``START_SECONDS``), and then raises.
 While it waits, a pending placement group shows the autoscaler which resources are missing.
-
-How a driver learns what the autoscaler can add (Ray 2.60): on the head that ``ray up`` starts, the configuration is in
-``CONFIG_FILE``. Elsewhere (KubeRay), the autoscaler's state in Ray's control store lists infeasible requests and nodes
-that are starting. ``get_max_resources_from_cluster_config``, which Ray Train uses, works only on Anyscale's platform.
 """
 
 import contextlib
+import math
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import yaml
+import torch
 
 from kac.networks.cost import duration
 from kac.util.errors import ArgumentError
 from kac.util.log import log
-from kac.util.options import Range, least
+from kac.util.options import Range, least, most
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import ray_internals
+from pipeline.config import ActorOptions
 
 JOIN_SECONDS, JOIN_VARIABLE = 30.0, "DISTILLKAC_JOINING_SECONDS"
 """How long to wait for nodes to join if there is no autoscaler, and the variable that replaces this number."""
@@ -34,10 +31,12 @@ JOIN_SECONDS, JOIN_VARIABLE = 30.0, "DISTILLKAC_JOINING_SECONDS"
 START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
 """How long to wait for an autoscaler to start nodes, and the variable that replaces this number."""
 
-CONFIG_FILE = "~/ray_bootstrap_config.yaml"
 POLL_SECONDS = 1.0
 BUSY_SECONDS = 2.0
 """Resources of an earlier stage are free this long after its end."""
+
+NODE_GROUP_LABEL = "ray.io/node-group"
+"""Ray adds this label to the nodes of a cluster with an autoscaler."""
 
 
 class Resources(NamedTuple):
@@ -59,15 +58,17 @@ class Resources(NamedTuple):
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **labels}
 
     def __str__(self) -> str:
+        needed = ", ".join(f"{value:g} {name}" for name, value in self.by_ray_name.items()) or "no CPU"
         labels = ", ".join(f"{key}={value}" for key, value in self.label_selector.items())
-        return (_format_resources(self.by_ray_name) or "no CPU") + f" on nodes with {labels}" * bool(labels)
+        return f"{needed} on nodes with {labels}" if labels else needed
 
 
 class Node(NamedTuple):
-    """The resources and labels of a node, or of one that an autoscaler may start."""
+    """The resources, labels and machine of a node."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    address: str = ""
 
     def capacity(self, resources: Resources) -> float:
         """How many workers with these resources fit on the node; infinity if they need none."""
@@ -76,11 +77,65 @@ class Node(NamedTuple):
         counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in resources.by_ray_name.items()]
         if 0 < resources.gpus < 1:  # a worker cannot use parts of two GPUs
             counts.append(int(self.resources.get("GPU", 0)) * int(1 / resources.gpus + 1e-9))
-        return min(counts, default=float("inf"))
+        return min(counts, default=math.inf)
 
     def __str__(self) -> str:
+        sizes = [f"{self.resources.get(name, 0):g} {name}" for name in ("CPU", "GPU")]
         labels = [f"{key}={value}" for key, value in self.labels.items() if key != "ray.io/node-id"]
-        return ", ".join([_format_resources({name: self.resources.get(name, 0) for name in ("CPU", "GPU")}), *labels])
+        return ", ".join(sizes + labels)
+
+
+def _matches(value: str | None, wanted: str) -> bool:
+    """Whether a node's label matches a selector of Ray: V, !V, in(V, W) or !in(V, W)."""
+    inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
+    values = [part.strip() for part in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
+    return (value in values) != wanted.startswith("!")
+
+
+class ActorGroup(NamedTuple):
+    """The actors of a rollout or an evaluation, and the resources of each."""
+
+    actors: int | Range  # 0: in this process, without Ray
+    resources: Resources = Resources(1.0)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the work is computed on GPUs."""
+        return self.resources.gpus > 0 if self.actors else torch.cuda.is_available()
+
+    def __str__(self) -> str:
+        if not self.actors:
+            return f"in this process on the {'GPU' if self.on_gpu else 'CPU'}"
+        number = str(self.actors).replace(":", " to ")
+        return f"on {number} actor{'s' * (self.actors != 1)} with {self.resources} each"
+
+    def for_work(self, parts: int) -> "ActorGroup":
+        """The group with at most one actor per part of the work."""
+        if isinstance(self.actors, Range) and self.actors.least < parts:
+            return self._replace(actors=Range(self.actors.least, min(self.actors.most, parts)))
+        return self._replace(actors=min(most(self.actors), parts))
+
+
+def choose_actors(options: ActorOptions) -> ActorGroup:
+    """The actors that the options ask for; by default as many as fit on the nodes, on GPUs if there are any.
+
+    Raises:
+        ArgumentError: without actors, labels were given, or a GPU that this machine does not have.
+    """
+    if options.actors == 0:
+        if options.label_selector:
+            raise ArgumentError("`label_selector` needs actors, but `actors` is 0. Leave out one of them.")
+        if options.gpu and not ActorGroup(0).on_gpu:
+            raise ArgumentError("`gpu` with `actors` 0 needs a GPU in this machine, which has none. Leave out `gpu`.")
+        return ActorGroup(0)
+    gpus = cluster.connect().gpus
+    on_gpu = gpus > 0 if options.gpu is None else options.gpu
+    cpus = options.cpus_per_actor if options.cpus_per_actor is not None else 0.0 if on_gpu else 1.0
+    resources = Resources(cpus, options.gpus_per_actor if on_gpu else 0.0, options.label_selector)
+    if options.actors is not None:
+        return ActorGroup(options.actors, resources)
+    fitting = capacity(resources)
+    return ActorGroup(max(1, int(fitting)) if math.isfinite(fitting) else 1, resources)
 
 
 def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Resources) -> None:
@@ -95,7 +150,9 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
     Raises:
         ArgumentError: no nodes can provide the resources, or Ray does not accept the labels.
     """
-    _check_labels(resources)
+    if error := ray_internals.label_selector_error(resources.label_selector):
+        labels = " ".join(f"{key}={value}" for key, value in resources.label_selector.items())
+        raise ArgumentError(f"`label_selector` is {labels}, which Ray does not accept: {error.strip().rstrip('.')}.")
     wanted = least(count)
     if capacity(resources) >= wanted:
         _log_if_busy(stage, wanted, resources)
@@ -112,71 +169,36 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
     started = time.monotonic()
     with requested_from_autoscaler(wanted, resources) as request:
         while capacity(resources) < wanted:
-            waited, growth = time.monotonic() - started, _growth(wanted, resources, request)
-            if waited >= (start_seconds if growth.is_possible else join_seconds):
-                reason = f"{growth.description}. Waited {duration(waited)}. Start nodes, or ask for less."
-                raise _too_small(option, wanted, resources, reason)
+            waited, (may_grow, reason) = time.monotonic() - started, _autoscaler_state(resources, request)
+            if waited >= (start_seconds if may_grow else join_seconds):
+                advice = f"{reason}. Waited {duration(waited)}. Start nodes, or ask for less."
+                raise _too_small(option, wanted, resources, advice)
             time.sleep(POLL_SECONDS)
 
 
-def capacity(resources: Resources) -> float:
-    """How many workers with these resources fit on the live nodes."""
-    return sum(node.capacity(resources) for node in live_nodes())
+def _log_if_busy(stage: str, wanted: int, resources: Resources) -> None:
+    """Log a line if the stage has to wait for other jobs."""
+    until = time.monotonic() + BUSY_SECONDS
+    while free_capacity(resources) < wanted:
+        if time.monotonic() > until:
+            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({resources})")
+            return
+        time.sleep(BUSY_SECONDS / 10)
 
 
-def free_capacity(resources: Resources) -> float:
-    """How many workers with these resources fit on the live nodes beside the work that runs there now."""
-    return sum(node.capacity(resources) for node in free_resources())
+def _seconds(variable: str, default: float) -> float:
+    try:
+        return float(os.environ.get(variable) or default)
+    except ValueError:
+        given = os.environ[variable]
+        raise ArgumentError(f"{variable} is {given!r}. Set it to a number of seconds, or unset it.") from None
 
 
-def live_nodes() -> list[Node]:
-    """The live nodes of the cluster, with their total resources."""
-    import ray
-
-    return [Node(node["Resources"], node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
-
-
-def free_resources() -> list[Node]:
-    """The live nodes of the cluster, with their unused resources, which Ray reports about a second late."""
-    import ray
-
-    left = ray_internals.available_resources_per_node()
-    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
-
-
-class _Growth(NamedTuple):
-    """Whether an autoscaler may add the missing nodes, and a description of what it does."""
-
-    is_possible: bool
-    description: str
-
-
-def _growth(wanted: int, resources: Resources, request: str) -> _Growth:
-    if not any(cluster.NODE_GROUP_LABEL in node.labels for node in live_nodes()):
-        return _Growth(False, "There is no autoscaler to add nodes")
-    config = Path(CONFIG_FILE).expanduser()
-    if config.exists():
-        types = _node_types(yaml.safe_load(config.read_text()))
-        limits = "; ".join(f"{number} x ({node})" for node, number in types) or "no nodes"
-        grown = sum(node.capacity(resources) * number for node, number in types)
-        return _Growth(capacity(resources) + grown >= wanted, f"The autoscaler can add at most {limits}")
-    state = ray_internals.autoscaling_state()
-    if state.pending_instances or state.pending_instance_requests:
-        return _Growth(True, "The nodes that the autoscaler requested have not joined")
-    if any(gang.details.startswith(request) for gang in state.infeasible_gang_resource_requests):
-        # The request may become feasible when other jobs release nodes.
-        return _Growth(free_capacity(resources) < capacity(resources), "The autoscaler cannot add such nodes")
-    return _Growth(True, "The autoscaler has not added any nodes")
-
-
-def _node_types(config: Mapping[str, Any]) -> list[tuple[Node, int]]:
-    """The nodes that a cluster configuration can add, without the head, and the maximum number of each."""
-    most = int(config.get("max_workers", 0))
-    kinds = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
-    return [
-        (Node(kind.get("resources", {}), kind.get("labels", {})), min(most, int(kind.get("max_workers", most))))
-        for kind in kinds.values()
-    ]
+def _too_small(option: str, wanted: int, resources: Resources, reason: str) -> ArgumentError:
+    return ArgumentError(
+        f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {describe_nodes(live_nodes())}, enough "
+        f"for {capacity(resources):g}. {reason}"
+    )
 
 
 @contextlib.contextmanager
@@ -192,50 +214,70 @@ def requested_from_autoscaler(wanted: int, resources: Resources) -> Iterator[str
         remove_placement_group(group)
 
 
-def _log_if_busy(stage: str, wanted: int, resources: Resources) -> None:
-    """Log a line if the stage has to wait for other jobs."""
-    until = time.monotonic() + BUSY_SECONDS
-    while free_capacity(resources) < wanted:
-        if time.monotonic() > until:
-            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({resources})")
-            return
-        time.sleep(BUSY_SECONDS / 10)
+def _autoscaler_state(resources: Resources, request: str) -> tuple[bool, str]:
+    """Whether an autoscaler may still add the requested nodes, and a description of its state."""
+    if not has_autoscaler(live_nodes()):
+        return False, "There is no autoscaler to add nodes"
+    state = ray_internals.autoscaling_state()
+    if state.pending_instances or state.pending_instance_requests:
+        return True, "The nodes that the autoscaler requested have not joined"
+    if any(gang.details.startswith(request) for gang in state.infeasible_gang_resource_requests):
+        # The request may become feasible when other jobs release nodes.
+        return free_capacity(resources) < capacity(resources), "The autoscaler cannot add such nodes"
+    return True, "The autoscaler has not added any nodes"
 
 
-def _check_labels(resources: Resources) -> None:
-    if error := ray_internals.label_selector_error(resources.label_selector):
-        given = " ".join(f"{key}={value}" for key, value in resources.label_selector.items())
-        raise ArgumentError(f"`label_selector` is {given}, which Ray does not accept: {error.strip().rstrip('.')}.")
+def capacity(resources: Resources) -> float:
+    """How many workers with these resources fit on the live nodes."""
+    return sum(node.capacity(resources) for node in live_nodes())
 
 
-def _matches(value: str | None, wanted: str) -> bool:
-    """Whether a node's label matches a selector of Ray: V, !V, in(V, W) or !in(V, W)."""
-    inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
-    values = [part.strip() for part in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
-    return (value in values) != wanted.startswith("!")
+def free_capacity(resources: Resources) -> float:
+    """How many workers with these resources fit on the live nodes alongside the work that runs there now."""
+    return sum(node.capacity(resources) for node in free_resources())
 
 
-def _too_small(option: str, wanted: int, resources: Resources, reason: str) -> ArgumentError:
-    kinds = Counter(str(node) for node in live_nodes())
-    total = "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items()) or "nothing"
-    return ArgumentError(
-        f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {total}, enough for "
-        f"{capacity(resources):g}. {reason}"
-    )
+def live_nodes() -> list[Node]:
+    """The live nodes of the cluster, with their total resources."""
+    import ray
+
+    return [
+        Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def _format_resources(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{value:g} {name}" for name, value in resources.items())
+def free_resources() -> list[Node]:
+    """The live nodes of the cluster, with their unused resources, which Ray reports about a second late."""
+    import ray
+
+    left = ray_internals.available_resources_per_node()
+    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
 
 
-def _seconds(variable: str, default: float) -> float:
-    """The number of seconds in an environment variable.
+def has_autoscaler(nodes: Iterable[Node]) -> bool:
+    """Whether an autoscaler manages the nodes."""
+    return any(NODE_GROUP_LABEL in node.labels for node in nodes)
+
+
+def describe_nodes(nodes: Iterable[Node]) -> str:
+    """The number of nodes of each kind: "2 x (8 CPU, 1 GPU, market=spot); 4 CPU, 0 GPU"."""
+    kinds = Counter(map(str, nodes))
+    return "; ".join(f"{number} x ({node})" if number > 1 else node for node, number in kinds.items()) or "nothing"
+
+
+def several_machines() -> str:
+    """Describe the machines of the cluster; empty if there is a single one and no autoscaler.
+
+    Several nodes may be on one machine.
 
     Raises:
-        ArgumentError: it is not a number.
+        DistillKacError: as ``cluster.connect``.
     """
-    given = os.environ.get(variable, "")
-    try:
-        return float(given) if given else default
-    except ValueError:
-        raise ArgumentError(f"{variable} is {given!r}. Set it to a number of seconds, or unset it.") from None
+    cluster.connect()
+    nodes = live_nodes()
+    number = len({node.address for node in nodes})
+    if has_autoscaler(nodes):
+        return f"{number} machine{'s' * (number > 1)} and an autoscaler"
+    return f"{number} machines" if number > 1 else ""

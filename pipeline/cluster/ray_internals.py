@@ -72,17 +72,20 @@ def label_selector_error(selector: Mapping[str, str]) -> str | None:
     return error
 
 
-def ask_cluster(address: str, seconds: float) -> tuple[tuple[str, str], set[str]]:
+def ask_cluster(address: str, seconds: float) -> tuple[str, str, set[str]]:
     """The versions of Ray and Python of the cluster at an address, and the ids of its live nodes.
 
     Raises:
-        ray.exceptions.AuthenticationError: the token cannot be read.
-        grpc.RpcError: a request failed or took longer than ``seconds``.
+        ray.exceptions.AuthenticationError: the token is missing or wrong.
+        TimeoutError: a request took longer than ``seconds``.
+        ConnectionError: the server is not a Ray cluster.
     """
     # The only public function is ray.init(), which joins the cluster and retries for minutes after an error.
+    import grpc
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated import gcs_service_pb2 as messages
     from ray.core.generated import gcs_service_pb2_grpc as services
+    from ray.exceptions import AuthenticationError
 
     channel = create_gcs_channel(address)
     nodes, values = services.NodeInfoGcsServiceStub(channel), services.InternalKVGcsServiceStub(channel)
@@ -92,9 +95,14 @@ def ask_cluster(address: str, seconds: float) -> tuple[tuple[str, str], set[str]
         request = messages.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
         metadata = json.loads(values.InternalKVGet(request, **options).value)
         every = nodes.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), **options).node_info_list
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise AuthenticationError("the cluster does not accept the token") from None
+        kind = TimeoutError if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else ConnectionError
+        raise kind(error.details()) from None
     finally:
         channel.close()
-    return (metadata["ray_version"], metadata["python_version"]), {n.node_id.hex() for n in every if n.state == 0}
+    return metadata["ray_version"], metadata["python_version"], {n.node_id.hex() for n in every if n.state == 0}
 
 
 def nodes_here() -> set[str]:
@@ -105,32 +113,16 @@ def nodes_here() -> set[str]:
     return set(find_node_ids())
 
 
-def sends_token() -> bool:
-    """Whether Ray sends a token with its requests (RAY_AUTH_MODE=token)."""
-    # There is no public function for the authentication mode.
-    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
-
-    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
-
-
-def has_token() -> bool:
-    """Whether this machine has a token of a cluster."""
-    # There is no public function that looks for a token.
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
-
-
 def token_headers() -> dict[str, str]:
-    """The HTTP headers with this machine's token, as ``ray job submit`` sends them; empty without a token."""
+    """The HTTP headers with this machine's token, as ``ray job submit`` sends them.
+
+    Raises:
+        ray.exceptions.AuthenticationError: RAY_AUTH_MODE is token, and there is no token.
+    """
     # There is no public function for these headers.
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-    from ray.exceptions import AuthenticationError
 
-    try:
-        headers: dict[str, str] = get_auth_headers_if_auth_enabled({})
-    except AuthenticationError:
-        return {}
+    headers: dict[str, str] = get_auth_headers_if_auth_enabled({})
     return headers
 
 

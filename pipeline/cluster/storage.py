@@ -5,7 +5,7 @@ raises for local paths, except in the folders of ``DISTILLKAC_SHARED_FOLDERS``, 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pydantic import BaseModel
 
@@ -13,8 +13,8 @@ from kac.util import cache, files, probes
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.options import flatten
 from pipeline import tracking
-from pipeline.cluster import address_checks, environment
 from pipeline.cluster import connection as cluster
+from pipeline.cluster import environment, placement
 
 SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
 """Folders that every machine of the cluster has under the same path, separated by colons: ``/mnt/efs:/home``."""
@@ -26,8 +26,8 @@ def check_answers(options: BaseModel) -> None:
     Raises:
         DistillKacError: S3 refuses access to a bucket, or does not answer.
     """
-    values = flatten(options.model_dump(mode="json"))
-    texts = [text for value in values.values() for text in (value if isinstance(value, list) else [value])]
+    values = flatten(options.model_dump(mode="json")).values()
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     paths = [text for text in [*texts, cache.cache_folder()] if isinstance(text, str) and text.startswith("s3://")]
     for path in {path.split("/")[2]: path for path in reversed(paths)}.values():
         probes.check_answers(path)
@@ -46,34 +46,28 @@ def check_shared(
     Raises:
         DistillKacError: a path is local to this machine, or this process cannot join the cluster.
     """
-    if not os.environ.get(address_checks.RAY_ADDRESS) and not cluster.is_connected():
+    if not os.environ.get(cluster.RAY_ADDRESS) and not cluster.is_connected():
         return
-    if cluster.is_worker():  # its driver has checked, and only the driver's environment names the shared folders
+    # The driver of a worker has checked, and only the driver's environment names the shared folders.
+    if cluster.is_worker() or not is_spread():
         return
-    if not is_spread():
+    machines = placement.several_machines()
+    if not machines:
         return
-    machines = cluster.machines()
-    if machines.is_single:
-        return
-    for option, path in _flatten(paths):
-        if not is_shared(path):
-            raise ArgumentError(
-                f"{option} is {path} on this machine, but the cluster has {machines}. Use s3://, or name folders that "
-                f"all machines share in {SHARED_VARIABLE}=/mnt/one:/mnt/other."
-            )
+    for option, given in paths.items():
+        for path in [given] if isinstance(given, str) else given or []:
+            if not is_shared(path):
+                raise ArgumentError(
+                    f"{option} is {path} on this machine, but the cluster has {machines}. Use s3://, or name folders "
+                    f"that all machines share in {SHARED_VARIABLE}=/mnt/one:/mnt/other."
+                )
     uri = "" if writes_to_mlflow is None else tracking.tracking_uri(writes_to_mlflow)
-    local = environment.local_path(uri)
+    local = environment.database_file(uri)
     if local and not is_shared(str(local)):
         raise DistillKacError(
             f"The runs would be tracked in {uri}, a file on this machine, but the cluster has {machines}. Start mlflow "
             "server, and set MLFLOW_TRACKING_URI to http://HOST:5000."
         )
-
-
-def _flatten(paths: Mapping[str, str | Iterable[str] | None]) -> Iterator[tuple[str, str]]:
-    for option, given in paths.items():
-        for path in [given] if isinstance(given, str) else given or []:
-            yield option, path
 
 
 def cache_of(is_used: bool = True) -> dict[str, str]:
@@ -82,20 +76,18 @@ def cache_of(is_used: bool = True) -> dict[str, str]:
 
 
 def is_shared(path: str) -> bool:
-    """Whether all machines can use the path: it is a URI, or in a folder of ``DISTILLKAC_SHARED_FOLDERS``."""
+    """Whether all machines can use the path: it is a URI, or in a folder of ``DISTILLKAC_SHARED_FOLDERS``.
+
+    Raises:
+        ArgumentError: a folder of the variable is not absolute.
+    """
     if files.is_uri(path):
         return True
     local = os.path.abspath(files.locate(path).path)
-    return any(_is_below(local, folder) for folder in _shared_folders())
-
-
-def _shared_folders() -> Iterable[str]:
-    folders = [os.path.expanduser(folder) for folder in os.environ.get(SHARED_VARIABLE, "").split(":") if folder]
-    wrong = next((folder for folder in folders if not os.path.isabs(folder)), None)
-    if wrong is not None:
-        raise ArgumentError(f"{SHARED_VARIABLE} has {wrong}. Set it to absolute folders, separated by colons.")
-    return [os.path.normpath(folder) for folder in folders]
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
+    for folder in filter(None, os.environ.get(SHARED_VARIABLE, "").split(":")):
+        expanded = os.path.normpath(os.path.expanduser(folder))
+        if not os.path.isabs(expanded):
+            raise ArgumentError(f"{SHARED_VARIABLE} has {folder}. Set it to absolute folders, separated by colons.")
+        if os.path.commonpath([local, expanded]) == expanded:
+            return True
+    return False

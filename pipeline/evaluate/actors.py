@@ -14,8 +14,7 @@ from kac.util.device import default_device
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_group import choose_actors
-from pipeline.cluster.placement import wait_for_capacity
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.pool import each_once
 from pipeline.evaluate.sources import Chunk, make

@@ -7,8 +7,7 @@ from kac.metrics.features import OWN, check_fits, try_space
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_group import choose_actors
-from pipeline.cluster.placement import wait_for_capacity
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import task_error
 

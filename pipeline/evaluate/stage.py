@@ -24,8 +24,7 @@ from kac.util.log import log
 from kac.util.path_options import check_apart
 from pipeline import outputs, tracking
 from pipeline.cluster import storage
-from pipeline.cluster.actor_group import choose_actors
-from pipeline.cluster.placement import wait_for_capacity
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.actors import make_chunks, open_spaces
 from pipeline.evaluate.feature_trial import try_features

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.actor_group import choose_actors
+from pipeline.cluster.placement import choose_actors
 from pipeline.cluster.ray_data import each
 from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan

@@ -13,8 +13,7 @@ from kac.util.path_options import check_apart
 from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.cluster.actor_group import choose_actors
-from pipeline.cluster.placement import wait_for_capacity
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.cost import describe_cost, describe_remaining

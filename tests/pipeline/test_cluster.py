@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from kac.util.errors import ArgumentError, DistillKacError
-from pipeline.cluster import address_checks, storage
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.connection import Machines
+from pipeline.cluster import placement, storage
 from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.distill import distill
 from pipeline.evaluate.stage import evaluate
@@ -29,7 +28,7 @@ from tests.pipeline.stores import make_spec
 
 def refusal(address: str) -> str:
     with pytest.raises(DistillKacError) as refused:
-        address_checks.check_address(address)
+        cluster.check_address(address)
     return str(refused.value)
 
 
@@ -55,11 +54,11 @@ def listening() -> Iterator[socket.socket]:
 )
 def test_an_address_of_another_kind_or_without_a_server_is_refused(address: str, advice: str):
     message = refusal(address)
-    assert message.startswith(f"{address_checks.RAY_ADDRESS} is {address}") and advice in message
+    assert message.startswith(f"{cluster.RAY_ADDRESS} is {address}") and advice in message
 
 
 def test_a_server_that_drops_packets_or_never_answers_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(address_checks, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "CHECK_SECONDS", 0.5)
     with listening() as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert "no answer in 0 s" in refusal(address)
@@ -71,7 +70,7 @@ def test_a_server_that_drops_packets_or_never_answers_is_refused(monkeypatch: py
 
 TOKENS = """
 import os, sys
-from pipeline.cluster import address_checks
+from pipeline.cluster import connection
 from kac.util.errors import DistillKacError
 from ray._raylet import AuthenticationTokenLoader, Config
 for case in ({}, {"RAY_AUTH_TOKEN": "a-wrong-token-for-certain"}, {"HOME": "/nowhere"}, {"RAY_AUTH_MODE": "disabled"}):
@@ -79,7 +78,7 @@ for case in ({}, {"RAY_AUTH_TOKEN": "a-wrong-token-for-certain"}, {"HOME": "/now
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
     try:
-        address_checks.check_address(sys.argv[1])
+        connection.check_address(sys.argv[1])
         print("accepted")
     except DistillKacError as error:
         print(error)
@@ -98,10 +97,9 @@ def test_a_wrong_or_missing_token_is_refused(ray_cluster: None, project_root: Pa
     )
     accepted, wrong, missing, disabled = done.stdout.splitlines()
     assert accepted == "accepted"
-    assert "RAY_AUTH_TOKEN is wrong" in wrong and "ray get-auth-token" in wrong
+    for line in (wrong, missing, disabled):
+        assert "RAY_AUTH_MODE=token" in line and "RAY_AUTH_TOKEN" in line and "ray get-auth-token" in line
     assert "a-wrong-token" not in done.stdout + done.stderr
-    assert "~/.ray/auth_token" in missing and "RAY_AUTH_MODE" not in missing
-    assert "RAY_AUTH_MODE=token" in disabled
 
 
 def test_other_versions_and_a_machine_that_is_no_node_are_refused(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
@@ -112,10 +110,9 @@ def test_other_versions_and_a_machine_that_is_no_node_are_refused(ray_cluster: N
         patch.setattr("ray._private.services.find_node_ids", set)
         message = refusal(address)
         assert "none of the cluster's 1 nodes" in message and "ray job submit" in message
-    here = address_checks.versions_here()
-    monkeypatch.setattr(address_checks, "versions_here", lambda: here._replace(ray="2.58.1", python="3.12.1"))
+    monkeypatch.setattr(ray, "__version__", "2.58.1")
     message = refusal(address)
-    assert f"has {here}," in message and "this process has Ray 2.58.1 with Python 3.12.1" in message
+    assert f"{cluster.RAY_ADDRESS} {address} has Ray 2." in message and "this process has Ray 2.58.1 with" in message
 
 
 def test_an_embedded_ray_listens_only_on_this_machine(ray_cluster: None):
@@ -135,7 +132,7 @@ def test_an_embedded_ray_listens_only_on_this_machine(ray_cluster: None):
 @pytest.fixture
 def two_machines(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
     """The cluster of the tests, as if it had a second machine."""
-    monkeypatch.setattr(cluster, "machines", lambda: Machines(2, may_grow=False))
+    monkeypatch.setattr(placement, "several_machines", lambda: "2 machines")
 
 
 def stages(folder: Path, store: str, teacher: str, out: Path) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def test_a_worker_does_not_repeat_the_check_of_its_driver(two_machines: None):
     @ray.remote(num_cpus=0)
     def check_in_worker() -> bool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cluster, "machines", lambda: Machines(2, may_grow=False))
+            patch.setattr(placement, "several_machines", lambda: "2 machines")
             storage.check_shared({"`out`": "/local"}, lambda: True)
         return True
 
@@ -195,13 +192,12 @@ def test_shared_folders_and_uris_are_shared(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cluster_with_an_autoscaler_counts_as_several_machines(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    assert cluster.machines() == Machines(1, may_grow=False)
+    assert placement.several_machines() == ""
     import ray
 
-    nodes = [{**node, "Labels": {cluster.NODE_GROUP_LABEL: "head"}} for node in ray.nodes()]
+    nodes = [{**node, "Labels": {placement.NODE_GROUP_LABEL: "head"}} for node in ray.nodes()]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert str(cluster.machines()) == "1 machine and an autoscaler"
-    assert not cluster.machines().is_single
+    assert placement.several_machines() == "1 machine and an autoscaler"
 
 
 @pytest.mark.ray

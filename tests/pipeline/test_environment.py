@@ -19,7 +19,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv(environment.REGISTRY, raising=False)
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     return tmp_path
 
 
@@ -50,19 +49,6 @@ def test_an_address_becomes_absolute_and_stays_the_same(
 
 
 @pytest.mark.parametrize(
-    "given", ["mlruns", "./mlruns", "file:mlruns", "file:./mlruns", "file://localhost{folder}/mlruns"]
-)
-def test_a_folder_of_runs_becomes_absolute_if_mlflow_allows_it(
-    given: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv(environment.TRACKING, given.format(folder=folder))
-    with pytest.raises(ArgumentError, match=environment.TRACKING):
-        environment.mlflow_address()
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    assert environment.mlflow_address() == (folder / "mlruns").as_uri()
-
-
-@pytest.mark.parametrize(
     ("given", "advice"),
     [
         ("sqlite://", "sqlite:///mlflow.db"),
@@ -71,6 +57,8 @@ def test_a_folder_of_runs_becomes_absolute_if_mlflow_allows_it(
         ("sqlite://mlflow.db", "sqlite:///mlflow.db"),
         ("sqlite:///.", "/mlflow.db"),
         ("mlflow.db", "sqlite:///mlflow.db"),
+        ("./mlruns", "mlflow migrate-filestore"),
+        ("file:mlruns", "mlflow migrate-filestore"),
         ("localhost:5000", "http://localhost:5000"),
         ("127.0.0.1:5000/runs", "http://127.0.0.1:5000/runs"),
     ],

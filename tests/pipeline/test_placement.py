@@ -1,20 +1,20 @@
 """Counts and ranges of workers, resources of nodes, elastic groups, and waiting for resources."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
 
 from jobs.parsing import parse
 from kac.model import load_model
 from kac.util.errors import ArgumentError
 from kac.util.options import Range
 from pipeline import training
-from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement, ray_internals
 from pipeline.cluster.placement import Node, Resources, wait_for_capacity
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
@@ -237,24 +237,36 @@ def test_a_node_that_joins_in_time_is_used(clock: Clock, monkeypatch: pytest.Mon
     assert len(seen) == 1 and clock.now < 30
 
 
-def test_nodes_of_an_autoscaler_are_waited_for_longer(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The autoscaler's configuration is a file, as on the head that ``ray up`` starts."""
-    workers = {"resources": {"CPU": 8, "GPU": 1}, "labels": {"market": "spot"}, "max_workers": 2}
-    types = {"head": {"resources": {"CPU": 0}}, "gpu": workers}
-    config = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(placement, "CONFIG_FILE", str(tmp_path / "config.yaml"))
-    monkeypatch.setattr(placement, "live_nodes", lambda: [Node({"CPU": 0}, {cluster.NODE_GROUP_LABEL: "head"})])
-    limits = r"autoscaler.* 2 x \(8 CPU, 1 GPU, market=spot\)"
-    for count, resources, waited in (
-        (2, GPU, 1200),
-        (3, GPU, 30),
-        (1, GPU._replace(label_selector={"market": "x"}), 30),
-    ):
-        clock.now = 0.0
-        with pytest.raises(ArgumentError, match=limits):
-            wait_for_capacity("distill", "`workers`", count, resources)
-        assert clock.now == waited
+@pytest.mark.parametrize(
+    ("pending", "infeasible", "seconds", "reason"),
+    [
+        ([], [], 1200, "not added any nodes"),
+        (["node"], [], 1200, "have not joined"),
+        ([], ["the request"], 30, "cannot add such nodes"),
+        ([], ["another request"], 1200, "not added any nodes"),
+    ],
+)
+def test_nodes_of_an_autoscaler_are_waited_for_longer(
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    pending: list[str],
+    infeasible: list[str],
+    seconds: int,
+    reason: str,
+):
+    state = SimpleNamespace(
+        pending_instances=pending,
+        pending_instance_requests=[],
+        infeasible_gang_resource_requests=[SimpleNamespace(details=text) for text in infeasible],
+    )
+    nodes = [Node({"CPU": 0}, {placement.NODE_GROUP_LABEL: "head"})]
+    monkeypatch.setattr(ray_internals, "autoscaling_state", lambda: state)
+    monkeypatch.setattr(placement, "live_nodes", lambda: nodes)
+    monkeypatch.setattr(placement, "free_resources", lambda: nodes)
+    monkeypatch.setattr(placement, "requested_from_autoscaler", lambda *_: contextlib.nullcontext("the request"))
+    with pytest.raises(ArgumentError, match=reason):
+        wait_for_capacity("distill", "`workers`", 1, GPU)
+    assert clock.now == seconds
 
 
 def test_incompatible_options_are_refused(tmp_path: Path, ray_cluster: None):

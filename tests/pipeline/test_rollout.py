@@ -19,9 +19,8 @@ from kac.solvers import knot_times, solve
 from kac.util import files
 from kac.util.errors import DistillKacError
 from pipeline import store
-from pipeline.cluster.actor_group import ActorGroup, choose_actors
 from pipeline.cluster.connection import ClusterResources
-from pipeline.cluster.placement import Node, Resources
+from pipeline.cluster.placement import ActorGroup, Node, Resources, choose_actors
 from pipeline.config import RolloutSpec
 from pipeline.rollout import make_plan, rollout, stage
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
@@ -108,8 +107,7 @@ assert "ray" not in sys.modules
 def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, project_root: Path):
     """With `gpu`, nothing connects to a cluster earlier."""
     code = f"""
-from pipeline.cluster.actor_group import choose_actors
-from pipeline.cluster.placement import wait_for_capacity
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import RolloutSpec
 place = choose_actors(RolloutSpec(teacher={teacher!r}, store={str(tmp_path / "store")!r}, actors=1, gpu=False))
 wait_for_capacity("rollout", "`actors`", place.actors, place.resources)
