@@ -35,12 +35,9 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         environment.make_absolute()
-    except DistillKacError as error:
-        fail(prog, error, 2)
-    if SYNC in arguments:
-        arguments = [word for word in arguments if word != SYNC]
-        _sync(prog, exit_after=not arguments)
-    try:
+        if SYNC in arguments:
+            arguments = [word for word in arguments if word != SYNC]
+            _sync(prog, exit_after=not arguments)
         with _quiet_if_stdout_closes():
             spec = parse(spec_type, arguments, prog)
     except DistillKacError as error:
@@ -71,8 +68,9 @@ def main_of(commands: Mapping[str, Command], prog: str, description: str) -> Non
     if name in {"-h", "--help"}:
         with _quiet_if_stdout_closes():
             print(f"usage: {prog} COMMAND [-h] [OPTIONS]\n\n{description}\n")
+            width = max(map(len, commands))
             for command, (spec_type, _) in commands.items():
-                print(f"  {command:10}{spec_type.__doc__}")
+                print(f"  {command:{width}}  {spec_type.__doc__}")
             print(f"\nHelp on a command: {prog} COMMAND --help")
     elif name in commands:
         main(*commands[name], f"{prog} {name}", arguments)

@@ -86,7 +86,7 @@ def test_the_help_describes_the_commands(word: str, run_job, capsys: pytest.Capt
     assert run_job(word) == (0, None)
     out = capsys.readouterr().out
     for name, spec_type in (("describe", DescribeSpec), ("verify", VerifySpec), ("merge", MergeSpec)):
-        assert f"  {name:10}{spec_type.__doc__}" in out.splitlines()
+        assert f"  {name:8}  {spec_type.__doc__}" in out.splitlines()
 
 
 def test_the_help_of_a_command_shows_a_flag_without_a_value(run_job, capsys: pytest.CaptureFixture):
