@@ -7,8 +7,9 @@
     student = distill(store=store.path, out="runs/student", steps=4, tracking=False)
     images = student.load().sample(16)
 
-Each function returns an object with what it made. Log lines go to the logger ``distillkac``. Without RAY_ADDRESS, every
-stage except ``sweep`` works in this process and starts no Ray, unless ``workers`` or ``actors`` ask for some.
+Each function returns an object with what it made, or raises ``DistillKacError``. Log lines go to the logger
+``distillkac``. Without RAY_ADDRESS, every stage except ``sweep`` works in this process and starts no Ray, unless
+``workers`` or ``actors`` ask for some.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from pipeline.teach import teach as _teach
 from pipeline.tracking import tracking_off
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,11 @@ def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any
         spec: the options; or give them as keywords.
         tracking: whether MLflow records the run.
         fields: fields of ``TeachSpec``, such as ``data="digits"`` and ``out="runs/teacher"``.
-
-    Raises:
-        DistillKacError: as the stage does.
     """
     spec, metrics = _spec_of(TeachSpec, spec, fields, workers=0), dict[str, float]()
     with _tracking(tracking):
         config = _teach(spec, on_report=metrics.update)
-    return _model_result(spec.out, config, metrics)
+    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
 
 
 def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields: Any) -> StoreResult:
@@ -111,16 +110,11 @@ def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields:
         spec: the options; or give them as keywords.
         tracking: whether MLflow records the run.
         fields: fields of ``RolloutSpec``, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
-
-    Raises:
-        DistillKacError: as the stage does.
     """
     spec = _spec_of(RolloutSpec, spec, fields, actors=0)
     with _tracking(tracking):
         manifest = _rollout(spec)
-    if manifest is None:
-        raise _dry_run()
-    return StoreResult(connection.absolute(spec.store), manifest)
+    return StoreResult(connection.absolute(spec.store), _made(manifest))
 
 
 def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
@@ -130,14 +124,11 @@ def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields:
         spec: the options; or give them as keywords.
         tracking: whether MLflow records the run.
         fields: fields of ``DistillSpec``, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
-
-    Raises:
-        DistillKacError: as the stage does.
     """
     spec, metrics = _spec_of(DistillSpec, spec, fields, workers=0), dict[str, float]()
     with _tracking(tracking):
         config = _distill(spec, on_report=metrics.update)
-    return _model_result(spec.out, config, metrics)
+    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
 
 
 def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
@@ -147,9 +138,6 @@ def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any
         spec: the options; or give them as keywords.
         tracking: whether MLflow records the runs.
         fields: fields of ``SweepSpec``, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
-
-    Raises:
-        DistillKacError: as the stage does.
     """
     spec = _spec_of(SweepSpec, spec, fields)
     with _tracking(tracking):
@@ -167,9 +155,6 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
         tracking: whether MLflow records the run.
         fields: fields of ``EvaluateSpec``, such as ``teacher="runs/teacher"``, ``students=["runs/student"]`` and
             ``out="runs/evaluation"``.
-
-    Raises:
-        DistillKacError: as the stage does.
     """
     spec = _spec_of(EvaluateSpec, spec, fields, actors=0)
     with _tracking(tracking):
@@ -190,11 +175,7 @@ def _tracking(is_on: bool) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if is_on else tracking_off()
 
 
-def _model_result(out: str, config: ModelConfig | None, metrics: dict[str, float]) -> ModelResult:
-    if config is None:
-        raise _dry_run()
-    return ModelResult(connection.absolute(out), config, metrics)
-
-
-def _dry_run() -> ArgumentError:
-    return ArgumentError("`dry_run` makes nothing that this function could return. Use the job of this stage.")
+def _made(result: Result | None) -> Result:
+    if result is None:
+        raise ArgumentError("`dry_run` makes nothing that this function could return. Use the job of this stage.")
+    return result

@@ -33,12 +33,12 @@ def take(out: str) -> None:
     Raises:
         DistillKacError: another process on this machine has claimed it.
     """
-    path, token, deadline = files.join(out, CLAIM_FILE), uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
+    token, deadline = uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
     record = json.dumps({"token": token, **process_tags.tags()}, indent=2).encode()
     while True:
         claim = _read(out)
         if claim is None or claim["token"] == _held.get(out) or not process_tags.is_alive(claim):
-            if files.write_bytes(path, record, if_absent=claim is None):
+            if files.write_bytes(files.join(out, CLAIM_FILE), record, if_absent=claim is None):
                 _held[out] = token
                 return
         elif time.monotonic() >= deadline:
@@ -56,15 +56,7 @@ def token_of(out: str) -> str:
 
 
 def check(out: str, token: str) -> None:
-    """Raise if another job has taken over the folder.
-
-    Args:
-        out: the folder.
-        token: token of the job's own claim.
-
-    Raises:
-        DistillKacError: another job has taken over the folder.
-    """
+    """Raise ``DistillKacError`` if another job has taken over the folder that the claim with this token was for."""
     claim = _read(out)
     if token and claim and claim["token"] != token:
         raise DistillKacError(

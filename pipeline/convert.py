@@ -1,9 +1,6 @@
 """Convert existing weights into a teacher's model folder."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
+from kac.model import CONFIG_FILE, ModelConfig, teacher_config
 from kac.networks import build_network
 from kac.networks.adopt import adopt, try_out
 from kac.networks.cost import network_cost, short
@@ -26,24 +23,23 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     data = decode.open_described("convert", spec.data)
     samples = (data.sample_shape, data.num_classes)
     checkpoint, network = read_weights(spec.checkpoint), build_network(spec.network, *samples)
-    with _errors_name(spec.checkpoint):
+    try:
         adopted = adopt(network, spec.network, data.sample_shape, checkpoint, spec.key)
         try_out(network, spec.network, *samples)
+    except CheckpointError as error:
+        raise CheckpointError(f"{spec.checkpoint}: {error}") from error
     content = {"data_sha256": data.sha256, "checkpoint_sha256": checkpoint.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        log.info(f"convert: {spec.out} is complete: nothing to do")
-        return load_config(spec.out)
+        return outputs.complete_model(spec.stage, spec.out)
     cost, fingerprint = network_cost(spec.network, *samples), spec.fingerprint(**content)
-    inputs, name = {"data": data.sha256, "checkpoint": checkpoint.sha256}, f"convert-{spec.data.kind}"
-    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)]
     with tracking.start_run(
         spec=spec,
         fingerprint=fingerprint,
-        inputs=inputs,
+        inputs={"data": data.sha256, "checkpoint": checkpoint.sha256},
         output=spec.out,
         parent=parent,
-        name=name,
-        datasets=datasets,
+        name=f"convert-{spec.data.kind}",
+        datasets=[tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)],
     ) as run:
         run.params(cost._asdict())
         decode.log_data(run, data)
@@ -56,12 +52,3 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         f"{short(cost.flops_per_call, 'FLOP')} per call (weights sha256 {config.weights_sha256[:12]})"
     )
     return config
-
-
-@contextmanager
-def _errors_name(checkpoint: str) -> Iterator[None]:
-    """Put the path of the checkpoint before the message of a ``CheckpointError``."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error

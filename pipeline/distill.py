@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -13,14 +13,15 @@ from kac.conditioning import known_classes
 from kac.losses import Interval, LossTerms, Objective
 from kac.losses.refinement import check_spaces
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
-from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
+from kac.networks import VelocityNetwork, build_network, load_weights
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.log import log
 from kac.util.path_options import check_apart
-from pipeline import decode, outputs, refinement, store, tracking, training
+from pipeline import decode, outputs, store, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
+from pipeline.refinement import Refinement, check_passes
 from pipeline.tracking import logged_models
 
 
@@ -48,14 +49,18 @@ def distill(
     spec = absolute_spec(spec)
     check_student_storage(spec, lambda: bool(training.choose_workers(spec).workers))
     spec = resolve_spec(spec)
-    plan = plan_student(spec)
-    group = training.choose_workers(spec)
+    plan, group = plan_student(spec), training.choose_workers(spec)
+    student = plan.student
     storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
-    refinement.check_passes(spec, group)
-    network = (plan.student.network, plan.student.sample_shape, plan.student.num_classes)
-    cost = f"distill: {training.describe_cost(spec.optimizer, *network, plan.rows, _calls(spec))}"
+    check_passes(spec, group)
+    calls = 1.0  # network calls per training sample: one for the objective, and one per step of a refined image
+    if spec.refine.kind == "data":
+        steps = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
+        calls += sum(steps) / len(steps)
+    network = (student.network, student.sample_shape, student.num_classes)
+    cost = training.describe_cost(spec.optimizer, *network, plan.rows, calls)
     if spec.dry_run:
-        log.info(cost)
+        log.info(f"distill: {cost}")
         return None
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **plan.content):
         log.info(f"distill: {spec.out} is complete: nothing to do")
@@ -64,40 +69,22 @@ def distill(
         return load_config(spec.out)
     training.await_workers("distill", spec.optimizer, group)
     if not is_trial:
-        log.info(f"{cost}\ndistill: {training.describe_workers(group, spec.precision)}")
+        log.info(f"distill: {cost}\ndistill: {group}, {spec.precision.resolved(group.on_gpu)}")
+    steps_taken = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
+    summary = f"{steps_taken}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
+    held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
     with start_student_run(spec, plan, parent) as run:
-        title = f"distill {_describe(spec)}"
-        training.log_cost(run, *network)
-        sheets = training.Sheets(spec.sample_updates, plan.student, spec.precision)
-        held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
-        validation = training.Validation(
-            spec.validation_updates, plan.student, spec.optimizer, spec.precision, held_out
-        )
         task = DistillTask(spec, plan.init)
-        job = training.Job(
-            task, title, spec.out, run, spec.checkpoint_updates, sheets, validation, spec.checkpoint_seconds
-        )
-        weights = training.train(job, group, on_report)
-        config = outputs.write_model(spec.out, plan.student, weights, run)
+        config = training.train_model(spec, task, f"distill {summary}", student, run, group, on_report, held_out)
         logged_models.log_finished(run, spec, config)
     if not is_trial:
-        log.info(f"distill: wrote {spec.out} ({_describe(spec)})")
+        log.info(f"distill: wrote {spec.out} ({summary})")
     return config
 
 
 def finish_stopped_student(spec: DistillSpec) -> bool:
-    """Finish the run of a job that was stopped after it wrote its student.
-
-    Returns:
-        Whether there was such a run.
-    """
-    config = load_config(spec.out)
-    run = outputs.reopen_run(spec.out, config)
-    if run is None:
-        return False
-    logged_models.log_finished(run, spec, config)
-    run.end("FINISHED")
-    return True
+    """Finish the run of a job that was stopped after it wrote its student. Return whether there was such a run."""
+    return outputs.finish_run(spec.out, lambda run, config: logged_models.log_finished(run, spec, config))
 
 
 @dataclass(frozen=True)
@@ -127,19 +114,6 @@ def start_student_run(
     )
 
 
-def _calls(spec: DistillSpec) -> float:
-    """Return the network calls per training sample: one for the objective, and one per step of a refined image."""
-    if spec.refine.kind == "none":
-        return 1.0
-    steps = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
-    return 1 + sum(steps) / len(steps)
-
-
-def _describe(spec: DistillSpec) -> str:
-    steps = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
-    return f"{steps}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
-
-
 def resolve_spec(spec: DistillSpec) -> DistillSpec:
     """Return the spec with absolute paths and a settled precision."""
     spec = absolute_spec(spec)
@@ -161,17 +135,10 @@ def check_student_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> N
     Raises:
         DistillKacError: only one of several machines has a path.
     """
-    storage.check_shared(
-        {
-            "`store`": spec.store,
-            "`out`": spec.out,
-            "`init`": None if spec.init == "teacher" else spec.init,
-            "`teacher`": spec.teacher,
-            **storage.cache_of(spec.refine.kind == "data"),
-        },
-        is_spread,
-        writes_to_mlflow=spec.out,
-    )
+    init = None if spec.init == "teacher" else spec.init
+    paths = {"`store`": spec.store, "`out`": spec.out, "`init`": init, "`teacher`": spec.teacher}
+    cache = storage.cache_of(spec.refine.kind == "data")
+    storage.check_shared({**paths, **cache}, is_spread, writes_to_mlflow=spec.out)
 
 
 def plan_student(spec: DistillSpec) -> DistillPlan:
@@ -181,19 +148,21 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         DistillKacError: an input is missing or does not fit.
     """
     source = store.open(spec.store)
-    objective = objective_of(spec)
+    identity, manifest, objective = source.identity, source.manifest, objective_of(spec)
+    assert manifest is not None
     source.check_objective(objective)
-    scales = _scales(spec, source)
-    if spec.held_out_rows and source.identity.source == "forward":
+    if spec.guidance != "all":
+        source.check_guidance(spec.guidance)
+    scales = source.guidance if spec.guidance == "all" else (spec.guidance,)
+    if spec.held_out_rows and identity.source == "forward":
         raise ArgumentError(
             f"`held_out_rows` is {spec.held_out_rows}, but this is a forward store, whose rows are single intervals. "
             "Set `held_out_rows` to 0."
         )
-    assert source.manifest is not None
-    init = spec.init if spec.init != "teacher" else (spec.teacher or source.manifest.teacher)
+    init = spec.init if spec.init != "teacher" else (spec.teacher or manifest.teacher)
     first = load_model(init).config
     check_apart(spec, {"the teacher of the store": init, "`data.root` of the teacher": first.data.root})
-    _check_init(spec, objective, source.identity, init, first)
+    _check_init(spec, objective, identity, init, first)
     if spec.refine.kind == "data":
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
         decode.prepare(first.data)
@@ -203,25 +172,26 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         # not need images. If they are missing, the validation reports it.
         with contextlib.suppress(DistillKacError, OSError):
             decode.prepare(first.data)
+    sample_ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
     content = {
-        "store": source.manifest.fingerprint,
+        "store": manifest.fingerprint,
         "init_sha256": first.weights_sha256,
-        "sample_ids": str(_sample_ids(source.manifest, scales)),
+        "sample_ids": str(sample_ids if len(scales) > 1 else sample_ids[scales[0]]),
         **({"data": first.data_sha256} if spec.refine.kind == "data" else {}),
     }
     student = first.model_copy(
         update={
             "kind": "student",
-            "network": student_network(first, objective),
+            "network": first.network.model_copy(update={"conditions": objective.conditions}),
             "steps": spec.steps,
-            "knot_grid": source.identity.knot_grid,
+            "knot_grid": identity.knot_grid,
             "guidance": scales[0],
             "guidance_scales": scales if spec.guidance == "all" else (),
-            "conditioning": "none" if source.identity.labels == "null" else "classes",
+            "conditioning": "none" if identity.labels == "null" else "classes",
             "refined_in": tuple(dict.fromkeys((*first.refined_in, *getattr(spec.refine, "spaces", ())))),
             "fingerprint": spec.fingerprint(**content),
-            "teacher_sha256": source.identity.teacher_sha256,
-            "store_fingerprint": source.manifest.fingerprint,
+            "teacher_sha256": identity.teacher_sha256,
+            "store_fingerprint": manifest.fingerprint,
         }
     )
     return DistillPlan(content, init, student, source.without_last(spec.held_out_rows).rows(scales), scales)
@@ -230,28 +200,6 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
 def objective_of(spec: DistillSpec) -> Objective:
     """Return the objective of a student."""
     return spec.objective.build(spec.steps, ("guidance",) if spec.guidance == "all" else ())
-
-
-def _scales(spec: DistillSpec, source: store.Store) -> tuple[float, ...]:
-    """Return the guidance scales to learn, in ascending order.
-
-    Raises:
-        StoreError: the store does not have the scale.
-    """
-    if spec.guidance == "all":
-        return source.guidance
-    source.check_guidance(spec.guidance)
-    return (spec.guidance,)
-
-
-def _sample_ids(manifest: store.Manifest, scales: tuple[float, ...]) -> Any:
-    ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
-    return ids if len(ids) > 1 else ids[scales[0]]
-
-
-def student_network(first: ModelConfig, objective: Objective) -> NetworkConfig:
-    """Return the network of a student that starts from ``first``: the same network with the objective's conditions."""
-    return first.network.model_copy(update={"conditions": objective.conditions})
 
 
 def _check_init(
@@ -303,60 +251,49 @@ class DistillTask:
 
     def build(self, worker: training.Worker) -> training.Learner:
         """Return a learner for a student with initial weights."""
-        spec, first = self.spec, load_model(self.init)
+        spec, first, given = self.spec, load_model(self.init), self.batch
         objective = objective_of(spec)
         torch.manual_seed(spec.seed)
-        config = student_network(first.config, objective)
+        config = first.config.network.model_copy(update={"conditions": objective.conditions})
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
-        given = self.batch
-        read = _Intervals(spec, objective, worker).batch if given is None else lambda update, seat: given(update)
+        read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
         # A seat's whole batch is read once and kept, because each of its passes takes a part of it.
         batch = functools.lru_cache(maxsize=1)(read)
-        refine = None
-        if spec.refine.kind == "data":
-            refine = refinement.Refinement(spec, spec.refine, self.init, first.config, worker)
+        refine = Refinement(spec, self.init, first.config, worker.device) if spec.refine.kind == "data" else None
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             training.seed_dropout(spec.seed, micro)
-            parts = (
-                part[micro.slot % micro.accumulation :: micro.accumulation] for part in batch(micro.update, micro.seat)
-            )
-            distillation = objective.losses(network, Interval(*parts))
+            parts = batch(micro.update, micro.seat)
+            share = Interval(*(part[micro.slot % micro.accumulation :: micro.accumulation] for part in parts))
+            distillation = objective.losses(network, share)
             return distillation if refine is None else refine.losses(network, micro, distillation)
 
-        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
+        return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
 
 
-class _Intervals:
-    """Reads the batches of a worker's seats. A resumed run starts in the middle.
+def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Worker) -> Callable[[int, int], Interval]:
+    """Return a function that reads the next batch of a seat, onto the worker's device. Arguments: update, seat.
 
     A worker with several seats reads each seat's batches in the order in which a worker with only this seat would read
     them. That order depends on the memory limit, so every seat has the full limit: streamed columns need this memory
     once per seat, loaded columns only once.
     """
+    source = store.open(spec.store).without_last(spec.held_out_rows)
+    readers: dict[int, Iterator[Interval]] = {}  # by seat
 
-    def __init__(self, spec: DistillSpec, objective: Objective, worker: training.Worker) -> None:
-        self.spec, self.objective, self.worker = spec, objective, worker
-        self.source = store.open(spec.store).without_last(spec.held_out_rows)
-        self.readers: dict[int, tuple[int, Iterator[Interval]]] = {}  # by seat: the next update, and its batches
-
-    def batch(self, update: int, seat: int) -> Interval:
-        """Return a seat's batch of an update, on the worker's device."""
-        next_update, batches = self.readers.get(seat, (-1, iter(())))
-        if update != next_update:
-            spec, seats = self.spec, self.worker.seats
-            batches = self.source.interval_batches(
-                spec.optimizer.batch_size // seats,
-                self.objective,
-                self.source.guidance if spec.guidance == "all" else spec.guidance,
+    def read(update: int, seat: int) -> Interval:
+        if seat not in readers:  # a resumed run starts in the middle
+            readers[seat] = source.interval_batches(
+                spec.optimizer.batch_size // worker.seats,
+                objective,
+                source.guidance if spec.guidance == "all" else spec.guidance,
                 rank=seat,
-                world_size=seats,
+                world_size=worker.seats,
                 seed=spec.seed,
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        self.readers[seat] = update + 1, batches
-        # The store's reader reads ahead. Only the copy to the device remains, which need not wait.
-        device = self.worker.device
-        return training.on_device(training.pinned(next(batches), device), device)
+        return training.to_device(next(readers[seat]), worker.device)  # the store's reader reads ahead
+
+    return read

@@ -8,14 +8,16 @@ OUT/<result>       written last; if it has the fingerprint of the spec, the work
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from kac.model import ModelConfig, save_model
+from kac.model import ModelConfig, load_config, save_model
 from kac.util import files, probes
 from kac.util.errors import DistillKacError
 from kac.util.fingerprint import hashed_fields
+from kac.util.log import log
 from kac.util.options import flatten
 from pipeline import claims
 from pipeline.config import Spec
@@ -54,12 +56,8 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     claims.take(out)
     if is_of_another_spec:  # Ray Train keeps records even of a run without checkpoints, and would resume that run
         files.remove_tree(files.join(out, TRAINING_FOLDER))
-    record = {
-        "stage": spec.stage,
-        "fingerprint": fingerprint,
-        "identity": identity,
-        "options": spec.model_dump(mode="json"),
-    }
+    options = spec.model_dump(mode="json")
+    record = {"stage": spec.stage, "fingerprint": fingerprint, "identity": identity, "options": options}
     files.write_bytes(files.join(out, SPEC_FILE), json.dumps(record, indent=2).encode())
     return True
 
@@ -87,16 +85,32 @@ def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: 
     return config
 
 
-def reopen_run(out: str, config: ModelConfig) -> TrackedRun | None:
-    """Return the run of a complete model folder if its job was stopped before it ended the run, else None.
+def complete_model(stage: str, out: str) -> ModelConfig:
+    """Log that a model folder is complete, finish its run if necessary, and return its config."""
+    log.info(f"{stage}: {out} is complete: nothing to do")
+    finish_run(out)
+    return load_config(out)
 
-    The caller must end the run.
+
+def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
+    """Finish the run of a complete model folder if its job was stopped before it ended the run.
+
+    Args:
+        out: the model folder.
+        before_end: called with the run before the run ends.
+
+    Returns:
+        Whether there was such a run.
     """
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
-        return None
+        return False
+    config = load_config(out)
     _tag_and_clean(out, config, run)
-    return run
+    if before_end is not None:
+        before_end(run, config)
+    run.end("FINISHED")
+    return True
 
 
 def _tag_and_clean(out: str, config: ModelConfig, run: TrackedRun) -> None:
@@ -116,11 +130,9 @@ def _holds_work(out: str) -> bool:
 
 def _read_json(path: str) -> dict[str, Any] | None:
     try:
-        raw = files.read_bytes(path)
+        values = json.loads(files.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        values = json.loads(raw)
     except ValueError as error:
         raise DistillKacError(f"{path} is damaged ({error}). Remove the folder and start again.") from None
     return values if isinstance(values, dict) else {}

@@ -32,18 +32,13 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, is_shown: bool = True) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
-        self._first, self._started = done, time.perf_counter()
-        self._last_line, self._note = self._started, ""
+        self._first, self._note = done, ""
+        self._started = self._last_line = time.perf_counter()
         self._writes_lines = is_shown and not on_terminal()
         self._bar = _terminal_bar(title, total, unit, done) if is_shown and on_terminal() else None
 
     def update(self, count: int, note: str = "") -> None:
-        """Add ``count`` units of finished work.
-
-        Args:
-            count: the number of units.
-            note: text after the numbers, such as the loss.
-        """
+        """Add ``count`` units of finished work, and a note for the next lines, such as the loss."""
         self.done += count
         self._note = note or self._note
         if self._bar is not None:
@@ -51,11 +46,15 @@ class ProgressBar:
         now = time.perf_counter()
         if self._writes_lines and (now - self._last_line >= LINE_SECONDS or self.done >= self.total):
             self._last_line = now
-            progress_log.info(self._line(now - self._started))
+            rate = (self.done - self._first) / max(now - self._started, 1e-9)
+            parts = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", f"{rate:,.3g} per second"]
+            if self.done < self.total:
+                parts.append(f"about {duration((self.total - self.done) / max(rate, 1e-9))} left")
+            progress_log.info(", ".join([*parts, self._note] if self._note else parts))
 
     def write(self, line: str) -> None:
         """Write a line above the bar."""
-        if self._bar is not None and hasattr(self._bar, "write"):
+        if hasattr(self._bar, "write"):
             self._bar.write(line)
         else:
             log.info(line)
@@ -70,13 +69,6 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _line(self, seconds: float) -> str:
-        rate = (self.done - self._first) / max(seconds, 1e-9)
-        line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.3g} per second"
-        if self.done < self.total:
-            line += f", about {duration((self.total - self.done) / max(rate, 1e-9))} left"
-        return line + (f", {self._note}" if self._note else "")
 
 
 def _terminal_bar(title: str, total: int, unit: str, done: int) -> Any:

@@ -32,13 +32,12 @@ def check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
 class Refinement:
     """Adds the distance between student and training images to the distillation loss, which is the anchor."""
 
-    def __init__(
-        self, spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, worker: training.Worker
-    ) -> None:
-        self.spec, self.options, self.model = spec, options, model
+    def __init__(self, spec: DistillSpec, init: str, model: ModelConfig, device: torch.device) -> None:
+        assert isinstance(spec.refine, DataRefinementConfig)
+        self.spec, self.options, self.model = spec, spec.refine, model
         data = learned_data(init, model)
         self.path, self.data = model.path.build(), data.train
-        self.spaces = open_spaces(options.spaces, data, worker.device)
+        self.spaces = open_spaces(self.options.spaces, data, device)
         self.knot_grid = store.open(spec.store).identity.knot_grid
         self.frequencies = torch.tensor(model.class_frequencies)
 
@@ -55,12 +54,11 @@ class Refinement:
         real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
         real, real_label = self.data.rows(real_rows)
         label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
-        noise = training.slot_generator(spec.seed, micro)
-        x_1 = self.path.sample(
-            torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device), noise
-        ).x_t
-        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
         label = label.to(device)
+        noise = training.slot_generator(spec.seed, micro)
+        zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)
+        x_1 = self.path.sample(zeros, ones, noise).x_t
+        steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
         sampling = Sampling(0.0, steps, "euler", self.knot_grid)
         x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
         return refinement_loss(

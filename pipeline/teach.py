@@ -1,5 +1,6 @@
 """Train a Kac-flow teacher by flow matching."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
 from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
-from kac.model import CONFIG_FILE, ModelConfig, load_config, teacher_config
+from kac.model import CONFIG_FILE, ModelConfig, teacher_config
 from kac.networks import VelocityNetwork, build_network
 from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
@@ -45,49 +46,29 @@ def teach(
     )
     spec = spec.settled(lambda: training.choose_workers(spec).on_gpu)
     data = decode.open_described("teach", spec.data)
-    network = (spec.network, data.sample_shape, data.num_classes)
-    cost = f"teach: {training.describe_cost(spec.optimizer, *network, data.train)}"
+    cost = training.describe_cost(spec.optimizer, spec.network, data.sample_shape, data.num_classes, data.train)
     if spec.dry_run:
-        log.info(cost)
+        log.info(f"teach: {cost}")
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
-        log.info(f"teach: {spec.out} is complete: nothing to do")
-        config = load_config(spec.out)
-        if unfinished := outputs.reopen_run(spec.out, config):
-            unfinished.end("FINISHED")
-        return config
+        return outputs.complete_model(spec.stage, spec.out)
     group, fingerprint = training.choose_workers(spec), spec.fingerprint(**content)
     training.await_workers("teach", spec.optimizer, group)
-    log.info(f"{cost}\nteach: {training.describe_workers(group, spec.precision)}")
-    inputs, name = {"data": data.sha256}, f"teach-{spec.data.kind}"
-    datasets = [tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)]
+    log.info(f"teach: {cost}\nteach: {group}, {spec.precision.resolved(group.on_gpu)}")
     with tracking.start_run(
         spec=spec,
         fingerprint=fingerprint,
-        inputs=inputs,
+        inputs={"data": data.sha256},
         output=spec.out,
         parent=parent,
-        name=name,
-        datasets=datasets,
+        name=f"teach-{spec.data.kind}",
+        datasets=[tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)],
     ) as run:
-        training.log_cost(run, *network)
         decode.log_data(run, data)
         conditioning = learned_conditioning(spec.network, spec.label_dropout)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint, conditioning)
-        sheets = training.Sheets(spec.sample_updates, config, spec.precision)
-        validation = training.Validation(spec.validation_updates, config, spec.optimizer, spec.precision)
-        job = training.Job(
-            TeachTask(spec),
-            "teach",
-            spec.out,
-            run,
-            spec.checkpoint_updates,
-            sheets,
-            validation,
-            spec.checkpoint_seconds,
-        )
-        config = outputs.write_model(spec.out, config, training.train(job, group, on_report), run)
+        config = training.train_model(spec, TeachTask(spec), "teach", config, run, group, on_report)
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config
@@ -109,14 +90,14 @@ class TeachTask:
         spec, data = self.spec, open_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
         network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path, batch = spec.path.build(), training.prefetched(_Batches(spec, data), worker.device)
+        path, batch = spec.path.build(), training.prefetched(_batches(spec, data), worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             training.seed_dropout(spec.seed, micro)
             noise = training.slot_generator(spec.seed, micro)
             return LossTerms({"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)})
 
-        return training.NetworkLearner(network, losses, spec.optimizer, worker, spec.precision)
+        return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
 
 
 class TrainingBatch(NamedTuple):
@@ -127,20 +108,19 @@ class TrainingBatch(NamedTuple):
     label: Tensor  # [rows], some replaced by the null label
 
 
-class _Batches:
-    """Makes the micro-batches of a training run. Reads only the rows of each micro-batch, and keeps none of them."""
+def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], TrainingBatch]:
+    """Return a function that makes a micro-batch. It reads only the rows of the micro-batch, and keeps none of them."""
+    size, num_classes = spec.optimizer.batch_size, data.description.num_classes
+    order = training.EpochOrder(spec.seed, len(data.train), size)
 
-    def __init__(self, spec: TeachSpec, data: Dataset) -> None:
-        self.spec, self.data = spec, data
-        self.order = training.EpochOrder(spec.seed, len(data.train), spec.optimizer.batch_size)
-
-    def __call__(self, micro: training.MicroBatch) -> TrainingBatch:
-        """Draw random numbers for the whole batch and return the part of ``micro``: no split changes the batch."""
-        spec, size = self.spec, self.spec.optimizer.batch_size
+    def batch(micro: training.MicroBatch) -> TrainingBatch:
+        # Random numbers are drawn for the whole batch, so that no split changes it.
         draws = training.update_generator(spec.seed, micro.update)
         t, drop_coin, flip_coin = stratified_times(size, draws), *torch.rand(2, size, generator=draws)
-        images, label = self.data.train.rows(micro.share(self.order.batch(micro.update)))
-        label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, self.data.description.num_classes)
+        images, label = data.train.rows(micro.share(order.batch(micro.update)))
+        label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, num_classes)
         if spec.data.horizontal_flip:
             images = flip(images, micro.share(flip_coin) < 0.5)
         return TrainingBatch(images, micro.share(t), label)
+
+    return batch

@@ -1,23 +1,20 @@
 """Training, shared by all stages: a task builds a learner, the loop updates it, and a host runs the loop."""
 
-from pipeline.training.cost import describe_cost, describe_workers, log_cost
-from pipeline.training.hosts import OnReport, WorkerGroup, await_workers, check_batch_split, choose_workers, train
-from pipeline.training.learner import (
+from pipeline.training.batches import (
     EpochOrder,
-    Learner,
     MicroBatch,
-    NetworkLearner,
-    Progress,
-    TrainedNetwork,
     Worker,
+    prefetched,
     seed_dropout,
     slot_generator,
+    to_device,
     update_generator,
 )
+from pipeline.training.hosts import OnReport, train, train_model
+from pipeline.training.learner import Learner
 from pipeline.training.loop import Job, Task
-from pipeline.training.prefetcher import on_device, pinned, prefetched
-from pipeline.training.sheets import Sheets
 from pipeline.training.validation import HeldOut, Validation
+from pipeline.training.workers import WorkerGroup, await_workers, check_batch_split, choose_workers, describe_cost
 
 __all__ = [
     "EpochOrder",
@@ -25,12 +22,8 @@ __all__ = [
     "Job",
     "Learner",
     "MicroBatch",
-    "NetworkLearner",
     "OnReport",
-    "Progress",
-    "Sheets",
     "Task",
-    "TrainedNetwork",
     "Validation",
     "Worker",
     "WorkerGroup",
@@ -38,13 +31,11 @@ __all__ = [
     "check_batch_split",
     "choose_workers",
     "describe_cost",
-    "describe_workers",
-    "log_cost",
-    "on_device",
-    "pinned",
     "prefetched",
     "seed_dropout",
     "slot_generator",
+    "to_device",
     "train",
+    "train_model",
     "update_generator",
 ]

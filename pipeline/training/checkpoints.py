@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pipeline.training.learner import Worker
+from pipeline.training.batches import Worker
 
 MAX_SAVING_SHARE = 0.05
 """Saving takes at most this share of the training time, unless it takes less than ``FREE_SECONDS`` per checkpoint."""
@@ -52,32 +52,28 @@ class CheckpointSchedule:
 
     def is_due(self, done: int) -> bool:
         """Whether to save a checkpoint after update ``done``."""
-        if self._is_new or self._is_broadcast_due(done):
+        since = done - self.first
+        is_early = since < self.every and since & (since - 1) == 0
+        if self._is_new or is_early or done % self.every == 0:
             self._broadcast(done)
-        is_due_by_updates = done % self.updates == 0 and done >= self._not_before
-        return is_due_by_updates or done >= self._due
+        return done >= self._due or (done % self.updates == 0 and done >= self._not_before)
 
     def saved(self, done: int, began: float) -> None:
         """Record that a checkpoint of update ``done`` has been saved; saving began at time ``began``."""
         self._saved_at = self._broadcast_at = self.clock()
-        self._saving_seconds, self._broadcast_update = self._saved_at - began, done
-        self._is_new = True
-
-    def _is_broadcast_due(self, done: int) -> bool:
-        since = done - self.first
-        return done % self.every == 0 or (since < self.every and since & (since - 1) == 0)
+        self._saving_seconds, self._broadcast_update, self._is_new = self._saved_at - began, done, True
 
     def _broadcast(self, done: int) -> None:
         now = self.clock()
         seconds_per_update = max(now - self._broadcast_at, 1e-9) / max(1, done - self._broadcast_update)
-        self._broadcast_at, self._broadcast_update = now, done
+        self._broadcast_at, self._broadcast_update, self._is_new = now, done, False
         pause = self._saving_seconds / MAX_SAVING_SHARE if self._saving_seconds >= FREE_SECONDS else 0.0
-        intervals = (max(self.seconds, pause), pause)
-        updates_left = [(interval - (now - self._saved_at)) / seconds_per_update for interval in intervals]
-        schedule = [done + math.ceil(min(max(0.0, updates), NEVER / 2)) for updates in updates_left]
+        schedule = []
+        for interval in (max(self.seconds, pause), pause):
+            updates_left = (interval - (now - self._saved_at)) / seconds_per_update
+            schedule.append(done + math.ceil(min(max(0.0, updates_left), NEVER / 2)))
         if dist.is_initialized():
             message = torch.tensor(schedule, device=self.worker.device)
             dist.broadcast(message, src=0)
             schedule = message.tolist()
         self._due, self._not_before = schedule
-        self._is_new = False

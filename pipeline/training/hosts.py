@@ -9,112 +9,48 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from kac.model import ModelConfig
+from kac.networks.cost import network_cost
 from kac.util import files
 from kac.util.device import default_device
-from kac.util.errors import ArgumentError, DistillKacError
-from kac.util.options import Range, most
-from pipeline import claims
+from kac.util.errors import DistillKacError
+from kac.util.options import Range
+from pipeline import claims, outputs
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.placement import Resources, wait_for_capacity
-from pipeline.config import OptimizerConfig, WorkerOptions
+from pipeline.config import DistillSpec, TeachSpec
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.tracking import TrackedRun
 from pipeline.training import recovery
-from pipeline.training.learner import Worker
-from pipeline.training.loop import Job, averaged_weights, run_updates
+from pipeline.training.batches import Worker
+from pipeline.training.loop import Job, Task, averaged_weights, run_updates
+from pipeline.training.validation import HeldOut, Validation
+from pipeline.training.workers import WorkerGroup
 
 OnReport = Callable[[dict[str, float]], None]
 """Called with the metrics of a validation or a checkpoint; see ``loop.Report``."""
 
 
-class WorkerGroup(NamedTuple):
-    """The workers of a training run and their resources."""
-
-    workers: int | Range  # of Ray Train; 0 means this process
-    use_gpu: bool  # whether each worker uses a GPU or a fraction of one
-    resources: Resources = Resources(1.0)  # resources per worker
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the training runs on GPUs."""
-        return self.use_gpu if self.workers else torch.cuda.is_available()
-
-    def __str__(self) -> str:
-        device = "GPU" if self.on_gpu else "CPU"
-        if not self.workers:
-            return f"in this process on the {device}"
-        number = str(self.workers).replace(":", " to ")
-        resources = f"a {device}" if self.resources == Resources(1.0, float(self.use_gpu)) else self.resources
-        return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
-
-
-def choose_workers(options: WorkerOptions) -> WorkerGroup:
-    """Choose the workers of a training run and their resources.
-
-    The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
-    no GPU yet; there both ``workers`` and ``gpu`` must be set.
-
-    Raises:
-        ArgumentError: the options cannot be combined.
-    """
-    if options.workers == 0:
-        group = WorkerGroup(0, use_gpu=False)
-    else:
-        gpus = cluster.connect().gpus
-        use_gpu = gpus > 0 if options.gpu is None else options.gpu
-        resources = Resources(
-            options.cpus_per_worker, options.gpus_per_worker if use_gpu else 0.0, options.label_selector
-        )
-        group = WorkerGroup(gpus if options.workers is None else options.workers, use_gpu, resources)
-    _check_options(options, group)
-    return group
-
-
-def _check_options(options: WorkerOptions, group: WorkerGroup) -> None:
-    if options.gpu and not group.on_gpu:
-        raise ArgumentError(
-            "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."
-        )
-    if options.label_selector and not group.workers:
-        raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
-    if options.label_selector and isinstance(group.workers, Range):
-        # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
-        raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
-    if group.use_gpu and options.gpus_per_worker < 1 and most(group.workers) > 1:
-        raise ArgumentError(  # because NCCL refuses two ranks on one GPU
-            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or "
-            "use one worker."
-        )
-
-
-def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
-    """Check that the workers can split a batch equally.
-
-    Raises:
-        ArgumentError: they cannot.
-    """
-    batch, passes = optimizer.batch_size, optimizer.accumulation
-    if workers and batch % (most(workers) * passes):
-        parts = f"each of the {passes} parts of a batch of {batch}" if passes > 1 else f"a batch of {batch}"
-        raise ArgumentError(
-            f"`workers` is {workers}, but {most(workers)} workers cannot split {parts} samples equally. Choose a "
-            f"divisor of {batch // passes}."
-        )
-
-
-def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
-    """Wait until the nodes can fit the workers. Raises as ``check_batch_split`` and ``placement.wait_for_capacity``.
-
-    A trial of a sweep does not wait here, because the sweep has done so. If a trial does not fit, a node was lost, and
-    ``recovery`` waits for its replacement.
-    """
-    check_batch_split(optimizer, group.workers)
-    if group.workers and not cluster.is_worker():
-        wait_for_capacity(stage, "`workers`", group.workers, group.resources)
+def train_model(
+    spec: TeachSpec | DistillSpec,
+    task: Task,
+    title: str,
+    config: ModelConfig,
+    run: TrackedRun,
+    group: WorkerGroup,
+    on_report: OnReport | None,
+    held_out: HeldOut | None = None,
+) -> ModelConfig:
+    """Train a model as ``train`` does, and write it into its folder. Return its config with the hash of its weights."""
+    run.params(network_cost(config.network, config.sample_shape, config.num_classes)._asdict())
+    validation = Validation(
+        spec.validation_updates, config, spec.optimizer, spec.precision, held_out, spec.sample_updates
+    )
+    job = Job(task, title, spec.out, run, spec.checkpoint_updates, spec.checkpoint_seconds, validation)
+    return outputs.write_model(spec.out, config, train(job, group, on_report), run)
 
 
 def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> dict[str, Tensor]:
@@ -152,30 +88,28 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
     from ray.train.torch import TorchTrainer
 
     location = files.locate(job.out)
+    max_workers = group.workers.most if isinstance(group.workers, Range) else None
+    run_config = RunConfig(
+        # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
+        name=TRAINING_FOLDER,
+        storage_path=location.path,
+        storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
+        # Only recovery.fit restarts failed runs.
+        failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # the log files are complete
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+    )
 
     def make_trainer(workers: int | Range) -> TorchTrainer:
+        scaling_config = ScalingConfig(
+            num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
+            use_gpu=group.use_gpu,
+            resources_per_worker=group.resources.by_ray_name,
+            label_selector=dict(group.resources.label_selector) or None,
+        )
+        options = {"job": job, "max_workers": max_workers}
         return TorchTrainer(
-            _ray_worker,
-            train_loop_config={
-                "job": job,
-                "max_workers": group.workers.most if isinstance(group.workers, Range) else None,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
-                use_gpu=group.use_gpu,
-                resources_per_worker=group.resources.by_ray_name,
-                label_selector=dict(group.resources.label_selector) or None,
-            ),
-            run_config=RunConfig(
-                # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
-                name=TRAINING_FOLDER,
-                storage_path=location.path,
-                storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
-                # Only recovery.fit restarts failed runs.
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                logging_config=LoggingConfig(log_level="CRITICAL"),  # the log files are complete
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-            ),
+            _ray_worker, train_loop_config=options, scaling_config=scaling_config, run_config=run_config
         )
 
     result = recovery.fit(make_trainer, job.title, job.out, group.workers, group.resources)
@@ -191,9 +125,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     cluster.quiet("ray.train")
-    job: Job = config["job"]
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["max_workers"])
 
     def report(metrics: dict[str, float], state: bytes | None) -> None:
@@ -205,7 +137,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=checkpoint)
 
     latest = ray.train.get_checkpoint()
-    run_updates(job, worker, report, None if latest is None else _state_in(latest))
+    run_updates(config["job"], worker, report, None if latest is None else _state_in(latest))
 
 
 def _state_in(checkpoint: Any) -> bytes:

@@ -54,111 +54,78 @@ def fit(
 
     failures, group = 0, workers
     while True:
-        _await_nodes(title, out, workers, resources)
+        _await_nodes(title, out, least(workers), resources)
         before = _checkpoints(out)
         try:
             return make_trainer(group).fit()
         except TrainingFailedError as error:
+            group = workers
             if _checkpoints(out) != before:
                 failures = 0
-            failure = getattr(error, "controller_failure", None)
-            lacks_resources = isinstance(failure, ray_internals.start_timeout_error())
-            group = _fitting(workers, resources) if lacks_resources else workers
-            if lacks_resources and _are_resources_in_use(workers, resources):
-                log.info(
-                    f"{title}: waiting until other jobs on the cluster free {_describe_resources(workers, resources)}"
-                )
-                continue
+            if isinstance(getattr(error, "controller_failure", None), ray_internals.start_timeout_error()):
+                free = placement.free_capacity(resources)
+                if isinstance(workers, Range):  # leave out the workers that do not fit next to other jobs
+                    group = Range(workers.least, int(max(workers.least, min(workers.most, free))))
+                if free < least(workers) and not ray_internals.is_embedded():  # an embedded Ray has no other jobs
+                    log.info(f"{title}: waiting until other jobs on the cluster free {least(workers)} x ({resources})")
+                    continue
             failures += 1
-            _check_retry(error, out, failures)
-            log.info(f"{title}: {_describe_failure(error)}; resuming from the last checkpoint")
-            if isinstance(workers, Range) and _lost_ranks(error):
+            lost = _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
+            if lost and isinstance(workers, Range):
                 # An elastic group waits forever if it starts with a dead node that Ray has not detected yet.
                 time.sleep(DETECTION_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
 
 
-def _check_retry(error: Exception, out: str, failures: int) -> None:
-    """Raise a ``DistillKacError`` if another attempt is pointless. For a bug, log the whole traceback first.
+def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> list[int]:
+    """Log the failure of a group in one line, and return the ranks of lost workers.
 
-    Args:
-        failures: number of failures since the last new checkpoint.
+    Raises:
+        DistillKacError: there are no tries left, or another try would fail in the same way. For a bug, the whole
+            traceback is logged first.
     """
-    worker_errors = _worker_errors(error)
-    refusals = [each for each in worker_errors if isinstance(each, DistillKacError)]
-    if failures <= MAX_FAILURES and not refusals:  # a refusal would only repeat itself
-        return
-    if worker_errors and not refusals:
-        log.warning(error)
-    kind = DivergedError if any(isinstance(each, DivergedError) for each in refusals) else DistillKacError
-    raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
+    failed: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [each._base_exc for each in failed.values() if hasattr(each, "_base_exc")]  # by the training loop
+    refusals = [each for each in raised if isinstance(each, DistillKacError)]
+    if refusals or not has_tries:
+        if raised and not refusals:
+            log.warning(error)
+        kind = DivergedError if any(isinstance(each, DivergedError) for each in refusals) else DistillKacError
+        raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
+    # The other workers fail only because they cannot reach the lost ones.
+    lost = sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
+    if lost:
+        what = f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
+    elif failed:
+        what = f"the worker of rank {min(failed)} failed ({cluster.innermost(failed[min(failed)])})"
+    else:
+        what = cluster.innermost(error)
+    log.info(f"{title}: {what}; resuming from the last checkpoint")
+    return lost
 
 
-def _await_nodes(title: str, out: str, workers: int | Range, resources: Resources) -> None:
+def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> None:
     """Wait until the nodes can fit the workers. Ray Train itself waits for resources that other jobs use.
 
     Raises:
         DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray is too small.
     """
-    wanted, started = least(workers), time.monotonic()
     if placement.capacity(resources) >= wanted:
         return
-    logged = -LOG_SECONDS
+    problem, started, logged = f"the nodes cannot fit {wanted} x ({resources})", time.monotonic(), -LOG_SECONDS
     with placement.requested_from_autoscaler(wanted, resources):
         while placement.capacity(resources) < wanted:
             waited = time.monotonic() - started
             if waited >= WAIT_SECONDS or ray_internals.is_embedded():
                 raise DistillKacError(
-                    f"{out}: the nodes cannot fit {_describe_resources(workers, resources)}, after waiting for "
-                    f"{duration(waited)}. Add nodes or lower `workers`, then run the same command again to resume from "
-                    "the last checkpoint."
+                    f"{out}: {problem}, after waiting for {duration(waited)}. Add nodes or lower `workers`, then run "
+                    "the same command again to resume from the last checkpoint."
                 )
             if waited >= logged + LOG_SECONDS:
-                logged, left = waited, duration(WAIT_SECONDS - waited)
-                needed = _describe_resources(workers, resources)
-                log.info(f"{title}: the nodes cannot fit {needed}; waiting at most {left} for more nodes")
+                logged = waited
+                log.info(f"{title}: {problem}; waiting at most {duration(WAIT_SECONDS - waited)} for more nodes")
             time.sleep(placement.POLL_SECONDS)
-
-
-def _are_resources_in_use(workers: int | Range, resources: Resources) -> bool:
-    """Whether other jobs on the cluster use the resources. An embedded Ray has no other jobs."""
-    return not ray_internals.is_embedded() and placement.free_capacity(resources) < least(workers)
-
-
-def _fitting(workers: int | Range, resources: Resources) -> int | Range:
-    """A range without the workers that do not fit beside other jobs; a fixed number is unchanged."""
-    if not isinstance(workers, Range):
-        return workers
-    free = placement.free_capacity(resources)
-    return Range(workers.least, int(max(workers.least, min(workers.most, free))))
-
-
-def _describe_resources(workers: int | Range, resources: Resources) -> str:
-    return f"{least(workers)} x ({resources})"
-
-
-def _lost_ranks(error: Exception) -> list[int]:
-    """The ranks of lost workers. The other workers fail only because they cannot reach the lost ones."""
-    failed = getattr(error, "worker_failures", {})
-    return sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
-
-
-def _describe_failure(error: Exception) -> str:
-    """What failed, in one line."""
-    failed = getattr(error, "worker_failures", {})
-    if not failed:
-        return cluster.innermost(error)
-    if lost := _lost_ranks(error):
-        return f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
-    first = min(failed)
-    return f"the worker of rank {first} failed ({cluster.innermost(failed[first])})"
-
-
-def _worker_errors(error: Exception) -> list[BaseException]:
-    """The exceptions that the training loop raised in the workers."""
-    failed = getattr(error, "worker_failures", {})
-    return [each._base_exc for each in failed.values() if hasattr(each, "_base_exc")]
 
 
 def _checkpoints(out: str) -> set[str]:

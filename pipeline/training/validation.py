@@ -1,6 +1,5 @@
-"""Validation during training: metrics of the averaged network, always from the same noise."""
+"""Validation during training: metrics and sample sheets of the averaged network, always from the same noise."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from kac.model import DATA_CHANGED, Model, ModelConfig
 from kac.networks import NetworkModule
 from kac.networks.cost import TRAINING_CALLS
 from kac.precision import Precision
-from kac.sampling import draw, generate, student_sampling
+from kac.sampling import Sampling, draw, generate, student_sampling, teacher_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from kac.util.log import log
@@ -24,9 +23,12 @@ from pipeline import store
 from pipeline.config import OptimizerConfig
 from pipeline.store.layout import LABEL
 from pipeline.tracking import declare
-from pipeline.training.sheets import SEED, sampling_of
 
-MIN_SAMPLES, MAX_SAMPLES, REAL_IMAGES = 64, 512, 2048
+MIN_SAMPLES, MAX_SAMPLES, REAL_IMAGES, SHEET_SAMPLES = 64, 512, 2048, 40
+SEED = 1_000_003
+
+TEACHER_STEPS = 20
+"""Solver steps of a teacher: enough to see what it has learned."""
 
 MAX_CALLS_SHARE = 0.05
 """Validations draw so few samples that they take at most this share of the network calls."""
@@ -57,13 +59,14 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """What to measure during training, and how often.
+    """What to measure and draw during training, and how often.
 
     Attributes:
         every: updates between two validations; 0 means never. None means a tenth of all updates, but at least
             ``MIN_UPDATES``; never if one validation takes more network calls than training itself.
         config: of the model in training.
         held_out: the held-out rows of a student's store.
+        sheet_updates: updates between two sheets of samples; None means never.
     """
 
     every: int | None
@@ -71,17 +74,22 @@ class Validation:
     optimizer: OptimizerConfig
     precision: Precision = field(default_factory=Precision)
     held_out: HeldOut | None = None
+    sheet_updates: int | None = None
 
     def is_due(self, update: int) -> bool:
         """Whether to validate after this update. The last update is always validated."""
         every = self._interval
         return every > 0 and (update % every == 0 or update == self.optimizer.updates)
 
+    def is_sheet_due(self, update: int) -> bool:
+        """Whether to draw a sheet of samples after this update."""
+        return self.sheet_updates is not None and update % self.sheet_updates == 0
+
     @property
     def samples(self) -> int:
         """The number of samples to draw per validation, within ``MAX_CALLS_SHARE`` if possible."""
         training_calls = self._calls_per_update * min(self._interval, self.optimizer.updates)
-        affordable = int(MAX_CALLS_SHARE * training_calls / sampling_of(self.config).steps)
+        affordable = int(MAX_CALLS_SHARE * training_calls / self._sampling.steps)
         return min(MAX_SAMPLES, max(MIN_SAMPLES, affordable))
 
     @property
@@ -89,12 +97,34 @@ class Validation:
         updates = self.optimizer.updates
         if self.every is not None:
             return self.every
-        is_cheaper = MIN_SAMPLES * sampling_of(self.config).steps <= updates * self._calls_per_update
+        is_cheaper = MIN_SAMPLES * self._sampling.steps <= updates * self._calls_per_update
         return max(MIN_UPDATES, updates // 10) if is_cheaper else 0
 
     @property
     def _calls_per_update(self) -> int:
         return TRAINING_CALLS * self.optimizer.batch_size
+
+    @property
+    def _sampling(self) -> Sampling:
+        is_student = self.config.kind == "student"
+        return student_sampling(self.config) if is_student else teacher_sampling(self.config, steps=TEACHER_STEPS)
+
+    @property
+    def _uncompiled(self) -> Precision:
+        """The precision without compilation, which does not pay off for a few calls."""
+        return self.precision.model_copy(update={"compile": False})
+
+    def draw_sheet(self, network: NetworkModule) -> bytes:
+        """Return a sheet of samples as PNG, with the classes in turn. A student takes its own steps.
+
+        Raises:
+            DistillKacError: the network has diverged.
+        """
+        from pipeline.report.pictures import sheet
+
+        labels, count = known_classes(self.config)[:SHEET_SAMPLES] or None, SHEET_SAMPLES
+        samples = draw(Model(network, self.config), self._sampling, self._uncompiled, SEED, count, count, labels)
+        return sheet(samples.images.numpy())
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
         """Return the metrics of a network in evaluation mode, by name.
@@ -104,54 +134,40 @@ class Validation:
         Raises:
             DistillKacError: the network has diverged.
         """
-        precision = self.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
         metrics = {}
         if (real := _real_images(self.config.data, self.config.data_sha256)) is not None:
-            metrics[ENERGY_DISTANCE] = self._energy_distance(network, precision, real)
+            metrics[ENERGY_DISTANCE] = self._energy_distance(network, real)
         if self.held_out is not None and self.held_out.rows:
-            metrics[ENDPOINT_ERROR] = self._endpoint_error(network, precision, self.held_out)
+            metrics[ENDPOINT_ERROR] = self._endpoint_error(network, self.held_out)
         return metrics
 
-    def _energy_distance(self, network: NetworkModule, precision: Precision, real: LabelledImages) -> float:
+    def _energy_distance(self, network: NetworkModule, real: LabelledImages) -> float:
         """The energy distance of delivered samples and images, in units of the mean distance between images."""
-        config = self.config
-        samples = draw(Model(network, config), sampling_of(config), precision, SEED, self.samples, self.samples)
+        config, count = self.config, self.samples
+        samples = draw(Model(network, config), self._sampling, self._uncompiled, SEED, count, count)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
         images = delivered(real.images)
         label = samples.label if known_classes(config) else None
         return float(refinement_loss(samples.images, label, images, real.labels, spaces, 1.0, config.num_classes))
 
-    def _endpoint_error(self, network: NetworkModule, precision: Precision, held_out: HeldOut) -> float:
+    def _endpoint_error(self, network: NetworkModule, held_out: HeldOut) -> float:
         """The endpoint error of delivered images, the mean over the guidance scales."""
-        device, wrapped = next(network.parameters()).device, precision.wrap(network)
+        device, wrapped = next(network.parameters()).device, self._uncompiled.wrap(network)
         errors = []
-        for w, rows in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
+        for w, (noise, image, label) in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
             sampling = student_sampling(self.config, guidance=w)
-            images = generate(wrapped, rows.noise.to(device), rows.label.to(device), sampling).x.cpu()
-            errors.append((delivered(images) - delivered(rows.image)).square().mean().sqrt())
+            made = generate(wrapped, noise.to(device), label.to(device), sampling).x.cpu()
+            errors.append((delivered(made) - delivered(image)).square().mean().sqrt())
         return float(torch.stack(errors).mean())
 
 
-class _Rows(NamedTuple):
-    """The two ends of held-out trajectories."""
-
-    noise: Tensor  # [rows, *sample]
-    image: Tensor  # [rows, *sample], of the teacher
-    label: Tensor  # [rows]
-
-
 @lru_cache(maxsize=1)
-def _rows(held_out: HeldOut, most: int) -> tuple[_Rows, ...]:
-    """The last ``most`` held-out rows of each guidance scale."""
+def _rows(held_out: HeldOut, most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The noise, the teacher's image and the label of the last ``most`` held-out rows, per guidance scale."""
     source = store.open(held_out.store)
-    first, *_, last = source.identity.knot_columns
-
-    def read() -> Iterator[_Rows]:
-        for w in held_out.scales:
-            columns = source.last(min(held_out.rows, most), w, [LABEL, first, last])
-            yield _Rows(columns[first].float(), columns[last].float(), columns[LABEL].long())
-
-    return tuple(read())
+    noise, *_, image = source.identity.knot_columns
+    parts = [source.last(min(held_out.rows, most), w, [LABEL, noise, image]) for w in held_out.scales]
+    return [(columns[noise].float(), columns[image].float(), columns[LABEL].long()) for columns in parts]
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,172 @@
+"""The batches of training: each worker's part of them, their order, their random numbers, and prefetching."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BATCHES_AHEAD = 2
+
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
+"""A named tuple of tensors."""
+
+
+class Worker(NamedTuple):
+    """One copy of the training loop."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    max_workers: int | None = None  # maximum number of workers, if their number may change
+
+    @property
+    def seats(self) -> int:
+        """The number of workers for which a batch is split. A smaller group takes several parts per worker."""
+        return self.max_workers or self.world_size
+
+
+class MicroBatch(NamedTuple):
+    """One part of an update's batch, which a worker processes in one pass.
+
+    The batch has a fixed number of slots: ``accumulation`` per seat of a group of full size, ordered by seat. A smaller
+    group distributes the slots as evenly as possible. The random numbers of a micro-batch depend on its slot and not on
+    its worker, so one worker with two micro-batches per update computes the same as two workers with one each.
+    """
+
+    update: int
+    number: int  # 0 .. passes - 1 on its worker
+    accumulation: int
+    worker: Worker
+
+    @property
+    def slots(self) -> int:
+        """The number of parts of the update's batch."""
+        return self.worker.seats * self.accumulation
+
+    @property
+    def slot(self) -> int:
+        """The index of this part in the batch."""
+        return self._slots_of_worker.start + self.number
+
+    @property
+    def seat(self) -> int:
+        """The rank of the worker that has this part in a group of full size."""
+        return self.slot // self.accumulation
+
+    @property
+    def passes(self) -> int:
+        """The number of micro-batches of its worker per update."""
+        return len(self._slots_of_worker)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last micro-batch of its worker in the update."""
+        return self.number == self.passes - 1
+
+    @property
+    def _slots_of_worker(self) -> range:
+        rank, size = self.worker.rank, self.worker.world_size
+        return range(rank * self.slots // size, (rank + 1) * self.slots // size)
+
+    def next(self) -> "MicroBatch":
+        """The micro-batch that its worker processes next."""
+        update, number = (self.update + 1, 0) if self.is_last else (self.update, self.number + 1)
+        return self._replace(update=update, number=number)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """The rows of a whole batch that belong to this part: [batch, ...] to [batch / slots, ...]."""
+        return rows[self.slot :: self.slots]
+
+
+class EpochOrder:
+    """Endless shuffled epochs over ``count`` rows, split into batches. Each epoch is shuffled once.
+
+    It keeps only the order of the epochs in the current batch: 8 bytes per row and epoch.
+    """
+
+    def __init__(self, seed: int, count: int, batch_size: int) -> None:
+        self.seed, self.count, self.batch_size = seed, count, batch_size
+        self._shuffled: dict[int, Tensor] = {}
+
+    def batch(self, update: int) -> Tensor:
+        """The row numbers of an update's batch: [batch_size], int64."""
+        first, last = update * self.batch_size, (update + 1) * self.batch_size
+        epochs = range(first // self.count, (last - 1) // self.count + 1)
+        known = self._shuffled
+        self._shuffled = {epoch: known[epoch] if epoch in known else self._shuffle(epoch) for epoch in epochs}
+        return torch.cat(list(self._shuffled.values()))[first - epochs.start * self.count :][: self.batch_size]
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        return torch.randperm(self.count, generator=_seeded(ORDER_STREAM, self.seed, epoch))
+
+
+# Random numbers depend only on (seed, update, slot), so that checkpoints need no random state.
+ORDER_STREAM, UPDATE_STREAM, SLOT_STREAM, DROPOUT_STREAM = 1, 2, 3, 4
+
+
+def update_generator(seed: int, update: int) -> torch.Generator:
+    """A CPU generator for numbers that the whole batch of an update shares; the same on every worker."""
+    return _seeded(UPDATE_STREAM, seed, update)
+
+
+def slot_generator(seed: int, micro: MicroBatch) -> torch.Generator:
+    """A generator for one micro-batch, on the device of its worker."""
+    number = _seeded(SLOT_STREAM, seed, micro.update, micro.slot).initial_seed()
+    return torch.Generator(micro.worker.device).manual_seed(number)
+
+
+def seed_dropout(seed: int, micro: MicroBatch) -> None:
+    """Seed PyTorch's global generators, which dropout uses, for a micro-batch."""
+    torch.manual_seed(_seeded(DROPOUT_STREAM, seed, micro.update, micro.slot).initial_seed())
+
+
+def _seeded(*key: int) -> torch.Generator:
+    """A CPU generator seeded by all numbers of ``key``. The first number is one of the streams above."""
+    word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch of CPU tensors on ``device``. Copies to a GPU are asynchronous."""
+    if device.type != "cuda":
+        return batch
+    return type(batch)(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+
+
+def prefetched(make: Callable[[MicroBatch], Batch], device: torch.device) -> Callable[[MicroBatch], Batch]:
+    """Return ``make``, with prefetching if ``device`` is a GPU.
+
+    On the CPU the thread would compete with training for cores: it halved the training speed of a small network.
+    """
+    return Prefetcher(make) if device.type == "cuda" else make
+
+
+class Prefetcher(Generic[Batch]):
+    """Prepares a worker's micro-batches in order, starting with the first one requested.
+
+    An error in ``make`` is raised when its batch is requested. The thread ends when the prefetcher is deleted.
+
+    Args:
+        make: makes the batch of a micro-batch on the CPU. Called on one thread, also for batches after the last one.
+    """
+
+    def __init__(self, make: Callable[[MicroBatch], Batch]) -> None:
+        self.make = make
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.queue: deque[Future[Batch]] = deque()
+
+    def __call__(self, micro: MicroBatch) -> Batch:
+        """Return the data of the next micro-batch, on its worker's device."""
+        if not self.queue:
+            self.following = micro
+        while len(self.queue) <= BATCHES_AHEAD:
+            self.queue.append(self.thread.submit(self._make_on_device, self.following))
+            self.following = self.following.next()
+        return self.queue.popleft().result()
+
+    def _make_on_device(self, micro: MicroBatch) -> Batch:
+        return to_device(self.make(micro), micro.worker.device)
