@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kac.data.source import check_labels
+from kac.data.source import check_labels, count_classes
 from kac.data.splits import HELD_OUT_EVERY, Dataset, LabelledImages, every_nth_of_each_class, in_memory
 from kac.util.errors import ArgumentError, one_line
 from kac.util.images import from_bytes, is_image
@@ -46,83 +46,67 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
         DistillKacError: the factory fails, or its data are not valid.
     """
     data, name = build(OPTION, given, ArrayData, arguments), f"{OPTION} {given}"
-    if (data.held_out_images is None) != (data.held_out_labels is None):
-        raise ArgumentError(
-            f"{name} returned only one of held_out_images and held_out_labels. Return both, or neither to hold out "
-            "every fifth image of each class."
-        )
-    images, labels = _check_split(name, "", data.images, data.labels)
     held_out = None
-    if data.held_out_images is not None:
-        others = _check_split(name, "held_out_", data.held_out_images, data.held_out_labels)
-        if others.images.shape[1:] != images.shape[1:]:
-            raise ArgumentError(
-                f"{name} returned images of shape {list(images.shape)}, but held_out_images of shape "
-                f"{list(others.images.shape)}. Only their number may differ."
-            )
-        held_out = torch.arange(len(labels) + len(others.labels)) >= len(labels)
-        images, labels = torch.cat([images, others.images]), torch.cat([labels, others.labels])
+    try:
+        class_names = _check_names(data.class_names)
+        images, labels = _check_split("", data.images, data.labels)
+        if data.held_out_images is not None or data.held_out_labels is not None:
+            others = _check_split("held_out_", data.held_out_images, data.held_out_labels)
+            if others.images.shape[1:] != images.shape[1:]:
+                raise ValueError(
+                    f"images of shape {list(images.shape)}, but held_out_images of shape {list(others.images.shape)}. "
+                    "Only their number may differ"
+                )
+            held_out = torch.arange(len(labels) + len(others.labels)) >= len(labels)
+            images, labels = torch.cat([images, others.images]), torch.cat([labels, others.labels])
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{name} returned {one_line(error).rstrip('.')}.") from None
     if flips and not is_image(tuple(images.shape[1:])):
         raise ArgumentError(f"`data.horizontal_flip` mirrors images, but {given} returned points. Remove it.")
-    least, most = int(labels.min()), int(labels.max())
-    if least < 0 or most >= len(labels):
-        raise ArgumentError(
-            f"{name} returned labels from {least} to {most} for {len(labels):,} images. Number the classes from 0 "
-            "without gaps."
-        )
-    class_names = _check_names(name, data.class_names)
-    num_classes = len(class_names) or most + 1
+    num_classes = len(class_names) or count_classes({name: labels.numpy()})
     chosen = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
     check_labels(name, labels.numpy(), num_classes, chosen.numpy())
     return in_memory(images, labels, num_classes, held_out, class_names)
 
 
-def _check_split(name: str, prefix: str, images: Any, labels: Any) -> LabelledImages:
-    """Return one split as float32 images or points in [-1, 1] and int64 labels, after checking them."""
-    images, labels = _as_tensor(name, f"{prefix}images", images), _as_tensor(name, f"{prefix}labels", labels)
-    shape, count = list(images.shape), len(images) if images.ndim else 0
+def _check_split(prefix: str, images: Any, labels: Any) -> LabelledImages:
+    """Return one split as float32 images or points in [-1, 1] and int64 labels; raise ``ValueError`` if not valid."""
+    images, labels = _as_tensor(f"{prefix}images", images), _as_tensor(f"{prefix}labels", labels)
+    shape = list(images.shape)
     if not images.numel():
-        raise ArgumentError(f"{name} returned empty {prefix}images, of shape {shape}. Return at least one sample.")
+        raise ValueError(f"empty {prefix}images, of shape {shape}. Return at least one sample")
     are_images = images.dtype == torch.uint8 and images.ndim == 4 and shape[1] in (1, 3)
     are_points = images.is_floating_point() and images.ndim == 2 and shape[1] >= 2
     if not are_images and not are_points:
-        raise ArgumentError(
-            f"{name} returned {prefix}images of shape {shape} and type {_type(images)}. Return uint8 images "
-            "[count, channels, height, width] with 1 or 3 channels, or float points [count, d] with d >= 2."
+        raise ValueError(
+            f"{prefix}images of shape {shape} and type {images.dtype}. Return uint8 images [count, channels, height, "
+            "width] with 1 or 3 channels, or float points [count, d] with d >= 2"
         )
     if are_points and not bool((images.abs() <= 1).all()):  # false for NaN too
-        raise ArgumentError(
-            f"{name} returned {prefix}images from {float(images.min()):g} to {float(images.max()):g}. Points should be "
-            "in [-1, 1]."
-        )
+        values = f"{float(images.min()):g} to {float(images.max()):g}"
+        raise ValueError(f"{prefix}images from {values}. Points should be in [-1, 1]")
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not is_integer or list(labels.shape) != [count]:
-        raise ArgumentError(
-            f"{name} returned {prefix}labels of shape {list(labels.shape)} and type {_type(labels)} for {count:,} "
-            f"{prefix}images. Return one integer per image."
+    if not is_integer or list(labels.shape) != shape[:1]:
+        raise ValueError(
+            f"{prefix}labels of shape {list(labels.shape)} and type {labels.dtype} for {shape[0]:,} {prefix}images. "
+            "Return one integer per image"
         )
     return LabelledImages(from_bytes(images) if are_images else images.float(), labels.long())
 
 
-def _as_tensor(name: str, field: str, value: Any) -> Tensor:
-    if not isinstance(value, np.ndarray | Tensor):
-        raise ArgumentError(f"{name} returned {field} as {type(value).__name__}. Return a numpy array or a tensor.")
+def _as_tensor(field: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{field} as {type(value).__name__}. Return a numpy array or a tensor")
     try:
-        return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(np.ascontiguousarray(value))
+        return torch.tensor(np.ascontiguousarray(value))
     except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{name} returned {field} that cannot be converted to a tensor ({one_line(error).rstrip('.')})."
-        ) from None
+        raise ValueError(f"{field} that cannot be converted to a tensor ({one_line(error).rstrip('.')})") from None
 
 
-def _type(values: Tensor) -> str:
-    return str(values.dtype).removeprefix("torch.")
-
-
-def _check_names(name: str, class_names: Any) -> tuple[str, ...]:
-    names = None if isinstance(class_names, str) or not isinstance(class_names, Sequence) else tuple(class_names)
-    if names is None or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
-        raise ArgumentError(
-            f"{name} returned class_names {one_line(class_names, 100)}. Return a list of distinct texts, one per class."
-        )
+def _check_names(class_names: Any) -> tuple[str, ...]:
+    names = () if isinstance(class_names, str) or not isinstance(class_names, Sequence) else tuple(class_names)
+    if len(names) != len(class_names) or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
+        raise ValueError(f"class_names {one_line(class_names, 100)}. Return a list of distinct texts, one per class")
     return names

@@ -17,8 +17,7 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    images = torch.tensor(source.images / 8 - 1, dtype=torch.float32)[:, None]
-    return in_memory(images, torch.tensor(source.target, dtype=torch.int64), num_classes=10)
+    return _in_memory(source.images[:, None] / 8 - 1, source.target, num_classes=10)
 
 
 def moons() -> Dataset:
@@ -26,9 +25,7 @@ def moons() -> Dataset:
     from sklearn.datasets import make_moons
 
     points, labels = make_moons(4096, noise=0.05, random_state=0)
-    centred = (points - np.array([0.5, 0.25])) / 2
-    images = torch.tensor(centred, dtype=torch.float32).clamp(-1, 1)
-    return in_memory(images, torch.tensor(labels, dtype=torch.int64), num_classes=2)
+    return _in_memory((points - np.array([0.5, 0.25])) / 2, labels, num_classes=2)
 
 
 def gaussians() -> Dataset:
@@ -38,8 +35,12 @@ def gaussians() -> Dataset:
     centres = 0.75 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     # RandomState gives the same stream in all versions of numpy, so the hash of the data never changes.
     points = centres + 0.05 * np.random.RandomState(0).standard_normal((4096, 2))
-    images = torch.tensor(points, dtype=torch.float32).clamp(-1, 1)
-    return in_memory(images, torch.tensor(labels, dtype=torch.int64), num_classes=8)
+    return _in_memory(points, labels, num_classes=8)
+
+
+def _in_memory(images: np.ndarray, labels: np.ndarray, num_classes: int) -> Dataset:
+    tensor = torch.tensor(images, dtype=torch.float32).clamp(-1, 1)
+    return in_memory(tensor, torch.tensor(labels, dtype=torch.int64), num_classes)
 
 
 BundledKind = Literal["digits", "moons", "gaussians"]

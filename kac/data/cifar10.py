@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kac.data.source import Contents, Unit, images_per_block
+from kac.data.source import Contents, Source, Unit, reading
 from kac.util import files
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -33,7 +33,7 @@ MD5_EXTRACTED = {
 """Checksums of the published files. Extracted files have no checksum inside them."""
 
 FOLDER = "cifar-10-batches-py"
-TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+BATCHES = tuple(MD5_EXTRACTED)
 TEST = "test_batch"
 META = "batches.meta"
 """The file with the names of the classes."""
@@ -48,33 +48,25 @@ MOST_BYTES = 2**30
 ADVICE = f"Download {ARCHIVE} again; its md5 is {MD5}."
 
 
-class CifarBatch(NamedTuple):
-    """The content of one batch file."""
-
-    images: np.ndarray  # [count, 3, 32, 32], uint8
-    labels: np.ndarray  # [count], int64
-
-
 class CifarFiles(NamedTuple):
     """The content of all files."""
 
-    batches: dict[str, CifarBatch]  # by file name
+    images: dict[str, np.ndarray]  # by file name: [count, 3, 32, 32], uint8
+    labels: dict[str, np.ndarray]  # by file name: [count], int64
     class_names: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Cifar10Source:
+class Cifar10Source(Source):
     """The archive ``root``, or a folder that contains the archive or its extracted files."""
-
-    root: str
 
     def stamps(self) -> Iterator[files.Stamp]:
         """Return the archive, or the six batches and the file with class names."""
         found = {stamp.path: stamp for stamp in files.walk(self.root)}
         for below in ("", f"{FOLDER}/"):
-            if all(f"{below}{name}" in found for name in (*TRAIN, TEST)):
-                return iter([found[f"{below}{name}"] for name in (*TRAIN, TEST, META) if f"{below}{name}" in found])
+            if all(below + name in found for name in BATCHES):
+                return iter([found[below + name] for name in (*BATCHES, META) if below + name in found])
         archive = next((stamp for path, stamp in found.items() if path in {"", ARCHIVE}), None)
         if archive is None:
             raise DistillKacError(
@@ -88,96 +80,73 @@ class Cifar10Source:
         Raises:
             DistillKacError: the files are missing, damaged or not those of CIFAR-10.
         """
-        batches, names, warnings = self.loaded
+        images, labels, names, warnings = self.loaded
         return Contents(
             shape=SHAPE,
             num_classes=len(CLASSES),
-            labels=np.concatenate([batch.labels for batch in batches.values()]),
-            held_out=np.concatenate([np.full(len(batch.labels), name == TEST) for name, batch in batches.items()]),
-            units=[Unit(len(batch.labels), name) for name, batch in batches.items()],
+            labels=np.concatenate(list(labels.values())),
+            held_out=np.concatenate([np.full(len(part), name == TEST) for name, part in labels.items()]),
+            units=[Unit(len(part), name) for name, part in images.items()],
             class_names=names,
-            split=f"training images from {TRAIN[0]} .. {TRAIN[-1]}, held-out images from {TEST}",
+            split=f"training images from {BATCHES[0]} .. {BATCHES[-2]}, held-out images from {TEST}",
             warnings=warnings,
         )
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the images of the batch ``content``, in blocks."""
-        images, rows = self.loaded.batches[content].images, images_per_block(shape)
-        return (images[start : start + rows] for start in range(0, len(images), rows))
+        """Yield the images of the batch ``content`` in one block."""
+        yield self.loaded.images[content]
 
     @cached_property
     def loaded(self) -> CifarFiles:
         """The content of all files: 184 MB."""
-        paths = [stamp.path for stamp in self.stamps()]
+        paths = {stamp.path.rpartition("/")[2]: self.name(stamp.path) for stamp in self.stamps()}
+        content = {name: files.read_bytes(path) for name, path in paths.items()}
+        published = MD5_EXTRACTED if len(paths) > 1 else dict.fromkeys(paths, MD5)
+        md5s = {name: hashlib.md5(content[name], usedforsecurity=False).hexdigest() for name in published}
+        warnings = tuple(
+            f"{paths[name]} is not the published file of CIFAR-10. Its md5 is {md5} instead of {published[name]}."
+            for name, md5 in md5s.items()
+            if md5 != published[name]
+        )
         if len(paths) == 1:
-            path = files.join(self.root, paths[0]) if paths[0] else self.root
-            packed = files.read_bytes(path)
-            content, md5s = _unpack(path, packed), {path: (packed, MD5)}
-        else:
-            locations = {path.rpartition("/")[2]: files.join(self.root, path) for path in paths}
-            content = {name: files.read_bytes(path) for name, path in locations.items()}
-            md5s = {locations[name]: (content[name], md5) for name, md5 in MD5_EXTRACTED.items()}
-        batches = {name: _parse_batch(f"{self.root}: {name}", content[name]) for name in (*TRAIN, TEST)}
-        names = _parse_class_names(f"{self.root}: {META}", content[META]) if META in content else CLASSES
-        return CifarFiles(batches, names, tuple(filter(None, (_warning(path, *file) for path, file in md5s.items()))))
+            content = _unpack(*paths.values(), *content.values())
+        images, labels, names = {}, {}, CLASSES
+        for name in BATCHES:
+            with reading(f"{self.root}: {name}", "a batch of 32x32 images with labels", ADVICE):
+                batch = _unpickle(content[name])
+                images[name] = batch[b"data"].values.reshape(-1, *SHAPE)
+                labels[name] = np.array(batch[b"labels"], np.int64).reshape(-1)
+                if len(images[name]) != len(labels[name]):
+                    raise ValueError(f"it has {len(images[name])} images, but {len(labels[name])} labels")
+        if META in content:
+            with reading(f"{self.root}: {META}", f"a file with {len(CLASSES)} class names", ADVICE):
+                names = tuple(name.decode("utf-8", "replace") for name in _unpickle(content[META])[b"label_names"])
+                if len(names) != len(CLASSES):
+                    raise ValueError(f"it has {len(names)}")
+        return CifarFiles(images, labels, names, warnings)
 
 
 def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
     """Return the files of the archive that are needed, by name."""
     content, found = gunzip(path, packed, lambda _: MOST_BYTES, ADVICE), {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for member in archive:
-                folder, _, name = member.name.removeprefix("./").rpartition("/")
-                if folder == FOLDER and name in (*TRAIN, TEST, META) and (file := archive.extractfile(member)):
-                    if member.size > len(content):
-                        raise tarfile.ReadError(f"{member.name} announces {member.size:,} bytes, more than the archive")
-                    found[name] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise DistillKacError(f"{path} is not a complete {ARCHIVE} ({one_line(error)}). {ADVICE}") from None
-    missing = next((name for name in (*TRAIN, TEST) if name not in found), None)
-    if missing:
-        raise DistillKacError(f"{path} is not a complete {ARCHIVE}: it has no {FOLDER}/{missing}. {ADVICE}")
+    with (
+        reading(path, f"a complete {ARCHIVE}", ADVICE),
+        tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive,
+    ):
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            if folder == FOLDER and name in (*BATCHES, META) and (file := archive.extractfile(member)):
+                if member.size > len(content):
+                    raise ValueError(f"{member.name} announces {member.size:,} bytes, more than the archive")
+                found[name] = file.read()
+        for name in BATCHES:
+            if name not in found:
+                raise ValueError(f"it has no {FOLDER}/{name}")
     return found
 
 
-def _warning(path: str, data: bytes, published: str) -> str:
-    """Return a warning if a file differs from the published one; else an empty text."""
-    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if md5 == published:
-        return ""
-    return f"{path} is not the published file of CIFAR-10. Its md5 is {md5} instead of {published}."
-
-
-def _parse_class_names(name: str, packed: bytes) -> tuple[str, ...]:
-    content = _unpickle(name, packed)
-    values = content.get(b"label_names") if isinstance(content, dict) else None
-    names = [text.decode("utf-8", "replace") for text in values or [] if isinstance(text, bytes)]
-    if len(names) != len(CLASSES):
-        raise DistillKacError(f"{name} should have {len(CLASSES)} class names, but has {len(names)}. {ADVICE}")
-    return tuple(names)
-
-
-def _parse_batch(name: str, packed: bytes) -> CifarBatch:
-    content = _unpickle(name, packed)
-    try:
-        pixels, labels = content[b"data"].values, content[b"labels"]
-        images = pixels.reshape(-1, *SHAPE)
-        batch = CifarBatch(images, np.array(labels, np.int64).reshape(-1))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DistillKacError(f"{name} has no 32x32 images with labels ({one_line(error)}). {ADVICE}") from None
-    if len(batch.images) != len(batch.labels):
-        raise DistillKacError(f"{name} has {len(batch.images)} images, but {len(batch.labels)} labels. {ADVICE}")
-    return batch
-
-
-def _unpickle(name: str, packed: bytes) -> Any:
-    try:
-        return _Unpickler(io.BytesIO(packed), encoding="bytes").load()
-    except DistillKacError as error:
-        raise DistillKacError(f"{name} {error}") from None
-    except Exception as error:  # noqa: BLE001 - a damaged pickle may raise anything
-        raise DistillKacError(f"{name} is not a readable pickle ({one_line(error)}). {ADVICE}") from None
+def _unpickle(packed: bytes) -> Any:
+    return _Unpickler(io.BytesIO(packed), encoding="bytes").load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -185,14 +154,10 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a global name in a pickle."""
-        if module in {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy._core.numeric", "_codecs"}:
-            stand_in = _STAND_INS.get(name)
-            if stand_in is not None:
-                return stand_in
-        raise DistillKacError(
-            f"asks for {module}.{name}, which may run code, while batches contain only numbers. Nothing was run. "
-            f"{ADVICE}"
-        )
+        known = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy._core.numeric", "_codecs"}
+        if module not in known or name not in _STAND_INS:
+            raise ValueError(f"it asks for {module}.{name}, which may run code; nothing was run")
+        return _STAND_INS[name]
 
 
 class _Bytes:
@@ -217,15 +182,13 @@ class _Uint8:
         """Ignore the byte order, which bytes do not have."""
 
 
-def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:
-    """Stand-in for the function that numpy uses in pickle protocol 5."""
+def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # of numpy, for protocol 5
     array = _Bytes()
     array.__setstate__((1, shape, None, order == "F", data))
     return array
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stand-in for the function that encodes bytes in pickle protocol 2."""
+def _encode(text: str, encoding: str) -> bytes:  # of bytes, for protocol 2
     if encoding != "latin1":
         raise ValueError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")

@@ -17,16 +17,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 
     ``["10", "9"]`` becomes 9, 10, and ``["a10", "a9"]`` becomes a9, a10.
     """
+
+    def natural_key(name: str) -> list[tuple[int, int]]:
+        """A sort key that compares runs of digits by value, and other characters one by one."""
+        parts = re.findall(r"[0-9]+|[^0-9]", name)
+        return [(ord("0"), int(part)) if part[0] in "0123456789" else (ord(part), 0) for part in parts]
+
     names = sorted(names)
-    if all(NUMBER.fullmatch(name) for name in names):
-        return sorted(names, key=float)
-    return sorted(names, key=_natural_key)
-
-
-def _natural_key(name: str) -> list[tuple[int, int]]:
-    """Return a sort key that compares runs of digits by value, and other characters one by one."""
-    parts = re.findall(r"[0-9]+|[^0-9]", name)
-    return [(ord("0"), int(part)) if part[0] in "0123456789" else (ord(part), 0) for part in parts]
+    return sorted(names, key=float if all(NUMBER.fullmatch(name) for name in names) else natural_key)
 
 
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
@@ -45,10 +43,11 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
             return values[int(word)]
         if not values and 0 <= int(word) < num_classes:
             return int(word)
-    if not names:
-        raise ArgumentError(f"`labels` {word!r} is not a class. Choose from 0 .. {num_classes - 1}.")
-    how = "by name, because the names are numbers" if values else "by name or label"
-    raise ArgumentError(f"`labels` {word!r} is not a class. Choose {how} (label=name: {list_classes(names)}).")
+    choices = f"0 .. {num_classes - 1}"
+    if names:
+        how = "by name, because the names are numbers" if values else "by name or label"
+        choices = f"these, {how} (label=name): {list_classes(names)}"
+    raise ArgumentError(f"`labels` {word!r} is not a class. Choose from {choices}.")
 
 
 def list_classes(names: Sequence[str]) -> str:

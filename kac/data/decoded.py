@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kac.data.source import Contents, Source, check_labels
 from kac.data.splits import HELD_OUT_EVERY, DataDescription, Dataset, LabelledImages, every_nth_of_each_class
@@ -49,11 +50,6 @@ class CachePaths(NamedTuple):
     shared: str  # in the cache folder: a path or s3:// URI
     local: str  # where this machine reads it; differs from ``shared`` only if that is on S3
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the cache is on S3."""
-        return self.shared != self.local
-
 
 class Piece(NamedTuple):
     """A unit of a source, and the rows of its images in the cache."""
@@ -73,13 +69,19 @@ class Writer(NamedTuple):
     def write(self, piece: Piece) -> int:
         """Decode a piece, write its images to their rows, and return their number."""
         if not self.folder.startswith("s3://"):
-            self._check_visible()
+            try:
+                os.utime(self.folder)  # marks the folder as in use
+            except FileNotFoundError:
+                raise DistillKacError(
+                    f"{VARIABLE} must be on s3:// or in a folder that every machine sees, but {os.uname().nodename} "
+                    f"does not see {self.folder}."
+                ) from None
         rows, done = list(piece.first_rows), 0
         for block in self.source.decode(piece.content, self.shape):
             held_out = piece.held_out[done : done + len(block)]
             for i, chosen in enumerate((block[~held_out], block[held_out])):
                 if len(chosen):
-                    _write_rows(self.folder, SPLITS[i], rows[i], chosen)
+                    self._write_rows(SPLITS[i], rows[i], chosen)
                 rows[i] += len(chosen)
             done += len(block)
         if done != len(piece.held_out):
@@ -89,15 +91,15 @@ class Writer(NamedTuple):
             )
         return done
 
-    def _check_visible(self) -> None:
-        """Raise if this machine does not see the folder; else touch it, to mark that it is in use."""
-        try:
-            os.utime(self.folder)
-        except FileNotFoundError:
-            raise DistillKacError(
-                f"{VARIABLE} must be on s3:// or in a folder that every machine sees, but {os.uname().nodename} does "
-                f"not see {self.folder}."
-            ) from None
+    def _write_rows(self, split: str, row: int, images: np.ndarray) -> None:
+        path = files.join(self.folder, f"{split}-images")
+        if self.folder.startswith("s3://"):
+            files.write_bytes(files.join(path, f"{row:012d}"), images.tobytes())
+            return
+        with open(f"{path}.npy", "r+b") as file:  # not a memory map, whose pages machines would overwrite on NFS
+            _read_header(file)
+            file.seek(row * images[0].nbytes, os.SEEK_CUR)
+            file.write(np.ascontiguousarray(images).data)
 
 
 class Decoding(NamedTuple):
@@ -113,11 +115,12 @@ class DecodedSplit:
 
     def __init__(self, folder: str, split: str) -> None:
         self.labels = torch.from_numpy(np.load(f"{folder}/{split}-labels.npy"))
-        # The file stays open, so that the split is readable even if the cache is deleted.
+        # The file stays open, so that the split is readable even if the cache is deleted. A memory map would count as
+        # memory of the process.
         self._file = open(f"{folder}/{split}-images.npy", "rb", buffering=0)  # noqa: SIM115
-        self._shape, self._start = _read_header(self._file)
-        expected = self._start + int(np.prod(self._shape))
-        found = os.fstat(self._file.fileno()).st_size
+        self._shape = _read_header(self._file)
+        self._start = self._file.tell()
+        expected, found = self._start + math.prod(self._shape), os.fstat(self._file.fileno()).st_size
         if found != expected or self._shape[0] != len(self.labels):
             raise DistillKacError(
                 f"{self._file.name} is damaged: it has {found:,} bytes instead of {expected:,}. Delete {folder}."
@@ -150,106 +153,101 @@ def find(paths: CachePaths) -> Dataset | None:
     """Return the dataset from the cache; None if it is not decoded yet."""
     if os.path.exists(f"{paths.local}/{DESCRIPTION_FILE}"):
         return _open(paths.local)
-    if paths.is_remote and files.exists(files.join(paths.shared, DESCRIPTION_FILE)):
-        with _local_folder(paths.local) as folder:
-            _download(paths.shared, folder)
-            data = files.read_bytes(files.join(paths.shared, DESCRIPTION_FILE))
-            return _publish(folder, paths.local, DataDescription.model_validate_json(data))
-    return None
+    if paths.shared == paths.local or not files.exists(files.join(paths.shared, DESCRIPTION_FILE)):
+        return None
+    data = files.read_bytes(files.join(paths.shared, DESCRIPTION_FILE))
+    description = DataDescription.model_validate_json(data)
+    with _local_folder(paths.local) as folder:
+        for split, count in zip(SPLITS, (description.train, description.held_out), strict=True):
+            name = f"{split}-labels.npy"
+            Path(folder, name).write_bytes(files.read_bytes(files.join(paths.shared, name)))
+            _allocate(folder, split, (count, *description.sample_shape))
+        _download_images(paths.shared, folder)
+        return _publish(folder, paths.local, description)
 
 
 @contextmanager
-def decoding(source: Source, root: str, paths: CachePaths) -> Iterator[Decoding]:
+def decoding(source: Source, paths: CachePaths) -> Iterator[Decoding]:
     """Begin to decode a source into the cache. Everything is removed unless the block calls ``finish``.
 
     Raises:
         DistillKacError: the files are not a dataset.
     """
-    contents = source.contents()
+    contents, is_remote = source.contents(), paths.shared != paths.local
     held_out = contents.held_out
     if held_out is None:
         held_out = every_nth_of_each_class(torch.from_numpy(contents.labels), HELD_OUT_EVERY).numpy()
-    check_labels(root, contents.labels, contents.num_classes, held_out)
-    splits = [contents.labels[~held_out], contents.labels[held_out]]
+    check_labels(source.root, contents.labels, contents.num_classes, held_out)
     with _local_folder(paths.local) as folder:
         _check_room(folder, contents)
-        for split, labels in zip(SPLITS, splits, strict=True):
+        for split, labels in zip(SPLITS, (contents.labels[~held_out], contents.labels[held_out]), strict=True):
             np.save(f"{folder}/{split}-labels.npy", labels)
-            shape = (len(labels), *contents.shape)
-            np.lib.format.open_memmap(f"{folder}/{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            _allocate(folder, split, (len(labels), *contents.shape))
 
         def finish() -> Dataset:
-            if paths.is_remote:
-                _download_images(paths.shared, folder)
+            if not is_remote:
+                return _publish(folder, paths.local, _describe(folder, contents))
+            _download_images(paths.shared, folder)
             description = _describe(folder, contents)
-            if paths.is_remote:
-                _upload(folder, paths.shared, description)
+            for split in SPLITS:
+                name = f"{split}-labels.npy"
+                files.write_bytes(files.join(paths.shared, name), Path(folder, name).read_bytes())
+            data = description.model_dump_json(indent=1).encode()
+            files.write_bytes(files.join(paths.shared, DESCRIPTION_FILE), data)
             return _publish(folder, paths.local, description)
 
-        writer = Writer(source, contents.shape, paths.shared if paths.is_remote else folder)
-        pieces = _pieces([(unit.images, unit.content) for unit in contents.units], held_out)
-        yield Decoding(writer, list(pieces), finish)
+        writer = Writer(source, contents.shape, paths.shared if is_remote else folder)
+        yield Decoding(writer, _pieces(contents, held_out), finish)
 
 
-def decode_here(source: Source, root: str, paths: CachePaths) -> Dataset:
+def decode_here(source: Source, paths: CachePaths) -> Dataset:
     """Decode a source in this process."""
-    from tqdm import tqdm
-
-    with decoding(source, root, paths) as work:
-        total = sum(len(piece.held_out) for piece in work.pieces)
-        with tqdm(desc="decode", total=total, unit="image", mininterval=1.0) as bar:
-            for piece in work.pieces:
-                bar.update(work.writer.write(piece))
+    with decoding(source, paths) as work:
+        for piece in tqdm(work.pieces, desc="decode", mininterval=1.0):
+            work.writer.write(piece)
         return work.finish()
 
 
 def _check_room(folder: str, contents: Contents) -> None:
     """Raise ``DistillKacError`` if the decoded images do not fit on the disk."""
     images, side = len(contents.labels), "x".join(map(str, contents.shape[:0:-1]))
-    parent = os.path.dirname(folder)
     needed, free = images * math.prod(contents.shape), shutil.disk_usage(folder).free
     if needed > free:
         raise DistillKacError(
-            f"{parent}: {images:,} images of {side} pixels need {needed / 1e9:,.1f} GB, but this disk has only "
-            f"{free / 1e9:,.1f} GB free. Free some space, set {VARIABLE} to another disk (TMPDIR if it is on s3://), "
-            "or reduce the images with `data.size`."
+            f"{os.path.dirname(folder)}: {images:,} images of {side} pixels need {needed / 1e9:,.1f} GB, but this disk "
+            f"has only {free / 1e9:,.1f} GB free. Free some space, set {VARIABLE} to another disk (TMPDIR if it is on "
+            "s3://), or reduce the images with `data.size`."
         )
 
 
-def _pieces(units: Iterable[tuple[int, Any]], held_out: np.ndarray) -> Iterator[Piece]:
-    start = train_row = held_out_row = 0
-    for count, content in units:
-        is_held_out = held_out[start : start + count]
-        yield Piece(content, is_held_out, (train_row, held_out_row))
-        start += count
+def _pieces(contents: Contents, held_out: np.ndarray) -> list[Piece]:
+    pieces, start, held_out_row = [], 0, 0
+    for unit in contents.units:
+        is_held_out = held_out[start : start + unit.images]
+        pieces.append(Piece(unit.content, is_held_out, (start - held_out_row, held_out_row)))
+        start += unit.images
         held_out_row += int(is_held_out.sum())
-        train_row = start - held_out_row
+    return pieces
 
 
-def _write_rows(folder: str, split: str, row: int, images: np.ndarray) -> None:
-    if folder.startswith("s3://"):
-        files.write_bytes(files.join(folder, f"{split}-images/{row:012d}"), images.tobytes())
-        return
-    with open(f"{folder}/{split}-images.npy", "r+b") as file:
-        _, start = _read_header(file)
-        file.seek(start + row * images[0].nbytes)
-        file.write(np.ascontiguousarray(images).data)
+def _allocate(folder: str, split: str, shape: tuple[int, ...]) -> None:
+    np.lib.format.open_memmap(f"{folder}/{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
 
 
-def _read_header(file: Any) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the array in a .npy file, and the offset of its values."""
+def _read_header(file: Any) -> tuple[int, ...]:
+    """Return the shape of the array in a .npy file, and move to its values."""
     np.lib.format.read_magic(file)
     shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    return shape, file.tell()
+    return shape
 
 
 @contextmanager
-def _local_folder(beside: str) -> Iterator[str]:
-    """Make a temporary folder beside a path. It is removed at the end unless it was renamed."""
-    parent = os.path.dirname(beside)
+def _local_folder(path: str) -> Iterator[str]:
+    """Make a temporary folder next to ``path``. It is removed at the end unless it was renamed."""
+    parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     files.remove_orphans(parent)
-    folder = files.temporary_name(beside)
+    folder = files.temporary_name(path)
     os.mkdir(folder)
     try:
         yield folder
@@ -279,7 +277,7 @@ def _open(folder: str) -> Dataset:
 
 def _describe(folder: str, contents: Contents) -> DataDescription:
     """Describe the dataset in a folder, reading every byte once."""
-    content, counts, frequencies = hashlib.sha256(), [], []
+    content, splits = hashlib.sha256(), []
     for split in SPLITS:
         labels = np.load(f"{folder}/{split}-labels.npy")
         with open(f"{folder}/{split}-images.npy", "rb") as file:
@@ -287,15 +285,16 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
             while data := file.read(HASHED_AT_ONCE):
                 content.update(data)
         content.update(labels.data)
-        counts.append(len(labels))
-        frequencies.append(np.bincount(labels, minlength=contents.num_classes) / len(labels))
+        splits.append(labels)
+    train, held_out = splits
+    counts = [len(train), len(held_out)]
     identity = {"content": content.hexdigest(), "sample_shape": list(contents.shape), "counts": counts}
     return DataDescription(
         sample_shape=contents.shape,
         num_classes=contents.num_classes,
-        class_frequencies=tuple(frequencies[0].tolist()),
-        train=counts[0],
-        held_out=counts[1],
+        class_frequencies=tuple((np.bincount(train, minlength=contents.num_classes) / len(train)).tolist()),
+        train=len(train),
+        held_out=len(held_out),
         sha256=fingerprint(identity),
         class_names=contents.class_names,
         split=contents.split,
@@ -303,38 +302,18 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
     )
 
 
-def _upload(folder: str, shared: str, description: DataDescription) -> None:
-    """Complete a prefix that has all blocks: write the labels and the description."""
-    for split in SPLITS:
-        name = f"{split}-labels.npy"
-        files.write_bytes(files.join(shared, name), Path(folder, name).read_bytes())
-    files.write_bytes(files.join(shared, DESCRIPTION_FILE), description.model_dump_json(indent=1).encode())
-
-
-def _download(shared: str, folder: str) -> None:
-    """Copy a complete prefix to a local folder, without its description."""
-    description = DataDescription.model_validate_json(files.read_bytes(files.join(shared, DESCRIPTION_FILE)))
-    for split, count in zip(SPLITS, (description.train, description.held_out), strict=True):
-        name, shape = f"{split}-labels.npy", (count, *description.sample_shape)
-        Path(folder, name).write_bytes(files.read_bytes(files.join(shared, name)))
-        np.lib.format.open_memmap(f"{folder}/{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    _download_images(shared, folder)
-
-
 def _download_images(shared: str, folder: str) -> None:
     """Copy the blocks of a prefix into the image files of a local folder."""
     for split in SPLITS:
         below = files.join(shared, f"{split}-images")
         sizes = files.list_sizes(below)
+        names = [files.join(below, name) for name in sizes]
         with open(f"{folder}/{split}-images.npy", "r+b") as file, ThreadPoolExecutor(BLOCKS_AT_ONCE) as readers:
-            shape, start = _read_header(file)
-            if sum(sizes.values()) != int(np.prod(shape)):
+            found, expected = sum(sizes.values()), math.prod(_read_header(file))
+            if found != expected:
                 raise DistillKacError(
-                    f"{below} is damaged: it has {sum(sizes.values()):,} bytes instead of {int(np.prod(shape)):,}. "
-                    f"Delete {shared}."
+                    f"{below} is damaged: it has {found:,} bytes instead of {expected:,}. Delete {shared}."
                 )
-            names = [files.join(below, name) for name in sizes]
-            file.seek(start)
             for first in range(0, len(names), BLOCKS_AT_ONCE):
                 for data in readers.map(files.read_bytes, names[first : first + BLOCKS_AT_ONCE]):
                     file.write(data)

@@ -3,11 +3,16 @@
 import contextlib
 import io
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kac.util.errors import DistillKacError, one_line
+from kac.data.source import Source, reading
+from kac.util.errors import DistillKacError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,25 +23,31 @@ MODES = {1: "L", 3: "RGB"}
 CHANNEL_NAMES = {1: "greyscale", 3: "RGB"}
 
 MOST_PIXELS = 178_956_970
-"""Pillow refuses larger images by their header, before it allocates memory."""
+"""Pillow refuses larger images by their header, before it allocates memory. Its message has this number."""
 
 ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
 
-HALVING = 2
-"""Images are halved while they are at least this many times too large."""
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""Pillow's names of the operations that turn an image upright, by the orientation. 1 is upright."""
+
+BLOCK_BYTES = 2**24
+"""Approximate size of a block of decoded images. A block has at least one image."""
 
 
 class Decoder(NamedTuple):
-    """Decodes images, and converts them to one size and one number of channels.
+    """Decodes images, and converts them to one size and one number of channels."""
 
-    Attributes:
-        size: side of the central square that each image is cropped and resized to; None: keep the size.
-        channels: 1 or 3, to convert each image to; None: keep the channels.
-    """
-
-    size: int | None = None
-    channels: int | None = None
+    size: int | None = None  # side of the central square that each image is cropped and resized to; None: keep the size
+    channels: int | None = None  # 1 or 3, to convert each image to; None: keep the channels
 
     def shape_of(self, data: bytes, name: str) -> tuple[int, ...]:
         """Return the shape [channels, height, width] of the decoded image."""
@@ -73,12 +84,36 @@ class Decoder(NamedTuple):
                     f"{name} ({image.width}x{image.height} pixels) is too long and narrow to resize its short side to "
                     f"`data.size` {self.size}. Crop or remove it."
                 )
-            image = square(image, self.size)
+            image = _square(image, self.size)
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def square(image: "Image", size: int) -> "Image":
+@dataclass(frozen=True)
+class EncodedSource(Source):
+    """Files of encoded images. ``size`` and ``channels`` are those of ``Decoder``."""
+
+    size: int | None
+    channels: int | None
+
+    @abstractmethod
+    def encoded(self, content: Any) -> Iterator[tuple[str, bytes]]:
+        """Yield each image of a unit: its name for error messages, and its encoded bytes."""
+
+    def shape_of_first(self, content: Any) -> tuple[int, ...]:
+        """Return the shape [channels, height, width] of the first image of a unit."""
+        name, data = next(self.encoded(content))
+        return Decoder(self.size, self.channels).shape_of(data, name)
+
+    def decode(self, content: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the images of one unit, uint8, in blocks [rows, *shape]."""
+        decoder, images = Decoder(self.size, self.channels), self.encoded(content)
+        rows = max(1, BLOCK_BYTES // int(np.prod(shape)))
+        while block := [decoder.decode(data, name, shape) for name, data in islice(images, rows)]:
+            yield np.stack(block)
+
+
+def _square(image: "Image", size: int) -> "Image":
     """Return the central square of an image, resized to ``size``, as openai/guided-diffusion does (image_datasets.py).
 
     While the short side is at least twice ``size``, a 2x2 box filter halves the image. A bicubic filter then resizes
@@ -86,7 +121,7 @@ def square(image: "Image", size: int) -> "Image":
     """
     from PIL.Image import Resampling
 
-    while min(image.size) >= HALVING * size:
+    while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
@@ -97,26 +132,18 @@ def square(image: "Image", size: int) -> "Image":
 def _open(data: bytes, name: str) -> "Image":
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        image = Image.open(io.BytesIO(data))
+    with reading(name, "an undamaged image", "Replace or remove it."):
+        try:
+            image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError(f"it has {len(data):,} bytes in no known format") from None
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         if image.format == "PNG":
             image.verify()  # verifies the checksums of all chunks; the image must be opened again after it
             image = Image.open(io.BytesIO(data))
         image.load()
-    except Image.DecompressionBombError:
-        raise DistillKacError(
-            f"{name} has more than {MOST_PIXELS // 10**6} million pixels. Make it smaller, or remove it."
-        ) from None
-    except UnidentifiedImageError:
-        raise DistillKacError(f"{name} is not an image ({len(data):,} bytes). Replace or remove it.") from None
-    except Exception as error:  # noqa: BLE001 - a decoder may raise anything on a damaged file
-        raise DistillKacError(f"{name} is a damaged image ({one_line(error)}). Replace or remove it.") from None
     if frames > 1:
-        raise DistillKacError(
-            f"{name} contains {frames} images, an animation or several pages in one {image.format} file. Save each "
-            "image that you want as its own file, and remove this one."
-        )
+        raise DistillKacError(f"{name} contains {frames} images in one {image.format} file. Save each as its own file.")
     return image
 
 
@@ -124,20 +151,11 @@ def _upright(image: "Image") -> "Image":
     """Return the image turned by its EXIF orientation, or unchanged if it has no readable orientation."""
     from PIL.Image import Transpose
 
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
     orientation = None
     with contextlib.suppress(Exception):  # the parser may raise anything on damaged metadata; the pixels are intact
         orientation = image.getexif().get(ORIENTATION)
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image.transpose(Transpose[turn]) if turn else image
 
 
 def _convert(image: "Image", name: str, channels: int | None) -> "Image":

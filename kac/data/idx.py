@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kac.data.source import Contents, Unit, count_classes, images_per_block
+from kac.data.source import Contents, Source, Unit, count_classes, reading
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip
@@ -22,15 +22,13 @@ UBYTE = 0x08
 """The code of unsigned bytes, the only type in which images and labels are published."""
 
 PARTS = ("train", "t10k")
+DIMENSIONS = {"labels": 1, "images": 3}
 NAMES = {
-    f"{part}-{kind}": tuple(f"{part}-{kind}{idx}-ubyte{packed}" for idx in marks for packed in ("", ".gz"))
+    f"{part}-{kind}": [f"{part}-{kind}{dot}idx{size}-ubyte{packed}" for dot in "-." for packed in ("", ".gz")]
+    for kind, size in DIMENSIONS.items()
     for part in PARTS
-    for kind, marks in (("images", ("-idx3", ".idx3")), ("labels", ("-idx1", ".idx1")))
 }
 """The possible names of each of the four files. The first that exists is read."""
-
-MOST_SHOWN = 8
-"""The most files in a message."""
 
 SHA256 = {
     "MNIST": {
@@ -58,10 +56,8 @@ class IdxFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IdxSource:
+class IdxSource(Source):
     """The four files in the folder ``root``."""
-
-    root: str
 
     def stamps(self) -> Iterator[files.Stamp]:
         """Yield the files that exist."""
@@ -74,86 +70,64 @@ class IdxSource:
         Raises:
             DistillKacError: a file is missing, damaged or not IDX, or the files do not match.
         """
-        labels = [read_idx(self.root, f"{part}-labels", 1) for part in PARTS]
-        images = [read_idx(self.root, f"{part}-images", 3) for part in PARTS]
+        found = {file: self._read(file) for file in NAMES}
+        labels, images = ([found[f"{part}-{kind}"] for part in PARTS] for kind in DIMENSIONS)
         for part, part_images, part_labels in zip(PARTS, images, labels, strict=True):
             if len(part_images.values) != len(part_labels.values) or not part_images.values.size:
                 counts = f"{len(part_images.values)} images and {len(part_labels.values)} labels"
                 raise DistillKacError(
                     f"{self.root}: the {part} files have {counts}. Give files with a label for each image."
                 )
-        shapes = [file.values.shape[1:] for file in images]
-        if shapes[0] != shapes[1]:
-            sizes = " and ".join(f"{width}x{height}" for height, width in shapes)
-            raise DistillKacError(f"{self.root}: the train and t10k images have different sizes, {sizes}.")
+        shape, other = (file.values.shape[1:] for file in images)
+        if shape != other:
+            raise DistillKacError(
+                f"{self.root}: the train and t10k images have different sizes, {shape[1]}x{shape[0]} and "
+                f"{other[1]}x{other[0]} pixels. Give files with images of one size."
+            )
         all_labels = np.concatenate([file.values for file in labels]).astype(np.int64)
         names = [file.path.rpartition("/")[2] for file in images]
         return Contents(
-            shape=(1, *shapes[0]),
+            shape=(1, *shape),
             num_classes=count_classes({file.path: file.values for file in labels}),
             labels=all_labels,
             held_out=np.arange(len(all_labels)) >= len(labels[0].values),
             units=[Unit(len(file.values), part) for file, part in zip(images, PARTS, strict=True)],
             split=f"training images from {names[0]}, held-out images from {names[1]}",
-            warnings=_unlike_published(dict(zip(NAMES, (images[0], labels[0], images[1], labels[1]), strict=True))),
+            warnings=_unlike_published(found),
         )
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the images of the part ``content``, in blocks."""
-        images = read_idx(self.root, f"{content}-images", 3).values.reshape(-1, *shape)
-        rows = images_per_block(shape)
-        return (images[start : start + rows] for start in range(0, len(images), rows))
+        """Yield the images of the part ``content`` in one block."""
+        yield self._read(f"{content}-images").values.reshape(-1, *shape)
 
+    def _read(self, file: str) -> IdxFile:
+        """Read one of the four files, a key of ``NAMES``."""
+        found = [stamp.path for stamp in files.walk(self.root)]
+        name = next((name for name in NAMES[file] if name in found), None)
+        if name is None:
+            others = f"only {shorten(found, 8)}" if found else "no files"
+            raise DistillKacError(
+                f"{self.root} has no {NAMES[file][0]} or {NAMES[file][1]}, {others}. Rename the file, or give the "
+                "folder that contains it."
+            )
+        path, dimensions = self.name(name), DIMENSIONS[file.partition("-")[2]]
+        start, magic = 4 + 4 * dimensions, bytes((0, 0, UBYTE, dimensions))
 
-def read_idx(root: str, file: str, dimensions: int) -> IdxFile:
-    """Read one of the four files in ``root``: an array of uint8 with ``dimensions`` dimensions.
+        def read_shape(data: bytes) -> list[int]:
+            if data[:4] != magic or len(data) < start:
+                raise ValueError(f"it begins with {data[:4].hex() or 'nothing'} instead of {magic.hex()}")
+            return np.frombuffer(data[4:start], ">u4").tolist()
 
-    Args:
-        file: a key of ``NAMES``, such as ``train-images``.
-
-    Raises:
-        DistillKacError: the file is missing, damaged or not IDX.
-    """
-    found = [stamp.path for stamp in files.walk(root)]
-    name = next((name for name in NAMES[file] if name in found), None)
-    if name is None:
-        others = f"only {shorten(found, MOST_SHOWN)}" if found else "no files"
-        raise DistillKacError(
-            f"{root} has no {NAMES[file][0]} or {NAMES[file][1]}, {others}. Rename the file, or give the folder that "
-            "contains it."
-        )
-    path = files.join(root, name)
-    data = files.read_bytes(path)
-    if name.endswith(".gz"):
-        data = gunzip(path, data, lambda head: _file_size(path, head, dimensions))
-    expected = _file_size(path, data, dimensions)
-    shape, start = _read_header(path, data, dimensions)
-    if len(data) != expected:
-        sides = " x ".join(f"{side:,}" for side in shape)
-        raise DistillKacError(
-            f"{path} has {len(data):,} bytes, but its header announces {sides} values, {expected:,} bytes in all. "
-            "Download it again."
-        )
-    values = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-    return IdxFile(path, values, hashlib.sha256(data).hexdigest())
-
-
-def _file_size(path: str, data: bytes, dimensions: int) -> int:
-    """Return the size of the file according to its header."""
-    shape, start = _read_header(path, data, dimensions)
-    return start + math.prod(shape)
-
-
-def _read_header(path: str, data: bytes, dimensions: int) -> tuple[tuple[int, ...], int]:
-    """Return the shape in the header, and the offset of the values."""
-    magic, start = bytes((0, 0, UBYTE, dimensions)), 4 + 4 * dimensions
-    if data[:4] != magic or len(data) < start:
-        begin = f"begins with {data[:4].hex()}" if data else "is empty"
-        raise DistillKacError(
-            f"{path} {begin}, but an IDX file of bytes with {dimensions} dimensions begins with {magic.hex()}. "
-            "Download it again."
-        )
-    return tuple(np.frombuffer(data[4:start], ">u4").tolist()), start
+        data = files.read_bytes(path)
+        with reading(path, f"an IDX file of bytes with {dimensions} dimensions"):
+            if name.endswith(".gz"):
+                data = gunzip(path, data, lambda head: start + math.prod(read_shape(head)))
+            shape = read_shape(data)
+            if len(data) != start + math.prod(shape):
+                sides = " x ".join(f"{side:,}" for side in shape)
+                raise ValueError(f"it has {len(data):,} bytes, but its header announces {sides} values")
+        values = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+        return IdxFile(path, values, hashlib.sha256(data).hexdigest())
 
 
 def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ To add a kind without files, see ``kac/data/bundled.py``. To add a kind of files
 ``FILE_KINDS``, and add it to ``DataKind``.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -15,7 +15,6 @@ from kac.data import bundled, decoded
 from kac.data.arrays import open_arrays
 from kac.data.bundled import BUNDLED, BundledKind
 from kac.data.cifar10 import Cifar10Source
-from kac.data.encoded import Decoder
 from kac.data.folder import FolderSource
 from kac.data.idx import IdxSource
 from kac.data.parquet import ParquetSource
@@ -28,6 +27,14 @@ from kac.util.options import Kinded
 from kac.util.path_options import input_path
 
 DataKind = Literal[BundledKind, "idx", "cifar10", "folder", "parquet", "outside"]
+
+FILE_KINDS: dict[DataKind, type[Source]] = {
+    "idx": IdxSource,
+    "cifar10": Cifar10Source,
+    "folder": FolderSource,
+    "parquet": ParquetSource,
+}
+"""Kinds that are read from files. Their images are decoded once, into the cache."""
 
 
 class DataConfig(Kinded):
@@ -65,13 +72,15 @@ class DataConfig(Kinded):
 
     @model_validator(mode="after")
     def _has_only_options_of_its_kind(self) -> Self:
-        if self.kind in FILE_KINDS and not self.root:
-            raise ValueError(f"`root` is missing. Give the path or s3:// URI of the {self.kind} files.")
-        if self.kind == "outside" and not self.factory:
-            raise ValueError("`factory` is missing. Give package.module:function.")
-        known = {"kind", *(OUTSIDE_OPTIONS if self.kind == "outside" else ())}
+        known = {"kind"}
         if self.kind in FILE_KINDS:
-            known |= {"root", *FILE_KINDS[self.kind].options}
+            known |= {"horizontal_flip", *_source_options(self.kind)}
+            if not self.root:
+                raise ValueError(f"`root` is missing. Give the path or s3:// URI of the {self.kind} files.")
+        if self.kind == "outside":
+            known |= {"factory", "arguments", "horizontal_flip"}
+            if not self.factory:
+                raise ValueError("`factory` is missing. Give package.module:function.")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in known and value != field.default:
@@ -79,34 +88,8 @@ class DataConfig(Kinded):
         return self
 
 
-OUTSIDE_OPTIONS = ("factory", "arguments", "horizontal_flip")
-
-
-class FileKind(NamedTuple):
-    """A kind of dataset that is read from files."""
-
-    source: Callable[[DataConfig, str], Source]  # makes the source from the config and its absolute root
-    options: tuple[str, ...]  # options that the kind uses, besides kind and root
-
-
-FILE_KINDS: dict[DataKind, FileKind] = {
-    "idx": FileKind(lambda _, root: IdxSource(root), ("horizontal_flip",)),
-    "cifar10": FileKind(lambda _, root: Cifar10Source(root), ("horizontal_flip",)),
-    "folder": FileKind(
-        lambda config, root: FolderSource(root, Decoder(config.size, config.channels)),
-        ("size", "channels", "horizontal_flip"),
-    ),
-    "parquet": FileKind(
-        lambda config, root: ParquetSource(
-            root, Decoder(config.size, config.channels), config.image_column, config.label_column
-        ),
-        ("size", "channels", "image_column", "label_column", "horizontal_flip"),
-    ),
-}
-"""Kinds that are read from files. Their images are decoded once, into the cache."""
-
-TRAINING_ONLY = ("horizontal_flip",)
-"""Options that do not change the decoded images."""
+def _source_options(kind: DataKind) -> list[str]:
+    return [field.name for field in dataclasses.fields(FILE_KINDS[kind])]
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,8 +103,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         return BUNDLED[config.kind]()
     if config.factory is not None:
         return open_arrays(config.factory, config.arguments, config.horizontal_flip)
-    source, root, paths = _locate(config)
-    return decoded.find(paths) or decoded.decode_here(source, root, paths)
+    source, paths = _locate(config)
+    return decoded.find(paths) or decoded.decode_here(source, paths)
 
 
 def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decoding] | None:
@@ -131,15 +114,13 @@ def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decodin
     """
     if config.kind not in FILE_KINDS:
         return None
-    source, root, paths = _locate(config)
-    return None if decoded.find(paths) else decoded.decoding(source, root, paths)
+    source, paths = _locate(config)
+    return None if decoded.find(paths) else decoded.decoding(source, paths)
 
 
-def _locate(config: DataConfig) -> tuple[Source, str, decoded.CachePaths]:
-    """Return the source of a config, its absolute root, and where the cache stores its images."""
+def _locate(config: DataConfig) -> tuple[Source, decoded.CachePaths]:
     root = config.root or ""
     root = files.normal(root) if files.is_uri(root) else files.locate(root).path
-    kind = FILE_KINDS[config.kind]
-    options: dict[str, Any] = {name: getattr(config, name) for name in kind.options if name not in TRAINING_ONLY}
-    source = kind.source(config, root)
-    return source, root, decoded.cache_paths(source, {"kind": config.kind, "root": root, **options})
+    options = {name: getattr(config, name) for name in _source_options(config.kind)} | {"root": root}
+    source = FILE_KINDS[config.kind](**options)
+    return source, decoded.cache_paths(source, {"kind": config.kind, **options})

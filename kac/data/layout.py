@@ -7,8 +7,10 @@ Ambiguous names raise an error, so that no file is used for training because its
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from kac.data.splits import EVERY_FIFTH
 from kac.util import files
@@ -37,6 +39,11 @@ NOUN = re.compile("(set|split|data|images|imgs)$")
 MOST_SHOWN = 3
 """The most names in a message."""
 
+ADVICE = (
+    "Use ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE. Images without classes need one class folder, such as "
+    "ROOT/train/all. Rename a class that is named like a split."
+)
+
 
 class SplitName(NamedTuple):
     """A split, and the name that indicates it."""
@@ -55,13 +62,9 @@ class FolderRole(NamedTuple):
 class Division(NamedTuple):
     """How a dataset is divided."""
 
-    held_out: Part | None  # None: every fifth image of each class
+    used: list[int]  # indices of the files or images to read
+    held_out: np.ndarray | None  # [used] bool; None: every fifth image of each class
     description: str  # how it is divided, and why
-
-    @property
-    def used(self) -> set[Part | None]:
-        """The parts to read. None stands for files without a split."""
-        return {"train", self.held_out} if self.held_out else {"train", None}
 
 
 def split_file(root: str, path: str) -> SplitName | None:
@@ -71,10 +74,10 @@ def split_file(root: str, path: str) -> SplitName | None:
         DistillKacError: the names contain several splits.
     """
     *folders, base = path.split("/")
-    stem = base.rpartition(".")[0]
-    words = _words(stem)
-    first = _part_of(words[0]) if words else None
-    named = [SplitName(first, base)] if first else _find_splits(base, stem)
+    words = _words(base.rpartition(".")[0])
+    named = [SplitName(part, base) for word in words if (part := _part_of(word))]
+    if words and _part_of(words[0]):
+        named = named[:1]  # the first word decides: "train_no_test" is for training
     return _only_split(root, path, [*_splits_of_folders(folders), *named])
 
 
@@ -90,75 +93,34 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
     parts = {folder: folder.split("/") for folder in folders}
     above = {path: _only_split(root, path, _splits_of_folders(names[:-1])) for path, names in parts.items()}
     bare = {path: part for path, names in parts.items() if (part := _whole_name_part(names[-1]))}
-    if any(above.values()):
-        return _splits_of_classes(root, parts, above, bare)
-    if bare:
-        return _classes_of_splits(root, parts, bare)
-    deep = next((path for path, names in parts.items() if len(names) > 1), None)
-    if deep is not None:
-        raise DistillKacError(
-            f"{root}: images in {deep} are too deep for a class folder, and no folder on the way names a split. Use "
-            "ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE."
-        )
-    named = {path: {split.part for split in _find_splits(path, path)} for path in parts}
-    if all(named.values()) and len(set.union(*named.values())) > 1:
-        raise DistillKacError(
-            f"{root}: all folders are named like splits ({shorten(list(parts), MOST_SHOWN)}), but there are no class "
-            f"folders in them. {_ADVICE}"
-        )
-    return {path: FolderRole(None, path) for path in parts}
-
-
-_ADVICE = (
-    "Use ROOT/{train,test}/CLASS/IMAGE; images without classes need one class folder, such as ROOT/train/all. Rename a "
-    "class that is named like a split."
-)
-
-
-def _splits_of_classes(
-    root: str, parts: Mapping[str, Sequence[str]], above: Mapping[str, SplitName | None], bare: Mapping[str, Part]
-) -> dict[str, FolderRole]:
-    """Return the roles for the layout ``SPLIT/CLASS``."""
-    for path, split in above.items():
-        if split is None:
-            other = next(named.name for named in above.values() if named)
-            problem = f"there are images directly in {path}/" if path in bare else f"{path}/ names no split"
-            raise DistillKacError(
-                f"{root}: {problem}, but other images are in class folders of a split, such as {other}. Move it away, "
-                "or use ROOT/{train,test}/CLASS/IMAGE for all images."
-            )
-    if len(bare) == len(parts):
-        raise DistillKacError(
-            f"{root}: there are splits inside splits ({shorten(list(parts), MOST_SHOWN)}), and no class folders. "
-            f"{_ADVICE}"
-        )
-    around = {path: tuple(name for name in names[:-1] if not _find_splits(name, name)) for path, names in parts.items()}
-    first, *others = parts
-    unlike = next((path for path in others if around[path] != around[first]), None)
-    if unlike is not None:
-        raise DistillKacError(
-            f"{root}: {first}/ and {unlike}/ are nested differently, so it is unclear which folders are the classes. "
-            "Use ROOT/{train,test}/CLASS/IMAGE."
-        )
-    return {path: FolderRole(above[path], names[-1]) for path, names in parts.items()}
-
-
-def _classes_of_splits(
-    root: str, parts: Mapping[str, Sequence[str]], bare: Mapping[str, Part]
-) -> dict[str, FolderRole]:
-    """Return the roles for the layout ``CLASS/SPLIT``."""
-    plain = next((path for path in parts if path not in bare), None)
-    if plain is not None:
-        raise DistillKacError(
-            f"{root}: {next(iter(bare))}/ names a split, but {plain}/ does not. If the first is a class, rename it. If "
-            "it is a split, put all class folders into folders of splits: ROOT/{train,test}/CLASS/IMAGE."
-        )
-    wrong = next((path for path, names in parts.items() if len(names) != 2), None)
-    if wrong is not None:
-        raise DistillKacError(
-            f"{root}: there are images directly in {wrong}/, which is a split and no class. {_ADVICE}"
-        )
-    return {path: FolderRole(SplitName(bare[path], f"{path}/"), names[0]) for path, names in parts.items()}
+    in_split = next((split for split in above.values() if split), None)
+    first, shown = next(iter(parts)), shorten(list(parts), MOST_SHOWN)
+    roles, problems = {}, []
+    for path, names in parts.items():
+        if in_split:
+            roles[path] = FolderRole(above[path], names[-1])
+            if above[path] is None:
+                problems.append(f"{path}/ is in no folder of a split, but other images are in {in_split.name}")
+            elif len(bare) == len(parts):
+                problems.append(f"there are splits inside splits ({shown}), and no class folders")
+            elif _without_splits(names[:-1]) != _without_splits(parts[first][:-1]):
+                problems.append(f"{first}/ and {path}/ are nested differently, so the classes are unclear")
+        elif bare:
+            roles[path] = FolderRole(SplitName(bare.get(path, "train"), f"{path}/"), names[0])
+            if path not in bare:
+                problems.append(f"{next(iter(bare))}/ names a split, but {path}/ does not")
+            elif len(names) != 2:
+                problems.append(f"there are images directly in {path}/, which is a split and no class")
+        else:
+            roles[path] = FolderRole(None, path)
+            if len(names) > 1:
+                problems.append(f"images in {path} are too deep for a class folder, and no folder names a split")
+    named = [{part for word in _words(path) if (part := _part_of(word))} for path in parts]
+    if not in_split and not bare and all(named) and len(set.union(*named)) > 1:
+        problems.append(f"all folders are named like splits ({shown}), but there are no class folders in them")
+    if problems:
+        raise DistillKacError(f"{root}: {problems[0]}. {ADVICE}")
+    return roles
 
 
 def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
@@ -174,12 +136,12 @@ def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
     return splits if None not in parts and {"train"} < parts else None
 
 
-def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], unit: str) -> Division:
-    """Choose what is held out.
+def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], unit: str) -> Division:
+    """Choose what is read and what is held out.
 
     Args:
-        splits: of each file or folder.
-        paths: of the same files or folders, below the root.
+        splits: of each file or image.
+        paths: of each file, or of the folder of each image, below the root.
         unit: what they are, in the plural.
 
     Raises:
@@ -189,10 +151,10 @@ def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
     for split in splits:
         if split:
             counts.setdefault(split.part, Counter())[split.name] += 1
-    if not counts and list(paths) == [""]:
-        return Division(None, f"{EVERY_FIFTH}, because there is only one file")
+    everything = list(range(len(splits)))
     if not counts:
-        return Division(None, f"{EVERY_FIFTH}, because no folder or file is named train or test")
+        reason = "there is only one file" if list(paths) == [""] else "no folder or file is named train or test"
+        return Division(everything, None, f"{EVERY_FIFTH}, because {reason}")
     if None in splits:
         known = next(split for split in splits if split)
         raise DistillKacError(
@@ -206,33 +168,36 @@ def choose(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
             f"{root}: there is only the {' and '.join(described)} split ({'; '.join(described.values())}), and nothing "
             "to train on. Add a folder or file with the word train in its name, or rename the training images."
         )
-    held_out: Part | None = next((part for part in ("test", "validation") if part in counts), None)
-    if held_out is None:
-        return Division(None, f"{EVERY_FIFTH} of {described['train']}, because nothing is named test or validation")
-    unused = ", ".join(f"{described[part]} is not used" for part in counts if part not in {"train", held_out})
-    return Division(
-        held_out,
-        f"training images from {described['train']}, held-out images from {described[held_out]}, by their names"
-        + (f"; {unused}" if unused else ""),
-    )
+    chosen = next((part for part in ("test", "validation") if part in counts), None)
+    if chosen is None:
+        reason = "nothing is named test or validation"
+        return Division(everything, None, f"{EVERY_FIFTH} of {described['train']}, because {reason}")
+    unused = [f"{described[part]} is not used" for part in counts if part not in {"train", chosen}]
+    source = f"training images from {described['train']}, held-out images from {described[chosen]}, by their names"
+    used = [i for i, split in enumerate(splits) if split and split.part in {"train", chosen}]
+    held_out = [split.part == chosen for split in splits if split and split.part in {"train", chosen}]
+    return Division(used, np.array(held_out), "; ".join([source, *unused]))
 
 
 def _describe(names: Counter[str], unit: str) -> str:
-    total = sum(names.values())
-    is_files = not any(name.endswith(("/", "*")) for name in names)
-    count = "" if is_files else f" ({total:,} {unit if total > 1 else unit.removesuffix('s')})"
-    return shorten(list(names), MOST_SHOWN) + count
+    shown, total = shorten(list(names), MOST_SHOWN), sum(names.values())
+    if not any(name.endswith(("/", "*")) for name in names):  # files, which are counted by their names
+        return shown
+    return f"{shown} ({total:,} {unit if total > 1 else unit.removesuffix('s')})"
 
 
 def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
     """Return the splits in the names of the folders on a path, outermost first."""
-    paths = ["/".join(folders[: i + 1]) + "/" for i in range(len(folders))]
-    return [split for folder, path in zip(folders, paths, strict=True) for split in _find_splits(path, folder)]
+    return [
+        SplitName(part, "/".join(folders[: i + 1]) + "/")
+        for i, folder in enumerate(folders)
+        for word in _words(folder)
+        if (part := _part_of(word))
+    ]
 
 
-def _find_splits(name: str, text: str) -> list[SplitName]:
-    """Return a ``SplitName`` of ``name`` for each word of ``text`` that names a split."""
-    return [SplitName(part, name) for word in _words(text) if (part := _part_of(word))]
+def _without_splits(folders: Sequence[str]) -> list[str]:
+    return [folder for folder in folders if not any(map(_part_of, _words(folder)))]
 
 
 def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName | None:

@@ -1,22 +1,22 @@
 """The interface of image files: what a kind of files must provide so that its images can be decoded into the cache."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kac.util.errors import DistillKacError
-from kac.util.files import Stamp
-
-BLOCK_BYTES = 2**24
-"""Approximate size of a block of decoded images. A block holds at least one image."""
+from kac.util import files
+from kac.util.errors import DistillKacError, one_line
 
 
 class Unit(NamedTuple):
     """Images that one task decodes."""
 
-    images: int  # their number
-    content: Any  # what ``Source.decode`` needs to find them
+    images: int  # number of images
+    content: Any  # argument of ``Source.decode``
 
 
 class Contents(NamedTuple):
@@ -32,61 +32,71 @@ class Contents(NamedTuple):
     warnings: tuple[str, ...] = ()  # messages about the files for the user
 
 
-class Source(Protocol):
-    """Labelled images in files. It is pickled and sent to the processes that decode."""
+@dataclass(frozen=True)
+class Source(ABC):
+    """Labelled images in files. It is pickled and sent to the processes that decode.
 
-    def stamps(self) -> Iterator[Stamp]:
+    All other fields of a subclass are options of ``DataConfig`` with the same names.
+    """
+
+    root: str  # absolute path or s3:// URI of a file or folder
+
+    @abstractmethod
+    def stamps(self) -> Iterator[files.Stamp]:
         """Yield the files to read. Cached images stay valid as long as these stamps do not change."""
-        ...
 
+    @abstractmethod
     def contents(self) -> Contents:
         """Return everything in the files except the images.
 
         Raises:
             DistillKacError: files are missing, damaged or inconsistent.
         """
-        ...
 
+    @abstractmethod
     def decode(self, content: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """Yield the images of one unit, uint8, in blocks [rows, *shape].
 
         Raises:
             DistillKacError: an image is damaged or has another shape; the message names it.
         """
-        ...
+
+    def name(self, path: str) -> str:
+        """Return the full path of ``path`` below the root; an empty path is the root."""
+        return files.join(self.root, path) if path else self.root
 
 
-def images_per_block(shape: tuple[int, ...]) -> int:
-    """Return the number of images of ``shape`` in a block."""
-    return max(1, BLOCK_BYTES // int(np.prod(shape)))
+@contextmanager
+def reading(name: str, kind: str, advice: str = "Download it again.") -> Iterator[None]:
+    """Convert any error of a decoder to a ``DistillKacError`` that names the file, its expected kind and the reason."""
+    try:
+        yield
+    except DistillKacError:
+        raise
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk or S3; those of decoders have no errno
+            raise
+        raise DistillKacError(f"{name} is not {kind} ({one_line(error).rstrip('.')}). {advice}") from None
 
 
 def count_classes(labels: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes of the integer labels 0 .. n - 1, after checking that it is plausible.
+    """Return the number of classes of integer labels 0 .. n - 1.
 
     Args:
         labels: the labels of each file, [images], of any integer type.
 
     Raises:
-        DistillKacError: a label is negative, or so large that some class has no image.
+        DistillKacError: a label is negative, or so large that a class has no image.
     """
-    images = sum(map(len, labels.values()))
-    num_classes = 0
+    images, num_classes = sum(map(len, labels.values())), 0
     for name, values in labels.items():
-        if not len(values):
-            continue
-        least, most = int(values.min()), int(values.max())
-        if least < 0:
-            raise DistillKacError(
-                f"{name} has the label {least}, but labels start at 0. Correct the labels, or move the file away if "
-                "its images have no classes (Hugging Face uses -1 for no class)."
-            )
-        if most >= images:
-            raise DistillKacError(
-                f"{name} has the label {most}, but there are only {images:,} images, so some class has none. Number "
-                "the classes from 0 without gaps."
-            )
-        num_classes = max(num_classes, most + 1)
+        for label in (int(values.min()), int(values.max())) if len(values) else ():
+            if not 0 <= label < images:
+                raise DistillKacError(
+                    f"{name} has the label {label}, but labels of {images:,} images must be in 0 .. {images - 1}. "
+                    "Number the classes from 0 without gaps. Move files without labels away."
+                )
+            num_classes = max(num_classes, label + 1)
     return num_classes
 
 

@@ -12,7 +12,6 @@ from kac.util.options import Options
 
 HELD_OUT_EVERY = 5  # of each class, for datasets without their own split
 EVERY_FIFTH = "every fifth image of each class is held out"
-GIVEN = "the held-out images are given with the data"
 
 
 class DataDescription(Options):
@@ -83,17 +82,20 @@ def in_memory(
         held_out: [count] bool, the images to hold out; default: every fifth image of each class.
         class_names: by label.
     """
-    split = EVERY_FIFTH if held_out is None else GIVEN
+    split = EVERY_FIFTH if held_out is None else "the held-out images are given with the data"
     held_out = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
     train, rest = (InMemorySplit(LabelledImages(images[which], labels[which])) for which in (~held_out, held_out))
     counts = torch.bincount(train.data.labels, minlength=num_classes).double()
+    content = hashlib.sha256()
+    for part in (images, labels, held_out):
+        content.update(part.contiguous().numpy().data)
     description = DataDescription(
         sample_shape=tuple(images.shape[1:]),
         num_classes=num_classes,
         class_frequencies=tuple((counts / counts.sum()).tolist()),
         train=len(train),
         held_out=len(rest),
-        sha256=_content_sha256(images, labels, held_out),
+        sha256=fingerprint({"content": content.hexdigest(), "sample_shape": list(images.shape[1:])}),
         class_names=class_names,
         split=split,
     )
@@ -111,10 +113,3 @@ def every_nth_of_each_class(labels: Tensor, n: int) -> Tensor:
 def all_rows(split: Split) -> LabelledImages:
     """Return every row of a split that fits into memory."""
     return split.rows(torch.arange(len(split)))
-
-
-def _content_sha256(images: Tensor, labels: Tensor, held_out: Tensor) -> str:
-    digest = hashlib.sha256()
-    for part in (images, labels, held_out):
-        digest.update(part.contiguous().numpy().data)
-    return fingerprint({"content": digest.hexdigest(), "sample_shape": list(images.shape[1:])})

@@ -117,9 +117,13 @@ def test_missing_truncated_or_other_idx_files_are_named(mnist: Path):
     labels, images = mnist / "t10k-labels-idx1-ubyte", mnist / "train-images-idx3-ubyte"
     whole = images.read_bytes()
     images.write_bytes(whole[:-5])
-    assert refusal("idx", mnist).startswith("ROOT/train-images-idx3-ubyte has 1,035 bytes")
+    message = refusal("idx", mnist)
+    assert message.startswith("ROOT/train-images-idx3-ubyte ")
+    assert "1,035 bytes" in message
     images.write_bytes(b"\x00\x00\x0d\x03" + whole[4:])
-    assert refusal("idx", mnist).startswith("ROOT/train-images-idx3-ubyte begins with 00000d03")
+    message = refusal("idx", mnist)
+    assert message.startswith("ROOT/train-images-idx3-ubyte ")
+    assert "00000d03" in message
     images.unlink()
     (mnist / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-9])
     assert refusal("idx", mnist).startswith("ROOT/train-images-idx3-ubyte.gz ")
@@ -171,7 +175,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, batches: dict[str, bytes], 
     victim = tmp_path / "victim"
     batches["data_batch_2"] = pickle.dumps({b"data": PickledCall(call, f"touch {victim}"), b"labels": []}, protocol=2)
     archive = making.write_archive(tmp_path / "cifar-10-python.tar.gz", batches)
-    assert refusal("cifar10", archive).startswith(f"ROOT: data_batch_2 asks for {name}, ")
+    message = refusal("cifar10", archive)
+    assert message.startswith("ROOT: data_batch_2 ")
+    assert name in message
     assert not victim.exists()
 
 
@@ -182,7 +188,7 @@ def test_cifar_labels_that_do_not_match_the_images_are_refused(tmp_path: Path):
     assert "the label 10" in refusal("cifar10", archive)
     short = pickle.dumps({b"data": images[:10].reshape(10, -1), b"labels": [0] * 9}, protocol=2)
     making.write_archive(archive, {**making.cifar_batches(images, labels), "data_batch_1": short})
-    assert "data_batch_1 has 10 images, but 9 labels" in refusal("cifar10", archive)
+    assert "10 images, but 9 labels" in refusal("cifar10", archive)
 
 
 def test_a_missing_column_of_a_parquet_file_is_named(tmp_path: Path):

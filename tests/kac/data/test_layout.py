@@ -107,7 +107,7 @@ def test_without_a_held_out_split_every_fifth_image_is_held_out(tmp_path: Path, 
     [
         (["train/a", "extra/a"], ["train/", "extra/a/"]),
         (["train/a", "unsupervised/a"], ["train/", "unsupervised/a/"]),
-        (["train/a", "test/1.png"], ["train/", "directly in test/"]),
+        (["train/a", "test/1.png"], ["train/", "test/"]),
         (["seg_train/a", "seg_pred/seg_pred"], ["seg_train/", "seg_pred/seg_pred/"]),
         (["train", "car"], ["train/", "car/"]),
         (["a/train", "b/holdout"], ["a/train/", "b/holdout/"]),
