@@ -39,9 +39,12 @@ class SweepSpec(StudentOptions, Spec):
         None,
         "student steps, short for `grid` steps=1,2; one flow map handles them all; default: 1 2 4 20, or those of "
         "`chain`, or 4 with `search`",
+        min_length=1,
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(
-        None, "guidance scales, short for `grid` guidance=0,1; all: one student for all scales; default: 0"
+        None,
+        "guidance scales, short for `grid` guidance=0,1; all: one student for all scales; default: 0",
+        min_length=1,
     )
     grid: dict[str, tuple[Any, ...]] = unhashed(
         {}, "axes of the grid, any options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
@@ -91,13 +94,14 @@ class SweepSpec(StudentOptions, Spec):
     @classmethod
     def _parse_axes(cls, given: Any, info: ValidationInfo) -> Any:
         """Return FIELD=VALUE,VALUE words as a mapping. A single value of the grid becomes an axis of one value."""
-        if isinstance(given, list | tuple):
-            given = parse_pairs(f"`{info.field_name}`", given)
+        given = parse_pairs(f"`{info.field_name}`", given)
         if info.field_name == "search" or not isinstance(given, dict):
             return given
-        axes = {name: _axis(values) for name, values in given.items()}
-        for name, values in axes.items():
-            if not values or any(value in ("", None) for value in values):
+        axes = {}
+        for name, values in given.items():
+            parts = [value.strip() for value in values.split(",")] if isinstance(values, str) else values
+            axes[name] = tuple(parts) if isinstance(parts, list | tuple) else (parts,)
+            if not axes[name] or any(value in ("", None) for value in axes[name]):
                 raise ValueError(f"`grid` has no value for {name}. Give {name}=VALUE,VALUE.")
         return axes
 
@@ -118,16 +122,3 @@ class SweepSpec(StudentOptions, Spec):
                 "before."
             )
         return chain
-
-    @field_validator("steps", "guidance")
-    @classmethod
-    def _check_not_empty(cls, values: tuple[Any, ...] | None, info: ValidationInfo) -> tuple[Any, ...] | None:
-        if values == ():
-            raise ValueError(f"`{info.field_name}` has no values. Give at least one, or leave it out.")
-        return values
-
-
-def _axis(values: Any) -> tuple[Any, ...]:
-    if isinstance(values, str):
-        return tuple(value.strip() for value in values.split(","))
-    return tuple(values) if isinstance(values, list | tuple) else (values,)

@@ -3,11 +3,8 @@
 sweep_stage.py     the stage: check, add missing guidance scales, run, evaluate, write the report
 checks.py          checks before the sweep begins
 planned_trials.py  the trials of a grid and its chains: names, specs, values
-search_space.py    the distributions of a search
-proposers.py       search algorithms: random, Optuna
-trials.py          the trials under Ray Tune
-ledger_search.py   Tune's searcher: which trial starts next, and how results reach the ledger
-early_stopping.py  ASHA
+proposers.py       the distributions of a search, and the search algorithms: random, Optuna
+trials.py          the trials under Ray Tune: the process of a trial, Tune's searcher, ASHA
 ledger.py          the record of each trial, one file each in OUT/trials
 report/            the results: tables, plots and a page
 """

@@ -15,8 +15,7 @@ from pipeline.config import SweepSpec
 from pipeline.distill import plan_student, resolve_spec
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial
-from pipeline.sweep.proposers import PROPOSERS
-from pipeline.sweep.search_space import is_choice, search_space
+from pipeline.sweep.proposers import PROPOSERS, is_choice, search_space
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
 """Metrics that a trial reports during training. Lower is better for each of them."""
@@ -28,7 +27,7 @@ def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
     Raises:
         ArgumentError: ``metric`` or ``asha_metric`` is not reported by this sweep.
     """
-    known = dict.fromkeys(REPORTED, "lower")
+    known: dict[str, str] = dict.fromkeys(REPORTED, "lower")
     default = REPORTED[0]
     if spec.samples:
         evaluated = {metric.name: metric.better for metric in quality_metrics(spec.features).values() if metric.better}
@@ -69,7 +68,7 @@ def check_options(spec: SweepSpec) -> None:
 def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
     """Raise ``DistillKacError`` if no trial has reported the metric that ASHA or the search needs."""
     user = _user_of_reports(spec)
-    ended = [record for record in ledger.records if record.status in {"finished", "stopped"}]
+    ended = [record for record in ledger.records if not record.is_open]
     if user and ended and not any(spec.asha_metric in record.metrics for record in ended):
         raise DistillKacError(
             f"{spec.out}: no trial reported {spec.asha_metric}, which {user} needs. Choose another `asha_metric`."
@@ -113,7 +112,7 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
         raise ArgumentError(
             "`search` draws guidance from a range, but a store has only some guidance scales. Use choice(...) instead."
         )
-    checked: set[tuple[Any, ...]] = set()
+    checked: list[Any] = []
     for trial in trials:
         training.check_batch_split(trial.spec.optimizer, trial.spec.workers or 0)
         # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
@@ -121,15 +120,9 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
         student = resolve_spec(trial.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
         if student.guidance not in missing and key not in checked:
-            checked.add(key)
+            checked.append(key)
             plan_student(student)
     return source, missing
-
-
-def wait_for_resources(spec: SweepSpec) -> None:
-    """Return once the cluster can run one trial; raises as ``placement.wait_for_capacity``."""
-    option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
-    placement.wait_for_capacity("sweep", option, count, resources_per_trial(spec))
 
 
 def resources_per_trial(spec: SweepSpec) -> placement.Resources:

@@ -4,7 +4,6 @@ Only the driver writes records, before a trial starts and while it runs. After a
 them which trials exist, with which values, how far they came and what they reported.
 """
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
@@ -14,10 +13,6 @@ from kac.util.errors import DistillKacError
 from kac.util.options import Options
 from pipeline.sweep.planned_trials import PlannedTrial
 
-TRIALS_FOLDER = "trials"
-
-Status = Literal["waiting", "running", "finished", "stopped", "failed"]
-
 
 class TrialRecord(Options):
     """The state of a trial."""
@@ -26,7 +21,7 @@ class TrialRecord(Options):
     name: str
     out: str  # folder of the student
     values: dict[str, Any]  # varied fields by dotted name; "chain": "20-4" for a student of a chain
-    status: Status = "waiting"
+    status: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
     updates: int = 0  # completed
     seconds: float = 0.0  # of training, summed over all starts
     metrics: dict[str, float] = Field({}, description="latest value of each metric")
@@ -41,15 +36,26 @@ class TrialRecord(Options):
 
 
 class Ledger:
-    """The records of the sweep in ``out``. Changes are written at once."""
+    """The records of the sweep in ``out``. Changes are written at once.
+
+    Raises:
+        DistillKacError: a record is damaged.
+    """
 
     def __init__(self, out: str) -> None:
-        self.folder = files.join(out, TRIALS_FOLDER)
+        self.folder = files.join(out, "trials")
         self._records: dict[str, TrialRecord] = {}
         for name in files.list_sizes(self.folder):
-            if name.endswith(".json") and not files.is_temporary(name.rsplit("/", 1)[-1]):
-                record = self._read(files.join(self.folder, name))
-                self._records[record.name] = record
+            if not name.endswith(".json"):
+                continue
+            path = files.join(self.folder, name)
+            try:
+                record = TrialRecord.model_validate_json(files.read_bytes(path))
+            except (ValueError, DistillKacError) as error:
+                raise DistillKacError(
+                    f"{path} is not a valid trial record ({error}). Delete it and run the sweep again."
+                ) from None
+            self._records[record.name] = record
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -60,12 +66,6 @@ class Ledger:
         """The record of a trial, or None."""
         return self._records.get(name)
 
-    def record_of(self, trial: PlannedTrial) -> TrialRecord:
-        """The record of a planned trial; a new one, which is not written yet, if there is none."""
-        return self.get(trial.name) or TrialRecord(
-            number=self.next_number(), name=trial.name, out=trial.spec.out, values=trial.values
-        )
-
     def next_number(self) -> int:
         """The number for the next new trial."""
         return max((record.number for record in self._records.values()), default=-1) + 1
@@ -75,6 +75,14 @@ class Ledger:
         files.write_bytes(files.join(self.folder, f"{record.name}.json"), record.model_dump_json(indent=1).encode())
         self._records[record.name] = record
         return record
+
+    def add(self, trial: PlannedTrial) -> TrialRecord:
+        """The record of a planned trial; without one, a new record is written."""
+        if trial.name in self._records:
+            return self._records[trial.name]
+        return self.put(
+            TrialRecord(number=self.next_number(), name=trial.name, out=trial.spec.out, values=trial.values)
+        )
 
     def change(self, name: str, **changes: Any) -> TrialRecord:
         """Change some fields of a record and write it."""
@@ -99,12 +107,3 @@ class Ledger:
             metrics={**record.metrics, **metrics},
             reports=(*kept, {"update": float(updates), **metrics}),
         )
-
-    @staticmethod
-    def _read(path: str) -> TrialRecord:
-        try:
-            return TrialRecord(**json.loads(files.read_bytes(path)))
-        except (ValueError, TypeError, DistillKacError) as error:
-            raise DistillKacError(
-                f"{path} is not a valid trial record ({error}). Delete it and run the sweep again."
-            ) from None

@@ -34,24 +34,19 @@ def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
     Raises:
         ArgumentError: an axis is not a field of a student, or is given twice.
     """
-    given: dict[str, tuple[Any, ...]] = {}
-    for name in (*spec.grid, *spec.search):
-        if field_named(name) in given:
+    searched = [field_named(name) for name in spec.search]
+    given = {field_named(name): values for name, values in spec.grid.items()}
+    named = [*searched, *map(field_named, spec.grid)]
+    for name in named:
+        if named.count(name) > 1:
             raise ArgumentError(f"`grid` and `search` give {name} twice. Give each field once.")
-        given[field_named(name)] = spec.grid.get(name, ())
-    for name, short in (("guidance", spec.guidance), ("steps", spec.steps)):
-        if short is not None and name in given:
+    default_steps = spec.chain or ((DistillSpec.model_fields["steps"].default,) if spec.search else STEP_COUNTS)
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name, short, default in (("guidance", spec.guidance, (0.0,)), ("steps", spec.steps, default_steps)):
+        if short is not None and name in named:
             raise ArgumentError(f"`{name}` is also in `grid` or `search`. Give its values once.")
-    searched = {field_named(name) for name in spec.search}
-    default_steps: tuple[int, ...] = spec.chain or (
-        (DistillSpec.model_fields["steps"].default,) if spec.search else STEP_COUNTS
-    )
-    axes: dict[str, tuple[Any, ...]] = {
-        "guidance": spec.guidance or (0.0,),
-        "steps": spec.steps or default_steps,
-        **given,
-    }
-    return {name: values for name, values in axes.items() if name not in searched}
+        axes[name] = short or default
+    return {name: values for name, values in {**axes, **given}.items() if name not in searched}
 
 
 def field_named(name: str) -> str:
@@ -80,31 +75,30 @@ def grid_trials(spec: SweepSpec) -> list[PlannedTrial]:
         ArgumentError: a student is not valid, or ``axes_of`` raises.
     """
     axes = axes_of(spec)
-    if spec.chain and spec.chain[0] not in {int(m) for m in axes["steps"]}:
+    if spec.chain and str(spec.chain[0]) not in map(normal_text, axes["steps"]):
         axes["steps"] = (*axes["steps"], spec.chain[0])
     trials: dict[str, PlannedTrial] = {}
-    for chosen in itertools.product(*axes.values()):
-        trial = plan_trial(spec, dict(zip(axes, chosen, strict=True)))
+    for values in _products(axes):
+        trial = plan_trial(spec, values)
         trials.setdefault(trial.name, trial)
     if spec.chain:
-        others = {name: values for name, values in axes.items() if name != "steps"}
-        for chosen in itertools.product(*others.values()):
-            for trial in _chain(spec, dict(zip(others, chosen, strict=True))):
-                trials[trial.name] = trial
+        del axes["steps"]
+        trials |= {trial.name: trial for values in _products(axes) for trial in _chain(spec, values)}
     return list(trials.values())
+
+
+def _products(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values()))
 
 
 def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]:
     """The trials of a chain without the first one, which is in the grid."""
-    counts = spec.chain
-    before = plan_trial(spec, {**values, "steps": counts[0]}).name
-    for length in range(2, len(counts) + 1):
-        chain = "-".join(map(str, counts[:length]))
-        trial = plan_trial(spec, {**values, "steps": counts[length - 1]}, head=f"chain-{chain}")
-        init = files.join(spec.out, before)
-        yield PlannedTrial(
-            trial.name, trial.spec.model_copy(update={"init": init}), {**trial.values, "chain": chain}, after=before
-        )
+    before = plan_trial(spec, {**values, "steps": spec.chain[0]}).name
+    for length in range(2, len(spec.chain) + 1):
+        chain = "-".join(map(str, spec.chain[:length]))
+        trial = plan_trial(spec, {**values, "steps": spec.chain[length - 1]}, head=f"chain-{chain}")
+        student = trial.spec.model_copy(update={"init": files.join(spec.out, before)})
+        yield PlannedTrial(trial.name, student, {**trial.values, "chain": chain}, after=before)
         before = trial.name
 
 
@@ -122,9 +116,9 @@ def plan_trial(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head:
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0
     if spec.workers:
-        gpu = {"gpu": spec.gpus_per_trial > 0} if spec.gpus_per_trial is not None else {}
-        share = {"gpus_per_worker": spec.gpus_per_trial} if spec.gpus_per_trial else {}
-        options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector, **gpu, **share}
+        options |= {"cpus_per_worker": spec.cpus_per_trial, "label_selector": spec.label_selector}
+    if spec.workers and spec.gpus_per_trial is not None:
+        options |= {"gpu": spec.gpus_per_trial > 0, "gpus_per_worker": spec.gpus_per_trial or 1.0}
     if values.get("precision.dtype") == "auto":
         raise ArgumentError(
             "`precision.dtype` auto stands for one of the other types. Compare float32, tf32 and bfloat16 instead."
@@ -153,17 +147,17 @@ def search_name(number: int) -> str:
 
 def identity(spec: SweepSpec) -> dict[str, Any]:
     """The part of a sweep's fingerprint that describes its students."""
-    axes = {name: [str(value) for value in values] for name, values in axes_of(spec).items()}
     return {
-        "grid": {name: _typed_text(values) for name, values in axes.items()},
+        "grid": {name: ",".join(map(normal_text, values)) for name, values in axes_of(spec).items()},
         "search": {field_named(name): "".join(str(text).split()) for name, text in spec.search.items()},
         "chain": list(spec.chain),
     }
 
 
-def _typed_text(values: Sequence[str]) -> str:
-    """The values as text, in which 1 and 1.0 are equal."""
-    return ",".join(f"{float(value):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value) else value for value in values)
+def normal_text(value: Any) -> str:
+    """The value as text, in which 1 and 1.0 are equal."""
+    text = str(value)
+    return f"{float(text):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
 
 
 def _set(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[str, Any]:

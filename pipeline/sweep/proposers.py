@@ -1,19 +1,21 @@
-"""Search algorithms, which propose the values of new trials.
+"""Search: the distributions of the options that a search draws, and the algorithms that propose values for new trials.
 
-To add one, write a class here, add it to ``PROPOSERS``, and add its name to ``SweepSpec.searcher``.
+To add an algorithm, write a class here, add it to ``PROPOSERS``, and add its name to ``SweepSpec.searcher``.
 """
 
 import math
 import random
+import re
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from kac.util import files
+from kac.util.errors import ArgumentError
 from pipeline.config import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
-from pipeline.sweep.search_space import is_choice, search_space
+from pipeline.sweep.planned_trials import PlannedTrial, axes_of, field_named, normal_text, plan_trial
 
-OPTUNA_FILE = "optuna.log"
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 
 class Proposer(ABC):
@@ -45,28 +47,17 @@ class RandomSearch(Proposer):
 
 
 class Optuna(Proposer):
-    """Optuna's TPE (tree-structured Parzen estimator), with the trials of the ledger as its history.
-
-    Each start rebuilds the study from the ledger, which is never behind the study. A local sweep also writes the study
-    to OUT/optuna.log for Optuna's dashboard.
-    """
+    """Optuna's TPE (tree-structured Parzen estimator), with the trials of the ledger as its history."""
 
     def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
 
         super().__init__(spec, ledger)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = None
-        if "://" not in spec.out:
-            path = files.join(spec.out, OPTUNA_FILE)
-            files.write_bytes(path, b"")
-            storage = JournalStorage(JournalFileBackend(path))
         records = ledger.records
         # With the same seed, a restarted sampler would repeat its first proposals.
         sampler = optuna.samplers.TPESampler(seed=spec.seed + len(records), constant_liar=True)
-        self.study = optuna.create_study(storage=storage, sampler=sampler, study_name="distillkac")
+        self.study = optuna.create_study(sampler=sampler)
         self.proposed: dict[int, Any] = {}
         for record in records:
             if not record.is_open:
@@ -110,11 +101,58 @@ def _as_given(distribution: Any, value: Any) -> Any:
     """The value as the user wrote it: a record has typed values, but a choice has text. None if no choice matches."""
     if not is_choice(distribution):
         return value
-    return next((choice for choice in distribution.choices if _is_same(choice, value)), None)
+    return next((one for one in distribution.choices if normal_text(one) == normal_text(value)), None)
 
 
-def _is_same(choice: Any, value: Any) -> bool:
+def is_choice(distribution: Any) -> bool:
+    """Whether a distribution is a choice of values instead of a range of numbers."""
+    return hasattr(distribution, "choices")
+
+
+def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
+    """Trials of a search, for checks: each field in turn takes its bounds or choices, the others their first.
+
+    Raises:
+        ArgumentError: a trial is not valid.
+    """
+    tested: dict[str, Any] = {
+        name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
+    }
+    first = {name: values[0] for name, values in tested.items()}
+    return [
+        plan_trial(spec, {**first, name: value}, name="trial") for name, values in tested.items() for value in values
+    ]
+
+
+def search_space(spec: SweepSpec) -> "dict[str, BaseDistribution]":
+    """The distribution of each field of a search. Axes of the grid become choices.
+
+    Raises:
+        ArgumentError: an expression cannot be parsed, or ``axes_of`` raises.
+    """
+    from optuna.distributions import CategoricalDistribution
+
+    axes = {name: CategoricalDistribution(values) for name, values in axes_of(spec).items()}
+    return {**axes, **{field_named(name): _parse(name, text) for name, text in spec.search.items()}}
+
+
+def _parse(field: str, text: str) -> "BaseDistribution":
+    """Parse an expression such as ``loguniform(1e-4,3e-3)``. No code is evaluated."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    match = re.fullmatch(r"(uniform|loguniform|randint|choice)\((.+)\)", str(text).strip())
+    kind, parts = (match[1], [part.strip() for part in match[2].split(",")]) if match else ("", [])
     try:
-        return float(choice) == float(value)
-    except (TypeError, ValueError):
-        return str(choice) == str(value)
+        if kind == "choice" and all(parts):
+            return CategoricalDistribution(parts)
+        low, high = parts
+        if kind == "randint":
+            return IntDistribution(int(low), int(high))
+        if kind and -math.inf < float(low) < float(high) < math.inf:
+            return FloatDistribution(float(low), float(high), log=kind == "loguniform")
+    except ValueError:
+        pass
+    raise ArgumentError(
+        f"`search` cannot parse {text!r} for {field}. Use uniform(LOW,HIGH), loguniform(LOW,HIGH) with LOW above 0, "
+        "randint(LOW,HIGH) or choice(VALUE,...)."
+    )

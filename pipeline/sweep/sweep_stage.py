@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.log import log
 from pipeline import claims, outputs, store, tracking
-from pipeline.cluster import storage
-from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.cluster import placement, storage
+from pipeline.config import EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.distill import (
-    DistillPlan,
     absolute_spec,
     check_student_storage,
     finish_stopped_student,
@@ -20,18 +18,19 @@ from pipeline.distill import (
     resolve_spec,
     start_student_run,
 )
-from pipeline.evaluate.feature_trial import try_features
+from pipeline.evaluate.compute import try_features
+from pipeline.evaluate.stage import evaluate
 from pipeline.outputs import SPEC_FILE
+from pipeline.rollout.stage import rollout
 from pipeline.sweep import checks
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.planned_trials import PlannedTrial, grid_trials, identity, plan_trial
+from pipeline.sweep.proposers import edge_trials
 from pipeline.sweep.report import write_report
 from pipeline.sweep.report.sweep_report import Row
-from pipeline.sweep.search_space import edge_trials
-from pipeline.sweep.trials import run_trials
+from pipeline.tracking import logged_models
 
 RESULT_FILE = "trials.json"
-EVALUATION = "evaluation"
 
 
 def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[TrialRecord]:
@@ -57,7 +56,8 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
     content = {"store": source.manifest.fingerprint, **identity(spec)}
-    if spec.samples and not files.exists(files.join(spec.out, RESULT_FILE)):
+    result = files.join(spec.out, RESULT_FILE)
+    if spec.samples and not files.exists(result):
         evaluation_spec = _evaluation_spec(spec, source)
         try_features(evaluation_spec, load_teacher_config(str(evaluation_spec.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
@@ -66,22 +66,29 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
-    if was_done and _is_complete(ledger, planned, total) and _judged(spec.out) == judged:
+    is_complete = was_done and len(planned) == total and not any(_needs_training(ledger, trial) for trial in planned)
+    if is_complete and json.loads(files.read_bytes(result)).get("judged") == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
     claims.take(spec.out)  # again, because outputs.begin does not claim the folder of a finished sweep
-    checks.wait_for_resources(spec)
-    inputs = {"rollout": content["store"]}
+    option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
+    placement.wait_for_capacity("sweep", option, count, checks.resources_per_trial(spec))
     fingerprint = spec.fingerprint(**content)
-    read = [tracking.Dataset("store", content["store"], spec.store)]
     with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=read
+        spec=spec,
+        fingerprint=fingerprint,
+        inputs={"rollout": content["store"]},
+        output=spec.out,
+        parent=parent,
+        datasets=[tracking.Dataset("store", content["store"], spec.store)],
     ) as run:
         if missing:
             _add_scales(spec, source, missing)
         todo = [trial for trial in planned if _is_open(ledger, trial, run)]
         complete = len(planned) - len(todo)
         if todo or len(planned) < total:
+            from pipeline.sweep.trials import run_trials
+
             try:
                 run_trials(spec, ledger, todo, total, run)
             except (KeyboardInterrupt, SystemExit):
@@ -97,7 +104,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         _check_failed(spec, ledger, total)
     students = [record.name for record in ledger.records]
     listing = {"fingerprint": fingerprint, "students": students, "judged": judged}
-    files.write_bytes(files.join(spec.out, RESULT_FILE), json.dumps(listing, indent=2).encode())
+    files.write_bytes(result, json.dumps(listing, indent=2).encode())
     log.info(f"sweep: wrote {total - complete} students to {spec.out} ({complete} were complete)")
     return ledger.records
 
@@ -107,8 +114,6 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) 
 
     The rollout's run is not a child of the sweep's run, so that a chart over the children compares only students.
     """
-    from pipeline.rollout import rollout
-
     manifest = source.manifest
     assert manifest is not None
     recipe = {name: getattr(manifest.identity, name) for name in RolloutRecipe.model_fields}
@@ -126,45 +131,18 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) 
         )
 
 
-def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
-    """Raise one error for all trials that failed."""
-    failed = [record for record in ledger.records if record.status == "failed"]
-    if not failed:
-        return
-    advice = []
-    if any(record.has_diverged for record in failed):
-        advice.append(
-            "A trial that diverged would diverge again. Remove its values from the sweep or lower "
-            "`optimizer.learning_rate`, and choose a new `out`."
-        )
-    if not all(record.has_diverged for record in failed):
-        advice.append("Run the same command again to retry the trials that failed for other reasons.")
-    raise DistillKacError(
-        f"{spec.out}: {len(failed)} of {total} trials failed: "
-        f"{'; '.join(f'{record.name}: {record.error}' for record in failed)}. {' '.join(advice)}"
-    )
-
-
-def _judged(out: str) -> Any:
-    """The options with which a finished sweep was judged."""
-    return json.loads(files.read_bytes(files.join(out, RESULT_FILE))).get("judged")
-
-
-def _is_complete(ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> bool:
-    """Whether every trial has finished with a student, or was stopped early."""
-    records = [ledger.get(trial.name) for trial in planned]
-    return len(planned) == total and all(
-        record is not None and (record.status == "stopped" or (not record.is_open and _has_student(record.out)))
-        for record in records
-    )
-
-
-def _has_student(out: str) -> bool:
-    return files.exists(files.join(out, CONFIG_FILE))
+def _needs_training(ledger: Ledger, trial: PlannedTrial) -> bool:
+    """Whether a trial was not stopped early and has no finished student."""
+    record = ledger.get(trial.name)
+    if record is not None and record.status == "stopped":
+        return False
+    return record is None or record.is_open or not files.exists(files.join(record.out, CONFIG_FILE))
 
 
 def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> bool:
     """Whether a trial needs training. If its student is already complete, its record becomes "finished".
+
+    The run of a complete student becomes a child of the sweep's run.
 
     Raises:
         DistillKacError: the student's folder belongs to another spec.
@@ -173,40 +151,26 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
     if record is not None and record.status == "stopped":
         return False
     student = resolve_spec(trial.spec)
-    if trial.after and not _has_student(student.init):
+    if trial.after and not files.exists(files.join(student.init, CONFIG_FILE)):
         return True
     plan = plan_student(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
         claims.release(student.out)  # the trial's process claims the folder again
         return True
-    was_cut_off = record is not None and record.status != "finished"
-    if record is None or was_cut_off:
-        record = ledger.put(ledger.record_of(trial))
-    metrics = _nest(student, plan, run, was_cut_off)
-    updates = student.optimizer.updates
-    ledger.change(trial.name, status="finished", error="", updates=updates, metrics={**metrics, **record.metrics})
-    return False
-
-
-def _nest(student: DistillSpec, plan: DistillPlan, run: tracking.TrackedRun, was_cut_off: bool) -> dict[str, float]:
-    """Make the run of a complete student a child of the sweep's run; a student without a run gets one.
-
-    Args:
-        was_cut_off: whether the sweep was stopped after the student was written and before its trial ended. The
-            student's run was then closed as killed.
-
-    Returns:
-        The latest metrics of the training.
-    """
+    metrics: dict[str, float] = {}
     own = tracking.run_of_output(student.out)
     if own is None:
         with start_student_run(student, plan, run) as new:
             new.tags({"distillkac.path": student.out})
-        return {}
-    own.nest(run)
-    if was_cut_off:
-        finish_stopped_student(student)
-    return {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
+    else:
+        own.nest(run)
+        # If the sweep was stopped after the student was written and before its trial ended, the run ended as killed.
+        if record is not None and record.status != "finished":
+            finish_stopped_student(student)
+        metrics = {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
+    metrics |= ledger.add(trial).metrics
+    ledger.change(trial.name, status="finished", error="", updates=student.optimizer.updates, metrics=metrics)
+    return False
 
 
 def _end_runs(ledger: Ledger, *statuses: str) -> None:
@@ -221,8 +185,6 @@ def _end_runs(ledger: Ledger, *statuses: str) -> None:
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
     """Evaluate the finished students in a run of their own; returns the evaluation's folder, or None without one."""
-    from pipeline.evaluate.stage import evaluate
-
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
         return None
@@ -240,7 +202,7 @@ def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, 
     return EvaluateSpec(
         teacher=spec.teacher or source.manifest.teacher,
         students=students,
-        out=files.join(spec.out, EVALUATION),
+        out=files.join(spec.out, "evaluation"),
         samples=spec.samples,
         features=spec.features,
         label_selector=spec.label_selector,
@@ -260,9 +222,23 @@ def _remove_outdated(planned: EvaluateSpec) -> None:
 
 def _register(best: Row, name: str) -> None:
     """Register the best student with the alias ``best``."""
-    from pipeline.tracking import logged_models
-
     own = tracking.run_of_output(best.trial.out)
     if own is not None:
         version = logged_models.register(own, name, alias="best")
         log.info(f"sweep: registered {best.name} as models:/{name}@best, version {version}")
+
+
+def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
+    """Raise one error for all trials that failed."""
+    failed = [record for record in ledger.records if record.status == "failed"]
+    if not failed:
+        return
+    advice = "Run the same command again to retry the trials that failed for other reasons."
+    if any(record.has_diverged for record in failed):
+        diverged = (
+            "A trial that diverged would diverge again. Remove its values from the sweep or lower "
+            "`optimizer.learning_rate`, and choose a new `out`."
+        )
+        advice = diverged if all(record.has_diverged for record in failed) else f"{diverged} {advice}"
+    errors = "; ".join(f"{record.name}: {record.error}" for record in failed)
+    raise DistillKacError(f"{spec.out}: {len(failed)} of {total} trials failed: {errors}. {advice}")

@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep under Ray Tune: their resources, their shared data, and the process of one trial."""
+"""Runs the trials of a sweep under Ray Tune. The ledger holds all state, so a restarted sweep resumes from it."""
 
 import json
 import os
@@ -6,9 +6,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import Searcher
+
+from kac.networks.cost import duration
 from kac.util.errors import DivergedError, one_line
+from kac.util.log import log
 from pipeline import store, tracking
 from pipeline.cluster import placement
 from pipeline.config import DistillSpec, SweepSpec
@@ -16,9 +24,9 @@ from pipeline.distill import distill, objective_of
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep.checks import resources_per_trial
-from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.planned_trials import PlannedTrial
-from pipeline.sweep.search_space import edge_trials
+from pipeline.sweep.ledger import Ledger, TrialRecord
+from pipeline.sweep.planned_trials import PlannedTrial, plan_trial, search_name
+from pipeline.sweep.proposers import PROPOSERS, edge_trials
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
@@ -33,31 +41,23 @@ def run_trials(
     spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
 ) -> None:
     """Run the trials of ``todo``, then new trials of a search until there are ``total``. Results go to the ledger."""
-    from ray import tune
-    from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
-
-    from pipeline.sweep.early_stopping import LedgerASHA
-    from pipeline.sweep.ledger_search import LedgerSearch
-
     # Tune's tables would bury our progress lines; verbose=0 silences only Tune's older reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # A trial with Ray Train workers reserves no CPU, because its workers may need every CPU of the cluster.
-    share, waiting = resources_per_trial(spec), {"memory": WAITING_BYTES}
-    selector = dict(spec.label_selector)
-    bundles = tune.PlacementGroupFactory(
-        [waiting if spec.workers else share.by_ray_name],
-        **({"bundle_label_selector": [selector]} if selector and not spec.workers else {}),
-    )
-    concurrent = max(1, int(placement.capacity(share)) // spec.workers) if spec.workers else None
     students = [trial.spec for trial in todo or edge_trials(spec)]
+    resources, concurrent = resources_per_trial(spec), None
+    bundle, selector = resources.by_ray_name, dict(resources.label_selector)
+    if spec.workers:  # the trial itself reserves no CPU, because its workers may need every CPU of the cluster
+        bundle, selector = {"memory": WAITING_BYTES}, {}
+        concurrent = max(1, int(placement.capacity(resources)) // spec.workers)
+    bundles = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [selector]} if selector else {}))
+    trainable = tune.with_parameters(_trial, shared=_share_columns(spec, students), run=run)
     most_updates = max(student.optimizer.updates for student in students)
-    shared = _share_columns(spec, students)
     # Tune's own files are not needed to resume: checkpoints are in the students' folders, the rest is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
-        tuner = Tuner(
-            tune.with_resources(tune.with_parameters(_trial, shared=shared, run=run), bundles),
-            tune_config=TuneConfig(
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, bundles),
+            tune_config=tune.TuneConfig(
                 search_alg=LedgerSearch(spec, ledger, todo, total),
                 scheduler=LedgerASHA(spec, ledger, most_updates) if spec.asha else None,
                 num_samples=max(1, len(todo) + max(0, total - len(ledger.records))),
@@ -65,11 +65,11 @@ def run_trials(
                 reuse_actors=not spec.workers,  # saves the imports and the first read of each trial
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
-            run_config=RunConfig(
+            run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
+                failure_config=tune.FailureConfig(max_failures=PROCESS_FAILURES),
             ),
         )
         with _without_aws_keys():
@@ -81,8 +81,6 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sha
 
     Returns an empty list if the columns do not fit ``memory_gib`` or the object store. Each trial then reads the store.
     """
-    import ray
-
     source = store.open(spec.store)
     wanted = [
         source.without_last(s.held_out_rows).selection(
@@ -117,21 +115,15 @@ def _without_aws_keys() -> Iterator[None]:
 
 def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run: tracking.TrackedRun) -> None:
     """One trial, in a process of Ray Tune. Training runs in this process, or on Ray Train workers of the trial."""
-    import ray
-    from ray import tune
-
     spec = DistillSpec(**json.loads(config["spec"]))
     started = time.perf_counter()
     metrics: dict[str, float] = {}
 
-    def report(
-        latest: Mapping[str, float], *, is_done: bool = False, error: str = "", has_diverged: bool = False
-    ) -> None:
+    def report(latest: Mapping[str, float], **state: Any) -> None:
         """Report the latest value of every metric, and the state of the trial."""
         metrics.update(latest)
         names = " ".join(name for name in metrics if name != "update")
-        state = {"is_done": is_done, "error": error, "has_diverged": has_diverged, "reported": names}
-        tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, **state})
+        tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, "reported": names, **state})
 
     arrays = [
         sharing.SharedColumns(columns.selection, {k: ray.get(ref) for k, ref in columns.arrays.items()})
@@ -144,3 +136,133 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return
     report({"update": float(spec.optimizer.updates)}, is_done=True)
+
+
+class LedgerSearch(Searcher):  # type: ignore[misc]
+    """Tune's searcher: starts the planned trials in order, then trials with values of the search algorithm.
+
+    Reports and ends of trials go to the ledger.
+
+    Args:
+        planned: unfinished trials of a grid, or unfinished trials of a search that the ledger has.
+        total: the number of trials of the whole sweep.
+    """
+
+    def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:
+        super().__init__()
+        self.spec, self.ledger, self.waiting, self.total = spec, ledger, list(planned), total
+        self.proposer = PROPOSERS[spec.searcher](spec, ledger) if spec.search else None
+        self.running: dict[str, tuple[str, float]] = {}  # Tune's id -> name, and seconds of earlier starts
+        self.started, self.ended_here = time.perf_counter(), 0
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial; None while every remaining trial waits for another one; FINISHED at the end."""
+        trial = self._next()
+        if trial is None:
+            return None if self.waiting else Searcher.FINISHED
+        self.running[trial_id] = (trial.name, self.ledger.add(trial).seconds)
+        self.ledger.change(trial.name, status="waiting", error="", has_diverged=False)
+        return {"trial": trial.name, "updates": trial.spec.optimizer.updates, "spec": trial.spec.model_dump_json()}
+
+    def _next(self) -> PlannedTrial | None:
+        for trial in list(self.waiting):
+            # Until a predecessor is retried, its record has the status of the last attempt.
+            will_be_retried = any(other.name == trial.after for other in self.waiting)
+            predecessor = self.ledger.get(trial.after) if trial.after and not will_be_retried else None
+            if predecessor is not None and predecessor.status in {"failed", "stopped"}:
+                self.waiting.remove(trial)
+                self.ledger.add(trial)
+                error = f"its predecessor {predecessor.name} {predecessor.status}"
+                self._end(trial.name, status="failed", error=error, has_diverged=predecessor.has_diverged)
+            elif trial.after is None or (predecessor is not None and predecessor.status == "finished"):
+                self.waiting.remove(trial)
+                return trial
+        if self.proposer is None or self.waiting or len(self.ledger.records) >= self.spec.trials:
+            return None
+        number = self.ledger.next_number()
+        return plan_trial(self.spec, self.proposer.propose(number), search_name(number))
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Add a report to the ledger."""
+        name, base_seconds = self.running[trial_id]
+        if "update" in result and not result.get("error"):
+            # Only the trial's own entries; Ray Tune adds others.
+            own = ("update", "seconds", *str(result.get("reported", "")).split())
+            self.ledger.report(name, {key: float(result[key]) for key in own if key in result}, base_seconds)
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Record the end of a trial."""
+        if trial_id not in self.running:
+            return
+        result = result or {}
+        changes: dict[str, Any] = {"status": "finished" if result.get("is_done") else "stopped"}
+        if error or result.get("error"):
+            message = str(result.get("error") or "its process died")
+            changes = {"status": "failed", "error": message, "has_diverged": bool(result.get("has_diverged"))}
+        else:
+            self.on_trial_result(trial_id, result)
+        self._end(self.running.pop(trial_id)[0], **changes)
+
+    def _end(self, name: str, **changes: Any) -> None:
+        """Write the end of a trial to the ledger and log it."""
+        record = self.ledger.change(name, **changes)
+        if self.proposer is not None:
+            self.proposer.observe(record)
+        self.ended_here += 1
+        ended = sum(not other.is_open or other.status == "failed" for other in self.ledger.records)
+        left = (self.total - ended) * (time.perf_counter() - self.started) / self.ended_here
+        remaining = f", about {duration(left)} left" if left > 0 else ""
+        log.info(f"sweep: {ended} of {self.total} students, {name}: {self._describe(record)}{remaining}")
+
+    def _describe(self, record: TrialRecord) -> str:
+        if record.status == "failed":
+            return f"failed: {record.error}"
+        parts = [f"stopped early after {record.updates:,} updates"] if record.status == "stopped" else []
+        metric = self.spec.asha_metric if self.spec.asha_metric in record.metrics else "loss"
+        if metric in record.metrics:
+            parts.append(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')} {record.metrics[metric]:.4g}")
+        return ", ".join([*parts, f"{record.seconds:.0f} s"])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: the ledger holds all state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: the ledger holds all state."""
+
+
+class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
+    """Tune's ASHA (asynchronous successive halving), whose rungs also count trials of earlier starts, by name.
+
+    A trial at its last update always continues, because it has to write its student.
+
+    Args:
+        most_updates: of the longest trial; the last rung is below it.
+    """
+
+    def __init__(self, spec: SweepSpec, ledger: Ledger, most_updates: int) -> None:
+        super().__init__()
+        self.asha = ASHAScheduler(
+            time_attr="update",
+            metric=spec.asha_metric,
+            mode="min",
+            max_t=max(spec.grace_updates, most_updates - 1),
+            grace_period=spec.grace_updates,
+            reduction_factor=spec.asha_factor,
+            stop_last_trials=False,
+        )
+        for record in ledger.records:
+            trial = SimpleNamespace(trial_id=record.name)
+            self.asha.on_trial_add(None, trial)
+            for report in record.reports:
+                self.asha.on_trial_result(None, trial, report)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Add a trial to the lowest rung."""
+        self.asha.on_trial_add(tune_controller, SimpleNamespace(trial_id=trial.config["trial"]))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP."""
+        if result.get("update", 0) >= trial.config["updates"]:
+            return str(FIFOScheduler.CONTINUE)
+        named = SimpleNamespace(trial_id=trial.config["trial"])
+        return str(self.asha.on_trial_result(tune_controller, named, result))

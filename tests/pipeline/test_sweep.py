@@ -19,10 +19,9 @@ from pipeline.config import SweepSpec
 from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
 from pipeline.store import sharing
 from pipeline.sweep import Ledger, TrialRecord, sweep, sweep_stage
-from pipeline.sweep.early_stopping import LedgerASHA
-from pipeline.sweep.ledger_search import LedgerSearch
 from pipeline.sweep.planned_trials import grid_trials
 from pipeline.sweep.proposers import Optuna
+from pipeline.sweep.trials import LedgerASHA, LedgerSearch
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
 from tests.pipeline.stores import make_store
 

@@ -17,7 +17,8 @@ from pipeline.evaluate.scores import read_record
 from pipeline.sweep import TrialRecord
 from pipeline.sweep.report import write_report
 from pipeline.sweep.report.sweep_plots import parameter_plots
-from pipeline.sweep.report.sweep_report import SweepReport, describe, front, headings, make_rows, ranked
+from pipeline.sweep.report.sweep_report import COSTS, SweepReport, front, make_rows, ranked
+from pipeline.sweep.report.trial_table import headings
 from tests.pipeline.sweeps import evaluation, grid, search, trial_record
 
 FRECHET = "frechet_distance_classifier"
@@ -93,18 +94,17 @@ def test_both_tables_have_every_trial_with_values_and_metrics(tmp_path: Path):
 def test_no_row_of_the_same_or_lower_cost_beats_a_row_of_the_front():
     values = [(1, 9.0), (1, 8.0), (2, 8.5), (4, 3.0), (4, 3.0), (20, 3.5), (20, 1.0)]
     rows = make_rows([trial_of(n, q, steps=m) for n, (m, q) in enumerate(values)], None)
-    low, high = (Metric("q", "", better=better) for better in ("lower", "higher"))  # type: ignore[arg-type]
-    cost = Metric("nfe", "", better="lower")
-    assert [row.trial.number for row in front(rows, low, cost)] == [1, 3, 6]
-    assert [row.trial.number for row in front(rows, high, cost)] == [0]
+    for better, expected in (("lower", [1, 3, 6]), ("higher", [0])):
+        best_first = ranked(rows, Metric("q", "", better=better))  # type: ignore[arg-type]
+        assert [row.trial.number for row in front(best_first, COSTS[0])] == expected
 
 
 def test_speeds_within_measurement_error_count_as_equal(tmp_path: Path):
     """Four trials per step count differ in speed by a few per cent. Only the best of them is on the front."""
     trials = grid(tmp_path)
-    record = read_record(evaluation(tmp_path / "evaluation", trials))
-    metric, speed = describe(FRECHET, record, "lower"), describe("images_per_second", record, "higher")
-    assert [row.steps for row in front(make_rows(trials, record), metric, speed)] == [1, 2, 4, 20]
+    report = SweepReport(trials, read_record(evaluation(tmp_path / "evaluation", trials)), FRECHET, "lower")
+    for rows in report.fronts.values():
+        assert [row.values["steps"] for row in rows] == [1, 2, 4, 20]
 
 
 def test_a_stopped_or_failed_trial_is_never_the_best():
@@ -135,7 +135,7 @@ def test_parameters_are_plotted_with_text_and_missing_values():
         trial_of(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
     ]
     trials += [trial_of(24, 0.05, steps=0, guidance=0.0, chain="20-4")]
-    drawn, note = parameter_plots(SweepReport.of(trials, None, "q", "lower"))
+    drawn, note = parameter_plots(SweepReport(trials, None, "q", "lower"))
     assert set(drawn) == {"parallel-coordinates", "importances"}
     assert note == ""
 
@@ -144,13 +144,13 @@ def test_parameters_are_plotted_with_text_and_missing_values():
     ("trials", "note"),
     [
         ([trial_of(n, n, steps=n) for n in range(3)], "need 4 finished trials"),
-        ([trial_of(n, n, steps=1) for n in range(5)], "no parameter differs"),
-        ([trial_of(n, n, steps=n) for n in range(5)], "only one parameter"),
-        ([trial_of(n, 1.0, steps=n, guidance=n % 2) for n in range(5)], "all trials have the same value"),
+        ([trial_of(n, n, steps=1) for n in range(5)], "a parameter that differs"),
+        ([trial_of(n, n, steps=n) for n in range(5)], "need two parameters"),
+        ([trial_of(n, 1.0, steps=n, guidance=n % 2) for n in range(5)], "different values"),
     ],
 )
 def test_missing_plots_of_parameters_have_a_note(trials: list[Any], note: str):
-    assert note in parameter_plots(SweepReport.of(trials, None, "q", "lower"))[1]
+    assert note in parameter_plots(SweepReport(trials, None, "q", "lower"))[1]
 
 
 def test_a_sweep_without_finished_trials_has_a_report(tmp_path: Path):

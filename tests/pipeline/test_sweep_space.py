@@ -11,8 +11,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import SweepSpec
 from pipeline.sweep import Ledger, sweep
 from pipeline.sweep.planned_trials import grid_trials, identity, plan_trial, search_name
-from pipeline.sweep.proposers import PROPOSERS, RandomSearch
-from pipeline.sweep.search_space import search_space
+from pipeline.sweep.proposers import PROPOSERS, RandomSearch, search_space
 from tests.pipeline.stages import FEW
 
 

@@ -1,251 +1,241 @@
-"""Plots of a sweep's report, as PNG bytes, with text that is readable on a phone."""
+"""The plots of a sweep's report, as PNG bytes, with text that is readable on a phone."""
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kac.metrics import Metric
 from pipeline.evaluate.scores import REAL, direction
-from pipeline.sweep.report.sweep_report import (
-    COST,
-    SPEED,
-    Row,
-    SweepReport,
-    cost_of,
-    describe,
-    headings,
-    ranked,
-    sort_key,
-    text,
-)
+from pipeline.report import pictures
+from pipeline.sweep.report.sweep_report import NFE, Cost, Row, SweepReport, ranked
+from pipeline.sweep.report.trial_table import headings, text
 
 DPI = 150
 LOG_RATIO = 8.0
 """Values that span more than this factor get a logarithmic scale."""
 
-COSTS = {COST: "network evaluations per image", SPEED: "images per second"}
-
-MOST_COLOURS = 6
-"""Up to this number of guidance scales, each has its own colour. More scales share a colour bar."""
-
-MOST_CATEGORIES = 6
-"""A field with up to this number of values has one tick per value, at equal distances."""
-
 LEAST_TRIALS = 4
 """Finished trials that parallel coordinates and importances need."""
 
+MOST_CATEGORIES = 6
+"""In parallel coordinates, a field with up to this number of values has one tick per value, at equal distances."""
 
-def heat_map_name(metric: Metric) -> str:
-    """The name of a metric's heat map."""
-    return f"heat-map-{metric.name.replace('/', '-')}"
+
+class Plot(NamedTuple):
+    """A picture of the page."""
+
+    png: bytes
+    alt: str  # describes the picture to screen readers
+    caption: str = ""
+
+
+def draw_plots(report: SweepReport, images: Sequence[np.ndarray] | None) -> tuple[dict[str, Plot], str]:
+    """Draw every plot of the page.
+
+    Args:
+        images: samples [shown, *sample] of each row of the evaluation.
+
+    Returns:
+        The plots by file name, and a note on missing plots of parameters.
+    """
+    heading, plots = report.metric.heading, {}
+    for cost, rows in report.fronts.items():
+        if rows:
+            plots[f"front-{cost.name}"] = Plot(front_plot(report, cost), f"{heading} against {cost.label}")
+    if images is not None and report.on_front:
+        plots["samples"] = Plot(_sample_sheet(report, images), "samples of the front, with real images on top")
+    for metric in report.columns:
+        if metric.name != NFE and (png := heat_map(ranked(report.rows, metric), metric)):
+            name, meaning = metric.name.replace("/", "-"), f"{metric.meaning}{direction(metric)}"
+            plots[f"heat-map-{name}"] = Plot(png, f"{metric.heading} by steps and guidance", meaning)
+    of_parameters, note = parameter_plots(report)
+    return {**plots, **of_parameters}, note
+
+
+def _sample_sheet(report: SweepReport, images: Sequence[np.ndarray]) -> bytes:
+    """Held-out images, samples of the front, and samples of its teachers."""
+    scales = {row.values.get("guidance") for row in report.on_front}
+    front = [(f"#{r.trial.number}  {r.name}", r.score_index) for r in report.on_front if r.score_index is not None]
+    scores = list(enumerate(report.record.scores if report.record else ()))
+    real = [(score.name, index) for index, score in scores if score.kind == REAL]
+    teachers = [(s.name, index) for index, s in scores if s.kind == "teacher" and s.guidance in scales]
+    return pictures.comparison([(name, images[index]) for name, index in (*real, *front, *teachers)])
 
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
     """The best value per step count and guidance scale. None with fewer than two step counts or two scales."""
-    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+    import pandas
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    best: dict[tuple[Any, Any], float] = {}
-    for row in ranked(rows, metric):
-        if row.steps is not None and row.guidance is not None:
-            best.setdefault((row.steps, row.guidance), row.metrics[metric.name])
-    down, across = (sorted({cell[axis] for cell in best}, key=sort_key) for axis in (0, 1))
-    if len(down) < 2 or len(across) < 2:
+    cells = [(row.values.get("steps"), row.values.get("guidance"), row.metrics[metric.name]) for row in rows]
+    frame = pandas.DataFrame(cells, columns=["steps", "w", "value"]).dropna()
+    best = frame.drop_duplicates(["steps", "w"]).pivot(index="steps", columns="w", values="value")
+    if min(best.shape) < 2:
         return None
-    values = np.array([[best.get((steps, w), np.nan) for w in across] for steps in down])
-    low, high = np.nanmin(values), np.nanmax(values)
-    has_best = bool(metric.better) and high > low
-    norm = LogNorm(low, high) if low > 0 and high / low > LOG_RATIO else Normalize(low, high)
-    colours = (_colours(metric) if has_best else ListedColormap(["white"])).with_extremes(bad="#eeeeee")
-    figure = Figure(figsize=(1.7 + 0.95 * len(across), 1.5 + 0.6 * len(down)), layout="constrained")
+    values = best.to_numpy(float)
+    figure = Figure(figsize=(1.7 + 0.95 * values.shape[1], 1.5 + 0.6 * values.shape[0]), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    norm = "log" if _is_wide(np.nanmin(values), np.nanmax(values)) else "linear"
+    axis.imshow(values, cmap=_colours(metric, darkest=0.6), norm=norm, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        is_dark = np.dot(colours(norm(value))[:3], (0.3, 0.59, 0.11)) < 0.5
-        label = "-" if np.isnan(value) else format(value, metric.format)
-        axis.text(x, y, label, ha="center", va="center", color="white" if is_dark else "black")
-    if has_best:
-        y, x = np.argwhere(values == (high if metric.better == "higher" else low))[0]
+        axis.text(x, y, "-" if np.isnan(value) else format(value, metric.format), ha="center", va="center")
+    if metric.better:
+        y, x = np.argwhere(values == frame["value"].iloc[0])[0]
         axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="#d62728", linewidth=2.5))
-    axis.set_xticks(range(len(across)), [text(w) for w in across])
-    axis.set_yticks(range(len(down)), [text(steps) for steps in down])
+    axis.set_xticks(range(len(best.columns)), [text(w) for w in best.columns])
+    axis.set_yticks(range(len(best.index)), [text(steps) for steps in best.index])
     axis.set(xlabel="guidance scale w", ylabel="steps")
     axis.set_title(f"{metric.name.replace('/', ' ').replace('_', ' ')}{direction(metric)}", fontsize=10)
     return _png(figure)
 
 
-def _colours(metric: Metric) -> Any:
-    """A colour map in which darker is better and the worst value is still visible on white."""
+def _colours(metric: Metric, darkest: float) -> Any:
+    """A colour map in which darker is better and the worst value is visible on white; white if neither is better."""
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
 
-    colours = mpl.colormaps["YlGnBu"](np.linspace(0.12, 1, 256))
-    return ListedColormap(colours if metric.better == "higher" else colours[::-1])
+    colours = mpl.colormaps["YlGnBu"](np.linspace(0.12, darkest, 256)) if metric.better else ["white"]
+    return ListedColormap(colours if metric.better == "higher" else colours[::-1]).with_extremes(bad="#eeeeee")
 
 
-def front_plot(report: SweepReport, on_front: Sequence[Row], cost_name: str) -> bytes:
-    """Quality against cost: every row as a dot, and the front as a line with the numbers of its trials."""
+def front_plot(report: SweepReport, cost: Cost) -> bytes:
+    """Quality against cost: every row as a dot, and the front as a line with the numbers of its trials.
+
+    Teachers of the same guidance scales are stars, held-out images are a line.
+    """
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    metric, cost = report.metric, describe(cost_name, report.record)
+    metric, on_front = report.metric, report.fronts[cost]
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axis: Any = figure.subplots()
 
     def points(rows: Sequence[Row]) -> tuple[list[Any], list[Any]]:
-        return [cost_of(row, cost) for row in rows], [row.metrics[metric.name] for row in rows]
+        return [row.cost(cost.name) for row in rows], [row.metrics[metric.name] for row in rows]
 
-    axis.plot(*points(on_front), "-", color="#999999", linewidth=1.2, zorder=1, label="front")
-    drawn = [row for row in report.ranked if cost_of(row, cost) is not None]
-    scales = sorted({row.guidance for row in drawn}, key=sort_key)
-    colours = {w: f"C{number}" for number, w in enumerate(scales)} if len(scales) <= MOST_COLOURS else {}
+    style: Any = {"color": "#999999", "mfc": "none", "mec": "black", "markersize": 12}
+    axis.plot(*points(on_front), "o-", label="front", **style)
+    drawn = [row for row in report.ranked if row.cost(cost.name) is not None]
+    scales = sorted({row.values.get("guidance") for row in drawn}, key=_sort_key)
+    colours = dict(zip(scales, mpl.colormaps["plasma"](np.linspace(0, 0.9, len(scales))), strict=True))
     for w, colour in colours.items():
-        own = points([row for row in drawn if row.guidance == w])
-        label = f"w = {text(w)}" if w is not None else "trials"
-        axis.plot(*own, "o", color=colour, label=label, markersize=6, alpha=0.8)
-    if not colours:  # a legend would fill the plot
-        shades = [row.guidance if isinstance(row.guidance, int | float) else np.nan for row in drawn]
-        dots = axis.scatter(*points(drawn), c=shades, cmap="plasma", s=36, label="trials", zorder=2)
-        figure.colorbar(dots, ax=axis, label="guidance scale w")
-    axis.plot(*points(on_front), "o", color="black", mfc="none", markersize=12)
+        own = points([row for row in drawn if row.values.get("guidance") == w])
+        axis.plot(*own, "o", color=colour, label="trials" if w is None else f"w = {text(w)}")
     is_low_good = metric.better == "lower"
     for *point, row in zip(*points(on_front), on_front, strict=True):  # labels on the empty side of the front
         offset: Any = {"xytext": (0, -20 if is_low_good else 10), "textcoords": "offset points", "ha": "center"}
         axis.annotate(f"#{row.trial.number}", point, weight="bold", fontsize=9, **offset)
-    _draw_references(axis, report, cost_name, {w: colours.get(w, "white") for w in scales})
-    scores = report.record.scores if report.record else ()
-    costs = {*points(drawn)[0], *(score.metrics[cost_name] for score in scores if cost_name in score.metrics)}
-    _log_if_wide(axis, "y", points(drawn)[1])
-    _log_if_wide(axis, "x", costs)
-    if cost_name == COST and len(costs) <= 8:
-        axis.set_xticks(sorted(costs), [f"{value:g}" for value in sorted(costs)])
-        axis.set_xticks([], minor=True)
-    axis.set(xlabel=f"{COSTS[cost_name]}{direction(cost)}", ylabel=f"{metric.heading}{direction(metric)}")
+    label: str | None = "teacher, of the same w"
+    for score in report.record.scores if report.record else ():
+        value = score.metrics.get(metric.name)
+        if value is not None and score.kind == REAL:
+            axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
+        elif value is not None and score.kind == "teacher" and score.guidance in colours and cost.name in score.metrics:
+            style = {"color": colours[score.guidance], "markersize": 13, "mec": "black", "label": label}
+            axis.plot([score.metrics[cost.name]], [value], "*", **style)
+            label = None  # one line of the legend
+    for name in ("x", "y"):
+        _log_if_wide(axis, name)
+    axis.set(xlabel=f"{cost.label} ({cost.better} is better)", ylabel=f"{metric.heading}{direction(metric)}")
     axis.margins(0.1, 0.15)
     if is_low_good and axis.get_yscale() == "linear":
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=1 + len(scales) // 8)
     return _png(figure)
 
 
-def _draw_references(axis: Any, report: SweepReport, cost_name: str, colours: dict[Any, str]) -> None:
-    """Draw teachers of the same guidance scales as stars, held-out images as a line."""
-    label: str | None = "teacher, of the same w"
-    for score in report.record.scores if report.record else ():
-        value = score.metrics.get(report.metric.name)
-        if value is None:
-            continue
-        if score.kind == REAL:
-            axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
-        elif score.kind == "teacher" and score.guidance in colours and cost_name in score.metrics:
-            style = {"color": colours[score.guidance], "markersize": 13, "label": label, "mec": "k"}
-            axis.plot([score.metrics[cost_name]], [value], "*", **style)
-            label = None  # one line of the legend
-
-
-def _log_if_wide(axis: Any, name: str, values: Any) -> None:
-    """Make the x or y axis logarithmic if the values span a large factor."""
+def _log_if_wide(axis: Any, name: str) -> None:
+    """Make the x or y axis logarithmic if the plotted values span a large factor."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    if values and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+    if _is_wide(*getattr(axis.dataLim, f"interval{name}")):
         axis.set(**{f"{name}scale": "log"})
-        ticks = getattr(axis, f"{name}axis")
-        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ticks.set_major_formatter(EngFormatter(sep=""))  # "50k", because long numbers would overlap
-        ticks.set_minor_formatter(NullFormatter())
+        getattr(axis, f"{name}axis").set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=EngFormatter(sep=""),  # "50k", because long numbers would overlap
+            minor_formatter=NullFormatter(),
+        )
 
 
-def parameter_plots(report: SweepReport) -> tuple[dict[str, bytes], str]:
+def _is_wide(low: float, high: float) -> bool:
+    return low > 0 and high / low > LOG_RATIO
+
+
+def parameter_plots(report: SweepReport) -> tuple[dict[str, Plot], str]:
     """Parallel coordinates and importances of the varied fields, drawn by Optuna.
 
     Returns:
         The plots by name, and a note on missing plots; empty if none is missing.
     """
+    import optuna
+    from matplotlib import pyplot as plt
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization.matplotlib import plot_parallel_coordinate, plot_param_importances
 
-    best: dict[int, Row] = {}
-    for row in report.ranked:
-        best.setdefault(row.trial.number, row)
-    names = [name for name in report.fields if len({str(row.trial.values.get(name)) for row in best.values()}) > 1]
-    if len(best) < LEAST_TRIALS:
-        needed = f"{LEAST_TRIALS} finished trials with this metric, not {len(best)}"
-        return {}, f"Left out: plots of parameters need {needed}."
-    if not names:
-        return {}, "Left out: no parameter differs between the finished trials."
-    metric, study, titles = report.metric, _study(list(best.values()), names, report.metric), headings(names)
-    options = {"study": study, "params": list(titles.values()), "target_name": metric.heading}
-    with _optuna_style():
+    metric, plots = report.metric, {}
+    rows = list({row.trial.number: row for row in reversed(report.ranked)}.values())  # the best row per trial
+    columns = {name: [_plain(row.trial.values.get(name)) for row in rows] for name in report.varied}
+    columns = {name: values for name, values in columns.items() if len(set(map(str, values))) > 1}
+    if len(rows) < LEAST_TRIALS or not columns:
+        return {}, (
+            f"Left out: plots of parameters need {LEAST_TRIALS} finished trials with this metric and a parameter that "
+            "differs between them."
+        )
+    titles = headings(list(columns))
+    distributions = {titles[name]: _distribution(values) for name, values in columns.items()}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize" if metric.better == "higher" else "minimize")
+    for number, row in enumerate(rows):
+        params = {titles[name]: values[number] for name, values in columns.items()}
+        value = row.metrics[metric.name]
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+    options: Any = {"study": study, "params": list(distributions), "target_name": metric.heading}
+    # Optuna changes pyplot's style, and warns that its plots are experimental.
+    with plt.rc_context(), warnings.catch_warnings(action="ignore"):
         axis = plot_parallel_coordinate(**options)
         for lines in axis.collections:
-            lines.set_cmap(_colours(metric))
+            lines.set_cmap(_colours(metric, darkest=1.0))
             if lines.colorbar is not None:  # away from the tick labels of the last axis
                 bar = lines.colorbar.ax
                 bar.set_position(bar.get_position().translated(0.07, 0))
         axis.set_title(f"{metric.heading}{direction(metric)}: one line per trial", fontsize=10, pad=14)
-        plots = {"parallel-coordinates": _png(axis.figure, (max(6.5, 1.7 * (len(names) + 1)), 4.4))}
-    if len(names) == 1:
-        return plots, "Importances are left out: only one parameter was varied."
-    if len({row.metrics[metric.name] for row in best.values()}) == 1:
-        return plots, "Importances are left out: all trials have the same value."
-    with _optuna_style():
+        caption = f"{metric.heading} and the parameters of every finished trial"
+        size = (max(6.5, 1.7 * (len(columns) + 1)), 4.4)
+        plots["parallel-coordinates"] = Plot(_png(axis.figure, size), caption, caption)
+        plt.close(axis.figure)
+        if len(columns) == 1 or len({row.metrics[metric.name] for row in rows}) == 1:
+            return plots, "Importances are left out: they need two parameters, and trials with different values."
         axis = plot_param_importances(**options, evaluator=FanovaImportanceEvaluator(seed=0))
         axis.set_title("", loc="left")
         axis.set(xlabel="importance (fANOVA, shares of 1)", ylabel="")
-        plots["importances"] = _png(axis.figure, (5.4, 1.2 + 0.45 * len(names)))
+        caption = f"Share of the variance in {metric.heading} that each parameter explains"
+        plots["importances"] = Plot(_png(axis.figure, (5.4, 1.2 + 0.45 * len(columns))), caption, caption)
+        plt.close(axis.figure)
     return plots, ""
 
 
-@contextmanager
-def _optuna_style() -> Iterator[None]:
-    """Undo Optuna's changes of pyplot's state, and silence warnings that its plots are experimental."""
-    import matplotlib as mpl
-    from matplotlib import pyplot as plt
-
-    with mpl.rc_context(), warnings.catch_warnings(action="ignore"):
-        plt.switch_backend("agg")
-        yield
-        plt.close()
-
-
-def _study(rows: Sequence[Row], names: Sequence[str], metric: Metric) -> Any:
-    """An Optuna study of the rows, for Optuna's plots."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    values = {title: [_plain(row.trial.values.get(name)) for row in rows] for name, title in headings(names).items()}
-    distributions = {title: _distribution(column) for title, column in values.items()}
-    study = optuna.create_study(direction="maximize" if metric.better == "higher" else "minimize")
-    for number, row in enumerate(rows):
-        params = {title: column[number] for title, column in values.items()}
-        value = row.metrics[metric.name]
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
-    return study
-
-
 def _distribution(values: Sequence[Any]) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    distinct = sorted(set(values), key=sort_key)
-    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if not is_number or len(distinct) <= MOST_CATEGORIES:
+    distinct = sorted(set(values), key=_sort_key)
+    if len(distinct) <= MOST_CATEGORIES or any(isinstance(value, bool | str) for value in distinct):
         return CategoricalDistribution(distinct)
-    low, high = distinct[0], distinct[-1]
-    # Logarithmic if the median is closer to the geometric mean of the ends than to their arithmetic mean.
-    middle = sorted(values)[len(values) // 2]
-    is_log = bool(low > 0 and abs(middle - (low * high) ** 0.5) < abs(middle - (low + high) / 2))
-    kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
-    return kind(low, high, log=is_log)
+    return FloatDistribution(distinct[0], distinct[-1], log=_is_wide(distinct[0], distinct[-1]))
 
 
 def _plain(value: Any) -> Any:
     """The value as a type that Optuna accepts."""
     return value if isinstance(value, int | float | str) else "none" if value is None else str(value)
+
+
+def _sort_key(value: Any) -> Any:
+    """Sorts numbers before text."""
+    return isinstance(value, str), value
 
 
 def _png(figure: Any, inches: tuple[float, float] | None = None) -> bytes:
