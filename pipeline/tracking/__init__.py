@@ -2,40 +2,22 @@
 
 runs.py             start or resume the run of a stage, end it, and find runs
 tracked_run.py      the handle of a run, to which any process can log
-process_tags.py     tags of a run's process, and whether the process has ended
 dead_runs.py        close the runs of dead processes
+process_tags.py     tags for the process, command and commit behind a run
 metrics.py          the table of metric names
-source.py           tags for the command, the commit and the data behind a run
 system.py           CPU, memory, disk, network and GPU use during a run
-delivery.py         the thread that sends log entries, so that a failing server never stops the work
-journal.py          files in which log entries wait until they are sent
-entries.py          log entries
-sender.py           requests to MLflow from log entries
+delivery.py         the file in which log entries wait, and the thread that sends them
+entries.py          log entries, and the requests to MLflow that deliver them
 server.py           the address of the server, and its experiment
 logged_models.py    students as logged models, which can be loaded, served and registered
 student_pyfunc.py   the code of a logged model
 """
 
+from kac.util.errors import without_keys as without_password
 from pipeline.tracking.metrics import DIAGNOSTIC_PREFIX, METRICS, PART_PREFIX, declare, declared
-from pipeline.tracking.runs import (
-    FINGERPRINT_TAG,
-    INPUT_TAG,
-    STAGE_TAG,
-    find_runs,
-    run_of_output,
-    start_run,
-)
-from pipeline.tracking.server import (
-    RUN_FILE,
-    connect,
-    experiment_name,
-    is_refusal,
-    tracking_off,
-    tracking_uri,
-    without_password,
-)
-from pipeline.tracking.source import Dataset
-from pipeline.tracking.tracked_run import TrackedRun
+from pipeline.tracking.runs import FINGERPRINT_TAG, INPUT_TAG, STAGE_TAG, find_runs, run_of_output, start_run
+from pipeline.tracking.server import RUN_FILE, connect, experiment_name, is_refusal, tracking_off, tracking_uri
+from pipeline.tracking.tracked_run import Dataset, TrackedRun
 
 __all__ = [
     "DIAGNOSTIC_PREFIX",

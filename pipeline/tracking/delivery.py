@@ -1,22 +1,29 @@
-"""Deliver log entries to a tracking server: a file per process and server, from which one thread sends in order.
+"""Deliver log entries to a tracking server: one thread sends the entries of this process in order.
 
-A server that fails never stops the work: entries wait in the file (``journal.py``), so that a killed process loses
-none. If entries remain in the file when the process ends, the next run of any process with this server delivers them,
-and so does ``python -m jobs.runs sync``.
+A server that fails never stops the work. A file has a copy of all waiting entries, so that a killed process loses none.
+The process holds the lock of its file until it ends. Then the next run of any process with this server delivers the
+entries of the file, and so does ``python -m jobs.runs sync``.
 """
 
 import atexit
+import contextlib
+import errno
+import fcntl
+import json
 import os
 import threading
 import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
 
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, one_line, without_keys
 from kac.util.log import log
 from pipeline.config import Spec
-from pipeline.tracking.entries import Entry, first_batch
-from pipeline.tracking.journal import Journal, leftovers, waiting_servers
-from pipeline.tracking.sender import Sender
-from pipeline.tracking.server import client_of, connect, is_refusal, tracking_uri, without_password
+from pipeline.tracking.entries import Entry, Sender, first_batch
+from pipeline.tracking.server import client_of, file_name_of, is_refusal, local_folder, tracking_uri
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 """Seconds between two attempts; the pause doubles with each failure."""
@@ -27,31 +34,92 @@ END_SECONDS = 10.0
 FILE_ATTEMPTS = 3
 """Attempts to store a file while the server answers. Then the file is set aside, so that other entries are sent."""
 
+MEMORY_BYTES = 256 * 2**20
+"""Size of the journal from which on entries wait only in it, and not in memory. The next run delivers them."""
+
 SYNC_COMMAND = "python -m jobs.runs sync"
 
 
-class Delivery:
-    """The journal of this process for one server, and the thread that sends its entries."""
+class Journal:
+    """A file with a copy of the waiting entries of this process for one server."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.is_failing = False
-        self.sender = Sender(uri)
+        self.uri, self.size = uri, 0
+        self.path: Path | None = None
+        self._file: IO[bytes] | None = None
+
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Add entries at the end.
+
+        Raises:
+            OSError: the disk is full or cannot be written to.
+        """
+        if self._file is None:
+            self.path = local_folder() / f"{file_name_of(self.uri)}-{time.time_ns()}-{uuid.uuid4().hex}.jsonl"
+            self._file = self.path.open("x+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        header = b"" if self.size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
+        data = header + b"".join(entry.line() for entry in entries)
+        # A part that a full disk accepted is overwritten by the next attempt.
+        if os.pwrite(self._file.fileno(), data, self.size) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size += len(data)
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        self.size = 0
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # entries that are delivered twice are stored once
+                os.ftruncate(self._file.fileno(), 0)
+
+    def close(self) -> None:
+        """Release the lock of the file, and remove the file if it has no entries."""
+        if self._file is not None and self.path is not None:
+            if not self.size:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def leftovers(uri: str) -> Iterator[tuple[Path, deque[Entry]]]:
+    """The files that ended processes left for a server, the oldest first, and their entries.
+
+    Each file is locked while the caller uses it. Damaged lines are skipped.
+    """
+    for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is alive
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                entries: deque[Entry] = deque()
+                for line in file:
+                    with contextlib.suppress(ValueError):
+                        entries.append(Entry.of_line(line))
+                yield path, entries
+
+
+class Delivery:
+    """The waiting entries of this process for one server, and the thread that sends them."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.sender, self.is_failing = uri, Sender(uri), False
         self._changed = threading.Condition()
-        self._journal = Journal(uri)
+        self._waiting: deque[Entry] = deque()
+        self._journal, self._is_on_disk = Journal(uri), True
         self._failures = 0
-        self._is_disk_refusing = False
-        self._thread = threading.Thread(target=self._work, daemon=True, name="tracking")
-        self._thread.start()
+        threading.Thread(target=self._work, daemon=True, name="tracking").start()
 
     def put(self, *entries: Entry) -> None:
         """Add entries; never waits for the server."""
         with self._changed:
-            error = self._journal.append(*entries)
+            if not self._is_overflowing:
+                self._waiting.extend(entries)
+            try:
+                self._journal.append(entries)
+            except OSError as error:
+                if self._is_on_disk:
+                    self.warn(f"has entries waiting that this disk cannot store ({one_line(error)})")
+                self._is_on_disk = False
             self._changed.notify_all()
-        if error is not None and not self._is_disk_refusing:
-            self._is_disk_refusing = True
-            self._warn(f"has entries waiting that this disk cannot store ({_format_error(error)}): some may be lost")
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
         """Wait until all entries are delivered; returns whether they are.
@@ -62,132 +130,107 @@ class Delivery:
         """
         deadline = time.monotonic() + seconds
         with self._changed:
-            while self._journal:
+            while self._waiting:
                 left = deadline - time.monotonic()
-                if left <= 0 or (on_disk_is_enough and self.is_failing and self._journal.is_on_disk):
+                if left <= 0 or (on_disk_is_enough and self.is_failing and self._is_on_disk):
                     return False
                 self._changed.wait(min(left, 1.0))
-        return True
+            return not self._is_overflowing
 
-    def close(self) -> int:
-        """Close the file if no entries wait; otherwise returns their number."""
+    def close(self) -> None:
+        """Close the journal. If entries wait, report where."""
         with self._changed:
-            self._journal.append()
-            count = self._journal.count()
-            if not count:
-                self._journal.close()
-            return count
+            if not self._is_on_disk:
+                self._journal.clear()
+                with contextlib.suppress(OSError):
+                    self._journal.append(self._waiting)
+            self._journal.close()
+            if self._waiting or self._is_overflowing:
+                path = self._journal.path
+                self.warn(f"has entries waiting in {path}. The next run delivers them, and so does {SYNC_COMMAND}")
 
-    def wait_for_server(self, seconds: float) -> bool:
-        """Wait up to ``seconds`` for the server; returns whether it answers.
-
-        Raises:
-            Exception: the server answers and refuses this client.
-        """
-        deadline = time.monotonic() + seconds
-        if self.is_failing and seconds <= 0:
-            return False
-        is_reported = False
-        while True:
+    def deliver_leftovers(self) -> tuple[int, bool]:
+        """Deliver the entries of ended processes; returns their number, and whether some still wait."""
+        delivered, is_waiting = 0, False
+        for path, entries in leftovers(self.uri):
             try:
-                connect(self.uri)
-                return True
-            except Exception as error:
-                if is_refusal(error, at_start=True):
-                    raise
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                if not is_reported:
-                    is_reported = True
-                    self._warn(f"does not answer ({_format_error(error)}): trying for {seconds:.0f} s")
-                time.sleep(min(1.0, left))
-
-    def deliver_leftovers(self) -> tuple[int, int]:
-        """Deliver the entries of ended processes; returns the numbers of delivered and of still waiting entries."""
-        delivered, waiting = 0, 0
-        for journal in leftovers(self.uri):
-            try:
-                while journal:
-                    batch = first_batch(journal.first())
+                while entries:
+                    batch = first_batch(entries)
                     self._send(batch)
-                    journal.drop(len(batch))
+                    _drop(entries, batch)
                     delivered += len(batch)
-            except Exception:  # noqa: BLE001
-                waiting += journal.count()
-        return delivered, waiting
+                path.unlink()
+            except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
+                is_waiting = True
+        return delivered, is_waiting
+
+    def warn(self, text: str) -> None:
+        """Log a warning about the server."""
+        log.warning(f"tracking: {without_keys(self.uri)} {text}")
+
+    @property
+    def _is_overflowing(self) -> bool:
+        return self._journal.size > MEMORY_BYTES
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._journal:
-                    self._changed.wait()
-                batch = first_batch(self._journal.first())
+                self._changed.wait_for(lambda: bool(self._waiting))
+                batch = first_batch(self._waiting)
             try:
                 self._send(batch)
-            except Exception as error:  # noqa: BLE001
-                self._handle_failure(batch, error)
-            else:
-                self._remove_delivered(len(batch))
+            except Exception as error:  # noqa: BLE001 - MLflow's stores raise errors of any type
+                self._failures += 1
+                if not self._set_aside(batch[0], error):
+                    self._pause(error)
+                    continue
+            with self._changed:
+                was_failing, self.is_failing, self._failures = self.is_failing, False, 0
+                _drop(self._waiting, batch)
+                if not self._waiting and not self._is_overflowing:
+                    self._journal.clear()
+                    self._is_on_disk = True
+                self._changed.notify_all()
+            if was_failing:
+                self.warn("answers again")
 
     def _send(self, batch: list[Entry]) -> None:
         """Deliver a batch. If the server refuses it, send its entries one by one and drop the refused ones."""
         try:
-            if batch:  # empty after damaged lines
-                self.sender.send(batch)
+            self.sender.send(batch)
         except Exception as error:
             if not is_refusal(error):
                 raise
             if len(batch) == 1:
-                self._warn(f"refuses {_describe(batch[0])}, which is dropped: {_format_error(error)}")
+                self.warn(f"refuses {_describe(batch[0])}, which is dropped: {one_line(error)}")
                 return
             for entry in batch:
                 self._send([entry])
 
-    def _remove_delivered(self, count: int) -> None:
-        with self._changed:
-            was_failing, self.is_failing, self._failures = self.is_failing, False, 0
-            self._journal.drop(count)
-            self._changed.notify_all()
-        if was_failing:
-            self._warn("answers again")
+    def _set_aside(self, entry: Entry, error: Exception) -> bool:
+        """If the server only fails to store this file, move it to a journal that no process locks."""
+        if entry.kind != "file" or self._failures < FILE_ATTEMPTS:
+            return False
+        aside = Journal(self.uri)
+        try:
+            client_of(self.uri).search_experiments(max_results=1)
+            aside.append([entry])
+        except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
+            return False
+        finally:
+            aside.close()
+        problem = f"cannot store {_describe(entry)} ({one_line(error)})"
+        self.warn(f"{problem}. It waits on this disk: {SYNC_COMMAND} tries again")
+        return True
 
-    def _handle_failure(self, batch: list[Entry], error: Exception) -> None:
-        self._failures += 1
-        is_refused = batch[0].kind == "file" and self._failures >= FILE_ATTEMPTS and self._server_answers()
-        if is_refused and self._set_aside(batch[0]):
-            self._warn(
-                f"cannot store {_describe(batch[0])} ({_format_error(error)}). "
-                f"It waits on this disk: {SYNC_COMMAND} tries again"
-            )
-            self._remove_delivered(1)
-            return
+    def _pause(self, error: Exception) -> None:
         with self._changed:
             was_failing, self.is_failing = self.is_failing, True
             self._changed.notify_all()
         if not was_failing:
-            self._warn(
-                f"does not answer ({_format_error(error)}). The work continues; "
-                "log entries wait on this disk until the server is back"
-            )
+            problem = f"does not answer ({one_line(error)})"
+            self.warn(f"{problem}. The work continues; log entries wait on this disk until the server is back")
         time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures, 10)))
-
-    def _set_aside(self, entry: Entry) -> bool:
-        """Move an entry to a file that no process locks, for a later delivery."""
-        aside = Journal(self.uri)
-        error = aside.append(entry)
-        aside.close()
-        return error is None
-
-    def _server_answers(self) -> bool:
-        try:
-            client_of(self.uri).search_experiments(max_results=1)
-        except Exception:  # noqa: BLE001
-            return False
-        return True
-
-    def _warn(self, text: str) -> None:
-        log.warning(f"tracking: {without_password(self.uri)} {text}")
 
 
 _deliveries: dict[tuple[int, str], Delivery] = {}
@@ -203,6 +246,16 @@ def delivery_to(uri: str) -> Delivery:
         return _deliveries[key]
 
 
+@atexit.register
+def finish(seconds: float = END_SECONDS) -> None:
+    """At the end of the process, wait for the deliveries and report the entries that remain in files."""
+    deadline = time.monotonic() + seconds
+    for (pid, _), delivery in list(_deliveries.items()):
+        if pid == os.getpid():
+            delivery.flush(deadline - time.monotonic())
+            delivery.close()
+
+
 class SyncSpec(Spec):
     """Deliver log entries that ended jobs on this machine could not send to their tracking server."""
 
@@ -216,36 +269,28 @@ def sync(spec: SyncSpec | None = None) -> int:
         DistillKacError: some entries could not be delivered.
     """
     uri = tracking_uri(".")
-    servers = (uri, *sorted(waiting_servers() - {without_password(uri)}))
-    counts = [delivery_to(server).deliver_leftovers() for server in servers]
-    delivered, waiting = sum([count for count, _ in counts]), sum([count for _, count in counts])
-    log.info(f"sync: delivered {delivered:,} entries")
-    if waiting:
-        raise DistillKacError(
-            f"{waiting:,} log entries still wait, because their tracking servers do not answer. Try again later."
-        )
-    return delivered
+    servers = (uri, *sorted(waiting_servers() - {without_keys(uri)}))
+    results = {without_keys(server): delivery_to(server).deliver_leftovers() for server in servers}
+    log.info(f"sync: delivered {sum([count for count, _ in results.values()]):,} entries")
+    if failed := [server for server, (_, is_waiting) in results.items() if is_waiting]:
+        raise DistillKacError(f"Log entries still wait, because {', '.join(failed)} does not answer. Try again later.")
+    return sum([count for count, _ in results.values()])
 
 
-@atexit.register
-def finish(seconds: float = END_SECONDS) -> None:
-    """At the end of the process, wait for the deliveries and report the entries that remain in files."""
-    deadline = time.monotonic() + seconds
-    mine = [delivery for (pid, _), delivery in _deliveries.items() if pid == os.getpid()]
-    for delivery in mine:
-        delivery.flush(deadline - time.monotonic())
-        if count := delivery.close():
-            delivery._warn(
-                f"has {count:,} entries waiting in {delivery._journal.path}. "
-                f"The next run delivers them, and so does {SYNC_COMMAND}"
-            )
+def waiting_servers() -> set[str]:
+    """The addresses, without passwords, of all servers with files of entries on this machine."""
+    servers = set()
+    for path in local_folder().glob("*.jsonl"):
+        with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as file:
+            servers.add(str(json.loads(file.readline())["tracking_uri"]))
+    return servers
+
+
+def _drop(entries: deque[Entry], batch: list[Entry]) -> None:
+    for _ in batch:
+        entries.popleft()
 
 
 def _describe(entry: Entry) -> str:
-    names = entry.content.get("name") or ", ".join(map(str, entry.content))
-    return f"{entry.kind} {one_line(names, most=80)} of run {entry.run_id}"
-
-
-def _format_error(error: Exception) -> str:
-    text = one_line(error, most=1000)
-    return without_password(text if len(text) < 120 else f"{type(error).__name__}: ...{text[-100:]}")
+    name = entry.content.get("name") or ", ".join(map(str, entry.content))
+    return f"{entry.kind} {one_line(name, most=80)} of run {entry.run_id}"

@@ -9,7 +9,7 @@ artifacts/model/      the model folder: config.json and the weights as safetenso
 input_example.json, serving_input_example.json, requirements.txt, ...
 
 All calls use clients of the run's own server. They are thread-safe and do not change the tracking URI and the active
-run of the process.
+run of the process, unlike ``mlflow.pyfunc.log_model``.
 """
 
 import json
@@ -18,7 +18,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,17 @@ from kac.conditioning import known_classes
 from kac.model import CONFIG_FILE, ModelConfig, load_config
 from kac.networks import outline_network
 from kac.util import files
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, one_line, without_keys
 from kac.util.log import log
-from pipeline import store, tracking
+from pipeline import store
 from pipeline.config import DistillSpec
-from pipeline.tracking import TrackedRun
+from pipeline.tracking.runs import find_runs
+from pipeline.tracking.server import client_of, tracking_uri
+from pipeline.tracking.tracked_run import TrackedRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 MODEL_FOLDER = "artifacts/model"
 CODE_FILE = Path(__file__).with_name("student_pyfunc.py")
@@ -53,20 +55,7 @@ _save_lock = threading.Lock()
 """Serialises MLflow's ``save_model``: in two threads at once, it would leave a fake module ``dbutils`` behind."""
 
 
-@dataclass(frozen=True)
-class LoggedModel:
-    """A logged model. It holds only text, like ``TrackedRun``."""
-
-    tracking_uri: str
-    model_id: str
-
-    @property
-    def uri(self) -> str:
-        """The URI for ``mlflow.pyfunc.load_model`` and ``mlflow models serve``."""
-        return f"models:/{self.model_id}"
-
-
-def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> LoggedModel | None:
+def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> "LoggedModel | None":
     """Log a trained student to its run, and register it if ``spec.register`` is set.
 
     If MLflow fails, this warns and returns None: the student is complete on disk.
@@ -79,18 +68,18 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Log
         teacher = spec.teacher or (manifest.teacher if manifest else "")
         model = log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
         if spec.register:
-            register(model, spec.register)
+            register(run, spec.register)
     except Exception as error:  # noqa: BLE001 - MLflow, its server and its disk raise errors of any type
         log.warning(
-            f"distill: warning: {spec.out} is complete, but MLflow "
-            f"({tracking.without_password(run.tracking_uri)}) did not store it as a model: {_format_error(error)}"
+            f"distill: warning: {spec.out} is complete, but MLflow ({without_keys(run.tracking_uri)}) did not store it "
+            f"as a model: {one_line(error)}"
         )
         return None
     return model
 
 
-def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> LoggedModel:
-    """Log the student in ``folder`` to its run. If the run has this model already, return that.
+def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
+    """Log the student in ``folder`` to its run. If the run has this model already, return that model.
 
     Args:
         run: the run that made the student.
@@ -101,10 +90,9 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
     Raises:
         MlflowException: the server refuses the model.
     """
-    existing = model_of_run(run, config.weights_sha256)
-    if existing:
+    if existing := model_of_run(run, config.weights_sha256):
         return existing
-    client = _client(run.tracking_uri)
+    client = client_of(run.tracking_uri)
     info = client.get_run(run.run_id)
     facts = {
         "stage": "distill",
@@ -126,7 +114,7 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
     try:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "model")
-            _write(path, folder, config, created, facts, run.run_id)
+            _write(path, folder, config, created, facts)
             client.log_model_artifacts(created.model_id, str(path))
     except BaseException:
         with suppress(Exception):
@@ -134,16 +122,16 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
         raise
     client.finalize_logged_model(created.model_id, "READY")
     _link(client, info, created.model_id)
-    return LoggedModel(run.tracking_uri, created.model_id)
+    return created
 
 
-def register(run_or_model: TrackedRun | LoggedModel, name: str, alias: str | None = None) -> str:
-    """Register a logged student as the newest version of the model ``name``; returns the version.
+def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
+    """Register the student of a run as the newest version of the model ``name``; returns the version.
 
     A student that is registered under ``name`` already keeps its version.
 
     Args:
-        run_or_model: a student's run, or its logged model.
+        run: the run that made the student.
         name: name of the registered model.
         alias: alias to give to the version: ``models:/NAME@ALIAS``.
 
@@ -152,24 +140,22 @@ def register(run_or_model: TrackedRun | LoggedModel, name: str, alias: str | Non
     """
     from mlflow.exceptions import MlflowException
 
-    with _mlflow_errors(run_or_model.tracking_uri):
-        model = run_or_model if isinstance(run_or_model, LoggedModel) else model_of_run(run_or_model)
+    with _mlflow_errors(run.tracking_uri):
+        model = model_of_run(run)
         if model is None:
             raise DistillKacError(
-                f"The MLflow run {getattr(run_or_model, 'run_id', '')} has no logged model to register. "
-                "Remove the student and distill it again."
+                f"The MLflow run {run.run_id} has no logged model to register. Remove the student and distill it again."
             )
-        client = _client(model.tracking_uri)
+        client = client_of(run.tracking_uri)
         try:
             client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        logged = client.get_logged_model(model.model_id)
         quoted = name.replace("'", "''")
         versions = client.search_model_versions(f"name = '{quoted}'")
-        number = next((str(other.version) for other in versions if other.source == logged.artifact_location), None)
-        number = number or _new_version(client, name, logged)
+        number = next((str(other.version) for other in versions if other.source == model.artifact_location), None)
+        number = number or _new_version(client, name, model)
         if alias:
             client.set_registered_model_alias(name, alias, number)
         return number
@@ -179,35 +165,35 @@ def register_folder(folder: str, name: str) -> str:
     """Register the student in a folder. It is logged first if its run, found by its fingerprint, has no model.
 
     Raises:
-        DistillKacError: MLflow has no run of this student, or as ``register``.
+        DistillKacError: MLflow has no run of this student, or an error of ``register``.
     """
-    uri, config = tracking.tracking_uri(folder), load_config(folder)
-    runs = tracking.find_runs(config.fingerprint, "distill", uri)
+    uri, config = tracking_uri(folder), load_config(folder)
+    runs = find_runs(config.fingerprint, "distill", uri)
     if not runs:
         raise DistillKacError(
-            f"{folder}: MLflow ({tracking.without_password(uri)}) has no run of this student, or does not answer. Set "
+            f"{folder}: MLflow ({without_keys(uri)}) has no run of this student, or does not answer. Set "
             "MLFLOW_TRACKING_URI to the server that was used to train it."
         )
     with _mlflow_errors(uri):
-        params = _client(uri).get_run(runs[0].run_id).data.params
+        params = client_of(uri).get_run(runs[0].run_id).data.params
         links = {name: params[name] for name in ("store", "teacher") if name in params}
-        return register(log_student(runs[0], folder, config, links), name)
+        log_student(runs[0], folder, config, links)
+        return register(runs[0], name)
 
 
-def model_of_run(run: TrackedRun, weights_sha256: str = "") -> LoggedModel | None:
-    """The newest student that was logged to a run, or None.
+def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":
+    """The newest complete student that was logged to a run, or None.
 
     Args:
         run: the run that made the student.
         weights_sha256: only a student with these weights.
     """
-    client = _client(run.tracking_uri)
+    client = client_of(run.tracking_uri)
     query = f"source_run_id = '{run.run_id}'"
     if weights_sha256:
         query += f" and tags.`{TAG}weights_sha256` = '{weights_sha256}'"
     models = client.search_logged_models([client.get_run(run.run_id).info.experiment_id], query)
-    complete = (model for model in models if str(model.status) == "READY")
-    return next((LoggedModel(run.tracking_uri, str(model.model_id)) for model in complete), None)
+    return next((model for model in models if str(model.status) == "READY"), None)
 
 
 @contextmanager
@@ -218,18 +204,9 @@ def _mlflow_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        server = tracking.without_password(uri)
-        raise DistillKacError(f"MLflow ({server}) failed to register the model: {_format_error(error)}.") from error
-
-
-def _format_error(error: Exception) -> str:
-    return tracking.without_password(one_line(error)).rstrip(".")
-
-
-def _client(uri: str) -> "MlflowClient":
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
+        raise DistillKacError(
+            f"MLflow ({without_keys(uri)}) failed to register the model: {one_line(error).rstrip('.')}."
+        ) from error
 
 
 def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
@@ -247,40 +224,58 @@ def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
     client.log_batch(run_id, metrics=metrics, tags=[RunTag(MODEL_ID_TAG, model_id)])
 
 
-def _new_version(client: "MlflowClient", name: str, logged: Any) -> str:
-    tags = {key: value for key, value in logged.tags.items() if key.startswith(TAG)}
+def _new_version(client: "MlflowClient", name: str, model: "LoggedModel") -> str:
+    tags = {key: value for key, value in model.tags.items() if key.startswith(TAG)}
     # The source is the artifact's folder: MLflow would look up models:/ID on the process's own tracking server.
     created = client.create_model_version(
-        name, logged.artifact_location, run_id=logged.source_run_id, tags=tags, model_id=logged.model_id
+        name, model.artifact_location, run_id=model.source_run_id, tags=tags, model_id=model.model_id
     )
     # For the model's page in MLflow. A server sets this tag itself, a database does not.
-    versions = json.loads(client.get_logged_model(logged.model_id).tags.get(VERSIONS_TAG, "[]"))
+    versions = json.loads(client.get_logged_model(model.model_id).tags.get(VERSIONS_TAG, "[]"))
     if not any((other["name"], str(other["version"])) == (name, str(created.version)) for other in versions):
         versions.append({"name": name, "version": created.version})
-        client.set_logged_model_tags(logged.model_id, {VERSIONS_TAG: json.dumps(versions)})
+        client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps(versions)})
     return str(created.version)
 
 
-def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: dict[str, str], run_id: str) -> None:
+def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel", facts: dict[str, str]) -> None:
     """Write the artifact of a logged model into the new folder ``path``."""
     import mlflow.pyfunc
-    from mlflow.models import Model
+    import numpy as np
+    import pandas
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+    names = {"class_names": list(config.class_names)} if config.class_names else {}
     model = Model(
         artifact_path=created.artifact_location,
-        run_id=run_id,
+        run_id=created.source_run_id,
         model_uuid=created.model_id,
         model_id=created.model_id,
-        metadata={**facts, **({"class_names": list(config.class_names)} if config.class_names else {})},
+        metadata={**facts, **names},
     )
-    with _save_lock, _quiet("mlflow.pyfunc", "mlflow.models"):
+    params = [
+        ParamSpec("seed", "long", 0),
+        ParamSpec("steps", "long", config.steps),
+        ParamSpec("guidance", "double", config.guidance),
+    ]
+    known = known_classes(config)
+    labels = [*dict.fromkeys((*known[:1], *known[-1:])), -1]  # the first class, the last class, and any class
+    is_diffusers = outline_network(config.network, config.sample_shape, config.num_classes).diffusers_name
+    packages = (*REQUIREMENTS, "diffusers") if is_diffusers else REQUIREMENTS
+    with _save_lock, _quiet():
         mlflow.pyfunc.save_model(
             str(path),
             python_model=str(CODE_FILE),
             code_paths=[str(Path(kac.__file__).parent)],
-            signature=signature(config),
-            input_example=example(config),
-            pip_requirements=_requirements(config),
+            signature=ModelSignature(
+                inputs=Schema([ColSpec("long", "label")]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *config.sample_shape))]),
+                params=ParamSchema(params),
+            ),
+            input_example=(pandas.DataFrame({"label": labels}), {"seed": 0}),
+            # without local suffixes such as +cu128
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in packages],
             mlflow_model=model,
         )
     for file in Path(path, "code").rglob("*"):
@@ -299,49 +294,13 @@ def _write(path: Path, folder: str, config: ModelConfig, created: Any, facts: di
     model.save(str(path / "MLmodel"))
 
 
-def signature(config: ModelConfig) -> Any:
-    """The signature of the model: labels to images, with seed, steps and guidance as parameters."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
-
-    return ModelSignature(
-        inputs=Schema([ColSpec("long", "label")]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *config.sample_shape))]),
-        params=ParamSchema(
-            [
-                ParamSpec("seed", "long", 0),
-                ParamSpec("steps", "long", config.steps),
-                ParamSpec("guidance", "double", config.guidance),
-            ]
-        ),
-    )
-
-
-def example(config: ModelConfig) -> tuple[Any, dict[str, int]]:
-    """An input example: the first class, the last class, and any class."""
-    import pandas
-
-    known = known_classes(config)
-    return pandas.DataFrame({"label": [*dict.fromkeys((*known[:1], *known[-1:])), -1]}), {"seed": 0}
-
-
-def _requirements(config: ModelConfig) -> list[str]:
-    """Requirements with the installed versions, without local suffixes such as +cu128."""
-    network = outline_network(config.network, config.sample_shape, config.num_classes)
-    names = (*REQUIREMENTS, "diffusers") if network.diffusers_name else REQUIREMENTS
-    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
-
-
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Hide MLflow's log lines below warnings."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)

@@ -1,23 +1,20 @@
-"""Tags that name a process, so that others see whether it has ended."""
+"""Tags that say where a run comes from: its process, which others can see end, its command, commit and user."""
 
 import functools
+import getpass
 import os
 import socket
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
 HOST_TAG, PID_TAG, STARTED_TAG = "distillkac.host", "distillkac.pid", "distillkac.process_started"
+ROOT = Path(__file__).parents[2]
 
 
 def tags() -> dict[str, str]:
     """Tags that identify this process. They include its start time, because process ids are reused."""
     return {HOST_TAG: socket.gethostname(), PID_TAG: str(os.getpid()), STARTED_TAG: _started(os.getpid())}
-
-
-@functools.cache
-def _started(pid: int) -> str:
-    import psutil
-
-    return f"{psutil.Process(pid).create_time():.2f}"
 
 
 def is_here(tags: Mapping[str, str]) -> bool:
@@ -42,3 +39,36 @@ def has_ended(tags: Mapping[str, str]) -> bool:
         return True
     except (psutil.AccessDenied, KeyError, ValueError):
         return False
+
+
+def source_tags(stage: str) -> dict[str, str]:
+    """MLflow's own tags for the source of a run, which its pages show."""
+    source = {"name": f"python -m jobs.{stage}", "type": "LOCAL", "git.commit": _commit()}
+    found = {"mlflow.user": _user(), **{f"mlflow.source.{name}": value for name, value in source.items()}}
+    return {name: value for name, value in found.items() if value}
+
+
+@functools.cache
+def _started(pid: int) -> str:
+    import psutil
+
+    return f"{psutil.Process(pid).create_time():.2f}"
+
+
+@functools.cache
+def _commit() -> str:
+    """The checked-out commit; empty outside of a git checkout."""
+    if not (ROOT / ".git").exists():  # git would look in the folders above
+        return ""
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, the user may have no name
+        return ""

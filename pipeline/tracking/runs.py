@@ -4,26 +4,21 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Literal
 
 from kac.util import files
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, one_line, without_keys
 from kac.util.options import flatten
 from pipeline import claims
 from pipeline.config import Spec
 from pipeline.tracking import process_tags
 from pipeline.tracking.dead_runs import dead_below
 from pipeline.tracking.delivery import Delivery, delivery_to
-from pipeline.tracking.entries import Entry
-from pipeline.tracking.metrics import SYSTEM_PREFIX
-from pipeline.tracking.sender import LOCAL, PARENT_TAG, RunNotCreatedYet
-from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, is_refusal, tracking_uri, without_password
-from pipeline.tracking.source import Dataset, source_tags
+from pipeline.tracking.entries import LOCAL, PARENT_TAG, Entry, RunNotCreatedYet, now
+from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, connect, is_refusal, tracking_uri
 from pipeline.tracking.system import system_metrics
-from pipeline.tracking.tracked_run import TrackedRun
+from pipeline.tracking.tracked_run import Dataset, TrackedRun
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 CONTINUES_TAG = "distillkac.continues"
@@ -68,39 +63,34 @@ def start_run(
     Raises:
         DistillKacError: the server refuses the run. A server that does not answer is no error.
     """
-    uri = parent.tracking_uri if parent else tracking_uri(output)
-    if not uri:
-        try:
-            yield TrackedRun("", "")
-        finally:
-            if not stage:
-                claims.release(output)
-        return
-    tags = {
-        "mlflow.runName": name or stage or spec.stage,
-        STAGE_TAG: stage or spec.stage,
-        FINGERPRINT_TAG: fingerprint,
-        **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
-        **source_tags(spec.stage),
-        **process_tags.tags(),
-        **({PARENT_TAG: parent.run_id} if parent else {}),
-    }
-    run = _open_run(uri, tags, None if stage else output, is_nested=parent is not None)
-    run.params(flatten(spec.model_dump(mode="json")))
-    run.datasets(datasets)
-    monitoring = contextlib.nullcontext() if stage else system_metrics(_system_logger(run))
+    run = TrackedRun("", "")
     try:
-        with monitoring:
+        if uri := parent.tracking_uri if parent else tracking_uri(output):
+            tags = {
+                "mlflow.runName": name or stage or spec.stage,
+                STAGE_TAG: stage or spec.stage,
+                FINGERPRINT_TAG: fingerprint,
+                **{f"{INPUT_TAG}{made_by}": value for made_by, value in inputs.items()},
+                **process_tags.source_tags(spec.stage),
+                **process_tags.tags(),
+                **({PARENT_TAG: parent.run_id} if parent else {}),
+            }
+            run = _open_run(uri, tags, None if stage else output, NESTED_SECONDS if parent else START_SECONDS)
+        run.params(flatten(spec.model_dump(mode="json")))
+        run.datasets(datasets)
+        with system_metrics(run) if uri and not stage else contextlib.nullcontext():
             yield run
     except (KeyboardInterrupt, SystemExit):
         run.end_killed()
         run.flush(KILLED_SECONDS)
         raise
     except BaseException:
-        _end(run, "FAILED")
+        run.end("FAILED")
+        _deliver(run)
         raise
     else:
-        _end(run, "FINISHED")
+        run.end("FINISHED")
+        _deliver(run)
     finally:
         if not stage:
             claims.release(output)
@@ -109,7 +99,7 @@ def start_run(
 def run_of_output(out: str) -> TrackedRun | None:
     """The run that made an output; None if it is on another server, or unknown."""
     record, uri = _read_record(out), tracking_uri(out)
-    if record is None or not uri or record["tracking_uri"] != without_password(uri):
+    if record is None or not uri or record["tracking_uri"] != without_keys(uri):
         return None
     return TrackedRun(uri, record["run_id"])
 
@@ -134,42 +124,50 @@ def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None
     return [TrackedRun(uri, str(run.info.run_id)) for run in matches]
 
 
-def _open_run(uri: str, tags: dict[str, str], output: str | None, is_nested: bool) -> TrackedRun:
+def _open_run(uri: str, tags: dict[str, str], output: str | None, seconds: float) -> TrackedRun:
     """Resume the run of an output, or create one; without an output, always create one."""
     delivery = delivery_to(uri)
-    is_up = _wait_for_server(delivery, 0.0 if delivery.is_failing else NESTED_SECONDS if is_nested else START_SECONDS)
+    is_up = not delivery.is_failing and _wait_for_server(delivery, seconds)
     if is_up:
         delivery.deliver_leftovers()  # of this machine, which may not be the driver's
     record = _read_record(output) if output else None
     if record is not None and record["fingerprint"] == tags[FINGERPRINT_TAG]:
-        if record["tracking_uri"] == without_password(uri) and not (is_up and _is_gone(delivery, record["run_id"])):
+        if record["tracking_uri"] == without_keys(uri) and not (is_up and _is_gone(delivery, record["run_id"])):
             return _resume(TrackedRun(uri, record["run_id"]), tags, is_up)
         tags = {**tags, CONTINUES_TAG: record["run_id"]}
     run = _create(delivery, tags, is_up)
     if output:
-        record = {
-            "tracking_uri": without_password(uri),
-            "run_id": run.run_id,
-            "fingerprint": tags[FINGERPRINT_TAG],
-        }
-        files.write_bytes(files.join(output, RUN_FILE), json.dumps(record, indent=2).encode())
+        names = {"tracking_uri": without_keys(uri), "run_id": run.run_id, "fingerprint": tags[FINGERPRINT_TAG]}
+        files.write_bytes(files.join(output, RUN_FILE), json.dumps(names, indent=2).encode())
     return run
 
 
 def _wait_for_server(delivery: Delivery, seconds: float) -> bool:
-    try:
-        return delivery.wait_for_server(seconds)
-    except DistillKacError:
-        raise
-    except Exception as error:
+    """Wait up to ``seconds`` for the server; returns whether it answers."""
+    deadline, is_reported = time.monotonic() + seconds, False
+    while True:
+        try:
+            connect(delivery.uri)
+            return True
+        except Exception as error:  # noqa: BLE001 - MLflow's stores raise errors of any type
+            _raise_if_refused(delivery.uri, error)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if not is_reported:
+                delivery.warn(f"does not answer ({one_line(error)}): trying for {seconds:.0f} s")
+            is_reported = True
+            time.sleep(min(1.0, left))
+
+
+def _raise_if_refused(uri: str, error: Exception) -> None:
+    if isinstance(error, DistillKacError):
+        raise error
+    if is_refusal(error, at_start=True):
         raise DistillKacError(
-            f"MLflow cannot use MLFLOW_TRACKING_URI={without_password(delivery.uri)} ({_format_error(error)}). "
-            "Set it to the address of a tracking server or a database."
+            f"MLflow cannot use MLFLOW_TRACKING_URI={without_keys(uri)} ({one_line(error)}). Set it to the address of "
+            f"a tracking server or a database, or {EXPERIMENT_VARIABLE} to a different experiment."
         ) from error
-
-
-def _format_error(error: Exception) -> str:
-    return without_password(one_line(error))
 
 
 def _is_gone(delivery: Delivery, run_id: str) -> bool:
@@ -189,46 +187,28 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
     if is_up:
         # If the server fails here, the next start closes these runs.
         with contextlib.suppress(Exception):
-            client, experiment = delivery.sender.connected()
-            for dead in dead_below(client, experiment, replace(run, run_id=delivery.sender.id_of(run.run_id))):
-                dead.end_killed()
+            for run_id in dead_below(*delivery.sender.connected(), delivery.sender.id_of(run.run_id)):
+                TrackedRun(run.tracking_uri, run_id).end_killed()
             run.flush()
     return run
 
 
 def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun:
-    now = time.time_ns() // 1_000_000
+    """Create a run now, or let the server create it later if it or the parent's run does not exist yet."""
     if is_up and not tags.get(PARENT_TAG, "").startswith(LOCAL):
         try:
-            return TrackedRun(delivery.uri, delivery.sender.create(tags, now))
-        except Exception as error:
-            if is_refusal(error, at_start=True):
-                raise DistillKacError(
-                    f"{without_password(delivery.uri)} refuses a new run ({_format_error(error)}). "
-                    f"Set MLFLOW_TRACKING_URI to another address, or {EXPERIMENT_VARIABLE} to another experiment."
-                ) from error
+            return TrackedRun(delivery.uri, delivery.sender.create(tags, now()))
+        except Exception as error:  # noqa: BLE001 - MLflow's stores raise errors of any type
+            _raise_if_refused(delivery.uri, error)
     run = TrackedRun(delivery.uri, f"{LOCAL}{uuid.uuid4().hex}")
-    delivery.put(Entry(run.run_id, "create", tags, now))
+    delivery.put(Entry(run.run_id, "create", tags))
     return run
 
 
-def _end(run: TrackedRun, status: Literal["FINISHED", "FAILED"]) -> None:
-    run.end(status)
-    if run.flush():
+def _deliver(run: TrackedRun) -> None:
+    """Wait for the server. If it answers, also deliver what dead processes left, such as workers of this run."""
+    if run.tracking_uri and run.flush():
         delivery_to(run.tracking_uri).deliver_leftovers()
-
-
-def _system_logger(run: TrackedRun) -> Callable[[dict[str, float]], None]:
-    """A function that logs each measurement as a new step, after the steps of a resumed run."""
-    next_step: list[int] = []
-
-    def log(values: dict[str, float]) -> None:
-        if not next_step:
-            next_step.append(run.last_step(f"{SYSTEM_PREFIX}cpu_utilization_percentage") + 1)
-        run.metrics(values, step=next_step[0])
-        next_step[0] += 1
-
-    return log
 
 
 def _read_record(out: str) -> dict[str, str] | None:

@@ -32,8 +32,11 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST",
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 """Error codes that end a job at its start. Later, log entries wait instead: a token or a proxy may be mended."""
 
-
 _is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
+
+
+class DeletedExperimentError(DistillKacError):
+    """The experiment was deleted. It accepts no runs until it is restored."""
 
 
 @contextmanager
@@ -46,17 +49,13 @@ def tracking_off() -> Iterator[None]:
         _is_off.reset(token)
 
 
-class DeletedExperimentError(DistillKacError):
-    """The experiment was deleted. It accepts no runs until it is restored."""
-
-
 def tracking_uri(output: str) -> str:
     """The address of the tracking server: MLFLOW_TRACKING_URI, or else ``mlflow.db`` in the current directory.
 
     It is empty within ``tracking_off``.
 
     Args:
-        output: output of the stage. A submitted job's database is beside it, since Ray deletes the job's directory.
+        output: output of the stage. A submitted job's database is next to it, since Ray deletes the job's directory.
 
     Raises:
         ArgumentError: MLflow cannot use MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI.
@@ -65,15 +64,14 @@ def tracking_uri(output: str) -> str:
         return ""
     if configured := mlflow_address():
         return configured
-    folder = os.getcwd()
-    if in_job_copy() and "://" not in output:
-        folder = os.path.dirname(os.path.abspath(output))
+    is_deleted = in_job_copy() and "://" not in output
+    folder = os.path.dirname(os.path.abspath(output)) if is_deleted else os.getcwd()
     return f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
 
 
-def without_password(uri: str) -> str:
-    """The address without its password, for messages and files."""
-    return without_keys(uri)
+def experiment_name() -> str:
+    """The name of the experiment of new runs."""
+    return os.environ.get(EXPERIMENT_VARIABLE, "").strip() or EXPERIMENT
 
 
 def connect(uri: str) -> tuple["MlflowClient", str]:
@@ -86,9 +84,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
     from mlflow.exceptions import MlflowException
 
     with _locked(uri):
-        _make_database(uri)
-        client = client_of(uri)
-        name = experiment_name()
+        client, name = client_of(uri), experiment_name()
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             # Without this location, artifacts would be in the working directory of the first process.
@@ -102,7 +98,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
                     raise
     if experiment.lifecycle_stage != "active":
         raise DeletedExperimentError(
-            f"The MLflow experiment {name!r} at {without_password(uri)} was deleted. Restore it (mlflow experiments "
+            f"The MLflow experiment {name!r} at {without_keys(uri)} was deleted. Restore it (mlflow experiments "
             f"restore --experiment-id {experiment.experiment_id}), or choose another one with {EXPERIMENT_VARIABLE}."
         )
     return client, str(experiment.experiment_id)
@@ -114,14 +110,9 @@ def client_of(uri: str) -> "MlflowClient":
 
     for name, value in REQUEST.items():
         os.environ.setdefault(name, value)
-    if without_password(uri) != uri:  # MLflow prints the address when a run ends
+    if without_keys(uri) != uri:  # MLflow prints the address when a run ends
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     return MlflowClient(uri)
-
-
-def experiment_name() -> str:
-    """The name of the experiment of new runs."""
-    return os.environ.get(EXPERIMENT_VARIABLE, "").strip() or EXPERIMENT
 
 
 def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
@@ -132,11 +123,11 @@ def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
     """
     from mlflow.exceptions import MlflowException
 
-    if isinstance(error, DeletedExperimentError):
-        return True
     if isinstance(error, MlflowException):
         return str(error.error_code) in (REFUSALS | START_REFUSALS if at_start else REFUSALS)
-    return isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError)
+    if isinstance(error, OSError):  # some errors of requests are also a ValueError
+        return False
+    return isinstance(error, DeletedExperimentError | KeyError | TypeError | ValueError)
 
 
 def local_folder() -> Path:
@@ -150,19 +141,7 @@ def local_folder() -> Path:
 
 def file_name_of(uri: str) -> str:
     """A file name that is unique to a server."""
-    return hashlib.sha256(without_password(uri).encode()).hexdigest()[:16]
-
-
-def _make_database(uri: str) -> None:
-    """Create a SQLite database and then rename it: MLflow cannot use a database that is half created."""
-    path = database_file(uri)
-    if path is None or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    fresh.unlink(missing_ok=True)
-    client_of(f"sqlite:///{fresh}").search_experiments(max_results=1)
-    fresh.replace(path)
+    return hashlib.sha256(without_keys(uri).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -173,4 +152,11 @@ def _locked(uri: str) -> Iterator[None]:
         return
     with (local_folder() / f"{file_name_of(uri)}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        path = database_file(uri)
+        if path is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # MLflow cannot use a half-created database
+            fresh.unlink(missing_ok=True)
+            client_of(f"sqlite:///{fresh}").search_experiments(max_results=1)
+            fresh.replace(path)
         yield

@@ -14,7 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 from kac import noise
 from kac.conditioning import check_labels, known_classes
-from kac.model import ModelConfig, load_model
+from kac.model import load_model
 from kac.precision import Precision
 from kac.sampling import BATCH_SIZE, draw, student_sampling
 from kac.util.device import default_device
@@ -44,34 +44,25 @@ class Student(PythonModel):  # type: ignore[misc]
                 the seed is out of range.
         """
         try:
-            return self._images(model_input["label"].to_numpy(), params or {})
+            return self._images(torch.tensor(model_input["label"].to_numpy(np.int64)), params or {})
         except DistillKacError as error:
             # A server answers with the message of this exception, and with a traceback for all others.
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
-    def _images(self, labels: Any, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        config = self.model.config
-        seed = int(given.get("seed") or 0)
+    def _images(self, label: torch.Tensor, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        config, seed = self.model.config, int(given.get("seed") or 0)
         if not 0 <= seed < 2**31:
             raise DistillKacError(f"`seed` is {seed}. Choose a number from 0 to {2**31 - 1}.")
         sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
         if sampling.steps < 1:
             raise DistillKacError(f"`steps` is {sampling.steps}. Choose at least 1.")
-        if not len(labels):
+        if not len(label):
             return np.zeros((0, *config.sample_shape), np.float32)
-        classes = _classes(config, seed, labels)
-        samples = draw(self.model, sampling, Precision(), seed, len(labels), BATCH_SIZE, classes)
-        return samples.images.numpy()
-
-
-def _classes(config: ModelConfig, seed: int, given: Any) -> tuple[int, ...] | None:
-    """The class of each row, drawn where the label is -1; None for an unconditional student."""
-    label = torch.tensor(np.asarray(given, np.int64))
-    chosen = tuple(label[label != -1].tolist())
-    if chosen:
-        check_labels(config, chosen, "`label`", any_class="-1")
-    drawn = noise.labels(seed, range(len(label)), config.class_frequencies)
-    return tuple(torch.where(label < 0, drawn, label).tolist()) if known_classes(config) else None
+        if chosen := tuple(label[label != -1].tolist()):
+            check_labels(config, chosen, "`label`", any_class="-1")
+        drawn = noise.labels(seed, range(len(label)), config.class_frequencies)
+        classes = tuple(torch.where(label < 0, drawn, label).tolist()) if known_classes(config) else None
+        return draw(self.model, sampling, Precision(), seed, len(label), BATCH_SIZE, classes).images.numpy()
 
 
 set_model(Student())

@@ -2,23 +2,17 @@
 
 import base64
 import io
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipeline.tracking.delivery import END_SECONDS, delivery_to
-from pipeline.tracking.entries import Entry, split_content
+from pipeline.tracking.entries import PARENT_TAG, Entry, Kind, now
 from pipeline.tracking.metrics import check_declared
-from pipeline.tracking.sender import PARENT_TAG
-from pipeline.tracking.source import Dataset
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-KILLED = "KILLED"
-"""MLflow's status of a run that was stopped."""
 
 PARAM_LENGTH = 500
 """Longest logged value of a parameter. Longer values are cut, and end in an ellipsis."""
@@ -27,12 +21,21 @@ THUMBNAIL = 256
 """Largest side, in pixels, of the small copies of pictures that MLflow's pages show."""
 
 
+class Dataset(NamedTuple):
+    """Data that a run reads: a dataset or a store."""
+
+    name: str
+    digest: str  # SHA-256 or fingerprint of the content
+    path: str  # path, URI or other description of the source
+    context: str = "training"
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
 
-    Logged values wait in a queue (``delivery.py``), so that logging never fails or waits because of the server. A
-    run with an empty URI drops all values.
+    Logged values wait in a file (``delivery.py``), so that logging never fails or waits because of the server. A run
+    with an empty URI drops all values.
     """
 
     tracking_uri: str
@@ -45,21 +48,19 @@ class TrackedRun:
             KeyError: a metric is not declared.
         """
         check_declared(values)
-        numbers = {name: float(value) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "metrics", part, step=step) for part in split_content("metrics", numbers)))
+        self._put("metrics", *({name: float(value)} for name, value in values.items()), step=step)
 
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
-        self._put(*(Entry(self.run_id, "tags", part) for part in split_content("tags", values)))
+        self._put("tags", *({name: value} for name, value in values.items()))
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters. In a rerun, changed parameters become tags ``distillkac.rerun.<name>``."""
-        texts = {name: _truncate(str(value)) for name, value in values.items()}
-        self._put(*(Entry(self.run_id, "params", part) for part in split_content("params", texts)))
+        self._put("params", *({name: _truncate(str(value))} for name, value in values.items()))
 
     def artifact(self, name: str, data: bytes) -> None:
         """Attach a file. Its name may contain folders."""
-        self._put(Entry(self.run_id, "file", {"name": name, "data": base64.b64encode(data).decode()}))
+        self._put("file", {"name": name, "data": base64.b64encode(data).decode()})
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Add a picture to the series ``name``."""
@@ -69,8 +70,7 @@ class TrackedRun:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         picture.convert("RGB").save(small, "webp")
         # MLflow's pages find the pictures of a series by these names, which MLflow's client creates.
-        now = time.time_ns() // 1_000_000
-        path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now}+{uuid.uuid4()}"
+        path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now()}+{uuid.uuid4()}"
         self.artifact(f"{path}.png", png)
         self.artifact(f"{path}+compressed.webp", small.getvalue())
         self.tags({"mlflow.loggedImages": "True"})
@@ -78,7 +78,7 @@ class TrackedRun:
     def datasets(self, datasets: Sequence[Dataset]) -> None:
         """Log the data that the run reads."""
         if datasets:
-            self._put(Entry(self.run_id, "datasets", {"datasets": [dataset.values() for dataset in datasets]}))
+            self._put("datasets", {"datasets": [dataset._asdict() for dataset in datasets]})
 
     def last_step(self, name: str) -> int:
         """The last step of a metric on the server; 0 without one, or if the server does not answer."""
@@ -95,11 +95,11 @@ class TrackedRun:
 
     def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
         """End the run. ``start_run`` ends its own runs."""
-        self._put(Entry(self.run_id, "status", {"status": status}))
+        self._put("status", {"status": status})
 
     def end_killed(self) -> None:
         """End the run as KILLED: it was stopped from outside, or its process has ended."""
-        self._put(Entry(self.run_id, "status", {"status": KILLED}))
+        self._put("status", {"status": "KILLED"})
 
     def nest(self, parent: "TrackedRun") -> None:
         """Nest the run below another one."""
@@ -119,14 +119,14 @@ class TrackedRun:
             return default
         sender = delivery_to(self.tracking_uri).sender
         try:
-            client, _ = sender.connected()
-            return query(client, sender.id_of(self.run_id))
+            return query(sender.connected()[0], sender.id_of(self.run_id))
         except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
             return default
 
-    def _put(self, *entries: Entry) -> None:
+    def _put(self, kind: Kind, *contents: dict[str, Any], step: int = 0) -> None:
         if self.tracking_uri:
-            delivery_to(self.tracking_uri).put(*entries)
+            time = now()
+            delivery_to(self.tracking_uri).put(*(Entry(self.run_id, kind, each, time, step) for each in contents))
 
 
 def _truncate(text: str) -> str:

@@ -91,7 +91,7 @@ def test_a_logged_student_has_the_class_names(models: dict[str, str], tracking_d
     run = run_of("distill", load_config(models["student"]).fingerprint)
     model = model_of_run(TrackedRun(tracking_database, run.info.run_id))
     assert model is not None
-    info = mlflow.models.get_model_info(model.uri)
+    info = mlflow.models.get_model_info(model.model_uri)
     assert info.metadata["class_names"] == list(NAMES)
 
 

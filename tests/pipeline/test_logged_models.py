@@ -18,6 +18,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from kac.model import load_config
@@ -27,7 +28,7 @@ from pipeline.config import SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from pipeline.tracking import TrackedRun, logged_models
-from pipeline.tracking.logged_models import LoggedModel, log_finished, log_student, model_of_run, register
+from pipeline.tracking.logged_models import log_finished, log_student, model_of_run, register
 from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 
@@ -82,7 +83,7 @@ def model_of(student: str) -> LoggedModel:
 
 
 def artifact_of(model: LoggedModel) -> Path:
-    return Path(str(MlflowClient().get_logged_model(model.model_id).artifact_location).removeprefix("file://"))
+    return Path(str(model.artifact_location).removeprefix("file://"))
 
 
 def sampled(out: Path, **options: Any) -> Any:
@@ -104,7 +105,7 @@ def test_a_fresh_process_draws_the_images_of_jobs_sample_to_the_bit(logged: Logg
         ([3, 1, 3, 1, 3], {"steps": 2, "guidance": 0.5}, {"count": 5, "labels": (3, 1), "steps": 2, "guidance": 0.5}),
     ]
     requests = json.dumps([(labels, params) for labels, params, _ in cases])
-    command = [sys.executable, "-c", LOAD, logged.uri, requests, "made.npz"]
+    command = [sys.executable, "-c", LOAD, logged.model_uri, requests, "made.npz"]
     done = subprocess.run(command, **elsewhere(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     imported, origin = done.stdout.rsplit("\n", 2)[-2].split(" ", 1)
@@ -118,7 +119,7 @@ def test_a_fresh_process_draws_the_images_of_jobs_sample_to_the_bit(logged: Logg
 
 
 def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: LoggedModel, tmp_path: Path):
-    register(logged, "served", "best")
+    register(run_that_made(flow_map), "served", "best")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -200,7 +201,7 @@ def test_a_model_is_code_and_safetensors_with_tags_of_its_origin(logged: LoggedM
     names = (folder / "requirements.txt").read_text()
     assert "torch==" in names
     assert "+" not in names
-    model = mlflow.pyfunc.load_model(logged.uri)
+    model = mlflow.pyfunc.load_model(logged.model_uri)
     assert str(model.metadata.signature.inputs) == "['label': long (required)]"
     assert model.metadata.signature.params.to_dict()[1]["default"] == 4
     assert model.predict(model.input_example, params={"steps": 1}).shape == (3, 1, 8, 8)
@@ -215,7 +216,7 @@ def test_a_model_needs_no_files_of_its_dataset(flow_map: str, tmp_path: Path):
     run = client.create_run(client.get_experiment_by_name(tracking.experiment_name()).experiment_id)
     tracked = TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
     model = log_student(tracked, str(tmp_path), load_config(str(tmp_path)), {})
-    assert mlflow.pyfunc.load_model(model.uri).predict({"label": [-1, -1]}).shape == (2, 1, 8, 8)
+    assert mlflow.pyfunc.load_model(model.model_uri).predict({"label": [-1, -1]}).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_a_model_needs_no_files_of_its_dataset(flow_map: str, tmp_path: Path):
 def test_labels_and_params_that_a_model_does_not_support_are_refused(
     labels: list[int], params: dict[str, Any], message: str, logged: LoggedModel
 ):
-    model = mlflow.pyfunc.load_model(logged.uri)
+    model = mlflow.pyfunc.load_model(logged.model_uri)
     assert model.predict({"label": np.zeros(0, np.int64)}).shape == (0, 1, 8, 8)
     with pytest.raises(MlflowException, match=message):
         model.predict({"label": np.array(labels)}, params=params)
@@ -240,9 +241,10 @@ def test_labels_and_params_that_a_model_does_not_support_are_refused(
 def test_registering_a_student_again_adds_no_version(logged: LoggedModel, flow_map: str, digits_store: str):
     client = MlflowClient()
     distill(distill_spec(digits_store, Path(flow_map), **FLOW_MAP))
-    assert register(logged, "digits") == register(run_that_made(flow_map), "digits", alias="best") == "1"
+    run = run_that_made(flow_map)
+    assert register(run, "digits") == register(run, "digits", alias="best") == "1"
     assert [version.version for version in client.search_model_versions("name = 'digits'")] == [1]
-    assert client.get_model_version_by_alias("digits", "best").run_id == run_that_made(flow_map).run_id
+    assert client.get_model_version_by_alias("digits", "best").run_id == run.run_id
     versions = json.loads(client.get_logged_model(logged.model_id).tags["mlflow.modelVersions"])
     assert {"name": "digits", "version": 1} in versions
 

@@ -19,12 +19,11 @@ from mlflow import MlflowClient
 from kac.util.errors import DistillKacError
 from pipeline import tracking
 from pipeline.config import SampleSpec
-from pipeline.tracking import delivery, journal, process_tags, runs
+from pipeline.tracking import delivery, process_tags, runs
 from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
-from pipeline.tracking.entries import Entry, first_batch
-from pipeline.tracking.journal import Journal, leftovers
-from pipeline.tracking.sender import Sender
-from pipeline.tracking.server import local_folder
+from pipeline.tracking.delivery import Journal, leftovers
+from pipeline.tracking.entries import Entry, Sender, first_batch
+from pipeline.tracking.server import file_name_of, local_folder
 
 SPEC = SampleSpec(model="m", out="o.png")
 
@@ -73,7 +72,7 @@ class SwitchableServer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_off = False
         self.failed_threads: set[str] = set()  # names of the threads with a failed call
-        send, create, connect = Sender.send, Sender.create, delivery.connect
+        send, create, connect = Sender.send, Sender.create, runs.connect
 
         def switchable(call: Any) -> Any:
             def switchable_call(*arguments: Any) -> Any:
@@ -86,7 +85,7 @@ class SwitchableServer:
 
         monkeypatch.setattr(Sender, "send", switchable(send))
         monkeypatch.setattr(Sender, "create", switchable(create))
-        monkeypatch.setattr(delivery, "connect", switchable(connect))
+        monkeypatch.setattr(runs, "connect", switchable(connect))
 
 
 @pytest.fixture
@@ -255,23 +254,16 @@ def test_a_server_that_goes_away_loses_nothing(
     client, _ = tracking.connect(uri)
     assert [file.path for file in client.list_artifacts(run.run_id, "a")] == ["a/b.txt"]
     assert capsys.readouterr().err.count("does not answer") == 1
-    sizes = {path.stat().st_size for path in local_folder().glob(f"{journal.file_name_of(uri)}-*.jsonl")}
-    assert sizes == {journal.HEADER_BYTES}, "no entry waits"
+    sizes = {path.stat().st_size for path in local_folder().glob(f"{file_name_of(uri)}-*.jsonl")}
+    assert sizes == {0}, "no entry waits"
 
 
-def test_entries_wait_in_memory_when_the_disk_is_full(
+def test_a_full_disk_loses_nothing_while_the_process_lives(
     uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     importlib.import_module("pipeline.training")
-    write = Journal._write
-
-    def failing_write(self: Journal, line: bytes) -> None:
-        if Entry.of_line(line.decode()).step % 7 == 1:
-            raise OSError("no space left on device")
-        write(self, line)
-
-    monkeypatch.setattr(Journal, "_write", failing_write)
     with start(tmp_path) as run:
+        monkeypatch.setattr(os, "pwrite", failing_write([step % 7 == 1 for step in range(1, 301)]))
         for step in range(1, 301):
             server.is_off = 20 <= step < 280
             run.metrics({"loss": 1 / step}, step=step)
@@ -280,6 +272,16 @@ def test_entries_wait_in_memory_when_the_disk_is_full(
         server.is_off = False
     assert sorted(history(run, "loss")) == [(step, 1 / step) for step in range(1, 301)]
     assert stored(run).info.status == "FINISHED"
+
+
+def failing_write(failures: list[bool]) -> Any:
+    """A replacement of ``os.pwrite`` that stores only half of the data in the calls that should fail."""
+    pwrite, calls = os.pwrite, iter(failures)
+
+    def write(file: int, data: bytes, position: int) -> int:
+        return pwrite(file, data[: len(data) // 2] if next(calls, False) else data, position)
+
+    return write
 
 
 def test_a_server_that_is_off_at_the_start_gets_the_run_later(
@@ -311,23 +313,21 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
         run.metrics({"loss": 0.0}, step=1)
     stored(run)
     lost = Journal(uri)
-    entries = [Entry(run.run_id, "metrics", {"loss": float(step)}, time=step, step=step) for step in range(2, 2002)]
-    lost.append(*entries)
-    assert lost._file is not None
-    path = lost.path
+    lost.append(Entry(run.run_id, "metrics", {"loss": float(step)}, time=step, step=step) for step in range(2, 2002))
+    assert lost.path is not None
     with start(tmp_path / "other", "other"):
         pass
     assert len(history(run, "loss")) == 1, "the process of the other entries is alive"
-    lost._file.close()
-    data = path.read_bytes() + b'{"run_id": "cut o'
-    path.write_bytes(data)
+    lost.close()
+    data = lost.path.read_bytes() + b'{"run_id": "cut o'
+    lost.path.write_bytes(data)
     assert delivery.sync() == 2000
-    assert not path.exists()
-    path.write_bytes(data)
+    assert not lost.path.exists()
+    lost.path.write_bytes(data)
     with start(tmp_path / "other", "other"):
         pass
     assert history(run, "loss") == [(1, 0.0), *((step, float(step)) for step in range(2, 2002))]
-    assert not path.exists()
+    assert not lost.path.exists()
 
 
 KILLED_AT_WORK = """
@@ -335,7 +335,7 @@ import os, sys
 import pipeline.training
 from pipeline import tracking
 from pipeline.config import SampleSpec
-from pipeline.tracking.sender import Sender
+from pipeline.tracking.entries import Sender
 with tracking.start_run(
     spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=sys.argv[1]
 ) as run:
@@ -358,76 +358,47 @@ def test_a_killed_process_loses_no_entry(uri: str, tmp_path: Path, project_root:
     assert history(tracking.TrackedRun(uri, ended.stdout.strip()), "loss") == [(n, 1 / n) for n in range(1, 51)]
 
 
-def numbered(*numbers: int, size: int = 1) -> list[Entry]:
-    return [Entry("run", "tags", {"a": "x" * size}, step=number) for number in numbers]
-
-
-def steps(entries: list[Entry]) -> list[int]:
-    return [entry.step for entry in entries]
-
-
-def test_a_journal_keeps_its_order_while_the_disk_fails_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    entries = Journal(f"sqlite:///{tmp_path}/a.db")
-    pwrite = os.pwrite
-
-    def write_half(file: int, data: bytes, position: int) -> int:
-        return pwrite(file, data[: len(data) // 2], position)
-
-    assert entries.append(*numbered(1, 2), *numbered(3, size=3 * journal.READ_BYTES)) is None
-    with monkeypatch.context() as full:
-        full.setattr(os, "pwrite", write_half)
-        assert isinstance(entries.append(*numbered(4)), OSError)
-        assert isinstance(entries.append(*numbered(5)), OSError)
-        assert not entries.is_on_disk
-    assert entries.count() == 5
-    assert steps(entries.first()) == [1, 2]
-    entries.drop(1)
-    assert steps(entries.first()) == [2]
-    entries.drop(1)
-    assert steps(entries.first()) == [3]
-    entries.drop(1)
-    assert steps(entries.first()) == [4, 5]
-    assert entries.append() is None
-    assert entries.is_on_disk
-    entries.drop(1)
-    assert steps(entries.first()) == [5]
-    entries.drop(1)
-    assert not entries
-    entries.close()
-    assert not entries.path.exists()
-
-
-def test_entries_in_memory_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(journal, "MEMORY_BYTES", 1000)
-    monkeypatch.setattr(journal, "local_folder", lambda: tmp_path / "missing")
-    entries = Journal("sqlite:///a.db")
+def test_entries_that_do_not_fit_into_memory_wait_in_the_file(
+    uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with start(tmp_path) as run:
+        pass
+    stored(run)
+    monkeypatch.setattr(delivery, "MEMORY_BYTES", 1000)
+    server.is_off = True
+    mine = delivery.Delivery(uri)
     for number in range(100):
-        assert isinstance(entries.append(*numbered(number)), OSError)
-    assert 1 < entries.count() < 20
-    assert steps(entries.first()) == list(range(entries.count()))
+        mine.put(Entry(run.run_id, "tags", {f"tag{number}": "x"}))
+    assert 1 < len(mine._waiting) < 20
+    server.is_off = False
+    assert not mine.flush(5)
+    mine.close()
+    assert delivery.delivery_to(uri).deliver_leftovers() == (100, False)
+    assert stored(run).data.tags.keys() >= {f"tag{number}" for number in range(100)}
 
 
-def test_only_undelivered_entries_are_left_over(tmp_path: Path):
+def test_a_journal_overwrites_what_a_full_disk_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = f"sqlite:///{tmp_path}/a.db"
-    entries = Journal(uri)
-    entries.append(*numbered(1, 2, 3, 4))
-    entries.first()
-    entries.drop(2)
+    journal, entries = Journal(uri), [Entry("run", "tags", {"a": "x" * 100}, step=step) for step in range(4)]
+    monkeypatch.setattr(os, "pwrite", failing_write([False, True, False]))
+    journal.append(entries[:2])
+    with pytest.raises(OSError, match="space"):
+        journal.append(entries[2:])
+    journal.append(entries[3:])
     assert list(leftovers(uri)) == [], "its process is alive"
-    assert entries._file is not None
-    entries._file.close()
-    for leftover in leftovers(uri):
-        assert steps(leftover.first()) == [3, 4]
-        leftover.drop(2)
-    assert list(leftovers(uri)) == []
+    journal.close()
+    ((path, left),) = leftovers(uri)
+    assert list(left) == [*entries[:2], entries[3]]
+    path.unlink()
 
 
 def test_refused_entries_do_not_block_later_ones(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with start(tmp_path) as run:
         run.tags({"good": "1", "bad name: \n?": "2"})
         run.tags({"better": "3"})
-    assert stored(run).data.tags["better"] == "3"
-    assert capsys.readouterr().err.count("refuses tags good, bad name") == 1
+    tags = stored(run).data.tags
+    assert (tags["good"], tags["better"]) == ("1", "3")
+    assert capsys.readouterr().err.count("refuses tags bad name") == 1
 
 
 def test_an_unusable_tracking_uri_is_refused_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -507,14 +478,14 @@ def test_a_long_parameter_is_cut(uri: str, tmp_path: Path):
 
 
 def test_a_batch_fits_into_one_request():
-    def entry(kind: str, count: int, run_id: str = "r") -> Entry:
-        return Entry(run_id, kind, dict.fromkeys(map(str, range(count)), 0.0))
+    def entries(kind: Any, count: int, run_id: str = "r") -> list[Entry]:
+        return [Entry(run_id, kind, {str(number): "1"}) for number in range(count)]
 
-    assert len(first_batch([entry("metrics", 500)] * 3)) == 2
-    assert len(first_batch([entry("tags", 60), entry("metrics", 5), entry("tags", 60)])) == 2
-    assert len(first_batch([entry("metrics", 5), entry("metrics", 5, "s")])) == 1
-    assert len(first_batch([entry("file", 1), entry("metrics", 5)])) == 1
-    assert len(first_batch([entry("metrics", 5)] * 4)) == 4
+    assert len(first_batch(entries("metrics", 1500))) == 1000
+    assert len(first_batch(entries("tags", 60) + entries("tags", 60))) == 100
+    assert len(first_batch(entries("metrics", 5) + entries("tags", 5))) == 5
+    assert len(first_batch(entries("metrics", 5) + entries("metrics", 5, "s"))) == 5
+    assert len(first_batch(entries("file", 2))) == 1
 
 
 START_TOGETHER = """
