@@ -35,16 +35,12 @@ def open_described(stage: str, config: DataConfig) -> DataDescription:
     """
     prepare(config)
     data = open_dataset(config).description
-    log.info("\n".join(f"{stage}: {line}" for line in describe(config, data)))
-    return data
-
-
-def describe(config: DataConfig, data: DataDescription) -> list[str]:
-    """Return a line on the split, a line on the classes if they have names, and one line per warning."""
     lines = [f"{config.kind}: {data.train:,} training and {data.held_out:,} held-out images: {data.split}"]
     if data.class_names:
         lines.append(f"classes, label=name: {list_classes(data.class_names)}")
-    return lines + [f"warning: {warning}" for warning in data.warnings]
+    lines += [f"warning: {warning}" for warning in data.warnings]
+    log.info("\n".join(f"{stage}: {line}" for line in lines))
+    return data
 
 
 def log_data(run: TrackedRun, data: DataDescription) -> None:
@@ -55,11 +51,7 @@ def log_data(run: TrackedRun, data: DataDescription) -> None:
 
 
 def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
-    """Decode a dataset into the cache, unless it is already there.
-
-    Args:
-        config: the dataset.
-        from_images: the number of images from which Ray does the work.
+    """Decode a dataset into the cache, unless it is already there. Ray decodes ``from_images`` images or more.
 
     Raises:
         DistillKacError: files are missing or damaged, or do not fit together.
@@ -70,15 +62,16 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
     with decoding as work:
         total = sum(len(piece.held_out) for piece in work.pieces)
         is_large = total >= from_images and len(work.pieces) > 1
-        decode = _on_cluster if is_large and _is_shared(config) else _here
+        on_cluster = is_large and _is_shared(config)
+        written = _decode_on_cluster(work.writer, work.pieces) if on_cluster else map(work.writer.write, work.pieces)
         with ProgressBar("decode", total, "images") as bar:
-            for images in decode(work.writer, work.pieces):
+            for images in written:
                 bar.update(images)
         work.finish()
 
 
 def _is_shared(config: DataConfig) -> bool:
-    """Whether every machine of the cluster can use the files and the cache."""
+    """Return whether every machine of the cluster can use the files and the cache."""
     try:
         storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
     except ArgumentError as error:
@@ -87,11 +80,7 @@ def _is_shared(config: DataConfig) -> bool:
     return True
 
 
-def _here(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
-    return map(writer.write, pieces)
-
-
-def _on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
+def _decode_on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
     """Yield the number of images of each piece after a task has written it."""
     import ray
 
@@ -100,12 +89,10 @@ def _on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
     references = [ray.put(piece) for piece in pieces]
 
     def write(batch: dict[str, Any]) -> dict[str, Any]:
-        images, failure = 0, ""
         try:
-            images = writer.write(ray.get(references[int(batch["item"][0])]))
+            return {"images": [writer.write(ray.get(references[int(batch["item"][0])]))], "failure": [""]}
         except DistillKacError as error:
-            failure = str(error)
-        return {"images": [images], "failure": [failure]}
+            return {"images": [0], "failure": [str(error)]}
 
     written = each(range(len(pieces)), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
     try:

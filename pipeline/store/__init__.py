@@ -1,6 +1,6 @@
 """The endpoint store, which the rollout writes and the later stages read. See pipeline/README.md."""
 
-from pipeline.store.batches import Batch
+from pipeline.store.columns import Batch
 from pipeline.store.layout import StoreError, StoreIdentity
 from pipeline.store.manifest import Manifest, read_manifest
 from pipeline.store.reader import Store

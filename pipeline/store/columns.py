@@ -1,23 +1,29 @@
-"""Columns of shards, read as Arrow tables and converted to tensors.
+"""Columns of shards: loaded as tensors or streamed, and gathered into batches. ``order`` decides the order of rows."""
 
-This module does not decide the order of rows; see ``order``.
-"""
-
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kac.util import files
-from kac.util.errors import ArgumentError
-from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity, full_shard, knot_column
-from pipeline.store.shards import UNREADABLE, check_footer, column_array, describe_read_error
-from pipeline.store.threads import map_in_threads
+from kac.losses import Interval
+from pipeline.cluster import connection as cluster
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity
+from pipeline.store.order import group_shards
+from pipeline.store.shards import column_array, map_in_threads, read_rows
+
+GROUP_BYTES = 64 << 20
+"""Size of the group of shards that is read at a time. A larger shard is a group of its own."""
+
+READERS = 2
+"""Concurrent Ray Data tasks per reader. Each task reads the shards of its group in parallel."""
+
+PAUSE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,24 @@ class Selection:
     knots: tuple[str, ...]  # columns
 
     @property
-    def scalars(self) -> list[str]:
-        """The scalar columns to read."""
-        return [name for name in self.identity.scalar_columns if name in (LABEL, INTERVAL)]
-
-    @property
     def row_bytes(self) -> int:
         """The size of a row in memory, as tensors."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
+
+    def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
+        """Group consecutive shards, with up to ``GROUP_BYTES`` of columns per group."""
+        return group_shards(shards, GROUP_BYTES // self.row_bytes)
+
+    def read(self, shards: Sequence[Shard]) -> pa.Table:
+        """Read the columns of some shards in parallel, and concatenate them in the given order.
+
+        Raises:
+            StoreError: a shard is missing, damaged or from another store. The message names it.
+        """
+        names = [LABEL, *([INTERVAL] if self.identity.is_forward else []), *self.knots]
+        return pa.concat_tables(
+            map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
+        )
 
 
 @dataclass(frozen=True)
@@ -49,98 +65,29 @@ class Columns:
     guidance: Tensor  # [rows], float32
     knots: Tensor  # [rows, knots, *sample]
     interval: Tensor | None  # [rows]; only in forward stores
-    selected: Tensor | None = None  # [selected knots], indices into ``knots``; None selects all knots in order
-
-    def select(self, indices: Tensor) -> "Columns":
-        """Select some knots, without a copy."""
-        return replace(self, selected=None if indices.tolist() == list(range(self.knots.shape[1])) else indices)
-
-    def knots_of(self, rows: Tensor) -> Tensor:
-        """Return the selected knots of some rows: [rows, selected knots, *sample]."""
-        return self.knots[rows] if self.selected is None else self.knots[rows[:, None], self.selected]
-
-    def knot_of(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Return one knot per row, at position ``index`` [rows] among the selected knots: [rows, *sample]."""
-        return self.knots[rows, index if self.selected is None else self.selected[index]]
+    selected: Tensor  # [selected knots], indices into ``knots``
 
 
-def columns_of_knots(identity: StoreIdentity, knots: Sequence[int] | None) -> tuple[str, ...]:
-    """Return the columns of the knots with these indices; None means all knots.
+class Batch(NamedTuple):
+    """Rows of a store."""
 
-    Raises:
-        ArgumentError: ``knots`` is empty, repeats an index, names a knot that is not stored, or is given for a forward
-            store.
-    """
-    if knots is None:
-        return tuple(identity.knot_columns)
-    if identity.source == "forward":
-        raise ArgumentError("`knots` must be None for a forward store, because each row has only one interval.")
-    outside = [k for k in knots if not 0 <= k <= identity.knots]
-    if outside or not knots or len(set(knots)) < len(knots):
-        raise ArgumentError(f"`knots` is {list(knots)}. Give different indices from 0 to {identity.knots}.")
-    return tuple(knot_column(k, identity.knots) for k in knots)
+    sample_id: Tensor  # [batch], int64
+    label: Tensor  # [batch], int64
+    knots: Tensor  # [batch, len(knots), *sample], float32
+    interval: Tensor | None  # [batch], int64: the interval of each row; only in forward stores
 
 
-def shard_at(store: str, identity: StoreIdentity, name: str) -> Shard:
-    """Return the shard with this name, with the number of rows from its footer.
+Piece = tuple[Columns, Tensor]
+"""Loaded columns, and the indices of the rows to use, in order."""
 
-    Raises:
-        StoreError: the shard is damaged, or belongs elsewhere in this store or to another store. The message names it.
-    """
-    shard = full_shard(name, identity.shard_size)
-    assert shard is not None
-    with open_shard(store, identity, shard) as file:
-        return replace(shard, rows=file.metadata.num_rows)
+AnyBatch = TypeVar("AnyBatch", Batch, Interval)
 
 
-def read_group(selection: Selection, group: Sequence[Shard]) -> pa.Table:
-    """Read the selected columns of some shards in parallel, and concatenate them in the given order.
-
-    Raises:
-        StoreError: as ``read_rows``.
-    """
-    store, identity, names = selection.store, selection.identity, [*selection.scalars, *selection.knots]
-    return pa.concat_tables(map_in_threads(lambda shard: read_rows(store, identity, shard, names), group))
-
-
-def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
-    """Read the named columns of a shard: the first ``shard.rows`` rows.
-
-    Raises:
-        StoreError: the shard is missing, damaged or from another store. The message names it.
-    """
-    with open_shard(store, identity, shard) as file:
-        table = file.read(list(names))
-    if table.num_rows < shard.rows:
-        raise StoreError(
-            f"{store}/{shard.name} has {table.num_rows} rows instead of {shard.rows}. "
-            "Run the rollout again to recompute it."
-        )
-    # A growing store replaces a short shard by a longer one before the manifest counts the new rows.
-    return table.select(list(names)).slice(0, shard.rows)
-
-
-@contextmanager
-def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
-    """Open the Parquet file of a shard and check its footer. Read errors inside the block also name the shard.
-
-    Raises:
-        StoreError: the shard is missing, damaged, from another store or position, or from a newer version.
-    """
-    where = f"{store}/{shard.name}"
-    location = files.locate(files.join(store, shard.name))
-    try:
-        with location.fs.open(location.path, "rb") as handle:
-            file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
-            check_footer(where, shard, identity, file.schema_arrow)
-            yield file
-    except FileNotFoundError:
-        raise StoreError(f"{where} is missing. Run the rollout again to recompute it.") from None
-    except UNREADABLE as error:
-        raise StoreError(
-            f"{where} is damaged: {describe_read_error(error)}. "
-            f"Run `python -m jobs.store verify {store} --repair`, then run the rollout again."
-        ) from None
+def load(selection: Selection) -> Columns:
+    """Load the selected columns. Raises the same errors as ``Selection.read``."""
+    # Read a few shards at a time: holding the tables of all shards alongside the tensors would double the memory.
+    groups = selection.groups(selection.shards)
+    return to_columns(selection, selection.shards, map(selection.read, groups))
 
 
 def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
@@ -150,19 +97,102 @@ def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[p
         tables: the rows of ``shards`` in this order; a table may hold several shards.
     """
     ids = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
+    label, interval = torch.empty_like(ids), torch.empty_like(ids) if selection.identity.is_forward else None
     knots = torch.empty((len(ids), len(selection.knots), *selection.identity.sample_shape))
-    scalars = {name: torch.empty_like(ids) for name in selection.scalars}
+    targets = {LABEL: label, **dict(zip(selection.knots, knots.unbind(1), strict=True))}
+    if interval is not None:
+        targets[INTERVAL] = interval
     start = 0
     for table in tables:
-        rows = slice(start, start + table.num_rows)
-        for name, target in scalars.items():
-            target[rows] = _tensor(table, name)
-        for i, name in enumerate(selection.knots):
-            knots[rows, i] = _tensor(table, name)
+        for name, target in targets.items():
+            target[start : start + table.num_rows] = torch.from_numpy(column_array(table[name]).copy())
         start += table.num_rows
-    guidance = torch.cat([torch.full((len(shard.ids),), shard.guidance) for shard in shards])
-    return Columns(ids, scalars[LABEL], guidance, knots, scalars.get(INTERVAL))
+    guidance = torch.cat([torch.full((shard.rows,), shard.guidance) for shard in shards])
+    return Columns(ids, label, guidance, knots, interval, torch.arange(len(selection.knots)))
 
 
-def _tensor(table: pa.Table, name: str) -> Tensor:
-    return torch.from_numpy(column_array(table[name]).copy())
+def gather_rows(pieces: Sequence[Piece]) -> Batch:
+    """Gather the selected knots of the rows."""
+    return _concatenate(
+        [
+            Batch(
+                columns.sample_id[rows],
+                columns.label[rows],
+                columns.knots[rows[:, None], columns.selected],
+                None if columns.interval is None else columns.interval[rows],
+            )
+            for columns, rows in pieces
+        ]
+    )
+
+
+def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor, Tensor] | None) -> Interval:
+    """Gather one interval per row.
+
+    Args:
+        times: [knots], the times of the selected knots; of all knots in a forward store.
+        drawn: start and end, [batch] each, as indices of selected knots; None in a forward store, whose rows are
+            intervals.
+    """
+    parts, done = [], 0
+    for columns, rows in pieces:
+        if drawn is None:
+            assert columns.interval is not None
+            start, end = columns.interval[rows], columns.interval[rows] + 1
+            i, j = columns.selected
+        else:
+            start, end = (positions[done : done + len(rows)] for positions in drawn)
+            i, j = columns.selected[start], columns.selected[end]
+        ends = columns.knots[rows, i], columns.knots[rows, j]
+        parts.append(Interval(*ends, times[start], times[end], columns.label[rows], columns.guidance[rows]))
+        done += len(rows)
+    return _concatenate(parts)
+
+
+def _concatenate(parts: Sequence[AnyBatch]) -> AnyBatch:
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_bytes: int) -> Iterator[pa.Table]:
+    """Yield the selected columns of each group of shards, in order. Ray Data prefetches about ``ahead_bytes``.
+
+    Raises:
+        StoreError: a shard is missing, damaged or from another store. The message names it.
+    """
+    if not groups or torch.utils.data.get_worker_info() is not None:
+        # A DataLoader worker prefetches by itself. It is a fork of its parent and has no connection to Ray.
+        yield from map(selection.read, groups)
+        return
+    import ray
+
+    from pipeline.cluster.ray_data import each
+
+    cluster.connect()
+    columns = replace(selection, shards=())  # a task needs only its own group; fewer bytes to unpack
+
+    def read(batch: dict[str, np.ndarray]) -> pa.Table:
+        try:
+            return columns.read([Shard.from_json(text) for text in json.loads(batch["item"][0])])
+        except StoreError as error:  # if raised here, Ray would wrap it in its own error with two stack traces
+            return pa.table({"error": [str(error)]})
+
+    items = [json.dumps([shard.to_json() for shard in group]) for group in groups]
+    # Reading mostly waits for the disk or the network. A task that asked for a CPU would wait indefinitely where
+    # trainers hold all CPUs.
+    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
+    tables = each(items, read, compute=pool, blocks=len(items), pause_seconds=PAUSE_SECONDS, num_cpus=0)
+    # By default Ray Data splits blocks of more than 128 MiB, but here a block must be a whole group.
+    tables.context.target_max_block_size = None
+    options = tables.context.execution_options
+    options.preserve_order = True
+    # By default a pipeline fills half of the object store, and every worker on a node has its own pipeline.
+    ahead_bytes = max(ahead_bytes, 2 * READERS * GROUP_BYTES)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
+    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    for _, table in zip(groups, blocks, strict=True):
+        if table.column_names == ["error"]:
+            raise StoreError(table["error"][0].as_py())
+        yield table

@@ -1,4 +1,4 @@
-"""The layout of a store: its identity, the names of its shards and their schema.
+"""The layout of a store: its identity, the names of its shards, their schema, and the versions of its files.
 
 STORE/manifest.json                               describes the finished store; written last
 STORE/run.json                                    the MLflow run that made the store
@@ -9,7 +9,7 @@ STORE/data/guidance=1.0/shard-000042.parquet      one shard
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +18,30 @@ from pydantic import Field, PositiveInt
 from kac.conditioning import known_classes
 from kac.model import ModelConfig
 from kac.path import PathConfig
-from kac.util.errors import DistillKacError
-from kac.util.fingerprint import fingerprint, hashed_fields, hashed_values
-from kac.util.options import flatten
+from kac.util.errors import ArgumentError, DistillKacError, UnknownArgument, one_line
+from kac.util.fingerprint import fingerprint, hashed_fields, hashed_values, with_neutral_values
+from kac.util.options import Options, flatten
 from pipeline.config import RolloutRecipe
 
+SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 DATA = "data"
 
 SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL = "sample_id", "label", "kinetic_energy", "interval"
 START, END = "knot_start", "knot_end"
+SCALAR_TYPES = {SAMPLE_ID: pa.int64(), LABEL: pa.int32(), KINETIC_ENERGY: pa.float32(), INTERVAL: pa.int32()}
 
 _SHARD_NAME = re.compile(rf"{DATA}/guidance=(?P<guidance>[^/]+)/shard-(?P<index>\d{{6,}})\.parquet")
+
+Model = TypeVar("Model", bound=Options)
 
 
 class StoreError(DistillKacError):
     """A store or one of its shards is missing, unfinished, damaged or the wrong one."""
+
+
+class NewerVersion(StoreError):
+    """The file was written by a newer version of this project."""
 
 
 class StoreIdentity(RolloutRecipe):
@@ -75,37 +83,43 @@ class StoreIdentity(RolloutRecipe):
 
     def difference(self, found: "StoreIdentity") -> str:
         """List the fields in which ``found`` differs from this identity: "seed is 0, expected 5"."""
+
+        def short(value: Any) -> str:
+            text = str(value)
+            return text if len(text) <= 40 else f"{text[:12]}..."
+
         wanted, actual = flatten(self.values()), flatten(found.values())
         names = [name for name in {**wanted, **actual} if wanted.get(name) != actual.get(name)]
-        return "; ".join(f"{name} is {_short(actual.get(name))}, expected {_short(wanted.get(name))}" for name in names)
+        return "; ".join(f"{name} is {short(actual.get(name))}, expected {short(wanted.get(name))}" for name in names)
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether each row is one interval from noised data instead of a trajectory."""
+        return self.source == "forward"
 
     @property
     def knot_columns(self) -> list[str]:
         """The columns that store states: one per knot, or the start and end of a forward interval."""
-        return [START, END] if self.source == "forward" else [knot_column(k, self.knots) for k in range(self.knots + 1)]
+        return [START, END] if self.is_forward else [knot_column(k, self.knots) for k in range(self.knots + 1)]
 
     @property
     def scalar_columns(self) -> list[str]:
         """The columns that store one number per row."""
-        return [SAMPLE_ID, LABEL, KINETIC_ENERGY, *([INTERVAL] if self.source == "forward" else [])]
+        return [name for name in SCALAR_TYPES if name != INTERVAL or self.is_forward]
 
     def arrow_schema(self) -> pa.Schema:
         """Return the Arrow schema of a shard, without metadata."""
-        scalars = {SAMPLE_ID: pa.int64(), LABEL: pa.int32(), KINETIC_ENERGY: pa.float32(), INTERVAL: pa.int32()}
         knot = pa.fixed_shape_tensor(pa.from_numpy_dtype(np.dtype(self.dtype)), self.sample_shape)
         names = [*self.scalar_columns, *self.knot_columns]
-        return pa.schema([pa.field(name, scalars.get(name, knot), nullable=False) for name in names])
+        return pa.schema([pa.field(name, SCALAR_TYPES.get(name, knot), nullable=False) for name in names])
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def check_identity(found: StoreIdentity, expected: StoreIdentity, problem: str, advice: str) -> None:
-    """Raise ``StoreError`` if the identities differ: the problem, the fields that differ, and the advice."""
+def check_identity(
+    found: StoreIdentity, expected: StoreIdentity, problem: str, advice: str, error: type[StoreError] = StoreError
+) -> None:
+    """Raise ``error`` if the identities differ: the problem, the fields that differ, and the advice."""
     if found.fingerprint() != expected.fingerprint():
-        raise StoreError(f"{problem}: {expected.difference(found)}. {advice}")
+        raise error(f"{problem}: {expected.difference(found)}. {advice}")
 
 
 def knot_column(k: int, knots: int) -> str:
@@ -172,3 +186,48 @@ def full_shard(name: str, shard_size: int) -> Shard | None:
     """Return the shard at this path, assuming ``shard_size`` rows, or None if the path is not that of a shard."""
     parsed = parse_shard_name(name)
     return Shard(*parsed, parsed[1] * shard_size, shard_size) if parsed else None
+
+
+def check_version(where: str, version: Any) -> None:
+    """Check that this version can read the file.
+
+    Raises:
+        NewerVersion: a newer version wrote the file.
+        ValueError: ``version`` is not an integer.
+    """
+    if not isinstance(version, int):
+        raise ValueError("its schema_version is not an integer")
+    if version > SCHEMA_VERSION:
+        raise NewerVersion(
+            f"{where} has schema version {version}, but this version of distillkac reads up to {SCHEMA_VERSION}. "
+            "Install a newer distillkac."
+        )
+
+
+def parse(where: str, model: type[Model], text: str | bytes) -> Model:
+    """Parse the JSON of a file. Fields that an older version did not write get their neutral values.
+
+    Raises:
+        NewerVersion: the JSON has unknown fields or a newer schema_version.
+        ValueError: the text is not a JSON object, or a field is missing or wrong.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError("it is empty, truncated or not a JSON object")
+    if "schema_version" in model.model_fields:
+        check_version(where, values.get("schema_version"))
+    try:
+        return model(**with_neutral_values(model, values))
+    except ArgumentError as error:
+        # A newer version writes all fields of this version that are not None. If one of them is missing, then the
+        # unknown field is a known one with a damaged name.
+        always_written = {name for name, field in model.model_fields.items() if field.default is not None}
+        if isinstance(error, UnknownArgument) and always_written <= values.keys():
+            raise NewerVersion(
+                f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}. "
+                "Install a newer distillkac."
+            ) from None
+        raise ValueError(one_line(error, 160)) from None

@@ -1,17 +1,36 @@
-"""The manifest of a finished store. It is written last, so a store without a manifest is unfinished."""
+"""The manifest of a finished store, and the receipts of an unfinished store.
+
+The manifest is written last, so a store without a manifest is unfinished. Until then, the rollout writes a receipt file
+now and then. Losing one costs only time: a rerun reads every shard without a receipt from end to end before it counts.
+"""
 
 import json
+import re
+import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from kac.util import files
 from kac.util.options import Options
-from pipeline.store.layout import MANIFEST, Shard, StoreError, StoreIdentity, parse_shard_name, plan_shards
-from pipeline.store.receipts import is_receipt_file
-from pipeline.store.shards import Receipt
-from pipeline.store.versions import SCHEMA_VERSION, parse
+from pipeline.store.layout import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Shard,
+    StoreError,
+    StoreIdentity,
+    parse,
+    parse_shard_name,
+    plan_shards,
+)
+from pipeline.store.shards import Receipt, map_in_threads
 from pipeline.tracking.server import RUN_FILE
 
 ADVICE = "Delete it and run the rollout again, which keeps all intact shards."
+
+SHARDS_PER_RECEIPT_FILE = 500
+"""A rerun reads at most this many shards again, plus the shards that were published without the driver's knowledge."""
+
+_RECEIPT_FILE = re.compile(r"receipts-[0-9a-f]{12}\.json")
 
 IdRange = tuple[int, int]
 """A half-open range of sample ids: start, stop."""
@@ -62,27 +81,21 @@ def read_manifest(store: str) -> Manifest | None:
     """
     where = files.join(store, MANIFEST)
     try:
-        raw = files.read_bytes(where)
+        manifest = parse(where, Manifest, files.read_bytes(where))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        manifest = parse(where, Manifest, raw)
     except ValueError as error:
         raise StoreError(f"{where} is not a valid manifest: {str(error).rstrip('.')}. {ADVICE}") from None
-    _check_agreement(where, manifest)
-    return manifest
-
-
-def _check_agreement(where: str, manifest: Manifest) -> None:
+    problem = ""
     if manifest.fingerprint != manifest.identity.fingerprint():
-        raise StoreError(
-            f"{where} is damaged or was edited: its fingerprint {manifest.fingerprint[:12]}... is not that of its "
-            f"identity, {manifest.identity.fingerprint()[:12]}.... {ADVICE}"
-        )
+        problem = f"its fingerprint {manifest.fingerprint[:12]}... is not that of its identity"
     listed = {receipt.name: receipt.rows for receipt in manifest.shards}
     without = [shard.name for shard in manifest.plan() if listed.get(shard.name, 0) < shard.rows]
     if without:
-        raise StoreError(f"{where} is damaged or was edited: it has no receipt for all rows of {without[0]}. {ADVICE}")
+        problem = problem or f"it has no receipt for all rows of {without[0]}"
+    if problem:
+        raise StoreError(f"{where} is damaged or was edited: {problem}. {ADVICE}")
+    return manifest
 
 
 def write_manifest(store: str, manifest: Manifest) -> None:
@@ -93,14 +106,60 @@ def write_manifest(store: str, manifest: Manifest) -> None:
     files.write_bytes(files.join(store, MANIFEST), json.dumps(values, indent=1).encode())
 
 
+class ReceiptFile(Options):
+    """Receipts of published shards."""
+
+    schema_version: int = SCHEMA_VERSION
+    fingerprint: str
+    shards: tuple[Receipt, ...]
+
+
+def is_receipt_file(name: str) -> bool:
+    """Return whether a path relative to the store names a receipt file."""
+    return _RECEIPT_FILE.fullmatch(name) is not None
+
+
+def write_receipts(store: str, identity: StoreIdentity, receipts: Sequence[Receipt]) -> None:
+    """Write a new receipt file."""
+    content = ReceiptFile(fingerprint=identity.fingerprint(), shards=tuple(receipts))
+    name = f"receipts-{uuid.uuid4().hex[:12]}.json"
+    files.write_bytes(files.join(store, name), json.dumps(content.model_dump(mode="json")).encode())
+
+
+def read_receipts(store: str, identity: StoreIdentity, names: Iterable[str]) -> dict[str, Receipt]:
+    """Return the receipts by shard name, from the receipt files among ``names``.
+
+    Files that are damaged, missing or from another store are ignored, and so are shards with contradicting receipts.
+    """
+
+    def read(name: str) -> tuple[Receipt, ...]:
+        where = files.join(store, name)
+        try:
+            content = parse(where, ReceiptFile, files.read_bytes(where))
+        except (FileNotFoundError, StoreError, ValueError):
+            return ()
+        return content.shards if content.fingerprint == identity.fingerprint() else ()
+
+    found: dict[str, set[Receipt]] = defaultdict(set)
+    for receipts in map_in_threads(read, filter(is_receipt_file, names)):
+        for receipt in receipts:
+            found[receipt.name].add(receipt)
+    return {name: receipts.pop() for name, receipts in found.items() if len(receipts) == 1}
+
+
+def remove_receipts(store: str) -> None:
+    """Remove the receipt files of a finished store."""
+    for name in filter(is_receipt_file, files.names_in(store)):
+        files.remove(files.join(store, name))
+
+
 def list_files(store: str) -> dict[str, int]:
     """Return the size of every file in the store by its name, sorted.
 
     The manifest, receipt files and the file that names the MLflow run are left out.
     """
-    own = {MANIFEST, RUN_FILE}
     sizes = files.list_sizes(store).items()
-    return {name: size for name, size in sizes if name not in own and not is_receipt_file(name)}
+    return {name: size for name, size in sizes if name not in {MANIFEST, RUN_FILE} and not is_receipt_file(name)}
 
 
 def list_shards(store: str) -> dict[str, int]:
@@ -120,13 +179,13 @@ def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
 
 def merge_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """Merge extents into one per guidance scale, in ascending order."""
-    ids: dict[float, list[IdRange]] = {}
+    ids: dict[float, list[IdRange]] = defaultdict(list)
     for extent in extents:
-        ids.setdefault(extent.guidance, []).extend(extent.ids)
+        ids[extent.guidance] += extent.ids
     return tuple(Extent(guidance=w, ids=merge_ranges(ids[w])) for w in sorted(ids))
 
 
-def merge_ranges(ranges: Sequence[IdRange]) -> tuple[IdRange, ...]:
+def merge_ranges(ranges: Iterable[IdRange]) -> tuple[IdRange, ...]:
     """Return the union of id ranges, sorted; ranges that touch or overlap are joined."""
     merged: list[IdRange] = []
     for start, stop in sorted(ranges):

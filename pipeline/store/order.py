@@ -61,8 +61,7 @@ def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -
     # Every rank keeps the same shards in all epochs. Otherwise its number of rows per epoch would change with the owner
     # of the short last shard, and a resumed run could not compute the current epoch.
     own = order.share(shards)
-    shuffled = [own[i] for i in order.permutation(len(own), epoch).tolist()]
-    return group_shards(shuffled, most_rows)
+    return group_shards((own[i] for i in order.permutation(len(own), epoch).tolist()), most_rows)
 
 
 def group_shards(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
@@ -70,11 +69,11 @@ def group_shards(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
     groups: list[list[Shard]] = []
     rows = 0
     for shard in shards:
-        if not groups or rows + shard.rows > most_rows:
-            groups.append([])
-            rows = 0
-        groups[-1].append(shard)
         rows += shard.rows
+        if not groups or rows > most_rows:
+            groups.append([])
+            rows = shard.rows
+        groups[-1].append(shard)
     return groups
 
 
@@ -92,16 +91,15 @@ def rebatch(pieces: Iterable[tuple[Rows, Tensor]], batch_size: int) -> Iterator[
     if batch_size < 1:
         raise ArgumentError(f"`batch_size` is {batch_size}. Give at least 1.")
     pending: list[tuple[Rows, Tensor]] = []
-    pending_rows = 0
+    missing = batch_size
     for rows, order in pieces:
-        start = 0
-        while start < len(order):
-            part = order[start : start + batch_size - pending_rows]
-            start += len(part)
+        remaining = order
+        while len(remaining):
+            part, remaining = remaining[:missing], remaining[missing:]
             pending.append((rows, part))
-            pending_rows += len(part)
-            if pending_rows == batch_size:
+            missing -= len(part)
+            if not missing:
                 yield pending
-                pending, pending_rows = [], 0
+                pending, missing = [], batch_size
     if pending:
         yield pending

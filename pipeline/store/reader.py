@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from kac import noise
@@ -18,14 +19,21 @@ from kac.losses import Interval, Objective
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
 from pipeline.store import sharing
-from pipeline.store.batches import Batch, Piece, gather_intervals, gather_rows, gather_stored_intervals
-from pipeline.store.columns import Columns, Selection, columns_of_knots, read_rows, shard_at, to_columns
-from pipeline.store.layout import Shard, StoreError, StoreIdentity
+from pipeline.store.columns import (
+    Batch,
+    Columns,
+    Piece,
+    Selection,
+    gather_intervals,
+    gather_rows,
+    load,
+    read_ahead,
+    to_columns,
+)
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, full_shard, knot_column
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
-from pipeline.store.order import Order, check_position, group_shards, rebatch, rows_of, windows
-from pipeline.store.prefetch import GROUP_BYTES, read_ahead
-from pipeline.store.shards import column_array, identity_of_shard
-from pipeline.store.threads import map_in_threads
+from pipeline.store.order import Order, check_position, rebatch, rows_of, windows
+from pipeline.store.shards import column_array, identity_of_shard, map_in_threads, open_shard, read_rows
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
@@ -43,8 +51,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
     Raises:
         StoreError: the store does not exist, is unfinished or lacks a shard, or its manifest is newer or damaged.
     """
-    manifest = read_manifest(path)
-    found = list_shards(path)
+    manifest, found = read_manifest(path), list_shards(path)
     if manifest is not None:
         plan = manifest.plan()
         missing = [shard.name for shard in plan if shard.name not in found]
@@ -61,7 +68,14 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
             f"{path} is unfinished: it has {len(found)} shards and no manifest. Run the rollout again to finish it."
         )
     identity = identity_of_shard(path, next(iter(found)))
-    return Store(path, identity, map_in_threads(lambda name: shard_at(path, identity, name), found), None)
+
+    def shard_at(name: str) -> Shard:
+        shard = full_shard(name, identity.shard_size)
+        assert shard is not None  # `found` holds only names of shards
+        with open_shard(path, identity, shard) as file:
+            return replace(shard, rows=file.metadata.num_rows)
+
+    return Store(path, identity, map_in_threads(shard_at, found), None)
 
 
 class Store:
@@ -113,45 +127,9 @@ class Store:
         """
         check_position("epoch", epoch)
         check_position("start_batch", start_batch)
-        selection = self._select(guidance, columns_of_knots(self.identity, knots))
-        reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
+        reading = _Reading(self, self._select(guidance, knots), Order(rank, world_size, seed), memory_bytes)
         pieces = reading.pieces(range(epoch, epoch + 1), start_batch * batch_size)
         yield from map(gather_rows, rebatch(pieces, batch_size))
-
-    def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
-
-        Reads only the shards that contain these rows. Returns fewer rows if the store has fewer.
-
-        Raises:
-            ArgumentError: the store does not have the guidance scale.
-            StoreError: a shard is missing or damaged.
-        """
-        return self._read(range(min(count, self.rows(guidance))), guidance, names)
-
-    def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read columns of the last ``count`` rows; as ``first``."""
-        rows = self.rows(guidance)
-        return self._read(range(max(0, rows - count), rows), guidance, names)
-
-    def without_last(self, count: int) -> "Store":
-        """Return the store without the last ``count`` rows of each guidance scale, which are held out.
-
-        Raises:
-            StoreError: a guidance scale has only ``count`` rows or fewer.
-        """
-        shards: list[Shard] = []
-        for w in self.guidance:
-            kept = self.rows(w) - count
-            if kept < 1:
-                raise StoreError(
-                    f"{self.path} has only {self.rows(w):,} rows of guidance {w:g}, so {count:,} cannot be held out."
-                )
-            for shard in sorted(self._shards_of(w)):
-                if kept > 0:
-                    shards.append(replace(shard, rows=min(shard.rows, kept)))
-                kept -= shard.rows
-        return Store(self.path, self.identity, shards, self.manifest)
 
     def interval_batches(
         self,
@@ -178,20 +156,18 @@ class Store:
             DistillKacError: the store does not have the knots that the objective needs, or as ``batches``.
         """
         check_position("start_batch", start_batch)
-        identity = self.identity
-        is_forward, knots = identity.source == "forward", self.check_objective(objective)
-        selection = self.selection(objective, guidance)
+        identity, knots, selection = self.identity, self.check_objective(objective), self.selection(objective, guidance)
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         times = knot_times(identity.knots, identity.knot_grid).float()[knots]
         epoch, skip = divmod(start_batch * batch_size, reading.rows_per_epoch())
         for n, pieces in enumerate(rebatch(reading.endless(epoch, skip), batch_size), start=start_batch):
-            if is_forward:
-                yield gather_stored_intervals(pieces, times)
-            else:
+            drawn = None
+            if not identity.is_forward:
                 # The draws are numbered over all ranks, so several workers draw the same intervals as one worker.
                 positions = range(n * batch_size * world_size, (n + 1) * batch_size * world_size)
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM, positions, 2)[rank::world_size]
-                yield gather_intervals(pieces, times, *objective.draw(uniforms, identity.knots))
+                drawn = objective.draw(uniforms, identity.knots)
+            yield gather_intervals(pieces, times, drawn)
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
         """Return a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
@@ -201,6 +177,38 @@ class Store:
         """
         return EndpointDataset(self.batches, {"batch_size": batch_size, **options})
 
+    def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
+
+        Reads only the shards that contain these rows. Returns fewer rows if the store has fewer.
+
+        Raises:
+            ArgumentError: the store does not have the guidance scale.
+            StoreError: a shard is missing or damaged.
+        """
+        return self._read(range(count), guidance, names)
+
+    def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read columns of the last ``count`` rows; as ``first``."""
+        rows = self.rows(guidance)
+        return self._read(range(max(0, rows - count), rows), guidance, names)
+
+    def without_last(self, count: int) -> "Store":
+        """Return the store without the last ``count`` rows of each guidance scale, which are held out.
+
+        Raises:
+            StoreError: a guidance scale has only ``count`` rows or fewer.
+        """
+        shards: list[Shard] = []
+        for w in self.guidance:
+            rows = self.rows(w)
+            if rows <= count:
+                raise StoreError(
+                    f"{self.path} has only {rows:,} rows of guidance {w:g}, so {count:,} cannot be held out."
+                )
+            shards += [replace(shard, rows=len(own)) for shard, own in self._rows_at(range(rows - count), w)]
+        return Store(self.path, self.identity, shards, self.manifest)
+
     def check_objective(self, objective: Objective) -> list[int]:
         """Return the indices of the knots that the objective needs.
 
@@ -208,55 +216,57 @@ class Store:
             DistillKacError: the store does not have all of them.
         """
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
-        if self.identity.source == "forward" and "end_time" in objective.conditions:
+        if self.identity.is_forward and "end_time" in objective.conditions:
             raise StoreError(
                 f"{self.path} is a forward store, but a flow map learns from whole trajectories. Roll out with "
                 "`source` trajectory."
             )
-        if self.identity.source == "forward" and len(knots) != stored + 1:
+        if self.identity.is_forward and len(knots) != stored + 1:
             raise ArgumentError(
                 f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals. Choose {stored} steps."
             )
         return knots
 
-    def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
-        """Return the selection that ``interval_batches`` reads for an objective. Raises the same errors."""
-        knots = self.check_objective(objective)
-        return self._select(
-            guidance, columns_of_knots(self.identity, None if self.identity.source == "forward" else knots)
-        )
-
     def check_guidance(self, guidance: float) -> None:
         """Raise ``ArgumentError`` if the guidance scale is not in the store."""
-        if guidance not in self.guidance and self.identity.labels == "null":
+        if guidance in self.guidance:
+            return
+        if self.identity.labels == "null":
             raise ArgumentError(
                 f"`guidance` is {guidance:g}, but the teacher of {self.path} is unconditional and cannot be guided. "
                 "Choose 0."
             )
-        if guidance not in self.guidance:
-            raise ArgumentError(
-                f"`guidance` {guidance:g} is not in {self.path}, which has {self._list_guidance()}. Add it with "
-                f"`python -m jobs.rollout --store {self.path} --guidance {guidance:g} ...`."
-            )
+        raise ArgumentError(
+            f"`guidance` {guidance:g} is not in {self.path}, which has {self._list_guidance()}. Add it with "
+            f"`python -m jobs.rollout --store {self.path} --guidance {guidance:g} ...`."
+        )
+
+    def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
+        """Return the selection that ``interval_batches`` reads for an objective. Raises the same errors."""
+        knots = self.check_objective(objective)
+        return self._select(guidance, None if self.identity.is_forward else knots)
 
     def load(self, selection: Selection) -> Columns:
         """Return the selected columns as tensors. They stay in memory until other columns are loaded."""
         if selection not in self._loaded:
             self._loaded.clear()
-            self._loaded[selection] = sharing.find(selection) or sharing.load(selection)
+            self._loaded[selection] = sharing.find(selection) or load(selection)
         return self._loaded[selection]
 
-    def _read(self, positions: range, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read the rows at these positions among the rows of a guidance scale, sorted by sample id."""
-        parts: list[Any] = []
-        start = 0
-        for shard in sorted(self._shards_of(guidance)):
-            own = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))
-            if own:
-                parts.append(read_rows(self.path, self.identity, shard, names).slice(own.start, len(own)))
-            start += shard.rows
-        columns = {name: [torch.from_numpy(column_array(part[name]).copy()) for part in parts] for name in names}
-        return {name: torch.cat(values) for name, values in columns.items()}
+    def _select(self, guidance: float | Sequence[float] | None, knots: Sequence[int] | None) -> Selection:
+        identity = self.identity
+        if guidance is None:
+            if len(self.guidance) != 1:
+                raise ArgumentError(f"`guidance` is required, because {self.path} has {self._list_guidance()}.")
+            guidance = self.guidance
+        columns = identity.knot_columns
+        if knots is not None:
+            if identity.is_forward:
+                raise ArgumentError("`knots` must be None for a forward store, because each row has only one interval.")
+            if not knots or len(set(knots)) < len(knots) or not set(knots) <= set(range(identity.knots + 1)):
+                raise ArgumentError(f"`knots` is {list(knots)}. Give different indices from 0 to {identity.knots}.")
+            columns = [knot_column(k, identity.knots) for k in knots]
+        return Selection(self.path, identity, self._shards_of(guidance), tuple(columns))
 
     def _shards_of(self, guidance: float | Sequence[float]) -> tuple[Shard, ...]:
         scales = guidance if isinstance(guidance, Sequence) else (guidance,)
@@ -264,15 +274,25 @@ class Store:
             self.check_guidance(w)
         return tuple(shard for shard in self.shards if shard.guidance in scales)
 
-    def _select(self, guidance: float | Sequence[float] | None, knots: tuple[str, ...]) -> Selection:
-        if guidance is None:
-            if len(self.guidance) != 1:
-                raise ArgumentError(f"`guidance` is required, because {self.path} has {self._list_guidance()}.")
-            guidance = self.guidance
-        return Selection(self.path, self.identity, self._shards_of(guidance), knots)
-
     def _list_guidance(self) -> str:
         return f"guidance {', '.join(f'{w:g}' for w in self.guidance)}"
+
+    def _read(self, positions: range, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        tables = [
+            read_rows(self.path, self.identity, shard, names).slice(rows.start, len(rows))
+            for shard, rows in self._rows_at(positions, guidance)
+        ]
+        table = pa.concat_tables(tables)
+        return {name: torch.from_numpy(column_array(table[name]).copy()) for name in names}
+
+    def _rows_at(self, positions: range, guidance: float) -> Iterator[tuple[Shard, range]]:
+        """Yield the shards with these positions among the rows of a scale, sorted by sample id, and their own rows."""
+        start = 0
+        for shard in sorted(self._shards_of(guidance)):
+            rows = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))
+            if rows:
+                yield shard, rows
+            start += shard.rows
 
 
 class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
@@ -336,7 +356,7 @@ class _Reading:
             return
         columns = self.store.load(self.selection)
         for epoch in epochs:
-            rows = self.order.permutation(len(columns.label), epoch)[self.order.rank :: self.order.world_size]
+            rows = self.order.share(self.order.permutation(len(columns.label), epoch))
             yield columns, rows[skip:]
             skip = max(0, skip - len(rows))
 
@@ -349,7 +369,7 @@ class _Reading:
         )
         while todo and skip >= rows_of(todo[0][2]):
             skip -= rows_of(todo.popleft()[2])
-        groups = [group_shards(shards, GROUP_BYTES // selection.row_bytes) for _, _, shards in todo]
+        groups = [selection.groups(shards) for _, _, shards in todo]
         tables = read_ahead(selection, list(itertools.chain.from_iterable(groups)), half)
         for (epoch, part, shards), own in zip(todo, groups, strict=True):
             columns = to_columns(selection, shards, itertools.islice(tables, len(own)))

@@ -1,12 +1,16 @@
 """Encode, publish, read and check one shard.
 
-Every page has a CRC, and the manifest stores the sha256 of the file, so every flipped bit is detected.
+Every page has a CRC, the footer has a digest of all values, and the manifest stores the sha256 of the file. So every
+flipped bit is detected.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +19,29 @@ import pyarrow.parquet as pq
 from kac.util import files
 from kac.util.errors import one_line
 from kac.util.options import Options
-from pipeline.store.layout import INTERVAL, KINETIC_ENERGY, LABEL, SAMPLE_ID, Shard, StoreError, StoreIdentity
-from pipeline.store.versions import SCHEMA_VERSION, check_version, parse
+from pipeline.store.layout import (
+    KINETIC_ENERGY,
+    LABEL,
+    SAMPLE_ID,
+    SCALAR_TYPES,
+    SCHEMA_VERSION,
+    Shard,
+    StoreError,
+    StoreIdentity,
+    check_identity,
+    check_version,
+    parse,
+)
 
 CONTENT_SHA256 = "content_sha256"
 
 UNREADABLE = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
 """The exceptions that reading a damaged file raises."""
+
+THREADS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Receipt(Options):
@@ -36,7 +56,7 @@ class Receipt(Options):
 
 
 class DamagedShard(StoreError):
-    """A shard is damaged and must be recomputed."""
+    """A shard is missing or damaged, and must be recomputed."""
 
 
 class NotFiniteShard(DamagedShard):
@@ -87,11 +107,19 @@ def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
+def column_array(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as an array: [rows], or [rows, *sample_shape] for a knot. One chunk is not copied."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    is_tensor = isinstance(array, pa.FixedShapeTensorArray)
+    values: np.ndarray = array.to_numpy_ndarray() if is_tensor else array.to_numpy()
+    return values
+
+
 def encode(table: pa.Table, compression: str = "none") -> bytes:
     """Encode the table as a Parquet file with one row group and a CRC for every page."""
     sink = io.BytesIO()
     is_float32 = table.schema.types[-1].value_type == pa.float32()
-    scalars = [name for name in (SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL) if name in table.column_names]
+    scalars = [name for name in SCALAR_TYPES if name in table.column_names]
     knots = [f"{name}.list.element" for name in table.column_names if name not in scalars]
     pq.write_table(
         table,
@@ -142,26 +170,21 @@ def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, list
         DamagedShard: the bytes are not those of the published shard, or there are too many rows.
     """
     receipt = _receipt(shard, data, check(store, shard, identity, data).num_rows)
-    where = f"{store}/{shard.name}"
+    problem = ""
     if receipt.rows > identity.shard_size:
-        raise DamagedShard(f"{where} has {receipt.rows} rows, more than the shard size {identity.shard_size}.")
-    if listed and receipt.rows < listed.rows:
-        raise DamagedShard(f"{where} has {receipt.rows} rows instead of {listed.rows}.")
-    if listed and receipt.rows == listed.rows and receipt.sha256 != listed.sha256:
-        raise DamagedShard(
-            f"{where} has the sha256 {receipt.sha256[:12]}..., but the manifest lists {listed.sha256[:12]}...."
-        )
+        problem = f"has {receipt.rows} rows, more than the shard size {identity.shard_size}"
+    elif listed and receipt.rows < listed.rows:
+        problem = f"has {receipt.rows} rows instead of {listed.rows}"
+    elif listed and receipt.rows == listed.rows and receipt.sha256 != listed.sha256:
+        problem = f"has the sha256 {receipt.sha256[:12]}..., but the manifest lists {listed.sha256[:12]}..."
+    if problem:
+        raise DamagedShard(f"{store}/{shard.name} {problem}.")
     return receipt
 
 
 def _receipt(shard: Shard, data: bytes, rows: int) -> Receipt:
     return Receipt(
-        name=shard.name,
-        guidance=shard.guidance,
-        start=shard.start,
-        rows=rows,
-        bytes=len(data),
-        sha256=sha256_of(data),
+        name=shard.name, guidance=shard.guidance, start=shard.start, rows=rows, bytes=len(data), sha256=sha256_of(data)
     )
 
 
@@ -180,16 +203,14 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
         NewerVersion: a newer version wrote the shard.
     """
     where = f"{store}/{shard.name}"
-    try:
+    with _damage_named(where):
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        metadata = read_metadata(where, file.schema_arrow)
+        metadata = _metadata(where, file.schema_arrow)
         _check_types(file.schema_arrow)
         table = file.read()
         if _content_sha256(table, metadata) != metadata[CONTENT_SHA256]:
             raise ValueError(f"the values do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of the footer")
-        check_footer(where, shard, identity, file.schema_arrow)
-    except UNREADABLE as error:
-        raise DamagedShard(f"{where} is damaged: {describe_read_error(error)}.") from None
+        _check_footer(where, shard, identity, file.schema_arrow)
     check_rows(where, shard, identity, table)
     return table
 
@@ -204,22 +225,13 @@ def _check_types(schema: pa.Schema) -> None:
             raise ValueError(f"the column {field.name} has the type {field.type.extension_name}")
 
 
-def check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
-    """Check that a shard's footer names the right store, position and columns.
-
-    Raises:
-        ForeignShard: the shard belongs elsewhere in this store or to another store.
-        NewerVersion: a newer version wrote the shard.
-        One of ``UNREADABLE``: the footer is damaged.
-    """
-    metadata = read_metadata(where, schema)
-    if metadata["fingerprint"] != identity.fingerprint():
-        difference = identity.difference(identity_in(where, metadata))
-        raise ForeignShard(f"{where} belongs to another store: {difference}. Move it away.")
-    if (float(metadata["guidance"]), int(metadata["start"])) != (shard.guidance, shard.start):
+def _check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
+    found, position = read_footer(where, schema)
+    check_identity(found, identity, f"{where} belongs to another store", "Move it away.", ForeignShard)
+    if (position.guidance, position.start) != (shard.guidance, shard.start):
         raise ForeignShard(
-            f"{where} is a copy of another shard: it starts at sample {metadata['start']} of guidance "
-            f"{metadata['guidance']}, not at sample {shard.start} of guidance {shard.guidance}. Move it away."
+            f"{where} is a copy of another shard: it starts at sample {position.start} of guidance "
+            f"{position.guidance}, not at sample {shard.start} of guidance {shard.guidance}. Move it away."
         )
     # Arrow silently skips a column that does not exist.
     if not schema.remove_metadata().equals(identity.arrow_schema()):
@@ -240,18 +252,42 @@ def check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Tabl
     bad = {name: ~np.isfinite(array).reshape(len(ids), -1).all(axis=1) for name, array in values.items()}
     names = [name for name, rows in bad.items() if rows.any()]
     if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more columns" if len(names) > 3 else "")
-        raise NotFiniteShard(
-            f"{where} has NaN or infinity in samples {name_ids(ids[np.any(list(bad.values()), axis=0)])} ({shown})."
-        )
+        samples = ids[np.any(list(bad.values()), axis=0)]
+        raise NotFiniteShard(f"{where} has NaN or infinity in samples {_some(samples, 8)} ({_some(names, 3)}).")
 
 
-def identity_or_none(store: str, name: str) -> StoreIdentity | None:
-    """Return the identity in the footer of a shard, or None if the shard is damaged."""
-    try:
-        return identity_of_shard(store, name)
-    except DamagedShard:
-        return None
+def _some(items: Sequence[object] | np.ndarray, most: int) -> str:
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
+    """Read the named columns of a shard: the first ``shard.rows`` rows.
+
+    Raises:
+        StoreError: the shard is missing, damaged or from another store. The message names it.
+    """
+    with open_shard(store, identity, shard) as file:
+        table = file.read(list(names))
+    if table.num_rows < shard.rows:
+        problem = f"has {table.num_rows} rows instead of {shard.rows}"
+        raise StoreError(f"{store}/{shard.name} {problem}. Run the rollout again to recompute it.")
+    # A growing store replaces a short shard by a longer one before the manifest counts the new rows.
+    return table.select(list(names)).slice(0, shard.rows)
+
+
+@contextmanager
+def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
+    """Open the Parquet file of a shard and check its footer. Read errors inside the block also name the shard.
+
+    Raises:
+        StoreError: the shard is missing, damaged, from another store or position, or from a newer version.
+    """
+    where, location = f"{store}/{shard.name}", files.locate(files.join(store, shard.name))
+    advice = f" Run `python -m jobs.store verify {store} --repair`, then run the rollout again."
+    with _damage_named(where, advice), location.fs.open(location.path, "rb") as handle:
+        file = pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
+        _check_footer(where, shard, identity, file.schema_arrow)
+        yield file
 
 
 def identity_of_shard(store: str, name: str) -> StoreIdentity:
@@ -262,48 +298,60 @@ def identity_of_shard(store: str, name: str) -> StoreIdentity:
         NewerVersion: a newer version wrote the shard.
     """
     where, location = f"{store}/{name}", files.locate(files.join(store, name))
+    with _damage_named(where, " Delete it and run the rollout again."), location.fs.open(location.path, "rb") as file:
+        return read_footer(where, pq.read_schema(file))[0]
+
+
+def identity_or_none(store: str, name: str) -> StoreIdentity | None:
+    """Return the identity in the footer of a shard, or None if the shard is missing or damaged."""
     try:
-        with location.fs.open(location.path, "rb") as file:
-            return identity_in(where, read_metadata(where, pq.read_schema(file)))
-    except UNREADABLE as error:
-        raise DamagedShard(f"{where} is not a readable shard: {describe_read_error(error)}.") from None
+        return identity_of_shard(store, name)
+    except DamagedShard:
+        return None
 
 
-def read_metadata(where: str, schema: pa.Schema) -> dict[str, str]:
-    """Return the metadata that ``make_table`` wrote.
+def read_footer(where: str, schema: pa.Schema) -> tuple[StoreIdentity, Shard]:
+    """Return the store and the shard that the metadata of a file name.
 
     Raises:
         NewerVersion: a newer version wrote the shard.
         One of ``UNREADABLE``: the metadata is damaged.
     """
+    metadata = _metadata(where, schema)
+    identity, start = parse(where, StoreIdentity, metadata["identity"]), int(metadata["start"])
+    return identity, Shard(float(metadata["guidance"]), start // identity.shard_size, start, int(metadata["rows"]))
+
+
+def _metadata(where: str, schema: pa.Schema) -> dict[str, str]:
     pairs = (schema.metadata or {}).items()
     metadata = {key.decode(): value.decode() for key, value in pairs if key != b"ARROW:schema"}
     check_version(where, int(metadata["schema_version"]))
     return metadata
 
 
-def identity_in(where: str, metadata: dict[str, str]) -> StoreIdentity:
-    """Return the identity in the metadata of a shard. Raises the same errors as ``read_metadata``."""
-    return parse(where, StoreIdentity, metadata["identity"])
+@contextmanager
+def _damage_named(where: str, advice: str = "") -> Iterator[None]:
+    """Convert the errors of reading a damaged file to ``DamagedShard``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedShard(f"{where} is missing. Run the rollout again to recompute it.") from None
+    except UNREADABLE as error:
+        reason = f"its footer has no {error}" if isinstance(error, KeyError) else one_line(error, 160).rstrip(".")
+        raise DamagedShard(f"{where} is damaged: {reason}.{advice}") from None
 
 
-def column_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column as an array: [rows], or [rows, *sample_shape] for a knot. One chunk is not copied."""
-    chunks = column.chunks or [pa.array([], column.type)]
-    array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
-    is_tensor = isinstance(array, pa.FixedShapeTensorArray)
-    values: np.ndarray = array.to_numpy_ndarray() if is_tensor else array.to_numpy()
-    return values
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], title: str = "") -> list[Result]:
+    """Return ``work`` of each item, in order. The first error cancels the remaining items.
 
+    Args:
+        work: a function that mostly waits for a disk or the network.
+        title: title of a progress bar that counts shards; empty for no progress bar.
+    """
+    from tqdm import tqdm
 
-def name_ids(ids: np.ndarray, most: int = 8) -> str:
-    """List up to ``most`` sample ids for a message, and the number of others."""
-    shown = ", ".join(str(i) for i in ids[:most])
-    return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
-
-
-def describe_read_error(error: Exception) -> str:
-    """Describe on one line, without a final period, why a file could not be read."""
-    if isinstance(error, KeyError):
-        return f"its footer has no {error}"
-    return one_line(error, 160).rstrip(".")
+    pending = list(items)
+    with ThreadPoolExecutor(THREADS) as pool:
+        # disable=None shows the bar only on a terminal.
+        disable = None if title else True
+        return list(tqdm(pool.map(work, pending), title, len(pending), unit="shard", disable=disable))

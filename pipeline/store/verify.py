@@ -1,23 +1,65 @@
-"""Verify a store: report the problems of each file, and remove shards that must be recomputed."""
+"""Verify a store: read every byte, report the problems of each file, and remove shards that must be recomputed.
 
+A listed shard must have the sha256 of its receipt, so every flipped bit is detected. The exception is a short last
+shard that a growing store has replaced by a longer one. An unfinished store has no receipts: there, the CRC of every
+page, the digest, the sample ids and the values are checked.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kac.util import files
+from kac.util.errors import one_line
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from kac.util.path_options import input_path
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import Spec
+from pipeline.store import shards
 from pipeline.store.describe import StorePath
-from pipeline.store.examine import UNRELATED, FileCheck, Kind, examine_all
-from pipeline.store.layout import MANIFEST, StoreError, StoreIdentity, parse_shard_name
+from pipeline.store.layout import (
+    MANIFEST,
+    NewerVersion,
+    StoreError,
+    StoreIdentity,
+    full_shard,
+    parse_shard_name,
+)
 from pipeline.store.manifest import Manifest, list_files, read_manifest
-from pipeline.store.shards import identity_of_shard, sha256_of
-from pipeline.store.threads import map_in_threads
-from pipeline.store.versions import NewerVersion
+
+PAUSE_SECONDS = 0.1
+
+UNRELATED = "is not a file of this store and was left alone."
+
+Kind = Literal[
+    "missing",  # listed in the manifest, but does not exist
+    "damaged",  # not the bytes that were published
+    "not finite",  # has rows with NaN or infinity
+    "foreign",  # belongs to another store, or to another position in this store
+    "duplicated",  # a copy of a shard under another name
+    "unplanned",  # intact, but has sample ids that the manifest does not list
+    "newer",  # written by a newer version
+    "unreadable",  # the filesystem cannot read it
+    "unfinished",  # the store has no manifest
+    "leftover",  # a temporary file
+    "extra",  # not a file of this project
+    "",  # nothing is wrong
+]
+
+KINDS: dict[type[StoreError], Kind] = {
+    shards.NotFiniteShard: "not finite",
+    shards.DamagedShard: "damaged",
+    shards.ForeignShard: "foreign",
+    NewerVersion: "newer",
+}
 
 HARMLESS: tuple[Kind, ...] = ("leftover", "extra")
 """Only reported: readers of the store ignore these files."""
@@ -26,7 +68,18 @@ REMOVED: tuple[Kind, ...] = ("damaged", "not finite", "foreign", "duplicated")
 """Removed by `repair`, except foreign shards in an unfinished store."""
 
 INTACT: tuple[Kind, ...] = ("", "unplanned")
-"""Intact shards. The manifest does not list the unplanned ones."""
+
+
+class FileCheck(NamedTuple):
+    """The result of examining one file."""
+
+    name: str
+    kind: Kind
+    detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
+    belongs_to: str = ""  # the shard of this store that the footer names; empty if none
+    sha256: str = ""
+    rows: int = 0  # of an intact shard
+    bytes: int = 0
 
 
 class VerifySpec(Spec):
@@ -70,17 +123,14 @@ def run(spec: VerifySpec) -> None:
         f"verify: {report.store} has {report.shards:,} intact shards with {report.rows:,} rows; "
         f"read {report.bytes / 2**20:.1f} MiB"
     )
-    if not report.is_whole:
-        raise StoreError(_describe_problems(report))
-
-
-def _describe_problems(report: VerifyReport) -> str:
+    if report.is_whole:
+        return
     counts = Counter(problem.kind for problem in report.problems if problem.kind not in HARMLESS)
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     advice = "Run the rollout again to compute the missing shards."
     if not report.removed and counts.keys() & set(REMOVED):
         advice = f"Run `python -m jobs.store verify {report.store} --repair`, then run the rollout again."
-    return f"{report.store} is not a finished, intact store. Problems: {found}. {advice}"
+    raise StoreError(f"{report.store} is not a finished, intact store. Problems: {found}. {advice}")
 
 
 def verify(spec: VerifySpec) -> VerifyReport:
@@ -91,50 +141,108 @@ def verify(spec: VerifySpec) -> VerifyReport:
     """
     store = cluster.absolute(spec.store)
     storage.check_shared({"STORE": store}, lambda: True)
-    manifest = read_manifest(store)
-    names = list_files(store)
-    identity = manifest.identity if manifest else identity_by_majority(store, names)
+    manifest, names = read_manifest(store), list_files(store)
+    identity = manifest.identity if manifest else _identity_by_majority(store, names)
     parquet = [name for name in names if name.endswith(".parquet")]
     planned = {shard.name for shard in manifest.plan()} if manifest else None
     checks = [_in_context(check, names, planned) for check in examine_all(store, identity, manifest, parquet)]
-    problems = [check for check in checks if check.kind]
     intact = [check for check in checks if check.kind in INTACT]
     return VerifyReport(
         store=store,
         shards=len(intact),
         rows=sum(check.rows for check in intact),
         bytes=sum(check.bytes for check in checks),
-        problems=tuple(sorted([*problems, *_check_names(manifest, names)])),
+        problems=tuple(sorted([*(check for check in checks if check.kind), *_check_names(manifest, names)])),
         removed=_repair(store, manifest is not None, checks) if spec.repair else (),
     )
 
 
-def identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
-    """Return the identity that most shards of an unfinished store have.
-
-    Raises:
-        StoreError: no shard has a readable identity.
-    """
+def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
+    """Return the identity that most shards of an unfinished store have."""
 
     def identity_or_error(name: str) -> StoreIdentity | StoreError:
         try:
-            return identity_of_shard(store, name)
+            return shards.identity_of_shard(store, name)
         except StoreError as error:
             return error
 
-    results = map_in_threads(identity_or_error, filter(parse_shard_name, names))
+    results = shards.map_in_threads(identity_or_error, filter(parse_shard_name, names))
     identities = Counter(result for result in results if isinstance(result, StoreIdentity))
     if identities:
         return identities.most_common(1)[0][0]
-    for result in results:
-        if isinstance(result, NewerVersion):
-            raise result
-    if results:
-        raise StoreError(
-            f"{store} has no manifest, and none of its {len(results)} shards is readable. "
-            "Delete them and run the rollout again."
-        )
+    for error in results:
+        raise error
     raise StoreError(f"{store} is not an endpoint store. Create one with `python -m jobs.rollout`.")
+
+
+def examine_all(
+    store: str, identity: StoreIdentity, manifest: Manifest | None, names: Sequence[str]
+) -> list[FileCheck]:
+    """Examine Parquet files on all CPUs of the cluster with Ray Data.
+
+    Raises:
+        StoreError: Ray failed.
+    """
+    if not names:
+        return []
+    import ray
+    from tqdm import tqdm
+
+    from pipeline.cluster.ray_data import each
+
+    cluster.connect()
+    receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
+
+    def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        name, listed = json.loads(batch["item"][0])
+        result = examine(store, identity, name, shards.Receipt(**listed) if listed else None)
+        return {field: [value] for field, value in result._asdict().items()}
+
+    items = [json.dumps([name, receipts[name].model_dump() if name in receipts else None]) for name in names]
+    results = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
+    try:
+        bar = tqdm(results.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
+        return sorted(FileCheck(**row) for row in bar)
+    except ray.exceptions.RayError as error:
+        raise StoreError(f"Checking {store} failed in Ray: {one_line(error, 10**6)[-300:]}") from error
+
+
+def examine(store: str, identity: StoreIdentity, name: str, receipt: shards.Receipt | None) -> FileCheck:
+    """Examine one Parquet file of the store.
+
+    Args:
+        receipt: the entry of the file in the manifest, if it is listed.
+    """
+    try:
+        data = files.read_bytes(files.join(store, name))
+    except FileNotFoundError:
+        return FileCheck(name, "missing", "was deleted during the check.")
+    except OSError as error:
+        return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
+    shard, belongs_to, rows = full_shard(name, identity.shard_size), _name_in_footer(identity, data), 0
+    kind: Kind = ""
+    detail = ""
+    if shard is None:
+        kind, detail = ("duplicated", f"is a copy of {belongs_to}.") if belongs_to else ("extra", UNRELATED)
+    else:
+        try:
+            rows = shards.confirm(store, shard, identity, data, receipt).rows
+        except StoreError as error:
+            kind, detail = KINDS[type(error)], str(error).removeprefix(f"{store}/{name} ")
+    if kind == "foreign" and belongs_to:
+        kind = "duplicated"
+    if kind == "newer" and receipt:
+        kind = "damaged"  # this version wrote every shard that its manifest lists
+    return FileCheck(name, kind, detail, belongs_to, shards.sha256_of(data), rows, len(data))
+
+
+def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
+    """Return the name of the shard that the footer describes; empty if it is not a shard of this store."""
+    try:
+        found, shard = shards.read_footer("", pq.read_schema(pa.BufferReader(data)))
+    except (*shards.UNREADABLE, NewerVersion):
+        return ""
+    return shard.name if found.fingerprint() == identity.fingerprint() else ""
 
 
 def _in_context(check: FileCheck, names: Collection[str], planned: Collection[str] | None) -> FileCheck:
@@ -172,17 +280,17 @@ def _repair(store: str, is_finished: bool, checks: Sequence[FileCheck]) -> tuple
         # In an unfinished store, it is unknown which identity is the right one.
         return check.kind in REMOVED and (check.kind != "foreign" or is_finished)
 
-    bad = [check for check in checks if is_bad(check)]
-    return tuple(check.name for check in bad if _remove(files.join(store, check.name), check.sha256))
+    return tuple(
+        check.name for check in checks if is_bad(check) and _remove(files.join(store, check.name), check.sha256)
+    )
 
 
 def _remove(path: str, sha256: str) -> bool:
     """Remove a file unless it changed since it was read: a running rollout may have repaired it."""
     try:
-        if sha256_of(files.read_bytes(path)) != sha256:
+        if shards.sha256_of(files.read_bytes(path)) != sha256:
             return False
-        location = files.locate(path)
-        location.fs.rm_file(location.path)
     except FileNotFoundError:
         return False
+    files.remove(path)
     return True

@@ -32,9 +32,9 @@ from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import RolloutError, actors, make_plan, rollout
 from pipeline.rollout.shard_maker import ShardMaker
 from pipeline.sample import sample
-from pipeline.store.columns import read_rows
 from pipeline.store.layout import Shard
 from pipeline.store.manifest import list_shards, read_manifest
+from pipeline.store.shards import read_rows
 from pipeline.sweep import sweep
 from pipeline.teach import teach
 from tests.pipeline import faulty

@@ -12,7 +12,7 @@ import torch
 
 from kac.losses import Interval
 from pipeline import store as endpoint_store
-from pipeline.store.batches import Batch
+from pipeline.store.columns import Batch
 from pipeline.store.shards import adopt, column_array
 
 ROWS, KNOTS, SCALES = 300, 4, (0.0, 1.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store.examine import examine
+from pipeline.store.verify import examine
 from tests.pipeline.stores import flip, make_store
 
 

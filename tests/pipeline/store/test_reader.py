@@ -11,7 +11,7 @@ import torch
 from kac.losses import EndpointObjective
 from kac.util.errors import ArgumentError
 from pipeline import store as endpoint_store
-from pipeline.store import sharing
+from pipeline.store import columns as column_module
 from pipeline.store.columns import Columns, Selection
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.reader import Store
@@ -95,13 +95,13 @@ def test_a_shard_of_several_blocks_streams_correctly(store: Store, monkeypatch: 
 
 def test_columns_are_loaded_once_for_every_seed_rank_and_epoch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[float, tuple[str, ...]]] = []
-    to_columns = sharing.to_columns
+    to_columns = column_module.to_columns
 
     def counting(selection: Selection, *arguments) -> Columns:
         loaded.append((selection.shards[0].guidance, selection.knots))
         return to_columns(selection, *arguments)
 
-    monkeypatch.setattr(sharing, "to_columns", counting)
+    monkeypatch.setattr(column_module, "to_columns", counting)
     for seed, rank, epoch, start_batch in itertools.product((None, 1, 2), range(2), range(2), range(2)):
         list(store.batches(32, 0.0, [0, 4], seed=seed, epoch=epoch, rank=rank, world_size=2, start_batch=start_batch))
     list(store.batches(7, 0.0, [0, 4], memory_bytes=2**40))

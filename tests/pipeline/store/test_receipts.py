@@ -7,8 +7,7 @@ import pytest
 
 from pipeline.rollout import make_plan, rollout
 from pipeline.rollout import stage as rollout_stage
-from pipeline.store.manifest import list_files, read_manifest
-from pipeline.store.receipts import is_receipt_file, read_receipts, write_receipts
+from pipeline.store.manifest import is_receipt_file, list_files, read_manifest, read_receipts, write_receipts
 from tests.pipeline.stores import make_spec, plan_store, publish_shards, shard_file
 
 

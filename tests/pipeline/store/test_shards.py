@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kac.path import PathConfig
-from pipeline.store.layout import Shard, StoreError, StoreIdentity
+from pipeline.store.layout import NewerVersion, Shard, StoreError, StoreIdentity
 from pipeline.store.shards import (
     DamagedShard,
     ForeignShard,
@@ -24,7 +24,6 @@ from pipeline.store.shards import (
     make_table,
     publish,
 )
-from pipeline.store.versions import NewerVersion
 
 SHARD = Shard(1.5, 2, 32, 16)
 

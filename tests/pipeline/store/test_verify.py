@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store.examine import examine
 from pipeline.store.layout import Shard, StoreError
 from pipeline.store.manifest import list_files, read_manifest
 from pipeline.store.shards import check, column_array, encode, make_table, publish
-from pipeline.store.verify import VerifyReport, VerifySpec, verify
+from pipeline.store.verify import VerifyReport, VerifySpec, examine, verify
 from tests.pipeline.store.reading import SCALES, run_job
 from tests.pipeline.stores import (
     copy_store,

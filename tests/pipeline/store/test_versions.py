@@ -9,11 +9,10 @@ from pydantic import Field, create_model
 from kac.precision import Precision
 from kac.util.options import Options
 from pipeline import store as endpoint_store
-from pipeline.store.describe import DescribeSpec, describe
-from pipeline.store.layout import StoreIdentity
+from pipeline.store.describe import describe
+from pipeline.store.layout import NewerVersion, StoreIdentity, parse
 from pipeline.store.manifest import Manifest, read_manifest
 from pipeline.store.verify import VerifySpec, verify
-from pipeline.store.versions import NewerVersion, parse
 from tests.pipeline.store.reading import ids
 from tests.pipeline.stores import make_spec, make_store, plan_store, run_rollout, shard_file
 
@@ -83,7 +82,7 @@ def test_an_unfinished_store_with_unknown_fields_is_newer_and_kept(tmp_path, tea
         newer.setattr(StoreIdentity, "fingerprint", lambda identity: "5e" * 32)
         run_rollout(spec, is_sealed=False)
     for use in (
-        lambda: describe(DescribeSpec(store=spec.store)),
+        lambda: describe(spec.store),
         lambda: plan_store(spec),
         lambda: verify(VerifySpec(store=spec.store, repair=True)),
     ):
