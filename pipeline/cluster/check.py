@@ -2,10 +2,9 @@
 
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
@@ -53,13 +52,15 @@ def check(spec: CheckSpec) -> None:
         **{path: functools.partial(_check_path, path) for path in spec.paths},
         "mlflow": _check_tracking,
     }
-    results = {name: _run_in_thread(run_check) for name, run_check in checks.items()}
+    threads = ThreadPoolExecutor(len(checks))
+    results = {name: threads.submit(run_check) for name, run_check in checks.items()}
+    threads.shutdown(wait=False)
     deadline = time.monotonic() + MAX_SECONDS
     failed = 0
     for name, result in results.items():
         try:
             log.info(f"ok     {name}: {result.result(timeout=max(0.0, deadline - time.monotonic()))}")
-        except (TimeoutError, DistillKacError) as error:
+        except Exception as error:  # noqa: BLE001 - reported as the result of this check
             problem = str(error) or f"no answer in {MAX_SECONDS:.0f} s."
             log.info(f"error  {one_line(problem if problem.startswith(name) else f'{name}: {problem}', most=1000)}")
             failed += 1
@@ -68,11 +69,7 @@ def check(spec: CheckSpec) -> None:
 
 
 def job_server(given: str | None) -> str:
-    """The address of the job server, as ``ray job submit`` finds it: environment variables override ``given``.
-
-    Raises:
-        ArgumentError: an environment variable and ``given`` differ.
-    """
+    """The address of the job server, as ``ray job submit`` finds it: environment variables override ``given``."""
     for variable in ("RAY_API_SERVER_ADDRESS", cluster.RAY_ADDRESS):
         if address := os.environ.get(variable):
             if given and _as_http(given) != _as_http(address):
@@ -92,20 +89,6 @@ def _as_http(address: str) -> str:
     return f"http://{rest.rpartition(':')[0] or rest}:{cluster.JOB_PORT}"
 
 
-def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
-    """Run a check in a thread, which does not delay the end of the process."""
-    result: Future[str] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(run_check())
-        except Exception as error:  # noqa: BLE001 - reported as the result of this check
-            result.set_exception(error if isinstance(error, DistillKacError) else DistillKacError(one_line(error)))
-
-    threading.Thread(target=run, daemon=True).start()
-    return result
-
-
 def _check_cluster(address: str, gpus: int) -> str:
     metadata = _get(address, "/api/v0/cluster_metadata")
     where = f"cluster {without_secrets(address)}"
@@ -122,14 +105,9 @@ def _check_cluster(address: str, gpus: int) -> str:
 
 
 def _get(address: str, path: str) -> Any:
-    """The job server's answer, which it would also give to ``ray job submit``.
-
-    Raises:
-        DistillKacError: nothing answers in time, the server is not Ray, or it refuses this process.
-    """
+    """The job server's answer, which it would also give to ``ray job submit``."""
     from ray.exceptions import AuthenticationError
 
-    where = without_secrets(address)
     try:
         headers = ray_internals.token_headers()
         answer = requests.get(address + path, headers=headers, timeout=REQUEST_SECONDS, allow_redirects=False)
@@ -138,16 +116,11 @@ def _get(address: str, path: str) -> Any:
         return answer.json()["data"]
     except AuthenticationError:
         raise DistillKacError(f"access is denied: {cluster.TOKEN_ADVICE}") from None
-    except requests.JSONDecodeError:
+    except (requests.RequestException, KeyError, TypeError) as error:
         raise DistillKacError(
-            f"the server at {where} is not Ray's job server (status {answer.status_code}). Use the port of Ray's "
-            "dashboard, often 8265."
-        ) from None
-    except requests.RequestException:
-        raise DistillKacError(
-            f"no job server answers at {where} in {REQUEST_SECONDS:.0f} s. Start the cluster, or correct the address. "
-            "By default, Ray's dashboard listens only on the head: ssh -L 8265:127.0.0.1:8265 HEAD makes it available "
-            "here."
+            f"no job server of Ray answers at {without_secrets(address)} ({type(error).__name__}). Start the cluster, "
+            "or correct the address, often with port 8265. By default, Ray's dashboard listens only on the head: ssh "
+            "-L 8265:127.0.0.1:8265 HEAD makes it available here."
         ) from None
 
 

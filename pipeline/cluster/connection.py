@@ -57,8 +57,6 @@ def is_worker() -> bool:
 def connect() -> ClusterResources:
     """Connect to Ray, unless connected; start an embedded Ray if RAY_ADDRESS is not set.
 
-    ``ray job submit`` sets RAY_ADDRESS, so that the same command works on a cluster and on a laptop.
-
     Raises:
         DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``check_address``), or the path of the
             temporary folder is too long for Ray.
@@ -162,15 +160,9 @@ def check_address(address: str) -> None:
 
 
 def check_versions(where: str, ray_version: str, python_version: str) -> str:
-    """Describe the versions of a cluster. Its drivers need the same ones, because of Ray's protocols and pickles.
+    """Describe the versions of a cluster. Raise ``DistillKacError`` unless this process has the same versions.
 
-    Args:
-        where: description of the cluster, for the message.
-        ray_version: version of Ray.
-        python_version: version of Python, with the patch level.
-
-    Raises:
-        DistillKacError: this process has other versions.
+    Ray's protocols and pickles need the same version of Ray, and of Python with the patch level.
     """
     import ray
 
@@ -227,11 +219,7 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 def absolute_paths(options: Options, *names: str) -> Options:
-    """The options with these paths in their absolute form. Raises as ``absolute``.
-
-    Args:
-        names: fields with a path, several paths or None; ``data.root`` is a field of ``data``.
-    """
+    """The options with these paths in their absolute form. The name ``data.root`` means a field of ``data``."""
     changed: dict[str, Any] = {}
     for name in names:
         field, _, nested = name.partition(".")

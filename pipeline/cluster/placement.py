@@ -32,8 +32,6 @@ START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
 """How long to wait for an autoscaler to start nodes, and the variable that replaces this number."""
 
 POLL_SECONDS = 1.0
-BUSY_SECONDS = 2.0
-"""Resources of an earlier stage are free this long after its end."""
 
 NODE_GROUP_LABEL = "ray.io/node-group"
 """Ray adds this label to the nodes of a cluster with an autoscaler."""
@@ -155,35 +153,31 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
         raise ArgumentError(f"`label_selector` is {labels}, which Ray does not accept: {error.strip().rstrip('.')}.")
     wanted = least(count)
     if capacity(resources) >= wanted:
-        _log_if_busy(stage, wanted, resources)
+        if not ray_internals.is_embedded() and free_capacity(resources) < wanted:
+            log.info(f"{stage}: waiting until other work on the cluster releases {wanted} x ({resources})")
         return
-    if ray_internals.is_embedded():
-        raise _too_small(
-            option, wanted, resources, "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
-        )
     join_seconds, start_seconds = _seconds(JOIN_VARIABLE, JOIN_SECONDS), _seconds(START_VARIABLE, START_SECONDS)
-    log.info(
-        f"{stage}: waiting for nodes that can fit {wanted} x ({resources}): at most {duration(join_seconds)}, or "
-        f"{duration(start_seconds)} with an autoscaler"
+    reason = "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
+    if not ray_internals.is_embedded():
+        log.info(
+            f"{stage}: waiting for nodes that can fit {wanted} x ({resources}): at most {duration(join_seconds)}, or "
+            f"{duration(start_seconds)} with an autoscaler"
+        )
+        started = time.monotonic()
+        with requested_from_autoscaler(wanted, resources) as request:
+            while True:
+                may_grow, state = _autoscaler_state(resources, request)
+                if capacity(resources) >= wanted:
+                    return
+                waited = time.monotonic() - started
+                if waited >= (start_seconds if may_grow else join_seconds):
+                    break
+                time.sleep(POLL_SECONDS)
+        reason = f"{state}. Waited {duration(waited)}. Start nodes, or ask for less."
+    raise ArgumentError(
+        f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {describe_nodes(live_nodes())}, enough "
+        f"for {capacity(resources):g}. {reason}"
     )
-    started = time.monotonic()
-    with requested_from_autoscaler(wanted, resources) as request:
-        while capacity(resources) < wanted:
-            waited, (may_grow, reason) = time.monotonic() - started, _autoscaler_state(resources, request)
-            if waited >= (start_seconds if may_grow else join_seconds):
-                advice = f"{reason}. Waited {duration(waited)}. Start nodes, or ask for less."
-                raise _too_small(option, wanted, resources, advice)
-            time.sleep(POLL_SECONDS)
-
-
-def _log_if_busy(stage: str, wanted: int, resources: Resources) -> None:
-    """Log a line if the stage has to wait for other jobs."""
-    until = time.monotonic() + BUSY_SECONDS
-    while free_capacity(resources) < wanted:
-        if time.monotonic() > until:
-            log.info(f"{stage}: waiting for other jobs on the cluster to release {wanted} x ({resources})")
-            return
-        time.sleep(BUSY_SECONDS / 10)
 
 
 def _seconds(variable: str, default: float) -> float:
@@ -192,13 +186,6 @@ def _seconds(variable: str, default: float) -> float:
     except ValueError:
         given = os.environ[variable]
         raise ArgumentError(f"{variable} is {given!r}. Set it to a number of seconds, or unset it.") from None
-
-
-def _too_small(option: str, wanted: int, resources: Resources, reason: str) -> ArgumentError:
-    return ArgumentError(
-        f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {describe_nodes(live_nodes())}, enough "
-        f"for {capacity(resources):g}. {reason}"
-    )
 
 
 @contextlib.contextmanager
@@ -241,11 +228,8 @@ def live_nodes() -> list[Node]:
     """The live nodes of the cluster, with their total resources."""
     import ray
 
-    return [
-        Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"])
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"]) for node in nodes]
 
 
 def free_resources() -> list[Node]:
@@ -268,13 +252,7 @@ def describe_nodes(nodes: Iterable[Node]) -> str:
 
 
 def several_machines() -> str:
-    """Describe the machines of the cluster; empty if there is a single one and no autoscaler.
-
-    Several nodes may be on one machine.
-
-    Raises:
-        DistillKacError: as ``cluster.connect``.
-    """
+    """Describe the machines of the cluster; empty if there is a single one and no autoscaler. Connects to Ray."""
     cluster.connect()
     nodes = live_nodes()
     number = len({node.address for node in nodes})

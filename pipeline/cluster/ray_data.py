@@ -27,7 +27,10 @@ def each(
         items: the items, which should hold all that differs between calls: data that ``work`` refers to is sent to
             every actor, and unpickled for every task.
         work: a function, or a class for actors. Each call gets one item, as ``batch["item"][0]``.
-        pause_seconds: pause after each round of Ray Data's loop, see ``_pause``.
+        pause_seconds: pause after each round of Ray Data's scheduling loop, in the process that consumes the rows. The
+            loop only waits for running tasks, for at most 0.1 s. When enough rows are prefetched and no task runs, it
+            spins, and a training loop in the same process has a fifth of its speed. During long tasks, its ten rounds
+            per second cost 4 % of a core (Ray 2.60).
         blocks: number of blocks of items; default: one per item, at most ``MAX_BLOCKS``.
         map_options: options of ``ray.data.Dataset.map_batches``.
     """
@@ -39,23 +42,13 @@ def each(
     )
     results.context.enable_progress_bars = False
     results.context.max_errored_blocks = 0  # a larger value would silently drop blocks
-    results.context.custom_execution_callback_classes = [_pause(pause_seconds)]
-    return results
-
-
-def _pause(seconds: float) -> type:
-    """A callback that pauses Ray Data's scheduling loop after each round, in the process that consumes the rows.
-
-    The loop only waits for running tasks, for at most 0.1 s. When enough rows are prefetched and no task runs, it
-    spins, and a training loop in the same process has a fifth of its speed. During long tasks, its ten rounds per
-    second cost 4 % of a core (Ray 2.60).
-    """
 
     class Pause(ray_internals.execution_callback()):  # type: ignore[misc]
         """Ray Data creates it without arguments."""
 
         def on_execution_step(self, executor: Any) -> None:
             """Pause after each round."""
-            time.sleep(seconds)
+            time.sleep(pause_seconds)
 
-    return Pause
+    results.context.custom_execution_callback_classes = [Pause]
+    return results

@@ -1,16 +1,15 @@
 """Rollout: compute the trajectories of the frozen teacher and publish them as the shards of an endpoint store.
 
-``stage`` runs the steps: ``plan``, ``shard_maker`` (with ``teacher``) and ``seal``. ``actors`` makes shards on Ray.
+``stage`` runs the steps. ``plan`` plans and seals the store, ``shard_maker`` computes and publishes a shard, and
+``actors`` makes shards on Ray.
 
 Each shard is computed exactly once. The plan fixes its name. The process that computes a shard also publishes it
 atomically, and only then returns its receipt. An existing shard is checked from end to end and reused. The manifest is
 written last and lists only receipts.
 """
 
-from pipeline.rollout.plan import Plan, identify, make_plan
-from pipeline.rollout.seal import seal
-from pipeline.rollout.shard_maker import ShardOutcome
+from pipeline.rollout.plan import Plan, make_plan, seal
+from pipeline.rollout.shard_maker import RolloutError, ShardOutcome
 from pipeline.rollout.stage import compute_shards, rollout
-from pipeline.rollout.teacher import RolloutError
 
-__all__ = ["Plan", "RolloutError", "ShardOutcome", "compute_shards", "identify", "make_plan", "rollout", "seal"]
+__all__ = ["Plan", "RolloutError", "ShardOutcome", "compute_shards", "make_plan", "rollout", "seal"]

@@ -2,29 +2,25 @@
 
 Defaults of Ray 2.60, and what this module does instead:
 
-- Actors of a pool restart and retry indefinitely (max_restarts = max_task_retries = -1; map_batches deprecates other
-  values). This handles a lost node, but not a shard that kills its process. The ``AttemptLedger`` counts attempts
-  outside the dying processes, and ends the job with the name of the shard.
-- ``max_errored_blocks`` above 0 would silently drop blocks, so it is 0.
-- ``write_parquet`` is not used: it names files by a new uuid in each run, so a second run would write all rows again.
-- ``CheckpointConfig`` is not used: it adds a second actor pool and hangs on two CPUs. The shards record the progress.
+- Actors of a pool restart and retry indefinitely (map_batches deprecates other values of max_restarts). This handles a
+  lost node, but not a shard that kills its process. The ``AttemptLedger`` counts attempts outside the dying processes,
+  and ends the job with the name of the shard.
+- ``write_parquet`` names files by a new uuid in each run, so a second run would write all rows again. A write stage
+  behind a pool that uses every CPU also starves. Therefore the actors publish their own shards. An actor takes two
+  shards at a time: it uploads one while it computes the other.
+- ``CheckpointConfig`` adds a second actor pool and hangs on two CPUs. Instead, the shards record the progress.
 - A pool of ``min_size`` to ``max_size`` actors with two shards each never grows, because it cannot reach its threshold
   of 1.75 tasks per call. A range of actors is therefore a pool of the largest size. Actors without resources stay
-  pending, which triggers the autoscaler. (Measured with 80 shards of one second, a 1-CPU node, and a second one that
-  joined after 18 seconds: its actor started 8 seconds later, and every shard was computed once. With a pool of 1 to 3
-  actors, the first actor computed all shards.)
+  pending, which triggers the autoscaler. (Measured: a node that joined after 18 seconds had an actor 8 seconds later.)
 - An actor on a lost node keeps its slot in the pool and its shards (ray-project/ray #62746). These shards come last:
-  idle actors end with the last unassigned shard, which frees the resources to restart the lost actor. (Measured as
-  above, with the second node lost in the middle: two shards came 20 seconds after the others, each computed once.)
-- A write stage behind a pool that uses every CPU starves, so the actors publish their own shards. An actor takes two
-  shards at a time: it uploads one while it computes the other.
+  idle actors end with the last unassigned shard, which frees the resources to restart the lost actor.
 """
 
 import contextlib
 import gc
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -37,8 +33,7 @@ from pipeline.cluster.placement import choose_actors
 from pipeline.cluster.ray_data import each
 from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan
-from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome
-from pipeline.rollout.teacher import RolloutError, endpoint_rms
+from pipeline.rollout.shard_maker import RolloutError, ShardMaker, ShardOutcome, endpoint_rms
 from pipeline.store.layout import Shard, StoreIdentity
 
 MAX_ATTEMPTS = 10
@@ -48,25 +43,14 @@ ADVICE = "See the logs of the Ray workers; the usual cause is too little memory.
 SHARDS_IN_FLIGHT = 2
 PAUSE_SECONDS = 0.1
 
-
-class Maker(Protocol):
-    """The interface of ``ShardMaker``."""
-
-    def make(self, shard: Shard) -> ShardOutcome:
-        """Publish the shard, unless it exists."""
+MakeShardMaker = Callable[[RolloutSpec, StoreIdentity], Any]
 
 
-def compute_on_actors(
-    spec: RolloutSpec,
-    plan: Plan,
-    maker: Callable[[RolloutSpec, StoreIdentity], Maker] = ShardMaker,
-    pause_seconds: float = PAUSE_SECONDS,
-) -> Generator[ShardOutcome]:
+def compute_on_actors(spec: RolloutSpec, plan: Plan, maker: MakeShardMaker = ShardMaker) -> Generator[ShardOutcome]:
     """Make the shards of ``plan.todo`` and yield each when it is published. Closing the generator ends the actors.
 
     Args:
-        maker: makes the shards in an actor. Tests replace it by one that does no work.
-        pause_seconds: see ``each``.
+        maker: makes the shards in an actor, like ``ShardMaker``. Tests replace it.
 
     Raises:
         RolloutError: a shard failed; the message names it.
@@ -87,7 +71,7 @@ def compute_on_actors(
     results = each(
         [shard.to_json() for shard in plan.todo],
         ShardActor,
-        pause_seconds=pause_seconds,
+        pause_seconds=PAUSE_SECONDS,
         compute=pool,
         fn_constructor_kwargs={"spec": spec, "identity": plan.identity, "ledger": ledger, "maker": maker},
         **group.resources.remote_options,
@@ -109,15 +93,11 @@ def compute_on_actors(
     raise RolloutError(failure)
 
 
-def endpoint_rms_on_ray(spec: RolloutSpec, plan: Plan) -> float:
-    """Compute ``endpoint_rms`` with the resources of an actor, because the driver may have no GPU.
-
-    Raises:
-        RolloutError: the computation failed.
-    """
+def endpoint_rms_on_ray(spec: RolloutSpec, identity: StoreIdentity) -> float:
+    """Compute ``endpoint_rms`` with the resources of an actor, because the driver may have no GPU."""
     task = ray.remote(endpoint_rms).options(**choose_actors(spec).resources.remote_options)
     try:
-        return float(ray.get(task.remote(spec, plan.identity)))
+        return float(ray.get(task.remote(spec, identity)))
     except ray.exceptions.RayError as error:
         raise RolloutError(f"The comparison with float32 failed: {cluster.innermost(error)}") from error
 
@@ -167,16 +147,15 @@ class ShardActor:
         spec: RolloutSpec,
         identity: StoreIdentity,
         ledger: Any,
-        maker: Callable[[RolloutSpec, StoreIdentity], Maker],
+        maker: Callable[[RolloutSpec, StoreIdentity], Any],
     ) -> None:
-        self.suspect_lock = threading.Lock()
+        self.ledger, self.suspect_lock = ledger, threading.Lock()
         self.failure: str | None = ray.get(ledger.started.remote())
-        if self.failure:
-            return
-        try:
-            self.ledger, self.maker = ledger, maker(spec, identity)
-        except DistillKacError as error:
-            self.failure = str(error)
+        if not self.failure:
+            try:
+                self.maker = maker(spec, identity)
+            except DistillKacError as error:
+                self.failure = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Make one shard. Return its ``ShardOutcome``, or an error message that ends the rollout."""
@@ -196,6 +175,6 @@ class ShardActor:
             failure = ray.get(self.ledger.begin_suspect.remote(shard.name)) if is_suspect else None
             if failure:
                 raise RolloutError(failure)
-            outcome = self.maker.make(shard)
+            outcome: ShardOutcome = self.maker.make(shard)
             ray.get(self.ledger.finish.remote(shard.name))
         return outcome

@@ -1,7 +1,7 @@
-"""The plan of a rollout: the content of the finished store, and the shards that must still be computed."""
+"""The plan of a rollout (the content of the finished store, and the shards that it lacks), and its final manifest."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kac.data import open_dataset
@@ -9,11 +9,21 @@ from kac.guidance import check_guidance
 from kac.model import DATA_CHANGED, load_teacher_config
 from kac.util import files
 from pipeline.config import RolloutSpec
-from pipeline.rollout.teacher import RolloutError
-from pipeline.store.layout import Shard, StoreIdentity, check_identity, parse_shard_name
-from pipeline.store.manifest import Extent, Manifest, merge_extents, read_manifest, shards_of
-from pipeline.store.receipts import read_receipts
+from pipeline.rollout.shard_maker import RolloutError, ShardOutcome
+from pipeline.store.layout import Shard, StoreIdentity, check_identity, guidance_folder, parse_shard_name
+from pipeline.store.manifest import (
+    Extent,
+    Manifest,
+    merge_extents,
+    read_manifest,
+    read_receipts,
+    remove_receipts,
+    shards_of,
+    write_manifest,
+)
 from pipeline.store.shards import Receipt, identity_or_none
+
+SEAL_ATTEMPTS = 3
 
 
 class Plan(NamedTuple):
@@ -40,13 +50,14 @@ def make_plan(spec: RolloutSpec) -> Plan:
     """Compare the requested samples with the existing store.
 
     Raises:
-        DistillKacError: as ``identify``.
+        DistillKacError: the teacher does not exist or cannot be guided, or a forward rollout would start from data that
+            changed since the teacher was trained.
         StoreError: the store has another identity, or a newer version wrote it.
     """
-    identity = identify(spec)
+    identity = _identify(spec)
     sizes = files.list_sizes(spec.store)
     manifest = read_manifest(spec.store)
-    check_store(spec.store, identity, manifest, filter(parse_shard_name, sizes))
+    _check_store(spec.store, identity, manifest, filter(parse_shard_name, sizes))
     ids = (spec.first_sample, spec.first_sample + spec.trajectories)
     requested = [Extent(guidance=w, ids=(ids,)) for w in spec.guidance]
     extents = merge_extents([*(manifest.extents if manifest else ()), *requested])
@@ -65,13 +76,8 @@ def make_plan(spec: RolloutSpec) -> Plan:
     return Plan(identity, extents, tuple(finished), tuple(todo), manifest)
 
 
-def identify(spec: RolloutSpec) -> StoreIdentity:
-    """Return the identity of the store that the spec asks for.
-
-    Raises:
-        DistillKacError: the teacher does not exist or cannot be guided, or a forward rollout would start from data that
-            changed since the teacher was trained.
-    """
+def _identify(spec: RolloutSpec) -> StoreIdentity:
+    """The identity of the store that the spec asks for."""
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
     if spec.source == "forward":
@@ -84,10 +90,60 @@ def identify(spec: RolloutSpec) -> StoreIdentity:
     return StoreIdentity.of(spec, teacher)
 
 
-def check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:
+def _check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:
     """Raise ``StoreError`` if the store has another identity, by its manifest or by its first intact shard."""
     of_shards = (identity_or_none(store, name) for name in itertools.islice(shards, 8))
     found = manifest.identity if manifest else next(filter(None, of_shards), None)
     if found is not None:
         problem = f"{store} was made with other options"
         check_identity(found, expected, problem, "Choose another `store`, or give the options of this store.")
+
+
+def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], rounding: float | None = None) -> Manifest:
+    """Write the manifest, then remove receipt files and the temporary files of dead writers.
+
+    A concurrent job may seal other guidance scales of the store. The new manifest is therefore merged with the existing
+    one, and read again after it is written.
+
+    Args:
+        rounding: the ``endpoint_rms`` of the rollout, unless its precision is float32.
+
+    Raises:
+        RolloutError: a planned shard has no receipt.
+    """
+    receipts = (*plan.finished, *(outcome.receipt for outcome in outcomes))
+    planned = {shard.name for shard in shards_of(plan.extents, plan.identity.shard_size)}
+    missing = planned - {receipt.name for receipt in receipts}
+    if missing:
+        raise RolloutError(f"{spec.store} cannot be sealed without {min(missing)}. Run the rollout again.")
+    for _ in range(SEAL_ATTEMPTS):
+        manifest = _merge_manifest(spec, plan, receipts, rounding)
+        write_manifest(spec.store, manifest)
+        if _merge_manifest(spec, plan, receipts, rounding) == manifest:
+            break
+    remove_orphans(spec.store, manifest.guidance)
+    return manifest
+
+
+def _merge_manifest(spec: RolloutSpec, plan: Plan, receipts: Sequence[Receipt], rounding: float | None) -> Manifest:
+    """The results of this job, merged with the existing manifest."""
+    existing = read_manifest(spec.store)
+    _check_store(spec.store, plan.identity, existing)
+    shards, extents = (existing.shards, existing.extents) if existing else ((), ())
+    longest = {receipt.name: receipt for receipt in sorted((*shards, *receipts), key=lambda receipt: receipt.rows)}
+    extents = merge_extents([*extents, *plan.extents])
+    return Manifest(
+        fingerprint=plan.identity.fingerprint(),
+        identity=plan.identity,
+        teacher=spec.teacher,
+        extents=extents,
+        endpoint_rms=existing.endpoint_rms if existing and existing.endpoint_rms is not None else rounding,
+        shards=tuple(longest[shard.name] for shard in shards_of(extents, plan.identity.shard_size)),
+    )
+
+
+def remove_orphans(store: str, scales: Sequence[float]) -> None:
+    """Remove receipt files, which a manifest replaces, and temporary files of dead writers on this machine."""
+    remove_receipts(store)
+    for folder in (store, *(files.join(store, guidance_folder(w)) for w in scales)):
+        files.remove_orphans(folder)

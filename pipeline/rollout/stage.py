@@ -1,11 +1,17 @@
-"""The rollout stage: plan the shards, compute the missing ones, seal the store, and log the results."""
+"""The rollout stage: plan the shards, compute and publish the missing ones, seal the store, and log the results."""
 
 import contextlib
+import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+
+import numpy as np
+import torch
 
 from kac.metrics import Metric
-from kac.model import load_model, load_teacher_config
+from kac.model import ModelConfig, load_model, load_teacher_config
+from kac.networks.cost import duration, network_cost, short
+from kac.solvers import knot_times, solve
 from kac.util import probes
 from kac.util.log import log
 from kac.util.options import most
@@ -16,13 +22,9 @@ from pipeline.cluster import storage
 from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
-from pipeline.rollout.cost import describe_cost, describe_remaining
-from pipeline.rollout.plan import Plan, make_plan
-from pipeline.rollout.seal import remove_orphans, seal
-from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome
-from pipeline.rollout.teacher import endpoint_rms
-from pipeline.store.manifest import Manifest
-from pipeline.store.receipts import SHARDS_PER_RECEIPT_FILE, write_receipts
+from pipeline.rollout.plan import Plan, make_plan, remove_orphans, seal
+from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome, endpoint_rms
+from pipeline.store.manifest import SHARDS_PER_RECEIPT_FILE, Manifest, write_receipts
 
 tracking.declare(
     Metric("trajectories", "trajectories in the store"),
@@ -44,13 +46,13 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     spec = cluster.absolute_paths(spec, "store", "teacher")
     is_spread = spec.actors != 0
     storage.check_shared({"`store`": spec.store, "`teacher`": spec.teacher}, lambda: is_spread)
+    root = load_teacher_config(spec.teacher).data.root
     if spec.source == "forward":
-        root = load_teacher_config(spec.teacher).data.root
         storage.check_shared({"`data.root` of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
-    check_apart(spec, {"`data.root` of the teacher": load_teacher_config(spec.teacher).data.root})
+    check_apart(spec, {"`data.root` of the teacher": root})
     spec = spec.settled(lambda: choose_actors(spec).on_gpu)
     plan = make_plan(spec)
-    cost = f"rollout: {describe_cost(plan, load_teacher_config(spec.teacher))}"
+    cost = f"rollout: {_describe_cost(plan, load_teacher_config(spec.teacher))}"
     if spec.dry_run:
         log.info(cost)
         return None
@@ -74,20 +76,27 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         datasets=[tracking.Dataset("teacher", teacher.weights_sha256, spec.teacher, context="teacher")],
     ) as run:
         started = time.perf_counter()
-        rounding = compare_with_float32(spec, plan)
+        rounding = _compare_with_float32(spec, plan)
         outcomes = compute_shards(spec, plan)
         manifest = seal(spec, plan, outcomes, rounding)
-        summary = _log_results(run, spec, plan, outcomes, time.perf_counter() - started)
-    log.info(summary)  # after the lines that MLflow prints when a run ends
+        seconds = time.perf_counter() - started
+        computed = sum(outcome.computed_rows for outcome in outcomes)
+        reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
+        size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))
+        counts = {"trajectories": computed + reused, "trajectories_reused": reused, "store_bytes": size}
+        run.metrics({**counts, "trajectories_per_second": computed / seconds})
+        run.tags({"distillkac.path": spec.store})
+    shards_computed = sum(1 for outcome in outcomes if outcome.computed_rows)
+    log.info(  # after the lines that MLflow prints when a run ends
+        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, "
+        f"{reused:,} reused in {len(plan.finished) + len(outcomes) - shards_computed} shards, "
+        f"{size / 2**20:.1f} MiB, {seconds:.0f} s"
+    )
     return manifest
 
 
-def compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
-    """Return ``endpoint_rms``, or None if the precision is float32 or the manifest already has the value.
-
-    Raises:
-        RolloutError: the computation failed.
-    """
+def _compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
+    """Return ``endpoint_rms``, or None if the precision is float32 or the manifest already has the value."""
     if spec.precision.dtype == "float32" or not plan.todo or (plan.manifest and plan.manifest.endpoint_rms is not None):
         return None
     if spec.actors == 0:
@@ -95,7 +104,7 @@ def compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
     else:
         from pipeline.rollout.actors import endpoint_rms_on_ray
 
-        rounding = endpoint_rms_on_ray(spec, plan)
+        rounding = endpoint_rms_on_ray(spec, plan.identity)
     log.info(f"rollout: {spec.precision.dtype} changes endpoints by {rounding:.2g} (RMS) compared with float32")
     return rounding
 
@@ -112,12 +121,12 @@ def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
     total, has_computed = sum(shard.rows for shard in plan.todo), False
     with ProgressBar("rollout", total, "trajectories") as bar, contextlib.closing(_compute(spec, plan)) as computing:
         for outcome in computing:
-            is_first = outcome.computed_rows > 0 and not has_computed
-            has_computed |= is_first
             outcomes.append(outcome)
             bar.update(outcome.receipt.rows)
-            if is_first and bar.done < total:
-                bar.write(f"rollout: {describe_remaining(outcome, total - bar.done, most(choose_actors(spec).actors))}")
+            if outcome.computed_rows and not has_computed and bar.done < total:
+                row_seconds = outcome.compute_seconds / outcome.computed_rows / max(1, most(choose_actors(spec).actors))
+                bar.write(f"rollout: about {duration((total - bar.done) * row_seconds)} left")
+            has_computed |= outcome.computed_rows > 0
             if len(outcomes) % SHARDS_PER_RECEIPT_FILE == 0:
                 latest = [each.receipt for each in outcomes[-SHARDS_PER_RECEIPT_FILE:]]
                 write_receipts(spec.store, plan.identity, latest)
@@ -133,19 +142,21 @@ def _compute(spec: RolloutSpec, plan: Plan) -> Generator[ShardOutcome]:
         yield from compute_on_actors(spec, plan)
 
 
-def _log_results(
-    run: tracking.TrackedRun, spec: RolloutSpec, plan: Plan, outcomes: Sequence[ShardOutcome], seconds: float
-) -> str:
-    """Log metrics to the run; return the summary line."""
-    computed = sum(outcome.computed_rows for outcome in outcomes)
-    reused = plan.rows_finished + sum(outcome.receipt.rows - outcome.computed_rows for outcome in outcomes)
-    size = sum(receipt.bytes for receipt in (*plan.finished, *(outcome.receipt for outcome in outcomes)))
-    counts = {"trajectories": computed + reused, "trajectories_reused": reused, "store_bytes": size}
-    run.metrics({**counts, "trajectories_per_second": computed / seconds})
-    run.tags({"distillkac.path": spec.store})
-    shards_computed = sum(1 for outcome in outcomes if outcome.computed_rows)
+def _describe_cost(plan: Plan, teacher: ModelConfig) -> str:
+    """Describe the remaining work: trajectories, network calls, bytes, shards and FLOPs."""
+    identity = plan.identity
+    rows = sum(shard.rows for shard in plan.todo)
+    steps = identity.solver_steps if identity.source == "trajectory" else identity.solver_steps // identity.knots
+    evaluations = solve(lambda x, t: x, torch.zeros(1, 1), knot_times(steps), identity.solver).nfe
+    calls = evaluations * sum(shard.rows * (1 if shard.guidance == 0 else 2) for shard in plan.todo)
+    schema = identity.arrow_schema()
+    state = math.prod(identity.sample_shape) * np.dtype(identity.dtype).itemsize
+    scalars = sum(int(schema.field(name).type.bit_width) // 8 for name in identity.scalar_columns)
+    row_bytes = len(identity.knot_columns) * state + scalars
+    cost = network_cost(teacher.network, teacher.sample_shape, teacher.num_classes)
     return (
-        f"rollout: wrote {spec.store}: {computed:,} trajectories computed in {shards_computed} shards, "
-        f"{reused:,} reused in {len(plan.finished) + len(outcomes) - shards_computed} shards, "
-        f"{size / 2**20:.1f} MiB, {seconds:.0f} s"
+        f"{rows:,} trajectories, {calls:,} network calls (two per guided evaluation), "
+        f"{short(rows * row_bytes, 'B')} before compression in {len(plan.todo):,} shards "
+        f"({len(plan.finished):,} already exist); {short(cost.parameters)} parameters, "
+        f"{short(cost.flops_per_call, 'FLOP')} per call, {short(calls * cost.flops_per_call, 'FLOP')} in total"
     )

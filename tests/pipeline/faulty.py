@@ -23,8 +23,7 @@ from kac.util import files
 from kac.util.errors import DistillKacError
 from pipeline.config import RolloutSpec
 from pipeline.rollout import actors, rollout
-from pipeline.rollout.shard_maker import ShardOutcome
-from pipeline.rollout.teacher import RolloutError, Rows
+from pipeline.rollout.shard_maker import RolloutError, Rows, ShardOutcome
 from pipeline.store.layout import MANIFEST, Shard, StoreIdentity
 from pipeline.store.manifest import list_shards
 

@@ -19,11 +19,19 @@ from kac.solvers import knot_times, solve
 from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, rollout_parts, store_parts
-from pipeline.benchmark.measurement import interleave, table
-from pipeline.benchmark.rollout_parts import bare_speed, loop_speed, run_and_remove, steady_rate
-from pipeline.benchmark.setting import CALLS_PER_SHARD, make_setting
-from pipeline.benchmark.store_parts import CountingFileSystem, count_bytes, online_batches, speed, tensor_batches
+from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, parts, table
+from pipeline.benchmark.measurement import CALLS_PER_SHARD, interleave, make_setting
+from pipeline.benchmark.parts import (
+    CountingFileSystem,
+    bare_speed,
+    count_bytes,
+    loop_speed,
+    online_batches,
+    run_and_remove,
+    speed,
+    steady_rate,
+    tensor_batches,
+)
 from pipeline.config import DistillSpec, OptimizerConfig, RolloutSpec
 from pipeline.distill import DistillTask
 from pipeline.store.shards import adopt, column_array
@@ -100,9 +108,7 @@ def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting, monkey
     run_rollout(spec)
     rows = next(store.open(spec.store).batches(40, knots=[0, 20]))
     drawn = []
-    monkeypatch.setattr(
-        rollout_parts, "draw", lambda *args, **options: drawn.append(draw(*args, **options)) or drawn[-1]
-    )
+    monkeypatch.setattr(parts, "draw", lambda *args, **options: drawn.append(draw(*args, **options)) or drawn[-1])
     assert loop_speed(spec) > 0
     assert [len(samples.images) for samples in drawn] == [spec.batch_size, 40], "one batch to warm up, then all"
     assert torch.equal(drawn[1].label, rows.label)
@@ -111,7 +117,7 @@ def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting, monkey
 
 
 def test_the_bare_loop_runs_in_processes_with_one_thread(setting, ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rollout_parts, "loop_speed", count_threads)
+    monkeypatch.setattr(parts, "loop_speed", count_threads)
     assert bare_speed(setting, loops=2) == 2
 
 
@@ -137,12 +143,12 @@ def test_read_bytes_are_counted(tmp_path: Path):
 def test_a_one_step_student_reads_two_of_the_knots(digits_store: str, setting, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
     knot = 2048 * 64 * 4
-    parts = [file for file in Path(digits_store).rglob("*") if file.is_file() and file.name != "run.json"]
-    measurements = store_parts.measure_bytes_read(setting)
+    written = [file for file in Path(digits_store).rglob("*") if file.is_file() and file.name != "run.json"]
+    measurements = parts.measure_bytes_read(setting)
     for steps, measurement in zip((1, 4, 20), measurements, strict=True):
         # The knots, and at most 5% of all knots for labels, levels, page headers and footers.
         assert (steps + 1) * knot <= measurement.values[0] <= (steps + 1) * knot + 0.05 * 21 * knot
-        assert measurement.against == (sum(file.stat().st_size for file in parts),)
+        assert measurement.against == (sum(file.stat().st_size for file in written),)
     assert [measurement.holds for measurement in measurements] == [True, None, None]
 
 
@@ -163,14 +169,14 @@ def test_tensor_bytes_equal_the_bytes_of_the_knots(
     digits_store: str, setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(type(setting), "store", lambda self: store.open(digits_store))
-    measurements = {m.what: m for m in store_parts.measure_bytes_stored(setting)}
+    measurements = {m.what: m for m in parts.measure_bytes_stored(setting)}
     plain = measurements["stored, none / bytes of the tensors"]
     assert plain.against == (1024 * 21 * 64 * 4,)
     written = next(Path(digits_store).rglob("shard-000000.parquet"))
     assert plain.values == (written.stat().st_size,)
     assert plain.holds
     assert measurements["stored, zstd / bytes of the tensors"].ratios < plain.ratios
-    for name in store_parts.COMPRESSIONS:
+    for name in parts.COMPRESSIONS:
         shard = store.open(digits_store).shards[0]
         copied = adopt(str(tmp_path / f"compressed-{name}"), shard, store.open(digits_store).identity)[1]
         original = adopt(digits_store, shard, store.open(digits_store).identity)[1]
@@ -178,13 +184,13 @@ def test_tensor_bytes_equal_the_bytes_of_the_knots(
             np.testing.assert_array_equal(column_array(copied[column]), column_array(original[column]))
 
 
-needs_clear_refs = pytest.mark.skipif(not rollout_parts.RESET_FILE.exists(), reason="requires Linux's /proc")
+needs_clear_refs = pytest.mark.skipif(not parts.RESET_FILE.exists(), reason="requires Linux's /proc")
 
 
 @needs_clear_refs
 def test_the_peak_includes_freed_memory_until_it_is_reset():
     code = """
-from pipeline.benchmark.rollout_parts import RESET_FILE, peak_memory
+from pipeline.benchmark.parts import RESET_FILE, peak_memory
 RESET_FILE.write_text("5")
 before = peak_memory()
 x = bytearray(300 << 20)
@@ -201,7 +207,7 @@ print(peak_memory() - before)
 
 @needs_clear_refs
 def test_the_peaks_of_the_actor_and_the_driver(setting, ray_cluster: None):
-    actor, driver = rollout_parts.rollout_peaks(setting)
+    actor, driver = parts.rollout_peaks(setting)
     # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
     assert 100 < actor < 4096
     assert 100 < driver < 4096
@@ -260,7 +266,7 @@ def test_the_speed_excludes_the_first_window(setting, monkeypatch: pytest.Monkey
         for samples_per_second in (1.0, 100.0, 300.0):
             job.run.metrics({"samples_per_second": samples_per_second})
 
-    monkeypatch.setattr("pipeline.benchmark.store_parts.run_updates", loop)
+    monkeypatch.setattr("pipeline.benchmark.parts.run_updates", loop)
     # Windows have the same number of samples, so the speed is the harmonic mean.
     assert speed(setting, 150) == pytest.approx(150.0)
 

@@ -74,7 +74,7 @@ def test_failed_checks_log_their_problem(
     ("status", "problem"),
     [
         (403, "the token is "),
-        (200, "http://127.0.0.1:{port} is not Ray's job server (status 200)"),
+        (200, "http://127.0.0.1:{port} (JSONDecodeError)"),
     ],
 )
 def test_a_server_that_is_not_ray_or_refuses_the_token_is_reported(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 import torch
@@ -19,8 +20,7 @@ from kac.util import files
 from pipeline.cluster import connection as cluster
 from pipeline.config import RolloutSpec
 from pipeline.memory import peak_memory
-from pipeline.rollout import ShardOutcome, make_plan, seal
-from pipeline.rollout.actors import AttemptLedger, compute_on_actors
+from pipeline.rollout import ShardOutcome, actors, make_plan, seal
 from pipeline.store.layout import MANIFEST, Shard, StoreIdentity
 from pipeline.store.manifest import list_shards, read_manifest
 from pipeline.store.order import Order, windows
@@ -74,8 +74,9 @@ def scheduling_rate(folder: str, shards: int) -> Costs:
     spec = _spec(folder, shards, actors=cluster.connect().cpus)
     plan = make_plan(spec)
     before, cpu = _peak_mib(), time.process_time()
-    outcomes = compute_on_actors(spec, plan, FakeShardMaker, pause_seconds=0.0)
-    next(outcomes)
+    with mock.patch.object(actors, "PAUSE_SECONDS", 0.0):
+        outcomes = actors.compute_on_actors(spec, plan, FakeShardMaker)
+        next(outcomes)
     started = time.perf_counter()
     rest = len(list(outcomes))
     seconds = time.perf_counter() - started
@@ -89,7 +90,7 @@ def scheduling_rate(folder: str, shards: int) -> Costs:
 def ledger_rate(folder: str, shards: int) -> Costs:
     """The rate of calls that the ledger of a rollout serves, from one process per CPU. A shard takes two calls."""
     callers = max(1, cluster.connect().cpus)
-    ledger = ray.remote(AttemptLedger).options(num_cpus=0).remote(LEDGER_CALLS)
+    ledger = ray.remote(actors.AttemptLedger).options(num_cpus=0).remote(LEDGER_CALLS)
     task = ray.remote(_call).options(num_cpus=0)
     names = [Shard(0.0, index, 0, 0).name for index in range(shards)]
     ray.get([task.remote(ledger, names[:1], 1) for _ in range(callers)])  # starts the processes
