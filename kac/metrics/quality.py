@@ -52,10 +52,6 @@ class Reference:
         self.train, self.held_out, self.train_pixels, self.floor_count = train, held_out, train_pixels, floor_count
         self._radii: dict[str, Tensor] = {}
 
-    def width(self, space: str) -> int:
-        """Return the number of features per row."""
-        return self.train[space].width
-
     def frechet_distance(self, space: str, moments: Moments) -> float:
         """Return the Frechet distance between the training images and samples with these moments.
 

@@ -1,5 +1,6 @@
 """Statistics of streamed features: any number of samples is evaluated in bounded memory."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import safetensors.torch
@@ -63,6 +64,16 @@ class Statistics:
         self.blocks: list[Moments] = []
         self._kept: list[Tensor] = []
 
+    @staticmethod
+    def of(parts: Iterable[Tensor]) -> "Statistics":
+        """Return the statistics of features, given in parts [rows, width]."""
+        statistics: Statistics | None = None
+        for rows in parts:
+            statistics = statistics or Statistics(rows.shape[1])
+            statistics.add(rows)
+        assert statistics is not None
+        return statistics
+
     def add(self, rows: Tensor) -> None:
         """Add features [rows, width]."""
         missing = KEPT_ROWS - self.moments.count
@@ -70,11 +81,6 @@ class Statistics:
             self._kept.append(rows[:missing].float())
         self._fill_blocks(rows)
         self.moments.add(rows)
-
-    @property
-    def width(self) -> int:
-        """The number of features per row."""
-        return len(self.moments.mean)
 
     @cached_property
     def kept(self) -> Tensor:

@@ -1,5 +1,24 @@
-"""The claims of the papers on Kac flows, measured on trained networks. There is one module per claim.
+"""The claims of the papers on Kac flows, measured on trained networks.
 
-The modules have pure functions of tensors and networks. Quality is measured on delivered images. Velocities and
-energies are measured on the network's own output.
+There is one module per claim, with its measurement, its sentence and its picture. Quality is measured on delivered
+images. Velocities and energies are measured on the network's own output.
 """
+
+from collections.abc import Callable
+
+from kac.study import guidance_scales, marginals, memorisation, plane, solver_steps, speed_limit, stability
+from kac.study.claim import ClaimResult
+from kac.study.subject import Inputs, StudyModel, Trajectories
+
+CLAIMS: dict[str, Callable[[Inputs], ClaimResult | str]] = {
+    "stability": stability.measure,
+    "speed": speed_limit.measure,
+    "solver": solver_steps.measure,
+    "guidance": guidance_scales.measure,
+    "memorisation": memorisation.measure,
+    "marginals": marginals.measure,
+    "plane": plane.measure,
+}
+"""Functions that measure the claims. Each returns a result, or the reason why the claim is left out."""
+
+__all__ = ["CLAIMS", "ClaimResult", "Inputs", "StudyModel", "Trajectories"]

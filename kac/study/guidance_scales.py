@@ -7,10 +7,12 @@ energy, label agreement and the number of values out of range grow with w.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from kac.conditioning import guidance_problem
 from kac.metrics.features import FeatureSpace
 from kac.metrics.features.classifier import Classifier
 from kac.sampling import generate
-from kac.study.subject import Subject
+from kac.study.claim import ClaimResult, panels, png
+from kac.study.subject import Inputs, Subject
 from kac.util.images import delivered
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 7.0, 10.0)
@@ -49,3 +51,41 @@ def effect_of_guidance(
                 correct += int((predicted == label.cpu()).sum())
         agreement = None if classifier is None else correct / subject.count
         yield GuidancePoint(w, outside / values, energy / subject.count, agreement)
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Guide the teacher with every scale."""
+    if reason := guidance_problem(inputs.teacher.config):
+        return reason
+    classifier = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
+    found = list(effect_of_guidance(inputs.teacher_subject(), classifier))
+    first, last = found[0], found[-1]
+    text = (
+        f"w = {first.guidance:g} to {last.guidance:g}: kinetic energy {first.kinetic_energy:.4g} to "
+        f"{last.kinetic_energy:.4g}, out of range {first.out_of_range:.2%} to {last.out_of_range:.2%}"
+    )
+    if first.agreement is not None and last.agreement is not None:
+        text += f", label agreement {first.agreement:.2%} to {last.agreement:.2%}"
+    values = [point._asdict() for point in found]
+    metrics = {
+        f"{name}/w={measured['guidance']:g}": value
+        for measured in values
+        for name, value in measured.items()
+        if name != "guidance" and value is not None
+    }
+    return ClaimResult(text, {"teacher": values}, metrics, _plot(found))
+
+
+def _plot(found: Sequence[GuidancePoint]) -> bytes:
+    labels = {
+        "kinetic_energy": "kinetic energy, mean",
+        "out_of_range": "share of raw values beyond [-1, 1]",
+        **({} if found[0].agreement is None else {"agreement": "label agreement"}),
+    }
+    figure, axes = panels(1, len(labels))
+    for axis, (field, label) in zip(axes, labels.items(), strict=True):
+        axis.plot([point.guidance for point in found], [getattr(point, field) for point in found], "o-")
+        axis.set(xlabel="guidance scale w", ylabel=label)
+        axis.grid(alpha=0.3)
+    figure.suptitle("Guidance of the teacher")
+    return png(figure)

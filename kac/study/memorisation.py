@@ -9,6 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kac.metrics.distances import nearest_distances
+from kac.study.claim import ClaimResult, panels, png
+from kac.study.subject import Inputs
+from kac.util.images import delivered
+
 MOST_ENERGETIC = 0.05
 MIN_CLASS_SAMPLES = 5
 """Classes with fewer samples are left out of the correlation within classes."""
@@ -46,3 +51,38 @@ def spearman(a: Tensor, b: Tensor) -> tuple[float, float]:
         return math.nan, math.nan
     result = spearmanr(a.double().numpy(), b.double().numpy())
     return float(result.statistic), float(result.pvalue)
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Compare the energies of stored trajectories with the distances of their images to the training images."""
+    stored = inputs.trajectories
+    if stored is None:
+        return "no `store`"
+    if stored.is_forward:
+        return "a forward store has only the energies of single intervals"
+    rows = stored.read(["label", "kinetic_energy", stored.knot_columns[-1]])
+    energy, label = rows["kinetic_energy"], rows["label"]
+    pixels, w = inputs.pixels, stored.sampling.guidance
+    samples = pixels(delivered(rows[stored.knot_columns[-1]].float()))
+    nearest = [nearest_distances(samples, part) for part in pixels.of_training_images(inputs.data)]
+    distance = torch.stack(nearest).amin(0)
+    found = energy_and_nearness(energy, distance, label)
+    text = (
+        f"w = {w:g}, {len(distance):,} trajectories, energy against distance to the nearest training image: Spearman "
+        f"{found.correlation:+.3f} (p = {found.p_value:.1g}), within classes {found.within_classes:+.3f}; distance of "
+        f"the 5 % with the most energy: {found.energetic_ratio:.3f} of the mean"
+    )
+    metrics = {name: float(value) for name, value in found._asdict().items()}
+    picture = _plot(energy, distance, label, found)
+    return ClaimResult(text, {"guidance": w, **found._asdict()}, metrics, picture)
+
+
+def _plot(energy: Tensor, distance: Tensor, label: Tensor, found: EnergyAndNearness) -> bytes:
+    """One dot per trajectory, coloured by class."""
+    figure, (axis,) = panels(1, 1, width=8)
+    dots = axis.scatter(energy.numpy(), distance.numpy(), c=label.numpy(), cmap="tab10", s=8, alpha=0.6)
+    figure.colorbar(dots, ax=axis, label="class")
+    correlation = f"Spearman {found.correlation:+.3f}, within classes {found.within_classes:+.3f}"
+    axis.set(xlabel="kinetic energy of the trajectory", ylabel="distance to the nearest training image")
+    axis.set_title(f"Energy and near-copies: {correlation}")
+    return png(figure)

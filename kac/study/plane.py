@@ -3,7 +3,9 @@
 For samples that are points, this module records the trajectories, their ends and their speeds.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor
 
 from kac.metrics.distances import sliced_wasserstein
 from kac.sampling import generate
-from kac.study.subject import Subject, Watched
+from kac.study.claim import TIME, ClaimResult, panels, png
+from kac.study.subject import Inputs, Subject, Watched
 
 EDGE, CELLS = 1.25, 100
 """Densities are counted between -EDGE and EDGE, with this number of cells per side."""
+
+SHOWN_TRAJECTORIES = 60
 
 
 class Travelled(NamedTuple):
@@ -23,11 +28,6 @@ class Travelled(NamedTuple):
     t: Tensor  # [evaluations]
     x: Tensor  # [evaluations + 1, points, 2]; the last entry is the samples
     speed: Tensor  # [evaluations, points], the length |u| of the velocity
-
-    @property
-    def samples(self) -> Tensor:
-        """The samples [points, 2]."""
-        return self.x[-1]
 
 
 def travel(subject: Subject) -> Travelled:
@@ -50,6 +50,48 @@ def density(points: Tensor) -> np.ndarray:
     return counts
 
 
-def distance_to(data: Tensor, points: Tensor) -> float:
-    """Return the squared sliced 2-Wasserstein distance between samples [points, 2] and data [rows, 2]."""
-    return sliced_wasserstein(data, points)
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Follow the points of the teacher and the rival."""
+    if inputs.teacher.config.sample_shape != (2,):
+        return "the samples are not points of the plane"
+    # AB-2 evaluates the network once per step, so every evaluated state is on the trajectory.
+    subjects = [replace(subject, sampling=subject.sampling._replace(solver="ab2")) for subject in inputs.teachers()]
+    found = {subject.name: travel(subject) for subject in subjects}
+    train = torch.cat(list(inputs.pixels.of_training_images(inputs.data)))
+    lines, values = [], {}
+    metrics: dict[str, float] = {}
+    for name, (t, x, speed) in found.items():
+        mean, largest = speed.mean(1), speed.amax(1)
+        distance, fastest = sliced_wasserstein(train, x[-1]), largest.max().item()
+        measured = {"sliced_wasserstein": distance, "fastest": fastest}
+        values[name] = {**measured, "t": t.tolist(), "mean": mean.tolist(), "largest": largest.tolist()}
+        metrics |= {f"{measure}/{name}": value for measure, value in measured.items()}
+        lines.append(f"{name}: squared sliced W2 {distance:.5f}, fastest {fastest:.2f}")
+    return ClaimResult("; ".join(lines), values, metrics, _plot(train, found))
+
+
+def _plot(data: Tensor, found: Mapping[str, Travelled]) -> bytes:
+    """One row per model: density of the data, density of the samples, some trajectories, speeds."""
+    figure, axes = panels(len(found), 4)
+    highest = 1.05 * max(travelled.speed.max().item() for travelled in found.values())
+    for row, (name, (t, x, speed)) in enumerate(found.items()):
+        real, samples, trajectories, speeds = axes[4 * row : 4 * row + 4]
+        _draw_density(real, data, "training data")
+        _draw_density(samples, x[-1], f"{name}: samples")
+        shown = x[:, :SHOWN_TRAJECTORIES]
+        trajectories.plot(shown[..., 0], shown[..., 1], color="C0", linewidth=0.6, alpha=0.6)
+        trajectories.scatter(*shown[0].T, s=10, color="grey", label="noise", zorder=2)
+        trajectories.scatter(*shown[-1].T, s=10, color="C3", label="samples", zorder=3)
+        trajectories.set(title=f"{name}: {shown.shape[1]} trajectories", aspect="equal")
+        trajectories.legend(fontsize=8)
+        speeds.fill_between(t, speed.amin(1), speed.amax(1), alpha=0.2, label="slowest to fastest")
+        speeds.plot(t, torch.quantile(speed, 0.99, dim=1), "--", label="99 %")
+        speeds.plot(t, speed.mean(1), label="mean")
+        speeds.set(ylabel="speed |u|", title=f"{name}: speeds", ylim=(0, highest), **TIME)
+        speeds.legend(fontsize=8)
+    return png(figure)
+
+
+def _draw_density(axis: Any, points: Tensor, title: str) -> None:
+    axis.imshow(density(points), origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), cmap="magma_r")
+    axis.set(title=title, aspect="equal")

@@ -4,20 +4,22 @@ This module measures the Frechet distance between delivered samples and the trai
 of steps.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
-from kac.metrics.statistics import Moments
+from kac.metrics.statistics import Moments, Statistics
 from kac.sampling import generate
 from kac.solvers import STEPPERS, Method
-from kac.study.subject import Subject
+from kac.study.claim import ClaimResult, panels, png
+from kac.study.subject import Inputs, Subject
 from kac.util.images import delivered
 
 STEPS = (5, 10, 20, 50, 100)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 class SolverPoint(NamedTuple):
@@ -27,16 +29,6 @@ class SolverPoint(NamedTuple):
     steps: int
     nfe: int
     distances: dict[str, float]  # Frechet distances by feature space
-
-
-def moments_in(spaces: Sequence[FeatureSpace], parts: Iterable[Tensor]) -> dict[str, Moments]:
-    """Return the moments of delivered samples, given in parts [rows, *sample], in each feature space."""
-    moments: dict[str, Moments] = {}
-    for part in parts:
-        for space in spaces:
-            rows = space(part)
-            moments.setdefault(space.name, Moments(rows.shape[1])).add(rows)
-    return moments
 
 
 def quality_by_solver(
@@ -53,12 +45,63 @@ def quality_by_solver(
     for method in STEPPERS:
         for count in steps:
             sampling = subject.sampling._replace(solver=method, steps=count)
-            nfe = 0
-            parts: list[Tensor] = []
-            for x_1, label in subject.starts():
-                solution = generate(subject.network, x_1, label, sampling)
-                nfe = solution.nfe
-                parts.append(delivered(solution.x.cpu()))
-            moments = moments_in(spaces, parts)
-            distances = {space.name: frechet_distance(train[space.name], moments[space.name]) for space in spaces}
-            yield SolverPoint(method, count, nfe, distances)
+            solutions = [generate(subject.network, x_1, label, sampling) for x_1, label in subject.starts()]
+            parts = [delivered(solution.x.cpu()) for solution in solutions]
+            own = {space.name: Statistics.of(map(space, parts)).moments for space in spaces}
+            distances = {name: frechet_distance(train[name], moments) for name, moments in own.items()}
+            yield SolverPoint(method, count, solutions[-1].nfe, distances)
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Sample the teacher and the rival with every solver, and compare held-out images as the floor."""
+    spaces, held_out = inputs.spaces, inputs.data.held_out
+    train = {space.name: Statistics.of(space.of_training_images(inputs.data)).moments for space in spaces}
+    count = min(inputs.samples, len(held_out))
+    chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]
+    real = delivered(held_out.rows(chosen).images)
+    floor = {s.name: frechet_distance(train[s.name], Statistics.of([s(real)]).moments) for s in spaces}
+    found = {subject.name: list(quality_by_solver(subject, spaces, train)) for subject in inputs.teachers()}
+    shown = spaces[-1].name
+    lines = [
+        f"{name} {method} {' '.join(f'{p.distances[shown]:.4f}' for p in points if p.method == method)}"
+        for name, points in found.items()
+        for method in STEPPERS
+    ]
+    metrics = {
+        f"frechet_distance_{space}_{point.method}_{point.steps}/{name}": distance
+        for name, points in found.items()
+        for point in points
+        for space, distance in point.distances.items()
+    }
+    text = (
+        f"FD {shown} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}; {count:,} held-out images "
+        f"{floor[shown]:.4f}"
+    )
+    values = {name: [point._asdict() for point in points] for name, points in found.items()}
+    held_out_values = {"count": count, "distances": floor}
+    return ClaimResult(text, {"held_out": held_out_values, **values}, metrics, _plot(found, count, floor))
+
+
+def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping[str, float]) -> bytes:
+    """One panel per feature space: Frechet distance against network evaluations.
+
+    Args:
+        count: the number of held-out images.
+        floor: Frechet distance of the held-out images, by feature space.
+    """
+    figure, axes = panels(1, len(floor))
+    for axis, (space, distance) in zip(axes, floor.items(), strict=True):
+        axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")
+        for line, (name, points) in zip(("-", "--"), found.items(), strict=False):
+            for number, method in enumerate(STEPPERS):
+                own = [(point.nfe, point.distances[space]) for point in points if point.method == method]
+                style = f"{MARKERS[number]}{line}"
+                axis.plot(*zip(*own, strict=True), style, color=f"C{number}", label=f"{name}, {method}")
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE) per sample", title=f"features: {space}")
+        axis.set_xticks(sorted({point.nfe for points in found.values() for point in points}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_ylabel("Frechet distance to training images")
+        axis.legend(fontsize=8)
+    figure.suptitle("Solvers: quality of delivered samples, w = 0")
+    return png(figure)

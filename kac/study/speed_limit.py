@@ -5,12 +5,15 @@ approximates this field. This module measures how many of its velocities exceed 
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kac.sampling import generate
-from kac.study.subject import Subject, Watched
+from kac.study.claim import ClaimResult, panels, png
+from kac.study.subject import Inputs, Subject, Watched
 from kac.util.errors import DivergedError
 
 BINS = 80
@@ -65,3 +68,34 @@ def speeds(subject: Subject, limit: float) -> Speeds:
     for x_1, label in subject.starts():
         generate(network, x_1, label, subject.sampling)
     return counted
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Count the speeds of the teacher, its students without guidance, and the rival."""
+    limit = inputs.teacher.config.path.build().speed_limit()
+    if not math.isfinite(limit):
+        return "the teacher's path has no speed limit"
+    # Guided velocities have another limit, so students with guidance in their weights are not measured.
+    teacher, *rival = inputs.teachers()
+    found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
+    lines = [f"{name} at most {s.largest:.2f}, {100 * s.share_beyond:.2g} % beyond" for name, s in found.items()]
+    values: dict[str, dict[str, Any]] = {
+        name: {"largest": s.largest, "share_beyond": s.share_beyond, "density": s.density()[1]}
+        for name, s in found.items()
+    }
+    metrics = {f"{field}/{name}": values[name][field] for field in ("largest", "share_beyond") for name in found}
+    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(lines)}"
+    return ClaimResult(text, {"limit": limit, "models": values}, metrics, _plot(found, limit))
+
+
+def _plot(found: Mapping[str, Speeds], limit: float) -> bytes:
+    figure, (axis,) = panels(1, 1, width=8)
+    for name, measured in found.items():
+        edges, heights = measured.density()
+        # The last bin would be a spike, so it is left out. The legend has the share beyond the limit.
+        label = f"{name}: {100 * measured.share_beyond:.2g} % beyond, at most {measured.largest:.2f}"
+        axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
+    axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")
+    axis.set(xlabel="|u| per coordinate", ylabel="density", yscale="log", title="Speeds during sampling, w = 0")
+    axis.legend(fontsize=8)
+    return png(figure)

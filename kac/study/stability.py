@@ -11,6 +11,7 @@ holds (``certain``). Distillation only reduces delta_k measured from the teacher
 inequality also holds with this delta_k (``one_step``; ``bound`` accumulates it over all steps so far).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from kac.sampling import velocity_of
 from kac.solvers import knot_times, solve
-from kac.study.subject import Subject
+from kac.study.claim import TIME, ClaimResult, panels, png
+from kac.study.subject import Inputs, Subject
 
 COINCIDE = 1e-5
 """States closer than this per coordinate differ by rounding only, so they are not used to measure the stretch."""
@@ -103,3 +105,54 @@ def _add_batch(
 def _rms_each(gap: Tensor) -> Tensor:
     """[batch, *sample] -> [batch], the root mean square over coordinates."""
     return gap.flatten(1).double().square().mean(1).sqrt()
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Compare every student with its teacher at the student's guidance scale."""
+    if not inputs.students:
+        return "no `students`"
+    found: dict[str, list[StabilityKnot]] = {}
+    lines: list[str] = []
+    left_out: list[str] = []
+    metrics: dict[str, float] = {}
+    for student in inputs.student_subjects():
+        name, steps = student.name, student.sampling.steps
+        teacher = inputs.teacher_subject(student.config.guidance or 0.0, steps)
+        if teacher.sampling.steps % steps:
+            reason = f"its {steps} steps do not divide the teacher's {teacher.sampling.steps}"
+            left_out.append(f"{name}: left out, because {reason}")
+            continue
+        knots = found[name] = stability(teacher, student)
+        beyond = [f"{knot.t:g}" for knot in knots if not knot.holds]
+        verdict = f"violated at t = {', '.join(beyond)}" if beyond else "holds at every knot"
+        worst = max(knot.error for knot in knots)
+        lines.append(f"{name}: error at most {worst:.4f}, bound at the image {knots[-1].bound:.4f}, bound {verdict}")
+        metrics |= {f"largest_error/{name}": worst, f"image_error/{name}": knots[-1].error}
+        metrics |= {f"image_bound/{name}": knots[-1].bound, f"knots_beyond/{name}": float(len(beyond))}
+    if not found:
+        return "; ".join(left_out) or "no step count of `steps` divides the store's knots"
+    values = {name: [{**knot._asdict(), "holds": knot.holds} for knot in knots] for name, knots in found.items()}
+    return ClaimResult("; ".join([*lines, *left_out]), values, metrics, _plot(found))
+
+
+def _plot(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
+    """One panel per student: its error at each knot, and the bounds."""
+    columns = max(2, min(4, len(found)))  # the title is wider than one panel
+    figure, axes = panels(-(-len(found) // columns), columns)
+    lines = {
+        "error": ("o-", "C0", "error e"),
+        "bound": ("s--", "C1", "bound from the errors of single steps"),
+        "one_step": ("^:", "C2", "bound from the previous knot"),
+        "certain": (":", "grey", "triangle inequality"),
+    }
+    for axis, (name, knots) in zip(axes, found.items(), strict=False):
+        later = knots[1:]  # the error at the noise is 0, which has no logarithm
+        for field, (style, colour, label) in lines.items():
+            values = [getattr(knot, field) for knot in later]
+            axis.plot([knot.t for knot in later], values, style, color=colour, label=label)
+        axis.set(title=name, ylabel="RMS distance per coordinate", yscale="log", **TIME)
+        axis.legend(fontsize=8)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    figure.suptitle("Stability: distance of a student to its teacher's trajectory, and its bound")
+    return png(figure)

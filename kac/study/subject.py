@@ -1,14 +1,20 @@
-"""The subject of a study: a network, its sampling, and the noise that it starts from."""
+"""What a study measures: models with their sampling and noise, and the teacher's stored trajectories."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from kac.model import ModelConfig
+from kac.data import Dataset
+from kac.guidance import check_guidance
+from kac.metrics.features import FeatureSpace, open_space
+from kac.model import ModelConfig, load_model
 from kac.networks import Condition, VelocityNetwork
-from kac.sampling import Sampling, initial_noise
+from kac.precision import Precision
+from kac.sampling import TEACHER_STEPS, Sampling, initial_noise, student_sampling, teacher_sampling
+from kac.util.device import default_device
 
 
 @dataclass(frozen=True)
@@ -19,17 +25,16 @@ class Subject:
     network: VelocityNetwork
     config: ModelConfig
     sampling: Sampling
-    device: torch.device
     seed: int
     count: int
     batch_size: int
 
     def starts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the noise [batch, *sample] and labels [batch] of all samples, on the subject's device."""
+        """Yield the noise [batch, *sample] and labels [batch] of all samples, on the default device."""
         for first in range(0, self.count, self.batch_size):
             ids = range(first, min(first + self.batch_size, self.count))
             x_1, label = initial_noise(self.config, self.seed, ids)
-            yield x_1.to(self.device), label.to(self.device)
+            yield x_1.to(default_device()), label.to(default_device())
 
 
 class Watched:
@@ -45,3 +50,94 @@ class Watched:
         u = self.network(x, t, label, **conditions)
         self.see(x, t, u)
         return u
+
+
+class StudyModel(NamedTuple):
+    """The folder and the config of a model."""
+
+    path: str
+    config: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+class Trajectories(NamedTuple):
+    """Stored trajectories of the teacher at one guidance scale."""
+
+    sampling: Sampling
+    is_forward: bool  # noised data instead of the teacher's trajectories
+    knots: int
+    knot_columns: Sequence[str]  # from noise to image
+    read: Callable[[Sequence[str]], dict[str, Tensor]]  # "label", "kinetic_energy" and knots -> [rows, ...] each
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The models, trajectories and data of a study. Networks are loaded on first use."""
+
+    teacher: StudyModel
+    students: Sequence[StudyModel]
+    rival: StudyModel | None
+    trajectories: Trajectories | None
+    data: Dataset
+    samples: int  # per model
+    steps: Sequence[int]  # step counts of any-step students
+    precision: Precision
+    seed: int
+    batch_size: int
+
+    @functools.cached_property
+    def pixels(self) -> FeatureSpace:
+        """The feature space of pixels."""
+        return open_space("pixels", self.data)
+
+    @functools.cached_property
+    def spaces(self) -> list[FeatureSpace]:
+        """The feature spaces: pixels, and the classifier's features if there are several classes."""
+        has_classes = self.teacher.config.num_classes > 1
+        return [self.pixels, *([open_space("classifier", self.data, default_device())] if has_classes else [])]
+
+    def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
+        """The teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes the number."""
+        return self._subject("teacher", self.teacher, self._teacher_sampling(guidance, steps))
+
+    def teachers(self) -> list[Subject]:
+        """The teacher and the rival, with the same sampling and without guidance."""
+        models = {"teacher": self.teacher, "rival": self.rival}
+        return [self._subject(name, model, self._teacher_sampling(0.0, 1)) for name, model in models.items() if model]
+
+    def student_subjects(self, guidance: float | None = None) -> list[Subject]:
+        """The students; an any-step student once per step count.
+
+        Args:
+            guidance: keep only students that can be sampled at this scale. None keeps all, each at its own scale.
+        """
+        knots = self.trajectories.knots if self.trajectories else TEACHER_STEPS
+        dividing = [steps for steps in sorted(set(self.steps)) if knots % steps == 0]
+        subjects = []
+        for model in self.students:
+            config = model.config
+            scales = config.guidance_scales if config.takes_guidance else (config.guidance,)
+            if guidance is None or guidance in scales:
+                for steps in dividing if config.is_any_step else [None]:
+                    name = model.name + (f"@{steps}" if config.is_any_step else "")
+                    subjects.append(self._subject(name, model, student_sampling(config, steps, guidance)))
+        return subjects
+
+    def _teacher_sampling(self, guidance: float, steps: int) -> Sampling:
+        if self.trajectories is None:
+            return teacher_sampling(self.teacher.config, guidance, -(-TEACHER_STEPS // steps) * steps)
+        check_guidance(self.teacher.config, [guidance])
+        return self.trajectories.sampling._replace(guidance=guidance)
+
+    def _subject(self, name: str, model: StudyModel, sampling: Sampling) -> Subject:
+        network = self._load(model.path)
+        return Subject(name, network, model.config, sampling, self.seed, self.samples, self.batch_size)
+
+    @functools.cached_property
+    def _load(self) -> Callable[[str], VelocityNetwork]:
+        """Loads each network once, and compiles it once if ``precision.compile`` is set."""
+        return functools.cache(lambda path: self.precision.wrap(load_model(path, default_device()).network))

@@ -1,9 +1,14 @@
 """Finds the models to compare: folders of models, the front of a sweep, or the models of runs in MLflow."""
 
+import itertools
 import json
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from kac.model import CONFIG_FILE, load_config
+from kac.guidance import check_guidance
+from kac.model import CONFIG_FILE, ModelConfig, load_config, load_teacher_config
+from kac.sampling import Sampling, student_sampling, teacher_sampling
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
@@ -11,7 +16,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.config import EvaluateSpec
 
 ANSWER_FILE = "answer.json"
-"""The answer in a sweep's folder: see ``pipeline.sweep.report``."""
+"""The answer in a sweep's folder: see ``pipeline.sweep.sweep_report``."""
 
 PATH_TAG, WEIGHTS_TAG = "distillkac.path", "distillkac.weights_sha256"
 """Tags of a run that produced a model: the folder and the weights of the model."""
@@ -26,52 +31,40 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
     spec = spec.model_copy(update={"out": cluster.absolute(spec.out)})
     teacher, students = spec.teacher, [cluster.absolute(path) for path in spec.students]
     if spec.from_sweep:
-        answer, front = _read_front(cluster.absolute(spec.from_sweep))
-        students += front
+        answer = _read_answer(cluster.absolute(spec.from_sweep))
+        students += answer["front"]
         teacher = teacher or answer.get("teacher") or _teacher_of_store(answer.get("store"))
     if spec.runs:
-        teachers, students_of_runs = _models_of_runs(spec)
-        students += students_of_runs
-        teacher = teacher or next(iter(teachers), None) or _teacher_of_students(spec, students_of_runs)
+        folders = [_model_of_run(tracking.tracking_uri(spec.out), run_id) for run_id in spec.runs]
+        kinds = {folder: load_config(folder).kind for folder in folders}
+        students += [folder for folder in folders if kinds[folder] == "student"]
+        teacher = teacher or next((folder for folder in folders if kinds[folder] == "teacher"), None)
+        teacher = teacher or _teacher_of_runs(spec, folders)
     if teacher is None:
         raise ArgumentError("`teacher` is required, because the sweep or the runs do not name one.")
-    return spec.model_copy(
-        update={
-            "teacher": cluster.absolute(teacher),
-            "students": tuple(dict.fromkeys(students)),
-            "from_sweep": None,
-            "runs": (),
-        }
-    )
+    found = {"teacher": cluster.absolute(teacher), "students": tuple(dict.fromkeys(students))}
+    return spec.model_copy(update={**found, "from_sweep": None, "runs": ()})
 
 
-def _read_front(sweep: str) -> tuple[dict[str, Any], list[str]]:
-    """The answer of a sweep, and the folders of the students on its front."""
+def _read_answer(sweep: str) -> dict[str, Any]:
+    """The answer of a sweep. If the sweep was moved, its front has the folders of the same names in the new folder."""
     path = files.join(sweep, ANSWER_FILE)
     try:
-        answer = json.loads(files.read_bytes(path))
+        answer: dict[str, Any] = json.loads(files.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ArgumentError(
             f"`from_sweep` {sweep} has no {ANSWER_FILE}, so it is not a finished sweep. Finish the sweep first."
         ) from None
     except ValueError:
         raise DistillKacError(f"{path} is damaged. Run the command of the sweep again.") from None
-    front = [_student_folder(folder, sweep) for folder in answer.get("front", [])]
+    front = [f if _is_model(f) else files.join(sweep, f.rsplit("/", 1)[-1]) for f in answer.get("front", [])]
     if not front:
         raise ArgumentError(f"`from_sweep` {sweep} has no finished trials. Finish the sweep first.")
-    return answer, front
+    return {**answer, "front": front}
 
 
-def _student_folder(folder: str, sweep: str) -> str:
-    """The folder of a student; if the sweep was moved, the folder of the same name in the sweep's folder."""
-    return folder if files.exists(files.join(folder, CONFIG_FILE)) else files.join(sweep, folder.rsplit("/", 1)[-1])
-
-
-def _models_of_runs(spec: EvaluateSpec) -> tuple[list[str], list[str]]:
-    """The folders of the teachers and of the students that the runs produced."""
-    folders = [_model_of_run(tracking.tracking_uri(spec.out), run_id) for run_id in spec.runs]
-    kinds = [(load_config(folder).kind, folder) for folder in folders]
-    return [f for kind, f in kinds if kind == "teacher"], [f for kind, f in kinds if kind == "student"]
+def _is_model(folder: str) -> bool:
+    return files.exists(files.join(folder, CONFIG_FILE))
 
 
 def _model_of_run(uri: str, run_id: str) -> str:
@@ -88,43 +81,118 @@ def _model_of_run(uri: str, run_id: str) -> str:
                 "MLFLOW_TRACKING_URI."
             ) from None
         raise ArgumentError(f"`runs` {run_id} is not the id of a run in {server}.") from None
-    if PATH_TAG not in tags:
+    if PATH_TAG not in tags or not _is_model(tags[PATH_TAG]):
         raise ArgumentError(
-            f"`runs` {run_id} is a run of the stage {tags.get(tracking.STAGE_TAG, 'unknown')} without a model. Give "
-            "finished runs of distill."
+            f"`runs` {run_id} is a run of the stage {tags.get(tracking.STAGE_TAG, 'unknown')} without a model in "
+            f"{tags.get(PATH_TAG, 'any folder')}. Give finished runs of distill."
         )
-    folder = str(tags[PATH_TAG])
-    if not files.exists(files.join(folder, CONFIG_FILE)):
-        raise ArgumentError(f"`runs` {run_id} wrote its model to {folder}, but {CONFIG_FILE} is missing there.")
-    return folder
+    return str(tags[PATH_TAG])
 
 
-def _teacher_of_students(spec: EvaluateSpec, students: list[str]) -> str | None:
+def _teacher_of_runs(spec: EvaluateSpec, students: list[str]) -> str | None:
     """The teacher of the first student: found in MLflow by its weights, or in the manifest of the student's store."""
     from mlflow import MlflowClient
 
-    uri = tracking.tracking_uri(spec.out)
-    if not uri:
-        return None
-    client = MlflowClient(uri)
+    client = MlflowClient(tracking.tracking_uri(spec.out))
     experiment = client.get_experiment_by_name(tracking.experiment_name())
-    if not students or experiment is None:
+    if experiment is None:
         return None
     query = f"tags.`{WEIGHTS_TAG}` = '{load_config(students[0]).teacher_sha256}'"
     folders = [run.data.tags.get(PATH_TAG) for run in client.search_runs([experiment.experiment_id], query)]
-    existing = [folder for folder in folders if folder and files.exists(files.join(folder, CONFIG_FILE))]
-    runs = [client.get_run(run_id) for run_id in spec.runs]
-    stores = [run.data.params.get("store") for run in runs if run.data.tags.get(PATH_TAG) == students[0]]
-    return existing[0] if existing else next(iter(filter(None, map(_teacher_of_store, stores))), None)
+    existing = (folder for folder in folders if folder and _is_model(folder))
+    return next(existing, None) or _teacher_of_store(client.get_run(spec.runs[0]).data.params.get("store"))
 
 
 def _teacher_of_store(path: str | None) -> str | None:
     """The folder of the teacher that a store's manifest names; None if the store or the teacher does not exist."""
-    if not path:
-        return None
     try:
-        manifest = store.open(path).manifest
+        manifest = store.open(path).manifest if path else None
     except DistillKacError:
         return None
-    teacher = manifest.teacher if manifest else None
-    return teacher if teacher and files.exists(files.join(teacher, CONFIG_FILE)) else None
+    return manifest.teacher if manifest and manifest.teacher and _is_model(manifest.teacher) else None
+
+
+class Candidate(NamedTuple):
+    """A model in the comparison, with its sampling."""
+
+    name: str
+    path: str
+    config: ModelConfig
+    guidance: float  # chosen for a teacher, built into a student
+    sampling: Sampling
+
+
+def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
+    """Every model of a resolved spec with its sampling: teachers first, then students, sorted by guidance.
+
+    Raises:
+        DistillKacError: a model is missing, a student has another teacher, or ``guidance`` does not apply.
+    """
+    assert spec.teacher is not None  # resolve found it
+    teacher = load_teacher_config(spec.teacher)
+    check_guidance(teacher, spec.guidance)
+    names = unique_names(path for given in spec.students for path in student_folders(given))
+    students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
+    if spec.guidance and not any(student.config.takes_guidance for student in students):
+        raise ArgumentError(
+            "`guidance` has no effect, because no student takes a guidance scale as an input. Leave it out, or distill "
+            "a student with `guidance` all."
+        )
+    students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
+    teachers = []
+    for w in sorted({0.0, *(student.guidance for student in students)}):
+        sampling = teacher_sampling(teacher, w, spec.solver_steps, spec.solver)
+        teachers.append(Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, sampling))
+    return [*teachers, *students]
+
+
+def unique_names(folders: Iterable[str]) -> dict[str, str]:
+    """Unique names of students by folder: the last part of the path, with as many parts before it as needed."""
+    names = {path: path.rsplit("/", 1)[-1] for path in folders}
+    for depth in itertools.count(2):
+        counts = Counter(names.values())
+        if max(counts.values(), default=1) == 1:
+            break
+        names |= {path: "/".join(path.split("/")[-depth:]) for path, name in names.items() if counts[name] > 1}
+    return names
+
+
+def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, base_name: str) -> list[Candidate]:
+    """The student in a folder, once per evaluated step count and guidance scale."""
+    config = load_student_config(path, str(spec.teacher), teacher)
+    assert config.guidance is not None
+    counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
+    scales = sorted(set(spec.guidance or config.guidance_scales)) if config.takes_guidance else [config.guidance]
+    students = []
+    for m, w in itertools.product(counts, scales):
+        name = base_name + (f"@{m}" if config.is_any_step else "") + (f" w={w:g}" if config.takes_guidance else "")
+        students.append(Candidate(name, path, config, w, student_sampling(config, m, w)))
+    return students
+
+
+def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> ModelConfig:
+    """The config of the student in the folder ``path``.
+
+    Raises:
+        DistillKacError: the model is not a student, or its teacher is not the one in ``teacher_path``.
+    """
+    config = load_config(path)
+    if config.kind != "student":
+        raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")
+    if config.teacher_sha256 != teacher.weights_sha256:
+        raise DistillKacError(
+            f"{path} belongs to another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
+            f"({teacher.weights_sha256[:12]}...). Give the teacher of the student."
+        )
+    return config
+
+
+def student_folders(path: str) -> list[str]:
+    """The folder of a student, or the folders of all students of a sweep."""
+    if _is_model(path):
+        return [path]
+    names = (name.split("/") for name in files.list_sizes(path))
+    folders = [files.join(path, parts[0]) for parts in names if parts[1:] == [CONFIG_FILE]]
+    if not folders:
+        raise DistillKacError(f"{path} is not the folder of a student or a sweep: it has no {CONFIG_FILE}.")
+    return folders

@@ -1,12 +1,9 @@
 """Adds the scores of an evaluation to the runs of the evaluated models: one MLflow run per model."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from kac.model import ModelConfig
-from kac.sampling import TEACHER_STEPS, Sampling
 from pipeline import tracking
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.scores import CURVE_PICTURE, REAL, SAMPLES_PICTURE, TABLE_FILE, Record, Score, table
@@ -22,24 +19,8 @@ HALF_WIDTH_TAG = "distillkac.half_width."
 EVALUATION_TAG = "distillkac.evaluation"
 
 
-class ScoredSamples(NamedTuple):
-    """A row of the table with its first samples."""
-
-    score: Score
-    images: np.ndarray  # [shown, *sample], delivered
-
-
-def metric_prefix(config: ModelConfig, sampling: Sampling, guidance: float) -> str:
-    """The prefix of a row's metrics in its model's run; empty for the model's own step count and guidance scale."""
-    is_teacher = config.kind == "teacher"
-    steps, scale = (TEACHER_STEPS, 0.0) if is_teacher else (config.steps, config.guidance)
-    parts = [f"steps_{sampling.steps}/"] if sampling.steps != steps else []
-    parts += [f"guidance_{guidance:g}/"] if guidance != scale else []
-    return "".join(parts)
-
-
 def track_models(
-    spec: EvaluateSpec, run: tracking.TrackedRun, record: Record, rows: Sequence[ScoredSamples], curve: bytes
+    spec: EvaluateSpec, run: tracking.TrackedRun, record: Record, images: Sequence[np.ndarray], curve: bytes
 ) -> None:
     """Add metrics, pictures and the table to the run of each model.
 
@@ -47,32 +28,27 @@ def track_models(
 
     Args:
         run: of the evaluation.
-        rows: real images first.
+        images: the first delivered samples [shown, *sample] of each score.
         curve: plot of quality against cost.
     """
-    for folder in dict.fromkeys(row.score.folder for row in rows):
-        own_rows = [row for row in rows if row.score.folder == folder]
-        model_run = _run_of(own_rows[0].score, run)
-        if model_run is None:
-            for row in own_rows:
-                _start_nested_run(spec, run, row)
+    details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
+    tags = {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": text for name, text in details.items()}}
+    rows = list(zip(record.scores, images, strict=True))
+    for folder in dict.fromkeys(score.folder for score in record.scores):
+        own = [(score, shown) for score, shown in rows if score.folder == folder]
+        # The newest run that produced the model, on the server of the evaluation.
+        stages = STAGES.get(own[0][0].kind, ())
+        runs = [r for stage in stages for r in tracking.find_runs(own[0][0].fingerprint, stage, run.tracking_uri)]
+        if not runs:
+            for score, shown in own:
+                _start_nested_run(spec, run, score, shown)
             continue
-        _log(model_run, [row.score for row in own_rows])
-        details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
-        tags = {f"{EVALUATION_TAG}.{name}": value for name, value in details.items()}
-        model_run.tags({EVALUATION_TAG: record.fingerprint, **tags})
-        picture = pictures.comparison([(row.score.name, row.images) for row in (rows[0], *own_rows)])
+        _log(runs[0], [score for score, _ in own])
+        runs[0].tags(tags)
+        picture = pictures.comparison([(score.name, shown) for score, shown in (rows[0], *own)])
         contents = {SAMPLES_PICTURE: picture, CURVE_PICTURE: curve, TABLE_FILE: table(record).encode()}
         for name, data in contents.items():
-            model_run.artifact(f"evaluation-{record.fingerprint[:8]}/{name}", data)
-
-
-def _run_of(score: Score, evaluation: tracking.TrackedRun) -> tracking.TrackedRun | None:
-    """The newest run that produced the model, on the server of the evaluation."""
-    for stage in STAGES.get(score.kind, ()):
-        if runs := tracking.find_runs(score.fingerprint, stage, evaluation.tracking_uri):
-            return runs[0]
-    return None
+            runs[0].artifact(f"evaluation-{record.fingerprint[:8]}/{name}", data)
 
 
 def _log(run: tracking.TrackedRun, scores: Sequence[Score]) -> None:
@@ -82,8 +58,7 @@ def _log(run: tracking.TrackedRun, scores: Sequence[Score]) -> None:
     run.tags({f"{HALF_WIDTH_TAG}{name}": f"{value:.3g}" for name, value in widths.items()})
 
 
-def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, row: ScoredSamples) -> None:
-    score = row.score
+def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, images: np.ndarray) -> None:
     with tracking.start_run(
         stage="evaluate-model",
         name=score.name,
@@ -96,4 +71,4 @@ def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, row: ScoredS
         _log(nested, [score.model_copy(update={"prefix": ""})])
         if score.kind != REAL:
             nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
-        nested.artifact(SAMPLES_PICTURE, pictures.sheet(row.images, SHOWN_SAMPLES))
+        nested.artifact(SAMPLES_PICTURE, pictures.sheet(images, SHOWN_SAMPLES))

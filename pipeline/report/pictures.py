@@ -1,15 +1,19 @@
 """Sheets of samples, and plots of quality against cost, as PNG bytes."""
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kac.metrics import Metric
 from kac.util.images import to_bytes
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.scores import Score
 
 CELL, GAP, FONT_SIZE = 64, 3, 14
 """In pixels: the width of enlarged images, the gap between images, the height of titles."""
@@ -35,25 +39,6 @@ def comparison(rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
     return _png(np.asarray(page))
 
 
-class Point(NamedTuple):
-    """A model in a panel."""
-
-    kind: str
-    curve: str  # name of the line through this point: an any-step student, or one name for all other students
-    guidance: float
-    nfe: float
-    value: float
-
-
-class Panel(NamedTuple):
-    """A plot of a metric against network evaluations."""
-
-    metric: Metric
-    points: Sequence[Point]  # of all models
-    real: float | None  # value of held-out images
-    real_count: int  # number of held-out images
-
-
 TITLE_WIDTH = 80
 """Characters per line of a panel's title."""
 
@@ -61,46 +46,47 @@ MARKERS, LINES = "osv^D", ("-", "--", "-.")
 """Styles that distinguish curves of one guidance scale, which share a colour."""
 
 
-def quality_by_nfe(panels: Sequence[Panel]) -> bytes:
-    """Plot the panels side by side."""
+def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> bytes:
+    """Plot each metric against network evaluations.
+
+    Args:
+        metrics: one panel each. All models have them.
+        scores: of real images, then of the models.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for axis, (metric, points, real, count) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        if real is not None:
-            axis.axhline(real, color="black", linewidth=0.8, label=f"real images ({count:,})")
-        _draw_curve(axis, points)
+    real, *models = scores
+    figure = Figure(figsize=(6 * len(metrics), 4), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        if metric.name in real.metrics:
+            label = f"real images ({real.count:,})"
+            axis.axhline(real.metrics[metric.name], color="black", linewidth=0.8, label=label)
+        _draw_curves(axis, metric.name, models)
         axis.set(ylabel=metric.heading, title=textwrap.fill(metric.meaning, TITLE_WIDTH))
         axis.title.set_size(8)
         if metric.better == "lower":
-            axis.set_ylim(0, 1.1 * max(point.value for point in points))
+            axis.set_ylim(0, 1.1 * max(score.metrics[metric.name] for score in models))
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=120)
     return sink.getvalue()
 
 
-def _draw_curve(axis: Any, points: Sequence[Point]) -> None:
-    curves = sorted({point.curve for point in points if point.kind == "student"})
-    for number, w in enumerate(sorted({point.guidance for point in points})):
-        colour = f"C{number}"
-        for index, curve in enumerate(curves):
-            students = sorted(
-                (p.nfe, p.value) for p in points if (p.kind, p.curve, p.guidance) == ("student", curve, w)
-            )
-            if students:
-                style = {
-                    "color": colour,
-                    "marker": MARKERS[index % len(MARKERS)],
-                    "linestyle": LINES[index % len(LINES)],
-                }
-                axis.plot(*zip(*students, strict=True), label=f"{curve}, w = {w:g}", **style)
-        for teacher in (point for point in points if (point.kind, point.guidance) == ("teacher", w)):
-            axis.plot([teacher.nfe], [teacher.value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
-            axis.axhline(teacher.value, color=colour, linewidth=0.8, linestyle=":")
+def _draw_curves(axis: Any, metric: str, models: Sequence["Score"]) -> None:
+    """Draw one line per any-step student, and one for all other students, in the colour of the guidance scale."""
+    curves = sorted({score.any_step or "students" for score in models if score.kind == "student"})
+    for number, w in enumerate(sorted({score.guidance or 0.0 for score in models})):
+        colour, own = f"C{number}", [score for score in models if score.guidance == w]
+        for curve, marker, line in zip(curves, itertools.cycle(MARKERS), itertools.cycle(LINES), strict=False):
+            students = [score for score in own if score.kind == "student" and (score.any_step or "students") == curve]
+            points = sorted((score.metrics["nfe"], score.metrics[metric]) for score in students)
+            if points:
+                axis.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=f"{curve}, w = {w:g}")
+        for teacher in (score for score in own if score.kind == "teacher"):
+            nfe, value = teacher.metrics["nfe"], teacher.metrics[metric]
+            axis.plot([nfe], [value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")
+            axis.axhline(value, color=colour, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="network evaluations (NFE) per image")
-    axis.set_xticks(sorted({point.nfe for point in points}))
+    axis.set_xticks(sorted({score.metrics["nfe"] for score in models}))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.legend()

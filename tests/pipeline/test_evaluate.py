@@ -1,5 +1,6 @@
 """Evaluate: scores against independent computations, the cache, and one table of metrics behind all outputs."""
 
+import html
 import json
 import os
 from pathlib import Path
@@ -23,9 +24,9 @@ from kac.util.errors import DistillKacError, DivergedError
 from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
 from pipeline.distill import distill
-from pipeline.evaluate import actors, sources
+from pipeline.evaluate import compute, samples
 from pipeline.evaluate.scores import Score, mean_score, read_record, table
-from pipeline.evaluate.stage import _panels, evaluate, read_scores
+from pipeline.evaluate.stage import evaluate, plotted
 from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.sample import sample
 from tests.pipeline.stages import distill_spec, runs_of
@@ -86,7 +87,7 @@ def test_the_first_row_is_held_out_images_and_the_table_describes_its_data(evalu
 def test_endpoint_error_is_the_root_mean_square_per_coordinate(evaluation: Path, teacher: str, student: str):
     difference = _samples(teacher, 8, "ab2") - _samples(student, 2, "euler")
     error = float(difference.square().mean().sqrt())
-    assert read_scores(str(evaluation))[2].metrics["endpoint_error"] == pytest.approx(error, rel=1e-4)
+    assert read_record(str(evaluation)).scores[2].metrics["endpoint_error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_metrics_use_delivered_images(tmp_path: Path):
@@ -94,8 +95,8 @@ def test_metrics_use_delivered_images(tmp_path: Path):
     model = make_teacher(tmp_path / "digits", "digits", seed=2)
     evaluate(small(model, tmp_path / "out", samples=800, features=("pixels",)))
     sample(SampleSpec(model=model, out=str(tmp_path / "x.npz"), count=800, steps=8, seed=SEED))
-    with np.load(tmp_path / "x.npz") as samples:
-        images = torch.from_numpy(samples["images"]).flatten(1).double().numpy()
+    with np.load(tmp_path / "x.npz") as made:
+        images = torch.from_numpy(made["images"]).flatten(1).double().numpy()
     train = all_rows(open_dataset(DataConfig()).train).images.flatten(1).double().numpy()
     record = read_record(str(tmp_path / "out"))
     assert record.scores[1].metrics["frechet_distance_pixels"] == pytest.approx(_frechet(train, images), rel=1e-2)
@@ -119,10 +120,10 @@ def _independent_frechet(path: str, steps: int, method: str) -> float:
     return _frechet(real, _samples(path, steps, method).numpy())
 
 
-def _frechet(real: np.ndarray, samples: np.ndarray) -> float:
-    root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(samples.T)).real
-    gap = real.mean(0) - samples.mean(0)
-    return float(gap @ gap + np.trace(np.cov(real.T) + np.cov(samples.T) - 2 * root))
+def _frechet(real: np.ndarray, fake: np.ndarray) -> float:
+    root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(fake.T)).real
+    gap = real.mean(0) - fake.mean(0)
+    return float(gap @ gap + np.trace(np.cov(real.T) + np.cov(fake.T) - 2 * root))
 
 
 def test_an_any_step_student_of_all_scales_has_a_row_per_step_count_and_scale(
@@ -139,13 +140,7 @@ def test_an_any_step_student_of_all_scales_has_a_row_per_step_count_and_scale(
         ("every@1 w=1", 1, 1.0),
     ]
     assert [s.guidance for s in scores if s.kind == "teacher"] == [0.0, 1.0]
-    points = _panels(read_record(str(tmp_path / "out")))[0].points
-    assert [(p.curve, p.guidance, p.nfe) for p in points if p.kind == "student"] == [
-        ("every", 0.0, 2),
-        ("every", 0.0, 1),
-        ("every", 1.0, 2),
-        ("every", 1.0, 1),
-    ]
+    assert {s.any_step for s in scores if s.kind == "student"} == {"every"}
     between = evaluate(small(teacher, tmp_path / "between", **options, guidance=(0.5,)))
     assert [s.guidance for s in between if s.kind == "student"] == [0.5, 0.5]
     with pytest.raises(DistillKacError, match=r"`guidance`.*2"):
@@ -185,7 +180,7 @@ def test_a_complete_evaluation_is_not_repeated(
     evaluation: Path, teacher: str, student: str, capsys: pytest.CaptureFixture[str]
 ):
     spec = small(teacher, evaluation, students=(student,))
-    assert evaluate(spec) == read_scores(str(evaluation))
+    assert evaluate(spec) == list(read_record(str(evaluation)).scores)
     assert f"{evaluation} is complete" in capsys.readouterr().out
 
 
@@ -198,7 +193,7 @@ def test_an_evaluation_of_other_features_or_an_older_version_is_refused(evaluati
     old.mkdir()
     (old / "evaluation.json").write_text(json.dumps(record))
     with pytest.raises(DistillKacError, match=r"old/evaluation.json .*older version"):
-        read_scores(str(old))
+        read_record(str(old))
 
 
 def test_a_new_metric_is_one_line_for_table_log_and_report(
@@ -221,15 +216,15 @@ def test_a_new_metric_is_one_line_for_table_log_and_report(
 def test_samples_are_drawn_once_for_all_batch_sizes(
     teacher: str, student: str, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sources, "draw", lambda *args, **options: pytest.fail("drawn again"))
+    monkeypatch.setattr(samples, "draw", lambda *args, **options: pytest.fail("drawn again"))
     again = evaluate(small(teacher, tmp_path, batch_size=7, students=(student,)))
-    assert [s.metrics for s in again] == [s.metrics for s in read_scores(str(evaluation))]
+    assert [s.metrics for s in again] == [s.metrics for s in read_record(str(evaluation)).scores]
 
 
 def test_metrics_do_not_depend_on_the_chunk_size(teacher: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     metrics = []
     for rows in (1000, 64):
-        monkeypatch.setattr(sources, "CHUNK_ROWS", rows)
+        monkeypatch.setattr(samples, "CHUNK_ROWS", rows)
         monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / f"cache-{rows}"))
         *_, score = evaluate(small(teacher, tmp_path / str(rows), features=("pixels",)))
         metrics.append({name: value for name, value in score.metrics.items() if name != "images_per_second"})
@@ -253,10 +248,10 @@ def test_one_seed_has_no_interval():
     assert mean_score([score]) == score
 
 
-class DyingActor(actors.ChunkActor):
+class DyingActor(compute.ChunkActor):
     """Kills its process at the first chunk of the first actor."""
 
-    def make(self, chunk: sources.Chunk) -> int:
+    def make(self, chunk: samples.Chunk) -> int:
         has_died = Path(os.environ["DISTILLKAC_CACHE"]) / "has-died"
         if not has_died.exists():
             has_died.touch()
@@ -268,7 +263,7 @@ def test_actors_give_the_same_scores_as_this_process(
     teacher: str, student: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     """Even if an actor dies during the evaluation."""
-    monkeypatch.setattr(actors, "ChunkActor", DyingActor)
+    monkeypatch.setattr(compute, "ChunkActor", DyingActor)
     halves = "tests.kac.test_features:Halves"
     spec = {"samples": 1100, "seed": 5, "students": (student,), "features": ("pixels", halves)}
     there = evaluate(small(teacher, tmp_path / "there", actors=2, **spec))
@@ -282,9 +277,9 @@ def test_actors_give_the_same_scores_as_this_process(
 
 def test_a_cache_that_nodes_do_not_share_is_refused(teacher: str, tmp_path: Path):
     with pytest.raises(DistillKacError, match="DISTILLKAC_CACHE"):
-        actors.ChunkActor(["pixels"], DataConfig(kind="moons"), ["another network's"])
+        compute.ChunkActor(["pixels"], DataConfig(kind="moons"), ["another network's"])
     sampling = teacher_sampling(load_config(teacher), 0.0, 8)
-    not_cached = sources.ModelSamples(teacher, load_config(teacher), sampling, Precision(), 77, 10, 10)
+    not_cached = samples.ModelSamples(teacher, load_config(teacher), sampling, Precision(), 77, 10, 10)
     with pytest.raises(DistillKacError, match="DISTILLKAC_CACHE"):
         not_cached.rows(range(10))
 
@@ -316,17 +311,24 @@ def test_a_damaged_file_of_the_cache_is_named(kind: str, teacher: str, monkeypat
 
 def test_the_curve_shows_metrics_at_the_count_of_real_images(evaluation: Path):
     record = read_record(str(evaluation))
-    assert [panel.metric.name for panel in _panels(record)][:2] == [f"frechet_distance_{s}" for s in record.features]
-    real, *models = record.scores
-    fewer = record.model_copy(
-        update={
-            "floor_count": 100,
-            "scores": (
-                real.model_copy(update={"count": 100, "metrics": {**real.metrics, FLOOR: 0.5}}),
-                *(score.model_copy(update={"metrics": {**score.metrics, FLOOR: 0.75}}) for score in models),
-            ),
-        }
-    )
-    panel = _panels(fewer)[0]
-    assert (panel.metric.name, panel.real, panel.real_count) == (FLOOR, 0.5, 100)
-    assert [point.value for point in panel.points] == [0.75] * len(models)
+    assert [metric.name for metric in plotted(record)][:2] == [f"frechet_distance_{s}" for s in record.features]
+    scores = [score.model_copy(update={"metrics": {**score.metrics, FLOOR: 0.75}}) for score in record.scores]
+    fewer = record.model_copy(update={"floor_count": 100, "scores": tuple(scores)})
+    assert plotted(fewer)[0].name == FLOOR
+
+
+def test_the_report_is_self_contained(evaluation: Path, student: str, tmp_path: Path):
+    page = tmp_path / "report.html"
+    sections = {"distill": str(Path(student) / "spec.json")}
+    write_evaluation_page(str(page), "a <test>", str(evaluation), sections, "sqlite:////somewhere/mlflow.db")
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert 'src="http' not in text and "href=" not in text
+    for part in (
+        "a &lt;test&gt;",
+        "mlflow ui --backend-store-uri sqlite:////somewhere/mlflow.db",
+        "learning_rate",
+        "two",
+        *(html.escape(metric.meaning) for metric in read_record(str(evaluation)).metrics().values()),
+    ):
+        assert part in text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluate.pool import each_once
+from pipeline.evaluate.compute import each_once
 
 
 class Mortal:

@@ -8,7 +8,7 @@ import torch
 
 from kac.util.errors import ArgumentError
 from pipeline.config import EvaluateSpec, SweepSpec
-from pipeline.evaluate import feature_trial
+from pipeline.evaluate import compute
 from pipeline.evaluate.stage import evaluate
 from pipeline.sweep import sweep
 from tests import feature_networks
@@ -65,7 +65,7 @@ def test_networks_are_tried_where_the_evaluation_will_run_them(
     digits_teacher: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     """With actors the driver never runs the network."""
-    monkeypatch.setattr(feature_trial, "try_space", lambda *_: pytest.fail("the driver tried the network"))
+    monkeypatch.setattr(compute, "try_space", lambda *_: pytest.fail("the driver tried the network"))
     with pytest.raises(ArgumentError, match="3 channels"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "tests.feature_networks:ThreeChannels", actors=1))
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,9 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
 from pipeline.config import EvaluateSpec
 from pipeline.distill import distill
+from pipeline.evaluate.inputs import unique_names
 from pipeline.evaluate.scores import read_record, table
-from pipeline.evaluate.stage import _names, evaluate, read_shown
+from pipeline.evaluate.stage import evaluate, read_shown
 from pipeline.teach import teach
 from tests.pipeline.stages import FEW, distill_spec, run_of, runs_of, teach_spec
 from tests.pipeline.stores import make_store, make_teacher
@@ -148,7 +149,7 @@ def test_the_front_of_a_sweep_is_evaluated_again_with_intervals(taught: dict[str
 
 
 def test_students_with_equal_folder_names_get_longer_names():
-    assert _names(["/a/x/two", "/a/y/two", "/a/four"]) == {
+    assert unique_names(["/a/x/two", "/a/y/two", "/a/four"]) == {
         "/a/x/two": "x/two",
         "/a/y/two": "y/two",
         "/a/four": "four",

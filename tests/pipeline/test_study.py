@@ -78,7 +78,7 @@ def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: st
 
 
 def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.CaptureFixture[str], monkeypatch):
-    monkeypatch.setattr("pipeline.study.MEASURES", {})
+    monkeypatch.setattr("pipeline.study.CLAIMS", {})
     lines = study(whole)
     assert lines == {claim: entry["found"] for claim, entry in claims_of(whole).items()}
     assert f"{whole.out} is complete" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_a_claim_without_its_inputs_is_left_out_with_a_reason(tmp_path: Path, ca
 def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
     for wrong, message in (
         (teacher, "`rival` .*kac path"),
-        (make_teacher(tmp_path / "gaussians", "gaussians", path_config=GAUSSIAN), "`rival` .*other data"),
+        (make_teacher(tmp_path / "gaussians", "gaussians", path_config=GAUSSIAN), "`rival` .*data is"),
     ):
         with pytest.raises(ArgumentError, match=message):
             study(small(teacher, tmp_path / "out", rival=wrong))

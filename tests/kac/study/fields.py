@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kac.data import DataConfig
@@ -33,5 +32,5 @@ def config(kind: str = "moons", **options: Any) -> ModelConfig:
 
 def subject(network: Any, sampling: Sampling, name: str = "teacher", **options: Any) -> Subject:
     """Return a subject that starts from 50 noise points of the moons, in batches of 20."""
-    values = {"config": config(), "device": torch.device("cpu"), "seed": 3, "count": 50, "batch_size": 20, **options}
+    values = {"config": config(), "seed": 3, "count": 50, "batch_size": 20, **options}
     return Subject(name=name, network=network, sampling=sampling, **values)

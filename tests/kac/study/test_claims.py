@@ -8,6 +8,7 @@ import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.guidance import guide
+from kac.metrics import Statistics
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import open_space
 from kac.path import KacPath
@@ -15,8 +16,8 @@ from kac.sampling import Sampling
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal, noised
 from kac.study.memorisation import energy_and_nearness, spearman
-from kac.study.plane import CELLS, density, distance_to, travel
-from kac.study.solver_steps import moments_in, quality_by_solver
+from kac.study.plane import CELLS, density, travel
+from kac.study.solver_steps import quality_by_solver
 from kac.study.speed_limit import BINS, Speeds, speeds
 from kac.study.stability import stability
 from kac.util.errors import DivergedError
@@ -99,7 +100,7 @@ def test_infinite_velocities_are_refused():
 def test_quality_is_measured_for_each_solver_and_number_of_steps():
     data = open_dataset(DataConfig(kind="moons"))
     pixels = open_space("pixels", data)
-    train = moments_in([pixels], [all_rows(data.train).images])
+    train = {"pixels": Statistics.of(pixels.of_training_images(data)).moments}
     studied = subject(Field(lambda x, t: x), EULER, count=200)
     points = {(p.method, p.steps): p for p in quality_by_solver(studied, [pixels], train, steps=(5, 10))}
     assert {key: point.nfe for key, point in points.items()} == {
@@ -107,7 +108,8 @@ def test_quality_is_measured_for_each_solver_and_number_of_steps():
         **{("heun", n): 2 * n for n in (5, 10)},
         **{("ab2", n): n for n in (5, 10)},
     }
-    by_hand = frechet_distance(train["pixels"], moments_in([pixels], [noise_of(studied) * 0.8**5])["pixels"])
+    expected = Statistics.of([noise_of(studied) * 0.8**5]).moments
+    by_hand = frechet_distance(train["pixels"], expected)
     assert points["euler", 5].distances["pixels"] == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -167,8 +169,7 @@ def test_trajectories_in_the_plane_have_their_speeds():
     assert (travelled.x.shape, travelled.speed.shape) == ((9, 50, 2), (8, 50))
     assert travelled.t.tolist() == [1 - n / 8 for n in range(8)]
     assert torch.allclose(travelled.speed, torch.tensor(5.0))
-    assert torch.allclose(travelled.samples, noise_of(studied) - torch.tensor([3.0, 4.0]), atol=1e-5)
-    assert distance_to(travelled.samples, travelled.samples) == 0
+    assert torch.allclose(travelled.x[-1], noise_of(studied) - torch.tensor([3.0, 4.0]), atol=1e-5)
 
 
 def test_the_density_has_its_bottom_row_first():
