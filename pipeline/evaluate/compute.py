@@ -1,0 +1,181 @@
+"""Computes chunks of samples and features in this process or on Ray actors, and tries feature networks there.
+
+Chunks are small and go to the cache, where a rerun finds them. If an actor is lost, its chunk goes to the next free
+actor, and a new actor starts when a node can run it.
+
+Ray's ``ActorPool`` with restarts (2.60) does not suffice. It sends all retries of a call to the lost actor, and uses
+them up in seconds, before Ray notices that the node is gone. It also gives work to actors that no node can run yet.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+from kac.data import DataConfig, open_dataset
+from kac.metrics.features import OWN, FeatureSpace, check_fits, open_space, try_space
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError, one_line
+from kac.util.options import most
+from pipeline.cluster import connection as cluster
+from pipeline.cluster.placement import choose_actors, wait_for_capacity
+from pipeline.config import EvaluateSpec
+from pipeline.evaluate.samples import Chunk
+from pipeline.progress import ProgressBar
+
+MAX_LOSSES = 3
+"""Limit of lost actors per item. While no item is finished, a pool of N actors may lose N times as many idle actors."""
+
+
+def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
+    """Check that the feature spaces of an evaluation fit its data, and run the user's networks on a few images.
+
+    The networks run where the evaluation will run them: in this process, or in a Ray task with the resources of an
+    actor.
+
+    Raises:
+        DistillKacError: a space does not fit the data, or a network does not give features.
+    """
+    dataset = open_dataset(data)
+    for given in spec.features:
+        check_fits(given, dataset)
+    outside = [given for given in spec.features if given not in OWN]
+    if not outside:
+        return
+    if spec.actors == 0:
+        _try_spaces(outside, data)
+        return
+    import ray
+
+    resources = choose_actors(spec).resources
+    wait_for_capacity("evaluate", "`actors`", 1, resources)
+    trial = ray.remote(_try_spaces).options(max_retries=0, **resources.remote_options)
+    with _ray_errors(f"`features` {', '.join(outside)}: the trial run"):
+        ray.get(trial.remote(outside, data))
+
+
+def _try_spaces(names: Sequence[str], data: DataConfig) -> None:
+    for name in names:
+        try_space(name, open_dataset(data), default_device())
+
+
+def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
+    """Compute the samples and features of the chunks ``todo`` into the cache.
+
+    Raises:
+        DistillKacError: a model gives values that are not finite, an actor sees another cache, or Ray fails.
+    """
+    if not todo:
+        return
+    finished_rows = _on_actors(spec, data, spaces, todo) if spec.actors != 0 else _in_process(spaces, todo)
+    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar, closing(finished_rows):
+        for rows in finished_rows:
+            bar.update(rows)
+
+
+class ChunkActor:
+    """Opens the feature spaces once, then computes one chunk per call."""
+
+    def __init__(self, names: Sequence[str], data: DataConfig, expected: Sequence[str]) -> None:
+        self.spaces = open_spaces(names, data)
+        if [space.fingerprint for space in self.spaces] != list(expected):
+            raise DistillKacError(
+                "This actor's feature networks differ from the job's. On several nodes DISTILLKAC_CACHE must be a "
+                "folder that all nodes share, or an s3:// prefix."
+            )
+
+    def make(self, chunk: Chunk) -> int:
+        """Compute a chunk; returns its number of rows."""
+        chunk.make(self.spaces)
+        return len(chunk.ids)
+
+
+def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
+    """Open the feature spaces on this process's device."""
+    return [open_space(name, open_dataset(data), default_device()) for name in names]
+
+
+def _in_process(spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> Generator[int]:
+    for chunk in todo:
+        chunk.make(spaces)
+        yield len(chunk.ids)
+
+
+def _on_actors(
+    spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]
+) -> Generator[int]:
+    import ray
+
+    group = choose_actors(spec).for_work(len(todo))
+    wait_for_capacity("evaluate", "`actors`", group.actors, group.resources)
+    actor: Any = ray.remote(ChunkActor).options(**group.resources.remote_options)
+    expected = [space.fingerprint for space in spaces]
+    with _ray_errors("The actors of the evaluation"):
+        yield from each_once(lambda: actor.remote(spec.features, data, expected), most(group.actors), todo)
+
+
+@contextmanager
+def _ray_errors(work: str) -> Iterator[None]:
+    """Raise errors of Ray, and errors in its tasks, as ``DistillKacError``."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: Any = error.cause
+        raise (cause if isinstance(cause, DistillKacError) else DistillKacError(one_line(cause))) from None
+    except ray.exceptions.RayError as error:
+        raise DistillKacError(f"{work} failed in Ray: {cluster.innermost(error)}") from None
+
+
+def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Iterator[Any]:
+    """Yield ``actor.make(item)`` for each item once, in the order of completion.
+
+    Args:
+        start: starts an actor.
+        actors: the number of actors. An actor without work is killed, which frees its resources.
+
+    Raises:
+        RayActorError: an item, or the start of actors, failed more than ``MAX_LOSSES`` times.
+        RayTaskError: ``make`` raised.
+    """
+    import ray
+
+    left, losses = deque(range(len(items))), Counter[int | None]()
+    running: dict[Any, tuple[Any, int | None]] = {}
+
+    def begin(actor: Any) -> None:
+        running[actor.__ray_ready__.remote()] = actor, None
+
+    try:
+        for _ in range(actors):
+            begin(start())
+        done = 0
+        while done < len(items):
+            (ended,), _ = ray.wait(list(running), num_returns=1)
+            actor, number = running[ended]
+            try:
+                result = ray.get(ended)
+            except ray.exceptions.RayActorError:
+                losses[number] += 1
+                if losses[number] > MAX_LOSSES * (actors if number is None else 1):
+                    raise
+                if number is not None:
+                    left.appendleft(number)
+                del running[ended]
+                ray.kill(actor)
+                begin(start())
+                continue
+            del running[ended]  # after ray.get, so that the actor of a call that raised is killed below
+            if number is not None:
+                done += 1
+                losses[None] = 0
+                yield result
+            if left:
+                following = left.popleft()
+                running[actor.make.remote(items[following])] = actor, following
+            else:
+                ray.kill(actor)
+    finally:
+        for actor, _ in running.values():
+            ray.kill(actor)

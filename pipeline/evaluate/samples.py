@@ -1,0 +1,272 @@
+"""Samples of models, real images and their features, in chunks with a cache.
+
+CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one noise seed: images (uint8) or
+                                                    points (float32), labels, nfe, seconds
+CACHE/features/<space>/<fingerprint>/<...>.npy      features of these samples, or of real images
+CACHE/reference/<fingerprint>.safetensors           statistics of the features of all training images
+
+A fingerprint covers everything that decides the content (weights, sampling, noise; data; feature network), so cached
+files are never stale. Actors draw the chunks and compute their features, because the driver may lack the GPU or the
+package of a feature network. With several nodes the cache must be a folder that all nodes share, or an s3:// prefix.
+"""
+
+import functools
+import io
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kac.conditioning import known_classes
+from kac.data import DataConfig, open_dataset
+from kac.metrics import Evaluated, Reference, Statistics
+from kac.metrics.features import FeatureSpace, check_features
+from kac.metrics.features.classifier import Classifier
+from kac.metrics.statistics import KEPT_ROWS
+from kac.model import Model, ModelConfig, load_model
+from kac.precision import Precision
+from kac.sampling import Sampling, draw
+from kac.util import files
+from kac.util.cache import VARIABLE, cache_folder
+from kac.util.device import default_device
+from kac.util.errors import DistillKacError, one_line
+from kac.util.fingerprint import fingerprint, hashed_values
+from kac.util.images import delivered, from_bytes, is_image, to_bytes
+
+CHUNK_ROWS = 1000
+"""Samples per chunk."""
+
+
+class Rows(NamedTuple):
+    """Some samples and their cost."""
+
+    images: Tensor  # [rows, *sample], delivered
+    label: Tensor  # [rows]
+    nfe: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSamples:
+    """Samples 0 to ``count`` - 1 of a model from one noise seed."""
+
+    path: str
+    config: ModelConfig
+    sampling: Sampling
+    precision: Precision
+    seed: int
+    count: int
+    batch_size: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Covers everything that decides the samples; batch size, count and device do not."""
+        config = self.config
+        return fingerprint(
+            {
+                "weights": config.weights_sha256,
+                "network": hashed_values(config.network),
+                "path": hashed_values(config.path),
+                "class_frequencies": config.class_frequencies,
+                **({} if known_classes(config) else {"labels": "null"}),
+                "sampling": self.sampling._asdict(),
+                "precision": hashed_values(self.precision),
+                "seed": self.seed,
+            }
+        )
+
+    def file(self, ids: range) -> str:
+        """The file of a chunk in the cache."""
+        return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
+
+    def rows(self, ids: range) -> Rows:
+        """Read the samples of a chunk from the cache.
+
+        Raises:
+            DistillKacError: the file is missing or damaged.
+        """
+        with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
+            images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+            nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
+        return Rows(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
+
+    def make(self, ids: range) -> None:
+        """Draw the samples of a chunk and write them to the cache.
+
+        Raises:
+            DistillKacError: the model has changed, or gives values that are not finite.
+        """
+        model = _model(self.path, self.config.weights_sha256)
+        drawn = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
+        images = to_bytes(drawn.images) if is_image(self.config.sample_shape) else drawn.images
+        sink = io.BytesIO()
+        np.savez(sink, images=images, labels=drawn.label, nfe=drawn.nfe, seconds=drawn.seconds)
+        files.write_bytes(self.file(ids), sink.getvalue())
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The first ``count`` images of a split, in a fixed random order."""
+
+    data: DataConfig
+    sha256: str  # of the data
+    split: Literal["train", "held_out"]
+    count: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Covers the images and their order."""
+        return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
+
+    def rows(self, ids: range) -> Rows:
+        """The images ``ids`` in this order, clipped and rounded like delivered samples."""
+        split = getattr(open_dataset(self.data), self.split)
+        images, label = split.rows(_order(len(split))[ids.start : ids.stop])
+        return Rows(delivered(images), label)
+
+
+Source = ModelSamples | RealImages
+
+
+class Chunk(NamedTuple):
+    """Consecutive samples of a source: the unit of work."""
+
+    source: Source
+    ids: range
+
+    def make(self, spaces: Iterable[FeatureSpace]) -> None:
+        """Compute the samples and features that are not in the cache, and write them there."""
+        source, ids = self
+        if isinstance(source, ModelSamples) and not files.exists(source.file(ids)):
+            source.make(ids)
+        for space in spaces:
+            path = self._features_file(space)
+            if not space.is_cheap and not files.exists(path):
+                sink = io.BytesIO()
+                np.save(sink, space(source.rows(ids).images).numpy())
+                files.write_bytes(path, sink.getvalue())
+
+    def features(self, space: FeatureSpace, images: Tensor) -> Tensor:
+        """The features [rows, width] of the chunk's ``images``, from the cache if they are cached."""
+        if space.is_cheap:
+            return space(images)
+        path = self._features_file(space)
+        with _read_cached(path) as data:
+            vectors = torch.from_numpy(np.load(data, allow_pickle=False))
+        return check_features(f"{space.option} (cached in {path})", vectors, len(self.ids))
+
+    def _features_file(self, space: FeatureSpace) -> str:
+        return cache_folder("features", space.fingerprint, self.source.fingerprint, _name(self.ids, "npy"))
+
+
+def chunks(source: Source) -> list[Chunk]:
+    """All chunks of a source."""
+    starts = range(0, source.count, CHUNK_ROWS)
+    return [Chunk(source, range(start, min(start + CHUNK_ROWS, source.count))) for start in starts]
+
+
+def unfinished(source: Source, spaces: Iterable[FeatureSpace]) -> list[Chunk]:
+    """The chunks whose samples or features are not in the cache."""
+    of_spaces = [(cache_folder("features", s.fingerprint, source.fingerprint), "npy") for s in spaces if not s.is_cheap]
+    of_samples = [(cache_folder("samples", source.fingerprint), "npz")] if isinstance(source, ModelSamples) else []
+    cached = [(set(files.list_sizes(folder)), ending) for folder, ending in (*of_spaces, *of_samples)]
+    return [chunk for chunk in chunks(source) if any(_name(chunk.ids, ending) not in names for names, ending in cached)]
+
+
+def gather(
+    source: Source,
+    spaces: Sequence[FeatureSpace],
+    reference: Reference,
+    teacher: ModelSamples | None = None,
+    teacher_metrics: dict[str, float] | None = None,
+) -> Evaluated:
+    """Read the chunks of a source from the cache.
+
+    Args:
+        spaces: must include pixels.
+        teacher: of a student, its teacher's samples from the same noise.
+        teacher_metrics: the metrics of these samples.
+    """
+    is_model = isinstance(source, ModelSamples)
+    has_classes = not isinstance(source, ModelSamples) or bool(known_classes(source.config))
+    statistics: dict[str, Statistics] = {}
+    right, squares, values, nfe, speeds = None, 0.0, 0, 0, []
+    for chunk in chunks(source):
+        images, label, nfe, seconds = source.rows(chunk.ids)
+        speeds += [len(label) / seconds] if seconds else []
+        for space in spaces:
+            vectors = chunk.features(space, images)
+            statistics.setdefault(space.name, Statistics(vectors.shape[1], reference.floor_count or 0)).add(vectors)
+            if isinstance(space.network, Classifier) and has_classes:
+                right = (right or 0) + int((space.network.labels(vectors) == label).sum())
+        if teacher is not None:
+            gap = images - teacher.rows(chunk.ids).images
+            squares, values = squares + float(gap.double().square().sum()), values + gap.numel()
+    return Evaluated(
+        statistics,
+        reference,
+        label_agreement=None if right is None else right / source.count,
+        endpoint_error=(squares / values) ** 0.5 if values else None,
+        nfe=nfe if is_model else None,
+        speed=median(speeds) if is_model else None,  # the first chunk may include compilation
+        teacher=teacher_metrics,
+    )
+
+
+def training_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
+    """The statistics of all training images, from the cache or from cached features."""
+    path = statistics_file(train, space)
+    try:
+        return Statistics.from_bytes(files.read_bytes(path), train.count)
+    except FileNotFoundError:
+        parts = (chunk.features(space, train.rows(chunk.ids).images) for chunk in chunks(train))
+        statistics = Statistics.of(parts)
+    files.write_bytes(path, statistics.to_bytes())
+    return statistics
+
+
+def statistics_file(train: RealImages, space: FeatureSpace) -> str:
+    """The file of ``training_statistics`` in the cache."""
+    name = fingerprint({"images": train.fingerprint, "space": space.fingerprint, "kept": KEPT_ROWS})
+    return cache_folder("reference", f"{name}.safetensors")
+
+
+def _name(ids: range, ending: str) -> str:
+    return f"{ids.start:08d}-{ids.stop - 1:08d}.{ending}"
+
+
+@contextmanager
+def _read_cached(path: str) -> Iterator[io.BytesIO]:
+    """Open a cached file for numpy, and turn errors of a missing or damaged file into ``DistillKacError``."""
+    try:
+        yield io.BytesIO(files.read_bytes(path))
+    except FileNotFoundError:
+        raise DistillKacError(
+            f"{path} is missing, although the actors computed it. On several nodes {VARIABLE} must be a folder that "
+            "all nodes share, or an s3:// prefix."
+        ) from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DistillKacError(
+            f"{path} in the cache is damaged ({one_line(error, 80)}). Delete it and run the same command again."
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _model(path: str, weights_sha256: str) -> Model:
+    torch.compiler.reset()  # PyTorch keeps only a few compiled variants, and those of the last model fill its limit
+    model = load_model(path, default_device())
+    if model.config.weights_sha256 != weights_sha256:
+        raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
