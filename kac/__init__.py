@@ -17,9 +17,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from kac.guidance import guide
-from kac.losses.endpoint import endpoint_loss
 from kac.losses.flow_matching import flow_matching_loss
-from kac.losses.refinement.energy import energy_distance
+from kac.losses.objectives import endpoint_loss
+from kac.losses.refinement import energy_distance
 from kac.metrics.distances import frechet_distance, kernel_distance, sliced_wasserstein
 from kac.metrics.statistics import Moments
 from kac.model import Model, ModelConfig, load_config, load_model

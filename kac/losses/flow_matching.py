@@ -32,10 +32,7 @@ def flow_matching_loss(
 
 
 def stratified_times(count: int, generator: torch.Generator) -> Tensor:
-    """Stratified uniform times in (0, 1), one per interval of length 1 / ``count``, in random order: [count].
-
-    Stratification reduces the variance of the loss.
-    """
+    """Uniform times, one in each interval of length 1 / ``count``, in random order: [count]. This reduces variance."""
     strata = torch.randperm(count, generator=generator)
     return (strata + torch.rand(count, generator=generator)) / count
 

@@ -17,7 +17,7 @@ EXEMPT = {"Model", "ModelConfig", "load_config", "load_model"}
     "module",
     [
         *("process", "path", "solvers", "guidance", "metrics.distances", "metrics.statistics"),
-        *("losses.endpoint", "losses.flow_matching", "losses.refinement.energy"),
+        *("losses.objectives", "losses.flow_matching", "losses.refinement"),
     ],
 )
 def test_examples(module: str):

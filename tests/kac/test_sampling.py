@@ -5,7 +5,7 @@ import torch
 
 from kac import noise as noises
 from kac.losses import Interval
-from kac.losses.endpoint import endpoint_loss
+from kac.losses.objectives import endpoint_loss
 from kac.model import Model, ModelConfig
 from kac.networks import MLPConfig, OutsideConfig, build_network
 from kac.path import KacPath, PathConfig

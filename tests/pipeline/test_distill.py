@@ -13,7 +13,7 @@ from kac import model as models
 from kac.data import open_dataset
 from kac.data.splits import in_memory
 from kac.losses import EndpointConfig, EndpointObjective, LossTerms
-from kac.losses.refinement.energy import energy_distance
+from kac.losses.refinement import energy_distance
 from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling
 from kac.util.errors import DistillKacError

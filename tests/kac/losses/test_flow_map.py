@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kac.losses import FlowMapConfig, FlowMapObjective, Interval
-from kac.losses.flow_map import GRID_SHARE, pair_probabilities
+from kac.losses.objectives import GRID_SHARE, pair_probabilities
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
 

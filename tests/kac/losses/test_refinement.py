@@ -8,15 +8,17 @@ import torch
 
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.losses.refinement import (
+    CLASSIFIER,
+    DISTANCES,
     DataRefinementConfig,
+    DistanceName,
+    SpaceName,
     check_spaces,
+    energy_distance,
     open_spaces,
     refinement_loss,
     straight_through,
 )
-from kac.losses.refinement.energy import energy_distance
-from kac.losses.refinement.loss import DISTANCES, DistanceName
-from kac.losses.refinement.spaces import CLASSIFIER, SpaceName
 from kac.metrics.features import classifier
 from kac.metrics.features.classifier import EVALUATION_CLASSIFIER
 from kac.util.errors import ArgumentError

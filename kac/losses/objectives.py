@@ -1,0 +1,273 @@
+"""Objectives of students: the knots to read, the intervals to draw, the losses and the diagnostics.
+
+To add an objective, write its config and its ``Objective`` here, and add the config to ``OBJECTIVES``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BeforeValidator, Field, PositiveInt
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from kac.networks import Condition, VelocityNetwork
+from kac.util.errors import ArgumentError
+from kac.util.options import Kinded, expand_kind
+
+LossName = Literal["mse", "huber"]
+PairLaw = Literal["grids", "any", "length", "long"]
+
+GRID_SHARE = 0.75
+"""Fraction of pairs drawn from the step counts ``grids``. The other pairs train the map between these grids."""
+
+HUBER_SCALE = 0.03
+"""c / sqrt(d) of the pseudo-Huber loss, whose norm covers the d coordinates of a sample.
+
+It is far smaller than a velocity, whose coordinates are about 1, so most samples have gradients of equal norm.
+arXiv 2310.14189 uses c = 0.00054 sqrt(d) for errors that are about a hundred times smaller.
+"""
+
+
+class Interval(NamedTuple):
+    """A batch of pairs of teacher states. The two states of a pair belong to the same trajectory."""
+
+    x_start: Tensor  # [batch, *sample], float32
+    x_end: Tensor  # [batch, *sample]
+    t_start: Tensor  # [batch], float32
+    t_end: Tensor  # [batch], less than t_start
+    label: Tensor  # [batch], int64
+    guidance: Tensor  # [batch], float32, the guidance scale of the trajectory
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalars of a batch by name. Every pass of an update has the same names. Logged as means over passes and workers.
+
+    Attributes:
+        losses: parts of the training loss, logged as ``loss/NAME``. Training minimises their sum.
+        diagnostics: only logged, as ``diagnostic/NAME``. They need no declaration and have no effect on training.
+    """
+
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class VelocityErrorOptions(Kinded):
+    """Options of the loss of a velocity error."""
+
+    loss: LossName = Field("mse", description="mse: mean squared error; huber: grows linearly for large errors")
+    scales: PositiveInt = Field(
+        1, description="number of image sizes, each half the previous one, over which the loss is averaged"
+    )
+
+
+class EndpointConfig(VelocityErrorOptions):
+    """Options of endpoint distillation."""
+
+    kind: Literal["endpoint"] = Field("endpoint", description="endpoint: match the teacher at the end of each step")
+
+    def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "EndpointObjective":
+        """The objective of a student with ``steps`` steps whose network has the inputs ``takes``."""
+        return EndpointObjective(steps, conditions=takes, loss=self.loss, scales=self.scales)
+
+
+class FlowMapConfig(VelocityErrorOptions):
+    """Options of flow-map distillation."""
+
+    kind: Literal["flow-map"] = Field("flow-map", description="flow-map: one student for every number of steps")
+    pairs: PairLaw = Field(
+        "grids",
+        description="distribution of knot pairs; grids: 3/4 are student steps of `grids`, 1/4 uniform; "
+        "any: uniform over pairs; length: uniform over lengths; long: proportional to length",
+    )
+    grids: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4, 20), min_length=1, description="step counts to favour; each divides the number of stored knots"
+    )
+
+    def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "FlowMapObjective":
+        """The objective of a student whose network takes the end time and ``takes``; independent of ``steps``."""
+        conditions = ("end_time", *takes)
+        return FlowMapObjective(self.pairs, self.grids, conditions=conditions, loss=self.loss, scales=self.scales)
+
+
+OBJECTIVES = EndpointConfig | FlowMapConfig
+"""The configs of all objectives. The method ``build`` of a config returns the ``Objective``."""
+
+ObjectiveConfig = Annotated[
+    OBJECTIVES,
+    Field(discriminator="kind", description="training objective of the student"),
+    BeforeValidator(expand_kind),
+]
+"""The config of any objective. The string "flow-map" is short for its default config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A training objective for students.
+
+    Attributes:
+        conditions: inputs of the student's network besides time and label.
+        loss, scales: as in ``endpoint_loss``.
+    """
+
+    name: ClassVar[str]  # of its part of the loss
+    conditions: tuple[Condition, ...] = ()
+    loss: LossName = "mse"
+    scales: int = 1
+
+    @abstractmethod
+    def knots(self, stored: int) -> range:
+        """The knots to read from a store with the knots 0 .. ``stored``.
+
+        Raises:
+            ArgumentError: the store lacks these knots.
+        """
+
+    @abstractmethod
+    def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """Random intervals: their start and end as positions in ``knots``, [batch] each, int64.
+
+        Args:
+            uniforms: [batch, 2] in (0, 1), float64.
+            stored: last knot of the store.
+        """
+
+    def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
+        """The losses of a batch, and diagnostics to log.
+
+        Raises:
+            ArgumentError: the images are too small for ``scales``.
+        """
+        return LossTerms({self.name: endpoint_loss(network, interval, self.loss, self.scales, self.conditions)})
+
+
+@dataclass(frozen=True)
+class EndpointObjective(Objective):
+    """Match the teacher at the end of each of the ``steps`` Euler steps of the student (arXiv 2509.21513)."""
+
+    name = "endpoint"
+    steps: int
+
+    def knots(self, stored: int) -> range:
+        """Every ``stored / steps``-th knot."""
+        _check_divides_knots("steps", self.steps, stored)
+        return range(0, stored + 1, stored // self.steps)
+
+    def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """One of the ``steps`` intervals with equal probability: [batch, 2] -> k and k + 1."""
+        k = (uniforms[:, 0] * self.steps).long()
+        return k, k + 1
+
+
+@dataclass(frozen=True)
+class FlowMapObjective(Objective):
+    """From any knot of a trajectory, step to any later knot: one student for every number of steps.
+
+    The student's u(x_s, s, r) is the mean velocity from time s to time r, so one step is x_r = x_s - (s - r) u. It is
+    trained on pairs of stored knots of the same trajectory. The target is the chord (x_s - x_r) / (s - r), which needs
+    no network call and obeys any speed limit that the trajectory obeys. At r = s the map equals the teacher's velocity,
+    so the student starts from the teacher's weights and initially ignores the end time. Related methods learn such maps
+    without stored trajectories (flow maps, arXiv 2505.18825; TCD, 2402.19159; CMT, 2509.24526).
+    """
+
+    name = "flow_map"
+    pairs: PairLaw = "grids"
+    grids: tuple[int, ...] = (1, 2, 4, 20)
+    conditions: tuple[Condition, ...] = field(default=("end_time",), kw_only=True)
+
+    def knots(self, stored: int) -> range:
+        """All stored knots."""
+        for steps in self.grids if self.pairs == "grids" else ():
+            _check_divides_knots("objective.grids", steps, stored)
+        return range(stored + 1)
+
+    def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """Two knots with the distribution ``pairs``: [batch, 2] -> i and j > i."""
+        i, j = torch.triu_indices(stored + 1, stored + 1, offset=1)
+        cumulative = pair_probabilities(self.pairs, self.grids, stored)[i, j].cumsum(0)
+        pair = torch.searchsorted(cumulative, uniforms[:, 0].contiguous() * cumulative[-1], right=True)
+        pair = pair.clamp(max=len(i) - 1)
+        return i[pair], j[pair]
+
+
+def endpoint_loss(
+    network: VelocityNetwork,
+    interval: Interval,
+    loss: LossName = "mse",
+    scales: int = 1,
+    conditions: Sequence[Condition] = (),
+) -> Tensor:
+    """|| x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
+
+    Division by the squared step length makes it a velocity error, comparable across intervals and step counts.
+
+    Example:
+        >>> import torch
+        >>> from kac.losses import Interval
+        >>> from kac.networks import MLPConfig, build_network
+        >>> network = build_network(MLPConfig(width=8, depth=1), (2,), num_classes=3)
+        >>> start, end, label = torch.zeros(4, 2), torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+        >>> interval = Interval(start, end, torch.ones(4), torch.zeros(4), label, guidance=torch.zeros(4))
+        >>> endpoint_loss(network, interval).shape
+        torch.Size([])
+
+    Args:
+        loss: ``mse`` is the mean square of the velocity error; ``huber`` is sqrt(mean square + c^2) - c per sample.
+        scales: average the losses of the error pooled over 1x1, 2x2, 4x4, ... pixels.
+        conditions: further inputs of the network.
+
+    Raises:
+        ArgumentError: the images are too small for ``scales``.
+    """
+    x, t, values = interval.x_start, interval.t_start, {"end_time": interval.t_end, "guidance": interval.guidance}
+    h = (t - interval.t_end).reshape(-1, *[1] * (x.ndim - 1))
+    u = network(x, t, interval.label, **{name: values[name] for name in conditions})
+    error = u - (x - interval.x_end) / h
+    if scales > 1 and (x.ndim != 4 or min(x.shape[2:]) >> (scales - 1) == 0):
+        problem = f"samples of shape {list(x.shape[1:])} cannot be halved {scales - 1} times"
+        raise ArgumentError(f"`objective.scales` {scales} is too large: {problem}. Choose a smaller value.")
+    total = VELOCITY_LOSSES[loss](error)
+    for _ in range(scales - 1):
+        error = avg_pool2d(error, 2)
+        total = total + VELOCITY_LOSSES[loss](error)
+    return total / scales
+
+
+def _pseudo_huber(error: Tensor) -> Tensor:
+    mean_square = error.square().flatten(1).mean(1)
+    return ((mean_square + HUBER_SCALE**2).sqrt() - HUBER_SCALE).mean()
+
+
+VELOCITY_LOSSES: dict[LossName, Callable[[Tensor], Tensor]] = {
+    "mse": lambda error: error.square().mean(),
+    "huber": _pseudo_huber,
+}
+
+
+def pair_probabilities(law: PairLaw, grids: tuple[int, ...], stored: int) -> Tensor:
+    """Probabilities of knot pairs: [stored + 1, stored + 1], float64, zero on and below the diagonal, with sum 1."""
+    knot = torch.arange(stored + 1, dtype=torch.float64)
+    length = (knot[None, :] - knot[:, None]).clamp(min=0)
+    is_pair = (length > 0).double()
+    any_pair = is_pair / is_pair.sum()
+    if law == "any":
+        return any_pair
+    if law == "length":
+        return is_pair / (stored + 1 - length) / stored
+    if law == "long":
+        return length / length.sum()
+    on_grids = torch.zeros_like(any_pair)
+    for steps in grids:
+        ends = torch.arange(0, stored + 1, stored // steps)
+        on_grids[ends[:-1], ends[1:]] += 1 / (steps * len(grids))
+    return GRID_SHARE * on_grids + (1 - GRID_SHARE) * any_pair
+
+
+def _check_divides_knots(argument: str, steps: int, stored: int) -> None:
+    """Raise ``ArgumentError`` unless ``steps`` student steps start and end on knots of a store."""
+    if steps < 1 or stored % steps:
+        divisors = ", ".join(str(m) for m in range(1, stored + 1) if stored % m == 0)
+        raise ArgumentError(f"`{argument}` {steps} does not divide the store's {stored} knots. Choose {divisors}.")
