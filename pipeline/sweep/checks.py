@@ -22,11 +22,7 @@ REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
 
 
 def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
-    """The metric that ranks the students, and whether "lower" or "higher" is better.
-
-    Raises:
-        ArgumentError: ``metric`` or ``asha_metric`` is not reported by this sweep.
-    """
+    """The metric that ranks the students, and whether "lower" or "higher" is better."""
     known: dict[str, str] = dict.fromkeys(REPORTED, "lower")
     default = REPORTED[0]
     if spec.samples:
@@ -83,13 +79,9 @@ def _user_of_reports(spec: SweepSpec) -> str:
 
 
 def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.Store, list[float]]:
-    """Open the store and check every student against it.
+    """Check every student against the store; returns the store and the guidance scales that it lacks.
 
-    Returns:
-        The store, and the guidance scales that it lacks. Students of these scales are checked when they start.
-
-    Raises:
-        DistillKacError: an option does not fit, or scales are missing and ``rollout`` is not given.
+    Students of missing scales are checked when they start.
     """
     source = store.open(spec.store)
     shortest = min(trial.spec.optimizer.updates for trial in trials)

@@ -36,11 +36,7 @@ class TrialRecord(Options):
 
 
 class Ledger:
-    """The records of the sweep in ``out``. Changes are written at once.
-
-    Raises:
-        DistillKacError: a record is damaged.
-    """
+    """The records of the sweep in ``out``. Changes are written at once."""
 
     def __init__(self, out: str) -> None:
         self.folder = files.join(out, "trials")
@@ -89,12 +85,7 @@ class Ledger:
         return self.put(self._records[name].model_copy(update=changes))
 
     def report(self, name: str, report: dict[str, float], base_seconds: float = 0.0) -> TrialRecord:
-        """Add a report of a running trial to its record.
-
-        Args:
-            report: metrics, with "update" and the "seconds" since the trial started.
-            base_seconds: seconds of training before this start.
-        """
+        """Add metrics, with "update" and the "seconds" of this start, to the record of a running trial."""
         metrics = {key: value for key, value in report.items() if key not in {"update", "seconds"}}
         updates, record = int(report.get("update", 0)), self._records[name]
         # A trial that resumed from a checkpoint reports some updates again.

@@ -29,11 +29,7 @@ class PlannedTrial:
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
-    """The axes of the grid with their values; guidance scales and step counts come first.
-
-    Raises:
-        ArgumentError: an axis is not a field of a student, or is given twice.
-    """
+    """The axes of the grid with their values; guidance scales and step counts come first."""
     searched = [field_named(name) for name in spec.search]
     given = {field_named(name): values for name, values in spec.grid.items()}
     named = [*searched, *map(field_named, spec.grid)]
@@ -53,9 +49,6 @@ def field_named(name: str) -> str:
     """The dotted name of a field, as in specs: "optimizer.learning-rate" becomes "optimizer.learning_rate".
 
     The name of an object stands for its kind: "objective" becomes "objective.kind".
-
-    Raises:
-        ArgumentError: a student has no such field, or the field does not change the student.
     """
     field = name.strip().lstrip("-").replace("-", "_")
     top, _, below = field.partition(".")
@@ -69,11 +62,7 @@ def field_named(name: str) -> str:
 
 
 def grid_trials(spec: SweepSpec) -> list[PlannedTrial]:
-    """The trials of the grid, then the trials of the chains, each after its predecessor.
-
-    Raises:
-        ArgumentError: a student is not valid, or ``axes_of`` raises.
-    """
+    """The trials of the grid, then the trials of the chains, each after its predecessor."""
     axes = axes_of(spec)
     if spec.chain and str(spec.chain[0]) not in map(normal_text, axes["steps"]):
         axes["steps"] = (*axes["steps"], spec.chain[0])
@@ -103,15 +92,9 @@ def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]
 
 
 def plan_trial(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> PlannedTrial:
-    """The trial with these values of its student's fields.
+    """The trial with these values of its student's fields, by dotted name.
 
-    Args:
-        values: by dotted name.
-        name: of its folder; built from the values if empty.
-        head: beginning of a name that is built from the values.
-
-    Raises:
-        ArgumentError: the values conflict.
+    Without a name, its folder is named by the values, after ``head``.
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0

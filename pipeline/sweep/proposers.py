@@ -110,11 +110,7 @@ def is_choice(distribution: Any) -> bool:
 
 
 def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
-    """Trials of a search, for checks: each field in turn takes its bounds or choices, the others their first.
-
-    Raises:
-        ArgumentError: a trial is not valid.
-    """
+    """Trials of a search, for checks: each field in turn takes its bounds or choices, the others their first."""
     tested: dict[str, Any] = {
         name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
     }
@@ -125,11 +121,7 @@ def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
 
 
 def search_space(spec: SweepSpec) -> "dict[str, BaseDistribution]":
-    """The distribution of each field of a search. Axes of the grid become choices.
-
-    Raises:
-        ArgumentError: an expression cannot be parsed, or ``axes_of`` raises.
-    """
+    """The distribution of each field of a search. Axes of the grid become choices."""
     from optuna.distributions import CategoricalDistribution
 
     axes = {name: CategoricalDistribution(values) for name, values in axes_of(spec).items()}

@@ -26,8 +26,8 @@ from pipeline.sweep import checks
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.planned_trials import PlannedTrial, grid_trials, identity, plan_trial
 from pipeline.sweep.proposers import edge_trials
-from pipeline.sweep.report import write_report
-from pipeline.sweep.report.sweep_report import Row
+from pipeline.sweep.sweep_report import write_report
+from pipeline.sweep.sweep_results import Row
 from pipeline.tracking import logged_models
 
 RESULT_FILE = "trials.json"
@@ -143,9 +143,6 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
     """Whether a trial needs training. If its student is already complete, its record becomes "finished".
 
     The run of a complete student becomes a child of the sweep's run.
-
-    Raises:
-        DistillKacError: the student's folder belongs to another spec.
     """
     record = ledger.get(trial.name)
     if record is not None and record.status == "stopped":

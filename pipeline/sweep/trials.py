@@ -4,8 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,7 @@ from pipeline.distill import distill, objective_of
 from pipeline.store import sharing
 from pipeline.store.order import rows_of
 from pipeline.sweep.checks import resources_per_trial
-from pipeline.sweep.ledger import Ledger, TrialRecord
+from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial, plan_trial, search_name
 from pipeline.sweep.proposers import PROPOSERS, edge_trials
 
@@ -72,8 +71,13 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=PROCESS_FAILURES),
             ),
         )
-        with _without_aws_keys():
+        # Tune would copy these keys into the runtime environment of the trials (tune/execution/class_cache.py), which
+        # Ray's agent writes into its log. Trials get their keys from their node.
+        hidden = {name: os.environ.pop(name) for name in AWS_KEYS if name in os.environ}
+        try:
             tuner.fit()
+        finally:
+            os.environ.update(hidden)
 
 
 def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.SharedColumns]:
@@ -97,20 +101,6 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sha
         sharing.SharedColumns(s, {name: ray.put(array) for name, array in sharing.load_shared(s).arrays.items()})
         for s in selections
     ]
-
-
-@contextmanager
-def _without_aws_keys() -> Iterator[None]:
-    """Hide AWS keys from Ray Tune while the trials run; trials get their keys from their node.
-
-    Tune copies the keys from this process into the runtime environment of the trials
-    (tune/execution/class_cache.py), and Ray's agent writes the runtime environment into its log.
-    """
-    hidden = {name: os.environ.pop(name) for name in AWS_KEYS if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run: tracking.TrackedRun) -> None:
@@ -141,11 +131,7 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
 class LedgerSearch(Searcher):  # type: ignore[misc]
     """Tune's searcher: starts the planned trials in order, then trials with values of the search algorithm.
 
-    Reports and ends of trials go to the ledger.
-
-    Args:
-        planned: unfinished trials of a grid, or unfinished trials of a search that the ledger has.
-        total: the number of trials of the whole sweep.
+    Reports and ends of trials go to the ledger. ``total`` is the number of trials of the whole sweep.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:
@@ -212,16 +198,9 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         ended = sum(not other.is_open or other.status == "failed" for other in self.ledger.records)
         left = (self.total - ended) * (time.perf_counter() - self.started) / self.ended_here
         remaining = f", about {duration(left)} left" if left > 0 else ""
-        log.info(f"sweep: {ended} of {self.total} students, {name}: {self._describe(record)}{remaining}")
-
-    def _describe(self, record: TrialRecord) -> str:
-        if record.status == "failed":
-            return f"failed: {record.error}"
-        parts = [f"stopped early after {record.updates:,} updates"] if record.status == "stopped" else []
-        metric = self.spec.asha_metric if self.spec.asha_metric in record.metrics else "loss"
-        if metric in record.metrics:
-            parts.append(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')} {record.metrics[metric]:.4g}")
-        return ", ".join([*parts, f"{record.seconds:.0f} s"])
+        loss = f"loss {record.metrics['loss']:.4g}" if "loss" in record.metrics else "no loss"
+        outcome = record.error or f"{loss} after {record.updates:,} updates and {record.seconds:.0f} s"
+        log.info(f"sweep: {ended} of {self.total} students, {name}: {record.status}, {outcome}{remaining}")
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the ledger holds all state."""
@@ -233,10 +212,8 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
     """Tune's ASHA (asynchronous successive halving), whose rungs also count trials of earlier starts, by name.
 
-    A trial at its last update always continues, because it has to write its student.
-
-    Args:
-        most_updates: of the longest trial; the last rung is below it.
+    A trial at its last update always continues, because it has to write its student. The last rung is below
+    ``most_updates``, the updates of the longest trial.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, most_updates: int) -> None:

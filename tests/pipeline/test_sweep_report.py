@@ -15,10 +15,9 @@ from pipeline import tracking
 from pipeline.config import SweepSpec
 from pipeline.evaluate.scores import read_record
 from pipeline.sweep import TrialRecord
-from pipeline.sweep.report import write_report
-from pipeline.sweep.report.sweep_plots import parameter_plots
-from pipeline.sweep.report.sweep_report import COSTS, SweepReport, front, make_rows, ranked
-from pipeline.sweep.report.trial_table import headings
+from pipeline.sweep.sweep_plots import parameter_plots
+from pipeline.sweep.sweep_report import write_report
+from pipeline.sweep.sweep_results import COSTS, SweepResults, front, headings, make_rows, ranked
 from tests.pipeline.sweeps import evaluation, grid, search, trial_record
 
 FRECHET = "frechet_distance_classifier"
@@ -102,8 +101,8 @@ def test_no_row_of_the_same_or_lower_cost_beats_a_row_of_the_front():
 def test_speeds_within_measurement_error_count_as_equal(tmp_path: Path):
     """Four trials per step count differ in speed by a few per cent. Only the best of them is on the front."""
     trials = grid(tmp_path)
-    report = SweepReport(trials, read_record(evaluation(tmp_path / "evaluation", trials)), FRECHET, "lower")
-    for rows in report.fronts.values():
+    results = SweepResults(trials, read_record(evaluation(tmp_path / "evaluation", trials)), FRECHET, "lower")
+    for rows in results.fronts.values():
         assert [row.values["steps"] for row in rows] == [1, 2, 4, 20]
 
 
@@ -135,7 +134,7 @@ def test_parameters_are_plotted_with_text_and_missing_values():
         trial_of(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
     ]
     trials += [trial_of(24, 0.05, steps=0, guidance=0.0, chain="20-4")]
-    drawn, note = parameter_plots(SweepReport(trials, None, "q", "lower"))
+    drawn, note = parameter_plots(SweepResults(trials, None, "q", "lower"))
     assert set(drawn) == {"parallel-coordinates", "importances"}
     assert note == ""
 
@@ -150,7 +149,7 @@ def test_parameters_are_plotted_with_text_and_missing_values():
     ],
 )
 def test_missing_plots_of_parameters_have_a_note(trials: list[Any], note: str):
-    assert note in parameter_plots(SweepReport(trials, None, "q", "lower"))[1]
+    assert note in parameter_plots(SweepResults(trials, None, "q", "lower"))[1]
 
 
 def test_a_sweep_without_finished_trials_has_a_report(tmp_path: Path):

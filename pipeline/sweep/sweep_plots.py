@@ -1,4 +1,4 @@
-"""The plots of a sweep's report, as PNG bytes, with text that is readable on a phone."""
+"""The plots of a sweep's results, as PNG bytes, with text that is readable on a phone."""
 
 import io
 import warnings
@@ -10,8 +10,7 @@ import numpy as np
 from kac.metrics import Metric
 from pipeline.evaluate.scores import REAL, direction
 from pipeline.report import pictures
-from pipeline.sweep.report.sweep_report import NFE, Cost, Row, SweepReport, ranked
-from pipeline.sweep.report.trial_table import headings, text
+from pipeline.sweep.sweep_results import NFE, Cost, Row, SweepResults, headings, ranked, text
 
 DPI = 150
 LOG_RATIO = 8.0
@@ -32,34 +31,30 @@ class Plot(NamedTuple):
     caption: str = ""
 
 
-def draw_plots(report: SweepReport, images: Sequence[np.ndarray] | None) -> tuple[dict[str, Plot], str]:
-    """Draw every plot of the page.
+def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tuple[dict[str, Plot], str]:
+    """Return every plot of the page by file name, and a note on missing plots of parameters.
 
-    Args:
-        images: samples [shown, *sample] of each row of the evaluation.
-
-    Returns:
-        The plots by file name, and a note on missing plots of parameters.
+    ``images`` are samples [shown, *sample] of each row of the evaluation.
     """
-    heading, plots = report.metric.heading, {}
-    for cost, rows in report.fronts.items():
+    heading, plots = results.metric.heading, {}
+    for cost, rows in results.fronts.items():
         if rows:
-            plots[f"front-{cost.name}"] = Plot(front_plot(report, cost), f"{heading} against {cost.label}")
-    if images is not None and report.on_front:
-        plots["samples"] = Plot(_sample_sheet(report, images), "samples of the front, with real images on top")
-    for metric in report.columns:
-        if metric.name != NFE and (png := heat_map(ranked(report.rows, metric), metric)):
+            plots[f"front-{cost.name}"] = Plot(front_plot(results, cost), f"{heading} against {cost.label}")
+    if images is not None and results.on_front:
+        plots["samples"] = Plot(_sample_sheet(results, images), "samples of the front, with real images on top")
+    for metric in results.columns:
+        if metric.name != NFE and (png := heat_map(ranked(results.rows, metric), metric)):
             name, meaning = metric.name.replace("/", "-"), f"{metric.meaning}{direction(metric)}"
             plots[f"heat-map-{name}"] = Plot(png, f"{metric.heading} by steps and guidance", meaning)
-    of_parameters, note = parameter_plots(report)
+    of_parameters, note = parameter_plots(results)
     return {**plots, **of_parameters}, note
 
 
-def _sample_sheet(report: SweepReport, images: Sequence[np.ndarray]) -> bytes:
+def _sample_sheet(results: SweepResults, images: Sequence[np.ndarray]) -> bytes:
     """Held-out images, samples of the front, and samples of its teachers."""
-    scales = {row.values.get("guidance") for row in report.on_front}
-    front = [(f"#{r.trial.number}  {r.name}", r.score_index) for r in report.on_front if r.score_index is not None]
-    scores = list(enumerate(report.record.scores if report.record else ()))
+    scales = {row.values.get("guidance") for row in results.on_front}
+    front = [(f"#{r.trial.number}  {r.name}", r.score_index) for r in results.on_front if r.score_index is not None]
+    scores = list(enumerate(results.record.scores if results.record else ()))
     real = [(score.name, index) for index, score in scores if score.kind == REAL]
     teachers = [(s.name, index) for index, s in scores if s.kind == "teacher" and s.guidance in scales]
     return pictures.comparison([(name, images[index]) for name, index in (*real, *front, *teachers)])
@@ -102,7 +97,7 @@ def _colours(metric: Metric, darkest: float) -> Any:
     return ListedColormap(colours if metric.better == "higher" else colours[::-1]).with_extremes(bad="#eeeeee")
 
 
-def front_plot(report: SweepReport, cost: Cost) -> bytes:
+def front_plot(results: SweepResults, cost: Cost) -> bytes:
     """Quality against cost: every row as a dot, and the front as a line with the numbers of its trials.
 
     Teachers of the same guidance scales are stars, held-out images are a line.
@@ -110,7 +105,7 @@ def front_plot(report: SweepReport, cost: Cost) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    metric, on_front = report.metric, report.fronts[cost]
+    metric, on_front = results.metric, results.fronts[cost]
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axis: Any = figure.subplots()
 
@@ -119,7 +114,7 @@ def front_plot(report: SweepReport, cost: Cost) -> bytes:
 
     style: Any = {"color": "#999999", "mfc": "none", "mec": "black", "markersize": 12}
     axis.plot(*points(on_front), "o-", label="front", **style)
-    drawn = [row for row in report.ranked if row.cost(cost.name) is not None]
+    drawn = [row for row in results.ranked if row.cost(cost.name) is not None]
     scales = sorted({row.values.get("guidance") for row in drawn}, key=_sort_key)
     colours = dict(zip(scales, mpl.colormaps["plasma"](np.linspace(0, 0.9, len(scales))), strict=True))
     for w, colour in colours.items():
@@ -130,7 +125,7 @@ def front_plot(report: SweepReport, cost: Cost) -> bytes:
         offset: Any = {"xytext": (0, -20 if is_low_good else 10), "textcoords": "offset points", "ha": "center"}
         axis.annotate(f"#{row.trial.number}", point, weight="bold", fontsize=9, **offset)
     label: str | None = "teacher, of the same w"
-    for score in report.record.scores if report.record else ():
+    for score in results.record.scores if results.record else ():
         value = score.metrics.get(metric.name)
         if value is not None and score.kind == REAL:
             axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
@@ -166,20 +161,16 @@ def _is_wide(low: float, high: float) -> bool:
     return low > 0 and high / low > LOG_RATIO
 
 
-def parameter_plots(report: SweepReport) -> tuple[dict[str, Plot], str]:
-    """Parallel coordinates and importances of the varied fields, drawn by Optuna.
-
-    Returns:
-        The plots by name, and a note on missing plots; empty if none is missing.
-    """
+def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
+    """Parallel coordinates and importances of the varied fields, drawn by Optuna, and a note on missing plots."""
     import optuna
     from matplotlib import pyplot as plt
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization.matplotlib import plot_parallel_coordinate, plot_param_importances
 
-    metric, plots = report.metric, {}
-    rows = list({row.trial.number: row for row in reversed(report.ranked)}.values())  # the best row per trial
-    columns = {name: [_plain(row.trial.values.get(name)) for row in rows] for name in report.varied}
+    metric, plots = results.metric, {}
+    rows = list({row.trial.number: row for row in reversed(results.ranked)}.values())  # the best row per trial
+    columns = {name: [_plain(row.trial.values.get(name)) for row in rows] for name in results.varied}
     columns = {name: values for name, values in columns.items() if len(set(map(str, values))) > 1}
     if len(rows) < LEAST_TRIALS or not columns:
         return {}, (
@@ -225,7 +216,10 @@ def _distribution(values: Sequence[Any]) -> Any:
     distinct = sorted(set(values), key=_sort_key)
     if len(distinct) <= MOST_CATEGORIES or any(isinstance(value, bool | str) for value in distinct):
         return CategoricalDistribution(distinct)
-    return FloatDistribution(distinct[0], distinct[-1], log=_is_wide(distinct[0], distinct[-1]))
+    low, middle, high = distinct[0], sorted(values)[len(values) // 2], distinct[-1]
+    # Logarithmic if the median is closer to the geometric mean of the ends than to their arithmetic mean.
+    is_log = low > 0 and abs(middle - (low * high) ** 0.5) < abs(middle - (low + high) / 2)
+    return FloatDistribution(low, high, log=is_log)
 
 
 def _plain(value: Any) -> Any:
