@@ -1,4 +1,4 @@
-"""The stages as Python functions. Each takes its spec, or the fields of the spec as keywords.
+"""The stages as Python functions. Each takes its spec, or the fields of the spec as keywords; never both.
 
     from pipeline import teach, rollout, distill, evaluate
 
@@ -7,9 +7,9 @@
     student = distill(store=store.path, out="runs/student", steps=4, tracking=False)
     images = student.load().sample(16)
 
-Each function returns an object with what it made, or raises ``DistillKacError``. Log lines go to the logger
-``distillkac``. Without RAY_ADDRESS, every stage except ``sweep`` works in this process and starts no Ray, unless
-``workers`` or ``actors`` ask for some.
+Each function returns an object with what it made, or raises ``DistillKacError``. With ``tracking=False`` MLflow records
+no run. Log lines go to the logger ``distillkac``. Without RAY_ADDRESS, every stage except ``sweep`` works in this
+process and starts no Ray, unless ``workers`` or ``actors`` ask for some.
 """
 
 import contextlib
@@ -92,10 +92,7 @@ class EvaluationResult:
 def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
     """Train a teacher.
 
-    Args:
-        spec: the options; or give them as keywords.
-        tracking: whether MLflow records the run.
-        fields: fields of ``TeachSpec``, such as ``data="digits"`` and ``out="runs/teacher"``.
+    The fields of ``TeachSpec`` are keywords, such as ``data="digits"`` and ``out="runs/teacher"``.
     """
     spec, metrics = _spec_of(TeachSpec, spec, fields, workers=0), dict[str, float]()
     with _tracking(tracking):
@@ -106,10 +103,7 @@ def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any
 def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields: Any) -> StoreResult:
     """Write or grow an endpoint store: integrate the teacher from noise to images.
 
-    Args:
-        spec: the options; or give them as keywords.
-        tracking: whether MLflow records the run.
-        fields: fields of ``RolloutSpec``, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
+    The fields of ``RolloutSpec`` are keywords, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
     """
     spec = _spec_of(RolloutSpec, spec, fields, actors=0)
     with _tracking(tracking):
@@ -120,10 +114,7 @@ def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields:
 def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
     """Train a student from a store.
 
-    Args:
-        spec: the options; or give them as keywords.
-        tracking: whether MLflow records the run.
-        fields: fields of ``DistillSpec``, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
+    The fields of ``DistillSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
     """
     spec, metrics = _spec_of(DistillSpec, spec, fields, workers=0), dict[str, float]()
     with _tracking(tracking):
@@ -134,10 +125,7 @@ def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields:
 def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
     """Train and evaluate many students on Ray Tune.
 
-    Args:
-        spec: the options; or give them as keywords.
-        tracking: whether MLflow records the runs.
-        fields: fields of ``SweepSpec``, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
+    The fields of ``SweepSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
     """
     spec = _spec_of(SweepSpec, spec, fields)
     with _tracking(tracking):
@@ -150,11 +138,8 @@ def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any
 def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **fields: Any) -> EvaluationResult:
     """Compare a teacher and its students from the same noise.
 
-    Args:
-        spec: the options; or give them as keywords.
-        tracking: whether MLflow records the run.
-        fields: fields of ``EvaluateSpec``, such as ``teacher="runs/teacher"``, ``students=["runs/student"]`` and
-            ``out="runs/evaluation"``.
+    The fields of ``EvaluateSpec`` are keywords, such as ``teacher="runs/teacher"``, ``students=["runs/student"]``
+    and ``out="runs/evaluation"``.
     """
     spec = _spec_of(EvaluateSpec, spec, fields, actors=0)
     with _tracking(tracking):

@@ -20,7 +20,7 @@ from kac.util.path_options import check_apart
 from pipeline import decode, outputs, store, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config import DistillSpec, OptimizerConfig, SweepSpec
+from pipeline.config import DistillSpec, SweepSpec
 from pipeline.refinement import Refinement, check_passes
 from pipeline.tracking import logged_models
 
@@ -244,11 +244,6 @@ class DistillTask:
     init: str
     batch: Callable[[int], Interval] | None = None
 
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """The optimizer's options."""
-        return self.spec.optimizer
-
     def build(self, worker: training.Worker) -> training.Learner:
         """Return a learner for a student with initial weights."""
         spec, first, given = self.spec, load_model(self.init), self.batch
@@ -294,6 +289,6 @@ def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Work
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        return training.to_device(next(readers[seat]), worker.device)  # the store's reader reads ahead
+        return Interval(*training.to_device(next(readers[seat]), worker.device))  # the store's reader reads ahead
 
     return read

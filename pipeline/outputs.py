@@ -30,13 +30,8 @@ TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
 def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     """Claim the folder ``out`` for the output of a spec. Return False if the output is already complete.
 
-    If another spec left neither a result nor a checkpoint in the folder, its files are replaced.
-
-    Args:
-        out: the folder.
-        spec: the options of the stage.
-        result: the name of the file that is written last.
-        content: hashes of the inputs.
+    The file ``result`` is written last. ``content`` has hashes of the inputs. If another spec left neither a result nor
+    a checkpoint in the folder, its files are replaced.
 
     Raises:
         DistillKacError: the folder belongs to another spec, another job writes it now, or it cannot be written.
@@ -63,22 +58,14 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
 
 
 def check_owner(out: str, fingerprint: str) -> None:
-    """Check, before a result is written, that the folder still belongs to this job.
-
-    Raises:
-        DistillKacError: another job has taken over the folder.
-    """
+    """Raise ``DistillKacError`` if another job has taken over the folder. Called before a result is written."""
     if (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
         raise DistillKacError(f"{out}: a job with another spec has taken over this folder. Choose another `out`.")
     claims.check(out, claims.token_of(out))
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
-    """Write the model into the folder ``out``, tag its run, and remove the checkpoints.
-
-    Raises:
-        DistillKacError: another job has taken over the folder.
-    """
+    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. Raises as ``check_owner``."""
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
     _tag_and_clean(out, config, run)
@@ -95,12 +82,7 @@ def complete_model(stage: str, out: str) -> ModelConfig:
 def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
     """Finish the run of a complete model folder if its job was stopped before it ended the run.
 
-    Args:
-        out: the model folder.
-        before_end: called with the run before the run ends.
-
-    Returns:
-        Whether there was such a run.
+    Returns whether there was such a run.
     """
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:

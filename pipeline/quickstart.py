@@ -1,7 +1,5 @@
 """Run all stages on the handwritten digits, on one machine, and write a report."""
 
-from collections.abc import Sequence
-
 from kac.losses import FlowMapConfig
 from kac.losses.refinement import DataRefinementConfig
 from kac.util import files
@@ -10,7 +8,6 @@ from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
 from pipeline.distill import distill
-from pipeline.evaluate.scores import Score
 from pipeline.evaluate.stage import evaluate
 from pipeline.outputs import SPEC_FILE
 from pipeline.report.evaluation_page import write_evaluation_page
@@ -59,15 +56,13 @@ def quickstart(spec: QuickstartSpec) -> None:
     }
     report = files.join(out, "report.html")
     write_evaluation_page(report, "quickstart on the handwritten digits", evaluation, sections, uri)
-    log.info(f"quickstart: {_headline(scores)}")
+    # Compares in features that no training used.
+    best = min((score for score in scores if score.refined_in), key=lambda score: score.steps or 0)
+    first = next(score for score in scores if score.kind == "teacher")
+    distances = [f"{score.metrics['frechet_distance_classifier']:.3g}" for score in (best, first)]
+    log.info(
+        f"quickstart: Frechet distance {distances[0]} in {best.steps} step{'s' * (best.steps != 1)}, teacher "
+        f"{distances[1]} in {first.steps} (classifier features)"
+    )
     log.info(f"quickstart: wrote the report {report}")
     log.info(f"quickstart: to compare the runs: {mlflow_command(uri)}")
-
-
-def _headline(scores: Sequence[Score]) -> str:
-    """Compare the refined student, in its fewest steps, with its teacher, in features that no training used."""
-    teacher = next(score for score in scores if score.kind == "teacher")
-    student = min((score for score in scores if score.refined_in), key=lambda score: score.steps or 0)
-    of_student, of_teacher = (f"{score.metrics['frechet_distance_classifier']:.3g}" for score in (student, teacher))
-    steps = "1 step" if student.steps == 1 else f"{student.steps} steps"
-    return f"Frechet distance {of_student} in {steps}, teacher {of_teacher} in {teacher.steps} (classifier features)"

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from kac.data.class_names import label_of, list_classes
-from kac.model import ModelConfig, load_model
-from kac.sampling import BATCH_SIZE, Samples, Sampling, draw, student_sampling, teacher_sampling
+from kac.model import load_model
+from kac.sampling import BATCH_SIZE, draw, student_sampling, teacher_sampling
 from kac.util import files, probes
 from kac.util.device import default_device
 from kac.util.errors import ArgumentError
@@ -25,8 +25,8 @@ def sample(spec: SampleSpec) -> None:
     have names, ``class_names``. Images are rounded to 8 bits; with ``spec.raw`` they are the network's outputs.
 
     Raises:
-        DistillKacError: the model does not exist or does not know a label, the file has another extension, or it
-            cannot be written.
+        DistillKacError: the model does not exist, does not know a label or does not support the steps or the guidance,
+            the file has another extension, or it cannot be written.
     """
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):
@@ -35,39 +35,25 @@ def sample(spec: SampleSpec) -> None:
         raise ArgumentError(f"`raw` needs an .npz file, because a .png has only 8 bits. `out` is {spec.out}.")
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
-    sampling = _sampling(spec, model.config)
+    config, names = model.config, model.config.class_names
+    if config.kind == "teacher":
+        sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver)
+    else:
+        sampling = student_sampling(config, spec.steps, spec.guidance)
     probes.check_writable(out.rsplit("/", 1)[0] or "/")
-    labels = _labels(spec, model.config)
+    labels = None if spec.labels is None else tuple(label_of(word, names, config.num_classes) for word in spec.labels)
     made = draw(model, sampling, spec.precision, spec.seed, spec.count, BATCH_SIZE, labels, raw=spec.raw)
-    files.write_bytes(out, sheet(made.images.numpy()) if out.endswith(".png") else _npz(made, model.config))
-    if model.config.class_names:
-        log.info(f"sample: classes, label=name: {list_classes(model.config.class_names)}")
-    is_guidance_fixed = model.config.kind == "student" and not model.config.takes_guidance
-    guidance = model.config.guidance if is_guidance_fixed else sampling.guidance
+    arrays = {"images": made.images.numpy(), "labels": made.label.numpy()}
+    if names:
+        arrays["class_names"] = np.array(names)
+        log.info(f"sample: classes, label=name: {list_classes(names)}")
+    if out.endswith(".png"):
+        files.write_bytes(out, sheet(arrays["images"]))
+    else:
+        sink = io.BytesIO()
+        np.savez(sink, **arrays)  # type: ignore[arg-type]
+        files.write_bytes(out, sink.getvalue())
+    is_guidance_fixed = config.kind == "student" and not config.takes_guidance
+    guidance = config.guidance if is_guidance_fixed else sampling.guidance
     values = ", raw values" if spec.raw else ""
     log.info(f"sample: wrote {out}: {spec.count} images, {sampling.steps} steps, guidance {guidance:g}{values}")
-
-
-def _labels(spec: SampleSpec, config: ModelConfig) -> tuple[int, ...] | None:
-    """Return the numbers of the requested classes, or None for the data's class frequencies."""
-    if spec.labels is None:
-        return None
-    return tuple(label_of(word, config.class_names, config.num_classes) for word in spec.labels)
-
-
-def _npz(made: Samples, config: ModelConfig) -> bytes:
-    sink = io.BytesIO()
-    names = {"class_names": np.array(config.class_names)} if config.class_names else {}
-    np.savez(sink, images=made.images.numpy(), labels=made.label.numpy(), **names)  # type: ignore[arg-type]
-    return sink.getvalue()
-
-
-def _sampling(spec: SampleSpec, config: ModelConfig) -> Sampling:
-    """Return how to sample the model.
-
-    Raises:
-        DistillKacError: the student does not support the steps or the guidance, or the teacher cannot be guided.
-    """
-    if config.kind == "teacher":
-        return teacher_sampling(config, spec.guidance, spec.steps, spec.solver)
-    return student_sampling(config, spec.steps, spec.guidance)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config import OptimizerConfig, TeachSpec
+from pipeline.config import TeachSpec
 
 
 def teach(
@@ -80,11 +79,6 @@ class TeachTask:
 
     spec: TeachSpec
 
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """The optimizer's options."""
-        return self.spec.optimizer
-
     def build(self, worker: training.Worker) -> training.Learner:
         """Return a learner for a teacher with initial weights."""
         spec, data = self.spec, open_dataset(self.spec.data)
@@ -94,26 +88,19 @@ class TeachTask:
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             training.seed_dropout(spec.seed, micro)
+            x_0, t, label = batch(micro)
             noise = training.slot_generator(spec.seed, micro)
-            return LossTerms({"flow_matching": flow_matching_loss(network, path, *batch(micro), noise)})
+            return LossTerms({"flow_matching": flow_matching_loss(network, path, x_0, t, label, noise)})
 
         return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
 
 
-class TrainingBatch(NamedTuple):
-    """The inputs of the loss."""
-
-    x_0: Tensor  # [rows, *sample]
-    t: Tensor  # [rows]
-    label: Tensor  # [rows], some replaced by the null label
-
-
-def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], TrainingBatch]:
-    """Return a function that makes a micro-batch. It reads only the rows of the micro-batch, and keeps none of them."""
+def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], tuple[Tensor, ...]]:
+    """Return a function that reads the rows of a micro-batch and returns the inputs of the loss: x_0, t, label."""
     size, num_classes = spec.optimizer.batch_size, data.description.num_classes
     order = training.EpochOrder(spec.seed, len(data.train), size)
 
-    def batch(micro: training.MicroBatch) -> TrainingBatch:
+    def batch(micro: training.MicroBatch) -> tuple[Tensor, ...]:
         # Random numbers are drawn for the whole batch, so that no split changes it.
         draws = training.update_generator(spec.seed, micro.update)
         t, drop_coin, flip_coin = stratified_times(size, draws), *torch.rand(2, size, generator=draws)
@@ -121,6 +108,6 @@ def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], 
         label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, num_classes)
         if spec.data.horizontal_flip:
             images = flip(images, micro.share(flip_coin) < 0.5)
-        return TrainingBatch(images, micro.share(t), label)
+        return images, micro.share(t), label
 
     return batch

@@ -1,20 +1,18 @@
-"""The options of evaluate."""
+"""The options of evaluate, study and sample, which draw samples of models, and of quickstart."""
 
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from kac.precision import Precision
 from kac.sampling import TEACHER_STEPS
 from kac.solvers import Method
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
-from pipeline.config.shared_options import (
-    FEATURE_FILE,
-    ActorOptions,
-    Features,
-)
+from pipeline.config.shared_options import FEATURE_FILE, SEED, ActorOptions, Features
 from pipeline.config.spec import Spec
+
+NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; not that of the store")
 
 
 class EvaluateSpec(ActorOptions, Spec):
@@ -37,7 +35,7 @@ class EvaluateSpec(ActorOptions, Spec):
     solver: Method = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")
     precision: Precision = Precision()
-    seed: int = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; not that of the store")
+    seed: int = NOISE_SEED
     seeds: PositiveInt = Field(
         1, description="number of noise seeds, starting at `seed`; with several, the table shows means +- 95 %"
     )
@@ -55,3 +53,76 @@ class EvaluateSpec(ActorOptions, Spec):
         if not self.teacher and not self.from_sweep and not self.runs:
             raise ValueError("`teacher` is required, unless `from_sweep` or `runs` is given.")
         return self
+
+
+Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "all"]
+
+CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane")
+
+
+class StudySpec(Spec):
+    """Test the claims of the papers on Kac flows, on a teacher, its store and its students."""
+
+    stage = "study"
+    common = ("store", "students", "rival", "claims", "samples")
+    teacher: str = input_path(..., "the teacher's model folder")
+    store: str | None = input_path(None, "the teacher's endpoint store, which also sets the solver")
+    students: tuple[str, ...] = input_path((), "model folders of students, or folders of sweeps")
+    rival: str | None = input_path(
+        None, "model folder of a teacher with a Gaussian path and the same data, network and budget"
+    )
+    out: str = output_path(..., "folder to write: study.json, one picture per claim")
+    claims: tuple[Claim, ...] = Field(
+        CLAIMS, min_length=1, description="claims to test; all: all claims whose inputs are given"
+    )
+    samples: int = Field(2000, ge=2, description="samples per model, and rows of the store")
+    steps: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4, 20), min_length=1, description="step counts of any-step students, if they divide the store's knots"
+    )
+    precision: Precision = Precision()
+    seed: int = NOISE_SEED
+    batch_size: PositiveInt = unhashed(500, "samples per network call")
+
+    @field_validator("claims")
+    @classmethod
+    def _expand_all(cls, claims: tuple[Claim, ...]) -> tuple[Claim, ...]:
+        return CLAIMS if "all" in claims else tuple(claim for claim in CLAIMS if claim in claims)
+
+
+ClassName = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+"""A class, by its name or number."""
+
+
+class SampleSpec(Spec):
+    """Draw images from a teacher or a student."""
+
+    stage = "sample"
+    common = ("count", "labels", "guidance", "steps", "seed")
+    model: str = input_path(..., "model folder")
+    out: str = output_path(..., "file to write: .png (a sheet) or .npz (images in [-1, 1], labels)", kind="file")
+    raw: bool = Field(False, description="write raw network outputs, neither clipped nor rounded to 8 bits; .npz only")
+    count: PositiveInt = Field(100, description="number of images")
+    labels: tuple[ClassName, ...] | None = Field(
+        None,
+        description="classes by name or number, repeated in turn: cat dog, or 3 5; a number is a name if classes have "
+        "numeric names; default: the data's class frequencies",
+    )
+    guidance: float | None = Field(
+        None, description="guidance scale of a teacher (default: 0), or of a student that takes any scale"
+    )
+    steps: PositiveInt | None = Field(
+        None, description="a teacher's solver steps (default: 100), or an any-step student's steps (default: its own)"
+    )
+    solver: Method = Field("ab2", description="a teacher's solver")
+    precision: Precision = Precision()
+    seed: int = SEED
+
+
+class QuickstartSpec(Spec):
+    """Run all stages on the handwritten digits, on one machine: teach, rollout, distill, refine, evaluate, report."""
+
+    stage = "quickstart"
+    out: str = output_path(..., "folder to write")
+    seed: int = SEED
+    trajectories: PositiveInt = unhashed(12000, "trajectories in the store")
+    steps: tuple[PositiveInt, ...] = unhashed((1, 2, 4, 20), "step counts to evaluate", min_length=1)

@@ -2,18 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from kac.metrics.features import check_names
-from kac.networks import NetworkConfig
 from kac.util.fingerprint import unhashed
 from kac.util.options import Count, Options
 
@@ -150,9 +141,3 @@ def _check_features(features: tuple[str, ...]) -> tuple[str, ...]:
 
 Features = Annotated[tuple[str, ...], AfterValidator(_check_features)]
 """Names of feature spaces."""
-
-
-def check_teacher_network(network: NetworkConfig) -> None:
-    """Raise ``ValueError`` if the network cannot be a teacher."""
-    if network.conditions:
-        raise ValueError("`network.conditions` must be empty, because a teacher takes only time and label.")

@@ -1,22 +1,15 @@
-"""The options of teach."""
+"""The options of teach and convert, which make teachers."""
 
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from kac.data import DataConfig
-from kac.networks import MLPConfig, NetworkConfig
+from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.path import PathConfig
 from kac.precision import Precision
-from kac.util.path_options import output_path
-from pipeline.config.shared_options import (
-    DRY_RUN,
-    SEED,
-    OptimizerConfig,
-    TrainingOptions,
-    WorkerOptions,
-    check_teacher_network,
-)
+from kac.util.path_options import input_path, output_path
+from pipeline.config.shared_options import DRY_RUN, SEED, OptimizerConfig, TrainingOptions, WorkerOptions
 from pipeline.config.spec import Spec
 
 
@@ -39,10 +32,39 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        check_teacher_network(self.network)
+        _check_conditions(self.network)
         if self.label_dropout and not self.network.has_null_label:
             raise ValueError(
                 f"`label_dropout` is {self.label_dropout}, but this network has no null label. "
                 "Set `label_dropout` to 0."
             )
         return self
+
+
+class ConvertSpec(Spec):
+    """Make a teacher from existing weights: a U-Net of OpenAI or diffusers, or any module."""
+
+    stage = "convert"
+    common = ("key",)
+    checkpoint: str = input_path(..., "weights: a .safetensors or torch.save file; path or s3:// URI", kind="any")
+    out: str = output_path(..., "model folder to write: path or s3:// URI")
+    data: DataConfig
+    path: PathConfig = PathConfig()
+    network: NetworkConfig = UNetConfig(
+        channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
+    )
+    key: str | None = Field(
+        None,
+        description="prefix of the weights in the file, such as ema_model; default: the only weights that fit, or "
+        "their average",
+    )
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        _check_conditions(self.network)
+        return self
+
+
+def _check_conditions(network: NetworkConfig) -> None:
+    if network.conditions:
+        raise ValueError("`network.conditions` must be empty, because a teacher takes only time and label.")

@@ -10,11 +10,19 @@ from pipeline.training.batches import (
     to_device,
     update_generator,
 )
-from pipeline.training.hosts import OnReport, train, train_model
+from pipeline.training.hosts import (
+    OnReport,
+    WorkerGroup,
+    await_workers,
+    check_batch_split,
+    choose_workers,
+    describe_cost,
+    train,
+    train_model,
+)
 from pipeline.training.learner import Learner
 from pipeline.training.loop import Job, Task
 from pipeline.training.validation import HeldOut, Validation
-from pipeline.training.workers import WorkerGroup, await_workers, check_batch_split, choose_workers, describe_cost
 
 __all__ = [
     "EpochOrder",

@@ -1,18 +1,15 @@
 """The batches of training: each worker's part of them, their order, their random numbers, and prefetching."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BATCHES_AHEAD = 2
-
-Batch = TypeVar("Batch", bound=tuple[Any, ...])
-"""A named tuple of tensors."""
 
 
 class Worker(NamedTuple):
@@ -130,14 +127,18 @@ def _seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch of CPU tensors on ``device``. Copies to a GPU are asynchronous."""
+def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Return CPU tensors on ``device``. Copies to a GPU are asynchronous."""
     if device.type != "cuda":
-        return batch
-    return type(batch)(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+        return tuple(batch)
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
 
 
-def prefetched(make: Callable[[MicroBatch], Batch], device: torch.device) -> Callable[[MicroBatch], Batch]:
+MakeBatch = Callable[[MicroBatch], tuple[Tensor, ...]]
+"""Returns the tensors of a micro-batch."""
+
+
+def prefetched(make: MakeBatch, device: torch.device) -> MakeBatch:
     """Return ``make``, with prefetching if ``device`` is a GPU.
 
     On the CPU the thread would compete with training for cores: it halved the training speed of a small network.
@@ -145,22 +146,22 @@ def prefetched(make: Callable[[MicroBatch], Batch], device: torch.device) -> Cal
     return Prefetcher(make) if device.type == "cuda" else make
 
 
-class Prefetcher(Generic[Batch]):
+class Prefetcher:
     """Prepares a worker's micro-batches in order, starting with the first one requested.
 
     An error in ``make`` is raised when its batch is requested. The thread ends when the prefetcher is deleted.
 
     Args:
-        make: makes the batch of a micro-batch on the CPU. Called on one thread, also for batches after the last one.
+        make: makes a batch on the CPU. Called on one thread, also for batches after the last one.
     """
 
-    def __init__(self, make: Callable[[MicroBatch], Batch]) -> None:
+    def __init__(self, make: MakeBatch) -> None:
         self.make = make
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.queue: deque[Future[Batch]] = deque()
+        self.queue: deque[Future[tuple[Tensor, ...]]] = deque()
 
-    def __call__(self, micro: MicroBatch) -> Batch:
-        """Return the data of the next micro-batch, on its worker's device."""
+    def __call__(self, micro: MicroBatch) -> tuple[Tensor, ...]:
+        """Return the next micro-batch on its worker's device."""
         if not self.queue:
             self.following = micro
         while len(self.queue) <= BATCHES_AHEAD:
@@ -168,5 +169,5 @@ class Prefetcher(Generic[Batch]):
             self.following = self.following.next()
         return self.queue.popleft().result()
 
-    def _make_on_device(self, micro: MicroBatch) -> Batch:
+    def _make_on_device(self, micro: MicroBatch) -> tuple[Tensor, ...]:
         return to_device(self.make(micro), micro.worker.device)

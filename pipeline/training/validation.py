@@ -88,8 +88,7 @@ class Validation:
     @property
     def samples(self) -> int:
         """The number of samples to draw per validation, within ``MAX_CALLS_SHARE`` if possible."""
-        training_calls = self._calls_per_update * min(self._interval, self.optimizer.updates)
-        affordable = int(MAX_CALLS_SHARE * training_calls / self._sampling.steps)
+        affordable = int(MAX_CALLS_SHARE * self._training_calls(self._interval) / self._sampling.steps)
         return min(MAX_SAMPLES, max(MIN_SAMPLES, affordable))
 
     @property
@@ -97,12 +96,11 @@ class Validation:
         updates = self.optimizer.updates
         if self.every is not None:
             return self.every
-        is_cheaper = MIN_SAMPLES * self._sampling.steps <= updates * self._calls_per_update
+        is_cheaper = MIN_SAMPLES * self._sampling.steps <= self._training_calls(updates)
         return max(MIN_UPDATES, updates // 10) if is_cheaper else 0
 
-    @property
-    def _calls_per_update(self) -> int:
-        return TRAINING_CALLS * self.optimizer.batch_size
+    def _training_calls(self, updates: int) -> int:
+        return TRAINING_CALLS * self.optimizer.batch_size * min(updates, self.optimizer.updates)
 
     @property
     def _sampling(self) -> Sampling:
@@ -115,11 +113,7 @@ class Validation:
         return self.precision.model_copy(update={"compile": False})
 
     def draw_sheet(self, network: NetworkModule) -> bytes:
-        """Return a sheet of samples as PNG, with the classes in turn. A student takes its own steps.
-
-        Raises:
-            DistillKacError: the network has diverged.
-        """
+        """Return a sheet of samples as PNG, with the classes in turn. Raises ``DistillKacError`` after a divergence."""
         from pipeline.report.pictures import sheet
 
         labels, count = known_classes(self.config)[:SHEET_SAMPLES] or None, SHEET_SAMPLES
@@ -127,9 +121,7 @@ class Validation:
         return sheet(samples.images.numpy())
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
-        """Return the metrics of a network in evaluation mode, by name.
-
-        A metric is left out if its held-out images or rows are not available.
+        """Return the metrics of a network in evaluation mode, without those whose images or rows are not available.
 
         Raises:
             DistillKacError: the network has diverged.

@@ -87,7 +87,7 @@ def test_a_spec_and_its_fields_are_the_same(small_store: str, tmp_path: Path):
 def test_stages_are_functions_with_documentation(stage: str):
     function = getattr(pipeline, stage)
     assert inspect.isfunction(function)
-    assert "Args:" in inspect.getdoc(function)
+    assert f"fields of ``{stage.capitalize()}Spec``" in inspect.getdoc(function)
 
 
 def test_a_sweep_returns_its_trials_and_the_best_student(small_store: str, tmp_path: Path, ray_cluster: None):

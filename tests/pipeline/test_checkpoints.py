@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from pipeline.training import Worker
-from pipeline.training.checkpoints import CheckpointSchedule
+from pipeline.training.loop import CheckpointSchedule
 
-HERE = Worker(0, 1, torch.device("cpu"))
-EVERY = 50
+CPU = torch.device("cpu")
 
 
 class Clock:
@@ -25,7 +23,7 @@ def saved_at(
 ) -> list[tuple[int, float]]:
     """The updates after which a run saves, each with the seconds since the previous checkpoint."""
     clock = Clock()
-    checkpoints = CheckpointSchedule(updates, seconds, HERE, first, EVERY, clock)
+    checkpoints = CheckpointSchedule(updates, seconds, CPU, first, clock)
     checkpointed, before = [], clock.now
     for done in range(first + 1, total + 1):
         clock.now += update_seconds
@@ -65,7 +63,7 @@ def test_fast_saving_is_not_limited():
 
 def test_updates_that_become_slow_are_noticed_at_the_next_log():
     clock = Clock()
-    checkpoints = CheckpointSchedule(10**9, 600, HERE, 0, EVERY, clock)
+    checkpoints = CheckpointSchedule(10**9, 600, CPU, 0, clock)
     due = []
     for done in range(1, 400):
         clock.now += 0.1 if done <= 210 else 20
@@ -81,9 +79,7 @@ def test_all_workers_save_after_the_update_that_rank_0_chooses(monkeypatch: pyte
     sent: list[list[int]] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     clocks = [Clock(), Clock()]
-    first, second = (
-        CheckpointSchedule(10**9, 600, Worker(rank, 2, torch.device("cpu")), 0, EVERY, clocks[rank]) for rank in (0, 1)
-    )
+    first, second = (CheckpointSchedule(10**9, 600, CPU, 0, clock) for clock in clocks)
 
     def broadcast(values: torch.Tensor, src: int) -> None:
         if asking is first:

@@ -70,7 +70,7 @@ def test_a_second_job_is_refused_at_its_start(
     options: dict[str, int], job: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(claims, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("the second job trains"))
+    monkeypatch.setattr(training, "train_model", lambda *_: pytest.fail("the second job trains"))
     before = (tmp_path / "out" / "spec.json").read_bytes()
     with pytest.raises(DistillKacError, match=rf"/out: .*process {job.pid} on "):
         teach(teach_spec(tmp_path / "out", optimizer=ENDLESS, **options))

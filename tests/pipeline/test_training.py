@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -286,45 +285,39 @@ def test_accumulated_passes_equal_one_batch(tmp_path: Path):
     assert refusal.value.name == "accumulation"
 
 
-class Row(NamedTuple):
-    """A batch with one tensor."""
-
-    value: Tensor
-
-
 def test_a_prefetcher_returns_the_requested_batches():
     calls = []
 
-    def make(micro: training.MicroBatch) -> Row:
+    def make(micro: training.MicroBatch) -> tuple[Tensor]:
         calls.append(micro)
         if micro.update == 9:
             raise DistillKacError("update 9 is damaged")
-        return Row(torch.tensor([micro.update, micro.number]))
+        return (torch.tensor([micro.update, micro.number]),)
 
     prefetcher, micro = Prefetcher(make), training.MicroBatch(3, 0, 2, HERE)
     for update in (3, 4):
         for number in (0, 1):
-            assert prefetcher(micro).value.tolist() == [update, number]
+            assert prefetcher(micro)[0].tolist() == [update, number]
             micro = micro.next()
     prefetcher.thread.shutdown()
     assert len(calls) <= 4 + BATCHES_AHEAD
     prefetcher = Prefetcher(make)
     micro = micro._replace(update=8, number=1)
-    assert prefetcher(micro).value.tolist() == [8, 1]
+    assert prefetcher(micro)[0].tolist() == [8, 1]
     with pytest.raises(DistillKacError, match="update 9 is damaged"):
         prefetcher(micro.next())
 
 
 def test_batches_are_prefetched_only_for_a_gpu():
-    def make(micro: training.MicroBatch) -> Row:
-        return Row(torch.zeros(1))
+    def make(micro: training.MicroBatch) -> tuple[Tensor]:
+        return (torch.zeros(1),)
 
     assert prefetched(make, torch.device("cpu")) is make
     assert isinstance(prefetched(make, torch.device("cuda")), Prefetcher)
 
 
 def test_the_thread_ends_with_its_prefetcher():
-    prefetcher = Prefetcher(lambda micro: Row(torch.zeros(1)))
+    prefetcher = Prefetcher(lambda micro: (torch.zeros(1),))
     prefetcher(training.MicroBatch(0, 0, 1, HERE))
     (thread,) = prefetcher.thread._threads
     del prefetcher
