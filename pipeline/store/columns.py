@@ -45,11 +45,7 @@ class Selection:
         return group_shards(shards, GROUP_BYTES // self.row_bytes)
 
     def read(self, shards: Sequence[Shard]) -> pa.Table:
-        """Read the columns of some shards in parallel, and concatenate them in the given order.
-
-        Raises:
-            StoreError: a shard is missing, damaged or from another store. The message names it.
-        """
+        """Read the columns of some shards in parallel, in the given order. Raises the errors of ``read_rows``."""
         names = [LABEL, *([INTERVAL] if self.identity.is_forward else []), *self.knots]
         return pa.concat_tables(
             map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
@@ -91,11 +87,7 @@ def load(selection: Selection) -> Columns:
 
 
 def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
-    """Convert the selected columns of some shards to tensors.
-
-    Args:
-        tables: the rows of ``shards`` in this order; a table may hold several shards.
-    """
+    """Convert the rows of some shards, in ``tables`` of one or several shards, to tensors."""
     ids = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
     label, interval = torch.empty_like(ids), torch.empty_like(ids) if selection.identity.is_forward else None
     knots = torch.empty((len(ids), len(selection.knots), *selection.identity.sample_shape))
@@ -131,8 +123,7 @@ def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor
 
     Args:
         times: [knots], the times of the selected knots; of all knots in a forward store.
-        drawn: start and end, [batch] each, as indices of selected knots; None in a forward store, whose rows are
-            intervals.
+        drawn: indices of the start and end among the selected knots, [batch] each; None in a forward store.
     """
     parts, done = [], 0
     for columns, rows in pieces:
@@ -159,8 +150,7 @@ def _concatenate(parts: Sequence[AnyBatch]) -> AnyBatch:
 def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_bytes: int) -> Iterator[pa.Table]:
     """Yield the selected columns of each group of shards, in order. Ray Data prefetches about ``ahead_bytes``.
 
-    Raises:
-        StoreError: a shard is missing, damaged or from another store. The message names it.
+    Raises the errors of ``Selection.read``.
     """
     if not groups or torch.utils.data.get_worker_info() is not None:
         # A DataLoader worker prefetches by itself. It is a fork of its parent and has no connection to Ray.

@@ -5,10 +5,11 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
+import yaml
 
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
-from kac.util.options import OptionStyle, flatten
+from kac.util.options import OptionStyle
 from kac.util.path_options import input_path
 from pipeline.config import Spec
 from pipeline.store.layout import KINETIC_ENERGY, Shard
@@ -32,9 +33,10 @@ class DescribeSpec(Spec):
 
 
 def run(spec: DescribeSpec) -> None:
-    """Log the description as text or JSON."""
+    """Log the description as YAML or JSON."""
     description = describe(spec.store)
-    log.info(json.dumps(description, indent=2) if spec.as_json else _as_text(description))
+    text = yaml.safe_dump(description, sort_keys=False, default_flow_style=None, width=120).rstrip()
+    log.info(json.dumps(description, indent=2) if spec.as_json else text)
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -74,32 +76,3 @@ def _describe_scale(store: Store, guidance: float, sizes: dict[str, int]) -> dic
         "bytes": sum(sizes[shard.name] for shard in shards),
         "kinetic_energy": {f"{q:.0%}": float(np.quantile(energy, q)) for q in QUANTILES},
     }
-
-
-def _as_text(description: dict[str, Any]) -> str:
-    """Return the description for people, one fact per line."""
-    size, raw = description["bytes"], description["tensor_bytes"]
-    facts = {
-        "store": description["store"],
-        "state": "finished" if description["is_finished"] else "unfinished; run the rollout again to finish it",
-        "fingerprint": description["fingerprint"],
-        "teacher": description["teacher"] or "unknown until the store is finished",
-        **{name: _plain(value) for name, value in flatten(description["identity"]).items()},
-        "guidance": " ".join(f"{scale['guidance']:g}" for scale in description["scales"]),
-        "rows": f"{description['rows']:,} in {description['shards']:,} shards",
-        "bytes": f"{size:,} ({size / raw:.3f} of the raw tensors' {raw:,})",
-    }
-    width = max(map(len, facts))
-    lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    for scale in description["scales"]:
-        ids = ", ".join(f"{start} to {stop - 1}" for start, stop in scale["ids"])
-        size = f"{scale['rows']:,} rows, samples {ids}, {scale['shards']} shards, {scale['bytes']:,} bytes"
-        quantiles = "  ".join(f"{name} {value:.4g}" for name, value in scale["kinetic_energy"].items())
-        lines += [f"guidance {scale['guidance']:g}: {size}", f"  kinetic energy: {quantiles}"]
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in value)
-    return "none" if value is None else str(value)

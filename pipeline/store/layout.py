@@ -2,7 +2,7 @@
 
 STORE/manifest.json                               describes the finished store; written last
 STORE/run.json                                    the MLflow run that made the store
-STORE/receipts-0123456789ab.json                  receipts of an unfinished store; see ``receipts``
+STORE/receipts-0123456789ab.json                  receipts of an unfinished store; removed after the manifest is written
 STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 
@@ -147,7 +147,7 @@ class Shard:
         return range(self.start, self.start + self.rows)
 
     def to_json(self) -> str:
-        """Return the shard as text, which Ray Data sends to the workers."""
+        """Return the shard as text for Ray Data's tasks."""
         return json.dumps([self.guidance, self.index, self.start, self.rows])
 
     @classmethod
@@ -169,32 +169,20 @@ def guidance_folder(w: float) -> str:
     return f"{DATA}/guidance={float(w)!r}"
 
 
-def parse_shard_name(name: str) -> tuple[float, int] | None:
-    """Return the guidance scale and index in the path of a shard, or None for any other path.
-
-    Only the canonical spelling counts: otherwise ``guidance=0`` and ``guidance=0.0`` would name the same shard.
-    """
+def parse_shard_name(name: str, shard_size: int = 1) -> Shard | None:
+    """Return the shard at this path, with ``shard_size`` rows, or None for any other path."""
     match = _SHARD_NAME.fullmatch(name)
     try:
-        parsed = (float(match["guidance"]), int(match["index"])) if match else None
+        w, index = (float(match["guidance"]), int(match["index"])) if match else (0.0, 0)
     except ValueError:
         return None
-    return parsed if parsed and Shard(*parsed, 0, 0).name == name else None
-
-
-def full_shard(name: str, shard_size: int) -> Shard | None:
-    """Return the shard at this path, assuming ``shard_size`` rows, or None if the path is not that of a shard."""
-    parsed = parse_shard_name(name)
-    return Shard(*parsed, parsed[1] * shard_size, shard_size) if parsed else None
+    shard = Shard(w, index, index * shard_size, shard_size)
+    # Only the canonical spelling counts: otherwise guidance=0 and guidance=0.0 would name the same shard.
+    return shard if shard.name == name else None
 
 
 def check_version(where: str, version: Any) -> None:
-    """Check that this version can read the file.
-
-    Raises:
-        NewerVersion: a newer version wrote the file.
-        ValueError: ``version`` is not an integer.
-    """
+    """Raise ``NewerVersion`` if a newer version wrote the file, ``ValueError`` if ``version`` is not an integer."""
     if not isinstance(version, int):
         raise ValueError("its schema_version is not an integer")
     if version > SCHEMA_VERSION:
@@ -207,9 +195,7 @@ def check_version(where: str, version: Any) -> None:
 def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     """Parse the JSON of a file. Fields that an older version did not write get their neutral values.
 
-    Raises:
-        NewerVersion: the JSON has unknown fields or a newer schema_version.
-        ValueError: the text is not a JSON object, or a field is missing or wrong.
+    Raises ``NewerVersion`` for unknown fields or a newer schema_version, ``ValueError`` for anything else.
     """
     try:
         values = json.loads(text)

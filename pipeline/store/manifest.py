@@ -74,11 +74,7 @@ class Manifest(Options):
 
 
 def read_manifest(store: str) -> Manifest | None:
-    """Return the manifest of a store, or None if the store has none.
-
-    Raises:
-        StoreError: the manifest is damaged, inconsistent or from a newer version.
-    """
+    """Return the manifest of a store, or None. Raises ``StoreError`` if it is damaged or from a newer version."""
     where = files.join(store, MANIFEST)
     try:
         manifest = parse(where, Manifest, files.read_bytes(where))
@@ -86,16 +82,15 @@ def read_manifest(store: str) -> Manifest | None:
         return None
     except ValueError as error:
         raise StoreError(f"{where} is not a valid manifest: {str(error).rstrip('.')}. {ADVICE}") from None
-    problem = ""
-    if manifest.fingerprint != manifest.identity.fingerprint():
-        problem = f"its fingerprint {manifest.fingerprint[:12]}... is not that of its identity"
     listed = {receipt.name: receipt.rows for receipt in manifest.shards}
     without = [shard.name for shard in manifest.plan() if listed.get(shard.name, 0) < shard.rows]
-    if without:
-        problem = problem or f"it has no receipt for all rows of {without[0]}"
-    if problem:
-        raise StoreError(f"{where} is damaged or was edited: {problem}. {ADVICE}")
-    return manifest
+    if manifest.fingerprint != manifest.identity.fingerprint():
+        problem = f"its fingerprint {manifest.fingerprint[:12]}... is not that of its identity"
+    elif without:
+        problem = f"it has no receipt for all rows of {without[0]}"
+    else:
+        return manifest
+    raise StoreError(f"{where} is damaged or was edited: {problem}. {ADVICE}")
 
 
 def write_manifest(store: str, manifest: Manifest) -> None:
@@ -127,9 +122,9 @@ def write_receipts(store: str, identity: StoreIdentity, receipts: Sequence[Recei
 
 
 def read_receipts(store: str, identity: StoreIdentity, names: Iterable[str]) -> dict[str, Receipt]:
-    """Return the receipts by shard name, from the receipt files among ``names``.
+    """Return the receipts in the receipt files among ``names``, by shard name.
 
-    Files that are damaged, missing or from another store are ignored, and so are shards with contradicting receipts.
+    Ignores files that are damaged, missing or from another store, and shards with contradicting receipts.
     """
 
     def read(name: str) -> tuple[Receipt, ...]:
@@ -154,10 +149,7 @@ def remove_receipts(store: str) -> None:
 
 
 def list_files(store: str) -> dict[str, int]:
-    """Return the size of every file in the store by its name, sorted.
-
-    The manifest, receipt files and the file that names the MLflow run are left out.
-    """
+    """Return the sizes of all files in the store by name, sorted, without the manifest, receipts and run file."""
     sizes = files.list_sizes(store).items()
     return {name: size for name, size in sizes if name not in {MANIFEST, RUN_FILE} and not is_receipt_file(name)}
 

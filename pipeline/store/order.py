@@ -55,8 +55,7 @@ def check_position(name: str, value: int) -> None:
 def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -> list[list[Shard]]:
     """Return a rank's shards for one epoch, shuffled and grouped into windows of up to ``most_rows`` rows.
 
-    The reader loads and shuffles the rows of a window together. Its memory holds two windows: it reads the next window
-    while one is used.
+    The reader shuffles the rows of a window together. It reads the next window while one is used.
     """
     # Every rank keeps the same shards in all epochs. Otherwise its number of rows per epoch would change with the owner
     # of the short last shard, and a resumed run could not compute the current epoch.
@@ -83,11 +82,7 @@ def rows_of(shards: Iterable[Shard]) -> int:
 
 
 def rebatch(pieces: Iterable[tuple[Rows, Tensor]], batch_size: int) -> Iterator[list[tuple[Rows, Tensor]]]:
-    """Regroup pieces of any length into batches of ``batch_size``; the last batch may be short.
-
-    Args:
-        pieces: loaded rows, and the indices of the rows to use, in order.
-    """
+    """Regroup pieces (loaded rows and indices of the rows to use) into batches; the last batch may be short."""
     if batch_size < 1:
         raise ArgumentError(f"`batch_size` is {batch_size}. Give at least 1.")
     pending: list[tuple[Rows, Tensor]] = []

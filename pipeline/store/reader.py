@@ -30,7 +30,7 @@ from pipeline.store.columns import (
     read_ahead,
     to_columns,
 )
-from pipeline.store.layout import Shard, StoreError, StoreIdentity, full_shard, knot_column
+from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column, parse_shard_name
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
 from pipeline.store.order import Order, check_position, rebatch, rows_of, windows
 from pipeline.store.shards import column_array, identity_of_shard, map_in_threads, open_shard, read_rows
@@ -70,7 +70,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
     identity = identity_of_shard(path, next(iter(found)))
 
     def shard_at(name: str) -> Shard:
-        shard = full_shard(name, identity.shard_size)
+        shard = parse_shard_name(name, identity.shard_size)
         assert shard is not None  # `found` holds only names of shards
         with open_shard(path, identity, shard) as file:
             return replace(shard, rows=file.metadata.num_rows)
@@ -153,7 +153,7 @@ class Store:
             start_batch: first batch to yield. The batches are those of a run that was not stopped.
 
         Raises:
-            DistillKacError: the store does not have the knots that the objective needs, or as ``batches``.
+            DistillKacError: as ``check_objective`` and ``batches``.
         """
         check_position("start_batch", start_batch)
         identity, knots, selection = self.identity, self.check_objective(objective), self.selection(objective, guidance)
@@ -170,21 +170,13 @@ class Store:
             yield gather_intervals(pieces, times, drawn)
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
-        """Return a PyTorch dataset of batches: ``DataLoader(store.dataset(256, ...), batch_size=None)``.
-
-        Args:
-            options: as for ``batches``.
-        """
+        """Return a PyTorch dataset with the options of ``batches``: ``DataLoader(dataset, batch_size=None)``."""
         return EndpointDataset(self.batches, {"batch_size": batch_size, **options})
 
     def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
 
-        Reads only the shards that contain these rows. Returns fewer rows if the store has fewer.
-
-        Raises:
-            ArgumentError: the store does not have the guidance scale.
-            StoreError: a shard is missing or damaged.
+        Returns fewer rows if the store has fewer. Raises the errors of ``batches``.
         """
         return self._read(range(count), guidance, names)
 
@@ -196,8 +188,7 @@ class Store:
     def without_last(self, count: int) -> "Store":
         """Return the store without the last ``count`` rows of each guidance scale, which are held out.
 
-        Raises:
-            StoreError: a guidance scale has only ``count`` rows or fewer.
+        Raises ``StoreError`` if a guidance scale has no other rows.
         """
         shards: list[Shard] = []
         for w in self.guidance:
@@ -210,11 +201,7 @@ class Store:
         return Store(self.path, self.identity, shards, self.manifest)
 
     def check_objective(self, objective: Objective) -> list[int]:
-        """Return the indices of the knots that the objective needs.
-
-        Raises:
-            DistillKacError: the store does not have all of them.
-        """
+        """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if one is missing."""
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.is_forward and "end_time" in objective.conditions:
             raise StoreError(
@@ -329,11 +316,8 @@ class _Reading:
         return rows_of(self.selection.shards) * self.selection.row_bytes <= self.memory_bytes
 
     def rows_per_epoch(self) -> int:
-        """Return the number of this rank's rows.
-
-        Raises:
-            StoreError: some rank has no rows. Every rank raises it, because the others would wait indefinitely.
-        """
+        """Return the number of this rank's rows."""
+        # Every rank refuses a rank without rows. Otherwise the other ranks would wait indefinitely.
         shards = self.selection.shards
         count, unit = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if count < self.order.world_size:

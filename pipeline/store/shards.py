@@ -68,10 +68,9 @@ class ForeignShard(StoreError):
 
 
 def make_table(identity: StoreIdentity, shard: Shard, columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """Return the rows of a shard as an Arrow table whose metadata describes the shard completely.
+    """Return an Arrow table whose metadata describes the shard completely.
 
-    Args:
-        columns: all columns except the sample ids: [rows], or [rows, *sample_shape] for a knot.
+    ``columns`` are all columns except the sample ids: [rows], or [rows, *sample_shape] for a knot.
     """
     schema = identity.arrow_schema()
     columns = {**columns, SAMPLE_ID: np.asarray(shard.ids)}
@@ -96,10 +95,7 @@ def _to_arrow(values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
 
 
 def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
-    """Return the digest of a shard's metadata and decoded values.
-
-    The CRC of a page does not cover the footer, where a flipped bit can make a reader decode a page wrongly.
-    """
+    # The CRC of a page does not cover the footer, where a flipped bit can make a reader decode a page wrongly.
     hashed = {key: value for key, value in metadata.items() if key != CONTENT_SHA256}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
     for column in table.columns:
@@ -151,9 +147,7 @@ def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, repl
 def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, pa.Table]:
     """Read and check a published shard; return its receipt and all its rows (at least one).
 
-    Raises:
-        FileNotFoundError: the shard does not exist.
-        StoreError: as ``check``.
+    Raises ``FileNotFoundError`` if the shard does not exist, and the errors of ``check``.
     """
     data = files.read_bytes(files.join(store, shard.name))
     table = check(store, shard, identity, data)
@@ -164,17 +158,13 @@ def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, list
     """Check the bytes of a shard against the receipt in the manifest, if any; return their own receipt.
 
     A longer shard than listed is valid: a growing store replaces its short last shard before it updates the manifest.
-
-    Raises:
-        StoreError: as ``check``.
-        DamagedShard: the bytes are not those of the published shard, or there are too many rows.
+    Raises the errors of ``check``.
     """
     receipt = _receipt(shard, data, check(store, shard, identity, data).num_rows)
     problem = ""
-    if receipt.rows > identity.shard_size:
-        problem = f"has {receipt.rows} rows, more than the shard size {identity.shard_size}"
-    elif listed and receipt.rows < listed.rows:
-        problem = f"has {receipt.rows} rows instead of {listed.rows}"
+    least, most = listed.rows if listed else 1, identity.shard_size
+    if not least <= receipt.rows <= most:
+        problem = f"has {receipt.rows} rows instead of {least if receipt.rows < least else most}"
     elif listed and receipt.rows == listed.rows and receipt.sha256 != listed.sha256:
         problem = f"has the sha256 {receipt.sha256[:12]}..., but the manifest lists {listed.sha256[:12]}..."
     if problem:
@@ -216,10 +206,7 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
 
 
 def _check_types(schema: pa.Schema) -> None:
-    """Refuse extension types that no store uses, before any value is decoded.
-
-    A file can name the Arrow type that Ray registers, whose values are pickles.
-    """
+    # Ray registers an Arrow type whose values are pickles. A file could name it.
     for field in schema:
         if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
             raise ValueError(f"the column {field.name} has the type {field.type.extension_name}")
@@ -239,12 +226,7 @@ def _check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.
 
 
 def check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
-    """Check the sample ids, and that all values are finite.
-
-    Raises:
-        DamagedShard: an id is wrong.
-        NotFiniteShard: a value is NaN or infinity; the message names samples and columns.
-    """
+    """Raise ``DamagedShard`` if a sample id is wrong, ``NotFiniteShard`` if a value is NaN or infinity."""
     ids = table[SAMPLE_ID].to_numpy()
     if len(ids) == 0 or not np.array_equal(ids, np.arange(shard.start, shard.start + len(ids))):
         raise DamagedShard(f"{where} is damaged: its sample ids are not consecutive from {shard.start}.")
@@ -261,11 +243,7 @@ def _some(items: Sequence[object] | np.ndarray, most: int) -> str:
 
 
 def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
-    """Read the named columns of a shard: the first ``shard.rows`` rows.
-
-    Raises:
-        StoreError: the shard is missing, damaged or from another store. The message names it.
-    """
+    """Read the named columns of the first ``shard.rows`` rows of a shard. Raises the errors of ``open_shard``."""
     with open_shard(store, identity, shard) as file:
         table = file.read(list(names))
     if table.num_rows < shard.rows:
@@ -279,8 +257,7 @@ def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence
 def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
     """Open the Parquet file of a shard and check its footer. Read errors inside the block also name the shard.
 
-    Raises:
-        StoreError: the shard is missing, damaged, from another store or position, or from a newer version.
+    Raises ``StoreError`` if the shard is missing, damaged, from another store or position, or from a newer version.
     """
     where, location = f"{store}/{shard.name}", files.locate(files.join(store, shard.name))
     advice = f" Run `python -m jobs.store verify {store} --repair`, then run the rollout again."
@@ -291,12 +268,7 @@ def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq
 
 
 def identity_of_shard(store: str, name: str) -> StoreIdentity:
-    """Return the identity in the footer of a shard.
-
-    Raises:
-        DamagedShard: the footer is unreadable.
-        NewerVersion: a newer version wrote the shard.
-    """
+    """Return the identity in the footer of a shard. Raises ``DamagedShard`` or ``NewerVersion``."""
     where, location = f"{store}/{name}", files.locate(files.join(store, name))
     with _damage_named(where, " Delete it and run the rollout again."), location.fs.open(location.path, "rb") as file:
         return read_footer(where, pq.read_schema(file))[0]
@@ -311,12 +283,7 @@ def identity_or_none(store: str, name: str) -> StoreIdentity | None:
 
 
 def read_footer(where: str, schema: pa.Schema) -> tuple[StoreIdentity, Shard]:
-    """Return the store and the shard that the metadata of a file name.
-
-    Raises:
-        NewerVersion: a newer version wrote the shard.
-        One of ``UNREADABLE``: the metadata is damaged.
-    """
+    """Return the store and the shard that the metadata of a file name. Raises ``NewerVersion`` or ``UNREADABLE``."""
     metadata = _metadata(where, schema)
     identity, start = parse(where, StoreIdentity, metadata["identity"]), int(metadata["start"])
     return identity, Shard(float(metadata["guidance"]), start // identity.shard_size, start, int(metadata["rows"]))
@@ -344,9 +311,7 @@ def _damage_named(where: str, advice: str = "") -> Iterator[None]:
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], title: str = "") -> list[Result]:
     """Return ``work`` of each item, in order. The first error cancels the remaining items.
 
-    Args:
-        work: a function that mostly waits for a disk or the network.
-        title: title of a progress bar that counts shards; empty for no progress bar.
+    ``title`` is the title of a progress bar that counts shards; empty for no progress bar.
     """
     from tqdm import tqdm
 

@@ -7,7 +7,7 @@ page, the digest, the sample ids and the values are checked.
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,15 +25,9 @@ from pipeline.cluster import storage
 from pipeline.config import Spec
 from pipeline.store import shards
 from pipeline.store.describe import StorePath
-from pipeline.store.layout import (
-    MANIFEST,
-    NewerVersion,
-    StoreError,
-    StoreIdentity,
-    full_shard,
-    parse_shard_name,
-)
+from pipeline.store.layout import MANIFEST, NewerVersion, StoreError, StoreIdentity, parse_shard_name
 from pipeline.store.manifest import Manifest, list_files, read_manifest
+from pipeline.store.shards import DamagedShard, ForeignShard, NotFiniteShard, Receipt
 
 PAUSE_SECONDS = 0.1
 
@@ -53,21 +47,16 @@ Kind = Literal[
     "extra",  # not a file of this project
     "",  # nothing is wrong
 ]
-
-KINDS: dict[type[StoreError], Kind] = {
-    shards.NotFiniteShard: "not finite",
-    shards.DamagedShard: "damaged",
-    shards.ForeignShard: "foreign",
+KIND_OF: dict[type[StoreError], Kind] = {
+    NotFiniteShard: "not finite",
+    DamagedShard: "damaged",
+    ForeignShard: "foreign",
     NewerVersion: "newer",
 }
-
 HARMLESS: tuple[Kind, ...] = ("leftover", "extra")
-"""Only reported: readers of the store ignore these files."""
-
+INTACT: tuple[Kind, ...] = ("", "unplanned")
 REMOVED: tuple[Kind, ...] = ("damaged", "not finite", "foreign", "duplicated")
 """Removed by `repair`, except foreign shards in an unfinished store."""
-
-INTACT: tuple[Kind, ...] = ("", "unplanned")
 
 
 class FileCheck(NamedTuple):
@@ -123,14 +112,13 @@ def run(spec: VerifySpec) -> None:
         f"verify: {report.store} has {report.shards:,} intact shards with {report.rows:,} rows; "
         f"read {report.bytes / 2**20:.1f} MiB"
     )
-    if report.is_whole:
-        return
-    counts = Counter(problem.kind for problem in report.problems if problem.kind not in HARMLESS)
-    found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    advice = "Run the rollout again to compute the missing shards."
-    if not report.removed and counts.keys() & set(REMOVED):
-        advice = f"Run `python -m jobs.store verify {report.store} --repair`, then run the rollout again."
-    raise StoreError(f"{report.store} is not a finished, intact store. Problems: {found}. {advice}")
+    if not report.is_whole:
+        counts = Counter(problem.kind for problem in report.problems if problem.kind not in HARMLESS)
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        advice = "Run the rollout again to compute the missing shards."
+        if not report.removed and counts.keys() & set(REMOVED):
+            advice = f"Run `python -m jobs.store verify {report.store} --repair`, then run the rollout again."
+        raise StoreError(f"{report.store} is not a finished, intact store. Problems: {found}. {advice}")
 
 
 def verify(spec: VerifySpec) -> VerifyReport:
@@ -143,9 +131,17 @@ def verify(spec: VerifySpec) -> VerifyReport:
     storage.check_shared({"STORE": store}, lambda: True)
     manifest, names = read_manifest(store), list_files(store)
     identity = manifest.identity if manifest else _identity_by_majority(store, names)
+    listed = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
     parquet = [name for name in names if name.endswith(".parquet")]
-    planned = {shard.name for shard in manifest.plan()} if manifest else None
-    checks = [_in_context(check, names, planned) for check in examine_all(store, identity, manifest, parquet)]
+    checks = []
+    for check in examine_all(store, identity, listed, parquet):
+        kind, detail = check.kind, check.detail
+        if kind == "duplicated" and check.belongs_to not in names:
+            kind, detail = "foreign", f"is a copy of {check.belongs_to}, which does not exist."
+        elif not kind and manifest and check.name not in listed:
+            problem = f"has {check.rows} rows that {MANIFEST} does not list"
+            kind, detail = "unplanned", f"{problem}. Run their rollout again, or move the file away."
+        checks.append(check._replace(kind=kind, detail=detail))
     intact = [check for check in checks if check.kind in INTACT]
     return VerifyReport(
         store=store,
@@ -170,89 +166,8 @@ def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
     identities = Counter(result for result in results if isinstance(result, StoreIdentity))
     if identities:
         return identities.most_common(1)[0][0]
-    for error in results:
-        raise error
-    raise StoreError(f"{store} is not an endpoint store. Create one with `python -m jobs.rollout`.")
-
-
-def examine_all(
-    store: str, identity: StoreIdentity, manifest: Manifest | None, names: Sequence[str]
-) -> list[FileCheck]:
-    """Examine Parquet files on all CPUs of the cluster with Ray Data.
-
-    Raises:
-        StoreError: Ray failed.
-    """
-    if not names:
-        return []
-    import ray
-    from tqdm import tqdm
-
-    from pipeline.cluster.ray_data import each
-
-    cluster.connect()
-    receipts = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
-
-    def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        name, listed = json.loads(batch["item"][0])
-        result = examine(store, identity, name, shards.Receipt(**listed) if listed else None)
-        return {field: [value] for field, value in result._asdict().items()}
-
-    items = [json.dumps([name, receipts[name].model_dump() if name in receipts else None]) for name in names]
-    results = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
-    try:
-        bar = tqdm(results.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
-        return sorted(FileCheck(**row) for row in bar)
-    except ray.exceptions.RayError as error:
-        raise StoreError(f"Checking {store} failed in Ray: {one_line(error, 10**6)[-300:]}") from error
-
-
-def examine(store: str, identity: StoreIdentity, name: str, receipt: shards.Receipt | None) -> FileCheck:
-    """Examine one Parquet file of the store.
-
-    Args:
-        receipt: the entry of the file in the manifest, if it is listed.
-    """
-    try:
-        data = files.read_bytes(files.join(store, name))
-    except FileNotFoundError:
-        return FileCheck(name, "missing", "was deleted during the check.")
-    except OSError as error:
-        return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
-    shard, belongs_to, rows = full_shard(name, identity.shard_size), _name_in_footer(identity, data), 0
-    kind: Kind = ""
-    detail = ""
-    if shard is None:
-        kind, detail = ("duplicated", f"is a copy of {belongs_to}.") if belongs_to else ("extra", UNRELATED)
-    else:
-        try:
-            rows = shards.confirm(store, shard, identity, data, receipt).rows
-        except StoreError as error:
-            kind, detail = KINDS[type(error)], str(error).removeprefix(f"{store}/{name} ")
-    if kind == "foreign" and belongs_to:
-        kind = "duplicated"
-    if kind == "newer" and receipt:
-        kind = "damaged"  # this version wrote every shard that its manifest lists
-    return FileCheck(name, kind, detail, belongs_to, shards.sha256_of(data), rows, len(data))
-
-
-def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
-    """Return the name of the shard that the footer describes; empty if it is not a shard of this store."""
-    try:
-        found, shard = shards.read_footer("", pq.read_schema(pa.BufferReader(data)))
-    except (*shards.UNREADABLE, NewerVersion):
-        return ""
-    return shard.name if found.fingerprint() == identity.fingerprint() else ""
-
-
-def _in_context(check: FileCheck, names: Collection[str], planned: Collection[str] | None) -> FileCheck:
-    """Refine the result of a file, given the names of all files and planned shards."""
-    if check.kind == "duplicated" and check.belongs_to not in names:
-        return check._replace(kind="foreign", detail=f"is a copy of {check.belongs_to}, which does not exist.")
-    if not check.kind and planned is not None and check.name not in planned:
-        detail = f"has {check.rows} rows that {MANIFEST} does not list. Run their rollout again, or move the file away."
-        return check._replace(kind="unplanned", detail=detail)
-    return check
+    error = StoreError(f"{store} is not an endpoint store. Create one with `python -m jobs.rollout`.")
+    raise next((result for result in results if isinstance(result, StoreError)), error)
 
 
 def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[FileCheck]:
@@ -269,6 +184,71 @@ def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[
             yield FileCheck(name, "extra", UNRELATED)
 
 
+def examine_all(
+    store: str, identity: StoreIdentity, listed: Mapping[str, Receipt], names: Sequence[str]
+) -> list[FileCheck]:
+    """Examine Parquet files on all CPUs of the cluster with Ray Data."""
+    if not names:
+        return []
+    import ray
+    from tqdm import tqdm
+
+    from pipeline.cluster.ray_data import each
+
+    cluster.connect()
+
+    def examine_one(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        name, receipt = json.loads(batch["item"][0])
+        result = examine(store, identity, name, Receipt(**receipt) if receipt else None)
+        return {field: [value] for field, value in result._asdict().items()}
+
+    items = [json.dumps([name, listed[name].model_dump() if name in listed else None]) for name in names]
+    results = each(items, examine_one, pause_seconds=PAUSE_SECONDS)
+    try:
+        bar = tqdm(results.iter_rows(), desc="verify", total=len(names), unit="shard", disable=None)
+        return sorted(FileCheck(**row) for row in bar)
+    except ray.exceptions.RayError as error:
+        raise StoreError(f"Checking {store} failed in Ray: {one_line(error, 10**6)[-300:]}") from error
+
+
+def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | None) -> FileCheck:
+    """Examine one Parquet file. ``receipt`` is its entry in the manifest."""
+    try:
+        data = files.read_bytes(files.join(store, name))
+    except FileNotFoundError:
+        return FileCheck(name, "missing", "was deleted during the check.")
+    except OSError as error:
+        return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
+    kind: Kind = ""
+    detail, rows, shard, belongs_to = (
+        "",
+        0,
+        parse_shard_name(name, identity.shard_size),
+        _name_in_footer(identity, data),
+    )
+    if shard is None:
+        kind, detail = ("duplicated", f"is a copy of {belongs_to}.") if belongs_to else ("extra", UNRELATED)
+    else:
+        try:
+            rows = shards.confirm(store, shard, identity, data, receipt).rows
+        except StoreError as error:
+            kind, detail = KIND_OF[type(error)], str(error).removeprefix(f"{store}/{name} ")
+    if kind == "foreign" and belongs_to:
+        kind = "duplicated"
+    if kind == "newer" and receipt:
+        kind = "damaged"  # this version wrote every shard that its manifest lists
+    return FileCheck(name, kind, detail, belongs_to, shards.sha256_of(data), rows, len(data))
+
+
+def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
+    """Return the name of the shard that the footer describes; empty if it is not a shard of this store."""
+    try:
+        found, shard = shards.read_footer("", pq.read_schema(pa.BufferReader(data)))
+    except (*shards.UNREADABLE, NewerVersion):
+        return ""
+    return shard.name if found.fingerprint() == identity.fingerprint() else ""
+
+
 def _repair(store: str, is_finished: bool, checks: Sequence[FileCheck]) -> tuple[str, ...]:
     """Remove the shards that must be recomputed and copies of intact shards; return the names of removed files."""
     intact = {(check.name, check.sha256) for check in checks if check.kind in INTACT}
@@ -280,17 +260,15 @@ def _repair(store: str, is_finished: bool, checks: Sequence[FileCheck]) -> tuple
         # In an unfinished store, it is unknown which identity is the right one.
         return check.kind in REMOVED and (check.kind != "foreign" or is_finished)
 
-    return tuple(
-        check.name for check in checks if is_bad(check) and _remove(files.join(store, check.name), check.sha256)
-    )
-
-
-def _remove(path: str, sha256: str) -> bool:
-    """Remove a file unless it changed since it was read: a running rollout may have repaired it."""
-    try:
-        if shards.sha256_of(files.read_bytes(path)) != sha256:
+    def remove(check: FileCheck) -> bool:
+        """Remove a file unless it changed since it was read: a running rollout may have repaired it."""
+        path = files.join(store, check.name)
+        try:
+            is_same = shards.sha256_of(files.read_bytes(path)) == check.sha256
+        except FileNotFoundError:
             return False
-    except FileNotFoundError:
-        return False
-    files.remove(path)
-    return True
+        if is_same:
+            files.remove(path)
+        return is_same
+
+    return tuple(check.name for check in checks if is_bad(check) and remove(check))

@@ -1,13 +1,12 @@
 """Descriptions of stores."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipeline.store.describe import describe
 from pipeline.store.layout import StoreError
@@ -64,19 +63,20 @@ def test_a_growing_store_is_described_by_its_manifest(tmp_path: Path, teacher: s
     assert (scale["rows"], scale["ids"], scale["shards"]) == (40, ((0, 40),), 2)
 
 
-def test_the_job_prints_text_or_json(whole: Path, project_root: Path, monkeypatch, capsys) -> None:
-    command = [sys.executable, "-m", "jobs.store", "describe", str(whole)]
-    text = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)
-    assert (text.returncode, text.stderr) == (0, "")
+def test_the_job_prints_yaml_or_json(whole: Path, monkeypatch, capsys) -> None:
     manifest = read_manifest(str(whole))
-    for fact in (manifest.fingerprint, manifest.teacher, "finished", "400 in 14 shards", "samples 0 to 199", "50%"):
-        assert fact in text.stdout
-    for field in type(manifest.identity).model_fields:
-        assert field in text.stdout
-    assert run_job(monkeypatch, "describe", str(whole), "--json") == 0
-    values = json.loads(capsys.readouterr().out)
+    outputs = []
+    for flags in ([], ["--json"]):
+        assert run_job(monkeypatch, "describe", str(whole), *flags) == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        outputs.append(output.out)
+    text, values = outputs[0], json.loads(outputs[1])
+    assert yaml.safe_load(text) == values
+    for fact in (manifest.teacher, "is_finished: true", "rows: 400", "- [0, 200]", "50%: ", "shard_size: 32"):
+        assert fact in text
     assert values["fingerprint"] == manifest.fingerprint
-    assert values["identity"]["shard_size"] == 32
+    assert values["identity"].keys() == type(manifest.identity).model_fields.keys()
     assert [scale["rows"] for scale in values["scales"]] == [200, 200]
 
 

@@ -90,7 +90,7 @@ def test_the_schema_has_one_tensor_column_per_knot() -> None:
     st.integers(min_value=0, max_value=10**9),
 )
 def test_a_shard_name_is_parsed_back(guidance: float, index: int) -> None:
-    assert parse_shard_name(Shard(guidance, index, 0, 1).name) == (guidance, index)
+    assert parse_shard_name(Shard(guidance, index, 0, 0).name, 10) == Shard(guidance, index, 10 * index, 10)
 
 
 @pytest.mark.parametrize(
