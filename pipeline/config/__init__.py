@@ -3,8 +3,7 @@
 from pipeline.config.distill_spec import DistillSpec, StudentOptions
 from pipeline.config.evaluate_spec import CLAIMS, Claim, EvaluateSpec, QuickstartSpec, SampleSpec, StudySpec
 from pipeline.config.rollout_spec import RolloutRecipe, RolloutSpec
-from pipeline.config.shared_options import ActorOptions, OptimizerConfig, WorkerOptions
-from pipeline.config.spec import Spec
+from pipeline.config.spec import ActorOptions, OptimizerConfig, Spec, WorkerOptions
 from pipeline.config.sweep_spec import STEP_COUNTS, SweepSpec
 from pipeline.config.teach_spec import ConvertSpec, TeachSpec
 

@@ -9,17 +9,17 @@ from kac.losses.refinement import NoRefinementConfig, RefinementConfig
 from kac.precision import Precision
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path
-from pipeline.config.shared_options import (
+from pipeline.config.spec import (
     DRY_RUN,
     DURING_TRAINING,
     RESOURCES,
     SEED,
     OptimizerConfig,
     RegisteredName,
+    Spec,
     TrainingOptions,
     WorkerOptions,
 )
-from pipeline.config.spec import Spec
 
 
 class StudentOptions(TrainingOptions):

@@ -9,8 +9,7 @@ from kac.sampling import TEACHER_STEPS
 from kac.solvers import Method
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
-from pipeline.config.shared_options import FEATURE_FILE, SEED, ActorOptions, Features
-from pipeline.config.spec import Spec
+from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
 
 NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; not that of the store")
 

@@ -9,8 +9,7 @@ from kac.solvers import KnotGrid, Method
 from kac.util.fingerprint import unhashed
 from kac.util.options import Options
 from kac.util.path_options import input_path, output_path
-from pipeline.config.shared_options import DRY_RUN, SEED, ActorOptions
-from pipeline.config.spec import Spec
+from pipeline.config.spec import DRY_RUN, SEED, ActorOptions, Spec
 
 
 class RolloutRecipe(Options):

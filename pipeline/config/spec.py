@@ -1,4 +1,4 @@
-"""The base of the specs, which hold the options of one stage each.
+"""The base of the specs, which hold the options of one stage each, and the options that several stages share.
 
 A spec defines a job's command line, the layout of a YAML file, and a fingerprint. Fields that change the result enter
 the fingerprint. ``unhashed`` fields do not: they only say where, how fast and how much work is done. Inputs enter a
@@ -7,14 +7,15 @@ old default must stay its neutral value (``kac.util.fingerprint``).
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from kac.metrics.features import check_names
 from kac.precision import Precision
 from kac.util.errors import has_secret
-from kac.util.fingerprint import fingerprint, hashed_values
-from kac.util.options import Options, flatten
+from kac.util.fingerprint import fingerprint, hashed_values, unhashed
+from kac.util.options import Count, Options, flatten
 from kac.util.path_options import check_apart
 
 
@@ -63,3 +64,137 @@ class Spec(Options):
         if precision.dtype != "auto":
             return self
         return self.model_copy(update={"precision": precision.settled(on_gpu())})
+
+
+class OptimizerConfig(Options):
+    """Training of a network. An update is one optimizer step on one batch."""
+
+    updates: PositiveInt = Field(3000, description="optimizer updates")
+    batch_size: PositiveInt = Field(256, description="samples per update, over all workers")
+    learning_rate: PositiveFloat = Field(4e-3, description="peak learning rate of AdamW")
+    warmup_updates: NonNegativeInt = Field(100, description="updates of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up; cosine: half a period, down to 0"
+    )
+    accumulation: PositiveInt = Field(
+        1, description="passes per update, with added gradients; accumulation x workers divides the batch size"
+    )
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    max_gradient_norm: PositiveFloat = Field(1.0, description="clip gradients to this norm")
+    ema_decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay per update of the averaged weights, which are saved; at first (1 + n) / (10 + n)",
+    )
+
+    @model_validator(mode="after")
+    def _check_accumulation(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"`accumulation` {self.accumulation} does not divide the batch size {self.batch_size}. "
+                f"Choose a divisor of {self.batch_size}."
+            )
+        return self
+
+
+RESOURCES, DURING_TRAINING = {"group": "resources"}, {"group": "during training"}
+"""Marks of fields that ``--help`` lists in a group of their own."""
+
+FEATURE_FILE = r".+\.(pt|ts)"
+"""Matches a feature space that is a TorchScript file."""
+
+SEED = Field(0, ge=0, lt=2**31, description="random seed")
+DRY_RUN = unhashed(False, "print the cost of the work and stop; only decoded data is written, to the cache")
+
+
+class TrainingOptions(Options):
+    """What is saved and measured during a training."""
+
+    checkpoint_updates: int = unhashed(500, "updates between checkpoints", DURING_TRAINING, gt=0)
+    checkpoint_seconds: float = unhashed(
+        600.0, "save a checkpoint at least this often, in seconds; less often if saving is slow", DURING_TRAINING, gt=0
+    )
+    sample_updates: int | None = unhashed(
+        None, "updates between sheets of samples in MLflow; default: no sheets", DURING_TRAINING, gt=0
+    )
+    validation_updates: int | None = unhashed(
+        None,
+        "updates between validations of the averaged weights; 0: no validation; default: a tenth of all updates, at "
+        "least 50, or no validation if it would take longer than the training",
+        DURING_TRAINING,
+        ge=0,
+    )
+
+
+def parse_pairs(option: str, given: Any, name: str = "FIELD") -> Any:
+    """Return a list of NAME=VALUE words as a mapping, and any other value unchanged. Raises ``ValueError``."""
+    if not isinstance(given, list | tuple):
+        return given
+    pairs: dict[str, str] = {}
+    for word in map(str, given):
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{option} has {word!r}, which is not {name}=VALUE.")
+        if key in pairs:
+            raise ValueError(f"{option} has {key} twice. Give each {name.lower()} once.")
+        pairs[key] = value
+    return pairs
+
+
+LabelSelector = Annotated[
+    dict[str, str], BeforeValidator(lambda given: parse_pairs("`label_selector`", given, name="KEY"))
+]
+LABEL_SELECTOR = unhashed(
+    {}, "use only nodes with these labels: KEY=VALUE, KEY=!VALUE or 'KEY=in(ONE,OTHER)'", RESOURCES
+)
+
+
+class WorkerOptions(Options):
+    """The workers of a training, and their resources."""
+
+    workers: Count | None = unhashed(
+        None,
+        "Ray Train workers, or MIN:MAX (2:8) to use as many as fit; 0: this process; default: one per GPU, or 0 "
+        "without GPUs",
+        RESOURCES,
+    )
+    gpu: bool | None = unhashed(None, "whether each worker uses a GPU; default: if the cluster has GPUs now", RESOURCES)
+    cpus_per_worker: float = unhashed(1.0, "CPUs per worker", RESOURCES, gt=0)
+    gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if it uses one", RESOURCES, gt=0, le=1)
+    label_selector: LabelSelector = LABEL_SELECTOR
+
+
+class ActorOptions(Options):
+    """The actors of a rollout or an evaluation, and their resources."""
+
+    actors: Count | None = unhashed(
+        None,
+        "actors, or MIN:MAX (2:8) to use as many as fit; 0: this process, without Ray; default: one per GPU, or per "
+        "CPU without GPUs",
+        RESOURCES,
+    )
+    gpu: bool | None = unhashed(None, "whether each actor uses a GPU; default: if the cluster has GPUs now", RESOURCES)
+    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 if it uses a GPU", RESOURCES, ge=0)
+    gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if it uses one", RESOURCES, gt=0, le=1)
+    label_selector: LabelSelector = LABEL_SELECTOR
+
+
+def _check_registered_name(name: str) -> str:
+    if not name.strip() or name in {".", ".."} or set(name) & set("/:"):
+        raise ValueError(f"`register` is {name!r}, which MLflow does not accept. Give a name without / and :.")
+    return name
+
+
+RegisteredName = Annotated[str, AfterValidator(_check_registered_name)]
+"""A name that MLflow's registry accepts."""
+
+
+def _check_features(features: tuple[str, ...]) -> tuple[str, ...]:
+    check_names(features)
+    return features
+
+
+Features = Annotated[tuple[str, ...], AfterValidator(_check_features)]
+"""Names of feature spaces."""

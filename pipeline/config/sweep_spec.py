@@ -3,27 +3,21 @@
 from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import (
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path
 from pipeline.config.distill_spec import StudentOptions
-from pipeline.config.shared_options import (
+from pipeline.config.spec import (
     FEATURE_FILE,
     LABEL_SELECTOR,
     RESOURCES,
     Features,
     LabelSelector,
     RegisteredName,
+    Spec,
     parse_pairs,
 )
-from pipeline.config.spec import Spec
 
 STEP_COUNTS = (1, 2, 4, 20)
 """The student steps of a sweep by default."""

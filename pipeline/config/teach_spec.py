@@ -9,8 +9,7 @@ from kac.networks import MLPConfig, NetworkConfig, UNetConfig
 from kac.path import PathConfig
 from kac.precision import Precision
 from kac.util.path_options import input_path, output_path
-from pipeline.config.shared_options import DRY_RUN, SEED, OptimizerConfig, TrainingOptions, WorkerOptions
-from pipeline.config.spec import Spec
+from pipeline.config.spec import DRY_RUN, SEED, OptimizerConfig, Spec, TrainingOptions, WorkerOptions
 
 
 class TeachSpec(TrainingOptions, WorkerOptions, Spec):
