@@ -1,7 +1,4 @@
-"""Schedules of a path: the signal f(t), which scales the data, and the clock g(t), the time of the Kac process.
-
-Each schedule computes its value and its derivative together.
-"""
+"""Schedules of a path: the signal f(t), which scales the data, and the clock g(t), the time of the Kac process."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -10,26 +7,20 @@ import torch
 from torch import Tensor
 
 
-class ScheduleValue(NamedTuple):
-    """A schedule evaluated at given times, with its derivative."""
-
-    value: Tensor
-    derivative: Tensor
-
-
 class Schedule(NamedTuple):
-    """A scalar function of t on [0, 1] with the supremum of its absolute slope."""
+    """A scalar function of t in [0, 1], its derivative, and the supremum of its absolute slope."""
 
-    at: Callable[[Tensor], ScheduleValue]  # t in [0, 1], any shape
+    value: Callable[[Tensor], Tensor]  # t of any shape -> the same shape
+    derivative: Callable[[Tensor], Tensor]
     slope_bound: float
 
 
-SIGNALS = {"linear": Schedule(lambda t: ScheduleValue(1 - t, -torch.ones_like(t)), 1.0)}
+SIGNALS = {"linear": Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t), 1.0)}
 """f(t), the weight of the data: f(0) = 1, f(1) = 0."""
 
 CLOCKS = {
-    "linear": Schedule(lambda t: ScheduleValue(t, torch.ones_like(t)), 1.0),
-    "quadratic": Schedule(lambda t: ScheduleValue(t * t, 2 * t), 2.0),
+    "linear": Schedule(lambda t: t, torch.ones_like, 1.0),
+    "quadratic": Schedule(lambda t: t * t, lambda t: 2 * t, 2.0),
 }
 """g(t), the time of the Kac process at path time t: g(0) = 0."""
 

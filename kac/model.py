@@ -119,7 +119,7 @@ def learned_data(path: str, model: ModelConfig) -> Dataset:
     """The training data of the model in the folder ``path``, or of its teacher.
 
     Raises:
-        DistillKacError: the data have changed since training, or an error of ``open_dataset``.
+        DistillKacError: the data have changed since training, or as ``open_dataset``.
     """
     data = open_dataset(model.data)
     if data.description.sha256 != model.data_sha256:
@@ -187,19 +187,21 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
         CheckpointError: the weights do not match the network of the config.
     """
     network = outline_network(config.network, config.sample_shape, config.num_classes)
-    expected = network.state_dict()
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in network.state_dict().items()}:
         raise CheckpointError(f"Cannot save {path}: the names or shapes of the weights do not match the network.")
-    prefix = _prefix(network)
-    tensors = {name.removeprefix(prefix): _single_precision(value) for name, value in weights.items()}
+    prefix = f"{network.diffusers_name}." if network.diffusers_name else ""
+    tensors = {}
+    for name, weight in weights.items():
+        value = weight.detach().float() if weight.is_floating_point() else weight.detach()
+        # safetensors refuses tensors that share memory, so each is a copy.
+        tensors[name.removeprefix(prefix)] = value.cpu().clone(memory_format=torch.contiguous_format)
     data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     files.write_bytes(files.join(path, _weights_file(network)), data)
     if network.diffusers_name:
         diffusers_model: Any = network.get_submodule(network.diffusers_name)
-        files.write_bytes(
-            f"{files.join(path, network.diffusers_name)}/config.json", diffusers_model.to_json_string().encode()
-        )
+        subfolder = files.join(path, network.diffusers_name)
+        files.write_bytes(files.join(subfolder, CONFIG_FILE), diffusers_model.to_json_string().encode())
     files.write_bytes(files.join(path, CONFIG_FILE), json.dumps(config.model_dump(mode="json"), indent=2).encode())
     return config
 
@@ -213,15 +215,15 @@ def load_config(path: str) -> ModelConfig:
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        message = f"{path} is not a model folder: it has no {CONFIG_FILE}. Train a model, or correct the path."
-        raise CheckpointError(message) from None
+        advice = "Train a model, or correct the path."
+        raise CheckpointError(f"{path} is not a model folder: it has no {CONFIG_FILE}. {advice}") from None
     try:
         values: dict[str, Any] = json.loads(raw)
         version = values.get("schema_version")
     except (ValueError, AttributeError):
         raise CheckpointError(f"{path}/{CONFIG_FILE} is not a JSON object. Copy the folder again.") from None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        limit = f"this version of distillkac reads up to {SCHEMA_VERSION}. Install a newer distillkac."
+        limit = f"this distillkac reads versions up to {SCHEMA_VERSION}. Install a newer distillkac."
         raise CheckpointError(f"{path} has schema version {version}, but {limit}")
     try:
         return ModelConfig(**with_neutral_values(ModelConfig, values))
@@ -259,23 +261,15 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
             f"{weights_path} is damaged or belongs to another model: its sha256 is {sha256[:12]}, but {CONFIG_FILE} "
             f"expects {config.weights_sha256[:12]}. Copy the folder again."
         )
+    own = network.state_dict()
     try:
-        network.load_state_dict(_our_names(network, safetensors.torch.load(data)))
+        weights = safetensors.torch.load(data)
+        named = {name if name in own else f"{network.diffusers_name}.{name}": value for name, value in weights.items()}
+        network.load_state_dict(named)
     except (RuntimeError, safetensors.SafetensorError) as error:
         message = f"{weights_path} does not fit the network in {CONFIG_FILE}: {one_line(error)}"
         raise CheckpointError(message) from None
     return Model(network.eval().requires_grad_(False).to(device), config)
-
-
-def _prefix(network: NetworkModule) -> str:
-    """The prefix of our weight names that the names in diffusers do not have."""
-    return f"{network.diffusers_name}." if network.diffusers_name else ""
-
-
-def _single_precision(value: torch.Tensor) -> torch.Tensor:
-    """A float32 copy on the CPU. Without the copy, safetensors refuses tensors that share memory."""
-    converted = value.detach().float() if value.is_floating_point() else value.detach()
-    return converted.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _weights_file(network: NetworkModule) -> str:
@@ -285,13 +279,7 @@ def _weights_file(network: NetworkModule) -> str:
 def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
     """The path and the content of the weights file."""
     # Folders written by older versions have no diffusers subfolder: WEIGHTS_FILE has all weights under our names.
-    for name in dict.fromkeys((_weights_file(network), WEIGHTS_FILE)):
+    for name in (_weights_file(network), WEIGHTS_FILE):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             return files.join(path, name), files.read_bytes(files.join(path, name))
-    raise CheckpointError(f"{path} has no {_weights_file(network)} beside {CONFIG_FILE}. Copy the folder again.")
-
-
-def _our_names(network: NetworkModule, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names of our network."""
-    own, prefix = network.state_dict(), _prefix(network)
-    return {name if name in own else prefix + name: value for name, value in weights.items()}
+    raise CheckpointError(f"{path} has no {_weights_file(network)}, only {CONFIG_FILE}. Copy the folder again.")

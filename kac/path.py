@@ -51,19 +51,18 @@ class KacPath:
 
         The target is u_t = f'(t) x_0 + g'(t) v(K, g(t)).
         """
-        t_each = _per_sample(t, x_0)
-        signal, clock = SIGNALS[self.signal].at(t_each), CLOCKS[self.clock].at(t_each)
-        elapsed = clock.value.expand(x_0.shape)
+        t_each, f, g = _per_sample(t, x_0), SIGNALS[self.signal], CLOCKS[self.clock]
+        elapsed = g.value(t_each).expand(x_0.shape)
         k = self.process.sample(elapsed, generator)
         v = self.process.velocity(k.displacement, elapsed, k.is_atom)
-        target = signal.derivative * x_0 + clock.derivative * v
-        return PathSample(signal.value * x_0 + k.displacement, target, t.expand(len(x_0)))
+        target = f.derivative(t_each) * x_0 + g.derivative(t_each) * v
+        return PathSample(f.value(t_each) * x_0 + k.displacement, target, t.expand(len(x_0)))
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
         """x_t at one common time from uniforms [3, *shape] in (0, 1), float64. Each sample is reproducible."""
         time = torch.tensor(t, dtype=torch.float64)
-        elapsed = CLOCKS[self.clock].at(time).value.item()
-        return SIGNALS[self.signal].at(time).value * x_0 + self.process.from_uniforms(uniforms, elapsed)
+        elapsed = CLOCKS[self.clock].value(time).item()
+        return SIGNALS[self.signal].value(time) * x_0 + self.process.from_uniforms(uniforms, elapsed)
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
         """sup|f'| data_bound + c sup g', the bound on every component of the true velocity for data in +-data_bound."""
@@ -118,6 +117,5 @@ class PathConfig(Kinded):
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-        expected = f"but must be a scalar or have shape [{len(x)}] for x of shape {list(x.shape)}"
-        raise ValueError(f"`t` has shape {list(t.shape)}, {expected}.")
+        raise ValueError(f"`t` has shape {list(t.shape)}, but x has shape {list(x.shape)}. Use a scalar or [{len(x)}].")
     return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)

@@ -46,10 +46,8 @@ class Precision(Options):
         )
 
     def _resolved_for(self, network: nn.Module) -> "Precision":
-        """A copy with all automatic values replaced, for the network on its current device."""
-        parameters = list(network.parameters())
-        gpu = any(parameter.is_cuda for parameter in parameters)
-        return self.resolved(gpu, convolutions=any(parameter.ndim == 4 for parameter in parameters))
+        convolutions = any(parameter.ndim == 4 for parameter in network.parameters())
+        return self.resolved(_is_on_gpu(network), convolutions)
 
     def set_memory_format(self, network: nn.Module) -> None:
         """Convert the weights to the memory format. Call this before creating an optimizer or an EMA of them."""
@@ -60,15 +58,17 @@ class Precision(Options):
         """A callable that computes the network in this precision, with the same signature, null label and gradients."""
         self.set_memory_format(network)
         resolved = self._resolved_for(network)
-        plain = Precision(dtype="float32", compile=False, memory_format="contiguous")
+        is_plain = resolved == Precision(compile=False, memory_format="contiguous") and hasattr(network, "null_label")
         # On a GPU float32 needs a wrapper too, because PyTorch convolutions use tf32 there by default.
-        on_cpu = not any(parameter.is_cuda for parameter in network.parameters())
-        is_plain = resolved == plain and on_cpu and hasattr(network, "null_label")
-        return network if is_plain else _Wrapped(network, resolved)  # type: ignore[return-value]
+        return network if is_plain and not _is_on_gpu(network) else _Wrapped(network, resolved)  # type: ignore[return-value]
 
     def __str__(self) -> str:
         """A short description of resolved values, such as "bfloat16, channels_last, compiled"."""
         return f"{self.dtype}, {self.memory_format}, {'compiled' if self.compile else 'not compiled'}"
+
+
+def _is_on_gpu(network: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in network.parameters())
 
 
 class _Wrapped:
@@ -77,9 +77,8 @@ class _Wrapped:
         self.null_label, self.takes = plain.null_label, getattr(plain, "takes", ())
         self.dtype = torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
         self.tf32 = precision.dtype == "tf32"
-        self.memory_format = getattr(
-            torch, "channels_last" if precision.memory_format == "channels_last" else "contiguous_format"
-        )
+        channels_last = precision.memory_format == "channels_last"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.call: Any = torch.compile(network) if precision.compile else network
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:

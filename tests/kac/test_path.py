@@ -38,24 +38,24 @@ def assert_mean(values: torch.Tensor, expected: float) -> None:
 def test_derivatives_match_finite_differences(table):
     t = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
     for schedule in table.values():
-        slope = (schedule.at(t + 1e-5).value - schedule.at(t - 1e-5).value) / 2e-5
-        torch.testing.assert_close(schedule.at(t).derivative, slope, rtol=0, atol=1e-9)
+        slope = (schedule.value(t + 1e-5) - schedule.value(t - 1e-5)) / 2e-5
+        torch.testing.assert_close(schedule.derivative(t), slope, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("table", [SIGNALS, CLOCKS])
 def test_slope_bounds_are_the_largest_slopes(table):
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for schedule in table.values():
-        assert schedule.at(t).derivative.abs().max().item() == pytest.approx(schedule.slope_bound, abs=1e-12)
+        assert schedule.derivative(t).abs().max().item() == pytest.approx(schedule.slope_bound, abs=1e-12)
 
 
 def test_schedules_at_both_ends():
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for signal in SIGNALS.values():
-        assert (signal.at(zero).value.item(), signal.at(one).value.item()) == (1, 0)
+        assert (signal.value(zero).item(), signal.value(one).item()) == (1, 0)
     for clock in CLOCKS.values():
-        assert clock.at(zero).value.item() == 0
-        assert bool((clock.at(torch.linspace(0, 1, 101)).value.diff() > 0).all())
+        assert clock.value(zero).item() == 0
+        assert bool((clock.value(torch.linspace(0, 1, 101)).diff() > 0).all())
 
 
 # The Kac path
