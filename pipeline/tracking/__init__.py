@@ -1,12 +1,11 @@
 """MLflow tracking: one experiment, one run per output; fingerprint tags link teacher, store, student and evaluation.
 
-runs.py             start or resume the run of a stage, end it, and find runs
+runs.py             start or resume the run of a stage, measure the machine, end the run, and find runs
 tracked_run.py      the handle of a run, to which any process can log
 dead_runs.py        close the runs of dead processes
 process_tags.py     tags for the process, command and commit behind a run
 metrics.py          the table of metric names
-system.py           CPU, memory, disk, network and GPU use during a run
-delivery.py         the file in which log entries wait, and the thread that sends them
+delivery.py         the file that keeps waiting log entries, and the thread that sends them
 entries.py          log entries, and the requests to MLflow that deliver them
 server.py           the address of the server, and its experiment
 logged_models.py    students as logged models, which can be loaded, served and registered

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -34,9 +33,6 @@ END_SECONDS = 10.0
 FILE_ATTEMPTS = 3
 """Attempts to store a file while the server answers. Then the file is set aside, so that other entries are sent."""
 
-MEMORY_BYTES = 256 * 2**20
-"""Size of the journal from which on entries wait only in it, and not in memory. The next run delivers them."""
-
 SYNC_COMMAND = "python -m jobs.runs sync"
 
 
@@ -44,7 +40,7 @@ class Journal:
     """A file with a copy of the waiting entries of this process for one server."""
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.size = uri, 0
+        self.uri, self._size = uri, 0
         self.path: Path | None = None
         self._file: IO[bytes] | None = None
 
@@ -58,16 +54,16 @@ class Journal:
             self.path = local_folder() / f"{file_name_of(self.uri)}-{time.time_ns()}-{uuid.uuid4().hex}.jsonl"
             self._file = self.path.open("x+b")
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        header = b"" if self.size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
+        header = b"" if self._size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
         data = header + b"".join(entry.line() for entry in entries)
         # A part that a full disk accepted is overwritten by the next attempt.
-        if os.pwrite(self._file.fileno(), data, self.size) < len(data):
+        if os.pwrite(self._file.fileno(), data, self._size) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.size += len(data)
+        self._size += len(data)
 
     def clear(self) -> None:
         """Remove all entries."""
-        self.size = 0
+        self._size = 0
         if self._file is not None:
             with contextlib.suppress(OSError):  # entries that are delivered twice are stored once
                 os.ftruncate(self._file.fileno(), 0)
@@ -75,25 +71,22 @@ class Journal:
     def close(self) -> None:
         """Release the lock of the file, and remove the file if it has no entries."""
         if self._file is not None and self.path is not None:
-            if not self.size:
+            if not self._size:
                 self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
 
 
-def leftovers(uri: str) -> Iterator[tuple[Path, deque[Entry]]]:
-    """The files that ended processes left for a server, the oldest first, and their entries.
-
-    Each file is locked while the caller uses it. Damaged lines are skipped.
-    """
+def leftovers(uri: str) -> Iterator[tuple[Path, list[Entry]]]:
+    """The files of ended processes, the oldest first, and their entries. Each is locked while the caller uses it."""
     for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl")):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is alive
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                entries: deque[Entry] = deque()
-                for line in file:
-                    with contextlib.suppress(ValueError):
-                        entries.append(Entry.of_line(line))
+            if path.exists():  # and was not delivered meanwhile
+                entries = []
+                for line in file:  # the header and damaged lines are skipped
+                    with contextlib.suppress(TypeError, ValueError):
+                        entries.append(Entry(**json.loads(line)))
                 yield path, entries
 
 
@@ -103,7 +96,7 @@ class Delivery:
     def __init__(self, uri: str) -> None:
         self.uri, self.sender, self.is_failing = uri, Sender(uri), False
         self._changed = threading.Condition()
-        self._waiting: deque[Entry] = deque()
+        self._waiting: list[Entry] = []
         self._journal, self._is_on_disk = Journal(uri), True
         self._failures = 0
         threading.Thread(target=self._work, daemon=True, name="tracking").start()
@@ -111,8 +104,7 @@ class Delivery:
     def put(self, *entries: Entry) -> None:
         """Add entries; never waits for the server."""
         with self._changed:
-            if not self._is_overflowing:
-                self._waiting.extend(entries)
+            self._waiting.extend(entries)
             try:
                 self._journal.append(entries)
             except OSError as error:
@@ -135,19 +127,19 @@ class Delivery:
                 if left <= 0 or (on_disk_is_enough and self.is_failing and self._is_on_disk):
                     return False
                 self._changed.wait(min(left, 1.0))
-            return not self._is_overflowing
+        return True
 
     def close(self) -> None:
         """Close the journal. If entries wait, report where."""
         with self._changed:
             if not self._is_on_disk:
-                self._journal.clear()
                 with contextlib.suppress(OSError):
+                    self._journal.clear()
                     self._journal.append(self._waiting)
-            self._journal.close()
-            if self._waiting or self._is_overflowing:
+            if self._waiting:
                 path = self._journal.path
                 self.warn(f"has entries waiting in {path}. The next run delivers them, and so does {SYNC_COMMAND}")
+            self._journal.close()
 
     def deliver_leftovers(self) -> tuple[int, bool]:
         """Deliver the entries of ended processes; returns their number, and whether some still wait."""
@@ -157,7 +149,7 @@ class Delivery:
                 while entries:
                     batch = first_batch(entries)
                     self._send(batch)
-                    _drop(entries, batch)
+                    del entries[: len(batch)]
                     delivered += len(batch)
                 path.unlink()
             except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
@@ -167,10 +159,6 @@ class Delivery:
     def warn(self, text: str) -> None:
         """Log a warning about the server."""
         log.warning(f"tracking: {without_keys(self.uri)} {text}")
-
-    @property
-    def _is_overflowing(self) -> bool:
-        return self._journal.size > MEMORY_BYTES
 
     def _work(self) -> None:
         while True:
@@ -186,8 +174,8 @@ class Delivery:
                     continue
             with self._changed:
                 was_failing, self.is_failing, self._failures = self.is_failing, False, 0
-                _drop(self._waiting, batch)
-                if not self._waiting and not self._is_overflowing:
+                del self._waiting[: len(batch)]
+                if not self._waiting:
                     self._journal.clear()
                     self._is_on_disk = True
                 self._changed.notify_all()
@@ -284,11 +272,6 @@ def waiting_servers() -> set[str]:
         with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as file:
             servers.add(str(json.loads(file.readline())["tracking_uri"]))
     return servers
-
-
-def _drop(entries: deque[Entry], batch: list[Entry]) -> None:
-    for _ in batch:
-        entries.popleft()
 
 
 def _describe(entry: Entry) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from kac.util.errors import DistillKacError, without_keys
 from pipeline.tracking.server import connect, experiment_name
@@ -52,18 +52,6 @@ class Entry:
     def line(self) -> bytes:
         """The entry as one line of JSON."""
         return json.dumps(vars(self)).encode() + b"\n"
-
-    @classmethod
-    def of_line(cls, line: bytes) -> Self:
-        """Parse a line.
-
-        Raises:
-            ValueError: the line is incomplete, because the process that wrote it was killed, or it is no entry.
-        """
-        try:
-            return cls(**json.loads(line))
-        except TypeError as error:
-            raise ValueError(str(error)) from None
 
 
 def first_batch(entries: Sequence[Entry]) -> list[Entry]:
@@ -129,29 +117,25 @@ class Sender:
                 self._known[first.run_id] = self.create({**first.content, LOCAL_ID_TAG: first.run_id}, first.time)
             return
         client, run_id = self.connected()[0], self.id_of(first.run_id)
+        values = {name: value for entry in batch for name, value in entry.content.items()}
         if first.kind == "metrics":
             points = [Metric(name, value, e.time, e.step) for e in batch for name, value in e.content.items()]
             client.log_batch(run_id, metrics=points)
         elif first.kind == "tags":
-            tags = self._with_parent(_merge(batch))
-            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+            client.log_batch(run_id, tags=[RunTag(*tag) for tag in self._with_parent(values).items()])
         elif first.kind == "params":
-            _send_params(client, run_id, _merge(batch))
+            _send_params(client, run_id, values)
         elif first.kind == "file":
-            _send_file(client, run_id, first.content)
+            _send_file(client, run_id, values)
         elif first.kind == "datasets":
-            _send_datasets(client, run_id, first.content["datasets"])
-        elif first.content["status"] == "RUNNING":
+            _send_datasets(client, run_id, values["datasets"])
+        elif values["status"] == "RUNNING":
             client.update_run(run_id, status="RUNNING")
         else:
-            client.set_terminated(run_id, first.content["status"], first.time)
+            client.set_terminated(run_id, values["status"], first.time)
 
     def _with_parent(self, tags: dict[str, str]) -> dict[str, str]:
         return {name: self.id_of(value) if name == PARENT_TAG else value for name, value in tags.items()}
-
-
-def _merge(batch: list[Entry]) -> dict[str, Any]:
-    return {name: value for entry in batch for name, value in entry.content.items()}
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: dict[str, str]) -> None:

@@ -130,10 +130,7 @@ def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
 
     A student that is registered under ``name`` already keeps its version.
 
-    Args:
-        run: the run that made the student.
-        name: name of the registered model.
-        alias: alias to give to the version: ``models:/NAME@ALIAS``.
+    With ``alias``, ``models:/NAME@ALIAS`` is this version.
 
     Raises:
         DistillKacError: the run has no logged model, or MLflow refuses the name or the alias, or does not answer.
@@ -182,12 +179,7 @@ def register_folder(folder: str, name: str) -> str:
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":
-    """The newest complete student that was logged to a run, or None.
-
-    Args:
-        run: the run that made the student.
-        weights_sha256: only a student with these weights.
-    """
+    """The newest complete student that was logged to a run, or None; with ``weights_sha256``, one of these weights."""
     client = client_of(run.tracking_uri)
     query = f"source_run_id = '{run.run_id}'"
     if weights_sha256:

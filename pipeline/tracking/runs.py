@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_keys
@@ -16,8 +19,8 @@ from pipeline.tracking import process_tags
 from pipeline.tracking.dead_runs import dead_below
 from pipeline.tracking.delivery import Delivery, delivery_to
 from pipeline.tracking.entries import LOCAL, PARENT_TAG, Entry, RunNotCreatedYet, now
+from pipeline.tracking.metrics import SYSTEM_PREFIX
 from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, connect, is_refusal, tracking_uri
-from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracked_run import Dataset, TrackedRun
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
@@ -28,6 +31,9 @@ START_SECONDS, NESTED_SECONDS = 60.0, 10.0
 
 KILLED_SECONDS = 2.0
 """How long a stopped job waits for the server. Ray kills it three seconds after asking it to stop."""
+
+FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
+"""When the first measurement of the machine begins, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
 
 
 @contextmanager
@@ -78,7 +84,7 @@ def start_run(
             run = _open_run(uri, tags, None if stage else output, NESTED_SECONDS if parent else START_SECONDS)
         run.params(flatten(spec.model_dump(mode="json")))
         run.datasets(datasets)
-        with system_metrics(run) if uri and not stage else contextlib.nullcontext():
+        with _system_metrics(run) if uri and not stage else contextlib.nullcontext():
             yield run
     except (KeyboardInterrupt, SystemExit):
         run.end_killed()
@@ -107,10 +113,7 @@ def run_of_output(out: str) -> TrackedRun | None:
 def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
     """The runs whose output has this fingerprint, newest first; none if the server does not answer.
 
-    Args:
-        fingerprint: fingerprint of the output; no run matches an empty one.
-        stage: only runs of this stage.
-        uri: the server; default: ``tracking_uri`` of the current directory.
+    The default ``uri`` is the ``tracking_uri`` of the current directory.
     """
     uri = uri or tracking_uri(".")
     if not fingerprint or not uri:
@@ -218,3 +221,48 @@ def _read_record(out: str) -> dict[str, str] | None:
         return {name: str(record[name]) for name in ("tracking_uri", "run_id", "fingerprint")}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def _system_metrics(run: TrackedRun) -> Iterator[None]:
+    """Log CPU, memory, disk, network and GPU use until the block ends, with MLflow's own monitors and names."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_measure, args=(run, ended), daemon=True, name="system-metrics")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(5)
+
+
+def _measure(run: TrackedRun, ended: threading.Event) -> None:
+    every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or EVERY_SECONDS)
+    if ended.wait(min(FIRST_SECONDS, every)):
+        return
+    import psutil
+
+    psutil.cpu_percent()  # measures since the previous call; the first call returns 0
+    monitors = _monitors()
+    # The steps continue those of a resumed run.
+    step, wait = run.last_step(f"{SYSTEM_PREFIX}cpu_utilization_percentage"), min(1.0, every)
+    while not ended.wait(wait):
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values.update(monitor.aggregate_metrics())
+            monitor.clear_metrics()
+        step, wait = step + 1, every
+        run.metrics({f"{SYSTEM_PREFIX}{name}": value for name, value in values.items()}, step)
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with contextlib.suppress(Exception):  # without a GPU or NVIDIA's library, the error is of any type
+        monitors.append(GPUMonitor())
+    return monitors

@@ -56,7 +56,9 @@ class TrackedRun:
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters. In a rerun, changed parameters become tags ``distillkac.rerun.<name>``."""
-        self._put("params", *({name: _truncate(str(value))} for name, value in values.items()))
+        texts = {name: str(value) for name, value in values.items()}
+        cut = {name: f"{text[: PARAM_LENGTH - 1]}…" for name, text in texts.items() if len(text) > PARAM_LENGTH}
+        self._put("params", *({name: cut.get(name, text)} for name, text in texts.items()))
 
     def artifact(self, name: str, data: bytes) -> None:
         """Attach a file. Its name may contain folders."""
@@ -127,7 +129,3 @@ class TrackedRun:
         if self.tracking_uri:
             time = now()
             delivery_to(self.tracking_uri).put(*(Entry(self.run_id, kind, each, time, step) for each in contents))
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"

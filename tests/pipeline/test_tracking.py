@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -198,38 +197,49 @@ def test_system_metrics_are_logged_and_continue_in_a_rerun(uri: str, tmp_path: P
 
 DYING = """
 import os, sys
+import pipeline.training
 from pipeline import tracking
 from pipeline.config import SampleSpec
-with tracking.start_run(
-    spec=SampleSpec(model="m", out="o.png"), fingerprint=sys.argv[2], inputs={}, output=sys.argv[1]
-) as run, tracking.start_run(
-    spec=SampleSpec(model="m", out="o.png"), fingerprint="inner", inputs={}, output=sys.argv[1] + "/in", parent=run
-) as inner:
-    inner.flush()
-    run.flush()
-    print(run.run_id, inner.run_id, flush=True)
-    os.kill(os.getpid(), 9)
+from pipeline.tracking.entries import Sender
+
+def start(name, parent=None):
+    spec = SampleSpec(model="m", out="o.png")
+    return tracking.start_run(spec=spec, fingerprint=name, inputs={}, output=f"{sys.argv[1]}/{name}", parent=parent)
+
+def refuse(*_):
+    raise ConnectionError("refused")
+
+for name in "abc":
+    if os.fork() == 0:
+        with start(name) as run, start(f"in-{name}", run) as inner:
+            inner.flush()
+            run.flush()
+            Sender.send = refuse
+            for step in range(1, 51):
+                run.metrics({"loss": 1 / step}, step=step)
+            print(run.run_id, inner.run_id, flush=True)
+            os.kill(os.getpid(), 9)
+    assert os.WTERMSIG(os.wait()[1]) == 9
 """
 
 
-def test_runs_of_dead_processes_are_closed(uri: str, tmp_path: Path, project_root: Path):
-    def die(name: str) -> list[str]:
-        command = [sys.executable, "-c", DYING, str(tmp_path / name), name]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project_root)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
-        return ended.stdout.split()
-
+def test_killed_processes_lose_no_entry_and_their_runs_are_closed(uri: str, tmp_path: Path, project_root: Path):
+    importlib.import_module("pipeline.training")
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project_root)
+    assert ended.returncode == 0, ended.stderr
+    (outer, inner), (dead, dead_inner), (other, other_inner) = map(str.split, ended.stdout.splitlines())
     client, _ = tracking.connect(uri)
-    outer, inner = die("a")
-    other, other_inner = die("b")
     client.set_tag(other, process_tags.HOST_TAG, "elsewhere")
     client.set_tag(other_inner, process_tags.HOST_TAG, "elsewhere")
     with start(tmp_path / "a", "a") as run:
         assert run.run_id == outer
         assert client.get_run(inner).info.status == "KILLED", "no process runs it"
-        run.flush()
-        assert {outer, inner, other} & set(close_dead(CloseDeadSpec())) == set()
-        assert stored(run).info.status == "RUNNING"
+        for run_id in (outer, dead, other):
+            assert history(tracking.TrackedRun(uri, run_id), "loss") == [(n, 1 / n) for n in range(1, 51)]
+        assert {dead, dead_inner} <= set(close_dead(CloseDeadSpec()))
+        assert {client.get_run(run_id).info.status for run_id in (dead, dead_inner)} == {"KILLED"}
+        assert {stored(run).info.status, client.get_run(other).info.status} == {"RUNNING"}
     assert close_dead(CloseDeadSpec(older_than=1.0)) == []
     assert set(close_dead(CloseDeadSpec(older_than=1e-9))) == {other, other_inner}
     assert client.get_run(other).info.status == "KILLED"
@@ -330,53 +340,6 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     assert not lost.path.exists()
 
 
-KILLED_AT_WORK = """
-import os, sys
-import pipeline.training
-from pipeline import tracking
-from pipeline.config import SampleSpec
-from pipeline.tracking.entries import Sender
-with tracking.start_run(
-    spec=SampleSpec(model="m", out="o.png"), fingerprint="f", inputs={}, output=sys.argv[1]
-) as run:
-    run.flush()
-    Sender.send = lambda *_: (_ for _ in ()).throw(ConnectionError("refused"))
-    for step in range(1, 51):
-        run.metrics({"loss": 1 / step}, step=step)
-    print(run.run_id, flush=True)
-    os.kill(os.getpid(), 9)
-"""
-
-
-def test_a_killed_process_loses_no_entry(uri: str, tmp_path: Path, project_root: Path):
-    importlib.import_module("pipeline.training")
-    command = [sys.executable, "-c", KILLED_AT_WORK, str(tmp_path / "killed")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project_root)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    with start(tmp_path / "other", "other"):
-        pass
-    assert history(tracking.TrackedRun(uri, ended.stdout.strip()), "loss") == [(n, 1 / n) for n in range(1, 51)]
-
-
-def test_entries_that_do_not_fit_into_memory_wait_in_the_file(
-    uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    with start(tmp_path) as run:
-        pass
-    stored(run)
-    monkeypatch.setattr(delivery, "MEMORY_BYTES", 1000)
-    server.is_off = True
-    mine = delivery.Delivery(uri)
-    for number in range(100):
-        mine.put(Entry(run.run_id, "tags", {f"tag{number}": "x"}))
-    assert 1 < len(mine._waiting) < 20
-    server.is_off = False
-    assert not mine.flush(5)
-    mine.close()
-    assert delivery.delivery_to(uri).deliver_leftovers() == (100, False)
-    assert stored(run).data.tags.keys() >= {f"tag{number}" for number in range(100)}
-
-
 def test_a_journal_overwrites_what_a_full_disk_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = f"sqlite:///{tmp_path}/a.db"
     journal, entries = Journal(uri), [Entry("run", "tags", {"a": "x" * 100}, step=step) for step in range(4)]
@@ -388,8 +351,27 @@ def test_a_journal_overwrites_what_a_full_disk_cut(tmp_path: Path, monkeypatch: 
     assert list(leftovers(uri)) == [], "its process is alive"
     journal.close()
     ((path, left),) = leftovers(uri)
-    assert list(left) == [*entries[:2], entries[3]]
+    assert left == [*entries[:2], entries[3]]
     path.unlink()
+
+
+def test_a_file_that_the_server_cannot_store_does_not_block_other_entries(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    send = Sender.send
+
+    def send_no_files(self: Sender, batch: list[Entry]) -> None:
+        if batch[0].kind == "file":
+            raise PermissionError("no access to the bucket")
+        send(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "send", send_no_files)
+        with start(tmp_path) as run:
+            run.artifact("a.txt", b"text")
+        assert stored(run).info.status == "FINISHED"
+    assert delivery.sync() == 1
+    assert [file.path for file in MlflowClient(uri).list_artifacts(run.run_id)] == ["a.txt"]
 
 
 def test_refused_entries_do_not_block_later_ones(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -489,28 +471,27 @@ def test_a_batch_fits_into_one_request():
 
 
 START_TOGETHER = """
-import sys
+import os, sys
 from pathlib import Path
 from pipeline import tracking
 from pipeline.config import SampleSpec
-Path(sys.argv[1] + "/ready-" + sys.argv[2]).touch()
+
+name = "child" if os.fork() == 0 else "parent"
+Path(sys.argv[1], f"ready-{name}").touch()
 while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2:
     pass
-out = sys.argv[1] + "/" + sys.argv[2]
+out = f"{sys.argv[1]}/{name}"
 with tracking.start_run(spec=SampleSpec(model="m", out="o"), fingerprint="f", inputs={}, output=out):
     pass
+if name == "parent":
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
 def test_two_processes_can_create_the_same_database(tmp_path: Path, project_root: Path):
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     command = [sys.executable, "-c", START_TOGETHER, str(tmp_path)]
-    both = [
-        subprocess.Popen([*command, name], env=environment, cwd=project_root, stderr=subprocess.PIPE, text=True)
-        for name in "ab"
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    subprocess.run(command, env=environment, cwd=project_root, check=True)
     assert len(tracking.find_runs("f", uri=environment["MLFLOW_TRACKING_URI"])) == 2
 
 
