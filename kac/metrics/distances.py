@@ -42,19 +42,16 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     Args:
         real, fake: features [rows, width] of at least two rows each.
     """
-    within = [
-        (_kernel_sum(rows, rows) - _kernel_diagonal(rows)) / (len(rows) * (len(rows) - 1)) for rows in (real, fake)
-    ]
+    within = []
+    for rows in (real, fake):
+        diagonal = float((rows.double().square().mean(1) + 1).pow(3).sum())
+        within.append((_kernel_sum(rows, rows) - diagonal) / (len(rows) * (len(rows) - 1)))
     return within[0] + within[1] - 2 * _kernel_sum(real, fake) / (len(real) * len(fake))
 
 
 def _kernel_sum(rows: Tensor, others: Tensor) -> float:
     kernels = (part @ others.T / rows.shape[1] + 1 for part in torch.split(rows, ROWS_PER_BLOCK))
     return sum(float((kernel * kernel * kernel).sum(dtype=torch.float64)) for kernel in kernels)
-
-
-def _kernel_diagonal(rows: Tensor) -> float:
-    return float((rows.double().square().mean(1) + 1).pow(3).sum())
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor) -> float:

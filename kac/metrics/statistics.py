@@ -10,6 +10,9 @@ from torch import Tensor
 KEPT_ROWS = 10_000
 """The number of rows kept for metrics that need the features themselves: neighbours, kernels and slices."""
 
+NEIGHBOURS = 3
+"""Precision and recall use the distance to this neighbour."""
+
 MAX_BLOCKS = 10
 """The largest number of disjoint blocks over which a Frechet distance at a smaller count is averaged."""
 
@@ -86,6 +89,13 @@ class Statistics:
     def kept(self) -> Tensor:
         """The kept rows [rows, width] in float32. Read it only after all rows are added."""
         return torch.cat(self._kept)
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """The distance [rows] from each kept row to its ``NEIGHBOURS``-th nearest neighbour."""
+        from kac.metrics.distances import neighbour_radii
+
+        return neighbour_radii(self.kept, NEIGHBOURS)
 
     def _fill_blocks(self, rows: Tensor) -> None:
         start, position = 0, self.moments.count

@@ -19,14 +19,12 @@ from kac.data.splits import Split
 from kac.metrics.features.space import averaged_down
 from kac.util import files
 from kac.util.cache import cache_folder
-from kac.util.errors import ArgumentError
 from kac.util.fingerprint import fingerprint
 from kac.util.images import delivered, is_image
 
 FEATURES = 64
 RECIPE = {"version": 1, "features": FEATURES, "batch_size": 128, "learning_rate": 3e-3, "epochs": 4}
-MIN_UPDATES, MAX_UPDATES = 500, 1500
-TEST_BATCH = 1000
+MIN_UPDATES, MAX_UPDATES, TEST_BATCH = 500, 1500, 1000
 
 
 class ClassifierRecipe(NamedTuple):
@@ -93,14 +91,8 @@ def _linear(width: int) -> nn.Sequential:
 def open_classifier(
     data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER
 ) -> tuple[Classifier, dict[str, float], str]:
-    """Return this data's classifier, its held-out accuracy and the sha256 of its weights, trained or from the cache.
-
-    Raises:
-        ArgumentError: the data has a single class.
-    """
+    """Return this data's classifier, its held-out accuracy and the sha256 of its weights, trained or from the cache."""
     description = data.description
-    if description.num_classes < 2:
-        raise ArgumentError("`features` classifier needs several classes, and the data has one. Choose other features.")
     stem = files.join(cache_folder("classifiers"), recipe.identity(description.sha256))
     weights_path, record_path = f"{stem}.safetensors", f"{stem}.json"
     try:

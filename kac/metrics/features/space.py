@@ -18,9 +18,8 @@ from kac.util.fingerprint import fingerprint
 from kac.util.images import delivered, is_image
 from kac.util.imports import IMPORT_PATH, build, describe_exception
 
-BATCH_SIZE = 250
-TRAINING_ROWS = 1000
-"""Training images are read in parts of this size."""
+BATCH_SIZE, TRAINING_ROWS, TRIAL_ROWS = 250, 1000, 16
+"""Samples per network call, training images per part, and training images that a network is tried on."""
 
 WIDEST = 32
 """Larger images are averaged down to this many pixels per side for ``pixels`` and ``classifier``."""
@@ -30,15 +29,8 @@ OWN = ("pixels", "pooled", "classifier")
 """This project's own spaces. All other networks are tried on real images before any work."""
 
 KINDS = (*OWN, "lite0", "inception")
-
-TRIAL_ROWS = 16
-"""The number of training images used to try a network."""
-
-MAX_WIDTH = 16_384
-"""Features wider than this are refused: one covariance matrix takes 2 GiB at this width."""
-
-MAX_VALUE = 1e6
-"""The cubes in the kernel distance leave the range of float32 a little above this value."""
+MAX_WIDTH, MAX_VALUE = 16_384, 1e6
+"""Limits of features: a covariance matrix of this width takes 2 GiB, and the cube of this value fits in float32."""
 
 SAME = 0.02
 """The largest relative difference that half precision or another batch size may cause."""
@@ -92,8 +84,11 @@ class FeatureSpace:
         except DistillKacError:
             raise
         except Exception as error:
+            # A TorchScript network's error is a line in the text of a RuntimeError, among tracebacks.
+            lines = re.findall(r"^[\w.]*Error: .*", str(error), re.MULTILINE)
+            reason = one_line(lines[0]) if lines else describe_exception(error)
             raise ArgumentError(
-                f"{self.option}: the network failed on {list(samples.shape)} samples: {_network_error(error)}. Use a "
+                f"{self.option}: the network failed on {list(samples.shape)} samples: {reason}. Use a "
                 "network, saved after network.eval(), that takes float32 samples in [-1, 1] in batches of any size."
             ) from error
 
@@ -175,12 +170,16 @@ def check_features(option: str, output: object, count: int) -> Tensor:
     Raises:
         ArgumentError: the output is not a dense tensor with one row of finite real numbers per sample.
     """
-    is_dense = isinstance(output, Tensor) and output.is_floating_point() and output.layout == torch.strided
-    shape = tuple(output.shape) if is_dense and isinstance(output, Tensor) else ()
-    if not isinstance(output, Tensor) or shape[:1] != (count,) or len(shape) != 2 or not 0 < shape[1] <= MAX_WIDTH:
+    found = f"an object of type {type(output).__name__}"
+    shape: tuple[int, ...] = ()
+    if isinstance(output, Tensor):
+        found = f"a {output.dtype} tensor of layout {output.layout} and shape {list(output.shape)}"
+        if output.is_floating_point() and output.layout == torch.strided:
+            shape = tuple(output.shape)
+    if not (isinstance(output, Tensor) and len(shape) == 2 and shape[0] == count and 0 < shape[1] <= MAX_WIDTH):
         raise ArgumentError(
-            f"{option}: the network returned {_describe_object(output)} for {count} samples. Return one dense tensor "
-            f"of floats [{count}, width], with a width of 1 to {MAX_WIDTH:,}."
+            f"{option}: the network returned {found} for {count} samples. Return one dense tensor of floats "
+            f"[{count}, width], with a width of 1 to {MAX_WIDTH:,}."
         )
     features = output.detach().float().cpu()
     largest = float(features.abs().max())
@@ -243,16 +242,15 @@ def check_names(features: Sequence[str]) -> None:
     Raises:
         ValueError: a name is unknown or occurs twice, or a network has the name ``pixels``.
     """
-    for given in features:
+    names = [space_name(given) for given in features]
+    for given, name in zip(features, names, strict=True):
         if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
             raise ValueError(
                 f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or "
                 "package.module:factory."
             )
-        if space_name(given) in {"", "pixels"} and given != "pixels":
-            name = space_name(given)
+        if name in {"", "pixels"} and given != "pixels":
             raise ValueError(f"`features` has {given!r}, whose name in metrics would be {name!r}. Rename the network.")
-    names = [space_name(given) for given in features]
     if len(set(names)) < len(names):
         raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one.")
 
@@ -281,23 +279,3 @@ class Pooled(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, channels, height, width] -> [batch, channels * (height // 4) * (width // 4)]."""
         return nn.functional.avg_pool2d(samples, self.SIDE).flatten(1)
-
-
-def _network_error(error: Exception) -> str:
-    """Describe an exception. TorchScript's text has an indented traceback between headings and the exception."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if not lines or "TorchScript interpreter" not in lines[0]:
-        return describe_exception(error)
-    raised = [line for line in lines[1:] if not line.startswith((" ", "Traceback of TorchScript"))]
-    return one_line(raised[0] if raised else lines[-1]).removeprefix("builtins.").rstrip(".")
-
-
-def _describe_object(output: object) -> str:
-    if isinstance(output, Tensor):
-        layout = "" if output.layout == torch.strided else "sparse "
-        return f"a {layout}{str(output.dtype).removeprefix('torch.')} tensor {list(output.shape)}"
-    if isinstance(output, dict):
-        return one_line(f"a dict with the keys {', '.join(map(str, output))}")
-    if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {len(output)} values"
-    return "None" if output is None else f"an object of type {type(output).__name__}"
