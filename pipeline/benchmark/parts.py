@@ -28,7 +28,7 @@ from kac.util import files
 from kac.util.device import default_device
 from kac.util.log import log
 from pipeline import store, training
-from pipeline.benchmark.measurement import CALLS_PER_SHARD, STORE_FACTOR, Measurement, Setting, interleave
+from pipeline.benchmark import CALLS_PER_SHARD, STORE_FACTOR, Measurement, Setting, interleave
 from pipeline.cluster import connection as cluster
 from pipeline.cluster.placement import choose_actors
 from pipeline.config import DistillSpec, OptimizerConfig, RolloutSpec
@@ -167,10 +167,11 @@ def measure_distill_speed(setting: Setting) -> list[Measurement]:
 def measure_online_speed(setting: Setting) -> list[Measurement]:
     """Compare training from the store with a teacher in the training loop."""
     setting.store()
-    batch = online_batches(setting)
-    loaded, online = interleave(
-        setting.spec.repeats, lambda: speed(setting), lambda: speed(setting, ONLINE_UPDATES, batch)
+    sides = (
+        functools.partial(speed, setting),
+        functools.partial(speed, setting, ONLINE_UPDATES, online_batches(setting)),
     )
+    loaded, online = interleave(setting.spec.repeats, *sides)
     return [Measurement("store, loaded once / the teacher in the training loop", "samples/s", loaded, online)]
 
 
@@ -249,10 +250,9 @@ def measure_bytes_read(setting: Setting) -> list[Measurement]:
         for name in (MANIFEST, *list_shards(source.path)):
             files.write_bytes(f"{folder}/{name}", files.read_bytes(files.join(source.path, name)))
         size = sum(files.list_sizes(folder).values())
-        for steps in (1, STUDENT_STEPS, source.identity.knots):
+        for steps, bar in ((1, "<= 0.12"), (STUDENT_STEPS, None), (source.identity.knots, None)):
             count = count_bytes(f"{CountingFileSystem.protocol}://{folder}", steps)
-            what = f"bytes read to train {steps} step{'s' if steps > 1 else ''} / bytes of the store"
-            bar = "<= 0.12" if steps == 1 else None
+            what = f"bytes read to train {steps} step{'s' * (steps > 1)} / bytes of the store"
             measurements.append(Measurement(what, "bytes", (count,), (size,), bar))
     return measurements
 
@@ -268,8 +268,7 @@ class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
     """Local files under ``counted://``. Counts the bytes of each read, as S3 would receive them in range requests."""
 
     protocol = "counted"
-    reads: ClassVar[list[int]] = []
-    """Belongs to the class, because fsspec makes one instance per thread."""
+    reads: ClassVar[list[int]] = []  # of the class, because fsspec makes one instance per thread
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> LocalFileOpener:
         file = super()._open(path, mode, **options)
@@ -290,24 +289,21 @@ def measure_bytes_stored(setting: Setting) -> list[Measurement]:
     identity, shard = source.identity, source.shards[0]
     table = adopt(source.path, shard, identity)[1]
     raw = sum(column_array(table[name]).nbytes for name in identity.knot_columns)
-    sizes, work = {}, {}
+    measurements, work = [], {}
     for name in COMPRESSIONS:
         path = files.join(setting.folder, f"compressed-{name}")
-        sizes[name] = publish(path, shard, identity, encode(table, name)).bytes
+        size = publish(path, shard, identity, encode(table, name)).bytes
+        bar = "<= 1.03" if name == "none" else None
+        measurements.append(Measurement(f"stored, {name} / bytes of the tensors", "bytes", (size,), (raw,), bar))
         work["encode", name] = functools.partial(encode, table, name)
         work["read", name] = functools.partial(read_rows, path, identity, shard, identity.knot_columns)
     timers = [Timer("work()", globals={"work": each}) for each in work.values()]
     sides = [functools.partial(timer.blocked_autorange, min_run_time=0.1) for timer in timers]
     turns = zip(work, interleave(setting.spec.repeats, *sides), strict=True)
     speeds = {key: tuple(raw / 1e6 / timing.mean for timing in timings) for key, timings in turns}
-    measurements = []
-    for name in COMPRESSIONS:
-        is_plain = name == "none"
-        bar = "<= 1.03" if is_plain else None
-        measurements.append(Measurement(f"stored, {name} / bytes of the tensors", "bytes", (sizes[name],), (raw,), bar))
-        for action in ("encode", "read"):
-            plain = () if is_plain else speeds[action, "none"]
-            measurements.append(Measurement(f"{action}, {name} / none", "MB/s", speeds[action, name], plain))
+    for (action, name), values in speeds.items():
+        plain = () if name == "none" else speeds[action, "none"]
+        measurements.append(Measurement(f"{action}, {name} / none", "MB/s", values, plain))
     return measurements
 
 

@@ -35,11 +35,7 @@ SQLITE = re.compile(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", re.S)
 
 
 def make_absolute() -> None:
-    """Make the paths in this process's environment absolute, and expand ``~``.
-
-    Raises:
-        ArgumentError: a relative path in a submitted job, whose working directory Ray deletes after the job.
-    """
+    """Make the paths in this process's environment absolute, and expand ``~``. Raises as ``cluster.absolute``."""
     for name in (*PATHS, TRACKING, REGISTRY):
         given = os.environ.get(name, "").strip()
         try:

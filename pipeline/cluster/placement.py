@@ -26,10 +26,8 @@ from pipeline.cluster import ray_internals
 from pipeline.config import ActorOptions
 
 JOIN_SECONDS, JOIN_VARIABLE = 30.0, "DISTILLKAC_JOINING_SECONDS"
-"""How long to wait for nodes to join if there is no autoscaler, and the variable that replaces this number."""
-
 START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
-"""How long to wait for an autoscaler to start nodes, and the variable that replaces this number."""
+"""How long to wait for nodes to join, and for an autoscaler to start nodes; and the variables with other numbers."""
 
 POLL_SECONDS = 1.0
 
@@ -140,9 +138,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
     """Wait until the nodes can fit ``count`` workers, or the minimum of a range.
 
     Args:
-        stage: name of the stage, for log lines.
         option: the argument that asks for the workers, such as "`workers`".
-        count: number of workers.
         resources: resources of each worker.
 
     Raises:
@@ -181,10 +177,10 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
 
 
 def _seconds(variable: str, default: float) -> float:
+    given = os.environ.get(variable) or default
     try:
-        return float(os.environ.get(variable) or default)
+        return float(given)
     except ValueError:
-        given = os.environ[variable]
         raise ArgumentError(f"{variable} is {given!r}. Set it to a number of seconds, or unset it.") from None
 
 

@@ -47,13 +47,9 @@ MakeShardMaker = Callable[[RolloutSpec, StoreIdentity], Any]
 
 
 def compute_on_actors(spec: RolloutSpec, plan: Plan, maker: MakeShardMaker = ShardMaker) -> Generator[ShardOutcome]:
-    """Make the shards of ``plan.todo`` and yield each when it is published. Closing the generator ends the actors.
+    """Publish the shards of ``plan.todo`` and yield each outcome. Closing the generator ends the actors.
 
-    Args:
-        maker: makes the shards in an actor, like ``ShardMaker``. Tests replace it.
-
-    Raises:
-        RolloutError: a shard failed; the message names it.
+    Tests replace ``maker``, which makes the shards in an actor.
     """
     group = choose_actors(spec)
     actors = most(group.for_work(len(plan.todo)).actors)

@@ -54,7 +54,16 @@ def make_plan(spec: RolloutSpec) -> Plan:
             changed since the teacher was trained.
         StoreError: the store has another identity, or a newer version wrote it.
     """
-    identity = _identify(spec)
+    teacher = load_teacher_config(spec.teacher)
+    check_guidance(teacher, spec.guidance)
+    if spec.source == "forward":
+        found = open_dataset(teacher.data).description.sha256
+        if found != teacher.data_sha256:
+            raise RolloutError(
+                f"{spec.teacher} was trained on {teacher.data.kind} with sha256 {teacher.data_sha256[:12]}..., but "
+                f"the data now have {found[:12]}.... {DATA_CHANGED}"
+            )
+    identity = StoreIdentity.of(spec, teacher)
     sizes = files.list_sizes(spec.store)
     manifest = read_manifest(spec.store)
     _check_store(spec.store, identity, manifest, filter(parse_shard_name, sizes))
@@ -74,20 +83,6 @@ def make_plan(spec: RolloutSpec) -> Plan:
         else:
             todo.append(shard)
     return Plan(identity, extents, tuple(finished), tuple(todo), manifest)
-
-
-def _identify(spec: RolloutSpec) -> StoreIdentity:
-    """The identity of the store that the spec asks for."""
-    teacher = load_teacher_config(spec.teacher)
-    check_guidance(teacher, spec.guidance)
-    if spec.source == "forward":
-        found = open_dataset(teacher.data).description.sha256
-        if found != teacher.data_sha256:
-            raise RolloutError(
-                f"{spec.teacher} was trained on {teacher.data.kind} with sha256 {teacher.data_sha256[:12]}..., but "
-                f"the data now have {found[:12]}.... {DATA_CHANGED}"
-            )
-    return StoreIdentity.of(spec, teacher)
 
 
 def _check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:

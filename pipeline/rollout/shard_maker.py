@@ -64,11 +64,7 @@ class ShardMaker:
         self.computing = threading.Lock()
 
     def make(self, shard: Shard) -> ShardOutcome:
-        """Publish the shard, unless it exists and is intact.
-
-        Raises:
-            RolloutError: the shard failed. The message names it. A shard with NaN or infinity is not published.
-        """
+        """Publish the shard, unless it exists and is intact. A shard with NaN or infinity raises ``RolloutError``."""
         try:
             receipt, rows, seconds = self._adopt_or_compute(shard)
         except NotFiniteShard as error:
@@ -187,12 +183,10 @@ class FrozenTeacher:
     def _transfer(self, columns: dict[str, torch.Tensor], knots: Sequence[torch.Tensor]) -> Callable[[], Rows]:
         """Begin to copy the columns from the device to memory. Return a function that waits for the rows."""
         dtype = getattr(torch, self.identity.dtype)
-        for name, knot in zip(self.identity.knot_columns, knots, strict=True):
-            columns[name] = knot.to(dtype)
-        copies = {name: _begin_copy(values) for name, values in columns.items()}
-        copied = torch.cuda.Event() if self.on_gpu else None  # type: ignore[no-untyped-call]
-        if copied is not None:
-            copied.record()
+        named = {name: knot.to(dtype) for name, knot in zip(self.identity.knot_columns, knots, strict=True)}
+        # PyTorch copies asynchronously to pinned memory.
+        copies = {name: values.to("cpu", non_blocking=True) for name, values in {**columns, **named}.items()}
+        copied = torch.cuda.current_stream().record_event() if self.on_gpu else None
 
         def rows() -> Rows:
             if copied is not None:
@@ -200,12 +194,6 @@ class FrozenTeacher:
             return {name: values.numpy() for name, values in copies.items()}
 
         return rows
-
-
-def _begin_copy(values: torch.Tensor) -> torch.Tensor:
-    if not values.is_cuda:
-        return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 def join(parts: Sequence[Rows]) -> Rows:

@@ -110,11 +110,7 @@ def _compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
 
 
 def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
-    """Make every shard of ``plan.todo``; return when all are published.
-
-    Raises:
-        RolloutError: a shard failed; the message names it.
-    """
+    """Publish every shard of ``plan.todo``. Raise ``RolloutError`` if a shard failed; the message names it."""
     if not plan.todo:
         return []
     outcomes: list[ShardOutcome] = []

@@ -19,8 +19,16 @@ from kac.solvers import knot_times, solve
 from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store, training
-from pipeline.benchmark import BenchmarkSpec, Measurement, benchmark, parts, table
-from pipeline.benchmark.measurement import CALLS_PER_SHARD, interleave, make_setting
+from pipeline.benchmark import (
+    CALLS_PER_SHARD,
+    BenchmarkSpec,
+    Measurement,
+    benchmark,
+    interleave,
+    make_setting,
+    parts,
+    table,
+)
 from pipeline.benchmark.parts import (
     CountingFileSystem,
     bare_speed,
