@@ -1,10 +1,12 @@
-"""Columns of shards: loaded as tensors or streamed, and gathered into batches. ``order`` decides the order of rows."""
+"""Columns of shards: loaded as tensors, shared or streamed, and gathered into batches in a given order of rows."""
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ from torch import Tensor
 from kac.losses import Interval
 from pipeline.cluster import connection as cluster
 from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity
-from pipeline.store.order import group_shards
+from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
@@ -39,6 +41,11 @@ class Selection:
     def row_bytes(self) -> int:
         """The size of a row in memory, as tensors."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
+
+    @property
+    def bytes(self) -> int:
+        """The size in memory, as tensors."""
+        return rows_of(self.shards) * self.row_bytes
 
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
         """Group consecutive shards, with up to ``GROUP_BYTES`` of columns per group."""
@@ -101,6 +108,54 @@ def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[p
         start += table.num_rows
     guidance = torch.cat([torch.full((shard.rows,), shard.guidance) for shard in shards])
     return Columns(ids, label, guidance, knots, interval, torch.arange(len(selection.knots)))
+
+
+@dataclass(frozen=True)
+class SharedColumns:
+    """Columns that several processes of a node read from shared memory, such as Ray's object store."""
+
+    selection: Selection
+    arrays: dict[str, np.ndarray]  # by the names of the fields of ``Columns``; may be read-only
+
+
+_shared: list[SharedColumns] = []
+
+
+def load_shared(selection: Selection) -> SharedColumns:
+    """Load the selected columns for sharing. Raises the same errors as ``load``."""
+    arrays = {name: value.numpy() for name, value in vars(load(selection)).items() if value is not None}
+    return SharedColumns(selection, arrays)
+
+
+@contextmanager
+def use_shared(columns: Sequence[SharedColumns]) -> Iterator[None]:
+    """Inside the block, every reader of this process uses these columns instead of loading them."""
+    _shared.extend(columns)
+    try:
+        yield
+    finally:
+        _shared.clear()
+
+
+def find_shared(selection: Selection) -> Columns | None:
+    """Return the selected columns if they are shared, otherwise None."""
+    for shared in _shared:
+        knots = shared.selection.knots
+        if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
+            with warnings.catch_warnings():  # about read-only tensors; this project never writes to loaded columns
+                warnings.filterwarnings("ignore", message=".*not writable.*")
+                tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in shared.arrays.items()}
+            selected = torch.tensor([knots.index(name) for name in selection.knots])
+            return Columns(**{"interval": None, **tensors, "selected": selected})
+    return None
+
+
+def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
+    """Merge selections of the same shards into one that has all their knots."""
+    merged: dict[Selection, set[str]] = {}
+    for selection in selections:
+        merged.setdefault(replace(selection, knots=()), set()).update(selection.knots)
+    return [replace(selection, knots=tuple(sorted(knots))) for selection, knots in merged.items()]
 
 
 def gather_rows(pieces: Sequence[Piece]) -> Batch:

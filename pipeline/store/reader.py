@@ -18,12 +18,12 @@ from kac import noise
 from kac.losses import Interval, Objective
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
-from pipeline.store import sharing
 from pipeline.store.columns import (
     Batch,
     Columns,
     Piece,
     Selection,
+    find_shared,
     gather_intervals,
     gather_rows,
     load,
@@ -237,7 +237,7 @@ class Store:
         """Return the selected columns as tensors. They stay in memory until other columns are loaded."""
         if selection not in self._loaded:
             self._loaded.clear()
-            self._loaded[selection] = sharing.find(selection) or load(selection)
+            self._loaded[selection] = find_shared(selection) or load(selection)
         return self._loaded[selection]
 
     def _select(self, guidance: float | Sequence[float] | None, knots: Sequence[int] | None) -> Selection:
@@ -313,7 +313,7 @@ class _Reading:
     @property
     def is_in_memory(self) -> bool:
         """Whether the selection fits the memory budget."""
-        return rows_of(self.selection.shards) * self.selection.row_bytes <= self.memory_bytes
+        return self.selection.bytes <= self.memory_bytes
 
     def rows_per_epoch(self) -> int:
         """Return the number of this rank's rows."""

@@ -20,8 +20,7 @@ from pipeline import store, tracking
 from pipeline.cluster import placement
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.distill import distill, objective_of
-from pipeline.store import sharing
-from pipeline.store.order import rows_of
+from pipeline.store.columns import load_shared, merge_selections, use_shared
 from pipeline.sweep.checks import resources_per_trial
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial, plan_trial, search_name
@@ -80,7 +79,7 @@ def run_trials(
             os.environ.update(hidden)
 
 
-def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sharing.SharedColumns]:
+def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray.ObjectRef]:
     """Put the columns that the students read into Ray's object store, once per node for all trials.
 
     Returns an empty list if the columns do not fit ``memory_gib`` or the object store. Each trial then reads the store.
@@ -92,18 +91,15 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[sha
         )
         for s in students
     ]
-    selections = sharing.merge_selections(wanted)
-    size = sum(rows_of(selection.shards) * selection.row_bytes for selection in selections)
+    selections = merge_selections(wanted)
+    size = sum(selection.bytes for selection in selections)
     shared_memory = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
     if spec.workers or size > min(spec.memory_gib * 2**30, 0.8 * shared_memory):
         return []
-    return [
-        sharing.SharedColumns(s, {name: ray.put(array) for name, array in sharing.load_shared(s).arrays.items()})
-        for s in selections
-    ]
+    return [ray.put(load_shared(selection)) for selection in selections]
 
 
-def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run: tracking.TrackedRun) -> None:
+def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
     """One trial, in a process of Ray Tune. Training runs in this process, or on Ray Train workers of the trial."""
     spec = DistillSpec(**json.loads(config["spec"]))
     started = time.perf_counter()
@@ -115,12 +111,8 @@ def _trial(config: dict[str, Any], shared: Sequence[sharing.SharedColumns], run:
         names = " ".join(name for name in metrics if name != "update")
         tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, "reported": names, **state})
 
-    arrays = [
-        sharing.SharedColumns(columns.selection, {k: ray.get(ref) for k, ref in columns.arrays.items()})
-        for columns in shared
-    ]
     try:
-        with sharing.use_shared(arrays):
+        with use_shared(ray.get(list(shared))):
             distill(spec, run, on_report=report, is_trial=True)
     except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))

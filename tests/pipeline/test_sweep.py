@@ -17,7 +17,7 @@ from kac.util.errors import DistillKacError
 from pipeline import store, tracking
 from pipeline.config import SweepSpec
 from pipeline.distill import distill, plan_student, resolve_spec, start_student_run
-from pipeline.store import sharing
+from pipeline.store import columns as store_columns
 from pipeline.sweep import Ledger, TrialRecord, sweep, sweep_stage
 from pipeline.sweep.planned_trials import grid_trials
 from pipeline.sweep.proposers import Optuna
@@ -237,16 +237,19 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
 
     expected = batches()
     source = store.open(small_store)
-    (selection,) = sharing.merge_selections(
+    (selection,) = store_columns.merge_selections(
         [source.selection(distill_spec(small_store, Path("x")).objective.build(m), 1.0) for m in (1, 2, 4)]
     )
-    shared = sharing.load_shared(selection)
+    shared = store_columns.load_shared(selection)
     for array in shared.arrays.values():
         array.setflags(write=False)
-    with sharing.use_shared([shared]):
-        assert sharing.find(source.selection(distill_spec(small_store, Path("x")).objective.build(2), 0.0)) is None
+    with store_columns.use_shared([shared]):
+        assert (
+            store_columns.find_shared(source.selection(distill_spec(small_store, Path("x")).objective.build(2), 0.0))
+            is None
+        )
         batches_of_shared = batches()
-        columns = sharing.find(selection)
+        columns = store_columns.find_shared(selection)
         assert columns is not None and columns.knots.numpy().ctypes.data == shared.arrays["knots"].ctypes.data
     for batch, other in zip(expected, batches_of_shared, strict=True):
         for left, right in zip(batch, other, strict=True):
