@@ -45,11 +45,7 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add entries at the end.
-
-        Raises:
-            OSError: the disk is full or cannot be written to.
-        """
+        """Add entries at the end. A full disk raises an ``OSError``."""
         if self._file is None:
             self.path = local_folder() / f"{file_name_of(self.uri)}-{time.time_ns()}-{uuid.uuid4().hex}.jsonl"
             self._file = self.path.open("x+b")
@@ -114,11 +110,9 @@ class Delivery:
             self._changed.notify_all()
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
-        """Wait until all entries are delivered; returns whether they are.
+        """Wait up to ``seconds`` until all entries are delivered; returns whether they are.
 
-        Args:
-            seconds: the longest time to wait.
-            on_disk_is_enough: if the server fails, stop waiting unless this disk refuses entries.
+        With ``on_disk_is_enough``, stop waiting for a server that fails, unless this disk refuses entries.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -207,8 +201,7 @@ class Delivery:
             return False
         finally:
             aside.close()
-        problem = f"cannot store {_describe(entry)} ({one_line(error)})"
-        self.warn(f"{problem}. It waits on this disk: {SYNC_COMMAND} tries again")
+        self.warn(f"cannot store {_describe(entry)} ({one_line(error)}). {SYNC_COMMAND} tries again")
         return True
 
     def _pause(self, error: Exception) -> None:
@@ -216,8 +209,7 @@ class Delivery:
             was_failing, self.is_failing = self.is_failing, True
             self._changed.notify_all()
         if not was_failing:
-            problem = f"does not answer ({one_line(error)})"
-            self.warn(f"{problem}. The work continues; log entries wait on this disk until the server is back")
+            self.warn(f"does not answer ({one_line(error)}). The work continues; log entries wait on this disk")
         time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures, 10)))
 
 

@@ -81,11 +81,7 @@ class Sender:
         return self._connected[name]
 
     def id_of(self, run_id: str) -> str:
-        """The server's id of a run.
-
-        Raises:
-            RunNotCreatedYet: the server does not have the run yet.
-        """
+        """The server's id of a run; raises ``RunNotCreatedYet`` if there is none."""
         if not run_id.startswith(LOCAL):
             return run_id
         if run_id not in self._known:
@@ -102,11 +98,7 @@ class Sender:
         return str(client.create_run(experiment, start_time=started, tags=self._with_parent(tags)).info.run_id)
 
     def send(self, batch: list[Entry]) -> None:
-        """Deliver a batch of ``first_batch``.
-
-        Raises:
-            Exception: any error of MLflow.
-        """
+        """Deliver a batch of ``first_batch``; raises any error of MLflow."""
         from mlflow.entities import Metric, RunTag
 
         first = batch[0]

@@ -30,11 +30,7 @@ def declared(name: str) -> Metric | None:
 
 
 def check_declared(names: Iterable[str]) -> None:
-    """Check that metrics are declared.
-
-    Raises:
-        KeyError: some are not; the message lists them.
-    """
+    """Raise a ``KeyError`` that lists the metrics that are not declared."""
     undeclared = (PART_PREFIX, DIAGNOSTIC_PREFIX, SYSTEM_PREFIX)
     unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:

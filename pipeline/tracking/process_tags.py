@@ -43,9 +43,13 @@ def has_ended(tags: Mapping[str, str]) -> bool:
 
 def source_tags(stage: str) -> dict[str, str]:
     """MLflow's own tags for the source of a run, which its pages show."""
-    source = {"name": f"python -m jobs.{stage}", "type": "LOCAL", "git.commit": _commit()}
-    found = {"mlflow.user": _user(), **{f"mlflow.source.{name}": value for name, value in source.items()}}
-    return {name: value for name, value in found.items() if value}
+    tags = {
+        "mlflow.source.name": f"python -m jobs.{stage}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": _commit(),
+        "mlflow.user": _user(),
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 @functools.cache

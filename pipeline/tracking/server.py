@@ -52,10 +52,8 @@ def tracking_off() -> Iterator[None]:
 def tracking_uri(output: str) -> str:
     """The address of the tracking server: MLFLOW_TRACKING_URI, or else ``mlflow.db`` in the current directory.
 
-    It is empty within ``tracking_off``.
-
-    Args:
-        output: output of the stage. A submitted job's database is next to it, since Ray deletes the job's directory.
+    A submitted job's ``mlflow.db`` is next to its ``output``, since Ray deletes the job's directory. Within
+    ``tracking_off``, the address is empty.
 
     Raises:
         ArgumentError: MLflow cannot use MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI.
@@ -118,8 +116,7 @@ def client_of(uri: str) -> "MlflowClient":
 def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
     """Whether the server refuses the request for good, so that a retry is pointless.
 
-    Args:
-        at_start: include ``START_REFUSALS``.
+    ``at_start`` includes ``START_REFUSALS``.
     """
     from mlflow.exceptions import MlflowException
 
@@ -146,7 +143,7 @@ def file_name_of(uri: str) -> str:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Let one process at a time create a SQLite database: MLflow crashes if two create the tables at once."""
+    """Create a SQLite database if needed, in one process at a time: MLflow cannot create it in two at once."""
     if not uri.startswith("sqlite:"):
         yield
         return

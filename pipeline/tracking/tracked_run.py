@@ -42,11 +42,7 @@ class TrackedRun:
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics of ``METRICS`` and parts of the loss.
-
-        Raises:
-            KeyError: a metric is not declared.
-        """
+        """Log metrics of ``METRICS`` and parts of the loss; raises ``KeyError`` if one is not declared."""
         check_declared(values)
         self._put("metrics", *({name: float(value)} for name, value in values.items()), step=step)
 
@@ -108,11 +104,7 @@ class TrackedRun:
         self.tags({PARENT_TAG: parent.run_id})
 
     def flush(self, seconds: float = END_SECONDS) -> bool:
-        """Wait until the server has all log entries of this process, or until they are on disk if the server fails.
-
-        Returns:
-            Whether the server has all entries.
-        """
+        """Wait until the server has all log entries of this process, or fails; returns whether it has them."""
         return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
 
     def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
