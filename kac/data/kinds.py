@@ -7,9 +7,9 @@ To add a kind without files, see ``kac/data/bundled.py``. To add a kind of files
 import dataclasses
 import functools
 from contextlib import AbstractContextManager
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from kac.data import bundled, decoded
 from kac.data.arrays import open_arrays
@@ -23,7 +23,7 @@ from kac.data.splits import Dataset
 from kac.util import files
 from kac.util.fingerprint import unhashed
 from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath
-from kac.util.options import Kinded
+from kac.util.options import Kinded, number_of_text
 from kac.util.path_options import input_path
 
 DataKind = Literal[BundledKind, "idx", "cifar10", "folder", "parquet", "outside"]
@@ -54,7 +54,7 @@ class DataConfig(Kinded):
     size: PositiveInt | None = Field(
         None, description="crop images to their central square and resize it to SIZE pixels; default: keep their size"
     )
-    channels: Literal[1, 3] | None = Field(
+    channels: Annotated[Literal[1, 3] | None, BeforeValidator(number_of_text)] = Field(
         None, description="convert images to greyscale (1) or RGB (3); default: keep their channels"
     )
     image_column: str = Field("image", description="column of encoded images")

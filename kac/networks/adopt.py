@@ -4,19 +4,21 @@ A file may hold several networks, averaged weights and optimizer states, each un
 weights by the names that the network expects, under any prefix.
 """
 
+import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kac.networks.inferred_options import differing_options
+from kac.networks.dit import DiTConfig
+from kac.networks.mlp import MLPConfig
 from kac.networks.network import NetworkConfig, build_network
-from kac.networks.openai import OUR_CLASSES, from_openai, is_openai, openai_names
+from kac.networks.openai import OPENAI_NAMES, from_openai, is_openai
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNetConfig
 from kac.networks.velocity import Conditioning, NetworkModule
-from kac.networks.weight_files import WRAPPERS, WeightsFile, choose_key, find_prefixes, remove_prefix
+from kac.networks.weight_files import WRAPPERS, WeightsFile, choose_key, find_prefixes
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.imports import describe_exception
 from kac.util.text import shorten
@@ -24,8 +26,10 @@ from kac.util.text import shorten
 MOST_PREFIXES = 200
 """The most prefixes to try. Generic names such as ``0.weight`` occur under many."""
 
-MOST_PROBLEMS = 3
-"""The most weights that a message names."""
+CLASSES = "class_embedding.weight"
+"""The class embedding of a U-Net, which may lack the null label, or be missing."""
+
+Weights = Mapping[str, Tensor]
 
 
 class Adopted(NamedTuple):
@@ -64,19 +68,22 @@ def adopt(
         ArgumentError: the options contradict the weights.
         CheckpointError: no weights fit, or several do.
     """
-    target = _target(network)
+    target = network.inner if isinstance(network, Outside) else network.get_submodule(network.diffusers_name or "")
     expected = target.state_dict()
-    wanted = {*expected, *(openai_names(config, sample_shape[1], expected) if isinstance(config, UNetConfig) else ())}
+    known = {*expected, *(OPENAI_NAMES if isinstance(config, UNetConfig) else ())}
     key = None if key is None else WRAPPERS.sub("", f"{key}.").rstrip(".")
+
+    def is_below_key(prefix: str) -> bool:
+        return key is None or f"{prefix.rstrip('.')}.".startswith(f"{key}.")
+
     # Prefixes below the key come first. The others are needed too: a list of averages may take its names from them.
-    found = sorted(find_prefixes(file.named, wanted), key=lambda prefix: not _is_below(prefix, key))
-    prefixes = found[:MOST_PREFIXES]
+    prefixes = sorted(find_prefixes(file.named, known), key=lambda prefix: not is_below_key(prefix))[:MOST_PREFIXES]
     fits: dict[str, _Fit] = {}
     failures: dict[str, DistillKacError] = {}
 
     def attempt(prefix: str, source: dict[str, Tensor]) -> None:
         try:
-            fits[prefix] = _fit(source, config, sample_shape, expected)
+            fits[prefix] = _fit(source, config, expected)
         except (CheckpointError, ArgumentError) as error:
             failures[prefix] = error
 
@@ -90,12 +97,11 @@ def adopt(
         averaged = _name_list(tensors, sources, target)
         if averaged is not None:
             attempt(f"{entry}.", averaged)
-    candidates = {prefix.rstrip("."): fit for prefix, fit in fits.items() if _is_below(prefix, key)}
+    candidates = {prefix.rstrip("."): fit for prefix, fit in fits.items() if is_below_key(prefix)}
     if not candidates:
-        nearest = next((prefix for prefix in prefixes if _is_below(prefix, key)), None)
-        if nearest is None:
-            raise _no_common_names(file, key, config, expected)
-        raise _does_not_fit(file, nearest, failures[nearest], config, sample_shape, expected)
+        nearest = next(filter(is_below_key, prefixes), None)
+        failure = None if nearest is None else failures[nearest]
+        raise _refusal(file, key, nearest, failure, config, sample_shape, expected)
     chosen = choose_key(sorted(candidates))
     fit = candidates[chosen]
     target.load_state_dict(fit.weights)
@@ -103,6 +109,41 @@ def adopt(
     unused = file.describe_entries([name for name in file.named if name not in loaded], without=chosen)
     description = f"{fit.description}; also in the file: {unused}" if unused else fit.description
     return Adopted(chosen, description, fit.conditioning)
+
+
+def _refusal(
+    file: WeightsFile,
+    key: str | None,
+    nearest: str | None,
+    failure: DistillKacError | None,
+    config: NetworkConfig,
+    sample_shape: tuple[int, ...],
+    expected: Weights,
+) -> DistillKacError:
+    """Return the error for a file without weights that fit. ``nearest`` is the prefix of the most similar weights."""
+    kind = _kind(config)
+    if nearest is None:
+        where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "a `key`")
+        name, value = next(iter(expected.items()))
+        return CheckpointError(
+            f"no weights of {kind} found{where}. The file holds {file.describe()}. The network has "
+            f"{len(expected)} tensors, such as {name} {list(value.shape)}. Choose {advice}."
+        )
+    if isinstance(failure, ArgumentError):
+        return failure
+    where = f"the weights under {nearest.rstrip('.')}" if nearest else "the weights"
+    source = {name.removeprefix(nearest): value for name, value in file.named.items() if name.startswith(nearest)}
+    if options := _differing_options(config, source, sample_shape, expected):
+        actual = ", ".join(options)
+        return CheckpointError(f"{where} belong to {kind} with {actual}. Choose `network` and `data` to match.")
+    return CheckpointError(
+        f"{where} do not fit {kind}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose the "
+        "`network` and `data` of the training run, or other weights with `key`."
+    )
+
+
+def _kind(config: NetworkConfig) -> str:
+    return config.module if isinstance(config, OutsideConfig) else f"a {config.kind}"
 
 
 def try_out(network: NetworkModule, config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
@@ -146,39 +187,39 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
     return velocity
 
 
-def _target(network: NetworkModule) -> nn.Module:
-    """Return the module whose weights are loaded."""
-    if isinstance(network, Outside):
-        return network.inner
-    return network.get_submodule(network.diffusers_name) if network.diffusers_name else network
-
-
-def _is_below(prefix: str, key: str | None) -> bool:
-    """Whether a prefix is ``key`` or below it. None accepts every prefix; "" accepts only the empty one."""
-    return key is None or f"{prefix.rstrip('.')}.".startswith(f"{key}.")
-
-
-def _fit(
-    source: dict[str, Tensor], config: NetworkConfig, sample_shape: tuple[int, ...], expected: Mapping[str, Tensor]
-) -> _Fit:
+def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) -> _Fit:
     """Return the weights under the names of the network.
 
     Raises:
         ArgumentError: the options contradict the weights.
         CheckpointError: weights are missing, unexpected or of another shape.
     """
-    weights, facts, conditioning = source, [], config.conditioning
+    weights, description, conditioning = source, f"weights of {_kind(config)}", config.conditioning
     if isinstance(config, UNetConfig):
+        origin = ""
         if is_openai(weights):
             heads = f"{config.head_channels} channels per head" if config.head_channels else "one head"
-            facts = [f"U-Net of OpenAI, assuming {heads} in attention (not visible in the weights)"]
-            weights = from_openai(weights, config, sample_shape[1], expected)
-        classes = _complete_classes(weights.get(OUR_CLASSES), expected[OUR_CLASSES])
-        weights, conditioning = {**weights, OUR_CLASSES: classes.rows}, classes.conditioning
-        facts.append(classes.description)
-    if problems := _find_problems(weights, expected):
-        raise CheckpointError(shorten(problems, MOST_PROBLEMS))
-    return _Fit(source, weights, "; ".join(facts) or f"weights of {_kind(config)}", conditioning)
+            origin = f"U-Net of OpenAI, assuming {heads} in attention (not visible in the weights); "
+            weights = from_openai(weights, config)
+        rows, all_rows = weights.get(CLASSES), expected[CLASSES]
+        if rows is None:
+            rows, conditioning = torch.zeros_like(all_rows), "none"
+            description = "without classes: an unconditional teacher, no guidance"
+        elif len(rows) == len(all_rows) - 1:
+            description, conditioning = f"{len(rows)} classes and no null label: no guidance", "classes"
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        else:
+            description = f"{len(rows) - 1} classes and a null label"
+        weights, description = {**weights, CLASSES: rows}, origin + description
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in expected]
+    for name in (name for name in expected if name in weights):
+        shape, expected_shape = list(weights[name].shape), list(expected[name].shape)
+        if shape != expected_shape:
+            problems.append(f"{name} has shape {shape} instead of {expected_shape}")
+    if problems:
+        raise CheckpointError(shorten(problems, 3))
+    return _Fit(source, weights, description, conditioning)
 
 
 def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: nn.Module) -> dict[str, Tensor] | None:
@@ -189,7 +230,7 @@ def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: 
     own: dict[str, Tensor] = dict(target.named_parameters())
     first_name = {id(value): name for name, value in own.items()}
     shared = {name: first_name[id(value)] for name, value in target.named_parameters(remove_duplicate=False)}
-    without_classes = {name: value for name, value in own.items() if name != OUR_CLASSES}
+    without_classes = {name: value for name, value in own.items() if name != CLASSES}
     for source in sources or [own, without_classes]:
         names = [name for name in source if name in own] if own.keys() & source.keys() else list(source)
         if [source[name].shape for name in names] == [value.shape for value in tensors]:
@@ -199,70 +240,67 @@ def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: 
     return None
 
 
-class _Classes(NamedTuple):
-    rows: Tensor  # [num_classes + 1, width]
-    description: str
-    conditioning: Conditioning
+def _differing_options(
+    config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
+) -> list[str]:
+    """Describe the options in which ``weights`` differ from ``config``; empty if no difference can be inferred."""
+    try:
+        options = _infer_options(config, weights, sample_shape, expected)
+    except (KeyError, IndexError, ValueError, CheckpointError):  # a weight is missing that would show an option
+        return []
+
+    def text(value: Any) -> str:
+        return (" ".join(map(str, value)) or "without a value") if isinstance(value, tuple) else str(value)
+
+    return [f"{name} {text(actual)} (given: {text(given)})" for name, actual, given in options if actual != given]
 
 
-def _complete_classes(rows: Tensor | None, expected: Tensor) -> _Classes:
-    """Return a class embedding with a row per class and one for "no class". Missing rows are zeros."""
-    if rows is None:
-        return _Classes(torch.zeros_like(expected), "without classes: an unconditional teacher, no guidance", "none")
-    if len(rows) == len(expected) - 1:
-        null = rows.new_zeros(1, *rows.shape[1:])
-        description = f"{len(rows)} classes and no null label: no guidance"
-        return _Classes(torch.cat([rows, null]), description, "classes")
-    if len(rows) != len(expected):
-        raise CheckpointError(f"{OUR_CLASSES} has shape {list(rows.shape)} instead of {list(expected.shape)}")
-    return _Classes(rows, f"{len(rows) - 1} classes and a null label", "classes_and_null")
+def _infer_options(
+    config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
+) -> list[tuple[str, Any, Any]]:
+    """Return options, each with its value in the weights and its value in the config."""
 
+    def count(pattern: str) -> int:
+        return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))
 
-def _find_problems(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in expected]
-    for name in (name for name in expected if name in weights):
-        shape, expected_shape = list(weights[name].shape), list(expected[name].shape)
-        if shape != expected_shape:
-            problems.append(f"{name} has shape {shape} instead of {expected_shape}")
-    return problems
-
-
-def _kind(config: NetworkConfig) -> str:
-    return config.module if isinstance(config, OutsideConfig) else f"a {config.kind}"
-
-
-def _no_common_names(
-    file: WeightsFile, key: str | None, config: NetworkConfig, expected: Mapping[str, Tensor]
-) -> CheckpointError:
-    """Return the error for a file without any name of the network."""
-    name, value = next(iter(expected.items()))
-    where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "another `key`")
-    return CheckpointError(
-        f"no weights of {_kind(config)} found{where}. The file holds {file.describe()}. The network has "
-        f"{len(expected)} tensors, such as {name} {list(value.shape)}. Choose {advice}."
-    )
-
-
-def _does_not_fit(
-    file: WeightsFile,
-    prefix: str,
-    failure: DistillKacError,
-    config: NetworkConfig,
-    sample_shape: tuple[int, ...],
-    expected: Mapping[str, Tensor],
-) -> DistillKacError:
-    """Return the error for the weights that fit best. It names the options that differ, or else the weights."""
-    if isinstance(failure, ArgumentError):
-        return failure
-    where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"
-    options = differing_options(config, remove_prefix(file.named, prefix), sample_shape, expected)
-    if options:
-        actual = ", ".join(options)
-        return CheckpointError(
-            f"{where} belong to {_kind(config)} with {actual}. Choose `network` and `data` to match."
-        )
-    return CheckpointError(
-        f"{where} do not fit {_kind(config)}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose "
-        "the `network` and `data` of the training, or other weights with `key`."
-    )
+    if isinstance(config, MLPConfig):
+        table = "label.weight"
+        width, size = weights["enter.weight"].shape
+        options: list[tuple[str, Any, Any]] = [
+            ("`network.width`", width, config.width),
+            ("`network.depth`", count(r"blocks\.(\d+)\."), config.depth),
+            ("values per sample (`data`):", size, expected["enter.weight"].shape[1]),
+        ]
+    elif isinstance(config, DiTConfig):
+        table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+        width, channels, patch, _ = weights["pos_embed.proj.weight"].shape
+        options = [
+            ("`network.heads` x `network.head_channels`", width, config.heads * config.head_channels),
+            ("`network.depth`", count(r"transformer_blocks\.(\d+)\."), config.depth),
+            ("`network.patch`", patch, config.patch),
+            ("`data.channels`", channels, sample_shape[0]),
+        ]
+    elif isinstance(config, UNetConfig):
+        table = CLASSES
+        weights = from_openai(weights, config) if is_openai(weights) else weights
+        levels, side = range(count(r"down_blocks\.(\d+)\.")), sample_shape[1] // config.patch
+        channels = tuple(len(weights[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in levels)
+        attention = tuple(side // 2**i for i in levels if f"down_blocks.{i}.attentions.0.to_q.weight" in weights)
+        scale_shift = len(weights["down_blocks.0.resnets.0.time_emb_proj.weight"]) == 2 * channels[0]
+        options = [
+            ("`network.channels`", channels, config.channels),
+            ("`network.blocks`", count(r"down_blocks\.0\.resnets\.(\d+)\."), config.blocks),
+            ("`network.attention`", attention, tuple(sorted(config.attention, reverse=True))),
+            ("`network.scale_shift`", scale_shift, config.scale_shift),
+            (
+                "`data.channels`" if config.patch == 1 else "`data.channels` x `network.patch` squared",
+                weights["conv_in.weight"].shape[1],
+                expected["conv_in.weight"].shape[1],
+            ),
+        ]
+    else:
+        return []
+    rows, all_rows = len(weights.get(table, expected[table])), len(expected[table])
+    if table != CLASSES or rows != all_rows - 1:
+        options.append(("labels (the classes of `data`, and 'no class'):", rows, all_rows))
+    return options

@@ -1,8 +1,11 @@
-"""Helpers of the networks from diffusers: labels with conditions, scaled times, and images folded into patches."""
+"""What the networks from diffusers share: labels with conditions, scaled times, and images folded into patches."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kac.networks.velocity import ConditionEmbedding, NetworkModule
 from kac.util.errors import ArgumentError
 
 
@@ -22,9 +25,26 @@ class ConditionedLabels(nn.Embedding):
         return super().forward(label) + condition
 
 
-def diffusers_time(x: Tensor, t: Tensor, scale: float) -> Tensor:
-    """Return ``scale`` * t as one time per sample of x: [batch]. t is a scalar or [batch], in [0, 1]."""
-    return (scale * t.to(torch.float32)).expand(len(x))
+class DiffusersNetwork(NetworkModule):
+    """A diffusers model, stored as the submodule ``diffusers_name``, as a velocity network.
+
+    Args:
+        width: of the embedding of time and class.
+    """
+
+    diffusers_name: str
+    conditions: ConditionEmbedding
+
+    def __init__(self, config: Any, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.null_label, self.takes = num_classes, config.conditions
+        self.time_scale, self.width = config.time_scale, width
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
+        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
+        given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
+        times = (self.time_scale * t.to(torch.float32)).expand(len(x))
+        return getattr(self, self.diffusers_name)(x, times, given).sample  # type: ignore[no-any-return]
 
 
 def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:

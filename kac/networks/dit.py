@@ -3,10 +3,10 @@
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
-from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
+from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, folded_shape
+from kac.networks.velocity import ConditionEmbedding, NetworkOptions
 
 
 class DiTConfig(NetworkOptions):
@@ -28,18 +28,16 @@ class DiTConfig(NetworkOptions):
         return self
 
 
-class DiT(NetworkModule):
+class DiT(DiffusersNetwork):
     """diffusers' DiTTransformer2DModel as a velocity network."""
 
     diffusers_name = "transformer"
 
     def __init__(self, config: DiTConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-        super().__init__()
         from diffusers import DiTTransformer2DModel
 
+        super().__init__(config, num_classes, config.heads * config.head_channels)
         folded_shape(config.patch, sample_shape)
-        self.null_label, self.takes, self.time_scale = num_classes, config.conditions, config.time_scale
-        self.width = config.heads * config.head_channels
         self.transformer: Any = DiTTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=config.head_channels,
@@ -56,15 +54,7 @@ class DiT(NetworkModule):
             labels.dropout_prob = 0.0  # the teacher's loss drops labels, for networks of all kinds
             labels.embedding_table = ConditionedLabels(num_classes + 1, self.width)
             nn.init.normal_(labels.embedding_table.weight, std=0.02)
-        self._start_as_identity()
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
-        given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
-        return self.transformer(x, diffusers_time(x, t, self.time_scale), given).sample  # type: ignore[no-any-return]
-
-    def _start_as_identity(self) -> None:
-        """Initialise every block as the identity and the velocity as 0 (adaLN-Zero), which diffusers does not do."""
+        # Every block starts as the identity, and the velocity as 0 (adaLN-Zero), which diffusers does not do.
         gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)

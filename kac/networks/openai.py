@@ -6,21 +6,18 @@ linear layers.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from kac.networks.unet import UNetConfig
 from kac.util.errors import ArgumentError, CheckpointError
-from kac.util.text import shorten
 
 GROUPS = 32
 """The number of groups in all its group norms. It cannot be inferred from the weights."""
 
-CLASSES, OUR_CLASSES = "label_emb.weight", "class_embedding.weight"
-
 OUTERMOST = {
+    "label_emb": "class_embedding",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
@@ -35,72 +32,24 @@ RESIDUAL_BLOCK = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
 
-
-class Layer(NamedTuple):
-    """A layer of OpenAI's U-Net, and its one or three layers in diffusers."""
-
-    theirs: str
-    ours: tuple[str, ...]
+OPENAI_NAMES = {f"{layer}.{kind}" for layer in OUTERMOST for kind in ("weight", "bias")}
+"""Names that occur in every U-Net of OpenAI."""
 
 
 def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Whether weights have the names of OpenAI's U-Net."""
+    """Return whether weights have the names of OpenAI's U-Net."""
     return any(name.startswith("input_blocks.") for name in weights)
 
 
-def has_resblock_updown(weights: Mapping[str, Tensor]) -> bool:
-    """Whether residual blocks change the resolution: only this option puts two of them into one output block."""
-    return any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights)
-
-
-def openai_names(config: UNetConfig, width: int, expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the names of the weights of OpenAI's U-Net, each with its one or three names in diffusers."""
-    return {
-        f"{layer.theirs}.{kind}": [f"{name}.{kind}" for name in layer.ours]
-        for layer in _layers(config, width)
-        for kind in ("weight", "bias")
-        if f"{layer.ours[0]}.{kind}" in expected  # a block without a change of channels has no skip_connection
-    }
-
-
-def from_openai(
-    weights: Mapping[str, Tensor], config: UNetConfig, width: int, expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the weights under the names of diffusers, with the class embedding if there is one.
-
-    Args:
-        width: of the images, in pixels.
-        expected: the weights of diffusers' U-Net of this config.
+def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """Return the weights under the names of diffusers. Weights that OpenAI's U-Net lacks keep their names.
 
     Raises:
         ArgumentError: the config has options that OpenAI's U-Net lacks.
-        CheckpointError: weights are missing, unexpected or of another shape; the message names the first three.
+        CheckpointError: the U-Net was built with resblock_updown, which diffusers lacks.
     """
-    _check_options(config)
-    if has_resblock_updown(weights):
-        raise CheckpointError(
-            "this U-Net was built with resblock_updown=True, which diffusers does not have. Use `network` outside with "
-            "the code that it was trained with."
-        )
-    wanted = openai_names(config, width, expected)
-    translated = {OUR_CLASSES: weights[CLASSES]} if CLASSES in weights else {}
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in wanted and name != CLASSES]
-    for theirs in (name for name in wanted if name in weights):
-        ours, value = wanted[theirs], _as_matrix(weights[theirs], expected[wanted[theirs][0]].ndim)
-        rows, *others = expected[ours[0]].shape
-        if list(value.shape) == [len(ours) * rows, *others]:
-            parts = [value] if len(ours) == 1 else _queries_keys_values(value, config.head_channels or rows)
-            translated.update(zip(ours, parts, strict=True))
-        else:
-            problems.append(f"{theirs} has shape {list(value.shape)} instead of {[len(ours) * rows, *others]}")
-    if problems:
-        raise CheckpointError(shorten(problems, 3))
-    return translated
-
-
-def _check_options(config: UNetConfig) -> None:
     fixed = {
         "time_scale": (config.time_scale, 1, "embeds unscaled times"),
         "patch": (config.patch, 1, "does not fold images into patches"),
@@ -111,56 +60,63 @@ def _check_options(config: UNetConfig) -> None:
             raise ArgumentError(
                 f"`network.{option}` is {value:g}, but a U-Net of OpenAI {reason}. Set it to {expected}."
             )
+    # Only resblock_updown puts two residual blocks into one output block.
+    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights):
+        raise CheckpointError(
+            "this U-Net was built with resblock_updown=True, which diffusers does not have. Use `network` outside with "
+            "the code that it was trained with."
+        )
+    layers = _layers(weights)
+    translated: dict[str, Tensor] = {}
+    for name, given in weights.items():
+        layer, _, kind = name.rpartition(".")
+        block, _, last = layer.rpartition(".")
+        is_convolution = last in {"qkv", "proj_out"} and kind == "weight" and given.shape[2:].numel() == 1
+        value = given.flatten(1) if is_convolution else given
+        if last == "qkv" and block in layers and len(value) % 3 == 0:
+            parts = _split(value, config.head_channels)
+            translated |= {f"{layers[block]}.to_{part}.{kind}": each for part, each in zip("qkv", parts, strict=True)}
+        else:
+            translated[f"{layers[layer]}.{kind}" if layer in layers else name] = value
+    return translated
 
 
-def _layers(config: UNetConfig, width: int) -> Iterator[Layer]:
-    """Yield every layer. OpenAI's U-Net numbers its blocks across levels, including the changes of resolution."""
-    last = len(config.channels) - 1
-    has_attention = [width // 2**level in config.attention for level in range(last + 1)]
-    yield from _renamed("", "", OUTERMOST)
-    number = 1
-    for level in range(last + 1):
-        for block in range(config.blocks):
-            yield from _block(f"input_blocks.{number}", f"down_blocks.{level}", block, has_attention[level])
-            number += 1
-        if level < last:
-            yield Layer(f"input_blocks.{number}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",))
-            number += 1
-    yield from _renamed("middle_block.0", "mid_block.resnets.0", RESIDUAL_BLOCK)
-    yield from _attention("middle_block.1", "mid_block.attentions.0")
-    yield from _renamed("middle_block.2", "mid_block.resnets.1", RESIDUAL_BLOCK)
-    for level in range(last + 1):  # from the last level up
-        attends = has_attention[last - level]
-        first = level * (config.blocks + 1)
-        for block in range(config.blocks + 1):
-            yield from _block(f"output_blocks.{first + block}", f"up_blocks.{level}", block, attends)
-        if level < last:
-            upsampler = f"output_blocks.{first + config.blocks}.{1 + attends}.conv"
-            yield Layer(upsampler, (f"up_blocks.{level}.upsamplers.0.conv",))
+def _layers(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names in diffusers of layers and attention blocks.
+
+    OpenAI's U-Net numbers its blocks across levels, including the changes of resolution.
+    """
+    layers = dict(OUTERMOST)
+
+    def add(theirs: str, ours: str, names: Mapping[str, str]) -> None:
+        layers[theirs] = ours
+        layers.update({f"{theirs}.{name}": f"{ours}.{our_name}" for name, our_name in names.items()})
+
+    add("middle_block.0", "mid_block.resnets.0", RESIDUAL_BLOCK)
+    add("middle_block.1", "mid_block.attentions.0", ATTENTION)
+    add("middle_block.2", "mid_block.resnets.1", RESIDUAL_BLOCK)
+    for part, ours, resize in (
+        ("input_blocks", "down_blocks", "downsamplers.0.conv"),
+        ("output_blocks", "up_blocks", "upsamplers.0.conv"),
+    ):
+        level = block = 0
+        numbers = {int(name.split(".")[1]) for name in weights if name.startswith(f"{part}.")}
+        for number in sorted(numbers - {0} if part == "input_blocks" else numbers):
+            theirs = f"{part}.{number}"
+            add(f"{theirs}.0", f"{ours}.{level}.resnets.{block}", RESIDUAL_BLOCK)
+            add(f"{theirs}.1", f"{ours}.{level}.attentions.{block}", ATTENTION)
+            block += 1
+            for last in ("0.op", "1.conv", "2.conv"):
+                if f"{theirs}.{last}.weight" in weights:
+                    layers[f"{theirs}.{last}"] = f"{ours}.{level}.{resize}"
+                    level, block = level + 1, 0
+    return layers
 
 
-def _block(theirs: str, ours: str, block: int, attends: bool) -> Iterator[Layer]:
-    yield from _renamed(f"{theirs}.0", f"{ours}.resnets.{block}", RESIDUAL_BLOCK)
-    if attends:
-        yield from _attention(f"{theirs}.1", f"{ours}.attentions.{block}")
-
-
-def _attention(theirs: str, ours: str) -> Iterator[Layer]:
-    yield from _renamed(theirs, ours, {"norm": "group_norm", "proj_out": "to_out.0"})
-    yield Layer(f"{theirs}.qkv", tuple(f"{ours}.{name}" for name in ("to_q", "to_k", "to_v")))
-
-
-def _renamed(theirs: str, ours: str, names: Mapping[str, str]) -> Iterator[Layer]:
-    for name, our_name in names.items():
-        yield Layer(f"{theirs}.{name}".lstrip("."), (f"{ours}.{our_name}".lstrip("."),))
-
-
-def _as_matrix(value: Tensor, ndim: int) -> Tensor:
-    """Return a 1x1 convolution, [out, in, 1, ...], as a matrix if ``ndim`` is 2."""
-    return value.flatten(1) if ndim == 2 and value.shape[2:].numel() == 1 else value
-
-
-def _queries_keys_values(value: Tensor, head_channels: int) -> list[Tensor]:
+def _split(value: Tensor, head_channels: int | None) -> list[Tensor]:
     """Split [3 channels, ...], ordered by head, then query/key/value, then channel, into three [channels, ...]."""
+    channels = len(value) // 3
+    if not head_channels or channels % head_channels:  # the shapes of another config are refused later
+        head_channels = channels
     by_head = value.reshape(-1, 3, head_channels, *value.shape[1:])
     return [part.flatten(0, 1) for part in by_head.unbind(1)]

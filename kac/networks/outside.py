@@ -39,8 +39,9 @@ class OutsideConfig(NetworkOptions):
     @property
     def conditioning(self) -> Conditioning:
         """What the module can be conditioned on, from ``labels``."""
-        declared: dict[str, Conditioning] = {"with_null": "classes_and_null", "without_null": "classes"}
-        return declared.get(self.labels, "none")
+        if self.labels == "none":
+            return "none"
+        return "classes_and_null" if self.labels == "with_null" else "classes"
 
     @model_validator(mode="after")
     def _takes_no_conditions(self) -> Self:

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from kac.networks.diffusers import ConditionedLabels, diffusers_time, folded_shape
-from kac.networks.velocity import ConditionEmbedding, NetworkModule, NetworkOptions
+from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, folded_shape
+from kac.networks.velocity import ConditionEmbedding, NetworkOptions
 from kac.util.errors import ArgumentError
 
 
@@ -34,39 +34,26 @@ class UNetConfig(NetworkOptions):
             )
         return self
 
-    def check_heads(self, channels: tuple[int, ...]) -> None:
-        """Raise ``ArgumentError`` unless ``head_channels`` divides these channels of the levels with attention."""
-        if any(width % (self.head_channels or width) for width in channels):
-            raise ArgumentError(
-                f"`network.head_channels` {self.head_channels} does not divide {sorted(set(channels))}, the channels "
-                "of the levels with attention. Choose a common divisor. The last level always has attention."
-            )
 
-
-class UNet(NetworkModule):
+class UNet(DiffusersNetwork):
     """diffusers' UNet2DModel as a velocity network."""
 
     diffusers_name = "unet"
 
     def __init__(self, config: UNetConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-        super().__init__()
         from diffusers import UNet2DModel
 
-        self.null_label, self.takes = num_classes, config.conditions
-        self.patch, self.time_scale = config.patch, config.time_scale
+        super().__init__(config, num_classes, 4 * config.channels[0])
+        self.patch = config.patch
         self.unet: Any = UNet2DModel(**_arguments(config, sample_shape, num_classes))
-        width = 4 * config.channels[0]  # of the embedding of time and class
-        self.unet.class_embedding = ConditionedLabels(num_classes + 1, width)
-        self.conditions = ConditionEmbedding(config.conditions, width)
-        self.width = width
+        self.unet.class_embedding = ConditionedLabels(num_classes + 1, self.width)
+        self.conditions = ConditionEmbedding(config.conditions, self.width)
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
-        given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
-        folded = nn.functional.pixel_unshuffle(x, self.patch)
-        velocity = self.unet(folded, diffusers_time(x, t, self.time_scale), given).sample
+        """As ``DiffusersNetwork.forward``, with patches folded into channels."""
+        velocity = super().forward(nn.functional.pixel_unshuffle(x, self.patch), t, label, **conditions)
         return nn.functional.pixel_shuffle(velocity, self.patch)
 
 
@@ -85,7 +72,12 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         )
     has_attention = [width in config.attention for width in widths]
     attending = zip(config.channels, [*has_attention[:-1], True], strict=True)
-    config.check_heads(tuple(width for width, here in attending if here))
+    with_heads = {width for width, here in attending if here}
+    if any(width % (config.head_channels or width) for width in with_heads):
+        raise ArgumentError(
+            f"`network.head_channels` {config.head_channels} does not divide {sorted(with_heads)}, the channels of the "
+            "levels with attention. Choose a common divisor. The last level always has attention."
+        )
     return {
         "sample_size": size,
         "in_channels": channels,

@@ -16,9 +16,6 @@ Condition = Literal["end_time", "guidance"]
 Conditioning = Literal["classes_and_null", "classes", "none"]
 """What a network is conditioned on: classes and the null label ("no class"), only classes, or no classes."""
 
-CONDITION_MODULE = "conditions"
-"""The submodule of every network that embeds its conditions. Weights of a network without conditions lack it."""
-
 
 class NetworkOptions(Kinded):
     """The options that all kinds of networks share."""
@@ -65,13 +62,13 @@ class NetworkModule(nn.Module):
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load the weights of a network of the same shape, which may have fewer conditions.
 
-    New conditions have no effect before training.
+    Every network embeds its conditions in its submodule ``conditions``. New conditions have no effect before training.
 
     Raises:
         CheckpointError: other weights are missing, unexpected or of another shape.
     """
     own = network.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(f"{CONDITION_MODULE}.")]
+    missing = [name for name in own if name not in weights and not name.startswith("conditions.")]
     unfit = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     if missing or unfit:
         names = ", ".join((missing + unfit)[:3])

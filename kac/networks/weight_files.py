@@ -43,8 +43,15 @@ class WeightsFile(NamedTuple):
         return f"{total} tensors: {self.describe_entries(self.named)}{example}"
 
     def describe_entries(self, names: Collection[str], without: str | None = None) -> str:
-        """Describe the entries of ``names`` and all lists except ``without``, with the number of tensors in each."""
-        parts = [f"{name} ({count})" for name, count in group_names(names, self.named)]
+        """Describe the entries of ``names`` and all lists except ``without``, with the number of tensors in each.
+
+        The entry of a name is its parts up to the first part in which the names in the file differ.
+        """
+        split = [name.split(".") for name in self.named]
+        first, last = min(split, default=[]), max(split, default=[])
+        depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)) + 1
+        counts = Counter(".".join(name.split(".")[:depth]) for name in names)
+        parts = [f"{name} ({count})" for name, count in counts.most_common()]
         lists = [(name, tensors) for name, tensors in self.unnamed.items() if name != without]
         parts += [f"{name or 'a list'} ({len(tensors)} without names)" for name, tensors in lists]
         return shorten(parts, MOST_SHOWN)
@@ -66,13 +73,9 @@ def read_weights(path: str) -> WeightsFile:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist. Give a file of weights.") from None
     content = _load(path, data)
-    named: dict[str, Tensor] = {}
-    unnamed: dict[str, list[Tensor]] = {}
-    for name, value in _flatten(content, ""):
-        if isinstance(value, Tensor):
-            named[WRAPPERS.sub("", name)] = value
-        else:
-            unnamed[WRAPPERS.sub("", name)] = value
+    found = {WRAPPERS.sub("", name): value for name, value in _flatten(content, "")}
+    named = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    unnamed = {name: value for name, value in found.items() if not isinstance(value, Tensor)}
     entries = tuple(map(str, content)) if isinstance(content, Mapping) else ()
     return WeightsFile(named, unnamed, entries, hashlib.sha256(data).hexdigest())
 
@@ -84,8 +87,7 @@ def _load(path: str, data: bytes) -> Any:
         check_zip(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - PyTorch may raise any type on damaged files
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
+        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} contains the Python object {forbidden[1]}, which cannot be loaded without running code. Save "
                 "only the weights: torch.save(model.state_dict(), FILE)."
@@ -95,16 +97,14 @@ def _load(path: str, data: bytes) -> Any:
 
 def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
     """Yield the tensors, and the lists of tensors, at any depth of ``content``."""
-    if isinstance(content, Tensor) and name:
-        yield name, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flatten(value, f"{name}.{key}" if name else str(key))
+    if isinstance(content, Tensor):
+        if name:
+            yield name, content
     elif isinstance(content, list | tuple) and content and all(isinstance(value, Tensor) for value in content):
         yield name, list(content)
-    elif isinstance(content, list | tuple):
-        for number, value in enumerate(content):
-            yield from _flatten(value, f"{name}.{number}" if name else str(number))
+    elif isinstance(content, Mapping | list | tuple):
+        for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+            yield from _flatten(value, f"{name}.{key}" if name else str(key))
 
 
 def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
@@ -114,11 +114,6 @@ def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
         counts.update(name[:start] for start in starts if name[start:] in expected)
     return sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
-
-
-def remove_prefix(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with ``prefix``, under their names without it."""
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
 def choose_key(keys: Sequence[str]) -> str:
@@ -134,11 +129,3 @@ def choose_key(keys: Sequence[str]) -> str:
             return candidates[0]
     names = ", ".join(key or "'' (no prefix)" for key in keys)
     raise CheckpointError(f"several entries hold weights that fit: {names}. Choose one with `key`.")
-
-
-def group_names(names: Collection[str], among: Collection[str]) -> list[tuple[str, int]]:
-    """Count ``names`` per entry: their parts up to the first part in which the names ``among`` differ."""
-    split = [name.split(".") for name in among]
-    first, last = min(split, default=[]), max(split, default=[])
-    depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)) + 1
-    return Counter(".".join(name.split(".")[:depth]) for name in names).most_common()

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 from botocore.exceptions import BotoCoreError
@@ -42,6 +42,9 @@ STALE_SECONDS = 3600.0
 """A temporary file from another host is an orphan when it is older than this."""
 
 
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+
+
 class FolderError(DistillKacError, IsADirectoryError):
     """The path of a file is a folder."""
 
@@ -56,7 +59,12 @@ class Location(NamedTuple):
         return Location(self.fs, join(self.path, name))
 
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+class Stamp(NamedTuple):
+    """A file with its size and version, which change with its content."""
+
+    path: str  # relative to the folder that was walked; empty if a file was walked
+    size: int  # in bytes
+    version: str
 
 
 def normal(path: str) -> str:
@@ -119,10 +127,10 @@ def join(path: str, name: str) -> str:
 
 
 @contextmanager
-def errors_naming(path: str) -> Iterator[None]:
-    """Convert errors about the path: a folder becomes ``FolderError``, and an error of S3 ``DistillKacError``."""
+def errors_naming(path: str) -> Iterator[Location]:
+    """Locate a path, and convert errors about it: a folder raises ``FolderError``, S3 raises ``DistillKacError``."""
     try:
-        yield
+        yield locate(path)
     except IsADirectoryError:
         raise FolderError(f"{path} is a folder. Give a file.") from None
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
@@ -136,18 +144,8 @@ def errors_naming(path: str) -> Iterator[None]:
 
 def exists(path: str) -> bool:
     """Return whether there is a file or folder at a path."""
-    location = locate(path)
-    with errors_naming(path):
+    with errors_naming(path) as location:
         return bool(location.fs.exists(location.path))
-
-
-def kind_at(path: str) -> Literal["a file", "a folder", "nothing"]:
-    """Return what is at a path, worded for error messages."""
-    location = locate(path)
-    with errors_naming(path):
-        if location.fs.isfile(location.path):
-            return "a file"
-        return "a folder" if location.fs.exists(location.path) else "nothing"
 
 
 def list_sizes(folder: str) -> dict[str, int]:
@@ -156,13 +154,10 @@ def list_sizes(folder: str) -> dict[str, int]:
     Raises:
         DistillKacError: a key on S3 is not a normal path.
     """
-    location = locate(folder)
-    try:
-        with errors_naming(folder):
-            infos = location.fs.find(location.path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
+        infos = location.fs.find(location.path, detail=True)
+        return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
+    return {}
 
 
 def names_in(folder: str) -> list[str]:
@@ -171,13 +166,10 @@ def names_in(folder: str) -> list[str]:
     Raises:
         DistillKacError: a key on S3 is not a normal path.
     """
-    location = locate(folder)
-    try:
-        with errors_naming(folder):
-            paths = location.fs.ls(location.path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(name for _, name in _names_below(folder, location, paths) if name)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
+        paths = location.fs.ls(location.path, detail=False)
+        return sorted(name for _, name in _names_below(folder, location, paths) if name)
+    return []
 
 
 def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -197,14 +189,6 @@ def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Itera
         yield path, name
 
 
-class Stamp(NamedTuple):
-    """A file with its size and version, which change with its content."""
-
-    path: str  # relative to the folder that was walked; empty if a file was walked
-    size: int  # in bytes
-    version: str
-
-
 def walk(path: str) -> Iterator[Stamp]:
     """Yield a file, or all files below a folder except hidden ones, sorted by the parts of their paths.
 
@@ -213,28 +197,20 @@ def walk(path: str) -> Iterator[Stamp]:
     Raises:
         DistillKacError: the path does not exist.
     """
-    location = locate(path)
-    if not isinstance(location.fs, LocalFileSystem):
-        yield from _walk_remote(path, location)
-    elif os.path.isdir(location.path):
+    with errors_naming(path) as location:
+        is_local = isinstance(location.fs, LocalFileSystem)
+        infos = {} if is_local else location.fs.find(location.path, detail=True)
+    if not (os.path.exists(location.path) if is_local else infos):
+        raise DistillKacError(f"{path} does not exist. Give an existing file or folder.")
+    if is_local and os.path.isdir(location.path):
         yield from _walk_local(location.path, "")
-    elif os.path.exists(location.path):
+    elif is_local:
         yield _local_stamp("", os.stat(location.path))
-    else:
-        raise DistillKacError(f"{path} does not exist. Give an existing file or folder.")
-
-
-def _walk_remote(path: str, location: Location) -> Iterator[Stamp]:
-    with errors_naming(path):
-        infos = location.fs.find(location.path, detail=True)
-    if not infos:
-        raise DistillKacError(f"{path} does not exist. Give an existing file or folder.")
-    names = {name: below.split("/") for name, below in _names_below(path, location, infos)}
-    for name in sorted(names, key=lambda name: names[name]):
-        if not any(part.startswith(".") for part in names[name]):
-            info = infos[name]
-            version = info.get("ETag") or info.get("LastModified") or ""
-            yield Stamp("/".join(names[name]), int(info["size"]), str(version))
+    names = {key: name.split("/") for key, name in _names_below(path, location, infos)}
+    for key in sorted(names, key=lambda key: names[key]):
+        if not any(part.startswith(".") for part in names[key]):
+            version = infos[key].get("ETag") or infos[key].get("LastModified") or ""
+            yield Stamp("/".join(names[key]), int(infos[key]["size"]), str(version))
 
 
 def _walk_local(folder: str, below: str) -> Iterator[Stamp]:
@@ -259,8 +235,7 @@ def read_bytes(path: str) -> bytes:
     Raises:
         FileNotFoundError: the file does not exist. FolderError: the path is a local folder.
     """
-    location = locate(path)
-    with errors_naming(path):
+    with errors_naming(path) as location:
         return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
 
 
@@ -272,43 +247,60 @@ def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     Args:
         if_absent: do not replace an existing file.
     """
-    with errors_naming(path):
-        return _write(locate(path), data, if_absent)
-
-
-def _write(location: Location, data: bytes, if_absent: bool) -> bool:
-    if isinstance(location.fs, LocalFileSystem):
-        return _write_local(location.path, data, if_absent)
-    if if_absent and location.fs.exists(location.path):
-        return False
-    try:
-        location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
-    except OSError:
-        # S3 servers report in different ways that another writer was first. A PUT that is retried because its response
-        # was lost finds its own first copy.
+    with errors_naming(path) as location:
+        if isinstance(location.fs, LocalFileSystem):
+            return _write_local(location.path, data, if_absent)
         if if_absent and location.fs.exists(location.path):
             return False
-        raise
-    return True
+        try:
+            location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
+        except OSError:
+            # S3 servers report in different ways that another writer was first. A PUT that is retried because its
+            # response was lost finds its own first copy.
+            if if_absent and location.fs.exists(location.path):
+                return False
+            raise
+        return True
+
+
+def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if if_absent:
+            try:
+                os.link(temporary, path)
+                return True
+            except FileExistsError:
+                return False
+            except OSError:  # no hard links here: the rename is atomic too, but of two writers the later one wins
+                if os.path.exists(path):
+                    return False
+        os.replace(temporary, path)
+        return True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def remove(path: str) -> None:
     """Remove a file if it exists."""
-    location = locate(path)
-    with errors_naming(path), contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), errors_naming(path) as location:
         location.fs.rm_file(location.path)
 
 
 def remove_tree(path: str) -> None:
     """Remove a folder and everything in it, if it exists. All characters of its name are literal."""
-    fs, inner = locate(path)
-    with errors_naming(path):
-        if not isinstance(fs, LocalFileSystem):
-            if normal(path).startswith("s3://"):
-                fs.remove_tree(inner)
-            else:
-                for name in fs.find(inner):
-                    fs.rm_file(name)
+    with errors_naming(path) as (fs, inner):
+        if normal(path).startswith("s3://"):
+            fs.remove_tree(inner)
+        elif not isinstance(fs, LocalFileSystem):
+            for name in fs.find(inner):
+                fs.rm_file(name)
         elif os.path.isdir(inner) and not os.path.islink(inner):
             shutil.rmtree(inner)
         elif os.path.lexists(inner):
@@ -332,66 +324,26 @@ def remove_orphans(folder: str) -> int:
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
-    orphans = [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]
-    return sum(_remove_folder(entry.path) if entry.is_dir() else _unlink(entry.path) for entry in orphans)
-
-
-def _remove_folder(path: str) -> bool:
-    shutil.rmtree(path, ignore_errors=True)  # another process may remove it at the same time
-    return not os.path.exists(path)
-
-
-def _unlink(path: str) -> bool:
-    """Remove a file; return whether it existed."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
+    removed = 0
+    for entry in [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]:
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it at the same time
+            if entry.is_dir():
+                shutil.rmtree(entry.path, ignore_errors=True)
+                removed += not os.path.exists(entry.path)
+            else:
+                os.unlink(entry.path)
+                removed += 1
+    return removed
 
 
 def _is_orphan(entry: "os.DirEntry[str]") -> bool:
     writer, _, pid = entry.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0].rpartition(".")
-    if pid.isdigit() and writer.endswith(f".{socket.gethostname()}"):
-        return not _is_alive(int(pid))
     try:
-        return time.time() - entry.stat().st_mtime > STALE_SECONDS
-    except FileNotFoundError:
+        if not pid.isdigit() or not writer.endswith(f".{socket.gethostname()}"):
+            return time.time() - entry.stat().st_mtime > STALE_SECONDS
+        os.kill(int(pid), 0)
+    except (FileNotFoundError, PermissionError):  # no longer there, or a process of another user
         return False
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # PermissionError: another user's process
-    return True
-
-
-def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if if_absent:
-            return _link(temporary, path)
-        os.replace(temporary, path)
+    except ProcessLookupError:
         return True
-    finally:
-        _unlink(temporary)
-
-
-def _link(temporary: str, path: str) -> bool:
-    """Give the temporary file its final name unless that name exists."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links here: the rename is atomic too, but of two writers the later one wins
-        if os.path.exists(path):
-            return False
-        os.replace(temporary, path)
-    return True
+    return False

@@ -1,11 +1,12 @@
 """User code, imported by a path ``package.module:factory``."""
 
 import ast
+import contextlib
 import importlib
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
@@ -26,11 +27,10 @@ def build(
     arguments: Mapping[str, Any] | None = None,
     needs_annotation: bool = True,
 ) -> Result:
-    """Import a factory, call it, and return the object that it builds.
+    """Import a factory by its import path, call it, and return the object that it builds.
 
     Args:
         option: the argument in backquotes, for error messages.
-        given: the import path of the factory.
         wanted: the type of the object.
         arguments: keyword arguments of the factory.
         needs_annotation: refuse a factory that is neither a class of this type nor a function annotated to return it.
@@ -39,18 +39,26 @@ def build(
     Raises:
         ArgumentError: the import fails, the factory lacks the annotation or raises, or it returns another type.
     """
-    factory, name = _find_factory(option, given), "nn.Module" if wanted is nn.Module else wanted.__name__
+    module, _, name = given.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ArgumentError(
+            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory "
+            "of an installed module, or of one in the working directory."
+        ) from error
+    type_name = "nn.Module" if wanted is nn.Module else wanted.__name__
     if needs_annotation and not _is_annotated(factory, wanted):
         raise ArgumentError(
-            f"{option} {given} is neither an {name} class nor a function annotated to return one. Annotate it: "
-            f"def factory(...) -> {name}."
+            f"{option} {given} is neither an {type_name} class nor a function annotated to return one. Annotate it: "
+            f"def factory(...) -> {type_name}."
         )
     try:
         result = factory(**arguments or {})
     except Exception as error:
         raise ArgumentError(f"{option} {given} raised {describe_exception(error)}.") from error
     if not isinstance(result, wanted):
-        raise ArgumentError(f"{option} {given} returned {type(result).__name__}. It should return an {name}.")
+        raise ArgumentError(f"{option} {given} returned {type(result).__name__}. It should return an {type_name}.")
     return result
 
 
@@ -60,19 +68,7 @@ def describe_exception(error: Exception) -> str:
     return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
 
 
-def _find_factory(option: str, given: str) -> Callable[..., Any]:
-    module, _, name = given.partition(":")
-    try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ArgumentError(
-            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory "
-            "of an installed module, or of one in the working directory."
-        ) from error
-    return factory
-
-
-def _is_annotated(factory: Callable[..., Any], wanted: type) -> bool:
+def _is_annotated(factory: Any, wanted: type) -> bool:
     try:
         result = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
     except (TypeError, NameError, AttributeError):
@@ -87,22 +83,21 @@ def _check_import_path(path: str) -> str:
 
 
 def _parse_words(given: Any) -> Any:
-    return dict(_parse_argument(word) for word in given) if isinstance(given, list | tuple) else given
-
-
-def _parse_argument(word: Any) -> tuple[str, Any]:
-    """Parse NAME=VALUE. VALUE is JSON or a Python literal; any other word is text."""
-    name, equals, text = str(word).partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError("write each argument as NAME=VALUE.")
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return name, parse(text)
-        except (ValueError, SyntaxError):
-            continue
-    if text[:1] in {"[", "{", "("}:
-        raise ValueError("write lists and mappings as JSON.")
-    return name, text
+    """Parse words NAME=VALUE. VALUE is JSON or a Python literal; any other word is text."""
+    if not isinstance(given, list | tuple):
+        return given
+    arguments = {}
+    for word in given:
+        name, equals, text = str(word).partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError("write each argument as NAME=VALUE.")
+        arguments[name] = text
+        for parse in (ast.literal_eval, json.loads):
+            with contextlib.suppress(ValueError, SyntaxError):
+                arguments[name] = parse(text)
+        if arguments[name] == text and text[:1] in {"[", "{", "("}:
+            raise ValueError("write lists and mappings as JSON.")
+    return arguments
 
 
 def _as_plain(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 from kac.util.errors import DistillKacError, one_line
 
-BLOCK = 2**20
-HEAD = 64
-"""The number of bytes that are decompressed first, to find the size of the content."""
+BLOCK, HEAD = 2**20, 64
+"""Numbers of bytes to decompress at once: of the content, and first to find its size."""
 
 
 def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: str = "Download it again.") -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -21,26 +21,16 @@ from pydantic.fields import FieldInfo
 
 from kac.util.errors import ArgumentError, UnknownArgument, one_line
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)
-
 _is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
 """False during validation, so that nested models do not raise errors of their own."""
 
 
-class _Absent:
-    """Hides a method of the metaclass from its classes."""
+class _Metaclass(type(BaseModel)):  # type: ignore[misc]
+    """Frees the name ``register`` for fields. Pydantic would use the method of abstract classes as the default."""
 
-    def __get__(self, model: type, metaclass: type) -> Any:
-        raise AttributeError("option models hide this method of abstract base classes")
-
-
-class _Metaclass(ModelMetaclass):
-    """Frees the name ``register`` for fields. Pydantic would use the metaclass's method as the field's default."""
-
-    register = _Absent()
+    @functools.cached_property  # unlike a property, it gives way to a default
+    def register(cls) -> Any:
+        raise AttributeError("register")
 
 
 class Options(BaseModel, metaclass=_Metaclass):
@@ -49,68 +39,36 @@ class Options(BaseModel, metaclass=_Metaclass):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
-        is_outermost = _is_outermost.get()
-        token = _is_outermost.set(False)
-        try:
+        with _argument_errors(type(self)):
             super().__init__(**values)
-        except ValidationError as error:
-            if not is_outermost:  # pydantic adds the names of the outer fields
-                raise
-            entries = [dict(entry) for entry in error.errors()]
-            kind = UnknownArgument if entries[0]["type"] == "extra_forbidden" else ArgumentError
-            raise kind(_sentence(type(self), entries)) from None
-        finally:
-            _is_outermost.reset(token)
 
     @classmethod
     def model_validate(cls, *values: Any, **settings: Any) -> Self:
         """As pydantic's method; invalid values raise ``ArgumentError``."""
-        with _unwrapped_errors():
+        with _argument_errors(cls):
             return super().model_validate(*values, **settings)
 
     @classmethod
     def model_validate_json(cls, *values: Any, **settings: Any) -> Self:
         """As pydantic's method; invalid values raise ``ArgumentError``."""
-        with _unwrapped_errors():
+        with _argument_errors(cls):
             return super().model_validate_json(*values, **settings)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _parse_literals(cls, values: Any) -> Any:
-        """Convert strings to non-string members of ``Literal`` types. Pydantic does this for all other types."""
-        if not isinstance(values, dict):
-            return values
-        members = {name: _literals_by_text(cls, name) for name in values if name in cls.model_fields}
-        return {name: _parse_literal(value, members.get(name, {})) for name, value in values.items()}
 
 
 @contextmanager
-def _unwrapped_errors() -> Iterator[None]:
-    """Raise the ``ArgumentError`` of ``__init__``, which pydantic wraps because it is a ``ValueError``."""
+def _argument_errors(model: type[BaseModel]) -> Iterator[None]:
+    is_outermost = _is_outermost.get()
+    token = _is_outermost.set(False)
     try:
         yield
     except ValidationError as error:
-        cause = error.errors()[0].get("ctx", {}).get("error")
-        raise (cause if isinstance(cause, ArgumentError) else error) from None
-
-
-@functools.cache
-def _literals_by_text(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """Return the non-string members of a field's ``Literal`` types, keyed by their string form."""
-
-    def members(annotation: Any) -> list[Any]:
-        parts = typing.get_args(annotation)
-        if typing.get_origin(annotation) is Literal:
-            return list(parts)
-        return [member for part in parts for member in members(part)]
-
-    return {str(member): member for member in members(model.model_fields[name].annotation) if type(member) is not str}
-
-
-def _parse_literal(value: Any, members: Mapping[str, Any]) -> Any:
-    if members and isinstance(value, list | tuple):
-        return [_parse_literal(item, members) for item in value]
-    return members.get(value, value) if isinstance(value, str) else value
+        if not is_outermost:  # pydantic adds the names of the outer fields
+            raise
+        entries = [dict(entry) for entry in error.errors()]
+        kind = UnknownArgument if entries[0]["type"] == "extra_forbidden" else ArgumentError
+        raise kind(_sentence(model, entries)) from None
+    finally:
+        _is_outermost.reset(token)
 
 
 class Kinded(Options):
@@ -125,6 +83,11 @@ class Kinded(Options):
 def expand_kind(values: Any) -> Any:
     """Expand ``"name"`` to ``{"kind": "name"}``: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
+
+
+def number_of_text(value: Any) -> Any:
+    """Return the number in a text of digits: the ``BeforeValidator`` of a ``Literal`` of integers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class OptionStyle(NamedTuple):
@@ -150,11 +113,12 @@ class Range:
 def as_count(value: Any) -> int | Range:
     """Parse ``N`` >= 0 or ``MIN:MAX`` with 1 <= MIN <= MAX; raises ``ValueError``."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value).strip())
-    if match and match[2] is None:
-        return int(match[1])
-    if match and 1 <= int(match[1]) <= int(match[2]):
-        least, most = int(match[1]), int(match[2])
-        return least if least == most else Range(least, most)
+    if match:
+        least, most = int(match[1]), int(match[2] or match[1])
+        if match[2] is None or least == most > 0:
+            return least
+        if 1 <= least <= most:
+            return Range(least, most)
     raise ValueError(f"give a number N >= 0, or {Range.metavar} with 1 <= MIN <= MAX.")
 
 
@@ -200,7 +164,8 @@ _PROBLEMS = {"model_type": _MAPPING, "model_attributes_type": _MAPPING, "tuple_t
 def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
     """Describe the first of pydantic's errors in a sentence that names the argument."""
     entry = entries[0]
-    where, kind, found = ".".join(_argument_names(model, entry["loc"])), entry["type"], entry["input"]
+    names, is_nested = _argument_names(model, entry["loc"])
+    where, kind, found = ".".join(names), entry["type"], entry["input"]
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         where, found = f"{where}.kind", context.get("tag")
@@ -211,9 +176,12 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
         return f"`{where}` is required."
     if kind in {"value_error", "assertion_error"}:
         message = str(context.get("error", entry["msg"]))
-        if message.startswith("`"):  # a nested model names the argument itself
-            return f"`{where}.{message[1:]}" if where and isinstance(found, dict) else message
+        if message.startswith("`"):  # the validator of a model or a field names the argument, without outer names
+            outer = names if is_nested else names[:-1]
+            return f"`{'.'.join([*outer, message[1:]])}"
         return f"`{where}` is {shown}: {message}" if where else message
+    if not where:
+        return f"{entry['msg']}."
     if "expected_tags" in context:
         problem = f"be {' or '.join(context['expected_tags'].rsplit(', ', 1))}"
     else:  # a union of types has one error per type
@@ -228,8 +196,11 @@ def _problem(entry: dict[str, Any]) -> str:
     return re.sub(r"^.*?should |, (unable|got) .*| after validation.*", "", message)
 
 
-def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Return the argument names in an error's location, without the indices of tuples and the types of unions."""
+def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], bool]:
+    """Return the argument names in an error's location, and whether the last one is a nested model.
+
+    The location also has the indices of tuples and the types of unions.
+    """
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)
@@ -239,4 +210,4 @@ def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> 
         models = nested_models(field)
         if field is not None and not models and typing.get_origin(field.annotation) is not dict:
             break
-    return names
+    return names, bool(names and models)

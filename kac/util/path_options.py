@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -11,11 +11,10 @@ from pydantic import BaseModel
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.fingerprint import unhashed
+from kac.util.options import OptionStyle
 
 Paths = Mapping[str, str | Iterable[str] | None]
 """Paths, keyed by the argument names in backquotes or by a description."""
-
-Parts = tuple[str, ...]
 
 PathKind = Literal["file", "folder", "any"]
 
@@ -95,13 +94,12 @@ def check_output(option: str, path: str, options: BaseModel, derived: Paths | No
 def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_PathOption]:
     """Yield the paths in all fields with this mark."""
     for name, field in type(options).model_fields.items():
-        # An option can have another name than its field.
-        names = [str(other) for entry in field.metadata if (other := getattr(entry, "name", None))]
-        value, option = getattr(options, name), prefix + [name, *names][-1]
-        extra: Any = field.json_schema_extra
+        styles = [style.name for style in field.metadata if isinstance(style, OptionStyle) and style.name]
+        value, option = getattr(options, name), f"{prefix}{[name, *styles][-1]}"
+        extra: Any = field.json_schema_extra or {}
         if isinstance(value, BaseModel):
             yield from _marked(value, mark, f"{option}.")
-        elif extra and mark in extra:
+        elif mark in extra:
             for found in _flat({f"`{option}`": value}):
                 if re.fullmatch(str(extra[mark]), found.path, re.DOTALL):
                     yield found._replace(kind=extra["path_kind"])
@@ -113,30 +111,29 @@ def _flat(paths: Paths) -> Iterator[_PathOption]:
             yield _PathOption(option, path)
 
 
-def _resolve(option: str, path: str) -> set[Parts]:
-    """Return the parts of a path with all links resolved, and with all but a link at its end resolved."""
+def _resolve(option: str, path: str) -> set[PurePath]:
+    """Return a path with all links resolved, and with all but a link at its end resolved."""
     try:
         name = files.normal(path)
     except DistillKacError as error:
         raise ArgumentError(f"{option} is invalid. {error}") from None
     if files.is_uri(name):
-        return {tuple(name.split("/"))}
+        return {PurePath(name)}
     folder, last = os.path.split(os.path.abspath(name) if name in {".", "/"} else os.path.join(os.getcwd(), name))
-    return {_parts(os.path.realpath(name)), _parts(os.path.join(os.path.realpath(folder), last))}
+    return {PurePath(os.path.realpath(name)), PurePath(os.path.normpath(os.path.join(os.path.realpath(folder), last)))}
 
 
-def _parts(path: str) -> Parts:
-    return ("/", *os.path.normpath(path).strip("/").split("/")) if path.strip("/") else ("/",)
-
-
-def _relation(written: set[Parts], read: set[Parts]) -> str:
+def _relation(written: set[PurePath], read: set[PurePath]) -> str:
     """Return how two paths overlap, or an empty string."""
-    pairs = [(one, other) for one in written for other in read]
-    if any(one == other for one, other in pairs):
-        return "is the same path as"
-    if any(one[: len(other)] == other for one, other in pairs):
-        return "is inside"
-    return "contains" if any(other[: len(one)] == one for one, other in pairs) else ""
+    relations = {
+        "is the same path as": PurePath.__eq__,
+        "is inside": PurePath.is_relative_to,
+        "contains": lambda one, other: other.is_relative_to(one),
+    }
+    for relation, holds in relations.items():
+        if any(holds(one, other) for one in written for other in read):
+            return relation
+    return ""
 
 
 def _describe(path: str) -> str:

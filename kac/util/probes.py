@@ -54,11 +54,9 @@ def check_writable(path: str) -> None:
         files.write_bytes(probe, PROBE_BYTES)
         files.remove(probe)
     except Exception as error:  # noqa: BLE001 - filesystems raise all kinds of errors here
+        reason = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").rstrip(".")
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a parent folder is a file"
-        else:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        reason = one_line(reason).rstrip(".")
         raise DistillKacError(f"{path}: the path is not writable ({reason}). Choose another path.") from None
 
 
@@ -69,33 +67,29 @@ def _request(path: str, call: str, **request: Any) -> None:
     try:
         fs.call_s3(call, timeout=PROBE_SECONDS, **request)
     except Exception as error:  # noqa: BLE001 - from s3fs, botocore, aiohttp or asyncio
-        raise DistillKacError(_describe_s3_error(path, error)) from None
+        raise DistillKacError(f"{path}: S3 {_describe_s3_error(path, error)}.") from None
 
 
 KEY_ERRORS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidClientTokenId"}
 
 
 def _describe_s3_error(path: str, error: Exception) -> str:
-    """Return what went wrong with a request to S3, and what to do."""
+    """Return what S3 did with a request, why, and advice."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
-    code = str(response.get("Error", {}).get("Code", ""))
-    reason = one_line(error, 160).rstrip(".")
+    code, reason = str(response.get("Error", {}).get("Code", "")), one_line(error, 160).rstrip(".")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    keys = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
     if code == "NoSuchBucket":
-        return f"{path}: the bucket {path.split('/')[2]} does not exist. Create it, or correct the path."
+        return f"does not have the bucket {path.split('/')[2]}. Create it, or correct the path"
     if code in KEY_ERRORS:
-        names = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-        return f"{path}: S3 does not accept the keys ({reason}). Check {names}."
+        return f"does not accept the keys ({reason}). Check {keys}"
     if isinstance(error, NoCredentialsError):
-        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return f"{path}: there are no keys for S3. Set {names}, or give the node a role."
+        return f"needs keys. Set {keys}, or give the node a role"
     if code in {"AccessDenied", "403"}:
-        return (
-            f"{path}: S3 denies access ({reason}). Give these keys or this role the permissions s3:ListBucket, "
-            "s3:GetObject, s3:PutObject and s3:DeleteObject."
-        )
+        permissions = "s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+        return f"denies access ({reason}). Give these keys or this role the permissions {permissions}"
     if code:
-        return f"{path}: S3 refused a request ({reason}). Check the bucket, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL."
-    endpoint = without_secrets(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS")
+        return f"refused a request ({reason}). Check the bucket, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
     if isinstance(error, TimeoutError | FSTimeoutError):
         reason = f"no answer in {PROBE_SECONDS:.0f} s"
-    return f"{path}: S3 does not answer at {endpoint} ({reason}). Check the network and AWS_ENDPOINT_URL."
+    return f"does not answer at {without_secrets(endpoint)} ({reason}). Check the network and AWS_ENDPOINT_URL"

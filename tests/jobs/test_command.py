@@ -1,6 +1,5 @@
 """Jobs: names, exit codes, and one line per error."""
 
-import contextlib
 import os
 import runpy
 import signal
@@ -32,6 +31,22 @@ def exit_code(stage, *words: str) -> int:
     return 0
 
 
+@pytest.fixture
+def run_job(monkeypatch: pytest.MonkeyPatch):
+    """Run the module of a job as ``python -m`` does, and return its exit code."""
+
+    def run(module: str, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", [module, *words])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
 def raising(error: BaseException):
     def stage(spec: SampleSpec) -> None:
         raise error
@@ -53,18 +68,15 @@ def raising(error: BaseException):
     ],
 )
 def test_a_job_fails_with_one_line_and_a_code(
-    arguments: list[str], code: int, named: str, tmp_path: Path, project_root: Path
+    arguments: list[str], code: int, named: str, tmp_path: Path, run_job, capfd: pytest.CaptureFixture
 ):
-    arguments = [str(tmp_path / part) if part == "no/such" else part for part in arguments]
-    ended = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=project_root, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == code
-    (line,) = ended.stderr.splitlines()
+    assert run_job(*(str(tmp_path / part) if part == "no/such" else part for part in arguments)) == code
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
     assert line.startswith(f"python -m {arguments[0]}")
     assert ": error: " in line
     assert named in line.replace(f"{tmp_path}/", "")
-    assert all(line.startswith("teach: digits: ") for line in ended.stdout.splitlines())
+    assert all(line.startswith("teach: digits: ") for line in out.splitlines())
 
 
 def test_the_stage_gets_the_spec_and_success_is_code_0():
@@ -102,22 +114,24 @@ def test_an_invalid_option_has_another_code_and_runs_nothing(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_job_has_help(job: str, monkeypatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(sys, "argv", [job, "--help"])
-    monkeypatch.delitem(sys.modules, f"jobs.{job}", raising=False)
-    with contextlib.suppress(SystemExit):
-        runpy.run_module(f"jobs.{job}", run_name="__main__")
+def test_every_job_has_help(job: str, run_job, capsys: pytest.CaptureFixture):
+    assert run_job(f"jobs.{job}", "--help") == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: python -m jobs.{job} ")
     assert err == ""
 
 
-@pytest.mark.parametrize("job", ["rollout", "store"])
-def test_help_into_a_closed_pipe_is_quiet(job: str, project_root: Path):
+def test_the_help_of_a_job_with_commands_is_aligned(run_job, capsys: pytest.CaptureFixture):
+    assert run_job("jobs.runs", "--help") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line[:14].split() for line in lines] == [["close-dead"], ["sync"]]
+
+
+def test_help_into_a_closed_pipe_is_quiet(project_root: Path):
     """As with ``--help | head``, whose pipe closes early."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", f"jobs.{job}", "--help"]
+    command = [sys.executable, "-m", "jobs.rollout", "--help"]
     ended = subprocess.run(command, cwd=project_root, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (0, "")

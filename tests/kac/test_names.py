@@ -110,7 +110,6 @@ def test_all_functions_find_what_one_writes_and_leave_neighbours_unchanged(place
     assert sorted({*raw_names(place)} - {*before}) == sorted([f"{name}/training/state", f"{name}/training/{name}/deep"])
 
     assert files.exists(folder) and files.exists(state) and files.exists(deep)
-    assert (files.kind_at(folder), files.kind_at(deep)) == ("a folder", "a file")
     assert files.list_sizes(folder) == {"training/state": 1, f"training/{name}/deep": 2}
     assert files.names_in(folder) == ["training"]
     assert files.names_in(files.join(folder, "training")) == sorted([name, "state"])
@@ -206,7 +205,6 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "normal": files.normal,
     "locate": files.locate,
     "exists": files.exists,
-    "kind_at": files.kind_at,
     "list_sizes": files.list_sizes,
     "names_in": files.names_in,
     "walk": lambda path: list(files.walk(path)),

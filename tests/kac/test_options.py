@@ -2,13 +2,13 @@
 
 import math
 import pickle
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from kac.util.errors import ArgumentError, DistillKacError
-from kac.util.options import Options
+from kac.util.options import Options, number_of_text
 
 
 class Inner(Options):
@@ -108,15 +108,13 @@ def test_a_field_can_have_the_name_of_a_method_of_abstract_classes():
 
 
 class Chosen(Options):
-    side: Literal[8, 16] | None = None
-    sides: tuple[Literal[8, 16], ...] = ()
+    side: Annotated[Literal[8, 16] | None, BeforeValidator(number_of_text)] = None
     scale: float | Literal["all"] = 0.0
 
 
 def test_text_is_converted_to_members_of_a_literal():
-    options = Chosen(side="8", sides=["16", 8], scale="all")
-    assert (options.side, options.sides, options.scale) == (8, (16, 8), "all")
-    with pytest.raises(ArgumentError, match=r"`side` is '9'"):
+    assert Chosen(side="8", scale="all") == Chosen(side=8, scale="all")
+    with pytest.raises(ArgumentError, match=r"`side` is '9'|`side` is 9"):
         Chosen(side="9")
 
 
@@ -124,3 +122,27 @@ def test_the_error_about_a_union_names_the_field_and_all_types():
     with pytest.raises(ArgumentError, match=r"number or 'all'") as error:
         Chosen(scale="some")
     assert error.value.name == "scale"
+
+
+class Mapped(Options):
+    grid: dict[str, int] = Field({})
+
+    @field_validator("grid")
+    @classmethod
+    def _has_rate(cls, grid: dict[str, int]) -> dict[str, int]:
+        if "rate" not in grid:
+            raise ValueError("`grid` needs rate.")
+        return grid
+
+
+class Nesting(Options):
+    inner: Mapped = Mapped(grid={"rate": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(Mapped, "grid"), (lambda grid: Nesting(inner={"grid": grid}), "inner.grid")]
+)
+def test_the_name_of_a_mapping_is_not_repeated(make, name):
+    with pytest.raises(ArgumentError) as error:
+        make(grid={"width": 1})
+    assert error.value.name == name
