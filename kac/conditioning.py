@@ -38,14 +38,11 @@ def known_classes(model: ModelConfig) -> tuple[int, ...]:
 def check_labels(
     model: ModelConfig, labels: Sequence[int], option: str = "`labels`", any_class: str | None = None
 ) -> None:
-    """Check that the network saw these classes in training.
+    """Raise ``ArgumentError`` for unknown classes, no classes, or an unconditional model.
 
     Args:
         option: name of the argument in the error message.
         any_class: label that means any class; None: no such label exists.
-
-    Raises:
-        ArgumentError: unknown classes, no classes, or an unconditional model.
     """
     known = known_classes(model)
     if not known:
@@ -76,4 +73,4 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     starts = [number for number in numbers if number - 1 not in present]
     ends = [number for number in numbers if number + 1 not in present]
     ranges = [str(a) if a == b else f"{a} .. {b}" for a, b in zip(starts, ends, strict=True)]
-    return ", ".join([*ranges[:8], *(["..."] if len(ranges) > 8 else [])])
+    return ", ".join(ranges[:8] + ["..."] * (len(ranges) > 8))

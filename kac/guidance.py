@@ -41,8 +41,7 @@ class GuidedVelocity:
         label: Tensor,
         conditions: Callable[[Tensor], dict[str, Tensor]] = lambda t: {},
     ) -> None:
-        if w != 0 and network.null_label is None:
-            raise ArgumentError(_refusal(NO_NULL_LABEL, w))
+        _check("" if network.null_label is not None else NO_NULL_LABEL, [w])
         self.network, self.w, self.label, self.conditions = network, w, label, conditions
         self.nfe_per_call = 1 if w == 0 else 2
 
@@ -68,11 +67,10 @@ def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
     Raises:
         ArgumentError: a scale is not 0 and the teacher cannot be guided.
     """
-    problem = guidance_problem(model)
+    _check(guidance_problem(model), scales)
+
+
+def _check(problem: str, scales: Iterable[float]) -> None:
     guided = next((w for w in scales if w != 0), None)
     if problem and guided is not None:
-        raise ArgumentError(_refusal(problem, guided))
-
-
-def _refusal(problem: str, w: float) -> str:
-    return f"`guidance` {w:g}: {problem}, so it cannot be guided. Choose `guidance` 0."
+        raise ArgumentError(f"`guidance` {guided:g}: {problem}, so it cannot be guided. Choose `guidance` 0.")

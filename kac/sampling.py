@@ -34,11 +34,7 @@ class Sampling(NamedTuple):
 def teacher_sampling(
     config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
 ) -> Sampling:
-    """How to sample a teacher: without guidance and in 100 steps unless specified.
-
-    Raises:
-        ArgumentError: ``guidance`` is not 0 and the teacher cannot be guided.
-    """
+    """How to sample a teacher. Raises ``ArgumentError`` if ``guidance`` is not 0 and the teacher cannot be guided."""
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
@@ -60,11 +56,10 @@ def student_sampling(config: ModelConfig, steps: int | None = None, guidance: fl
         raise ArgumentError(f"`steps` is {steps}, but this student works only with {config.steps}. Leave `steps` out.")
     scales = config.guidance_scales or (config.guidance,)
     if guidance is not None and not min(scales) <= guidance <= max(scales):
-        if len(scales) == 1:
-            limit = f"this student has guidance {scales[0]} built in. Leave `guidance` out."
-        else:
-            limit = f"this student was trained on {list(scales)}. Choose a value from {min(scales)} to {max(scales)}."
-        raise ArgumentError(f"`guidance` is {guidance}, but {limit}")
+        raise ArgumentError(
+            f"`guidance` is {guidance}, but this student was trained on {list(scales)}. Leave it out or choose a "
+            f"value from {min(scales)} to {max(scales)}."
+        )
     w = config.guidance if guidance is None else guidance
     return Sampling(w if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
 

@@ -28,16 +28,8 @@ MOST_PIXELS = 178_956_970
 ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
 
-TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
-"""Pillow's names of the operations that turn an image upright, by the orientation. 1 is upright."""
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+"""Pillow's names of the operations that turn an image upright, for the orientations 2 to 8. 1 is upright."""
 
 BLOCK_BYTES = 2**24
 """Approximate size of a block of decoded images. A block has at least one image."""
@@ -154,25 +146,22 @@ def _upright(image: "Image") -> "Image":
     orientation = None
     with contextlib.suppress(Exception):  # the parser may raise anything on damaged metadata; the pixels are intact
         orientation = image.getexif().get(ORIENTATION)
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image.transpose(Transpose[turn]) if turn else image
+    is_turned = isinstance(orientation, int) and 2 <= orientation <= 8
+    return image.transpose(Transpose[TURNS[orientation - 2]]) if is_turned else image
 
 
 def _convert(image: "Image", name: str, channels: int | None) -> "Image":
     """Return the image with 1 or 3 channels."""
-    if image.mode in {"1", "L"}:
-        own = 1
-    elif image.mode == "RGB" or (image.mode == "P" and "transparency" not in image.info):
-        own = 3
-    elif image.mode == "F" or image.mode.startswith("I"):
+    own = {"1": 1, "L": 1, "RGB": 3, "P": 3}.get(image.mode)
+    if image.mode == "P" and "transparency" in image.info:
+        own = None
+    if image.mode == "F" or image.mode.startswith("I"):
         raise DistillKacError(
             f"{name} does not have 8 bits per channel (its mode in Pillow is {image.mode}). Convert it to 8 bits."
         )
-    elif channels is None:
+    if not own and not channels:
         raise DistillKacError(
             f"{name} is neither greyscale nor RGB (its mode in Pillow is {image.mode}). Set `data.channels` to 3 or 1 "
             "to convert all images, which drops transparency."
         )
-    else:
-        own = channels
-    return image.convert(MODES[channels or own])
+    return image.convert(MODES[channels or own or 3])

@@ -39,11 +39,6 @@ NOUN = re.compile("(set|split|data|images|imgs)$")
 MOST_SHOWN = 3
 """The most names in a message."""
 
-ADVICE = (
-    "Use ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE. Images without classes need one class folder, such as "
-    "ROOT/train/all. Rename a class that is named like a split."
-)
-
 
 class SplitName(NamedTuple):
     """A split, and the name that indicates it."""
@@ -74,9 +69,9 @@ def split_file(root: str, path: str) -> SplitName | None:
         DistillKacError: the names contain several splits.
     """
     *folders, base = path.split("/")
-    words = _words(base.rpartition(".")[0])
-    named = [SplitName(part, base) for word in words if (part := _part_of(word))]
-    if words and _part_of(words[0]):
+    stem = base.rpartition(".")[0]
+    named = [SplitName(part, base) for part in _parts_of(stem)]
+    if named and _part_of(_words(stem)[0]):
         named = named[:1]  # the first word decides: "train_no_test" is for training
     return _only_split(root, path, [*_splits_of_folders(folders), *named])
 
@@ -92,34 +87,28 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
     """
     parts = {folder: folder.split("/") for folder in folders}
     above = {path: _only_split(root, path, _splits_of_folders(names[:-1])) for path, names in parts.items()}
-    bare = {path: part for path, names in parts.items() if (part := _whole_name_part(names[-1]))}
-    in_split = next((split for split in above.values() if split), None)
-    first, shown = next(iter(parts)), shorten(list(parts), MOST_SHOWN)
-    roles, problems = {}, []
-    for path, names in parts.items():
-        if in_split:
-            roles[path] = FolderRole(above[path], names[-1])
-            if above[path] is None:
-                problems.append(f"{path}/ is in no folder of a split, but other images are in {in_split.name}")
-            elif len(bare) == len(parts):
-                problems.append(f"there are splits inside splits ({shown}), and no class folders")
-            elif _without_splits(names[:-1]) != _without_splits(parts[first][:-1]):
-                problems.append(f"{first}/ and {path}/ are nested differently, so the classes are unclear")
-        elif bare:
-            roles[path] = FolderRole(SplitName(bare.get(path, "train"), f"{path}/"), names[0])
-            if path not in bare:
-                problems.append(f"{next(iter(bare))}/ names a split, but {path}/ does not")
-            elif len(names) != 2:
-                problems.append(f"there are images directly in {path}/, which is a split and no class")
-        else:
-            roles[path] = FolderRole(None, path)
-            if len(names) > 1:
-                problems.append(f"images in {path} are too deep for a class folder, and no folder names a split")
-    named = [{part for word in _words(path) if (part := _part_of(word))} for path in parts]
-    if not in_split and not bare and all(named) and len(set.union(*named)) > 1:
-        problems.append(f"all folders are named like splits ({shown}), but there are no class folders in them")
-    if problems:
-        raise DistillKacError(f"{root}: {problems[0]}. {ADVICE}")
+    bare = {path: SplitName(part, f"{path}/") for path, names in parts.items() if (part := _whole_name_part(names[-1]))}
+    if any(above.values()):  # SPLIT/CLASS
+        around = {path: [name for name in names[:-1] if not _parts_of(name)] for path, names in parts.items()}
+        usual = next(around[path] for path, split in above.items() if split)
+        odd = [path for path in parts if above[path] is None or around[path] != usual or len(bare) == len(parts)]
+        roles = {path: FolderRole(above[path], names[-1]) for path, names in parts.items()}
+    elif bare:  # CLASS/SPLIT
+        odd = [path for path, names in parts.items() if path not in bare or len(names) != 2]
+        roles = {path: FolderRole(split, parts[path][0]) for path, split in bare.items()}
+    else:  # CLASS
+        parts_of = [set(_parts_of(path)) for path in parts]
+        are_splits = all(parts_of) and len(set.union(*parts_of)) > 1
+        odd = [path for path, names in parts.items() if are_splits or len(names) > 1]
+        roles = {path: FolderRole(None, path) for path in parts}
+    if odd:
+        others = [path for path in parts if path not in odd]
+        contrast = f", unlike those in {shorten(others, 1)}" if others else ""
+        raise DistillKacError(
+            f"{root}: the split or the class of the images in {shorten(odd, MOST_SHOWN)} is unclear{contrast}. Use "
+            "ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE for all images. Images without classes need one class "
+            "folder, such as ROOT/train/all. Rename a class that is named like a split."
+        )
     return roles
 
 
@@ -191,13 +180,8 @@ def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
     return [
         SplitName(part, "/".join(folders[: i + 1]) + "/")
         for i, folder in enumerate(folders)
-        for word in _words(folder)
-        if (part := _part_of(word))
+        for part in _parts_of(folder)
     ]
-
-
-def _without_splits(folders: Sequence[str]) -> list[str]:
-    return [folder for folder in folders if not any(map(_part_of, _words(folder)))]
 
 
 def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName | None:
@@ -219,6 +203,11 @@ def _whole_name_part(name: str) -> Part | None:
 def _words(name: str) -> list[str]:
     """Return the words of a name in lower case. A word is a run of letters; aB is two words."""
     return [word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if word]
+
+
+def _parts_of(name: str) -> list[Part]:
+    """Return the splits that the words of a name name."""
+    return [part for word in _words(name) if (part := _part_of(word))]
 
 
 def _part_of(word: str) -> Part | None:
