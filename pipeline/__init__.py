@@ -1,24 +1,45 @@
-"""The stages on Ray, the endpoint store, and tracking.
+"""The stages on Ray, the endpoint store, and tracking. The stages are Python functions, which replace their modules.
 
-The names of the stages here are functions (``pipeline.api``), which replace the modules of the same name:
-``from pipeline import teach``.
+Each function takes its spec, or the fields of the spec as keywords; never both.
+
+    from pipeline import teach, rollout, distill, evaluate
+
+    teacher = teach(data="moons", out="runs/teacher", optimizer={"updates": 500}, tracking=False)
+    store = rollout(teacher=teacher.path, store="runs/store", trajectories=2000, tracking=False)
+    student = distill(store=store.path, out="runs/student", steps=4, tracking=False)
+    images = student.load().sample(16)
+
+Each function returns an object with what it made, or raises ``DistillKacError``. With ``tracking=False`` MLflow records
+no run. Log lines go to the logger ``distillkac``. Without RAY_ADDRESS, every stage except ``sweep`` works in this
+process and starts no Ray, unless ``workers`` or ``actors`` ask for some.
 """
 
+import contextlib
+import json
+import os
 import sys
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
+
+from kac.model import Model, ModelConfig, load_model
+from kac.util import files
+from kac.util.errors import ArgumentError
 from kac.util.log import show
-from pipeline.api import (
-    EvaluationResult,
-    ModelResult,
-    StoreResult,
-    SweepResult,
-    distill,
-    evaluate,
-    rollout,
-    sweep,
-    teach,
-)
-from pipeline.cluster.connection import is_worker
+from pipeline import store as endpoint_store
+from pipeline.cluster import connection
+from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
+from pipeline.distill import distill as _distill
+from pipeline.evaluate.inputs import ANSWER_FILE
+from pipeline.evaluate.scores import Score
+from pipeline.evaluate.stage import evaluate as _evaluate
+from pipeline.rollout.stage import rollout as _rollout
+from pipeline.store.manifest import Manifest
+from pipeline.sweep.ledger import TrialRecord
+from pipeline.sweep.sweep_stage import sweep as _sweep
+from pipeline.teach import teach as _teach
+from pipeline.tracking import tracking_off
 
 __all__ = [
     "EvaluationResult",
@@ -32,5 +53,134 @@ __all__ = [
     "teach",
 ]
 
-if "ray" in sys.modules and is_worker():  # Ray carries the output of its workers to the driver
+AnySpec = TypeVar("AnySpec", bound=Spec)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A trained model."""
+
+    path: str  # model folder, absolute
+    config: ModelConfig
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last metrics of the training, such as ``loss``; empty if the folder was complete before."""
+
+    def load(self, device: torch.device | str = "cpu") -> Model:
+        """Load the model."""
+        return load_model(self.path, device)
+
+
+@dataclass(frozen=True)
+class StoreResult:
+    """An endpoint store."""
+
+    path: str  # absolute
+    manifest: Manifest
+
+    def open(self) -> endpoint_store.Store:
+        """Open the store for reading."""
+        return endpoint_store.open(self.path)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep."""
+
+    path: str  # folder with report.html, absolute
+    trials: tuple[TrialRecord, ...]
+    best: str | None  # model folder of the best student; None if no trial was evaluated
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The scores of an evaluation."""
+
+    path: str  # folder with evaluation.json and the pictures, absolute
+    scores: tuple[Score, ...]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The metrics of each row by the name of the row."""
+        return {score.name: score.metrics for score in self.scores}
+
+
+def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
+    """Train a teacher.
+
+    The fields of ``TeachSpec`` are keywords, such as ``data="digits"`` and ``out="runs/teacher"``.
+    """
+    spec, metrics = _spec_of(TeachSpec, spec, fields, workers=0), dict[str, float]()
+    with _tracking(tracking):
+        config = _teach(spec, on_report=metrics.update)
+    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
+
+
+def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields: Any) -> StoreResult:
+    """Write or grow an endpoint store: integrate the teacher from noise to images.
+
+    The fields of ``RolloutSpec`` are keywords, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
+    """
+    spec = _spec_of(RolloutSpec, spec, fields, actors=0)
+    with _tracking(tracking):
+        manifest = _rollout(spec)
+    return StoreResult(connection.absolute(spec.store), _made(manifest))
+
+
+def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
+    """Train a student from a store.
+
+    The fields of ``DistillSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
+    """
+    spec, metrics = _spec_of(DistillSpec, spec, fields, workers=0), dict[str, float]()
+    with _tracking(tracking):
+        config = _distill(spec, on_report=metrics.update)
+    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
+
+
+def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
+    """Train and evaluate many students on Ray Tune.
+
+    The fields of ``SweepSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
+    """
+    spec = _spec_of(SweepSpec, spec, fields)
+    with _tracking(tracking):
+        trials = _sweep(spec)
+    out = connection.absolute(spec.out)
+    best = json.loads(files.read_bytes(files.join(out, ANSWER_FILE)))["best"]
+    return SweepResult(out, tuple(trials), best and best["out"])
+
+
+def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **fields: Any) -> EvaluationResult:
+    """Compare a teacher and its students from the same noise.
+
+    The fields of ``EvaluateSpec`` are keywords, such as ``teacher="runs/teacher"``, ``students=["runs/student"]``
+    and ``out="runs/evaluation"``.
+    """
+    spec = _spec_of(EvaluateSpec, spec, fields, actors=0)
+    with _tracking(tracking):
+        scores = _evaluate(spec)
+    return EvaluationResult(connection.absolute(spec.out), tuple(scores))
+
+
+def _spec_of(spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], **in_process: Any) -> AnySpec:
+    """The spec, or one of the fields; by default in this process unless RAY_ADDRESS names a cluster."""
+    if spec is not None and fields:
+        raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
+    defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
+    texts = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
+    return spec or spec_type(**{**defaults, **texts})
+
+
+def _tracking(is_on: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if is_on else tracking_off()
+
+
+def _made(result: Result | None) -> Result:
+    if result is None:
+        raise ArgumentError("`dry_run` makes nothing that this function could return. Use the job of this stage.")
+    return result
+
+
+if "ray" in sys.modules and connection.is_worker():  # Ray carries the output of its workers to the driver
     show()

@@ -31,18 +31,10 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     content = {"data_sha256": data.sha256, "checkpoint_sha256": checkpoint.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         return outputs.complete_model(spec.stage, spec.out)
-    cost, fingerprint = network_cost(spec.network, *samples), spec.fingerprint(**content)
-    with tracking.start_run(
-        spec=spec,
-        fingerprint=fingerprint,
-        inputs={"data": data.sha256, "checkpoint": checkpoint.sha256},
-        output=spec.out,
-        parent=parent,
-        name=f"convert-{spec.data.kind}",
-        datasets=[tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)],
-    ) as run:
+    cost = network_cost(spec.network, *samples)
+    with outputs.teacher_run(spec, data, content, parent) as run:
         run.params(cost._asdict())
-        decode.log_data(run, data)
+        fingerprint = spec.fingerprint(**content)
         config = teacher_config(spec.network, spec.path, spec.data, fingerprint, adopted.conditioning)
         config = outputs.write_model(spec.out, config, network.state_dict(), run)
     where = f", {adopted.key}" if adopted.key else ""

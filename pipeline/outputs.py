@@ -8,20 +8,22 @@ OUT/<result>       written last; if it has the fingerprint of the spec, the work
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from kac.data import DataDescription
 from kac.model import ModelConfig, load_config, save_model
 from kac.util import files, probes
 from kac.util.errors import DistillKacError
 from kac.util.fingerprint import hashed_fields
 from kac.util.log import log
 from kac.util.options import flatten
-from pipeline import claims
-from pipeline.config import Spec
-from pipeline.tracking import RUN_FILE, TrackedRun, run_of_output
+from pipeline import claims, decode
+from pipeline.config import ConvertSpec, Spec, TeachSpec
+from pipeline.tracking import RUN_FILE, Dataset, TrackedRun, run_of_output, start_run
 
 SPEC_FILE = "spec.json"
 TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
@@ -62,6 +64,27 @@ def check_owner(out: str, fingerprint: str) -> None:
     if (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
         raise DistillKacError(f"{out}: a job with another spec has taken over this folder. Choose another `out`.")
     claims.check(out, claims.token_of(out))
+
+
+@contextmanager
+def teacher_run(
+    spec: TeachSpec | ConvertSpec, data: DataDescription, content: dict[str, str], parent: TrackedRun | None
+) -> Iterator[TrackedRun]:
+    """Start or resume the run of a stage that makes a teacher, and log the data.
+
+    ``content`` has the hashes of the inputs: NAME_sha256.
+    """
+    with start_run(
+        spec=spec,
+        fingerprint=spec.fingerprint(**content),
+        inputs={name.removesuffix("_sha256"): sha256 for name, sha256 in content.items()},
+        output=spec.out,
+        parent=parent,
+        name=f"{spec.stage}-{spec.data.kind}",
+        datasets=[Dataset(spec.data.kind, data.sha256, spec.data.origin)],
+    ) as run:
+        decode.log_data(run, data)
+        yield run
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:

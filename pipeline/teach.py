@@ -12,6 +12,7 @@ from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
 from kac.model import CONFIG_FILE, ModelConfig, teacher_config
 from kac.networks import VelocityNetwork, build_network
+from kac.networks.cost import network_cost
 from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
@@ -45,28 +46,20 @@ def teach(
     )
     spec = spec.settled(lambda: training.choose_workers(spec).on_gpu)
     data = decode.open_described("teach", spec.data)
-    cost = training.describe_cost(spec.optimizer, spec.network, data.sample_shape, data.num_classes, data.train)
+    network = network_cost(spec.network, data.sample_shape, data.num_classes)
+    cost = training.describe_cost(spec.optimizer, network, data.train)
     if spec.dry_run:
         log.info(f"teach: {cost}")
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         return outputs.complete_model(spec.stage, spec.out)
-    group, fingerprint = training.choose_workers(spec), spec.fingerprint(**content)
+    group = training.choose_workers(spec)
     training.await_workers("teach", spec.optimizer, group)
     log.info(f"teach: {cost}\nteach: {group}, {spec.precision.resolved(group.on_gpu)}")
-    with tracking.start_run(
-        spec=spec,
-        fingerprint=fingerprint,
-        inputs={"data": data.sha256},
-        output=spec.out,
-        parent=parent,
-        name=f"teach-{spec.data.kind}",
-        datasets=[tracking.Dataset(spec.data.kind, data.sha256, spec.data.origin)],
-    ) as run:
-        decode.log_data(run, data)
+    with outputs.teacher_run(spec, data, content, parent) as run:
         conditioning = learned_conditioning(spec.network, spec.label_dropout)
-        config = teacher_config(spec.network, spec.path, spec.data, fingerprint, conditioning)
+        config = teacher_config(spec.network, spec.path, spec.data, spec.fingerprint(**content), conditioning)
         config = training.train_model(spec, TeachTask(spec), "teach", config, run, group, on_report)
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")

@@ -29,27 +29,18 @@ class Spec(Options):
     """Fields that ``--help`` lists first, after the required ones."""
 
     @model_validator(mode="after")
-    def _check_no_secret(self) -> Self:
-        """Specs are written into outputs and into MLflow."""
+    def _check_values(self) -> Self:
         for name, value in flatten(self.model_dump(mode="json")).items():
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and has_secret(text):
+                if isinstance(text, str) and has_secret(text):  # specs are written into outputs and into MLflow
                     raise ValueError(
                         f"`{name}` contains a password or key. Set the AWS_* variables, or use the role of the nodes."
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _check_apart(self) -> Self:
         check_apart(self)
         return self
 
     def fingerprint(self, **content: Any) -> str:
-        """Return the fingerprint of the output of this spec.
-
-        Args:
-            content: hashes of the inputs.
-        """
+        """Return the fingerprint of the output of this spec. ``content`` has the hashes of the inputs."""
         precision = getattr(self, "precision", None)
         assert precision is None or precision.dtype != "auto", "call settled() before fingerprint()"
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
@@ -57,8 +48,7 @@ class Spec(Options):
     def settled(self, on_gpu: Callable[[], bool]) -> Self:
         """Return the spec with ``precision.dtype`` auto replaced by a type. Stages call this first.
 
-        Args:
-            on_gpu: returns whether the work runs on GPUs. Called only for auto, because it may start Ray.
+        ``on_gpu`` returns whether the work runs on GPUs. It is called only for auto, because it may start Ray.
         """
         precision: Precision = self.precision  # type: ignore[attr-defined]
         if precision.dtype != "auto":

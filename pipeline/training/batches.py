@@ -1,5 +1,6 @@
 """The batches of training: each worker's part of them, their order, their random numbers, and prefetching."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,22 +81,17 @@ class MicroBatch(NamedTuple):
 
 
 class EpochOrder:
-    """Endless shuffled epochs over ``count`` rows, split into batches. Each epoch is shuffled once.
-
-    It keeps only the order of the epochs in the current batch: 8 bytes per row and epoch.
-    """
+    """Endless shuffled epochs over ``count`` rows, split into batches. It keeps the order of the last two epochs."""
 
     def __init__(self, seed: int, count: int, batch_size: int) -> None:
         self.seed, self.count, self.batch_size = seed, count, batch_size
-        self._shuffled: dict[int, Tensor] = {}
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def batch(self, update: int) -> Tensor:
         """The row numbers of an update's batch: [batch_size], int64."""
         first, last = update * self.batch_size, (update + 1) * self.batch_size
         epochs = range(first // self.count, (last - 1) // self.count + 1)
-        known = self._shuffled
-        self._shuffled = {epoch: known[epoch] if epoch in known else self._shuffle(epoch) for epoch in epochs}
-        return torch.cat(list(self._shuffled.values()))[first - epochs.start * self.count :][: self.batch_size]
+        return torch.cat([self._epoch(n)[max(0, first - n * self.count) : last - n * self.count] for n in epochs])
 
     def _shuffle(self, epoch: int) -> Tensor:
         return torch.randperm(self.count, generator=_seeded(ORDER_STREAM, self.seed, epoch))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from kac.model import ModelConfig
-from kac.networks import NetworkConfig
-from kac.networks.cost import TRAINING_CALLS, network_cost, short
+from kac.networks.cost import TRAINING_CALLS, NetworkCost, network_cost, short
 from kac.util import files
 from kac.util.device import default_device
 from kac.util.errors import ArgumentError, DistillKacError
@@ -37,28 +36,25 @@ OnReport = Callable[[dict[str, float]], None]
 
 
 class WorkerGroup(NamedTuple):
-    """The workers of a training run and their resources."""
+    """The workers of a training run, and the resources of each."""
 
     workers: int | Range  # of Ray Train; 0 means this process
-    use_gpu: bool  # whether each worker uses a GPU or a fraction of one
-    resources: Resources = Resources(1.0)  # resources per worker
+    resources: Resources = Resources(1.0)
 
     @property
     def on_gpu(self) -> bool:
         """Whether the training runs on GPUs."""
-        return self.use_gpu if self.workers else torch.cuda.is_available()
+        return self.resources.gpus > 0 if self.workers else torch.cuda.is_available()
 
     def __str__(self) -> str:
-        device = "GPU" if self.on_gpu else "CPU"
         if not self.workers:
-            return f"in this process on the {device}"
+            return f"in this process on the {'GPU' if self.on_gpu else 'CPU'}"
         number = str(self.workers).replace(":", " to ")
-        resources = f"a {device}" if self.resources == Resources(1.0, float(self.use_gpu)) else self.resources
-        return f"on {number} worker{'s' * (self.workers != 1)} with {resources} each"
+        return f"on {number} worker{'s' * (self.workers != 1)} with {self.resources} each"
 
 
 def choose_workers(options: WorkerOptions) -> WorkerGroup:
-    """Choose the workers of a training run and their resources.
+    """Choose the workers of a training run, and the resources of each.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
     no GPU yet; there both ``workers`` and ``gpu`` must be set.
@@ -66,15 +62,12 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
     Raises:
         ArgumentError: the options cannot be combined.
     """
-    if options.workers == 0:
-        group = WorkerGroup(0, use_gpu=False)
-    else:
+    group = WorkerGroup(0)
+    if options.workers != 0:
         gpus = cluster.connect().gpus
-        use_gpu = gpus > 0 if options.gpu is None else options.gpu
-        resources = Resources(
-            options.cpus_per_worker, options.gpus_per_worker if use_gpu else 0.0, options.label_selector
-        )
-        group = WorkerGroup(gpus if options.workers is None else options.workers, use_gpu, resources)
+        gpus_each = options.gpus_per_worker if (gpus > 0 if options.gpu is None else options.gpu) else 0.0
+        resources = Resources(options.cpus_per_worker, gpus_each, options.label_selector)
+        group = WorkerGroup(gpus if options.workers is None else options.workers, resources)
     if options.gpu and not group.on_gpu:
         raise ArgumentError(
             "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."
@@ -84,7 +77,7 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
     if options.label_selector and isinstance(group.workers, Range):
         # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
         raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
-    if group.use_gpu and options.gpus_per_worker < 1 and most(group.workers) > 1:
+    if 0 < group.resources.gpus < 1 and most(group.workers) > 1:
         raise ArgumentError(  # because NCCL refuses two ranks on one GPU
             f"`gpus_per_worker` is {options.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or "
             "use one worker."
@@ -118,28 +111,17 @@ def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) ->
         wait_for_capacity(stage, "`workers`", group.workers, group.resources)
 
 
-def describe_cost(
-    optimizer: OptimizerConfig,
-    network: NetworkConfig,
-    sample_shape: tuple[int, ...],
-    num_classes: int,
-    rows: int,
-    calls: float = 1.0,
-) -> str:
+def describe_cost(optimizer: OptimizerConfig, network: NetworkCost, rows: int, calls: float = 1.0) -> str:
     """Describe the updates, samples and operations of training on ``rows`` samples, in one line.
 
-    Args:
-        calls: network calls per sample of an update.
-
-    Raises:
-        ArgumentError: the network does not fit the samples.
+    ``calls`` is the number of network calls per sample of an update.
     """
-    cost, samples = network_cost(network, sample_shape, num_classes), optimizer.updates * optimizer.batch_size
-    total = short(TRAINING_CALLS * calls * samples * cost.flops_per_call, "FLOP")
+    samples = optimizer.updates * optimizer.batch_size
+    total = short(TRAINING_CALLS * calls * samples * network.flops_per_call, "FLOP")
     return (
         f"{optimizer.updates:,} updates of {optimizer.batch_size:,} samples, {samples:,} in all: "
-        f"{samples / rows:,.1f} epochs of {rows:,}; {short(cost.parameters)} parameters, "
-        f"{short(cost.flops_per_call, 'FLOP')} per call, about {total} in all"
+        f"{samples / rows:,.1f} epochs of {rows:,}; {short(network.parameters)} parameters, "
+        f"{short(network.flops_per_call, 'FLOP')} per call, about {total} in all"
     )
 
 
@@ -212,7 +194,7 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
     def make_trainer(workers: int | Range) -> TorchTrainer:
         scaling_config = ScalingConfig(
             num_workers=(workers.least, workers.most) if isinstance(workers, Range) else workers,
-            use_gpu=group.use_gpu,
+            use_gpu=group.resources.gpus > 0,
             resources_per_worker=group.resources.by_ray_name,
             label_selector=dict(group.resources.label_selector) or None,
         )

@@ -30,9 +30,6 @@ MAX_FAILURES = 3
 WAIT_SECONDS = 1200.0
 """How long to wait for nodes that replace lost ones. An autoscaler starts them within minutes or not at all."""
 
-LOG_SECONDS = 60.0
-"""Time between two log lines about the wait."""
-
 DETECTION_SECONDS = 30.0
 """Ray needs up to this long to detect that a node is lost."""
 
@@ -113,7 +110,9 @@ def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> Non
     """
     if placement.capacity(resources) >= wanted:
         return
-    problem, started, logged = f"the nodes cannot fit {wanted} x ({resources})", time.monotonic(), -LOG_SECONDS
+    problem, started = f"the nodes cannot fit {wanted} x ({resources})", time.monotonic()
+    if not ray_internals.is_embedded():
+        log.info(f"{title}: {problem}; waiting at most {duration(WAIT_SECONDS)} for more nodes")
     with placement.requested_from_autoscaler(wanted, resources):
         while placement.capacity(resources) < wanted:
             waited = time.monotonic() - started
@@ -122,9 +121,6 @@ def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> Non
                     f"{out}: {problem}, after waiting for {duration(waited)}. Add nodes or lower `workers`, then run "
                     "the same command again to resume from the last checkpoint."
                 )
-            if waited >= logged + LOG_SECONDS:
-                logged = waited
-                log.info(f"{title}: {problem}; waiting at most {duration(WAIT_SECONDS - waited)} for more nodes")
             time.sleep(placement.POLL_SECONDS)
 
 

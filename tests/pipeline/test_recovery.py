@@ -125,8 +125,7 @@ def test_the_wait_for_nodes_is_limited(
     assert fit(cluster, tmp_path, (LOST, True), ("done", False), workers=workers, left_alive=1) == "done"
     assert cluster.asked_for == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if "2 x (1 CPU)" in line]
-    assert "20 minutes" in lines[0]
-    assert len(lines) == 9, "one line per minute"
+    assert len(lines) == 1 and "20 minutes" in lines[0]
     cluster.comes_back_at = 0.0
     with pytest.raises(DistillKacError, match=r"2 x \(1 CPU\).*20 minutes.*`workers`"):
         fit(cluster, tmp_path / "other", (LOST, True), workers=workers, left_alive=1)

@@ -168,8 +168,8 @@ def test_dropout_is_the_same_after_a_resume(tmp_path: Path):
         job = training.Job(TeachTask(spec), "test", spec.out, Untracked("", ""), 2)
         if name == "stopped":
             with pytest.raises(Stopped):
-                training.train(job, training.WorkerGroup(0, use_gpu=False), stop)
-        weights_of.append(training.train(job, training.WorkerGroup(0, use_gpu=False)))
+                training.train(job, training.WorkerGroup(0), stop)
+        weights_of.append(training.train(job, training.WorkerGroup(0)))
     assert all(torch.equal(value, weights_of[1][name]) for name, value in weights_of[0].items())
 
 
@@ -201,11 +201,11 @@ def test_two_workers_one_of_them_killed_train_the_unet_of_one_process(tmp_path: 
     spec = teach_spec(tmp_path / "single", data="digits", network=unet, optimizer=few)
     in_passes = spec.model_copy(update={"optimizer": few.model_copy(update={"accumulation": 2})})
     here = training.Job(TeachTask(in_passes), "test", spec.out, Untracked("", ""), 2)
-    single = training.train(here, training.WorkerGroup(0, use_gpu=False))
+    single = training.train(here, training.WorkerGroup(0))
     mark = tmp_path / "killed"
     dying = DyingTask(spec, dies_at=3, mark=str(mark))
     there = training.Job(dying, "test", str(tmp_path / "distributed"), Untracked("", ""), 2)
-    distributed = training.train(there, training.WorkerGroup(2, use_gpu=False))
+    distributed = training.train(there, training.WorkerGroup(2))
     assert mark.exists()
     assert single.keys() == distributed.keys()
     for name, value in single.items():

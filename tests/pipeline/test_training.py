@@ -40,7 +40,7 @@ class NoTracking(TrackedRun):
 
 UNTRACKED = NoTracking("", "")
 HERE = training.Worker(0, 1, torch.device("cpu"))
-THIS_PROCESS = training.WorkerGroup(0, use_gpu=False)
+THIS_PROCESS = training.WorkerGroup(0)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def test_two_workers_with_one_killed_give_the_result_of_one_process(tmp_path: Pa
     together = training.train(
         # Also saves checkpoints by time, on which the two workers must agree.
         replace(job(tmp_path / "together", task, checkpoint_updates=10), checkpoint_seconds=0.5),
-        training.WorkerGroup(2, use_gpu=False),
+        training.WorkerGroup(2),
     )
     assert mark.exists()
     assert_same(single, together, tolerance=1e-5)
