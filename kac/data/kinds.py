@@ -14,10 +14,9 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from kac.data import bundled, decoded
 from kac.data.arrays import open_arrays
 from kac.data.bundled import BUNDLED, BundledKind
-from kac.data.cifar10 import Cifar10Source
 from kac.data.folder import FolderSource
-from kac.data.idx import IdxSource
 from kac.data.parquet import ParquetSource
+from kac.data.published import Cifar10Source, IdxSource
 from kac.data.source import Source
 from kac.data.splits import Dataset
 from kac.util import files

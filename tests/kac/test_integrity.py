@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kac.data import DataConfig, DataDescription, cifar10, idx, open_dataset
+from kac.data import DataConfig, DataDescription, open_dataset, published
 from kac.metrics.features.pretrained import torchscript
 from kac.networks.weight_files import read_weights
 from kac.util.errors import DistillKacError
@@ -168,7 +168,7 @@ def test_an_archive_that_differs_from_the_published_one_is_read_with_a_warning(t
     (warning,) = read("cifar10", path).warnings
     assert md5 in warning
     assert "c58f30108f718f92721af3b95e74349a" in warning
-    monkeypatch.setattr(cifar10, "MD5", md5)
+    monkeypatch.setattr(published, "MD5", md5)
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
     assert read("cifar10", path).warnings == ()
 
@@ -177,11 +177,11 @@ def test_the_warning_names_an_extracted_batch_that_differs_from_the_published_on
     batches = making.cifar_batches(making.pixels(60, 3, 32), np.arange(60) % 10)
     for name, data in batches.items():
         (tmp_path / name).write_bytes(data)
-    published = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
-    monkeypatch.setattr(cifar10, "MD5_EXTRACTED", {**published, "data_batch_2": "0" * 32})
+    md5s = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
+    monkeypatch.setattr(published, "MD5_EXTRACTED", {**md5s, "data_batch_2": "0" * 32})
     (warning,) = read("cifar10", tmp_path).warnings
     assert warning.startswith(str(tmp_path / "data_batch_2"))
-    assert published["data_batch_2"] in warning
+    assert md5s["data_batch_2"] in warning
 
 
 def test_the_warning_names_an_idx_file_that_is_not_from_the_same_published_set(tmp_path: Path, monkeypatch):
@@ -191,8 +191,8 @@ def test_the_warning_names_an_idx_file_that_is_not_from_the_same_published_set(t
         re.sub("-idx.*", "", path.name): hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
         for path in tmp_path.iterdir()
     }
-    assert digests.keys() == idx.SHA256["MNIST"].keys()
-    monkeypatch.setattr(idx, "SHA256", {"DIGITS": {**digests, "t10k-images": "0" * 64}})
+    assert digests.keys() == published.SHA256["MNIST"].keys()
+    monkeypatch.setattr(published, "SHA256", {"DIGITS": {**digests, "t10k-images": "0" * 64}})
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
     (warning,) = read("idx", tmp_path).warnings
     assert warning.startswith(str(tmp_path / "t10k-images-idx3-ubyte.gz"))

@@ -513,7 +513,7 @@ def test_the_search_ignores_safe_loading(source):
     assert not any(unpickles(node) for node in ast.walk(ast.parse(source)))
 
 
-RESTRICTED = ROOT / "kac/data/cifar10.py"  # its unpickler accepts only arrays, see tests/kac/data/test_bad_data.py
+RESTRICTED = ROOT / "kac/data/published.py"  # its unpickler accepts only arrays, see tests/kac/data/test_bad_data.py
 
 
 @pytest.mark.parametrize("package", ["kac", "pipeline", "jobs"])

@@ -1,0 +1,336 @@
+"""Arrays of images as their authors publish them. No code in the files is run.
+
+IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist), have a header, then bytes. The files
+are ``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each with or without gzip (``.gz``). The t10k part is held
+out. Some copies have a dot before ``idx``.
+
+CIFAR-10 is the Python archive ``cifar-10-python.tar.gz`` (https://www.cs.toronto.edu/~kriz/cifar.html), or its
+extracted folder. The test batch is held out.
+"""
+
+import hashlib
+import io
+import math
+import pickle
+import tarfile
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kac.data.source import Contents, Source, Unit, count_classes, reading
+from kac.util import files
+from kac.util.errors import DistillKacError
+from kac.util.integrity import gunzip
+from kac.util.text import shorten
+
+UBYTE = 0x08
+"""The code of unsigned bytes, the only type in which images and labels are published as IDX files."""
+
+PARTS = ("train", "t10k")
+DIMENSIONS = {"labels": 1, "images": 3}
+NAMES = {
+    f"{part}-{kind}": [f"{part}-{kind}{dot}idx{size}-ubyte{packed}" for dot in "-." for packed in ("", ".gz")]
+    for kind, size in DIMENSIONS.items()
+    for part in PARTS
+}
+"""The possible names of each of the four files. The first that exists is read."""
+
+SHA256 = {
+    "MNIST": {
+        "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels": "ff7bcfd416de33731a308c3f266cf351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "Fashion-MNIST": {
+        "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+}
+"""Checksums of the published IDX files, uncompressed."""
+
+ARCHIVE = "cifar-10-python.tar.gz"
+MD5 = "c58f30108f718f92721af3b95e74349a"
+MD5_EXTRACTED = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""Checksums of the published files of CIFAR-10. Extracted files have no checksum inside them."""
+
+FOLDER = "cifar-10-batches-py"
+BATCHES = tuple(MD5_EXTRACTED)
+META = "batches.meta"
+"""The file with the names of the classes."""
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""The published names, for folders without ``META``."""
+
+MOST_BYTES = 2**30
+"""The largest valid size of the uncompressed archive. The published archive has 186 MB."""
+
+ADVICE = f"Download {ARCHIVE} again; its md5 is {MD5}."
+
+
+class Published(NamedTuple):
+    """The content of all files. The last part is held out."""
+
+    images: dict[str, np.ndarray]  # by part: [count, channels, height, width], uint8
+    labels: dict[str, np.ndarray]  # by part: [count], integers
+    num_classes: int
+    split: str
+    class_names: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PublishedSource(Source):
+    """Files that are read as a whole."""
+
+    @abstractmethod
+    def read(self) -> Published:
+        """Read all files."""
+
+    @cached_property
+    def loaded(self) -> Published:
+        """The content of all files, read once per process: 184 MB for CIFAR-10."""
+        return self.read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle only the fields, because the content is large."""
+        return {"root": self.root}
+
+    def contents(self) -> Contents:
+        """Return everything in the files except the images."""
+        images, labels, num_classes, split, class_names, warnings = self.loaded
+        *_, test = images
+        return Contents(
+            shape=images[test].shape[1:],
+            num_classes=num_classes,
+            labels=np.concatenate(list(labels.values())).astype(np.int64),
+            held_out=np.concatenate([np.full(len(part), name == test) for name, part in labels.items()]),
+            units=[Unit(len(part), name) for name, part in images.items()],
+            class_names=class_names,
+            split=split,
+            warnings=warnings,
+        )
+
+    def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the images of the part ``content`` in one block."""
+        yield self.loaded.images[content]
+
+
+class IdxFile(NamedTuple):
+    """The content of a file."""
+
+    path: str
+    values: np.ndarray  # uint8
+    sha256: str  # of the uncompressed file
+
+
+@dataclass(frozen=True)
+class IdxSource(PublishedSource):
+    """The four files in the folder ``root``."""
+
+    def stamps(self) -> Iterator[files.Stamp]:
+        """Yield the files that exist."""
+        names = {name for variants in NAMES.values() for name in variants}
+        return (stamp for stamp in files.walk(self.root) if stamp.path in names)
+
+    def read(self) -> Published:
+        """Read the four files."""
+        found = {file: self._read_file(file) for file in NAMES}
+        labels, images = ({part: found[f"{part}-{kind}"].values for part in PARTS} for kind in DIMENSIONS)
+        for part in PARTS:
+            if len(images[part]) != len(labels[part]) or not images[part].size:
+                raise DistillKacError(
+                    f"{self.root}: the {part} files have {len(images[part])} images and {len(labels[part])} labels. "
+                    "Give files with a label for each image."
+                )
+        sizes = [f"{width}x{height}" for _, height, width in (images[part].shape for part in PARTS)]
+        if sizes[0] != sizes[1]:
+            raise DistillKacError(
+                f"{self.root}: the train and t10k images have different sizes, {' and '.join(sizes)}. Give files with "
+                "images of one size."
+            )
+        train, test = (found[f"{part}-images"].path.rpartition("/")[2] for part in PARTS)
+        return Published(
+            images={part: values[:, None] for part, values in images.items()},
+            labels=labels,
+            num_classes=count_classes({found[f"{part}-labels"].path: labels[part] for part in PARTS}),
+            split=f"training images from {train}, held-out images from {test}",
+            warnings=_unlike_published(found),
+        )
+
+    def _read_file(self, file: str) -> IdxFile:
+        """Read one of the four files, a key of ``NAMES``."""
+        found = [stamp.path for stamp in files.walk(self.root)]
+        name = next((name for name in NAMES[file] if name in found), None)
+        if name is None:
+            others = f"only {shorten(found, 8)}" if found else "no files"
+            raise DistillKacError(
+                f"{self.root} has no {NAMES[file][0]} or {NAMES[file][1]}, {others}. Rename the file, or give the "
+                "folder that contains it."
+            )
+        path, dimensions = self.name(name), DIMENSIONS[file.partition("-")[2]]
+        start, magic = 4 + 4 * dimensions, bytes((0, 0, UBYTE, dimensions))
+
+        def read_shape(data: bytes) -> list[int]:
+            if data[:4] != magic or len(data) < start:
+                raise ValueError(f"it begins with {data[:4].hex() or 'nothing'} instead of {magic.hex()}")
+            return np.frombuffer(data[4:start], ">u4").tolist()
+
+        data = files.read_bytes(path)
+        with reading(path, f"an IDX file of bytes with {dimensions} dimensions"):
+            if name.endswith(".gz"):
+                data = gunzip(path, data, lambda head: start + math.prod(read_shape(head)))
+            shape = read_shape(data)
+            if len(data) != start + math.prod(shape):
+                sides = " x ".join(f"{side:,}" for side in shape)
+                raise ValueError(f"it has {len(data):,} bytes, but its header announces {sides} values")
+        values = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+        return IdxFile(path, values, hashlib.sha256(data).hexdigest())
+
+
+def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
+    """Return a warning per file that differs from a published set, if the set includes others of the four files."""
+    for name, published in SHA256.items():
+        others = [file for file in published if found[file].sha256 != published[file]]
+        if len(others) < len(published):
+            return tuple(
+                f"{found[file].path} is not the published file of {name}, but others of the four are. Its sha256 is "
+                f"{found[file].sha256}, and that of the published file is {published[file]} (both uncompressed)."
+                for file in others
+            )
+    return ()
+
+
+@dataclass(frozen=True)
+class Cifar10Source(PublishedSource):
+    """The archive ``root``, or a folder that contains the archive or its extracted files."""
+
+    def stamps(self) -> Iterator[files.Stamp]:
+        """Return the archive, or the six batches and the file with class names."""
+        found = {stamp.path: stamp for stamp in files.walk(self.root)}
+        for below in ("", f"{FOLDER}/"):
+            if all(below + name in found for name in BATCHES):
+                return iter([found[below + name] for name in (*BATCHES, META) if below + name in found])
+        archive = next((stamp for path, stamp in found.items() if path in {"", ARCHIVE}), None)
+        if archive is None:
+            raise DistillKacError(
+                f"{self.root} contains neither {ARCHIVE} nor its folder {FOLDER} with all six batches. {ADVICE}"
+            )
+        return iter([archive])
+
+    def read(self) -> Published:
+        """Read the archive or the extracted files."""
+        paths = {stamp.path.rpartition("/")[2]: self.name(stamp.path) for stamp in self.stamps()}
+        content = {name: files.read_bytes(path) for name, path in paths.items()}
+        published = MD5_EXTRACTED if len(paths) > 1 else dict.fromkeys(paths, MD5)
+        md5s = {name: hashlib.md5(content[name], usedforsecurity=False).hexdigest() for name in published}
+        warnings = tuple(
+            f"{paths[name]} is not the published file of CIFAR-10. Its md5 is {md5} instead of {published[name]}."
+            for name, md5 in md5s.items()
+            if md5 != published[name]
+        )
+        if len(paths) == 1:
+            content = _unpack(*paths.values(), *content.values())
+        images, labels, names = {}, {}, CLASSES
+        for name in BATCHES:
+            with reading(f"{self.root}: {name}", "a batch of 32x32 images with labels", ADVICE):
+                batch = _unpickle(content[name])
+                images[name] = batch[b"data"].values.reshape(-1, 3, 32, 32)
+                labels[name] = np.array(batch[b"labels"], np.int64).reshape(-1)
+                if len(images[name]) != len(labels[name]):
+                    raise ValueError(f"it has {len(images[name])} images, but {len(labels[name])} labels")
+        if META in content:
+            with reading(f"{self.root}: {META}", f"a file with {len(CLASSES)} class names", ADVICE):
+                names = tuple(name.decode("utf-8", "replace") for name in _unpickle(content[META])[b"label_names"])
+                if len(names) != len(CLASSES):
+                    raise ValueError(f"it has {len(names)}")
+        split = f"training images from {BATCHES[0]} .. {BATCHES[-2]}, held-out images from {BATCHES[-1]}"
+        return Published(images, labels, len(CLASSES), split, names, warnings)
+
+
+def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
+    """Return the files of the archive that are needed, by name."""
+    content, found = gunzip(path, packed, lambda _: MOST_BYTES, ADVICE), {}
+    tar = io.BytesIO(content)
+    with reading(path, f"a complete {ARCHIVE}", ADVICE), tarfile.open(fileobj=tar, mode="r:") as archive:
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            if folder == FOLDER and name in (*BATCHES, META) and (file := archive.extractfile(member)):
+                if member.size > len(content):
+                    raise ValueError(f"{member.name} announces {member.size:,} bytes, more than the archive")
+                found[name] = file.read()
+        for name in BATCHES:
+            if name not in found:
+                raise ValueError(f"it has no {FOLDER}/{name}")
+    return found
+
+
+def _unpickle(packed: bytes) -> Any:
+    return _Unpickler(io.BytesIO(packed), encoding="bytes").load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads numbers, text, lists, dictionaries and arrays of bytes. It calls no function of another module."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in for a global name in a pickle."""
+        known = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy._core.numeric", "_codecs"}
+        if module not in known or name not in _STAND_INS:
+            raise ValueError(f"it asks for {module}.{name}, which may run code; nothing was run")
+        return _STAND_INS[name]
+
+
+class _Bytes:
+    """Stand-in for numpy's array of uint8."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, _, is_fortran, data = state
+        self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+
+
+class _Uint8:
+    """Stand-in for numpy's dtype."""
+
+    def __init__(self, name: str | bytes, *_: Any) -> None:
+        if name not in ("u1", b"u1"):
+            raise ValueError(f"the type of the values is {name!r}, not bytes")
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the byte order, which bytes do not have."""
+
+
+def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # of numpy, for protocol 5
+    array = _Bytes()
+    array.__setstate__((1, shape, None, order == "F", data))
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:  # of bytes, for protocol 2
+    if encoding != "latin1":
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_STAND_INS: dict[str, Any] = {
+    "_reconstruct": _Bytes,
+    "ndarray": _Bytes,
+    "dtype": _Uint8,
+    "_frombuffer": _from_buffer,
+    "encode": _encode,
+}
