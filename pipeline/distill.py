@@ -49,9 +49,7 @@ def distill(
     Raises:
         DistillKacError: the store, the guidance scale, the step count, the initial weights or the folder do not fit.
     """
-    spec = absolute_spec(spec)
-    check_student_storage(spec, lambda: bool(training.choose_workers(spec).workers))
-    spec = resolve_spec(spec)
+    spec = resolve_spec(check_paths(spec, lambda: bool(training.choose_workers(spec).workers)))
     plan, group = plan_student(spec), training.choose_workers(spec)
     student = plan.student
     storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
@@ -119,29 +117,30 @@ def start_student_run(
 
 def resolve_spec(spec: DistillSpec) -> DistillSpec:
     """Return the spec with absolute paths and a settled precision."""
-    spec = absolute_spec(spec)
+    spec = _absolute(spec)
     return spec.settled(lambda: training.choose_workers(spec).on_gpu)
 
 
 StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
 
 
-def absolute_spec(spec: StudentSpec) -> StudentSpec:
-    """Return the spec with absolute paths, which are valid in every process of the cluster."""
-    init = () if spec.init == "teacher" else ("init",)
-    return cluster.absolute_paths(spec, "store", "out", "teacher", *init)
-
-
-def check_student_storage(spec: StudentSpec, is_spread: Callable[[], bool]) -> None:
-    """Check that all machines can use the paths.
+def check_paths(spec: StudentSpec, is_spread: Callable[[], bool]) -> StudentSpec:
+    """Return the spec with absolute paths, after a check that all machines can use them.
 
     Raises:
         DistillKacError: only one of several machines has a path.
     """
+    spec = _absolute(spec)
     init = None if spec.init == "teacher" else spec.init
     paths = {"`store`": spec.store, "`out`": spec.out, "`init`": init, "`teacher`": spec.teacher}
     cache = storage.cache_of(spec.refine.kind == "data")
     storage.check_shared({**paths, **cache}, is_spread, writes_to_mlflow=spec.out)
+    return spec
+
+
+def _absolute(spec: StudentSpec) -> StudentSpec:
+    init = () if spec.init == "teacher" else ("init",)
+    return cluster.absolute_paths(spec, "store", "out", "teacher", *init)
 
 
 def plan_student(spec: DistillSpec) -> DistillPlan:

@@ -11,8 +11,7 @@ from pipeline import claims, outputs, store, tracking
 from pipeline.cluster import placement, storage
 from pipeline.config import EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.distill import (
-    absolute_spec,
-    check_student_storage,
+    check_paths,
     finish_stopped_student,
     plan_student,
     resolve_spec,
@@ -45,8 +44,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         DistillKacError: the options, the store, the cluster or the folder do not fit (before any trial starts), or
             trials failed (after all others have ended).
     """
-    spec = absolute_spec(spec)
-    check_student_storage(spec, lambda: True)
+    spec = check_paths(spec, lambda: True)
     planned = edge_trials(spec) if spec.search else grid_trials(spec)
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
