@@ -104,7 +104,7 @@ def test_a_shard_that_s3_always_refuses(
     fault = Fault("slow_down", ("PUT",), path=name.rsplit("=", 1)[-1])
     with monkeypatch.context() as patch, SERVER.failing(fault):
         patch.setattr(actors, "ShardActor", faulty.ImpatientActor)
-        with pytest.raises(RolloutError, match=rf"{store}/{name} .*reduce your request rate"):
+        with pytest.raises(RolloutError, match=rf"{store}/{name}\b.*reduce your request rate"):
             rollout(spec)
     assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # at most two actors
     existing = list_shards(store)
