@@ -25,8 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kac.data.source import Contents, Source, check_labels
-from kac.data.splits import HELD_OUT_EVERY, DataDescription, Dataset, LabelledImages, every_nth_of_each_class
+from kac.data.dataset import (
+    Contents,
+    DataDescription,
+    Dataset,
+    LabelledImages,
+    Source,
+    check_labels,
+    every_nth_of_each_class,
+)
 from kac.util import files
 from kac.util.cache import VARIABLE, cache_folder
 from kac.util.errors import DistillKacError
@@ -176,24 +183,24 @@ def decoding(source: Source, paths: CachePaths) -> Iterator[Decoding]:
     contents, is_remote = source.contents(), paths.shared != paths.local
     held_out = contents.held_out
     if held_out is None:
-        held_out = every_nth_of_each_class(torch.from_numpy(contents.labels), HELD_OUT_EVERY).numpy()
+        held_out = every_nth_of_each_class(torch.from_numpy(contents.labels)).numpy()
     check_labels(source.root, contents.labels, contents.num_classes, held_out)
     with _local_folder(paths.local) as folder:
         _check_room(folder, contents)
         for split, labels in zip(SPLITS, (contents.labels[~held_out], contents.labels[held_out]), strict=True):
-            np.save(f"{folder}/{split}-labels.npy", labels)
+            name = f"{split}-labels.npy"
+            np.save(f"{folder}/{name}", labels)
+            if is_remote:
+                files.write_bytes(files.join(paths.shared, name), Path(folder, name).read_bytes())
             _allocate(folder, split, (len(labels), *contents.shape))
 
         def finish() -> Dataset:
-            if not is_remote:
-                return _publish(folder, paths.local, _describe(folder, contents))
-            _download_images(paths.shared, folder)
+            if is_remote:
+                _download_images(paths.shared, folder)
             description = _describe(folder, contents)
-            for split in SPLITS:
-                name = f"{split}-labels.npy"
-                files.write_bytes(files.join(paths.shared, name), Path(folder, name).read_bytes())
-            data = description.model_dump_json(indent=1).encode()
-            files.write_bytes(files.join(paths.shared, DESCRIPTION_FILE), data)
+            if is_remote:
+                data = description.model_dump_json(indent=1).encode()
+                files.write_bytes(files.join(paths.shared, DESCRIPTION_FILE), data)
             return _publish(folder, paths.local, description)
 
         writer = Writer(source, contents.shape, paths.shared if is_remote else folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kac.data.source import Source, reading
+from kac.data.dataset import Source, reading
 from kac.util.errors import DistillKacError
 
 if TYPE_CHECKING:

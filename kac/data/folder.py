@@ -12,8 +12,8 @@ import numpy as np
 
 from kac.data import layout
 from kac.data.class_names import in_order
+from kac.data.dataset import Contents, Unit
 from kac.data.encoded import EncodedSource
-from kac.data.source import Contents, Unit
 from kac.util import files
 from kac.util.errors import DistillKacError
 

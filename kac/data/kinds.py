@@ -1,6 +1,6 @@
 """Datasets by kind.
 
-To add a kind without files, see ``kac/data/bundled.py``. To add a kind of files, write a ``Source``, register it in
+To add a kind without files, see ``kac/data/in_memory.py``. To add a kind of files, write a ``Source``, register it in
 ``FILE_KINDS``, and add it to ``DataKind``.
 """
 
@@ -11,14 +11,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from kac.data import bundled, decoded
-from kac.data.arrays import open_arrays
-from kac.data.bundled import BUNDLED, BundledKind
+from kac.data import decoded, in_memory
+from kac.data.dataset import Dataset, Source
 from kac.data.folder import FolderSource
+from kac.data.in_memory import BUNDLED, BundledKind
 from kac.data.parquet import ParquetSource
 from kac.data.published import Cifar10Source, IdxSource
-from kac.data.source import Source
-from kac.data.splits import Dataset
 from kac.util import files
 from kac.util.fingerprint import unhashed
 from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath
@@ -41,7 +39,7 @@ class DataConfig(Kinded):
 
     kind: DataKind = Field(
         "digits",
-        description=f"{bundled.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
+        description=f"{in_memory.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
         "folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face "
         "datasets; outside: arrays from a function of your own, by its import path",
     )
@@ -101,7 +99,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     if config.kind in BUNDLED:
         return BUNDLED[config.kind]()
     if config.factory is not None:
-        return open_arrays(config.factory, config.arguments, config.horizontal_flip)
+        return in_memory.open_arrays(config.factory, config.arguments, config.horizontal_flip)
     source, paths = _locate(config)
     return decoded.find(paths) or decoded.decode_here(source, paths)
 

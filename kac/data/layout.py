@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kac.data.splits import EVERY_FIFTH
+from kac.data.dataset import EVERY_FIFTH
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.text import shorten

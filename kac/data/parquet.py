@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kac.data import layout
+from kac.data.dataset import Contents, Unit, count_classes, reading
 from kac.data.encoded import EncodedSource
-from kac.data.source import Contents, Unit, count_classes, reading
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
 from kac.util.text import shorten

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kac.data.source import Contents, Source, Unit, count_classes, reading
+from kac.data.dataset import Contents, Source, Unit, count_classes, reading
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip

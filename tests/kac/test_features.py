@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kac.data import DataConfig, Dataset, all_rows, open_dataset
-from kac.data.splits import in_memory
-from kac.metrics.features import check_names, classifier, open_space, space_identity, space_name
-from kac.metrics.features.space import averaged_down
+from kac.data.in_memory import in_memory
+from kac.metrics import classifier
+from kac.metrics.features import averaged_down, check_names, open_space, space_identity, space_name
 from kac.util.errors import ArgumentError
 
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from kac import model as models
 from kac.data import open_dataset
-from kac.data.splits import in_memory
+from kac.data.in_memory import in_memory
 from kac.losses import EndpointConfig, EndpointObjective, LossTerms
 from kac.losses.refinement import energy_distance
 from kac.model import load_config, load_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.data.bundled import BUNDLED, HELP, BundledKind
-from kac.data.splits import every_nth_of_each_class, in_memory
+from kac.data.dataset import every_nth_of_each_class
+from kac.data.in_memory import BUNDLED, HELP, BundledKind, in_memory
 from kac.util.errors import ArgumentError
 
 DIGITS_SHA256 = "453743eb618751711f3bc7f631f76eb290619dcbf65cfb5cbf7e75c3faaa2e8b"

@@ -1,19 +1,119 @@
-"""Data of kind ``outside``: arrays in memory, from a function that is given by its import path."""
+"""Datasets in memory: from scikit-learn, generated here, or arrays from a function that is given by its import path.
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+To add a dataset without files, write a function that returns a ``Dataset``, and add it to ``BundledKind``, ``BUNDLED``
+and ``HELP`` below.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kac.data.source import check_labels, count_classes
-from kac.data.splits import HELD_OUT_EVERY, Dataset, LabelledImages, every_nth_of_each_class, in_memory
+from kac.data.dataset import (
+    EVERY_FIFTH,
+    DataDescription,
+    Dataset,
+    LabelledImages,
+    check_labels,
+    count_classes,
+    every_nth_of_each_class,
+)
 from kac.util.errors import ArgumentError, one_line
+from kac.util.fingerprint import fingerprint
 from kac.util.images import from_bytes, is_image
 from kac.util.imports import build
 
 OPTION = "`data.factory`"
+
+
+class InMemorySplit(NamedTuple):
+    """A split that is held in memory."""
+
+    data: LabelledImages
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def rows(self, ids: Tensor) -> LabelledImages:
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order."""
+        return LabelledImages(self.data.images[ids], self.data.labels[ids])
+
+
+def in_memory(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    held_out: Tensor | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Dataset:
+    """Return a dataset that is held in memory.
+
+    Args:
+        images: [count, *sample], float32 in [-1, 1].
+        labels: [count], int64 in 0 .. num_classes - 1.
+        held_out: [count] bool, the images to hold out; default: every fifth image of each class.
+        class_names: by label.
+    """
+    split = EVERY_FIFTH if held_out is None else "the held-out images are given with the data"
+    held_out = every_nth_of_each_class(labels) if held_out is None else held_out
+    train, rest = (InMemorySplit(LabelledImages(images[which], labels[which])) for which in (~held_out, held_out))
+    counts = torch.bincount(train.data.labels, minlength=num_classes).double()
+    content = hashlib.sha256()
+    for part in (images, labels, held_out):
+        content.update(part.contiguous().numpy().data)
+    description = DataDescription(
+        sample_shape=tuple(images.shape[1:]),
+        num_classes=num_classes,
+        class_frequencies=tuple((counts / counts.sum()).tolist()),
+        train=len(train),
+        held_out=len(rest),
+        sha256=fingerprint({"content": content.hexdigest(), "sample_shape": list(images.shape[1:])}),
+        class_names=class_names,
+        split=split,
+    )
+    return Dataset(description, train, rest)
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    return _in_memory(source.images[:, None] / 8 - 1, source.target, num_classes=10)
+
+
+def moons() -> Dataset:
+    """Return two interleaving half circles in the plane: samples of shape [2]."""
+    from sklearn.datasets import make_moons
+
+    points, labels = make_moons(4096, noise=0.05, random_state=0)
+    return _in_memory((points - np.array([0.5, 0.25])) / 2, labels, num_classes=2)
+
+
+def gaussians() -> Dataset:
+    """Return eight narrow Gaussians on a circle in the plane, one class each: the mixture of arXiv 2506.20641."""
+    labels = np.arange(4096) % 8
+    angle = 2 * np.pi * labels / 8
+    centres = 0.75 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    # RandomState gives the same stream in all versions of numpy, so the hash of the data never changes.
+    points = centres + 0.05 * np.random.RandomState(0).standard_normal((4096, 2))
+    return _in_memory(points, labels, num_classes=8)
+
+
+def _in_memory(images: np.ndarray, labels: np.ndarray, num_classes: int) -> Dataset:
+    tensor = torch.tensor(images, dtype=torch.float32).clamp(-1, 1)
+    return in_memory(tensor, torch.tensor(labels, dtype=torch.int64), num_classes)
+
+
+BundledKind = Literal["digits", "moons", "gaussians"]
+
+BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
+"""The functions that make the datasets."""
+
+HELP = "digits: 8x8 handwritten digits; moons, gaussians: points in the plane"
 
 
 class ArrayData(NamedTuple):
@@ -39,11 +139,8 @@ class ArrayData(NamedTuple):
 def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Dataset:
     """Call the data factory at the import path ``given``, and return its data as a dataset.
 
-    Args:
-        flips: whether the training images will be mirrored.
-
     Raises:
-        DistillKacError: the factory fails, or its data are not valid.
+        DistillKacError: the factory fails, its data are not valid, or points should be mirrored (``flips``).
     """
     data, name = build(OPTION, given, ArrayData, arguments), f"{OPTION} {given}"
     held_out = None
@@ -64,7 +161,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
     if flips and not is_image(tuple(images.shape[1:])):
         raise ArgumentError(f"`data.horizontal_flip` mirrors images, but {given} returned points. Remove it.")
     num_classes = len(class_names) or count_classes({name: labels.numpy()})
-    chosen = every_nth_of_each_class(labels, HELD_OUT_EVERY) if held_out is None else held_out
+    chosen = every_nth_of_each_class(labels) if held_out is None else held_out
     check_labels(name, labels.numpy(), num_classes, chosen.numpy())
     return in_memory(images, labels, num_classes, held_out, class_names)
 

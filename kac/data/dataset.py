@@ -1,15 +1,60 @@
-"""The interface of image files: what a kind of files must provide so that its images can be decoded into the cache."""
+"""Datasets with two splits, and the interface of files with images that can be decoded to a dataset."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line
+from kac.util.options import Options
+
+EVERY_FIFTH = "every fifth image of each class is held out"
+
+
+class DataDescription(Options):
+    """Facts about a dataset that are known without reading its images."""
+
+    sample_shape: tuple[int, ...]
+    num_classes: int
+    class_frequencies: tuple[float, ...]  # of the training images; they sum to 1
+    train: int  # number of training images
+    held_out: int  # number of held-out images
+    sha256: str  # of the content of both splits
+    class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
+    split: str = ""  # which images are held out, and why
+    warnings: tuple[str, ...] = ()  # messages for the user about the files
+
+
+class LabelledImages(NamedTuple):
+    """Some rows of a dataset."""
+
+    images: Tensor  # [rows, *sample], float32 in [-1, 1]
+    labels: Tensor  # [rows], int64 in 0 .. num_classes - 1
+
+
+class Split(Protocol):
+    """The training images or the held-out images of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, ids: Tensor) -> LabelledImages:
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled dataset. Models are trained only on ``train``, and compared with both splits."""
+
+    description: DataDescription
+    train: Split
+    held_out: Split
 
 
 class Unit(NamedTuple):
@@ -27,9 +72,9 @@ class Contents(NamedTuple):
     labels: np.ndarray  # [count], int64 in 0 .. num_classes - 1
     held_out: np.ndarray | None  # [count] bool; None: hold out every fifth image of each class
     units: list[Unit]  # all images, in order
+    split: str  # which images are held out, and why
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
-    split: str = ""  # which images are held out, and why
-    warnings: tuple[str, ...] = ()  # messages about the files for the user
+    warnings: tuple[str, ...] = ()  # messages for the user about the files
 
 
 @dataclass(frozen=True)
@@ -37,6 +82,7 @@ class Source(ABC):
     """Labelled images in files. It is pickled and sent to the processes that decode.
 
     All other fields of a subclass are options of ``DataConfig`` with the same names.
+    All methods raise ``DistillKacError`` if a file is missing, damaged or inconsistent. The message names the file.
     """
 
     root: str  # absolute path or s3:// URI of a file or folder
@@ -47,19 +93,11 @@ class Source(ABC):
 
     @abstractmethod
     def contents(self) -> Contents:
-        """Return everything in the files except the images.
-
-        Raises:
-            DistillKacError: files are missing, damaged or inconsistent.
-        """
+        """Return everything in the files except the images."""
 
     @abstractmethod
     def decode(self, content: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the images of one unit, uint8, in blocks [rows, *shape].
-
-        Raises:
-            DistillKacError: an image is damaged or has another shape; the message names it.
-        """
+        """Yield the images of one unit, uint8, in blocks [rows, *shape]."""
 
     def name(self, path: str) -> str:
         """Return the full path of ``path`` below the root; an empty path is the root."""
@@ -80,10 +118,7 @@ def reading(name: str, kind: str, advice: str = "Download it again.") -> Iterato
 
 
 def count_classes(labels: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes of integer labels 0 .. n - 1.
-
-    Args:
-        labels: the labels of each file, [images], of any integer type.
+    """Return the number of classes of the labels 0 .. n - 1 in files, [images] each, of any integer type.
 
     Raises:
         DistillKacError: a label is negative, or so large that a class has no image.
@@ -104,17 +139,25 @@ def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.n
     """Raise ``DistillKacError`` unless labels are in range, each class has training images and some are held out."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
-        raise DistillKacError(
-            f"{root} has the label {wrong[0]}, but labels must be in 0 .. {num_classes - 1}. Correct the labels."
-        )
+        problem = f"the label {wrong[0]}, but labels must be in 0 .. {num_classes - 1}. Correct the labels"
+        raise DistillKacError(f"{root} has {problem}.")
     counts = np.bincount(labels[~held_out], minlength=num_classes)
     if not counts.all():
-        raise DistillKacError(
-            f"{root} has no training images of class {int(np.argmin(counts))}, one of the classes "
-            f"0 .. {num_classes - 1}. Number the classes from 0 without gaps."
-        )
+        problem = f"no training images of class {int(np.argmin(counts))}, one of the classes 0 .. {num_classes - 1}"
+        raise DistillKacError(f"{root} has {problem}. Number the classes from 0 without gaps.")
     if not held_out.any():
-        raise DistillKacError(
-            f"{root} has at most {counts.max()} images per class, so no fifth image can be held out. Add images, so "
-            "that a class has at least 5, or add a test split."
-        )
+        problem = f"at most {counts.max()} images per class, so no fifth image can be held out"
+        raise DistillKacError(f"{root} has {problem}. Add images, so that a class has at least 5, or a test split.")
+
+
+def every_nth_of_each_class(labels: Tensor, n: int = 5) -> Tensor:
+    """Return a mask [count] bool of every n-th label of each class. It is the same on every machine."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():  # type: ignore[no-untyped-call]
+        chosen[torch.nonzero(labels == label)[n - 1 :: n]] = True
+    return chosen
+
+
+def all_rows(split: Split) -> LabelledImages:
+    """Return every row of a split that fits into memory."""
+    return split.rows(torch.arange(len(split)))
