@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kac.metrics import Metric
-from pipeline.evaluate.scores import REAL, direction
+from pipeline.evaluate.scores import REAL, Score, direction
 from pipeline.report import pictures
 from pipeline.sweep.sweep_results import NFE, Cost, Row, SweepResults, headings, ranked, text
 
@@ -40,8 +40,9 @@ def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tu
     for cost, rows in results.fronts.items():
         if rows:
             plots[f"front-{cost.name}"] = Plot(front_plot(results, cost), f"{heading} against {cost.label}")
-    if images is not None and results.on_front:
-        plots["samples"] = Plot(_sample_sheet(results, images), "samples of the front, with real images on top")
+    if images and results.record and results.on_front:
+        sheet = _sample_sheet(results.on_front, results.record.scores, images)
+        plots["samples"] = Plot(sheet, "samples of the front, with real images on top")
     for metric in results.columns:
         if metric.name != NFE and (png := heat_map(ranked(results.rows, metric), metric)):
             name, meaning = metric.name.replace("/", "-"), f"{metric.meaning}{direction(metric)}"
@@ -50,14 +51,13 @@ def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tu
     return {**plots, **of_parameters}, note
 
 
-def _sample_sheet(results: SweepResults, images: Sequence[np.ndarray]) -> bytes:
+def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequence[np.ndarray]) -> bytes:
     """Held-out images, samples of the front, and samples of its teachers."""
-    scales = {row.values.get("guidance") for row in results.on_front}
-    front = [(f"#{r.trial.number}  {r.name}", r.score_index) for r in results.on_front if r.score_index is not None]
-    scores = list(enumerate(results.record.scores if results.record else ()))
-    real = [(score.name, index) for index, score in scores if score.kind == REAL]
-    teachers = [(s.name, index) for index, s in scores if s.kind == "teacher" and s.guidance in scales]
-    return pictures.comparison([(name, images[index]) for name, index in (*real, *front, *teachers)])
+    scales = {row.values.get("guidance") for row in on_front}
+    real = [(score.name, score) for score in scores if score.kind == REAL]
+    students = [(f"#{row.trial.number}  {row.name}", row.score) for row in on_front if row.score]
+    teachers = [(score.name, score) for score in scores if score.kind == "teacher" and score.guidance in scales]
+    return pictures.comparison([(name, images[scores.index(s)]) for name, s in (*real, *students, *teachers)])
 
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
@@ -135,6 +135,8 @@ def front_plot(results: SweepResults, cost: Cost) -> bytes:
             label = None  # one line of the legend
     for name in ("x", "y"):
         _log_if_wide(axis, name)
+    if axis.get_xscale() == "linear":
+        axis.locator_params(axis="x", integer=True)
     axis.set(xlabel=f"{cost.label} ({cost.better} is better)", ylabel=f"{metric.heading}{direction(metric)}")
     axis.margins(0.1, 0.15)
     if is_low_good and axis.get_yscale() == "linear":

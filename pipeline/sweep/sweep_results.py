@@ -44,7 +44,6 @@ class Row:
     values: Mapping[str, Any]  # of the trial, with the evaluated "steps" and "guidance"
     metrics: Mapping[str, float]  # from training and from the evaluation
     score: Score | None = None
-    score_index: int | None = None  # in the evaluation
 
     @property
     def name(self) -> str:
@@ -92,10 +91,10 @@ def make_rows(trials: Iterable[TrialRecord], record: Record | None) -> list[Row]
     rows = []
     for trial in sorted(trials, key=lambda trial: trial.number):
         reported = {name: value for name, value in trial.metrics.items() if math.isfinite(value)}
-        scores = [(index, s) for index, s in enumerate(record.scores if record else ()) if s.folder == trial.out]
-        for index, score in scores:
+        scores = [score for score in (record.scores if record else ()) if score.folder == trial.out]
+        for score in scores:
             values = {**trial.values, "steps": score.steps, "guidance": score.guidance}
-            rows.append(Row(trial, values, {**reported, **score.metrics}, score, index))
+            rows.append(Row(trial, values, {**reported, **score.metrics}, score))
         if not scores:
             rows.append(Row(trial, trial.values, reported))
     return rows
