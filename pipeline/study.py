@@ -16,7 +16,7 @@ from kac.guidance import check_guidance
 from kac.metrics import Metric
 from kac.model import ModelConfig, learned_data, load_teacher_config
 from kac.sampling import Sampling
-from kac.study import CLAIMS, ClaimResult, Inputs, StudyModel, Trajectories
+from kac.study import CLAIMS, Inputs, StudyModel, Trajectories
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.log import log
@@ -49,23 +49,24 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
         log.info(f"study: {spec.out} is complete: nothing to do")
         return _log_table(json.loads(files.read_bytes(files.join(spec.out, STUDY_FILE)))["claims"])
     fingerprint = spec.fingerprint(**content)
-    fingerprints = {f"student.{model.name}": model.config.fingerprint for model in inputs.students}
-    fingerprints["teacher"] = inputs.teacher.config.weights_sha256
-    if inputs.rival:
-        fingerprints["rival"] = inputs.rival.config.fingerprint
-    if opened is not None:
-        fingerprints["rollout"] = opened.identity.fingerprint()
-    with tracking.start_run(
-        spec=spec, fingerprint=fingerprint, inputs=fingerprints, output=spec.out, parent=parent
-    ) as run:
-        claims: dict[str, dict[str, Any]] = {}
+    sources = {f"student.{model.name}": model.config.fingerprint for model in inputs.students}
+    sources["teacher"] = inputs.teacher.config.weights_sha256
+    sources |= {"rival": inputs.rival.config.fingerprint} if inputs.rival else {}
+    sources |= {"rollout": opened.identity.fingerprint()} if opened is not None else {}
+    claims: dict[str, dict[str, Any]] = {}
+    with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=sources, output=spec.out, parent=parent) as run:
         for claim in spec.claims:
             outcome = CLAIMS[claim](inputs)
             if isinstance(outcome, str):
                 claims[claim] = {"found": f"left out: {outcome}"}
-            else:
-                claims[claim] = {"found": outcome.text, "values": outcome.values}
-                _track(spec, run, fingerprint, claim, outcome)
+                continue
+            claims[claim] = {"found": outcome.text, "values": outcome.values}
+            # MLflow allows only some characters in a name, and only finite values.
+            metrics = {re.sub(r"[^\w./ -]", "_", f"{claim}/{name}"): value for name, value in outcome.metrics.items()}
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            tracking.declare(*(Metric(name, f"measures the claim {claim}; see {STUDY_FILE}") for name in finite))
+            run.metrics(finite)
+            _write(spec, run, fingerprint, f"{claim}.png", outcome.picture)
         record = {"fingerprint": fingerprint, "samples": spec.samples, "seed": spec.seed, "claims": claims}
         _write(spec, run, fingerprint, STUDY_FILE, json.dumps(_finite(record), indent=2).encode())
     return _log_table(claims)
@@ -89,29 +90,15 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     rival = None if spec.rival is None else StudyModel(spec.rival, load_teacher_config(spec.rival))
     if rival is not None:
         _check_rival(rival, StudyModel(spec.teacher, teacher))
-    return Inputs(
-        StudyModel(spec.teacher, teacher),
-        students,
-        rival,
-        None if opened is None else _trajectories(spec, opened),
-        data,
-        spec.samples,
-        spec.steps,
-        spec.precision,
-        spec.seed,
-        spec.batch_size,
-    )
-
-
-def _trajectories(spec: StudySpec, opened: store.Store) -> Trajectories:
-    identity, w = opened.identity, min(opened.guidance)
-    return Trajectories(
-        Sampling(w, identity.solver_steps, identity.solver, identity.knot_grid),
-        identity.source == "forward",
-        identity.knots,
-        identity.knot_columns,
-        partial(opened.first, spec.samples, w),
-    )
+    trajectories = None
+    if opened is not None:
+        identity, w = opened.identity, min(opened.guidance)
+        sampling = Sampling(w, identity.solver_steps, identity.solver, identity.knot_grid)
+        read = partial(opened.first, spec.samples, w)
+        is_forward = identity.source == "forward"
+        trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read)
+    options = (spec.samples, spec.steps, spec.precision, spec.seed, spec.batch_size)
+    return Inputs(StudyModel(spec.teacher, teacher), students, rival, trajectories, data, *options)
 
 
 def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
@@ -148,22 +135,12 @@ def _content(inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:
     """The inputs in the fingerprint of a study."""
     students = {model.name: model.config.weights_sha256 for model in inputs.students}
     content: dict[str, Any] = {"teacher": inputs.teacher.config.weights_sha256, "students": students}
-    if inputs.rival is not None:
-        content["rival"] = inputs.rival.config.weights_sha256
+    content |= {"rival": inputs.rival.config.weights_sha256} if inputs.rival else {}
     if opened is not None:
         w = min(opened.guidance)
         rows = min(inputs.samples, opened.rows(w))
         content["store"] = {"identity": opened.identity.fingerprint(), "guidance": w, "rows": rows}
     return content
-
-
-def _track(spec: StudySpec, run: tracking.TrackedRun, fingerprint: str, claim: str, result: ClaimResult) -> None:
-    # MLflow allows only some characters in a name, and only finite values.
-    named = {re.sub(r"[^\w./ -]", "_", f"{claim}/{name}"): value for name, value in result.metrics.items()}
-    finite = {name: value for name, value in named.items() if math.isfinite(value)}
-    tracking.declare(*(Metric(name, f"measures the claim {claim}; see {STUDY_FILE}") for name in finite))
-    run.metrics(finite)
-    _write(spec, run, fingerprint, f"{claim}.png", result.picture)
 
 
 def _write(spec: StudySpec, run: tracking.TrackedRun, fingerprint: str, name: str, content: bytes) -> None:

@@ -20,8 +20,8 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from kac.data import Dataset
-from kac.metrics.features.classifier import ClassifierRecipe, open_classifier
-from kac.metrics.features.space import Pooled, averaged_down
+from kac.metrics.classifier import ClassifierRecipe, open_classifier
+from kac.metrics.features import Pooled, averaged_down
 from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
 from kac.util.options import Kinded, expand_kind

@@ -7,8 +7,7 @@ images. Velocities and energies are measured on the network's own output.
 from collections.abc import Callable
 
 from kac.study import guidance_scales, marginals, memorisation, plane, solver_steps, speed_limit, stability
-from kac.study.claim import ClaimResult
-from kac.study.subject import Inputs, StudyModel, Trajectories
+from kac.study.subject import ClaimResult, Inputs, StudyModel, Trajectories
 
 CLAIMS: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "stability": stability.measure,

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kac.conditioning import guidance_problem
+from kac.metrics.classifier import Classifier
 from kac.metrics.features import FeatureSpace
-from kac.metrics.features.classifier import Classifier
 from kac.sampling import generate
-from kac.study.claim import ClaimResult, panels, png
-from kac.study.subject import Inputs, Subject
+from kac.study.subject import ClaimResult, Inputs, Subject, panels, png
 from kac.util.images import delivered
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 7.0, 10.0)

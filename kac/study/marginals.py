@@ -15,8 +15,7 @@ from kac.data import Dataset
 from kac.metrics.distances import sliced_wasserstein
 from kac.path import Path
 from kac.solvers import knot_times
-from kac.study.claim import TIME, ClaimResult, panels, png
-from kac.study.subject import Inputs
+from kac.study.subject import TIME, ClaimResult, Inputs, panels, png
 
 
 class Marginal(NamedTuple):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kac.metrics.distances import nearest_distances
-from kac.study.claim import ClaimResult, panels, png
-from kac.study.subject import Inputs
+from kac.study.subject import ClaimResult, Inputs, panels, png
 from kac.util.images import delivered
 
 MOST_ENERGETIC = 0.05

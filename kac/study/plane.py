@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kac.metrics.distances import sliced_wasserstein
 from kac.sampling import generate
-from kac.study.claim import TIME, ClaimResult, panels, png
-from kac.study.subject import Inputs, Subject, Watched
+from kac.study.subject import TIME, ClaimResult, Inputs, Subject, Watched, panels, png
 
 EDGE, CELLS = 1.25, 100
 """Densities are counted between -EDGE and EDGE, with this number of cells per side."""

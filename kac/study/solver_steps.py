@@ -14,8 +14,7 @@ from kac.metrics.features import FeatureSpace
 from kac.metrics.statistics import Moments, Statistics
 from kac.sampling import generate
 from kac.solvers import STEPPERS, Method
-from kac.study.claim import ClaimResult, panels, png
-from kac.study.subject import Inputs, Subject
+from kac.study.subject import ClaimResult, Inputs, Subject, panels, png
 from kac.util.images import delivered
 
 STEPS = (5, 10, 20, 50, 100)

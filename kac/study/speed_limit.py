@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kac.sampling import generate
-from kac.study.claim import ClaimResult, panels, png
-from kac.study.subject import Inputs, Subject, Watched
+from kac.study.subject import ClaimResult, Inputs, Subject, Watched, panels, png
 from kac.util.errors import DivergedError
 
 BINS = 80

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from kac.sampling import velocity_of
 from kac.solvers import knot_times, solve
-from kac.study.claim import TIME, ClaimResult, panels, png
-from kac.study.subject import Inputs, Subject
+from kac.study.subject import TIME, ClaimResult, Inputs, Subject, panels, png
 
 COINCIDE = 1e-5
 """States closer than this per coordinate differ by rounding only, so they are not used to measure the stretch."""

@@ -1,9 +1,10 @@
-"""What a study measures: models with their sampling and noise, and the teacher's stored trajectories."""
+"""The inputs of a study, the models that it samples, and the result of a claim with its picture."""
 
 import functools
+import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from kac.networks import Condition, VelocityNetwork
 from kac.precision import Precision
 from kac.sampling import TEACHER_STEPS, Sampling, initial_noise, student_sampling, teacher_sampling
 from kac.util.device import default_device
+
+TIME = {"xlabel": "t, from noise (1) to data (0)", "xlim": (1.03, -0.03)}
+"""Settings of a time axis."""
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,28 @@ class Inputs:
     def _load(self) -> Callable[[str], VelocityNetwork]:
         """Loads each network once, and compiles it once if ``precision.compile`` is set."""
         return functools.cache(lambda path: self.precision.wrap(load_model(path, default_device()).network))
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """The measurements of a claim."""
+
+    text: str  # one line
+    values: dict[str, Any]  # as JSON; by model if there are several
+    metrics: dict[str, float]  # named MEASURE/MODEL or MEASURE
+    picture: bytes = field(repr=False)  # PNG
+
+
+def panels(rows: int, columns: int, width: float = 5.5) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, 4.5 * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def png(figure: Any) -> bytes:
+    """Return the figure as PNG."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=110)
+    return sink.getvalue()

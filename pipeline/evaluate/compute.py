@@ -60,17 +60,29 @@ def _try_spaces(names: Sequence[str], data: DataConfig) -> None:
 
 
 def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
-    """Compute the samples and features of the chunks ``todo`` into the cache.
+    """Compute chunks into the cache.
 
     Raises:
         DistillKacError: a model gives values that are not finite, an actor sees another cache, or Ray fails.
     """
     if not todo:
         return
-    finished_rows = _on_actors(spec, data, spaces, todo) if spec.actors != 0 else _in_process(spaces, todo)
-    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar, closing(finished_rows):
-        for rows in finished_rows:
-            bar.update(rows)
+    with ProgressBar("evaluate", sum(len(chunk.ids) for chunk in todo), "images") as bar:
+        if spec.actors == 0:
+            for chunk in todo:
+                chunk.make(spaces)
+                bar.update(len(chunk.ids))
+            return
+        import ray
+
+        group = choose_actors(spec).for_work(len(todo))
+        wait_for_capacity("evaluate", "`actors`", group.actors, group.resources)
+        actor: Any = ray.remote(ChunkActor).options(**group.resources.remote_options)
+        expected = [space.fingerprint for space in spaces]
+        finished_rows = each_once(lambda: actor.remote(spec.features, data, expected), most(group.actors), todo)
+        with _ray_errors("The actors of the evaluation"), closing(finished_rows):
+            for rows in finished_rows:
+                bar.update(rows)
 
 
 class ChunkActor:
@@ -95,25 +107,6 @@ def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
     return [open_space(name, open_dataset(data), default_device()) for name in names]
 
 
-def _in_process(spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> Generator[int]:
-    for chunk in todo:
-        chunk.make(spaces)
-        yield len(chunk.ids)
-
-
-def _on_actors(
-    spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]
-) -> Generator[int]:
-    import ray
-
-    group = choose_actors(spec).for_work(len(todo))
-    wait_for_capacity("evaluate", "`actors`", group.actors, group.resources)
-    actor: Any = ray.remote(ChunkActor).options(**group.resources.remote_options)
-    expected = [space.fingerprint for space in spaces]
-    with _ray_errors("The actors of the evaluation"):
-        yield from each_once(lambda: actor.remote(spec.features, data, expected), most(group.actors), todo)
-
-
 @contextmanager
 def _ray_errors(work: str) -> Iterator[None]:
     """Raise errors of Ray, and errors in its tasks, as ``DistillKacError``."""
@@ -128,7 +121,7 @@ def _ray_errors(work: str) -> Iterator[None]:
         raise DistillKacError(f"{work} failed in Ray: {cluster.innermost(error)}") from None
 
 
-def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Iterator[Any]:
+def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Generator[Any]:
     """Yield ``actor.make(item)`` for each item once, in the order of completion.
 
     Args:
@@ -141,16 +134,16 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
     """
     import ray
 
-    left, losses = deque(range(len(items))), Counter[int | None]()
-    running: dict[Any, tuple[Any, int | None]] = {}
+    left, losses, done = deque(range(len(items))), Counter[int | None](), 0
+    running: dict[Any, tuple[Any, int | None]] = {}  # call -> actor, and its item or None while it starts
 
-    def begin(actor: Any) -> None:
+    def begin() -> None:
+        actor = start()
         running[actor.__ray_ready__.remote()] = actor, None
 
     try:
         for _ in range(actors):
-            begin(start())
-        done = 0
+            begin()
         while done < len(items):
             (ended,), _ = ray.wait(list(running), num_returns=1)
             actor, number = running[ended]
@@ -164,7 +157,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> It
                     left.appendleft(number)
                 del running[ended]
                 ray.kill(actor)
-                begin(start())
+                begin()
                 continue
             del running[ended]  # after ray.get, so that the actor of a call that raised is killed below
             if number is not None:

@@ -27,8 +27,8 @@ from torch import Tensor
 from kac.conditioning import known_classes
 from kac.data import DataConfig, open_dataset
 from kac.metrics import Evaluated, Reference, Statistics
+from kac.metrics.classifier import Classifier
 from kac.metrics.features import FeatureSpace, check_features
-from kac.metrics.features.classifier import Classifier
 from kac.metrics.statistics import KEPT_ROWS
 from kac.model import Model, ModelConfig, load_model
 from kac.precision import Precision
@@ -39,6 +39,8 @@ from kac.util.device import default_device
 from kac.util.errors import DistillKacError, one_line
 from kac.util.fingerprint import fingerprint, hashed_values
 from kac.util.images import delivered, from_bytes, is_image, to_bytes
+from pipeline.config import EvaluateSpec
+from pipeline.evaluate.inputs import Candidate
 
 CHUNK_ROWS = 1000
 """Samples per chunk."""
@@ -87,11 +89,7 @@ class ModelSamples:
         return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
 
     def rows(self, ids: range) -> Rows:
-        """Read the samples of a chunk from the cache.
-
-        Raises:
-            DistillKacError: the file is missing or damaged.
-        """
+        """Read the samples of a chunk from the cache. Raises ``DistillKacError`` for a missing or damaged file."""
         with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
             images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
             nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
@@ -133,6 +131,26 @@ class RealImages:
 
 
 Source = ModelSamples | RealImages
+
+
+class Comparison(NamedTuple):
+    """The models and the real images of an evaluation, and the feature spaces that compare them."""
+
+    spec: EvaluateSpec
+    candidates: list[Candidate]
+    spaces: list[FeatureSpace]
+    train: RealImages
+    held_out: RealImages
+
+    def source(self, candidate: Candidate, seed: int) -> ModelSamples:
+        """The samples of a candidate from one noise seed."""
+        _, path, config, _, sampling = candidate
+        return ModelSamples(path, config, sampling, self.spec.precision, seed, self.spec.samples, self.spec.batch_size)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The noise seeds."""
+        return tuple(range(self.spec.seed, self.spec.seed + self.spec.seeds))
 
 
 class Chunk(NamedTuple):

@@ -13,9 +13,9 @@ from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.options import Options
 
-EVALUATION_FILE, TABLE_FILE = "evaluation.json", "table.txt"
-SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
+EVALUATION_FILE = "evaluation.json"
 REAL = "real"
+PIXEL_SPACES = {"pixels", "pooled"}
 
 
 class Score(Options):
@@ -105,15 +105,12 @@ def row(record: Record, score: Score) -> list[str]:
     """The cells of a score under ``head``."""
     steps = "" if score.steps is None else str(score.steps)
     guidance = "" if score.guidance is None else f"{score.guidance:g}"
-    return [score.name, steps, guidance, f"{score.count:,}", *(_cell(score, metric) for metric in columns(record))]
-
-
-def _cell(score: Score, metric: QualityMetric) -> str:
-    if metric.name not in score.metrics:
-        return ""
-    text = format(score.metrics[metric.name], metric.format)
-    half_width = score.half_widths.get(metric.name)
-    return f"{text} ±{half_width:{metric.format}}" if half_width else text
+    cells = [score.name, steps, guidance, f"{score.count:,}"]
+    for metric in columns(record):
+        value, half_width = score.metrics.get(metric.name), score.half_widths.get(metric.name)
+        text = "" if value is None else format(value, metric.format)
+        cells.append(f"{text} ±{half_width:{metric.format}}" if half_width else text)
+    return cells
 
 
 def direction(metric: Metric) -> str:
@@ -127,14 +124,11 @@ def table(record: Record) -> str:
 
 
 def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a text table. A heading is split after its first word into two lines."""
-    heads = [heading.partition(" ") for heading in headings]
-    rows = [[top for top, _, _ in heads], [below for _, _, below in heads], *cells]
+    """The lines of a text table: names aligned left, numbers right, headings in two lines after their first word."""
+    tops, _, belows = zip(*(heading.partition(" ") for heading in headings), strict=True)
+    rows = [tops, belows, *cells]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in rows  # names aligned left, numbers right
-    ]
+    lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]).rstrip() for r in rows]
     return [*lines[:2], "-" * max(map(len, lines)), *lines[2:]]
 
 
@@ -142,9 +136,15 @@ def provenance(record: Record) -> list[str]:
     """Notes on the scores: counts, noise seeds, real images, feature spaces."""
     seeds, real = record.seeds, record.real
     noise = f"noise seed {seeds[0]}" if len(seeds) == 1 else f"noise seeds {seeds[0]} .. {seeds[-1]}, mean ±95 %"
-    spaces = [_space(name, record.facts.get(name, {})) for name in record.features]
-    trained_in = {name: _models_trained_in(name, record.scores) for name in record.features}
-    seen = [f"{name} ({', '.join(models)})" for name, models in trained_in.items() if models]
+    spaces, seen = [], []
+    for name in record.features:
+        facts = [f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in record.facts.get(name, {}).items()]
+        spaces.append(f"{name} ({', '.join(facts)})" if facts else name)
+        # Pooled pixels are equivalent to pixels. No refinement uses the other spaces of an evaluation.
+        models = [
+            s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
+        ]
+        seen += [f"{name} ({', '.join(dict.fromkeys(models))})"] if models else []
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
         f"{record.kept_rows:,} rows",
@@ -153,15 +153,3 @@ def provenance(record: Record) -> list[str]:
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),
         *([f"not comparable in feature spaces used to train a model: {'; '.join(seen)}"] if seen else []),
     ]
-
-
-def _models_trained_in(space: str, scores: Sequence[Score]) -> list[str]:
-    """The models that were refined in a feature space, or in an equivalent one."""
-    of_pixels = {"pixels", "pooled"}
-    equivalent = of_pixels if space in of_pixels else set()  # no refinement uses the other spaces of an evaluation
-    return list(dict.fromkeys(score.any_step or score.name for score in scores if equivalent & set(score.refined_in)))
-
-
-def _space(name: str, facts: dict[str, float]) -> str:
-    text = ", ".join(f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in facts.items())
-    return f"{name} ({text})" if text else name

@@ -1,16 +1,12 @@
 """The stage: score held-out images, and the teacher and its students from the same noise."""
 
-import io
 import itertools
-import json
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from kac.data import open_dataset
-from kac.metrics import Evaluated, QualityMetric, Reference, quality_metrics
-from kac.metrics.features import TORCHSCRIPT, FeatureSpace, open_space, space_identity
-from kac.metrics.quality import MEMORISATION_ROWS, PIXELS, at_floor_count
+from kac.metrics import Evaluated, Reference, quality_metrics
+from kac.metrics.features import TORCHSCRIPT, open_space, space_identity
+from kac.metrics.quality import MEMORISATION_ROWS, PIXELS
 from kac.metrics.statistics import KEPT_ROWS
 from kac.model import learned_data, load_teacher_config
 from kac.sampling import TEACHER_STEPS
@@ -23,62 +19,22 @@ from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.compute import make_chunks, open_spaces, try_features
 from pipeline.evaluate.inputs import Candidate, find_candidates, resolve
-from pipeline.evaluate.model_runs import SHOWN_SAMPLES, track_models
+from pipeline.evaluate.results import write_results
 from pipeline.evaluate.samples import (
-    CHUNK_ROWS,
+    Comparison,
     ModelSamples,
     RealImages,
-    chunks,
     gather,
     statistics_file,
     training_statistics,
     unfinished,
 )
-from pipeline.evaluate.scores import (
-    CURVE_PICTURE,
-    EVALUATION_FILE,
-    REAL,
-    SAMPLES_PICTURE,
-    TABLE_FILE,
-    Record,
-    Score,
-    head,
-    mean_score,
-    read_record,
-    row,
-    table,
-)
-from pipeline.report import pictures
-
-SAMPLES_FILE = "samples.npz"
-"""The shown samples of each row of the table; the keys are row numbers."""
-
-TABLE_JSON = "table.json"
+from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
 
 REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
 """Fields of the data's description that a record contains."""
 
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
-
-
-class Comparison(NamedTuple):
-    """The models and the real images of an evaluation, and the feature spaces that compare them."""
-
-    spec: EvaluateSpec
-    candidates: list[Candidate]
-    spaces: list[FeatureSpace]
-    train: RealImages
-    held_out: RealImages
-
-    def source(self, candidate: Candidate, seed: int) -> ModelSamples:
-        """The samples of a candidate from one noise seed."""
-        _, path, config, _, sampling = candidate
-        return ModelSamples(path, config, sampling, self.spec.precision, seed, self.spec.samples, self.spec.batch_size)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The noise seeds."""
-        return tuple(range(self.spec.seed, self.spec.seed + self.spec.seeds))
 
 
 def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
@@ -125,7 +81,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     ) as run:
         comparison = _draw(spec, candidates)
         record = _score_all(comparison, fingerprint)
-        _write(comparison, run, record)
+        write_results(comparison, run, record)
     log.info(table(record))
     return list(record.scores)
 
@@ -225,65 +181,3 @@ def _score(candidate: Candidate, count: int, metrics: dict[str, float]) -> Score
         folder=path,
         prefix=prefix,
     )
-
-
-def _write(comparison: Comparison, run: tracking.TrackedRun, record: Record) -> None:
-    """Write files and log to MLflow; ``evaluation.json``, which marks the folder as complete, comes last."""
-    spec = comparison.spec
-    tracking.declare(*record.metrics().values())
-    images, labels = _shown(comparison)
-    if max(labels) < comparison.candidates[0].config.num_classes:  # not the null labels of an unconditional model
-        record = record.model_copy(update={"shown_labels": labels})
-    names = [score.name for score in record.scores]
-    sink = io.BytesIO()
-    np.savez_compressed(sink, **{str(number): rows for number, rows in enumerate(images)})  # type: ignore[arg-type]
-    contents = {
-        SAMPLES_PICTURE: pictures.comparison(list(zip(names, images, strict=True))),
-        CURVE_PICTURE: pictures.quality_by_nfe(plotted(record), record.scores),
-        TABLE_FILE: table(record).encode(),
-    }
-    for name, data in {**contents, SAMPLES_FILE: sink.getvalue()}.items():
-        files.write_bytes(files.join(spec.out, name), data)
-    # In the format of mlflow.log_table. MLflow's pages show the artifact in the tag as a table.
-    cells = {"columns": head(record), "data": [row(record, score) for score in record.scores]}
-    for name, data in {**contents, TABLE_JSON: json.dumps(cells).encode()}.items():
-        run.artifact(name, data)
-    run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_JSON, "type": "table"}])})
-    track_models(spec, run, record, images, contents[CURVE_PICTURE])
-    text = json.dumps(record.model_dump(mode="json"), indent=2).encode()
-    run.artifact(EVALUATION_FILE, text)
-    outputs.check_owner(spec.out, record.fingerprint)
-    files.write_bytes(files.join(spec.out, EVALUATION_FILE), text)
-
-
-def read_shown(out: str) -> list[np.ndarray] | None:
-    """The shown samples [shown, *sample] of each row of an evaluation; None if an older version wrote it."""
-    path = files.join(out, SAMPLES_FILE)
-    if not files.exists(path):
-        return None
-    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as arrays:
-        return [arrays[str(number)] for number in range(len(arrays.files))]
-
-
-def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The first samples of each row of the table, and their labels.
-
-    The held-out images have the same labels, as far as there are such images.
-    """
-    sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
-    samples = [source.rows(chunks(source)[0].ids) for source in sources]
-    real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
-    labels, unused = samples[0].label[:SHOWN_SAMPLES].tolist(), real.label.tolist()
-    chosen = []
-    for label in labels[: len(unused)]:
-        index = unused.index(label) if label in unused else next(i for i, each in enumerate(unused) if each is not None)
-        unused[index] = None
-        chosen.append(index)
-    return [real.images[chosen].numpy(), *(rows.images[:SHOWN_SAMPLES].numpy() for rows in samples)], tuple(labels)
-
-
-def plotted(record: Record) -> list[QualityMetric]:
-    """The metrics in the plot. Frechet distances depend on the count, so they are shown at that of the real images."""
-    metrics = record.metrics()
-    shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
-    return [metric for metric in shown if all(metric.name in score.metrics for score in record.scores[1:])]

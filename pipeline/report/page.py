@@ -49,6 +49,9 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
 }
 """
 
+LONG_TEXT = 48
+"""Cells with more characters may wrap."""
+
 
 def page(title: str, parts: Sequence[str]) -> bytes:
     """The content of the HTML file.
@@ -66,12 +69,12 @@ def page(title: str, parts: Sequence[str]) -> bytes:
 
 def heading(text: str, level: int = 2) -> str:
     """A heading."""
-    return f"<h{level}>{html.escape(text)}</h{level}>"
+    return _element(f"h{level}", html.escape(text))
 
 
 def paragraph(*lines: str, kind: str = "") -> str:
     """A paragraph, with a line break after each line."""
-    return f"<p{_class(kind)}>{'<br>'.join(map(html.escape, lines))}</p>"
+    return _element("p", "<br>".join(map(html.escape, lines)), kind)
 
 
 def mlflow_command(uri: str) -> str:
@@ -83,12 +86,12 @@ def mlflow_command(uri: str) -> str:
 
 def listing(text: str) -> str:
     """Preformatted text."""
-    return f"<pre>{html.escape(text)}</pre>"
+    return _element("pre", html.escape(text))
 
 
 def landscape(parts: Sequence[str]) -> str:
     """Parts that are printed on landscape pages of their own."""
-    return f'<section class="landscape">{"".join(parts)}</section>'
+    return _element("section", "".join(parts), "landscape")
 
 
 def table(
@@ -100,37 +103,31 @@ def table(
         texts: columns of text, aligned left; the other columns are numbers, aligned right.
         marked: highlighted rows.
     """
-    top = "".join(f"<th{_class('text' if n in texts else '')}>{html.escape(cell)}</th>" for n, cell in enumerate(heads))
-    lines = [
-        f"<tr{_class('marked' if number in marked else '')}>"
-        + "".join(f"<td{_class(_cell_class(n in texts, cell))}>{html.escape(cell)}</td>" for n, cell in enumerate(row))
-        + "</tr>"
-        for number, row in enumerate(rows)
-    ]
-    box = f'<div class="scroll" style="--columns: {len(heads)}">'
-    return f"{box}<table><thead><tr>{top}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
 
+    def line(kind: str, cells: Sequence[str], classes: str = "") -> str:
+        parts = []
+        for number, text in enumerate(cells):
+            is_long = len(text) > LONG_TEXT
+            parts.append(_element(kind, html.escape(text), "text" + " long" * is_long if number in texts else ""))
+        return _element("tr", "".join(parts), classes)
 
-LONG_TEXT = 48
-"""Cells with more characters may wrap."""
-
-
-def _cell_class(is_text: bool, cell: str) -> str:
-    return " ".join([*(["text"] if is_text else []), *(["long"] if is_text and len(cell) > LONG_TEXT else [])])
+    body = "\n".join(line("td", row, "marked" if number in marked else "") for number, row in enumerate(rows))
+    content = f"<table><thead>{line('th', heads)}</thead><tbody>\n{body}\n</tbody></table>"
+    return f'<div class="scroll" style="--columns: {len(heads)}">{content}</div>'
 
 
 def picture(png: bytes, alt: str, caption: str = "", is_wide: bool = False) -> str:
     """An embedded picture. ``alt`` describes it to screen readers; a wide picture scrolls on a phone."""
-    data = base64.b64encode(png).decode()
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-    return f"<figure{_class('wide' if is_wide else '')}>{image}{below}</figure>"
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    below = _element("figcaption", html.escape(caption)) if caption else ""
+    return _element("figure", image + below, "wide" if is_wide else "")
 
 
 def pictures(parts: Sequence[str]) -> str:
     """A grid of pictures, with as many columns as fit."""
-    return f'<div class="pictures">{"".join(parts)}</div>'
+    return _element("div", "".join(parts), "pictures")
 
 
-def _class(names: str) -> str:
-    return f' class="{names}"' if names else ""
+def _element(kind: str, content: str, classes: str = "") -> str:
+    attribute = f' class="{classes}"' if classes else ""
+    return f"<{kind}{attribute}>{content}</{kind}>"

@@ -22,8 +22,8 @@ from kac.util.log import log
 from pipeline import tracking
 from pipeline.config import SweepSpec
 from pipeline.evaluate.inputs import ANSWER_FILE
+from pipeline.evaluate.results import read_shown
 from pipeline.evaluate.scores import provenance, read_record
-from pipeline.evaluate.stage import read_shown
 from pipeline.outputs import SPEC_FILE
 from pipeline.report import page
 from pipeline.sweep.ledger import TrialRecord

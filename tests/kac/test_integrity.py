@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kac.data import DataConfig, DataDescription, open_dataset, published
-from kac.metrics.features.pretrained import torchscript
+from kac.metrics.pretrained import torchscript
 from kac.networks.weight_files import read_weights
 from kac.util.errors import DistillKacError
 from kac.util.integrity import check_zip, gunzip

@@ -22,8 +22,8 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache. A fixture named ``cache`` would replace the one of the session, in which Ray starts."""
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -41,24 +41,24 @@ def scripted(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ["ThreeChannels", "Bytes", "NotANumber", "OneRow", "Pair", "TrainingMode"])
 def test_an_evaluation_draws_and_writes_nothing_before_a_refusal(
-    name: str, digits_teacher: str, cache: Path, tmp_path: Path
+    name: str, digits_teacher: str, empty_cache: Path, tmp_path: Path
 ):
     """The classifier is not trained either, although it comes first in ``features``."""
     given, runs = scripted(tmp_path, name), len(runs_of("evaluate"))
     with pytest.raises(ArgumentError, match=f"`features` {given}"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "classifier", given))
-    assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
+    assert not (tmp_path / "out").exists() and not any(path.is_file() for path in empty_cache.rglob("*"))
     assert len(runs_of("evaluate")) == runs
 
 
 @pytest.mark.parametrize("given", ["no.such.module:net", "tests.feature_networks:Nowhere", "FOLDER/weights.pt"])
 def test_a_network_that_cannot_be_opened_is_refused_before_anything_is_written(
-    given: str, digits_teacher: str, cache: Path, tmp_path: Path
+    given: str, digits_teacher: str, empty_cache: Path, tmp_path: Path
 ):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
     with pytest.raises(ArgumentError, match="`features`"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", given.replace("FOLDER", str(tmp_path))))
-    assert not (tmp_path / "out").exists() and not any(path.is_file() for path in cache.rglob("*"))
+    assert not (tmp_path / "out").exists() and not any(path.is_file() for path in empty_cache.rglob("*"))
 
 
 def test_networks_are_tried_where_the_evaluation_will_run_them(
@@ -107,10 +107,12 @@ def test_a_finished_evaluation_needs_no_network(digits_teacher: str, tmp_path: P
     assert evaluate(spec) == scores
 
 
-def test_cached_features_that_are_not_finite_are_refused_by_path(digits_teacher: str, cache: Path, tmp_path: Path):
+def test_cached_features_that_are_not_finite_are_refused_by_path(
+    digits_teacher: str, empty_cache: Path, tmp_path: Path
+):
     given = "tests.feature_networks:Thin"
     evaluate(spec_of(digits_teacher, tmp_path / "first", given))
-    for path in (cache / "features").rglob("*.npy"):
+    for path in (empty_cache / "features").rglob("*.npy"):
         np.save(path, np.full_like(np.load(path), np.nan))
     with pytest.raises(ArgumentError, match=f"`features` {given} .*features/.*NaN"):
         evaluate(spec_of(digits_teacher, tmp_path / "second", given, batch_size=100))

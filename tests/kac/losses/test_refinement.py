@@ -19,8 +19,8 @@ from kac.losses.refinement import (
     refinement_loss,
     straight_through,
 )
-from kac.metrics.features import classifier
-from kac.metrics.features.classifier import EVALUATION_CLASSIFIER
+from kac.metrics import classifier
+from kac.metrics.classifier import EVALUATION_CLASSIFIER
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
 from kac.util.images import delivered

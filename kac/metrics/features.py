@@ -108,7 +108,7 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
     Raises:
         ArgumentError: the name is unknown, a package or file is missing, or the space does not fit the data.
     """
-    from kac.metrics.features import classifier, pretrained
+    from kac.metrics import classifier, pretrained
 
     check_fits(given, data)
     facts: dict[str, float] = {}

@@ -1,0 +1,147 @@
+"""Writes the results of an evaluation to its folder, to its run, and to the runs of the evaluated models."""
+
+import io
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from kac.metrics import QualityMetric
+from kac.metrics.quality import at_floor_count
+from kac.util import files
+from pipeline import outputs, tracking
+from pipeline.config import EvaluateSpec
+from pipeline.evaluate.samples import CHUNK_ROWS, Comparison, chunks
+from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, head, row, table
+from pipeline.report import pictures
+
+TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
+SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
+SAMPLES_FILE = "samples.npz"
+"""The shown samples of each row of the table; the keys are row numbers."""
+
+SHOWN_SAMPLES = 12
+"""Images per row of the picture."""
+
+STAGES = {"student": ("distill",), "teacher": ("teach", "convert")}
+"""The stages that produce each kind of model."""
+
+HALF_WIDTH_TAG = "distillkac.half_width."
+EVALUATION_TAG = "distillkac.evaluation"
+
+
+def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Record) -> None:
+    """Write files and log to MLflow; ``evaluation.json``, which marks the folder as complete, comes last."""
+    spec = comparison.spec
+    tracking.declare(*record.metrics().values())
+    images, labels = _shown(comparison)
+    if max(labels) < comparison.candidates[0].config.num_classes:  # not the null labels of an unconditional model
+        record = record.model_copy(update={"shown_labels": labels})
+    names = [score.name for score in record.scores]
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **{str(number): rows for number, rows in enumerate(images)})  # type: ignore[arg-type]
+    contents = {
+        SAMPLES_PICTURE: pictures.comparison(list(zip(names, images, strict=True))),
+        CURVE_PICTURE: pictures.quality_by_nfe(plotted(record), record.scores),
+        TABLE_FILE: table(record).encode(),
+    }
+    for name, data in {**contents, SAMPLES_FILE: sink.getvalue()}.items():
+        files.write_bytes(files.join(spec.out, name), data)
+    # In the format of mlflow.log_table. MLflow's pages show the artifact in the tag as a table.
+    cells = {"columns": head(record), "data": [row(record, score) for score in record.scores]}
+    for name, data in {**contents, TABLE_JSON: json.dumps(cells).encode()}.items():
+        run.artifact(name, data)
+    run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_JSON, "type": "table"}])})
+    _track_models(spec, run, record, images, contents[CURVE_PICTURE])
+    text = json.dumps(record.model_dump(mode="json"), indent=2).encode()
+    run.artifact(EVALUATION_FILE, text)
+    outputs.check_owner(spec.out, record.fingerprint)
+    files.write_bytes(files.join(spec.out, EVALUATION_FILE), text)
+
+
+def read_shown(out: str) -> list[np.ndarray] | None:
+    """The shown samples [shown, *sample] of each row of an evaluation; None if an older version wrote it."""
+    path = files.join(out, SAMPLES_FILE)
+    if not files.exists(path):
+        return None
+    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as arrays:
+        return [arrays[str(number)] for number in range(len(arrays.files))]
+
+
+def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """The first samples of each row of the table, and their labels.
+
+    The held-out images have the same labels, as far as there are such images.
+    """
+    sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
+    samples = [source.rows(chunks(source)[0].ids) for source in sources]
+    real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
+    labels, unused = samples[0].label[:SHOWN_SAMPLES].tolist(), real.label.tolist()
+    chosen = []
+    for label in labels[: len(unused)]:
+        index = unused.index(label) if label in unused else next(i for i, each in enumerate(unused) if each is not None)
+        unused[index] = None
+        chosen.append(index)
+    return [real.images[chosen].numpy(), *(rows.images[:SHOWN_SAMPLES].numpy() for rows in samples)], tuple(labels)
+
+
+def plotted(record: Record) -> list[QualityMetric]:
+    """The metrics in the plot. Frechet distances depend on the count, so they are shown at that of the real images."""
+    metrics = record.metrics()
+    shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
+    return [metric for metric in shown if all(metric.name in score.metrics for score in record.scores[1:])]
+
+
+def _track_models(
+    spec: EvaluateSpec, run: tracking.TrackedRun, record: Record, images: Sequence[np.ndarray], curve: bytes
+) -> None:
+    """Add metrics, pictures and the table to the run of each model.
+
+    Real images, and models without a run on this server, get nested runs.
+
+    Args:
+        run: of the evaluation.
+        images: the first delivered samples [shown, *sample] of each score.
+        curve: plot of quality against cost.
+    """
+    details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
+    tags = {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": text for name, text in details.items()}}
+    rows = list(zip(record.scores, images, strict=True))
+    for folder in dict.fromkeys(score.folder for score in record.scores):
+        own = [(score, shown) for score, shown in rows if score.folder == folder]
+        # The newest run that produced the model, on the server of the evaluation.
+        stages = STAGES.get(own[0][0].kind, ())
+        runs = [r for stage in stages for r in tracking.find_runs(own[0][0].fingerprint, stage, run.tracking_uri)]
+        if not runs:
+            for score, shown in own:
+                _start_nested_run(spec, run, score, shown)
+            continue
+        _log(runs[0], [score for score, _ in own])
+        runs[0].tags(tags)
+        picture = pictures.comparison([(score.name, shown) for score, shown in (rows[0], *own)])
+        contents = {SAMPLES_PICTURE: picture, CURVE_PICTURE: curve, TABLE_FILE: table(record).encode()}
+        for name, data in contents.items():
+            runs[0].artifact(f"evaluation-{record.fingerprint[:8]}/{name}", data)
+
+
+def _log(run: tracking.TrackedRun, scores: Sequence[Score]) -> None:
+    """Log metrics, and the half widths of their confidence intervals as tags."""
+    run.metrics({score.prefix + name: value for score in scores for name, value in score.metrics.items()})
+    widths = {score.prefix + name: value for score in scores for name, value in score.half_widths.items()}
+    run.tags({f"{HALF_WIDTH_TAG}{name}": f"{value:.3g}" for name, value in widths.items()})
+
+
+def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score, images: np.ndarray) -> None:
+    with tracking.start_run(
+        stage="evaluate-model",
+        name=score.name,
+        spec=spec,
+        fingerprint=score.fingerprint,
+        inputs={score.kind: score.fingerprint},
+        output=spec.out,
+        parent=run,
+    ) as nested:
+        _log(nested, [score.model_copy(update={"prefix": ""})])
+        if score.kind != REAL:
+            nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
+        nested.artifact(SAMPLES_PICTURE, pictures.sheet(images, SHOWN_SAMPLES))
