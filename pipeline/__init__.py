@@ -41,18 +41,6 @@ from pipeline.sweep.sweep_stage import sweep as _sweep
 from pipeline.teach import teach as _teach
 from pipeline.tracking import tracking_off
 
-__all__ = [
-    "EvaluationResult",
-    "ModelResult",
-    "StoreResult",
-    "SweepResult",
-    "distill",
-    "evaluate",
-    "rollout",
-    "sweep",
-    "teach",
-]
-
 AnySpec = TypeVar("AnySpec", bound=Spec)
 Result = TypeVar("Result")
 

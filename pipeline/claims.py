@@ -1,13 +1,11 @@
 """Claims: only one job at a time writes a folder.
 
-OUT/claim.json names the process that writes the folder, and is removed when the work ends. A second job on the same
-machine is refused while that process is alive. A job on another machine cannot see the process and takes over the
+OUT/claim.json names the process that writes the folder, and is removed when the stage's run ends. A second job on the
+same machine is refused while that process is alive. A job on another machine cannot see the process and takes over the
 folder. The first job then stops at its next checkpoint, or before it writes its result. So a job whose machine was lost
 can resume on any machine at once.
 """
 
-import atexit
-import contextlib
 import json
 import time
 import uuid
@@ -71,13 +69,6 @@ def release(out: str) -> None:
     claim = _read(out) if token else None
     if claim and claim["token"] == token:
         files.remove(files.join(out, CLAIM_FILE))
-
-
-@atexit.register
-def _release_all() -> None:
-    for out in list(_held):
-        with contextlib.suppress(Exception):  # later jobs ignore the claim of an ended process
-            release(out)
 
 
 def _read(out: str) -> dict[str, str] | None:

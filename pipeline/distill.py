@@ -38,7 +38,6 @@ def distill(
     """Train a student and write its model folder. A complete folder stays unchanged.
 
     Args:
-        spec: the options.
         parent: the run of the sweep or demo that this student is part of.
         on_report: called with the metrics of validations and checkpoints.
         is_trial: log no lines, because the sweep does.

@@ -26,7 +26,6 @@ def teach(
     """Train a teacher and write its model folder. A complete folder stays unchanged.
 
     Args:
-        spec: the options.
         parent: the run of the demo that this teacher is part of.
         on_report: called with the metrics of validations and checkpoints.
 

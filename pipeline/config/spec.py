@@ -178,7 +178,6 @@ def _check_registered_name(name: str) -> str:
 
 
 RegisteredName = Annotated[str, AfterValidator(_check_registered_name)]
-"""A name that MLflow's registry accepts."""
 
 
 def _check_features(features: tuple[str, ...]) -> tuple[str, ...]:
@@ -187,4 +186,3 @@ def _check_features(features: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Features = Annotated[tuple[str, ...], AfterValidator(_check_features)]
-"""Names of feature spaces."""

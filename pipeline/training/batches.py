@@ -31,8 +31,8 @@ class MicroBatch(NamedTuple):
     """One part of an update's batch, which a worker processes in one pass.
 
     The batch has a fixed number of slots: ``accumulation`` per seat of a group of full size, ordered by seat. A smaller
-    group distributes the slots as evenly as possible. The random numbers of a micro-batch depend on its slot and not on
-    its worker, so one worker with two micro-batches per update computes the same as two workers with one each.
+    group distributes the slots as evenly as possible. Random numbers depend on the slot and not on the worker, so one
+    worker with two micro-batches per update computes the same as two workers with one each.
     """
 
     update: int
@@ -143,12 +143,9 @@ def prefetched(make: MakeBatch, device: torch.device) -> MakeBatch:
 
 
 class Prefetcher:
-    """Prepares a worker's micro-batches in order, starting with the first one requested.
+    """Makes a worker's micro-batches in order on a thread, starting with the first one requested.
 
     An error in ``make`` is raised when its batch is requested. The thread ends when the prefetcher is deleted.
-
-    Args:
-        make: makes a batch on the CPU. Called on one thread, also for batches after the last one.
     """
 
     def __init__(self, make: MakeBatch) -> None:

@@ -86,11 +86,7 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
 
 
 def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
-    """Check that the workers can split a batch equally.
-
-    Raises:
-        ArgumentError: they cannot.
-    """
+    """Raise ``ArgumentError`` unless the workers can split a batch equally."""
     batch, passes = optimizer.batch_size, optimizer.accumulation
     if workers and batch % (most(workers) * passes):
         parts = f"each of the {passes} parts of a batch of {batch}" if passes > 1 else f"a batch of {batch}"
@@ -101,10 +97,10 @@ def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
-    """Wait until the nodes can fit the workers. Raises as ``check_batch_split`` and ``placement.wait_for_capacity``.
+    """Wait until the nodes can fit the workers, except in a trial: its sweep has waited, and ``recovery`` waits later.
 
-    A trial of a sweep does not wait here, because the sweep has done so. If a trial does not fit, a node was lost, and
-    ``recovery`` waits for its replacement.
+    Raises:
+        ArgumentError: the workers cannot split a batch, or no nodes can provide the resources.
     """
     check_batch_split(optimizer, group.workers)
     if group.workers and not cluster.is_worker():
@@ -147,10 +143,8 @@ def train_model(
 def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> dict[str, Tensor]:
     """Run the training loop and return the averaged weights.
 
-    Args:
-        group: runs the loop. Workers of Ray Train are data-parallel. Any number of workers within a range gives the
-            same result; when the number changes, they resume from the last checkpoint.
-        on_report: called after every validation and checkpoint in this process; with workers, only after the last.
+    Workers of Ray Train are data-parallel. Any number of workers within a range gives the same result; when the number
+    changes, they resume from the last checkpoint. With workers, ``on_report`` is called only after the last checkpoint.
 
     Raises:
         DistillKacError: the loss is not finite, or the workers fail repeatedly.

@@ -32,9 +32,6 @@ class Learner:
     Args:
         network: the network, with initial weights.
         losses: returns the losses of a micro-batch; their sum is minimised.
-        options: options of the optimizer.
-        worker: the copy of the loop that this learner belongs to.
-        precision: default: float32.
 
     Attributes:
         forward: the network for the loss, in its precision; its gradients are averaged over the workers.
@@ -66,11 +63,7 @@ class Learner:
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def update(self, number: int) -> LossTerms:
-        """Do update ``number`` on the mean loss of its micro-batches.
-
-        Returns:
-            The parts of the loss, and the diagnostics with their full names.
-        """
+        """Do update ``number`` on the mean loss of its micro-batches. Diagnostics have their full names."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
         passes = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]

@@ -2,10 +2,6 @@
 
 An update depends only on (task, update, rank, world size), so a resumed run gives the same result as an
 uninterrupted one. Logged metrics are means over all workers.
-
-All workers must save after the same update, but their clocks differ. So the worker of rank 0 reads its clock and
-broadcasts the update after which the next checkpoint is due. It does so when metrics are logged, so that no other
-update waits for communication.
 """
 
 import functools
@@ -38,7 +34,8 @@ MAX_SAVING_SHARE = 0.05
 
 FREE_SECONDS = 1.0
 
-NEVER = 2**62
+DECISION_SECONDS = 1.0
+"""Time between two decisions about a checkpoint, unless updates are slower."""
 
 declare(
     Metric("loss", "training loss, mean of the updates since the last point", better="lower"),
@@ -88,19 +85,19 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     learner, is_main, validation = job.task.build(worker), worker.rank == 0, job.validation
     total = learner.options.updates
     first, validated = _restore(learner, resume)
-    window = _Window(job, learner)
     bar = ProgressBar(job.title, total, "updates", first, is_shown=is_main)
     # A resumed run repeats the updates since its checkpoint. Their metrics are already logged.
     last_logged = functools.cache(job.run.last_step)
     checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker.device, first)
-    state = resume
+    state, since_log, started = resume, list[LossTerms](), time.perf_counter()
     for done in range(first + 1, total + 1):
-        window.updates.append(learner.update(done - 1))
+        latest = learner.update(done - 1)
+        since_log.append(latest)
         is_last = done == total
-        latest = window.updates[-1:]
         if done % LOG_UPDATES == 0 or is_last:
-            count, metrics = len(window.updates), window.close(done)
-            bar.update(count, f"loss {metrics['loss']:.4g}")
+            metrics = _metrics(job, learner, since_log, done, time.perf_counter() - started)
+            bar.update(len(since_log), f"loss {metrics['loss']:.4g}")
+            since_log, started = [], time.perf_counter()
             if is_main and done > last_logged("loss"):
                 job.run.metrics(metrics, step=done)
         if is_main and validation is not None and validation.is_sheet_due(done) and done > last_logged("loss"):
@@ -111,10 +108,10 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             validated = validation.measure(learner.averaged())
             if new := {name: value for name, value in validated.items() if done > last_logged(name)}:
                 job.run.metrics(new, step=done)
-            window.started += time.perf_counter() - began  # the training speed excludes validation
+            started += time.perf_counter() - began  # the training speed excludes validation
         is_saved = checkpoints.is_due(done) or is_last
         if is_saved or is_validated:
-            loss, began = sum(_losses(job, latest, done).values()), checkpoints.clock()
+            loss, began = sum(_losses(job, [latest], done).values()), checkpoints.clock()
             if is_saved:
                 if is_main:
                     claims.check(job.out, job.claim)
@@ -122,7 +119,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
                 state = _save(learner, done, validated)
             report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
             if is_saved:
-                checkpoints.saved(done, began)
+                checkpoints.saved(began)
     bar.close()
     return state or _save(learner, first, validated)
 
@@ -133,14 +130,10 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
 
 
 class CheckpointSchedule:
-    """Decides when a checkpoint is due. Every worker must make the same calls in the same order.
+    """Decides when a checkpoint is due: after ``updates`` updates, and after ``seconds`` since the last checkpoint.
 
-    Args:
-        updates: save after every ``updates`` updates.
-        seconds: also save when ``seconds`` have passed since the last checkpoint.
-        device: device of the messages to other workers.
-        first: number of updates done before this process started.
-        clock: returns the time in seconds.
+    Every worker must make the same calls. All workers must save after the same update, but their clocks differ. So the
+    worker of rank 0 decides and broadcasts. To save waits, it does so every few updates if updates are fast.
     """
 
     def __init__(
@@ -151,63 +144,43 @@ class CheckpointSchedule:
         first: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.updates, self.seconds, self.device, self.first, self.clock = updates, seconds, device, first, clock
-        self._due, self._not_before = NEVER, 0  # update numbers, as last broadcast
-        self._is_new = False  # whether the duration of the last checkpoint has not been broadcast yet
-        self._saving_seconds = 0.0  # duration of the last checkpoint
-        self._saved_at = self._broadcast_at = clock()  # times of the last checkpoint and of the last broadcast
-        self._broadcast_update = first
+        self.updates, self.seconds, self.device, self.clock = updates, seconds, device, clock
+        self._next, self._decided, self._pause = first + 1, first, 0.0
+        self._decided_at = self._saved_at = clock()
 
     def is_due(self, done: int) -> bool:
         """Whether to save a checkpoint after update ``done``."""
-        since = done - self.first
-        is_early = since < LOG_UPDATES and since & (since - 1) == 0  # 1, 2, 4, ...
-        if self._is_new or is_early or done % LOG_UPDATES == 0:
-            self._broadcast(done)
-        return done >= self._due or (done % self.updates == 0 and done >= self._not_before)
-
-    def saved(self, done: int, began: float) -> None:
-        """Record that a checkpoint of update ``done`` has been saved; saving began at time ``began``."""
-        self._saved_at = self._broadcast_at = self.clock()
-        self._saving_seconds, self._broadcast_update, self._is_new = self._saved_at - began, done, True
-
-    def _broadcast(self, done: int) -> None:
+        if done < self._next and done % self.updates:
+            return False
         now = self.clock()
-        seconds_per_update = max(now - self._broadcast_at, 1e-9) / max(1, done - self._broadcast_update)
-        self._broadcast_at, self._broadcast_update, self._is_new = now, done, False
-        pause = self._saving_seconds / MAX_SAVING_SHARE if self._saving_seconds >= FREE_SECONDS else 0.0
-        schedule = []
-        for interval in (max(self.seconds, pause), pause):
-            updates_left = (interval - (now - self._saved_at)) / seconds_per_update
-            schedule.append(done + math.ceil(min(max(0.0, updates_left), NEVER / 2)))
+        per_update = max(now - self._decided_at, 1e-9) / (done - self._decided)
+        wait = self._pause if done % self.updates == 0 else max(self._pause, self.seconds)
+        message = torch.tensor([now - self._saved_at >= wait, min(LOG_UPDATES, max(1, DECISION_SECONDS // per_update))])
         if dist.is_initialized():
-            message = torch.tensor(schedule, device=self.device)
+            message = message.to(self.device)
             dist.broadcast(message, src=0)
-            schedule = message.tolist()
-        self._due, self._not_before = schedule
+        is_due, until_next = message.tolist()
+        self._next, self._decided, self._decided_at = done + int(until_next), done, now
+        return bool(is_due)
+
+    def saved(self, began: float) -> None:
+        """Record that a checkpoint has been saved; saving began at time ``began``."""
+        self._saved_at = self._decided_at = self.clock()
+        seconds = self._saved_at - began
+        self._pause = seconds / MAX_SAVING_SHARE if seconds >= FREE_SECONDS else 0.0
 
 
-class _Window:
-    """The updates since metrics were last logged, on all workers."""
-
-    def __init__(self, job: Job, learner: Learner) -> None:
-        self.job, self.learner = job, learner
-        self.updates: list[LossTerms] = []
-        self.started = time.perf_counter()
-
-    def close(self, done: int) -> dict[str, float]:
-        """Return the metrics of the window and start a new one after update ``done``."""
-        losses, options = _losses(self.job, self.updates, done), self.learner.options
-        metrics = {
-            "loss": sum(losses.values()),
-            **{f"{PART_PREFIX}{name}": mean for name, mean in losses.items()},
-            **_means([update.diagnostics for update in self.updates]),
-            "learning_rate": learning_rate(done - 1, options),
-            "samples_per_second": len(self.updates) * options.batch_size / (time.perf_counter() - self.started),
-            "peak_memory_bytes": float(peak_bytes(self.learner.worker.device)),
-        }
-        self.updates, self.started = [], time.perf_counter()
-        return metrics
+def _metrics(job: Job, learner: Learner, updates: list[LossTerms], done: int, seconds: float) -> dict[str, float]:
+    """The metrics of the updates since metrics were last logged, which took ``seconds``."""
+    losses, options = _losses(job, updates, done), learner.options
+    return {
+        "loss": sum(losses.values()),
+        **{f"{PART_PREFIX}{name}": mean for name, mean in losses.items()},
+        **_means([update.diagnostics for update in updates]),
+        "learning_rate": learning_rate(done - 1, options),
+        "samples_per_second": len(updates) * options.batch_size / seconds,
+        "peak_memory_bytes": float(peak_bytes(learner.worker.device)),
+    }
 
 
 def _losses(job: Job, updates: list[LossTerms], done: int) -> dict[str, float]:

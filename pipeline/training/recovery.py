@@ -3,11 +3,9 @@
 Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because
 - Ray Train counts failures over the whole run, and days on unreliable nodes exceed any limit. Here the count
   restarts at every new checkpoint.
-- Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is logged,
-  reported to the autoscaler and limited.
+- Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is limited.
 - Ray Train fails if an elastic group requests resources that other jobs use. Here a smaller group starts.
-- Ray Train prints two hundred lines of tracebacks for a lost worker. Here it is one line, and only a bug that ends the
-  run shows its traceback, once.
+- Ray Train prints two hundred lines of tracebacks for a lost worker. Here it is one line; a bug shows its traceback.
 """
 
 import time
