@@ -30,7 +30,7 @@ PATHS = (
 )
 """Variables with a path or URI that this project or its libraries read."""
 
-SQLITE = re.compile(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", re.S)
+SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]*)(\?.*)?", re.S)
 """Driver, path and options in the address of a SQLite database."""
 
 
@@ -38,13 +38,18 @@ def make_absolute() -> None:
     """Make the paths in this process's environment absolute, and expand ``~``. Raises as ``cluster.absolute``."""
     for name in (*PATHS, TRACKING, REGISTRY):
         given = os.environ.get(name, "").strip()
+        before, path, after = given, "", ""
+        match = SQLITE.fullmatch(given)
+        if name in PATHS:
+            before, path = "", given
+        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself reads these
+            before, path, after = match.groups("")
         try:
-            if given and name in PATHS:
-                os.environ[name] = _absolute(given)
-            elif given:
-                os.environ[name] = _absolute_address(given)
+            path = path and cluster.absolute(path)
         except DistillKacError as error:
             raise ArgumentError(f"{name}: {error}") from None
+        if given:
+            os.environ[name] = before + (os.path.normpath(path) if path.startswith("/") else path) + after
 
 
 def mlflow_address() -> str:
@@ -65,19 +70,6 @@ def database_file(address: str) -> Path | None:
     """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite itself reads."""
     match = SQLITE.fullmatch(address)
     return Path(match[2]) if match and match[2].startswith("/") else None
-
-
-def _absolute(path: str) -> str:
-    name = cluster.absolute(path)
-    return name if "://" in name else os.path.normpath(name)
-
-
-def _absolute_address(address: str) -> str:
-    match = SQLITE.fullmatch(address)
-    # A database in memory and a file: URI, which SQLite itself reads, are not paths.
-    if match is None or not match[2] or match[2].startswith(("file:", ":memory:")):
-        return address
-    return f"{match[1]}:///{_absolute(match[2])}{match[3] or ''}"
 
 
 def _address_problem(address: str) -> str | None:
