@@ -21,9 +21,7 @@ SYNC = "--sync-tracking"
 """An option of every job: first deliver what earlier jobs could not. Without other options the job then ends."""
 
 TERMINATED = 128 + signal.SIGTERM
-
-Command = tuple[type[Spec], Callable[[Any], object]]
-"""The spec of a command, and the function that it runs."""
+Command = tuple[type[Spec], Callable[[Any], object]]  # its spec, and the function that it runs
 
 
 def main(

@@ -11,7 +11,7 @@ A file has the options of one stage, or a section of options for each stage:
 import contextlib
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -23,8 +23,7 @@ from pipeline.config import Spec
 Values = dict[str, Any]
 
 RECIPES = Path(__file__).with_name("recipes")
-STAGES = ("teach", "convert", "rollout", "distill", "sweep", "evaluate", "sample")
-"""The sections that a file can have."""
+STAGES = ("teach", "convert", "rollout", "distill", "sweep", "evaluate", "sample")  # the sections of a file
 
 
 def recipe_names() -> list[str]:
@@ -35,8 +34,7 @@ def recipe_names() -> list[str]:
 def read_options(name: str, spec_type: type[Spec]) -> Values:
     """Return a stage's options from a recipe or a file, nested, under the names of the fields.
 
-    Raises:
-        ArgumentError: the file does not exist or is not YAML, has no mapping, or has sections but none for the stage.
+    Raises ``ArgumentError`` if the file is not YAML, has no mapping, or has sections but none for the stage.
     """
     values = _read_yaml(name)
     if not isinstance(values, dict):
@@ -102,7 +100,7 @@ class _Loader(yaml.SafeLoader):
     silently keeps the last of duplicate keys.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}  # noqa: RUF012
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return a mapping. Raise ``MarkedYAMLError`` if it has a key twice."""

@@ -186,6 +186,7 @@ def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...
     """
     model = _model_of_kind(models, values)
     fields = {**({} if path else {"config": CONFIG}), **model.model_fields}
+    literal: Any = Literal
     positional = [name for name, field in fields.items() if _style(field).positional]
     for name in sorted(fields, key=lambda name: _rank(model, name)):
         field, kind, style = fields[name], fields[name].annotation, _style(fields[name])
@@ -194,9 +195,10 @@ def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...
             inner = value if isinstance(value, dict) else _with_defaults(nested[0], {})
             yield from _options(nested, inner, (*path, name))
             continue
-        names = () if name in positional else (f"--{_kebab('.'.join((*path, style.name or name)))}",)
+        option = f"--{_kebab('.'.join((*path, style.name or name)))}"
+        names: tuple[str, ...] = () if name in positional else (option,)
         if name == "kind":
-            names, kind = (names[0].removesuffix(".kind"), *names), Literal[_kind_names(*models)]
+            names, kind = (option.removesuffix(".kind"), option), literal[_kind_names(*models)]
             text = "; ".join(other.model_fields["kind"].description or "" for other in models)
         nargs = _nargs(kind)
         if positional and nargs == "?":  # a word after a bool could be the positional argument

@@ -4,10 +4,7 @@ from jobs.command import Command, main_of
 from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.delivery import SyncSpec, sync
 
-COMMANDS: dict[str, Command] = {
-    "close-dead": (CloseDeadSpec, close_dead),
-    "sync": (SyncSpec, sync),
-}
+COMMANDS: dict[str, Command] = {"close-dead": (CloseDeadSpec, close_dead), "sync": (SyncSpec, sync)}
 
 if __name__ == "__main__":
     about = "Manage runs in MLflow: close runs of dead processes, and deliver log entries after a server failure."

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kac.networks import NetworkConfig, build_network
 from kac.networks.dit import DiTConfig
 from kac.networks.mlp import MLPConfig
-from kac.networks.network import NetworkConfig, build_network
 from kac.networks.openai import OPENAI_NAMES, from_openai, is_openai
 from kac.networks.outside import Outside, OutsideConfig
 from kac.networks.unet import UNetConfig
@@ -27,7 +27,7 @@ MOST_PREFIXES = 200
 """The most prefixes to try. Generic names such as ``0.weight`` occur under many."""
 
 CLASSES = "class_embedding.weight"
-"""The class embedding of a U-Net, which may lack the null label, or be missing."""
+"""The class embedding of a U-Net. Files may lack it, or its row of the null label."""
 
 Weights = Mapping[str, Tensor]
 
@@ -41,8 +41,6 @@ class Adopted(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """Weights that fit the network."""
-
     source: dict[str, Tensor]  # under their own names, without the prefix
     weights: dict[str, Tensor]  # under the names of the network
     description: str
@@ -100,8 +98,9 @@ def adopt(
     candidates = {prefix.rstrip("."): fit for prefix, fit in fits.items() if is_below_key(prefix)}
     if not candidates:
         nearest = next(filter(is_below_key, prefixes), None)
-        failure = None if nearest is None else failures[nearest]
-        raise _refusal(file, key, nearest, failure, config, sample_shape, expected)
+        if nearest is None:
+            raise _without_weights(file, key, config, expected)
+        raise _misfit(file, nearest, failures[nearest], config, sample_shape, expected)
     chosen = choose_key(sorted(candidates))
     fit = candidates[chosen]
     target.load_state_dict(fit.weights)
@@ -111,35 +110,45 @@ def adopt(
     return Adopted(chosen, description, fit.conditioning)
 
 
-def _refusal(
+def _without_weights(file: WeightsFile, key: str | None, config: NetworkConfig, expected: Weights) -> CheckpointError:
+    where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "another `key`")
+    name, value = next(iter(expected.items()))
+    return CheckpointError(
+        f"no weights of {_kind(config)} found{where}. The file holds {file.describe()}. The network has "
+        f"{len(expected)} tensors, such as {name} {list(value.shape)}. Choose {advice}."
+    )
+
+
+def _misfit(
     file: WeightsFile,
-    key: str | None,
-    nearest: str | None,
-    failure: DistillKacError | None,
+    prefix: str,
+    failure: DistillKacError,
     config: NetworkConfig,
     sample_shape: tuple[int, ...],
     expected: Weights,
 ) -> DistillKacError:
-    """Return the error for a file without weights that fit. ``nearest`` is the prefix of the most similar weights."""
-    kind = _kind(config)
-    if nearest is None:
-        where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "a `key`")
-        name, value = next(iter(expected.items()))
-        return CheckpointError(
-            f"no weights of {kind} found{where}. The file holds {file.describe()}. The network has "
-            f"{len(expected)} tensors, such as {name} {list(value.shape)}. Choose {advice}."
-        )
+    """Return the error for the most similar weights, which names the options that differ, or else the weights."""
     if isinstance(failure, ArgumentError):
         return failure
-    where = f"the weights under {nearest.rstrip('.')}" if nearest else "the weights"
-    source = {name.removeprefix(nearest): value for name, value in file.named.items() if name.startswith(nearest)}
-    if options := _differing_options(config, source, sample_shape, expected):
-        actual = ", ".join(options)
-        return CheckpointError(f"{where} belong to {kind} with {actual}. Choose `network` and `data` to match.")
+    where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"
+    source = {name.removeprefix(prefix): value for name, value in file.named.items() if name.startswith(prefix)}
+    try:
+        inferred = _infer_options(config, source, sample_shape, expected)
+    except (KeyError, IndexError, ValueError, CheckpointError):  # a weight is missing that would show an option
+        inferred = []
+    options = [f"{name} {_text(here)} (given: {_text(given)})" for name, here, given in inferred if here != given]
+    if options:
+        return CheckpointError(
+            f"{where} belong to {_kind(config)} with {', '.join(options)}. Choose `network` and `data` to match."
+        )
     return CheckpointError(
-        f"{where} do not fit {kind}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose the "
+        f"{where} do not fit {_kind(config)}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose the "
         "`network` and `data` of the training run, or other weights with `key`."
     )
+
+
+def _text(value: Any) -> str:
+    return (" ".join(map(str, value)) or "without a value") if isinstance(value, tuple) else str(value)
 
 
 def _kind(config: NetworkConfig) -> str:
@@ -147,11 +156,7 @@ def _kind(config: NetworkConfig) -> str:
 
 
 def try_out(network: NetworkModule, config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Check that ``network`` returns velocities, and that an ``outside`` network is the same when it is rebuilt.
-
-    Raises:
-        CheckpointError: a call fails, a velocity is not finite or has another shape, or a rebuilt network differs.
-    """
+    """Raise ``CheckpointError`` if ``network`` returns no velocities, or if a rebuilt ``outside`` network differs."""
     velocity = _velocity(network, sample_shape, num_classes)
     if not isinstance(network, Outside):
         return
@@ -188,12 +193,7 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
 
 
 def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) -> _Fit:
-    """Return the weights under the names of the network.
-
-    Raises:
-        ArgumentError: the options contradict the weights.
-        CheckpointError: weights are missing, unexpected or of another shape.
-    """
+    """Return the weights under the names of the network. Raise an error if the options or the weights do not fit."""
     weights, description, conditioning = source, f"weights of {_kind(config)}", config.conditioning
     if isinstance(config, UNetConfig):
         origin = ""
@@ -240,21 +240,6 @@ def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: 
     return None
 
 
-def _differing_options(
-    config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
-) -> list[str]:
-    """Describe the options in which ``weights`` differ from ``config``; empty if no difference can be inferred."""
-    try:
-        options = _infer_options(config, weights, sample_shape, expected)
-    except (KeyError, IndexError, ValueError, CheckpointError):  # a weight is missing that would show an option
-        return []
-
-    def text(value: Any) -> str:
-        return (" ".join(map(str, value)) or "without a value") if isinstance(value, tuple) else str(value)
-
-    return [f"{name} {text(actual)} (given: {text(given)})" for name, actual, given in options if actual != given]
-
-
 def _infer_options(
     config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
 ) -> list[tuple[str, Any, Any]]:
@@ -273,12 +258,12 @@ def _infer_options(
         ]
     elif isinstance(config, DiTConfig):
         table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-        width, channels, patch, _ = weights["pos_embed.proj.weight"].shape
+        width, inputs, patch, _ = weights["pos_embed.proj.weight"].shape
         options = [
             ("`network.heads` x `network.head_channels`", width, config.heads * config.head_channels),
             ("`network.depth`", count(r"transformer_blocks\.(\d+)\."), config.depth),
             ("`network.patch`", patch, config.patch),
-            ("`data.channels`", channels, sample_shape[0]),
+            ("`data.channels`", inputs, sample_shape[0]),
         ]
     elif isinstance(config, UNetConfig):
         table = CLASSES

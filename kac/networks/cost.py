@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, outline_network
 
-TRAINING_CALLS = 3
-"""Cost of training on one sample, in forward calls: the backward pass takes about two."""
+TRAINING_CALLS = 3  # cost of training on one sample, in forward calls: the backward pass takes about two
 
 
 class NetworkCost(NamedTuple):
@@ -23,10 +22,7 @@ def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_class
     """Return the cost of a network for samples of ``sample_shape``, without computing or allocating anything.
 
     A network of kind ``outside`` is built, and called on one sample. Matrix products, convolutions and attention are
-    counted; element-wise operations are not.
-
-    Raises:
-        ArgumentError: the config does not fit the samples.
+    counted; element-wise operations are not. A config that does not fit the samples raises ``ArgumentError``.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):

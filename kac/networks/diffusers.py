@@ -26,14 +26,11 @@ class ConditionedLabels(nn.Embedding):
 
 
 class DiffusersNetwork(NetworkModule):
-    """A diffusers model, stored as the submodule ``diffusers_name``, as a velocity network.
-
-    Args:
-        width: of the embedding of time and class.
-    """
+    """A diffusers model, stored as the submodule ``diffusers_name``, as a velocity network."""
 
     diffusers_name: str
     conditions: ConditionEmbedding
+    width: int  # of the embedding of time and class
 
     def __init__(self, config: Any, num_classes: int, width: int) -> None:
         super().__init__()
@@ -50,8 +47,7 @@ class DiffusersNetwork(NetworkModule):
 def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the channels and the width of square images after folding patch x patch pixels into channels.
 
-    Raises:
-        ArgumentError: the samples are not square images, or ``patch`` does not divide their width.
+    Raises ``ArgumentError`` if the samples are not square images, or ``patch`` does not divide their width.
     """
     if len(sample_shape) != 3 or sample_shape[1] != sample_shape[2]:
         raise ArgumentError(

@@ -13,8 +13,7 @@ from torch import Tensor
 from kac.networks.unet import UNetConfig
 from kac.util.errors import ArgumentError, CheckpointError
 
-GROUPS = 32
-"""The number of groups in all its group norms. It cannot be inferred from the weights."""
+GROUPS = 32  # in all its group norms, which the weights do not show
 
 OUTERMOST = {
     "label_emb": "class_embedding",
@@ -46,9 +45,7 @@ def is_openai(weights: Mapping[str, Tensor]) -> bool:
 def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     """Return the weights under the names of diffusers. Weights that OpenAI's U-Net lacks keep their names.
 
-    Raises:
-        ArgumentError: the config has options that OpenAI's U-Net lacks.
-        CheckpointError: the U-Net was built with resblock_updown, which diffusers lacks.
+    Raises ``ArgumentError`` or ``CheckpointError`` if OpenAI's or diffusers' U-Net lacks an option of the other.
     """
     fixed = {
         "time_scale": (config.time_scale, 1, "embeds unscaled times"),
@@ -72,12 +69,12 @@ def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
         layer, _, kind = name.rpartition(".")
         block, _, last = layer.rpartition(".")
         is_convolution = last in {"qkv", "proj_out"} and kind == "weight" and given.shape[2:].numel() == 1
-        value = given.flatten(1) if is_convolution else given
-        if last == "qkv" and block in layers and len(value) % 3 == 0:
-            parts = _split(value, config.head_channels)
+        tensor = given.flatten(1) if is_convolution else given
+        if last == "qkv" and block in layers and len(tensor) % 3 == 0:
+            parts = _split(tensor, config.head_channels)
             translated |= {f"{layers[block]}.to_{part}.{kind}": each for part, each in zip("qkv", parts, strict=True)}
         else:
-            translated[f"{layers[layer]}.{kind}" if layer in layers else name] = value
+            translated[f"{layers[layer]}.{kind}" if layer in layers else name] = tensor
     return translated
 
 

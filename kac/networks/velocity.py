@@ -45,8 +45,7 @@ class VelocityNetwork(Protocol):
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Return the velocity [batch, *sample] at x [batch, *sample], t (scalar or [batch]) and label [batch].
 
-        Args:
-            conditions: exactly the inputs that the network ``takes``, each a scalar or [batch].
+        ``conditions`` are exactly the inputs that the network ``takes``, each a scalar or [batch].
         """
         ...
 
@@ -60,12 +59,10 @@ class NetworkModule(nn.Module):
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load the weights of a network of the same shape, which may have fewer conditions.
-
-    Every network embeds its conditions in its submodule ``conditions``. New conditions have no effect before training.
+    """Load the weights of a network that may have fewer conditions, which have no effect before training.
 
     Raises:
-        CheckpointError: other weights are missing, unexpected or of another shape.
+        CheckpointError: other weights are missing, unexpected or of a different shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith("conditions.")]
@@ -79,11 +76,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class FourierFeatures(nn.Module):
-    """Encodes scalars as ``width`` sines and cosines.
-
-    Args:
-        cycles: lowest and highest frequency, in cycles per unit of the scalar.
-    """
+    """Encodes scalars as ``width`` sines and cosines; ``cycles`` are the lowest and highest frequency per unit."""
 
     frequencies: Tensor
 
@@ -118,11 +111,7 @@ class ConditionEmbedding(nn.Module):
             self.add_module(name, nn.Sequential(features, nn.Linear(width, width), nn.SiLU(), last))
 
     def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """Return ``embedding`` [batch, width] plus the embedding of each condition, a scalar or [batch].
-
-        Raises:
-            ValueError: the conditions are not the declared ones.
-        """
+        """Return ``embedding`` [batch, width] plus the embedding of each condition, a scalar or [batch]."""
         if sorted(given) != sorted(self.names):
             raise ValueError(f"The network takes the conditions {sorted(self.names)}, but got {sorted(given)}.")
         for name in self.names:

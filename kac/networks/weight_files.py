@@ -19,11 +19,8 @@ from kac.util.text import shorten
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that torch.compile, FSDP and activation checkpointing add at any depth."""
 
-AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)
-"""Names of entries that hold averaged weights, the weights to evaluate."""
-
-MOST_SHOWN = 6
-"""The most entries in a message."""
+AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)  # names of entries
+MOST_SHOWN = 6  # entries in a message
 
 
 class WeightsFile(NamedTuple):
@@ -60,8 +57,7 @@ class WeightsFile(NamedTuple):
 def read_weights(path: str) -> WeightsFile:
     """Return the tensors of a ``torch.save`` or safetensors file (local or s3://), on the CPU.
 
-    Raises:
-        CheckpointError: the file is missing, damaged, or contains more than tensors and plain values.
+    Raises ``CheckpointError`` if the file is missing, damaged, or contains more than tensors and plain values.
     """
     try:
         data = files.read_bytes(path)
@@ -117,11 +113,7 @@ def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
 
 
 def choose_key(keys: Sequence[str]) -> str:
-    """Return the key of the weights to load: the only key, or the only key of averaged weights.
-
-    Raises:
-        CheckpointError: no single key qualifies.
-    """
+    """Return the only key, or the only key of averaged weights; raises ``CheckpointError`` if there is no such key."""
     last = [key for key in keys if AVERAGED.search(key.rpartition(".")[2])]
     anywhere = [key for key in keys if any(map(AVERAGED.search, key.split(".")))]
     for candidates in (keys, last, anywhere):

@@ -14,17 +14,12 @@ SECRET_VARIABLES = (
 )
 """Environment variables whose values must never be printed or stored."""
 
-USER = re.compile(r"(?<=//)[^/\s'\"]*@")
-"""The user and password in a URI: ``http://user:password@host``."""
-
+USER = re.compile(r"(?<=//)[^/\s'\"]*@")  # http://user:password@host
 KEY = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|signature|sig|(?:\w*_)?(?:token|password|secret|key))=)[^&\s'\"]+",
     re.I,
-)
-"""A key in the query of a URI, for example of a presigned URL."""
-
+)  # in the query of a URI, for example of a presigned URL
 ARGUMENT = re.compile(r"`([a-z_][a-z0-9_.]*)`")
-"""The name of an argument in a message."""
 
 
 class DistillKacError(Exception):

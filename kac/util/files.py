@@ -1,8 +1,7 @@
 """One interface to local folders and ``s3://`` prefixes, with atomic writes.
 
 The S3 endpoint and keys come from the standard AWS_* variables, or from another source that botocore knows, such as a
-node's role. No option holds them, and this module never prints them. ``pipeline/sweep/trials.py`` keeps them out of Ray
-Tune's logs.
+node's role. No option holds them, and this module never prints them.
 """
 
 import contextlib
@@ -101,11 +100,7 @@ def is_uri(path: str) -> bool:
 
 
 def locate(path: str) -> Location:
-    """Return the filesystem of a path or URI, and the path on it.
-
-    Raises:
-        DistillKacError: as ``normal``, or no installed package supports the URI's scheme.
-    """
+    """Return the filesystem of a path or URI, and the path on it; raises ``DistillKacError`` as ``normal``."""
     name = normal(path)
     if name.startswith("s3://"):
         from kac.util.s3 import ExactS3
@@ -149,11 +144,7 @@ def exists(path: str) -> bool:
 
 
 def list_sizes(folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files below a folder, sorted by their paths in it; empty if it does not exist.
-
-    Raises:
-        DistillKacError: a key on S3 is not a normal path.
-    """
+    """Return the sizes in bytes of all files below a folder, sorted by path; empty if it does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         infos = location.fs.find(location.path, detail=True)
         return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
@@ -161,11 +152,7 @@ def list_sizes(folder: str) -> dict[str, int]:
 
 
 def names_in(folder: str) -> list[str]:
-    """Return the names of the files and folders in a folder, sorted; empty if it does not exist.
-
-    Raises:
-        DistillKacError: a key on S3 is not a normal path.
-    """
+    """Return the names of the files and folders in a folder, sorted; empty if it does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         paths = location.fs.ls(location.path, detail=False)
         return sorted(name for _, name in _names_below(folder, location, paths) if name)
@@ -192,10 +179,8 @@ def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Itera
 def walk(path: str) -> Iterator[Stamp]:
     """Yield a file, or all files below a folder except hidden ones, sorted by the parts of their paths.
 
-    A local subfolder without such files is yielded as its path with a slash at the end.
-
-    Raises:
-        DistillKacError: the path does not exist.
+    A local subfolder without such files is yielded as its path with a slash at the end. A path that does not exist
+    raises ``DistillKacError``.
     """
     with errors_naming(path) as location:
         is_local = isinstance(location.fs, LocalFileSystem)
@@ -230,11 +215,7 @@ def _local_stamp(path: str, status: os.stat_result) -> Stamp:
 
 
 def read_bytes(path: str) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        FileNotFoundError: the file does not exist. FolderError: the path is a local folder.
-    """
+    """Return the content of a file; raises ``FileNotFoundError``, or ``FolderError`` for a local folder."""
     with errors_naming(path) as location:
         return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
 
@@ -242,10 +223,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     """Write a file atomically: readers see all of ``data`` or nothing. Returns whether the file was written.
 
-    On a disk, a temporary file is synced and renamed. On S3, it is one PUT or a completed multipart upload.
-
-    Args:
-        if_absent: do not replace an existing file.
+    On a disk, a temporary file is synced and renamed. On S3, it is one PUT or a completed multipart upload. An existing
+    file stays unchanged with ``if_absent``.
     """
     with errors_naming(path) as location:
         if isinstance(location.fs, LocalFileSystem):

@@ -25,11 +25,9 @@ def fingerprint(values: dict[str, Any]) -> str:
 def unhashed(default: Any, description: str, marks: dict[str, Any] | None = None, **constraints: Any) -> Any:
     """Return a field that is never part of a fingerprint, because it changes no result: a path, a speed, a count.
 
-    Args:
-        marks: more entries for the field's ``json_schema_extra``, which other modules look for.
+    Other modules look for ``marks`` in the field's ``json_schema_extra``.
     """
-    extra = {"unhashed": True, **(marks or {})}
-    return Field(default, description=description, json_schema_extra=extra, **constraints)
+    return Field(default, description=description, json_schema_extra={"unhashed": True, **(marks or {})}, **constraints)
 
 
 def hashed_fields(model: BaseModel) -> dict[str, Any]:

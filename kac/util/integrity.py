@@ -50,8 +50,7 @@ def check_zip(data: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             has_checksums = any(entry.CRC for entry in archive.infolist())  # torch.save can leave them out
-            damaged = archive.testzip() if has_checksums else None
+            if has_checksums and (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"the file is damaged ({one_line(error, 120)})") from None
-    if damaged is not None:
-        raise ValueError(f"the file is damaged (the checksum of {damaged} is wrong)")

@@ -7,29 +7,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kac.util.errors import ArgumentError, UnknownArgument, one_line
 
-_is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)
-"""False during validation, so that nested models do not raise errors of their own."""
+_is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)  # nested models raise no own errors
 
 
-class _Metaclass(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Metaclass(ModelMetaclass):
     """Frees the name ``register`` for fields. Pydantic would use the method of abstract classes as the default."""
 
     @functools.cached_property  # unlike a property, it gives way to a default
-    def register(cls) -> Any:
+    def register(self) -> Any:
         raise AttributeError("register")
 
 
@@ -156,9 +154,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Replacements for pydantic messages that name Python types
 _MAPPING = "should be a mapping of names to values"
 _PROBLEMS = {"model_type": _MAPPING, "model_attributes_type": _MAPPING, "tuple_type": "should be a list"}
-"""Replacements for pydantic messages that name Python types."""
 
 
 def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
@@ -191,16 +189,13 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
 
 
 def _problem(entry: dict[str, Any]) -> str:
-    """Return what a value should be, without the reason: "Input should be a valid integer, unable to parse ..."."""
+    """Return what a value should be. Pydantic writes "Input should be a valid integer, unable to parse ..."."""
     message = _PROBLEMS.get(entry["type"], entry["msg"])
     return re.sub(r"^.*?should |, (unable|got) .*| after validation.*", "", message)
 
 
 def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], bool]:
-    """Return the argument names in an error's location, and whether the last one is a nested model.
-
-    The location also has the indices of tuples and the types of unions.
-    """
+    """Return the argument names in an error's location, without indices and types; and whether the last is a model."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)

@@ -30,11 +30,9 @@ class _PathOption(NamedTuple):
 def input_path(
     default: Any, description: str, kind: PathKind = "folder", pattern: str = ".+", **constraints: Any
 ) -> Any:
-    """Return a field for the path of a file or folder to read, or for several such paths.
+    """Return a field for the path of a file or folder to read, or for several paths.
 
-    Args:
-        kind: whether the path must be a file or a folder.
-        pattern: a regular expression. Values that do not fully match it are not paths.
+    Values that do not fully match the regular expression ``pattern`` are not paths.
     """
     return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 
@@ -50,11 +48,7 @@ def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
 
 
 def check_kinds(options: BaseModel) -> None:
-    """Check that no local path is a file instead of a folder, or a folder instead of a file.
-
-    Raises:
-        ArgumentError: a path has the wrong kind. The first such path is reported.
-    """
+    """Raise ``ArgumentError`` if a local path is a file instead of a folder, or a folder instead of a file."""
     for option, path, kind in (*_marked(options, "reads"), *_marked(options, "writes")):
         name = files.normal(path)
         if files.is_uri(name):
@@ -69,13 +63,9 @@ def check_kinds(options: BaseModel) -> None:
 
 
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
-    """Check that no output overlaps an input, because writing the output would damage the input.
+    """Raise ``ArgumentError`` if an output is an input, is inside an input or contains an input.
 
-    Args:
-        derived: inputs that are not options, such as a teacher's data.
-
-    Raises:
-        ArgumentError: an output is an input, is inside an input or contains an input. The first pair is reported.
+    Writing the output would damage the input. ``derived`` are inputs that are not options, such as a teacher's data.
     """
     for output in _marked(options, "writes"):
         check_output(output.option, output.path, options, derived)
@@ -125,15 +115,12 @@ def _resolve(option: str, path: str) -> set[PurePath]:
 
 def _relation(written: set[PurePath], read: set[PurePath]) -> str:
     """Return how two paths overlap, or an empty string."""
-    relations = {
-        "is the same path as": PurePath.__eq__,
-        "is inside": PurePath.is_relative_to,
-        "contains": lambda one, other: other.is_relative_to(one),
-    }
-    for relation, holds in relations.items():
-        if any(holds(one, other) for one in written for other in read):
-            return relation
-    return ""
+    pairs = [(one, other) for one in written for other in read]
+    if any(one == other for one, other in pairs):
+        return "is the same path as"
+    if any(one.is_relative_to(other) for one, other in pairs):
+        return "is inside"
+    return "contains" if any(other.is_relative_to(one) for one, other in pairs) else ""
 
 
 def _describe(path: str) -> str:

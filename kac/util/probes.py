@@ -14,34 +14,25 @@ from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_secrets
 
 PROBE_SECONDS = 20.0
-"""S3 is unavailable if it does not answer within this time."""
+"""Seconds after which S3 counts as unavailable."""
 
 PROBE_OPTIONS: dict[str, Any] = {
     **files.S3_OPTIONS,
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 3}, "connect_timeout": 5, "read_timeout": 10},
 }
 
-PROBE_BYTES = bytes(64 * 2**10)
-"""Not empty, because an empty file fits on a full disk."""
+PROBE_BYTES = bytes(64 * 2**10)  # an empty file fits on a full disk
 
 
 def check_answers(path: str) -> None:
-    """Check, within ``PROBE_SECONDS``, that S3 lets this process list an s3:// path. Other paths are not checked.
-
-    Raises:
-        DistillKacError: the bucket does not exist, the keys are wrong or lack permission, or S3 does not answer.
-    """
+    """Raise ``DistillKacError`` if S3 does not list an s3:// path within ``PROBE_SECONDS``. Accept any other path."""
     if path.startswith("s3://"):
         bucket, _, prefix = files.locate(path).path.partition("/")
         _request(path, "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
 
 
 def check_writable(path: str) -> None:
-    """Check that files can be written below ``path``; on S3 within ``PROBE_SECONDS``.
-
-    Raises:
-        DistillKacError: writing failed.
-    """
+    """Raise ``DistillKacError`` if files cannot be written below ``path``; on S3 within ``PROBE_SECONDS``."""
     files.locate(path)  # raises its own error for an unknown scheme
     probe = files.join(path, files.temporary_name("probe"))
     if path.startswith("s3://"):

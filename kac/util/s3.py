@@ -13,7 +13,7 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
     """s3fs with literal names.
 
     When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It cuts a key at ``?versionId=``. It lists
-    the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of that.
+    the empty keys ending in ``/`` that S3 consoles create for folders. This class changes all three.
     """
 
     def split_path(self, path: str) -> tuple[str, str, None]:
@@ -42,11 +42,7 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
         return found if detail else sorted(info["name"] for info in found)
 
     def remove_tree(self, path: str) -> None:
-        """Remove the key ``path`` and all keys below it.
-
-        Raises:
-            OSError: S3 did not remove a key.
-        """
+        """Remove the key ``path`` and all keys below it. Raise ``OSError`` if S3 keeps one."""
         bucket, key, _ = self.split_path(path)
         keys: list[str] = [key]
         page: dict[str, Any] = {"IsTruncated": True}
