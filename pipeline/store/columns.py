@@ -1,12 +1,11 @@
-"""Columns of shards: loaded as tensors, shared or streamed, and gathered into batches in a given order of rows."""
+"""Columns of shards: loaded as arrays, shared or streamed, and gathered into batches in a given order of rows."""
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,13 +37,18 @@ class Selection:
     knots: tuple[str, ...]  # columns
 
     @property
+    def scalars(self) -> list[str]:
+        """The scalar columns to read."""
+        return [LABEL, INTERVAL] if self.identity.is_forward else [LABEL]
+
+    @property
     def row_bytes(self) -> int:
-        """The size of a row in memory, as tensors."""
+        """The size of a row in memory."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
     @property
     def bytes(self) -> int:
-        """The size in memory, as tensors."""
+        """The size in memory."""
         return rows_of(self.shards) * self.row_bytes
 
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
@@ -53,22 +57,22 @@ class Selection:
 
     def read(self, shards: Sequence[Shard]) -> pa.Table:
         """Read the columns of some shards in parallel, in the given order. Raises the errors of ``read_rows``."""
-        names = [LABEL, *([INTERVAL] if self.identity.is_forward else []), *self.knots]
-        return pa.concat_tables(
-            map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
-        )
+        names = [*self.scalars, *self.knots]
+        tables = map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
+        return pa.concat_tables(tables)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Loaded rows."""
+    """Loaded rows. Processes of a node can share them through Ray's object store, which makes the arrays read-only."""
 
-    sample_id: Tensor  # [rows]
-    label: Tensor  # [rows]
-    guidance: Tensor  # [rows], float32
-    knots: Tensor  # [rows, knots, *sample]
-    interval: Tensor | None  # [rows]; only in forward stores
-    selected: Tensor  # [selected knots], indices into ``knots``
+    selection: Selection
+    sample_id: np.ndarray  # [rows]
+    label: np.ndarray  # [rows]
+    guidance: np.ndarray  # [rows], float32
+    knots: np.ndarray  # [rows, knots, *sample]
+    interval: np.ndarray | None  # [rows]; only in forward stores
+    selected: np.ndarray  # [selected knots], indices into ``knots``
 
 
 class Batch(NamedTuple):
@@ -85,69 +89,28 @@ Piece = tuple[Columns, Tensor]
 
 AnyBatch = TypeVar("AnyBatch", Batch, Interval)
 
+_shared: list[Columns] = []
+
 
 def load(selection: Selection) -> Columns:
-    """Load the selected columns. Raises the same errors as ``Selection.read``."""
-    # Read a few shards at a time: holding the tables of all shards alongside the tensors would double the memory.
+    """Load the selected columns, unless this process shares them. Raises the errors of ``Selection.read``."""
+    for shared in _shared:
+        knots = shared.selection.knots
+        if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
+            return replace(shared, selected=np.array([knots.index(name) for name in selection.knots]))
+    # Read a few shards at a time: holding the tables of all shards alongside the arrays would double the memory.
     groups = selection.groups(selection.shards)
     return to_columns(selection, selection.shards, map(selection.read, groups))
 
 
-def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
-    """Convert the rows of some shards, in ``tables`` of one or several shards, to tensors."""
-    ids = torch.cat([torch.arange(shard.ids.start, shard.ids.stop) for shard in shards])
-    label, interval = torch.empty_like(ids), torch.empty_like(ids) if selection.identity.is_forward else None
-    knots = torch.empty((len(ids), len(selection.knots), *selection.identity.sample_shape))
-    targets = {LABEL: label, **dict(zip(selection.knots, knots.unbind(1), strict=True))}
-    if interval is not None:
-        targets[INTERVAL] = interval
-    start = 0
-    for table in tables:
-        for name, target in targets.items():
-            target[start : start + table.num_rows] = torch.from_numpy(column_array(table[name]).copy())
-        start += table.num_rows
-    guidance = torch.cat([torch.full((shard.rows,), shard.guidance) for shard in shards])
-    return Columns(ids, label, guidance, knots, interval, torch.arange(len(selection.knots)))
-
-
-@dataclass(frozen=True)
-class SharedColumns:
-    """Columns that several processes of a node read from shared memory, such as Ray's object store."""
-
-    selection: Selection
-    arrays: dict[str, np.ndarray]  # by the names of the fields of ``Columns``; may be read-only
-
-
-_shared: list[SharedColumns] = []
-
-
-def load_shared(selection: Selection) -> SharedColumns:
-    """Load the selected columns for sharing. Raises the same errors as ``load``."""
-    arrays = {name: value.numpy() for name, value in vars(load(selection)).items() if value is not None}
-    return SharedColumns(selection, arrays)
-
-
 @contextmanager
-def use_shared(columns: Sequence[SharedColumns]) -> Iterator[None]:
+def use_shared(columns: Sequence[Columns]) -> Iterator[None]:
     """Inside the block, every reader of this process uses these columns instead of loading them."""
     _shared.extend(columns)
     try:
         yield
     finally:
         _shared.clear()
-
-
-def find_shared(selection: Selection) -> Columns | None:
-    """Return the selected columns if they are shared, otherwise None."""
-    for shared in _shared:
-        knots = shared.selection.knots
-        if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
-            with warnings.catch_warnings():  # about read-only tensors; this project never writes to loaded columns
-                warnings.filterwarnings("ignore", message=".*not writable.*")
-                tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in shared.arrays.items()}
-            selected = torch.tensor([knots.index(name) for name in selection.knots])
-            return Columns(**{"interval": None, **tensors, "selected": selected})
-    return None
 
 
 def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
@@ -158,19 +121,33 @@ def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
     return [replace(selection, knots=tuple(sorted(knots))) for selection, knots in merged.items()]
 
 
+def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
+    """Convert the rows of some shards, in ``tables`` of one or several shards, to arrays."""
+    ids = np.concatenate([np.arange(shard.ids.start, shard.ids.stop) for shard in shards])
+    guidance = np.repeat(np.float32([shard.guidance for shard in shards]), [shard.rows for shard in shards])
+    knots = np.empty((len(ids), len(selection.knots), *selection.identity.sample_shape), np.float32)
+    scalars = {name: np.empty_like(ids) for name in selection.scalars}
+    start = 0
+    for table in tables:
+        rows = slice(start, start + table.num_rows)
+        for name, values in scalars.items():
+            values[rows] = column_array(table[name])
+        for k, name in enumerate(selection.knots):
+            knots[rows, k] = column_array(table[name])
+        start = rows.stop
+    selected = np.arange(len(selection.knots))
+    return Columns(selection, ids, scalars[LABEL], guidance, knots, scalars.get(INTERVAL), selected)
+
+
 def gather_rows(pieces: Sequence[Piece]) -> Batch:
     """Gather the selected knots of the rows."""
-    return _concatenate(
-        [
-            Batch(
-                columns.sample_id[rows],
-                columns.label[rows],
-                columns.knots[rows[:, None], columns.selected],
-                None if columns.interval is None else columns.interval[rows],
-            )
-            for columns, rows in pieces
-        ]
-    )
+    parts = []
+    for columns, order in pieces:
+        rows = order.numpy()
+        knots = columns.knots[rows[:, None], columns.selected]
+        interval = None if columns.interval is None else torch.from_numpy(columns.interval[rows])
+        parts.append(Batch(*map(torch.from_numpy, (columns.sample_id[rows], columns.label[rows], knots)), interval))
+    return _concatenate(parts)
 
 
 def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor, Tensor] | None) -> Interval:
@@ -181,16 +158,18 @@ def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor
         drawn: indices of the start and end among the selected knots, [batch] each; None in a forward store.
     """
     parts, done = [], 0
-    for columns, rows in pieces:
+    for columns, order in pieces:
+        rows = order.numpy()
         if drawn is None:
             assert columns.interval is not None
             start, end = columns.interval[rows], columns.interval[rows] + 1
             i, j = columns.selected
         else:
-            start, end = (positions[done : done + len(rows)] for positions in drawn)
+            start, end = (positions[done : done + len(rows)].numpy() for positions in drawn)
             i, j = columns.selected[start], columns.selected[end]
         ends = columns.knots[rows, i], columns.knots[rows, j]
-        parts.append(Interval(*ends, times[start], times[end], columns.label[rows], columns.guidance[rows]))
+        arrays = (*ends, times.numpy()[start], times.numpy()[end], columns.label[rows], columns.guidance[rows])
+        parts.append(Interval(*map(torch.from_numpy, arrays)))
         done += len(rows)
     return _concatenate(parts)
 

@@ -156,14 +156,6 @@ class Shard:
         return cls(*json.loads(text))
 
 
-def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
-    """Split ``ids`` into shards. ``ids`` start at a multiple of ``shard_size``; the last shard may be short."""
-    return [
-        Shard(guidance, start // shard_size, start, min(shard_size, ids.stop - start))
-        for start in range(ids.start, ids.stop, shard_size)
-    ]
-
-
 def guidance_folder(w: float) -> str:
     """Return the folder of a guidance scale, relative to the store: a Hive partition."""
     return f"{DATA}/guidance={float(w)!r}"

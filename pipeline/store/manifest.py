@@ -12,18 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from kac.util import files
 from kac.util.options import Options
-from pipeline.store.layout import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Shard,
-    StoreError,
-    StoreIdentity,
-    parse,
-    parse_shard_name,
-    plan_shards,
-)
+from pipeline.store.layout import MANIFEST, SCHEMA_VERSION, Shard, StoreError, StoreIdentity, parse, parse_shard_name
 from pipeline.store.shards import Receipt, map_in_threads
-from pipeline.tracking.server import RUN_FILE
 
 ADVICE = "Delete it and run the rollout again, which keeps all intact shards."
 
@@ -41,11 +31,6 @@ class Extent(Options):
 
     guidance: float
     ids: tuple[IdRange, ...]
-
-    @property
-    def rows(self) -> int:
-        """The number of sample ids."""
-        return sum(stop - start for start, stop in self.ids)
 
 
 class Manifest(Options):
@@ -148,15 +133,9 @@ def remove_receipts(store: str) -> None:
         files.remove(files.join(store, name))
 
 
-def list_files(store: str) -> dict[str, int]:
-    """Return the sizes of all files in the store by name, sorted, without the manifest, receipts and run file."""
-    sizes = files.list_sizes(store).items()
-    return {name: size for name, size in sizes if name not in {MANIFEST, RUN_FILE} and not is_receipt_file(name)}
-
-
 def list_shards(store: str) -> dict[str, int]:
-    """Return the entries of ``list_files`` that are named like shards."""
-    return {name: size for name, size in list_files(store).items() if parse_shard_name(name)}
+    """Return the sizes of all files that are named like shards, by name, sorted."""
+    return {name: size for name, size in files.list_sizes(store).items() if parse_shard_name(name)}
 
 
 def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
@@ -166,6 +145,14 @@ def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
         for extent in extents
         for start, stop in extent.ids
         for shard in plan_shards(extent.guidance, range(start, stop), shard_size)
+    ]
+
+
+def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
+    """Split ``ids`` into shards. ``ids`` start at a multiple of ``shard_size``; the last shard may be short."""
+    return [
+        Shard(guidance, start // shard_size, start, min(shard_size, ids.stop - start))
+        for start in range(ids.start, ids.stop, shard_size)
     ]
 
 

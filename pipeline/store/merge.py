@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Collection
 from typing import Annotated
 
-from pydantic import field_validator
-
 from kac.util import files, probes
 from kac.util.log import log
 from kac.util.options import OptionStyle
@@ -28,25 +26,18 @@ class MergeSpec(Spec):
     """Merge finished stores that have the same identity and different sample ids."""
 
     stage = "merge"
-    stores: StorePaths = input_path(..., "endpoint stores to merge: paths or s3:// URIs")
+    stores: StorePaths = input_path(..., "endpoint stores to merge: paths or s3:// URIs", min_length=1)
     into: Annotated[str, OptionStyle(metavar="STORE")] = output_path(
         ..., "store to write, new or from an earlier attempt: a path or s3:// URI"
     )
-
-    @field_validator("stores")
-    @classmethod
-    def _check_stores(cls, stores: tuple[str, ...]) -> tuple[str, ...]:
-        if not stores:
-            raise ValueError("Give at least one store.")
-        return stores
 
 
 def merge(spec: MergeSpec) -> Manifest:
     """Copy the missing shards of all ``spec.stores`` to ``spec.into``, and write its manifest.
 
     Raises:
-        StoreError: a source is unfinished, damaged or has another identity; two sources have the same sample ids; or
-            the target contains other shards.
+        StoreError: a store is unfinished, damaged or has another identity; two stores have the same sample ids; or the
+            target has other shards.
         DistillKacError: the target is not writable.
     """
     into = cluster.absolute(spec.into)
@@ -72,7 +63,7 @@ def merge(spec: MergeSpec) -> Manifest:
     results = map_in_threads(lambda copy: _copy(into, first.identity, *copy), ordered, "copy")
     merged = first.model_copy(update={"extents": extents, "shards": tuple(receipt for receipt, _ in results)})
     write_manifest(into, merged)
-    rows, kept = sum(extent.rows for extent in extents), sum(existed for _, existed in results)
+    rows, kept = sum(shard.rows for _, shard, _ in ordered), sum(existed for _, existed in results)
     log.info(f"merge: wrote {into}: {rows:,} rows; {len(results) - kept} shards copied, {kept} already existed")
     return merged
 

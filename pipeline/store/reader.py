@@ -23,7 +23,6 @@ from pipeline.store.columns import (
     Columns,
     Piece,
     Selection,
-    find_shared,
     gather_intervals,
     gather_rows,
     load,
@@ -56,17 +55,14 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
         plan = manifest.plan()
         missing = [shard.name for shard in plan if shard.name not in found]
         if missing:
-            raise StoreError(
-                f"{path} lacks {len(missing)} of its {len(plan)} shards, such as {missing[0]}. "
-                "Run the rollout again to recompute them."
-            )
+            problem = f"{path} lacks {len(missing)} of its {len(plan)} shards, such as {missing[0]}"
+            raise StoreError(f"{problem}. Run the rollout again to recompute them.")
         return Store(path, manifest.identity, plan, manifest)
     if not found:
         raise StoreError(f"{path} is not an endpoint store. Create one with `python -m jobs.rollout`.")
     if not allow_unfinished:
-        raise StoreError(
-            f"{path} is unfinished: it has {len(found)} shards and no manifest. Run the rollout again to finish it."
-        )
+        problem = f"{path} is unfinished: it has {len(found)} shards and no manifest"
+        raise StoreError(f"{problem}. Run the rollout again to finish it.")
     identity = identity_of_shard(path, next(iter(found)))
 
     def shard_at(name: str) -> Shard:
@@ -194,9 +190,7 @@ class Store:
         for w in self.guidance:
             rows = self.rows(w)
             if rows <= count:
-                raise StoreError(
-                    f"{self.path} has only {rows:,} rows of guidance {w:g}, so {count:,} cannot be held out."
-                )
+                raise StoreError(f"{self.path} has {rows:,} rows of guidance {w:g}, so {count:,} cannot be held out.")
             shards += [replace(shard, rows=len(own)) for shard, own in self._rows_at(range(rows - count), w)]
         return Store(self.path, self.identity, shards, self.manifest)
 
@@ -204,14 +198,11 @@ class Store:
         """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if one is missing."""
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.is_forward and "end_time" in objective.conditions:
-            raise StoreError(
-                f"{self.path} is a forward store, but a flow map learns from whole trajectories. Roll out with "
-                "`source` trajectory."
-            )
+            problem = f"{self.path} is a forward store, but a flow map learns from whole trajectories"
+            raise StoreError(f"{problem}. Roll out with `source` trajectory.")
         if self.identity.is_forward and len(knots) != stored + 1:
-            raise ArgumentError(
-                f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals. Choose {stored} steps."
-            )
+            problem = f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals"
+            raise ArgumentError(f"{problem}. Choose {stored} steps.")
         return knots
 
     def check_guidance(self, guidance: float) -> None:
@@ -219,14 +210,11 @@ class Store:
         if guidance in self.guidance:
             return
         if self.identity.labels == "null":
-            raise ArgumentError(
-                f"`guidance` is {guidance:g}, but the teacher of {self.path} is unconditional and cannot be guided. "
-                "Choose 0."
-            )
-        raise ArgumentError(
-            f"`guidance` {guidance:g} is not in {self.path}, which has {self._list_guidance()}. Add it with "
-            f"`python -m jobs.rollout --store {self.path} --guidance {guidance:g} ...`."
-        )
+            problem = f"`guidance` is {guidance:g}, but the teacher of {self.path} is unconditional"
+            raise ArgumentError(f"{problem} and cannot be guided. Choose 0.")
+        problem = f"`guidance` {guidance:g} is not in {self.path}, which has {self._list_guidance()}"
+        advice = f"Add it with `python -m jobs.rollout --store {self.path} --guidance {guidance:g} ...`."
+        raise ArgumentError(f"{problem}. {advice}")
 
     def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
         """Return the selection that ``interval_batches`` reads for an objective. Raises the same errors."""
@@ -234,10 +222,10 @@ class Store:
         return self._select(guidance, None if self.identity.is_forward else knots)
 
     def load(self, selection: Selection) -> Columns:
-        """Return the selected columns as tensors. They stay in memory until other columns are loaded."""
+        """Return the selected columns. They stay in memory until other columns are loaded."""
         if selection not in self._loaded:
             self._loaded.clear()
-            self._loaded[selection] = find_shared(selection) or load(selection)
+            self._loaded[selection] = load(selection)
         return self._loaded[selection]
 
     def _select(self, guidance: float | Sequence[float] | None, knots: Sequence[int] | None) -> Selection:
@@ -321,9 +309,8 @@ class _Reading:
         shards = self.selection.shards
         count, unit = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if count < self.order.world_size:
-            raise StoreError(
-                f"{self.store.path} has only {count} {unit} for {self.order.world_size} workers. Use fewer workers."
-            )
+            problem = f"{self.store.path} has only {count} {unit} for {self.order.world_size} workers"
+            raise StoreError(f"{problem}. Use fewer workers.")
         return len(self.order.share(range(count))) if self.is_in_memory else rows_of(self.order.share(shards))
 
     def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
@@ -340,7 +327,7 @@ class _Reading:
             return
         columns = self.store.load(self.selection)
         for epoch in epochs:
-            rows = self.order.share(self.order.permutation(len(columns.label), epoch))
+            rows = self.order.permutation(len(columns.label), epoch)[self.order.rank :: self.order.world_size]
             yield columns, rows[skip:]
             skip = max(0, skip - len(rows))
 

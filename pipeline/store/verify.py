@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,44 +26,32 @@ from pipeline.config import Spec
 from pipeline.store import shards
 from pipeline.store.describe import StorePath
 from pipeline.store.layout import MANIFEST, NewerVersion, StoreError, StoreIdentity, parse_shard_name
-from pipeline.store.manifest import Manifest, list_files, read_manifest
+from pipeline.store.manifest import Manifest, is_receipt_file, read_manifest
 from pipeline.store.shards import DamagedShard, ForeignShard, NotFiniteShard, Receipt
+from pipeline.tracking.server import RUN_FILE
 
 PAUSE_SECONDS = 0.1
+OWN_FILES = (MANIFEST, RUN_FILE)
 
 UNRELATED = "is not a file of this store and was left alone."
 
-Kind = Literal[
-    "missing",  # listed in the manifest, but does not exist
-    "damaged",  # not the bytes that were published
-    "not finite",  # has rows with NaN or infinity
-    "foreign",  # belongs to another store, or to another position in this store
-    "duplicated",  # a copy of a shard under another name
-    "unplanned",  # intact, but has sample ids that the manifest does not list
-    "newer",  # written by a newer version
-    "unreadable",  # the filesystem cannot read it
-    "unfinished",  # the store has no manifest
-    "leftover",  # a temporary file
-    "extra",  # not a file of this project
-    "",  # nothing is wrong
-]
-KIND_OF: dict[type[StoreError], Kind] = {
+KIND_OF = {
     NotFiniteShard: "not finite",
     DamagedShard: "damaged",
     ForeignShard: "foreign",
     NewerVersion: "newer",
 }
-HARMLESS: tuple[Kind, ...] = ("leftover", "extra")
-INTACT: tuple[Kind, ...] = ("", "unplanned")
-REMOVED: tuple[Kind, ...] = ("damaged", "not finite", "foreign", "duplicated")
-"""Removed by `repair`, except foreign shards in an unfinished store."""
+INTACT = ("", "unplanned")
+HARMLESS = ("leftover", "extra")
+REMOVED = ("damaged", "not finite", "foreign", "duplicated")
+"""Kinds of files that `repair` removes, except foreign shards in an unfinished store."""
 
 
 class FileCheck(NamedTuple):
     """The result of examining one file."""
 
     name: str
-    kind: Kind
+    kind: str  # empty if nothing is wrong
     detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
     belongs_to: str = ""  # the shard of this store that the footer names; empty if none
     sha256: str = ""
@@ -129,7 +117,9 @@ def verify(spec: VerifySpec) -> VerifyReport:
     """
     store = cluster.absolute(spec.store)
     storage.check_shared({"STORE": store}, lambda: True)
-    manifest, names = read_manifest(store), list_files(store)
+    manifest = read_manifest(store)
+    sizes = files.list_sizes(store).items()
+    names = {name: size for name, size in sizes if name not in OWN_FILES and not is_receipt_file(name)}
     identity = manifest.identity if manifest else _identity_by_majority(store, names)
     listed = {receipt.name: receipt for receipt in manifest.shards} if manifest else {}
     parquet = [name for name in names if name.endswith(".parquet")]
@@ -219,13 +209,8 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
         return FileCheck(name, "missing", "was deleted during the check.")
     except OSError as error:
         return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
-    kind: Kind = ""
-    detail, rows, shard, belongs_to = (
-        "",
-        0,
-        parse_shard_name(name, identity.shard_size),
-        _name_in_footer(identity, data),
-    )
+    kind, detail, rows = "", "", 0
+    shard, belongs_to = parse_shard_name(name, identity.shard_size), _name_in_footer(identity, data)
     if shard is None:
         kind, detail = ("duplicated", f"is a copy of {belongs_to}.") if belongs_to else ("extra", UNRELATED)
     else:

@@ -20,7 +20,7 @@ from pipeline import store, tracking
 from pipeline.cluster import placement
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.distill import distill, objective_of
-from pipeline.store.columns import load_shared, merge_selections, use_shared
+from pipeline.store.columns import load, merge_selections, use_shared
 from pipeline.sweep.checks import resources_per_trial
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial, plan_trial, search_name
@@ -96,7 +96,7 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray
     shared_memory = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
     if spec.workers or size > min(spec.memory_gib * 2**30, 0.8 * shared_memory):
         return []
-    return [ray.put(load_shared(selection)) for selection in selections]
+    return [ray.put(load(selection)) for selection in selections]
 
 
 def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
@@ -123,7 +123,7 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
 class LedgerSearch(Searcher):  # type: ignore[misc]
     """Tune's searcher: starts the planned trials in order, then trials with values of the search algorithm.
 
-    Reports and ends of trials go to the ledger. ``total`` is the number of trials of the whole sweep.
+    It writes reports and ends of trials to the ledger. ``total`` is the number of trials of the whole sweep.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store.layout import plan_shards
+from pipeline.store.manifest import plan_shards
 from tests.scale.simulations import SHARD_ROWS, SIMULATIONS, outcome_of, store_scale
 
 

@@ -19,7 +19,7 @@ from tests.pipeline.stores import make_store, make_teacher, shard_file
 
 
 @Modes
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (2, 3)])
 def test_interval_batches_resume_at_any_batch(
     store: Store, mode, rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -27,7 +27,7 @@ def test_interval_batches_resume_at_any_batch(
     options = {"seed": 5, "rank": rank, "world_size": world_size, **mode}
     whole = list(itertools.islice(store.interval_batches(22, EndpointObjective(2), 0.0, **options), 30))
     assert all(len(batch.label) == 22 for batch in whole)
-    for start in (1, 4, 5, 12, 13, 20, 29):
+    for start in (1, 5, 13, 29):
         resumed = next(store.interval_batches(22, EndpointObjective(2), 0.0, start_batch=start, **options))
         assert same(whole[start], resumed), f"batch {start}"
 

@@ -13,8 +13,8 @@ from pipeline.store.layout import (
     StoreIdentity,
     knot_column,
     parse_shard_name,
-    plan_shards,
 )
+from pipeline.store.manifest import plan_shards
 from tests.pipeline.stores import make_teacher
 
 IDENTITY = {

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kac.util.errors import ArgumentError
-from pipeline.store.layout import Shard, plan_shards
+from pipeline.store.layout import Shard
+from pipeline.store.manifest import plan_shards
 from pipeline.store.order import Order, group_shards, rebatch, rows_of, windows
 
 

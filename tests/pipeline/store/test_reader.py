@@ -23,24 +23,21 @@ from tests.pipeline.stores import copy_store, flip, last_value, make_spec, make_
 def test_the_memory_budget_decides_between_loading_and_streaming(store: Store) -> None:
     """The modes of these tests rely on it."""
     for mode in (STREAM, WINDOWS):
-        list(store.batches(64, 0.0, [0], **mode))
-        for steps in (1, 2, KNOTS):
-            next(store.interval_batches(64, EndpointObjective(steps), 0.0, **mode))
+        assert store._select(0.0, [0]).bytes > mode["memory_bytes"]
+    list(store.batches(64, 0.0, [0], **STREAM))
     assert not store._loaded
     list(store.batches(64, 0.0, [0]))
     assert store._loaded
 
 
 @Modes
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("world_size, seed", [(1, None), (3, None), (3, 7)])
 def test_all_ranks_together_read_every_row_once_per_epoch(store: Store, mode, world_size, seed) -> None:
-    for epoch in (0, 1):
-        options = {"world_size": world_size, "seed": seed, "epoch": epoch, **mode}
-        ranks = [ids(store.batches(7, 0.0, rank=rank, **options)) for rank in range(world_size)]
-        assert sorted(itertools.chain(*ranks)) == list(range(ROWS))
-        if seed is None and world_size == 1:
-            assert ranks[0] == list(range(ROWS))
+    options = {"world_size": world_size, "seed": seed, "epoch": 1, **mode}
+    ranks = [ids(store.batches(7, 0.0, rank=rank, **options)) for rank in range(world_size)]
+    assert sorted(itertools.chain(*ranks)) == list(range(ROWS))
+    if world_size == 1:
+        assert ranks[0] == list(range(ROWS))
 
 
 @Modes
@@ -66,9 +63,9 @@ def test_the_shuffle_depends_on_epoch_and_seed(store: Store, mode) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         return ids(store.batches(16, 0.0, [0], seed=seed, epoch=epoch, **mode))
 
-    assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(*which)) for which in [(1, 0), (1, 1), (1, 2), (2, 0)]}) == 4
-    assert order(1, 0) != list(range(ROWS))
+    first, again, later, other = (order(*which) for which in [(1, 0), (1, 0), (1, 1), (2, 0)])
+    assert first == again
+    assert len({tuple(found) for found in (first, later, other, range(ROWS))}) == 4
 
 
 @Modes
@@ -76,7 +73,7 @@ def test_the_shuffle_depends_on_epoch_and_seed(store: Store, mode) -> None:
 def test_an_epoch_resumes_where_it_stopped(store: Store, mode, world_size: int) -> None:
     options = {"seed": 5, "epoch": 2, "rank": world_size - 1, "world_size": world_size, **mode}
     whole = list(store.batches(14, 0.0, [0, 4], **options))
-    for start in (*range(0, len(whole), 3), len(whole), len(whole) + 5):
+    for start in (1, len(whole) // 2, len(whole), len(whole) + 5):
         rest = list(store.batches(14, 0.0, [0, 4], start_batch=start, **options))
         assert len(rest) == max(0, len(whole) - start)
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
