@@ -94,7 +94,7 @@ def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]
 def plan_trial(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> PlannedTrial:
     """The trial with these values of its student's fields, by dotted name.
 
-    Without a name, its folder is named by the values, after ``head``.
+    If ``name`` is empty, the name of its folder is ``head`` and the values.
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0

@@ -53,7 +53,8 @@ def write_report(
 
     Args:
         evaluation: folder of the evaluation of the finished students, if there is one.
-        metric: ranks the trials, by values of which ``better`` ("lower" or "higher") ones are better.
+        metric: name of the metric that ranks the trials.
+        better: "lower" or "higher".
     """
     results = SweepResults(trials, read_record(evaluation) if evaluation else None, metric, better)
     plots, note = draw_plots(results, read_shown(evaluation) if evaluation else None)

@@ -64,7 +64,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
-    is_complete = was_done and len(planned) == total and not any(_needs_training(ledger, trial) for trial in planned)
+    is_complete = was_done and len(ledger.records) == total and all(map(_is_complete, ledger.records))
     if is_complete and json.loads(files.read_bytes(result)).get("judged") == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
@@ -129,12 +129,9 @@ def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) 
         )
 
 
-def _needs_training(ledger: Ledger, trial: PlannedTrial) -> bool:
-    """Whether a trial was not stopped early and has no finished student."""
-    record = ledger.get(trial.name)
-    if record is not None and record.status == "stopped":
-        return False
-    return record is None or record.is_open or not files.exists(files.join(record.out, CONFIG_FILE))
+def _is_complete(record: TrialRecord) -> bool:
+    has_student = record.status == "finished" and files.exists(files.join(record.out, CONFIG_FILE))
+    return has_student or record.status == "stopped"
 
 
 def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> bool:
@@ -228,7 +225,7 @@ def _check_failed(spec: SweepSpec, ledger: Ledger, total: int) -> None:
     failed = [record for record in ledger.records if record.status == "failed"]
     if not failed:
         return
-    advice = "Run the same command again to retry the trials that failed for other reasons."
+    advice = "Run the same command again to retry the trials that did not diverge."
     if any(record.has_diverged for record in failed):
         diverged = (
             "A trial that diverged would diverge again. Remove its values from the sweep or lower "

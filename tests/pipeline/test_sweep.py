@@ -119,18 +119,6 @@ def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_
     runs[-1].end("FAILED")
 
 
-def test_the_device_of_the_trials_decides_the_students(
-    small_store: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-):
-    """``precision.dtype`` auto must not depend on whether the driver has a GPU."""
-    spec = spec_of(small_store, tmp_path, steps=(1,), gpus_per_trial=0, metric="loss")
-    spec = spec.model_copy(update={"precision": Precision(dtype="auto")})
-    (record,) = sweep(spec)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (again,) = sweep(spec.model_copy(update={"metric": "validation/energy_distance"}))
-    assert (again.status, again.seconds) == ("finished", record.seconds), "the trial was complete"
-
-
 def test_a_search_runs_its_trials_and_can_be_extended(small_store: str, tmp_path: Path, ray_cluster: None):
     spec = spec_of(
         small_store,
@@ -240,37 +228,40 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
     (selection,) = store_columns.merge_selections(
         [source.selection(distill_spec(small_store, Path("x")).objective.build(m), 1.0) for m in (1, 2, 4)]
     )
-    shared = store_columns.load_shared(selection)
-    for array in shared.arrays.values():
+    shared = store_columns.load(selection)
+    for array in (shared.knots, shared.label, shared.guidance):
         array.setflags(write=False)
     with store_columns.use_shared([shared]):
-        assert (
-            store_columns.find_shared(source.selection(distill_spec(small_store, Path("x")).objective.build(2), 0.0))
-            is None
-        )
         batches_of_shared = batches()
-        columns = store_columns.find_shared(selection)
-        assert columns is not None and columns.knots.numpy().ctypes.data == shared.arrays["knots"].ctypes.data
+        two_steps = distill_spec(small_store, Path("x")).objective.build(2)
+        assert store_columns.load(source.selection(two_steps, 1.0)).knots is shared.knots
+        assert store_columns.load(source.selection(two_steps, 0.0)).knots is not shared.knots
     for batch, other in zip(expected, batches_of_shared, strict=True):
         for left, right in zip(batch, other, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
 
 
-def test_each_trial_has_one_run_after_reruns(small_store: str, tmp_path: Path, ray_cluster: None):
-    spec = spec_of(small_store, tmp_path / "sweep", steps=(1,))
-    sweep(spec)
-    (tmp_path / "sweep" / "trials.json").unlink()
-    (tmp_path / "sweep" / "trials" / "steps-1-guidance-0.0.json").unlink()
+def test_reruns_keep_a_student_and_its_one_run(
+    small_store: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """``precision.dtype`` auto must not depend on whether the driver has a GPU."""
+    spec = spec_of(small_store, tmp_path / "sweep", steps=(1,), gpus_per_trial=0, metric="loss")
+    spec = spec.model_copy(update={"precision": Precision(dtype="auto")})
+    (first,) = sweep(spec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (again,) = sweep(spec.model_copy(update={"metric": "validation/energy_distance"}))
+    assert (again.status, again.seconds) == ("finished", first.seconds), "the trial was complete"
+    result = tmp_path / "sweep" / "trials.json"
+    result.unlink()
+    (tmp_path / "sweep" / "trials" / f"{first.name}.json").unlink()
     sweep(spec)
     # The state after an interrupt between the end of the student and the end of the trial.
-    ledger = Ledger(spec.out)
-    ledger.change("steps-1-guidance-0.0", status="running")
-    tracking.run_of_output(ledger.records[0].out).end_killed()
-    (tmp_path / "sweep" / "trials.json").unlink()
+    Ledger(spec.out).change(first.name, status="running")
+    tracking.run_of_output(first.out).end_killed()
+    result.unlink()
     sweep(spec)
     (record,) = Ledger(spec.out).records
     assert record.status == "finished"
     children = [run for run in runs_of("distill") if run.data.params["out"] == record.out]
-    assert all(run.info.status == "FINISHED" for run in children)
-    assert len(children) == 1
+    assert [run.info.status for run in children] == ["FINISHED"]
     assert len([run for run in runs_of("sweep") if run.data.params["out"] == spec.out]) == 1

@@ -46,9 +46,11 @@ def failed(record: TrialRecord, error: str) -> TrialRecord:
 
 def test_the_report_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trials = grid(tmp_path)
+    trials[3] = failed(trials[3], "the disk is full")
     run = report_run(tmp_path, trials)
-    scores = [s for s in read_record(str(tmp_path / "evaluation")).scores if s.kind == "student"]
-    best = min(scores, key=lambda score: score.metrics[FRECHET])
+    record = read_record(str(tmp_path / "evaluation"))
+    by_folder = {score.folder: score for score in record.scores}
+    best = min((by_folder[t.out] for t in trials if t.out in by_folder), key=lambda score: score.metrics[FRECHET])
     found = json.loads((tmp_path / "answer.json").read_text())
     assert (found["best"]["name"], found["metric"], found["teacher"]) == (best.name, FRECHET, "/runs/teacher")
     assert best.folder in found["front"]
@@ -59,28 +61,18 @@ def test_the_report_of_a_grid_is_on_disk_and_in_mlflow(tmp_path: Path, capsys: p
     assert files == {"answer.json", "pictures", "report.html", "table.txt", "trials.csv", "trials.parquet"}
     pictures = {Path(file.path).stem for file in MlflowClient().list_artifacts(run.info.run_id, "pictures")}
     assert pictures >= {"front-nfe", "front-images_per_second", "samples", "parallel-coordinates", "importances"}
-    metrics = read_record(str(tmp_path / "evaluation")).metrics().values()
-    assert {f"heat-map-{m.name}" for m in metrics if m.heading and m.name != "nfe"} <= pictures
+    metrics = [metric for metric in record.metrics().values() if metric.heading]
+    assert {f"heat-map-{metric.name}" for metric in metrics if metric.name != "nfe"} <= pictures
     columns = (tmp_path / "report.html").read_text().split("All trials")[1].count("</th>")
-    assert columns == len([m for m in metrics if m.heading]) + 8, "several metrics may share a heading"
+    assert columns == len(metrics) + 9, "several metrics may share a heading"
     printed = capsys.readouterr().out
-    assert f"best by FD classifier (lower is better): #{trials_number(trials, best)} {best.name}" in printed
-    assert "16 trials: 16 finished" in printed
+    number = next(trial.number for trial in trials if trial.out == best.folder)
+    assert f"best by FD classifier (lower is better): #{number} {best.name}" in printed
+    assert "16 trials: 15 finished, 1 failed" in printed
     assert max(map(len, printed.splitlines()[:20])) < 130
 
-
-def trials_number(trials: list[Any], score: Any) -> int:
-    return next(trial.number for trial in trials if trial.out == score.folder)
-
-
-def test_both_tables_have_every_trial_with_values_and_metrics(tmp_path: Path):
-    trials = grid(tmp_path)
-    trials[3] = failed(trials[3], "the disk is full")
-    report_run(tmp_path, trials)
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     lines = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text())))
-    assert len(table) == len(lines) == 16
-    by_folder = {score.folder: score for score in read_record(str(tmp_path / "evaluation")).scores}
     for trial, row, line in zip(trials, table, lines, strict=True):
         assert (row["steps"], row["guidance"], row["status"]) == (*trial.values.values(), trial.status)
         if trial.status == "failed":
