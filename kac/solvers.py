@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,61 +75,53 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
         raise ValueError("`times` must be a strictly decreasing vector with at least 2 entries.")
     if not all(0 <= k < len(times) for k in keep):
         raise ValueError(f"`keep` is {list(keep)}, but its indices must be between 0 and {len(times) - 1}.")
-    kept = {0: x}
-    energy, calls = torch.zeros(len(x), dtype=x.dtype, device=x.device), 0
-    for n, step in enumerate(STEPPERS[method](velocity, x, times.tolist()), start=1):
-        x, energy, calls = step.x, energy + step.kinetic_energy, calls + step.calls
+    kept, calls, last = {0: x}, 0, None
+    energy = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+
+    def evaluate(x: Tensor, t: float) -> _Slope:
+        nonlocal calls
+        calls += 1
+        # torch.full fills the scalar on the device. A copy from the host would wait for all pending GPU work.
+        u = velocity(x, torch.full((), t, dtype=x.dtype, device=x.device))
+        return _Slope(u, u.flatten(1).square().sum(1))
+
+    for n, (t, t_next) in enumerate(itertools.pairwise(times.tolist()), start=1):
+        now, h = evaluate(x, t), t_next - t
+        mean = STEPPERS[method](_Step(evaluate, x, t_next, h, now, last))
+        x, energy, last = x + h * mean.u, energy - h * mean.power, (now, h)
         if n in keep:
             kept[n] = x
     return Solution(x, calls * getattr(velocity, "nfe_per_call", 1), [kept[k] for k in keep], energy)
 
 
+class _Slope(NamedTuple):
+    u: Tensor  # [batch, *sample], a velocity or a weighted sum of velocities
+    power: Tensor  # [batch], the same sum of their |velocity|^2
+
+    def plus(self, weight: float, other: "_Slope", other_weight: float) -> "_Slope":
+        return _Slope(*(weight * a + other_weight * b for a, b in zip(self, other, strict=True)))
+
+
 class _Step(NamedTuple):
-    x: Tensor
-    kinetic_energy: Tensor
-    calls: int
+    evaluate: Callable[[Tensor, float], _Slope]
+    x: Tensor  # at the start
+    t_next: float
+    h: float  # negative
+    now: _Slope  # at the start
+    last: tuple[_Slope, float] | None  # ``now`` and ``h`` of the last step
 
 
-def _euler(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
-    for t, t_next in itertools.pairwise(times):
-        h = t_next - t
-        u = velocity(x, _scalar(t, x))
-        x = x + h * u
-        yield _Step(x, -h * _square_norm(u), 1)
+def _heun(step: _Step) -> _Slope:
+    return step.now.plus(0.5, step.evaluate(step.x + step.h * step.now.u, step.t_next), 0.5)
 
 
-def _heun(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
-    for t, t_next in itertools.pairwise(times):
-        h = t_next - t
-        u = velocity(x, _scalar(t, x))
-        u_next = velocity(x + h * u, _scalar(t_next, x))
-        x = x + h / 2 * (u + u_next)
-        yield _Step(x, -h / 2 * (_square_norm(u) + _square_norm(u_next)), 2)
+def _ab2(step: _Step) -> _Slope:
+    if step.last is None:
+        return step.now
+    slope, h = step.last
+    half_ratio = step.h / h / 2
+    return step.now.plus(1 + half_ratio, slope, -half_ratio)
 
 
-def _ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[_Step]:
-    u_prev, h_prev = None, 0.0
-    for t, t_next in itertools.pairwise(times):
-        h = t_next - t
-        u = velocity(x, _scalar(t, x))
-        half_ratio = 0.0 if u_prev is None else h / h_prev / 2
-        slope, power = (1 + half_ratio) * u, (1 + half_ratio) * _square_norm(u)
-        if u_prev is not None:
-            slope, power = slope - half_ratio * u_prev, power - half_ratio * _square_norm(u_prev)
-        x = x + h * slope
-        yield _Step(x, -h * power, 1)
-        u_prev, h_prev = u, h
-
-
-Stepper = Callable[[Velocity, Tensor, list[float]], Iterator[_Step]]
-
-STEPPERS: dict[Method, Stepper] = {"euler": _euler, "heun": _heun, "ab2": _ab2}
-
-
-def _scalar(t: float, x: Tensor) -> Tensor:
-    # torch.full fills the scalar on the device. A copy from the host would wait for all pending GPU work.
-    return torch.full((), t, dtype=x.dtype, device=x.device)
-
-
-def _square_norm(u: Tensor) -> Tensor:
-    return u.flatten(1).square().sum(1)
+STEPPERS: dict[Method, Callable[[_Step], _Slope]] = {"euler": lambda step: step.now, "heun": _heun, "ab2": _ab2}
+"""Functions that return the slope with which a solver steps from x to x + h u."""

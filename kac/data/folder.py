@@ -36,11 +36,7 @@ class FolderSource(EncodedSource):
         return (stamp for stamp in files.walk(self.root) if IGNORED.isdisjoint(stamp.path.split("/")))
 
     def contents(self) -> Contents:
-        """Find the images and their classes.
-
-        Raises:
-            DistillKacError: the folder is empty, contains other files, or has an unknown layout.
-        """
+        """Find the images and their classes."""
         paths = [self._check_image(stamp.path) for stamp in self.stamps()]
         if not paths:
             raise DistillKacError(f"{self.root} is empty. Add images in folders named after their class.")
@@ -58,10 +54,8 @@ class FolderSource(EncodedSource):
         label_of = {name: label for label, name in enumerate(names)}
         for name, path in zip(classes, paths, strict=True):
             if name not in label_of:
-                raise DistillKacError(
-                    f"{self.root}: the class {name!r} has held-out images ({path}), but no training images. Remove "
-                    "them, or add training images of this class."
-                )
+                problem = f"the class {name!r} has held-out images ({path}), but no training images"
+                raise DistillKacError(f"{self.root}: {problem}. Add training images of this class.")
         parts = [paths[i : i + IMAGES_PER_UNIT] for i in range(0, len(paths), IMAGES_PER_UNIT)]
         return Contents(
             shape=self.shape_of_first(paths[:1]),

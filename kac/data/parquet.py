@@ -45,11 +45,7 @@ class ParquetSource(EncodedSource):
         return (stamp for stamp in files.walk(self.root) if not stamp.path or stamp.path.endswith(".parquet"))
 
     def contents(self) -> Contents:
-        """Read the labels and the shape of the first image.
-
-        Raises:
-            DistillKacError: there are no files or no images, a column is missing, or labels are missing or wrong.
-        """
+        """Read the labels and the shape of the first image."""
         stamps = list(self.stamps())
         if not stamps:
             raise DistillKacError(f"{self.root} has no Parquet files{self._describe_other_files()}")
@@ -68,7 +64,7 @@ class ParquetSource(EncodedSource):
             labels=np.concatenate([labels.values.astype(np.int64) for labels in read.values()]),
             held_out=None if division.held_out is None else np.repeat(division.held_out, counts),
             units=units,
-            class_names=self._class_names({path: labels.class_names for path, labels in read.items()}, num_classes),
+            class_names=self._class_names(read, num_classes),
             split=division.description,
         )
 
@@ -95,23 +91,22 @@ class ParquetSource(EncodedSource):
             return ", only Arrow files of datasets.save_to_disk. Write Parquet files with dataset.to_parquet(FILE)."
         return f", only {shorten(names, 5)}." if names else ". It is empty."
 
-    def _class_names(self, names_by_file: dict[str, tuple[str, ...]], num_classes: int) -> tuple[str, ...]:
+    def _class_names(self, read: dict[str, ParquetLabels], num_classes: int) -> tuple[str, ...]:
         """Return the class names, after checking that all files with names agree."""
-        named = {path: names for path, names in names_by_file.items() if names}
+        named = {path: labels.class_names for path, labels in read.items() if labels.class_names}
         if not named:
             return ()
         first, names = next(iter(named.items()))
         other = next((path for path in named if named[path] != names), None)
+        column = f"the column {self.label_column!r}"
         if other is not None:
             raise DistillKacError(
-                f"{self.root}: the column {self.label_column!r} has other class names in {other} than in {first}, so "
-                "a label means different classes. Write both files with the same features."
+                f"{self.root}: {column} has other class names in {other} than in {first}, so a label means different "
+                "classes. Write both files with the same features."
             )
         if num_classes > len(names):
-            raise DistillKacError(
-                f"{self.name(first)} has too few class names ({len(names)}) for the column {self.label_column!r}, "
-                f"because there is a label {num_classes - 1}. Correct the labels or the names."
-            )
+            problem = f"only {len(names)} class names for {column}, but there is a label {num_classes - 1}"
+            raise DistillKacError(f"{self.name(first)} has {problem}. Correct the labels or the names.")
         return names[:num_classes]
 
     def _read_labels(self, stamp: files.Stamp) -> ParquetLabels:
@@ -169,11 +164,7 @@ def _checked_groups(name: str, file: "pq.ParquetFile", size: int) -> list[int]:
 
 
 def _read_class_names(name: str, schema: Any, column: str) -> tuple[str, ...]:
-    """Return the class names of a column that is a ``ClassLabel`` of Hugging Face; else an empty tuple.
-
-    Raises:
-        DistillKacError: the names are not distinct texts.
-    """
+    """Return the class names of a column that is a ``ClassLabel`` of Hugging Face; else an empty tuple."""
     try:
         values = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = values["info"]["features"][column]["names"]
@@ -182,7 +173,7 @@ def _read_class_names(name: str, schema: Any, column: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
         raise DistillKacError(
             f"{name}: the class names of the column {column!r} are not distinct texts ({one_line(names, 100)}). Write "
-            "the file again with a valid ClassLabel feature."
+            "a valid ClassLabel feature."
         )
     return tuple(names)
 

@@ -27,9 +27,6 @@ from kac.util.errors import DistillKacError
 from kac.util.integrity import gunzip
 from kac.util.text import shorten
 
-UBYTE = 0x08
-"""The code of unsigned bytes, the only type in which images and labels are published as IDX files."""
-
 PARTS = ("train", "t10k")
 DIMENSIONS = {"labels": 1, "images": 3}
 NAMES = {
@@ -81,29 +78,18 @@ MOST_BYTES = 2**30
 ADVICE = f"Download {ARCHIVE} again; its md5 is {MD5}."
 
 
-class Published(NamedTuple):
-    """The content of all files. The last part is held out."""
-
-    images: dict[str, np.ndarray]  # by part: [count, channels, height, width], uint8
-    labels: dict[str, np.ndarray]  # by part: [count], integers
-    num_classes: int
-    split: str
-    class_names: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+Loaded = tuple[Contents, dict[str, np.ndarray]]
+"""Everything in the files: the contents, and the images of each unit, [count, channels, height, width], uint8."""
 
 
 @dataclass(frozen=True)
 class PublishedSource(Source):
     """Files that are read as a whole."""
 
-    @abstractmethod
-    def read(self) -> Published:
-        """Read all files."""
-
     @cached_property
-    def loaded(self) -> Published:
+    @abstractmethod
+    def loaded(self) -> Loaded:
         """The content of all files, read once per process: 184 MB for CIFAR-10."""
-        return self.read()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle only the fields, because the content is large."""
@@ -111,22 +97,25 @@ class PublishedSource(Source):
 
     def contents(self) -> Contents:
         """Return everything in the files except the images."""
-        images, labels, num_classes, split, class_names, warnings = self.loaded
-        *_, test = images
-        return Contents(
-            shape=images[test].shape[1:],
-            num_classes=num_classes,
-            labels=np.concatenate(list(labels.values())).astype(np.int64),
-            held_out=np.concatenate([np.full(len(part), name == test) for name, part in labels.items()]),
-            units=[Unit(len(part), name) for name, part in images.items()],
-            class_names=class_names,
-            split=split,
-            warnings=warnings,
-        )
+        return self.loaded[0]
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """Yield the images of the part ``content`` in one block."""
-        yield self.loaded.images[content]
+        yield self.loaded[1][content]
+
+
+def _load(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], num_classes: int, **facts: Any) -> Loaded:
+    """Put parts together. The last part is held out."""
+    *_, test = images
+    contents = Contents(
+        shape=images[test].shape[1:],
+        num_classes=num_classes,
+        labels=np.concatenate(list(labels.values())).astype(np.int64),
+        held_out=np.concatenate([np.full(len(part), name == test) for name, part in labels.items()]),
+        units=[Unit(len(part), name) for name, part in images.items()],
+        **facts,
+    )
+    return contents, images
 
 
 class IdxFile(NamedTuple):
@@ -146,27 +135,24 @@ class IdxSource(PublishedSource):
         names = {name for variants in NAMES.values() for name in variants}
         return (stamp for stamp in files.walk(self.root) if stamp.path in names)
 
-    def read(self) -> Published:
-        """Read the four files."""
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The four files."""
         found = {file: self._read_file(file) for file in NAMES}
         labels, images = ({part: found[f"{part}-{kind}"].values for part in PARTS} for kind in DIMENSIONS)
         for part in PARTS:
             if len(images[part]) != len(labels[part]) or not images[part].size:
-                raise DistillKacError(
-                    f"{self.root}: the {part} files have {len(images[part])} images and {len(labels[part])} labels. "
-                    "Give files with a label for each image."
-                )
-        sizes = [f"{width}x{height}" for _, height, width in (images[part].shape for part in PARTS)]
-        if sizes[0] != sizes[1]:
-            raise DistillKacError(
-                f"{self.root}: the train and t10k images have different sizes, {' and '.join(sizes)}. Give files with "
-                "images of one size."
-            )
+                problem = f"the {part} files have {len(images[part])} images and {len(labels[part])} labels"
+                raise DistillKacError(f"{self.root}: {problem}. Give files with a label for each image.")
+        train_size, test_size = (images[part].shape[1:] for part in PARTS)
+        if train_size != test_size:
+            problem = f"the train images have the size {train_size}, but the t10k images have {test_size}"
+            raise DistillKacError(f"{self.root}: {problem}. Give files with images of one size.")
         train, test = (found[f"{part}-images"].path.rpartition("/")[2] for part in PARTS)
-        return Published(
-            images={part: values[:, None] for part, values in images.items()},
-            labels=labels,
-            num_classes=count_classes({found[f"{part}-labels"].path: labels[part] for part in PARTS}),
+        return _load(
+            {part: values[:, None] for part, values in images.items()},
+            labels,
+            count_classes({found[f"{part}-labels"].path: labels[part] for part in PARTS}),
             split=f"training images from {train}, held-out images from {test}",
             warnings=_unlike_published(found),
         )
@@ -182,7 +168,7 @@ class IdxSource(PublishedSource):
                 "folder that contains it."
             )
         path, dimensions = self.name(name), DIMENSIONS[file.partition("-")[2]]
-        start, magic = 4 + 4 * dimensions, bytes((0, 0, UBYTE, dimensions))
+        start, magic = 4 + 4 * dimensions, bytes((0, 0, 0x08, dimensions))  # 0x08: unsigned bytes
 
         def read_shape(data: bytes) -> list[int]:
             if data[:4] != magic or len(data) < start:
@@ -231,8 +217,9 @@ class Cifar10Source(PublishedSource):
             )
         return iter([archive])
 
-    def read(self) -> Published:
-        """Read the archive or the extracted files."""
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The archive or the extracted files."""
         paths = {stamp.path.rpartition("/")[2]: self.name(stamp.path) for stamp in self.stamps()}
         content = {name: files.read_bytes(path) for name, path in paths.items()}
         published = MD5_EXTRACTED if len(paths) > 1 else dict.fromkeys(paths, MD5)
@@ -258,7 +245,7 @@ class Cifar10Source(PublishedSource):
                 if len(names) != len(CLASSES):
                     raise ValueError(f"it has {len(names)}")
         split = f"training images from {BATCHES[0]} .. {BATCHES[-2]}, held-out images from {BATCHES[-1]}"
-        return Published(images, labels, len(CLASSES), split, names, warnings)
+        return _load(images, labels, len(CLASSES), split=split, class_names=names, warnings=warnings)
 
 
 def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
@@ -293,9 +280,7 @@ class _Unpickler(pickle.Unpickler):
         return _STAND_INS[name]
 
 
-class _Bytes:
-    """Stand-in for numpy's array of uint8."""
-
+class _Bytes:  # numpy's array of uint8
     def __init__(self, *_: Any) -> None:
         self.values = np.empty(0, np.uint8)
 
@@ -304,15 +289,13 @@ class _Bytes:
         self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
-class _Uint8:
-    """Stand-in for numpy's dtype."""
-
+class _Uint8:  # numpy's dtype
     def __init__(self, name: str | bytes, *_: Any) -> None:
         if name not in ("u1", b"u1"):
             raise ValueError(f"the type of the values is {name!r}, not bytes")
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore the byte order, which bytes do not have."""
+        pass  # the byte order, which bytes do not have
 
 
 def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # of numpy, for protocol 5
