@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -98,10 +99,10 @@ def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any
 
     The fields of ``TeachSpec`` are keywords, such as ``data="digits"`` and ``out="runs/teacher"``.
     """
-    spec, metrics = _spec_of(TeachSpec, spec, fields, workers=0), dict[str, float]()
-    with _tracking(tracking):
-        config = _teach(spec, on_report=metrics.update)
-    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
+    metrics: dict[str, float] = {}
+    with _stage(TeachSpec, spec, fields, tracking, workers=0) as options:
+        config = _teach(options, on_report=metrics.update)
+    return ModelResult(connection.absolute(options.out), _made(config), metrics)
 
 
 def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields: Any) -> StoreResult:
@@ -109,10 +110,9 @@ def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields:
 
     The fields of ``RolloutSpec`` are keywords, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
     """
-    spec = _spec_of(RolloutSpec, spec, fields, actors=0)
-    with _tracking(tracking):
-        manifest = _rollout(spec)
-    return StoreResult(connection.absolute(spec.store), _made(manifest))
+    with _stage(RolloutSpec, spec, fields, tracking, actors=0) as options:
+        manifest = _rollout(options)
+    return StoreResult(connection.absolute(options.store), _made(manifest))
 
 
 def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
@@ -120,10 +120,10 @@ def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields:
 
     The fields of ``DistillSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
     """
-    spec, metrics = _spec_of(DistillSpec, spec, fields, workers=0), dict[str, float]()
-    with _tracking(tracking):
-        config = _distill(spec, on_report=metrics.update)
-    return ModelResult(connection.absolute(spec.out), _made(config), metrics)
+    metrics: dict[str, float] = {}
+    with _stage(DistillSpec, spec, fields, tracking, workers=0) as options:
+        config = _distill(options, on_report=metrics.update)
+    return ModelResult(connection.absolute(options.out), _made(config), metrics)
 
 
 def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
@@ -131,10 +131,9 @@ def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any
 
     The fields of ``SweepSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
     """
-    spec = _spec_of(SweepSpec, spec, fields)
-    with _tracking(tracking):
-        trials = _sweep(spec)
-    out = connection.absolute(spec.out)
+    with _stage(SweepSpec, spec, fields, tracking) as options:
+        trials = _sweep(options)
+    out = connection.absolute(options.out)
     best = json.loads(files.read_bytes(files.join(out, ANSWER_FILE)))["best"]
     return SweepResult(out, tuple(trials), best and best["out"])
 
@@ -145,23 +144,22 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
     The fields of ``EvaluateSpec`` are keywords, such as ``teacher="runs/teacher"``, ``students=["runs/student"]``
     and ``out="runs/evaluation"``.
     """
-    spec = _spec_of(EvaluateSpec, spec, fields, actors=0)
-    with _tracking(tracking):
-        scores = _evaluate(spec)
-    return EvaluationResult(connection.absolute(spec.out), tuple(scores))
+    with _stage(EvaluateSpec, spec, fields, tracking, actors=0) as options:
+        scores = _evaluate(options)
+    return EvaluationResult(connection.absolute(options.out), tuple(scores))
 
 
-def _spec_of(spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], **in_process: Any) -> AnySpec:
-    """The spec, or one of the fields; by default in this process unless RAY_ADDRESS names a cluster."""
+@contextlib.contextmanager
+def _stage(
+    spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
+) -> Iterator[AnySpec]:
+    """Yield the spec, or one of the fields; by default in this process unless RAY_ADDRESS names a cluster."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
     texts = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
-    return spec or spec_type(**{**defaults, **texts})
-
-
-def _tracking(is_on: bool) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if is_on else tracking_off()
+    with contextlib.nullcontext() if tracking else tracking_off():
+        yield spec or spec_type(**{**defaults, **texts})
 
 
 def _made(result: Result | None) -> Result:

@@ -54,7 +54,7 @@ class ProgressBar:
 
     def write(self, line: str) -> None:
         """Write a line above the bar."""
-        if hasattr(self._bar, "write"):
+        if self._bar is not None and hasattr(self._bar, "write"):
             self._bar.write(line)
         else:
             log.info(line)

@@ -47,16 +47,13 @@ def quickstart(spec: QuickstartSpec) -> None:
         students = (flow_map, refined)
         scores = evaluate(EvaluateSpec(teacher=teacher, students=students, out=evaluation, steps=spec.steps), run)
     uri = tracking.tracking_uri(out)
+    folders = {"teach": teacher, "rollout": store, "distill": flow_map, "refine": refined, "evaluate": evaluation}
     sections = {
-        "teach": files.join(teacher, SPEC_FILE),
-        "rollout": files.join(store, MANIFEST),
-        "distill": files.join(flow_map, SPEC_FILE),
-        "refine": files.join(refined, SPEC_FILE),
-        "evaluate": files.join(evaluation, SPEC_FILE),
+        stage: files.join(folder, MANIFEST if stage == "rollout" else SPEC_FILE) for stage, folder in folders.items()
     }
     report = files.join(out, "report.html")
     write_evaluation_page(report, "quickstart on the handwritten digits", evaluation, sections, uri)
-    # Compares in features that no training used.
+    # No training used the features of this comparison.
     best = min((score for score in scores if score.refined_in), key=lambda score: score.steps or 0)
     first = next(score for score in scores if score.kind == "teacher")
     distances = [f"{score.metrics['frechet_distance_classifier']:.3g}" for score in (best, first)]

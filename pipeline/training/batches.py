@@ -61,19 +61,14 @@ class MicroBatch(NamedTuple):
         return len(self._slots_of_worker)
 
     @property
-    def is_last(self) -> bool:
-        """Whether this is the last micro-batch of its worker in the update."""
-        return self.number == self.passes - 1
-
-    @property
     def _slots_of_worker(self) -> range:
         rank, size = self.worker.rank, self.worker.world_size
         return range(rank * self.slots // size, (rank + 1) * self.slots // size)
 
     def next(self) -> "MicroBatch":
         """The micro-batch that its worker processes next."""
-        update, number = (self.update + 1, 0) if self.is_last else (self.update, self.number + 1)
-        return self._replace(update=update, number=number)
+        update, number = divmod(self.number + 1, self.passes)
+        return self._replace(update=self.update + update, number=number)
 
     def share(self, rows: Tensor) -> Tensor:
         """The rows of a whole batch that belong to this part: [batch, ...] to [batch / slots, ...]."""

@@ -133,9 +133,8 @@ def train_model(
 ) -> ModelConfig:
     """Train a model as ``train`` does, and write it into its folder. Return its config with the hash of its weights."""
     run.params(network_cost(config.network, config.sample_shape, config.num_classes)._asdict())
-    validation = Validation(
-        spec.validation_updates, config, spec.optimizer, spec.precision, held_out, spec.sample_updates
-    )
+    precision = spec.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
+    validation = Validation(spec.validation_updates, config, spec.optimizer, precision, held_out, spec.sample_updates)
     job = Job(task, title, spec.out, run, spec.checkpoint_updates, spec.checkpoint_seconds, validation)
     return outputs.write_model(spec.out, config, train(job, group, on_report), run)
 

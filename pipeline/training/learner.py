@@ -17,7 +17,6 @@ from pipeline.config import OptimizerConfig
 from pipeline.tracking import DIAGNOSTIC_PREFIX
 from pipeline.training.batches import MicroBatch, Worker
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
 Losses = Callable[[VelocityNetwork, MicroBatch], LossTerms]
 
 AVERAGE = "average"
@@ -83,7 +82,7 @@ class Learner:
 
     def _add_gradient(self, micro: MicroBatch) -> LossTerms:
         """Add the gradient of one micro-batch. Workers exchange gradients only after their last one."""
-        is_local = not micro.is_last and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
+        is_local = micro.number < micro.passes - 1 and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
         with self.parallel.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
             terms = self.losses(self.forward, micro)
             # DistributedDataParallel takes the mean over workers, whatever their number of passes.
@@ -131,11 +130,11 @@ def learning_rate(update: int, options: OptimizerConfig) -> float:
     return options.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _warmed_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+def _warmed_average(decay: float) -> Callable[..., None]:
     """An exponential moving average whose decay starts low, so that the initial weights are forgotten quickly."""
 
     @torch.no_grad()
-    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         d = min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averaged, current, 1 - d)
 

@@ -48,8 +48,7 @@ declare(
 Report = Callable[[dict[str, float], bytes | None], None]
 """(metrics, training state): called on every worker after each validation and each checkpoint.
 
-The metrics are ``update``, ``loss`` and, only on the worker of rank 0, those of the last validation. The state is None
-unless a checkpoint is due.
+The metrics are ``update``, ``loss`` and, only on rank 0, those of the last validation. The state is of a checkpoint.
 """
 
 
@@ -100,15 +99,16 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
             since_log, started = [], time.perf_counter()
             if is_main and done > last_logged("loss"):
                 job.run.metrics(metrics, step=done)
-        if is_main and validation is not None and validation.is_sheet_due(done) and done > last_logged("loss"):
-            job.run.image("samples", validation.draw_sheet(learner.averaged()), step=done)
         is_validated = validation is not None and validation.is_due(done)
-        if is_main and validation is not None and is_validated:
+        if is_main and validation is not None:
             began = time.perf_counter()
-            validated = validation.measure(learner.averaged())
-            if new := {name: value for name, value in validated.items() if done > last_logged(name)}:
-                job.run.metrics(new, step=done)
-            started += time.perf_counter() - began  # the training speed excludes validation
+            if done % (validation.sheet_updates or total + 1) == 0 and done > last_logged("loss"):
+                job.run.image("samples", validation.draw_sheet(learner.averaged()), step=done)
+            if is_validated:
+                validated = validation.measure(learner.averaged())
+                if new := {name: value for name, value in validated.items() if done > last_logged(name)}:
+                    job.run.metrics(new, step=done)
+            started += time.perf_counter() - began  # the training speed excludes sheets and validation
         is_saved = checkpoints.is_due(done) or is_last
         if is_saved or is_validated:
             loss, began = sum(_losses(job, [latest], done).values()), checkpoints.clock()

@@ -81,10 +81,6 @@ class Validation:
         every = self._interval
         return every > 0 and (update % every == 0 or update == self.optimizer.updates)
 
-    def is_sheet_due(self, update: int) -> bool:
-        """Whether to draw a sheet of samples after this update."""
-        return self.sheet_updates is not None and update % self.sheet_updates == 0
-
     @property
     def samples(self) -> int:
         """The number of samples to draw per validation, within ``MAX_CALLS_SHARE`` if possible."""
@@ -107,17 +103,12 @@ class Validation:
         is_student = self.config.kind == "student"
         return student_sampling(self.config) if is_student else teacher_sampling(self.config, steps=TEACHER_STEPS)
 
-    @property
-    def _uncompiled(self) -> Precision:
-        """The precision without compilation, which does not pay off for a few calls."""
-        return self.precision.model_copy(update={"compile": False})
-
     def draw_sheet(self, network: NetworkModule) -> bytes:
         """Return a sheet of samples as PNG, with the classes in turn. Raises ``DistillKacError`` after a divergence."""
         from pipeline.report.pictures import sheet
 
-        labels, count = known_classes(self.config)[:SHEET_SAMPLES] or None, SHEET_SAMPLES
-        samples = draw(Model(network, self.config), self._sampling, self._uncompiled, SEED, count, count, labels)
+        model, labels = Model(network, self.config), known_classes(self.config)[:SHEET_SAMPLES] or None
+        samples = draw(model, self._sampling, self.precision, SEED, SHEET_SAMPLES, SHEET_SAMPLES, labels)
         return sheet(samples.images.numpy())
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
@@ -136,7 +127,7 @@ class Validation:
     def _energy_distance(self, network: NetworkModule, real: LabelledImages) -> float:
         """The energy distance of delivered samples and images, in units of the mean distance between images."""
         config, count = self.config, self.samples
-        samples = draw(Model(network, config), self._sampling, self._uncompiled, SEED, count, count)
+        samples = draw(Model(network, config), self._sampling, self.precision, SEED, count, count)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
         images = delivered(real.images)
         label = samples.label if known_classes(config) else None
@@ -144,7 +135,7 @@ class Validation:
 
     def _endpoint_error(self, network: NetworkModule, held_out: HeldOut) -> float:
         """The endpoint error of delivered images, the mean over the guidance scales."""
-        device, wrapped = next(network.parameters()).device, self._uncompiled.wrap(network)
+        device, wrapped = next(network.parameters()).device, self.precision.wrap(network)
         errors = []
         for w, (noise, image, label) in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
             sampling = student_sampling(self.config, guidance=w)
