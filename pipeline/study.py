@@ -25,7 +25,7 @@ from kac.util.path_options import check_apart
 from pipeline import outputs, store, tracking
 from pipeline.cluster import connection as cluster
 from pipeline.config import StudySpec
-from pipeline.evaluate.inputs import load_student_config, student_folders
+from pipeline.evaluate.inputs import load_student_config, student_folders, unique_names
 
 STUDY_FILE = "study.json"
 
@@ -68,28 +68,27 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
             run.metrics(finite)
             _write(spec, run, fingerprint, f"{claim}.png", outcome.picture)
         record = {"fingerprint": fingerprint, "samples": spec.samples, "seed": spec.seed, "claims": claims}
-        _write(spec, run, fingerprint, STUDY_FILE, json.dumps(_finite(record), indent=2).encode())
+        finite_record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # None instead of NaN
+        _write(spec, run, fingerprint, STUDY_FILE, json.dumps(finite_record, indent=2).encode())
     return _log_table(claims)
 
 
 def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     """Open the inputs and check that they belong together."""
     teacher = load_teacher_config(spec.teacher)
+    own = StudyModel("teacher", spec.teacher, teacher)
     data = learned_data(spec.teacher, teacher)
-    folders = [path for given in spec.students for path in student_folders(given)]
-    students = [StudyModel(path, load_student_config(path, spec.teacher, teacher)) for path in folders]
-    check_guidance(teacher, [w for _, config in students if (w := config.guidance) is not None])
-    names = [student.name for student in students]
-    if len(set(names)) < len(names):
-        raise ArgumentError(f"`students` have folders of the same name: {', '.join(names)}. Rename one of them.")
+    names = unique_names(path for given in spec.students for path in student_folders(given))
+    students = [StudyModel(n, path, load_student_config(path, spec.teacher, teacher)) for path, n in names.items()]
+    check_guidance(teacher, [w for _, _, config in students if (w := config.guidance) is not None])
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
             f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...) than {spec.teacher} "
             f"({teacher.weights_sha256[:12]}...). Give the teacher of the store."
         )
-    rival = None if spec.rival is None else StudyModel(spec.rival, load_teacher_config(spec.rival))
+    rival = None if spec.rival is None else StudyModel("rival", spec.rival, load_teacher_config(spec.rival))
     if rival is not None:
-        _check_rival(rival, StudyModel(spec.teacher, teacher))
+        _check_rival(rival, own)
     trajectories = None
     if opened is not None:
         identity, w = opened.identity, min(opened.guidance)
@@ -98,7 +97,7 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
         is_forward = identity.source == "forward"
         trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read)
     options = (spec.samples, spec.steps, spec.precision, spec.seed, spec.batch_size)
-    return Inputs(StudyModel(spec.teacher, teacher), students, rival, trajectories, data, *options)
+    return Inputs(own, students, rival, trajectories, data, *options)
 
 
 def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
@@ -106,7 +105,7 @@ def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
     kind = rival.config.path.kind
     if kind != "gaussian":
         raise ArgumentError(f"`rival` {rival.path} has a {kind} path. Choose a rival with a gaussian path.")
-    ours, theirs = (_training_choices(*model) for model in (teacher, rival))
+    ours, theirs = (_training_choices(model.path, model.config) for model in (teacher, rival))
     differences = [
         f"{name} is {theirs[name]} instead of {value}"
         for name, value in ours.items()
@@ -155,12 +154,3 @@ def _log_table(claims: dict[str, dict[str, Any]]) -> dict[str, str]:
     width = max(map(len, lines))
     log.info("\n".join(f"{claim.ljust(width)}  {line}" for claim, line in lines.items()))
     return lines
-
-
-def _finite(value: Any) -> Any:
-    """A copy for JSON, with None instead of NaN and infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

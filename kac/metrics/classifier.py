@@ -54,15 +54,17 @@ class Classifier(nn.Module):
 
     def __init__(self, sample_shape: tuple[int, ...], num_classes: int, width: int = ClassifierRecipe().width) -> None:
         super().__init__()
-        with torch.device("meta"):
-            shape = tuple(averaged_down(torch.empty(1, *sample_shape)).shape[1:])
-        self.body = _convolutions(shape, width) if is_image(shape) else _linear(math.prod(shape))
+        shape = tuple(averaged_down(torch.empty(1, *sample_shape, device="meta")).shape[1:])
+        if is_image(shape):
+            self.body = nn.Sequential(*_convolutions(shape, width))
+        else:
+            layers = nn.Linear(math.prod(shape), 64), nn.ReLU(), nn.Linear(64, FEATURES), nn.ReLU()
+            self.body = nn.Sequential(nn.Flatten(), *layers)
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, FEATURES], the input of the last layer."""
-        features: Tensor = self.body(averaged_down(samples))
-        return features
+        return self.body(averaged_down(samples))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def labels(self, features: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Classifier(nn.Module):
         return self.head(features.to(self.head.weight.device)).argmax(1).cpu()  # type: ignore[no-any-return]
 
 
-def _convolutions(shape: tuple[int, ...], out: int) -> nn.Sequential:
+def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
     """Halve the sides and double the channels until the sides are at most 4. Sides up to 8 are not halved at first."""
     channels, height, width = shape
     layers: list[nn.Module] = []
@@ -81,11 +83,7 @@ def _convolutions(shape: tuple[int, ...], out: int) -> nn.Sequential:
         if max(height, width) <= 4:
             break
         out, stride = 2 * out, 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, FEATURES), nn.ReLU())
-
-
-def _linear(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, FEATURES), nn.ReLU())
+    return [*layers, nn.Flatten(), nn.Linear(channels * height * width, FEATURES), nn.ReLU()]
 
 
 def open_classifier(

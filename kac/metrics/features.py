@@ -65,7 +65,7 @@ class FeatureSpace:
         """
         call = self._run if self.given in OWN else self.checked
         parts = [call(batch).float().cpu() for batch in torch.split(samples, BATCH_SIZE)]
-        check_widths(self.option, *(part.shape[1] for part in parts))
+        self.check_widths(*parts)
         return torch.cat(parts)
 
     def of_training_images(self, data: Dataset) -> Iterator[Tensor]:
@@ -74,11 +74,7 @@ class FeatureSpace:
             yield self(delivered(data.train.rows(ids).images))
 
     def checked(self, samples: Tensor) -> Tensor:
-        """Return the features of one batch, in float32 on the CPU.
-
-        Raises:
-            ArgumentError: the network failed, or its output is not features.
-        """
+        """Return the features of one batch, in float32 on the CPU. Raises as ``__call__``."""
         try:
             return check_features(self.option, self._run(samples), len(samples))
         except DistillKacError:
@@ -91,6 +87,15 @@ class FeatureSpace:
                 f"{self.option}: the network failed on {list(samples.shape)} samples: {reason}. Use a "
                 "network, saved after network.eval(), that takes float32 samples in [-1, 1] in batches of any size."
             ) from error
+
+    def check_widths(self, *parts: Tensor) -> None:
+        """Raise ``ArgumentError`` if the features of several batches have different widths."""
+        widths = sorted({part.shape[1] for part in parts})
+        if len(widths) > 1:
+            raise ArgumentError(
+                f"{self.option}: the network returned {' and '.join(map(str, widths))} features per sample in "
+                "different batches. Return the same width for every batch."
+            )
 
     def _run(self, samples: Tensor) -> Any:
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
@@ -147,7 +152,7 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     samples = delivered(data.train.rows(ids).images)
     with torch.inference_mode():
         together, single = space.checked(samples), space.checked(samples[:1])
-    check_widths(space.option, together.shape[1], single.shape[1])
+    space.check_widths(together, single)
     if float((single - together[:1]).norm()) > SAME * float(together[:1].norm()):
         raise ArgumentError(
             f"{space.option}: the features of a sample are random or depend on the rest of its batch. Call "
@@ -189,16 +194,6 @@ def check_features(option: str, output: object, count: int) -> Tensor:
             f"{MAX_VALUE:.0e} without NaN."
         )
     return features
-
-
-def check_widths(option: str, *widths: int) -> None:
-    """Raise ``ArgumentError`` if the features of several batches have different widths."""
-    if len(set(widths)) > 1:
-        different = " and ".join(str(width) for width in sorted(set(widths)))
-        raise ArgumentError(
-            f"{option}: the network returned {different} features per sample in different batches. Return the same "
-            "width for every batch."
-        )
 
 
 def check_fits(given: str, data: Dataset) -> None:

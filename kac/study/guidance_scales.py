@@ -29,13 +29,10 @@ class GuidancePoint(NamedTuple):
 def effect_of_guidance(
     subject: Subject, classifier: FeatureSpace | None, scales: Sequence[float] = SCALES
 ) -> Iterator[GuidancePoint]:
-    """Yield the effect of each guidance scale.
+    """Yield the effect of each guidance scale on a network with a null label.
 
     Args:
         classifier: the feature space of the classifier; None: label agreement is not measured.
-
-    Raises:
-        ArgumentError: the network has no null label.
     """
     for w in scales:
         outside, values, energy, correct = 0, 0, 0.0, 0

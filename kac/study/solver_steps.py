@@ -31,10 +31,7 @@ class SolverPoint(NamedTuple):
 
 
 def quality_by_solver(
-    subject: Subject,
-    spaces: Sequence[FeatureSpace],
-    train: dict[str, Moments],
-    steps: Sequence[int] = STEPS,
+    subject: Subject, spaces: Sequence[FeatureSpace], train: dict[str, Moments], steps: Sequence[int] = STEPS
 ) -> Iterator[SolverPoint]:
     """Yield the quality for each combination of solver and number of steps.
 
@@ -61,33 +58,23 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     floor = {s.name: frechet_distance(train[s.name], Statistics.of([s(real)]).moments) for s in spaces}
     found = {subject.name: list(quality_by_solver(subject, spaces, train)) for subject in inputs.teachers()}
     shown = spaces[-1].name
-    lines = [
-        f"{name} {method} {' '.join(f'{p.distances[shown]:.4f}' for p in points if p.method == method)}"
-        for name, points in found.items()
-        for method in STEPPERS
-    ]
-    metrics = {
-        f"frechet_distance_{space}_{point.method}_{point.steps}/{name}": distance
-        for name, points in found.items()
-        for point in points
-        for space, distance in point.distances.items()
-    }
-    text = (
-        f"FD {shown} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}; {count:,} held-out images "
-        f"{floor[shown]:.4f}"
-    )
+    lines: list[str] = []
+    metrics: dict[str, float] = {}
+    for name, points in found.items():
+        for method in STEPPERS:
+            lines.append(" ".join([name, method, *(f"{p.distances[shown]:.4f}" for p in points if p.method == method)]))
+        for point in points:
+            key = f"{point.method}_{point.steps}/{name}"
+            metrics |= {f"frechet_distance_{space}_{key}": value for space, value in point.distances.items()}
+    lines.append(f"{count:,} held-out images {floor[shown]:.4f}")
+    text = f"FD {shown} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}"
     values = {name: [point._asdict() for point in points] for name, points in found.items()}
     held_out_values = {"count": count, "distances": floor}
     return ClaimResult(text, {"held_out": held_out_values, **values}, metrics, _plot(found, count, floor))
 
 
 def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping[str, float]) -> bytes:
-    """One panel per feature space: Frechet distance against network evaluations.
-
-    Args:
-        count: the number of held-out images.
-        floor: Frechet distance of the held-out images, by feature space.
-    """
+    """One panel per feature space, with the Frechet distance of ``count`` held-out images as the floor."""
     figure, axes = panels(1, len(floor))
     for axis, (space, distance) in zip(axes, floor.items(), strict=True):
         axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")

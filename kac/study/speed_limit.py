@@ -21,24 +21,14 @@ TOP = 2.0
 
 
 class Speeds:
-    """A histogram of |u| over all coordinates.
-
-    Args:
-        limit: the speed limit.
-    """
+    """A histogram of |u| over all coordinates, around a finite speed limit."""
 
     def __init__(self, limit: float) -> None:
-        if not (math.isfinite(limit) and limit > 0):
-            raise ValueError(f"`limit` is {limit}, but should be positive and finite.")
         self.limit, self.count, self.beyond, self.largest = limit, 0, 0, 0.0
         self.bins = torch.zeros(BINS, dtype=torch.int64)
 
     def see(self, u: Tensor) -> None:
-        """Count velocities [batch, *sample].
-
-        Raises:
-            DivergedError: a velocity is not finite.
-        """
+        """Count velocities [batch, *sample]. Raises ``DivergedError`` if a velocity is not finite."""
         speed = u.detach().abs().flatten()
         largest = speed.max().item()
         if not math.isfinite(largest):

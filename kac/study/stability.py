@@ -46,59 +46,54 @@ class StabilityKnot(NamedTuple):
 def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
     """Compare a student with its teacher at the student's knots, from noise to image. Both start from the same noise.
 
-    Raises:
-        ValueError: the student's steps do not divide the teacher's.
+    The student's steps must divide the teacher's.
     """
-    steps, factor = student.sampling.steps, teacher.sampling.steps // student.sampling.steps
-    if factor * steps != teacher.sampling.steps:
-        raise ValueError(f"The student's {steps} steps do not divide the teacher's {teacher.sampling.steps} steps.")
+    steps, method = student.sampling.steps, teacher.sampling.solver
+    fine = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
+    factor = teacher.sampling.steps // steps
+    coarse = fine[::factor]
     # Sums of squares: error, step from the teacher's state, step from the student's state, restart of the solver.
     squares = torch.zeros(4, steps + 1, dtype=torch.float64)
     stretch, values = [0.0] * (steps + 1), 0
     for x_1, label in student.starts():
         values += x_1.numel()
-        _add_batch(teacher, student, x_1, label, factor, squares, stretch)
-    error, from_teacher, from_student, restart = (squares / values).sqrt().tolist()
-    times, bound, certain = knot_times(steps, student.sampling.knot_grid).tolist(), 0.0, 0.0
+        flow = velocity_of(teacher.network, x_1, label, teacher.sampling)
+        flow_of_both = velocity_of(teacher.network, x_1, torch.cat([label, label]), teacher.sampling)
+        step = velocity_of(student.network, x_1, label, student.sampling)
+        states = solve(flow, x_1, fine, method, keep=range(0, len(fine), factor)).knots
+        x = x_1
+        for k in range(steps):
+            inside, ends = fine[k * factor : (k + 1) * factor + 1], coarse[k : k + 2]
+            both = solve(flow_of_both, torch.cat([x, states[k]]), inside, method).x
+            from_student, restarted = both.chunk(2)
+            stepped = solve(step, x, ends, "euler").x
+            before, after = _rms_each(x - states[k]), _rms_each(from_student - restarted)
+            apart = before > COINCIDE
+            if bool(apart.any()):
+                stretch[k + 1] = max(stretch[k + 1], (after[apart] / before[apart]).max().item())
+            gaps = (
+                stepped - states[k + 1],
+                solve(step, states[k], ends, "euler").x - states[k + 1],
+                stepped - from_student,
+                restarted - states[k + 1],  # not zero: a multistep solver differs slightly after a restart
+            )
+            squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
+            x = stepped
+    return _knots(knot_times(steps, student.sampling.knot_grid).tolist(), stretch, (squares / values).sqrt())
+
+
+def _knots(times: list[float], stretch: list[float], distances: Tensor) -> list[StabilityKnot]:
+    """Accumulate the bounds from distances [4, knots]: error, two errors of each step, restart of the solver."""
+    bound, certain = 0.0, 0.0
     knots = [StabilityKnot(times[0], 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)]
-    for k in range(1, steps + 1):
+    error, from_teacher, from_student, restart = distances.tolist()
+    for k in range(1, len(times)):
         growth = stretch[k] or 1.0  # 0 if all states coincide
         one_step = growth * error[k - 1] + from_teacher[k]
         bound = growth * bound + from_teacher[k]
         certain = growth * certain + from_student[k] + restart[k]
         knots.append(StabilityKnot(times[k], error[k], one_step, bound, certain, from_teacher[k], growth))
     return knots
-
-
-def _add_batch(
-    teacher: Subject, student: Subject, x_1: Tensor, label: Tensor, factor: int, squares: Tensor, stretch: list[float]
-) -> None:
-    steps = student.sampling.steps
-    times = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
-    knots = times[::factor]
-    method = teacher.sampling.solver
-    flow = velocity_of(teacher.network, x_1, label, teacher.sampling)
-    flow_of_both = velocity_of(teacher.network, x_1, torch.cat([label, label]), teacher.sampling)
-    step = velocity_of(student.network, x_1, label, student.sampling)
-    teacher_states = solve(flow, x_1, times, method, keep=range(0, len(times), factor)).knots
-    x = x_1
-    for k in range(steps):
-        inside, ends = times[k * factor : (k + 1) * factor + 1], knots[k : k + 2]
-        both = solve(flow_of_both, torch.cat([x, teacher_states[k]]), inside, method).x
-        from_student, restarted = both.chunk(2)
-        stepped = solve(step, x, ends, "euler").x
-        before, after = _rms_each(x - teacher_states[k]), _rms_each(from_student - restarted)
-        apart = before > COINCIDE
-        if bool(apart.any()):
-            stretch[k + 1] = max(stretch[k + 1], (after[apart] / before[apart]).max().item())
-        gaps = (
-            stepped - teacher_states[k + 1],
-            solve(step, teacher_states[k], ends, "euler").x - teacher_states[k + 1],
-            stepped - from_student,
-            restarted - teacher_states[k + 1],  # not zero: a multistep solver differs slightly after a restart
-        )
-        squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
-        x = stepped
 
 
 def _rms_each(gap: Tensor) -> Tensor:

@@ -57,15 +57,11 @@ class Watched:
 
 
 class StudyModel(NamedTuple):
-    """The folder and the config of a model."""
+    """A model folder."""
 
+    name: str
     path: str
     config: ModelConfig
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.path.rsplit("/", 1)[-1]
 
 
 class Trajectories(NamedTuple):
@@ -106,12 +102,12 @@ class Inputs:
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
         """The teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes the number."""
-        return self._subject("teacher", self.teacher, self._teacher_sampling(guidance, steps))
+        return self._subject(self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
         """The teacher and the rival, with the same sampling and without guidance."""
-        models = {"teacher": self.teacher, "rival": self.rival}
-        return [self._subject(name, model, self._teacher_sampling(0.0, 1)) for name, model in models.items() if model]
+        models = (self.teacher, self.rival)
+        return [self._subject(model, self._teacher_sampling(0.0, 1)) for model in models if model]
 
     def student_subjects(self, guidance: float | None = None) -> list[Subject]:
         """The students; an any-step student once per step count.
@@ -127,8 +123,8 @@ class Inputs:
             scales = config.guidance_scales if config.takes_guidance else (config.guidance,)
             if guidance is None or guidance in scales:
                 for steps in dividing if config.is_any_step else [None]:
-                    name = model.name + (f"@{steps}" if config.is_any_step else "")
-                    subjects.append(self._subject(name, model, student_sampling(config, steps, guidance)))
+                    suffix = f"@{steps}" if config.is_any_step else ""
+                    subjects.append(self._subject(model, student_sampling(config, steps, guidance), suffix))
         return subjects
 
     def _teacher_sampling(self, guidance: float, steps: int) -> Sampling:
@@ -137,8 +133,8 @@ class Inputs:
         check_guidance(self.teacher.config, [guidance])
         return self.trajectories.sampling._replace(guidance=guidance)
 
-    def _subject(self, name: str, model: StudyModel, sampling: Sampling) -> Subject:
-        network = self._load(model.path)
+    def _subject(self, model: StudyModel, sampling: Sampling, suffix: str = "") -> Subject:
+        network, name = self._load(model.path), model.name + suffix
         return Subject(name, network, model.config, sampling, self.seed, self.samples, self.batch_size)
 
     @functools.cached_property

@@ -171,11 +171,7 @@ def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, base_name: st
 
 
 def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> ModelConfig:
-    """The config of the student in the folder ``path``.
-
-    Raises:
-        DistillKacError: the model is not a student, or its teacher is not the one in ``teacher_path``.
-    """
+    """The config in the folder ``path``. Raises ``DistillKacError`` unless it is a student of this teacher."""
     config = load_config(path)
     if config.kind != "student":
         raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")

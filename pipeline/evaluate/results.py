@@ -69,10 +69,7 @@ def read_shown(out: str) -> list[np.ndarray] | None:
 
 
 def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The first samples of each row of the table, and their labels.
-
-    The held-out images have the same labels, as far as there are such images.
-    """
+    """The first samples of each row of the table, and their labels. Real images have the same labels if possible."""
     sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
     samples = [source.rows(chunks(source)[0].ids) for source in sources]
     real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
@@ -97,12 +94,7 @@ def _track_models(
 ) -> None:
     """Add metrics, pictures and the table to the run of each model.
 
-    Real images, and models without a run on this server, get nested runs.
-
-    Args:
-        run: of the evaluation.
-        images: the first delivered samples [shown, *sample] of each score.
-        curve: plot of quality against cost.
+    Real images, and models without a run on the server of the evaluation's ``run``, get nested runs.
     """
     details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
     tags = {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": text for name, text in details.items()}}

@@ -98,8 +98,7 @@ class ModelSamples:
     def make(self, ids: range) -> None:
         """Draw the samples of a chunk and write them to the cache.
 
-        Raises:
-            DistillKacError: the model has changed, or gives values that are not finite.
+        Raises ``DistillKacError`` if the model has changed, or gives values that are not finite.
         """
         model = _model(self.path, self.config.weights_sha256)
         drawn = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
@@ -126,7 +125,8 @@ class RealImages:
     def rows(self, ids: range) -> Rows:
         """The images ``ids`` in this order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
-        images, label = split.rows(_order(len(split))[ids.start : ids.stop])
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        images, label = split.rows(order[ids.start : ids.stop])
         return Rows(delivered(images), label)
 
 
@@ -283,8 +283,3 @@ def _model(path: str, weights_sha256: str) -> Model:
     if model.config.weights_sha256 != weights_sha256:
         raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")
     return model
-
-
-@functools.lru_cache(maxsize=4)
-def _order(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

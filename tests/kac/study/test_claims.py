@@ -18,7 +18,7 @@ from kac.study.marginals import marginal, noised
 from kac.study.memorisation import energy_and_nearness, spearman
 from kac.study.plane import CELLS, density, travel
 from kac.study.solver_steps import quality_by_solver
-from kac.study.speed_limit import BINS, Speeds, speeds
+from kac.study.speed_limit import BINS, speeds
 from kac.study.stability import stability
 from kac.util.errors import DivergedError
 from tests.kac.study.fields import Field, subject
@@ -69,11 +69,6 @@ def test_a_student_that_is_worse_away_from_the_teachers_states_exceeds_the_bound
     assert all(knot.error <= knot.certain + 1e-6 for knot in knots)
 
 
-def test_student_steps_must_divide_the_teachers_steps():
-    with pytest.raises(ValueError, match=r"3 steps .* 8 steps"):
-        stability(subject(Field(lambda x, t: x), EULER), subject(Field(lambda x, t: x), Sampling(0.0, 3, "euler")))
-
-
 def test_speeds_are_counted_per_coordinate_at_every_evaluation():
     """One coordinate has speed 3. The other has speed 5, which exceeds the limit of 4."""
     field = Field(lambda x, t: torch.stack([torch.full_like(x[:, 0], -3), torch.full_like(x[:, 0], 5)], 1))
@@ -85,11 +80,6 @@ def test_speeds_are_counted_per_coordinate_at_every_evaluation():
     filled = [edge for edge, height in zip(edges, heights, strict=False) if height]
     assert filled == pytest.approx([3.0, 5.0], abs=0.1)
     assert len(heights) == BINS
-
-
-def test_an_infinite_speed_limit_is_refused():
-    with pytest.raises(ValueError, match="`limit` is inf"):
-        Speeds(math.inf)
 
 
 def test_infinite_velocities_are_refused():
