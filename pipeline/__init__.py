@@ -53,7 +53,7 @@ class ModelResult:
     path: str  # model folder, absolute
     config: ModelConfig
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last metrics of the training, such as ``loss``; empty if the folder was complete before."""
+    """The last metrics of the training run, such as ``loss``. Empty if the folder was complete before the call."""
 
     def load(self, device: torch.device | str = "cpu") -> Model:
         """Load the model."""
@@ -153,7 +153,7 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
 def _stage(
     spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
 ) -> Iterator[AnySpec]:
-    """Yield the spec, or one of the fields; by default in this process unless RAY_ADDRESS names a cluster."""
+    """Yield the given spec, or the spec of the fields. The default is this process unless RAY_ADDRESS is set."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process

@@ -83,7 +83,7 @@ def distill(
 
 
 def finish_stopped_student(spec: DistillSpec) -> bool:
-    """Finish the run of a job that was stopped after it wrote its student. Return whether there was such a run."""
+    """Finish the run of a complete student if its job stopped before the run ended. Return whether it did."""
     return outputs.finish_run(spec.out, lambda run, config: logged_models.log_finished(run, spec, config))
 
 

@@ -103,10 +103,7 @@ def complete_model(stage: str, out: str) -> ModelConfig:
 
 
 def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
-    """Finish the run of a complete model folder if its job was stopped before it ended the run.
-
-    Returns whether there was such a run.
-    """
+    """Finish the run of a complete model folder if its job stopped before the run ended. Return whether it did."""
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
         return False

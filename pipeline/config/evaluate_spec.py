@@ -29,7 +29,7 @@ class EvaluateSpec(ActorOptions, Spec):
     samples: int = Field(5000, ge=2, description="samples per model")
     steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 20), min_length=1, description="step counts of any-step students")
     guidance: tuple[float, ...] = Field(
-        (), description="guidance scales of students that take any scale; default: those they learned"
+        (), description="guidance scales of students that take any scale; default: the scales that they learned"
     )
     solver: Method = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")

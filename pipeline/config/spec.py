@@ -100,11 +100,11 @@ DRY_RUN = unhashed(False, "print the cost of the work and stop; only decoded dat
 
 
 class TrainingOptions(Options):
-    """What is saved and measured during a training."""
+    """What a training run saves and measures."""
 
     checkpoint_updates: int = unhashed(500, "updates between checkpoints", DURING_TRAINING, gt=0)
     checkpoint_seconds: float = unhashed(
-        600.0, "save a checkpoint at least this often, in seconds; less often if saving is slow", DURING_TRAINING, gt=0
+        600.0, "maximum seconds between checkpoints; longer if saving is slow", DURING_TRAINING, gt=0
     )
     sample_updates: int | None = unhashed(
         None, "updates between sheets of samples in MLflow; default: no sheets", DURING_TRAINING, gt=0
@@ -142,7 +142,7 @@ LABEL_SELECTOR = unhashed(
 
 
 class WorkerOptions(Options):
-    """The workers of a training, and their resources."""
+    """The workers of a training run and their resources."""
 
     workers: Count | None = unhashed(
         None,
@@ -157,7 +157,7 @@ class WorkerOptions(Options):
 
 
 class ActorOptions(Options):
-    """The actors of a rollout or an evaluation, and their resources."""
+    """The actors of a rollout or an evaluation and their resources."""
 
     actors: Count | None = unhashed(
         None,

@@ -7,7 +7,6 @@ to start after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S); then ``recover
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +134,8 @@ def train_model(
     run.params(network_cost(config.network, config.sample_shape, config.num_classes)._asdict())
     precision = spec.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
     validation = Validation(spec.validation_updates, config, spec.optimizer, precision, held_out, spec.sample_updates)
-    job = Job(task, title, spec.out, run, spec.checkpoint_updates, spec.checkpoint_seconds, validation)
+    claim = claims.token_of(spec.out)
+    job = Job(task, title, spec.out, run, spec.checkpoint_updates, spec.checkpoint_seconds, validation, claim)
     return outputs.write_model(spec.out, config, train(job, group, on_report), run)
 
 
@@ -148,7 +148,6 @@ def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> di
     Raises:
         DistillKacError: the loss is not finite, or the workers fail repeatedly.
     """
-    job = replace(job, claim=claims.token_of(job.out))
     state = _train_on_ray(job, group, on_report) if group.workers else _train_here(job, on_report)
     return averaged_weights(state)
 

@@ -48,7 +48,8 @@ declare(
 Report = Callable[[dict[str, float], bytes | None], None]
 """(metrics, training state): called on every worker after each validation and each checkpoint.
 
-The metrics are ``update``, ``loss`` and, only on rank 0, those of the last validation. The state is of a checkpoint.
+The metrics are ``update``, ``loss`` and, only on rank 0, the metrics of the last validation. The state is None unless a
+checkpoint is due.
 """
 
 
@@ -83,7 +84,11 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     """
     learner, is_main, validation = job.task.build(worker), worker.rank == 0, job.validation
     total = learner.options.updates
-    first, validated = _restore(learner, resume)
+    first, validated = 0, dict[str, float]()
+    if resume is not None:
+        saved = _load(resume)
+        learner.load_state_dict(saved["learner"])
+        first, validated = int(saved["update"]), saved.get("validated", {})
     bar = ProgressBar(job.title, total, "updates", first, is_shown=is_main)
     # A resumed run repeats the updates since its checkpoint. Their metrics are already logged.
     last_logged = functools.cache(job.run.last_step)
@@ -116,12 +121,15 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
                 if is_main:
                     claims.check(job.out, job.claim)
                     job.run.flush()  # a run resumed from this checkpoint does not log these metrics again
-                state = _save(learner, done, validated)
+                sink = io.BytesIO()
+                torch.save({"update": done, "learner": learner.state_dict(), "validated": validated}, sink)
+                state = sink.getvalue()
             report({"update": float(done), "loss": loss, **validated}, state if is_saved else None)
             if is_saved:
                 checkpoints.saved(began)
     bar.close()
-    return state or _save(learner, first, validated)
+    assert state is not None
+    return state
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
@@ -132,8 +140,8 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
 class CheckpointSchedule:
     """Decides when a checkpoint is due: after ``updates`` updates, and after ``seconds`` since the last checkpoint.
 
-    Every worker must make the same calls. All workers must save after the same update, but their clocks differ. So the
-    worker of rank 0 decides and broadcasts. To save waits, it does so every few updates if updates are fast.
+    All workers make the same calls. They must save after the same update, but their clocks differ. So the worker of
+    rank 0 decides and broadcasts the decision, about once per second, because every broadcast makes the workers wait.
     """
 
     def __init__(
@@ -201,21 +209,6 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return dict(zip(names, means.tolist(), strict=True))
-
-
-def _save(learner: Learner, update: int, validated: dict[str, float]) -> bytes:
-    sink = io.BytesIO()
-    torch.save({"update": update, "learner": learner.state_dict(), "validated": validated}, sink)
-    return sink.getvalue()
-
-
-def _restore(learner: Learner, resume: bytes | None) -> tuple[int, dict[str, float]]:
-    """Load a saved state into the learner. Return its number of updates and its last validation metrics."""
-    if resume is None:
-        return 0, {}
-    state = _load(resume)
-    learner.load_state_dict(state["learner"])
-    return int(state["update"]), state.get("validated", {})
 
 
 def _load(data: bytes) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Validation:
         return sheet(samples.images.numpy())
 
     def measure(self, network: NetworkModule) -> dict[str, float]:
-        """Return the metrics of a network in evaluation mode, without those whose images or rows are not available.
+        """Return metrics by name. A metric is left out if its images or rows are not available.
 
         Raises:
             DistillKacError: the network has diverged.
