@@ -228,7 +228,7 @@ def delivery_to(uri: str) -> Delivery:
 
 @atexit.register
 def finish(seconds: float = END_SECONDS) -> None:
-    """At the end of the process, wait for the deliveries and report the entries that remain in files."""
+    """At the end of the process, wait for the deliveries and report entries that still wait."""
     deadline = time.monotonic() + seconds
     for (pid, _), delivery in list(_deliveries.items()):
         if pid == os.getpid():

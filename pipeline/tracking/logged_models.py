@@ -46,7 +46,7 @@ MODEL_ID_TAG = f"{TAG}model_id"
 """Tag of a run with the id of its logged model."""
 
 VERSIONS_TAG = "mlflow.modelVersions"
-"""Tag of a logged model in which MLflow looks for its registered versions."""
+"""Tag of a logged model with its registered versions, which MLflow's pages read."""
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "fsspec", "botocore")
 """The packages that ``kac`` needs to sample, and MLflow to serve."""
@@ -55,18 +55,18 @@ _save_lock = threading.Lock()
 """Serialises MLflow's ``save_model``: in two threads at once, it would leave a fake module ``dbutils`` behind."""
 
 
-def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> "LoggedModel | None":
+def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> None:
     """Log a trained student to its run, and register it if ``spec.register`` is set.
 
-    If MLflow fails, this warns and returns None: the student is complete on disk.
+    A failure of MLflow causes only a warning: the student is complete on disk.
     """
     if not run.tracking_uri:
-        return None
+        return
     run.flush()  # the logged model copies the run's parameters and metrics
     try:
         manifest = store.read_manifest(spec.store)
         teacher = spec.teacher or (manifest.teacher if manifest else "")
-        model = log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
+        log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
         if spec.register:
             register(run, spec.register)
     except Exception as error:  # noqa: BLE001 - MLflow, its server and its disk raise errors of any type
@@ -74,8 +74,6 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> "Lo
             f"distill: warning: {spec.out} is complete, but MLflow ({without_keys(run.tracking_uri)}) did not store it "
             f"as a model: {one_line(error)}"
         )
-        return None
-    return model
 
 
 def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
@@ -128,7 +126,7 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
 def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
     """Register the student of a run as the newest version of the model ``name``; returns the version.
 
-    A student that is registered under ``name`` already keeps its version.
+    A student that already has a version under this name keeps the version.
 
     With ``alias``, ``models:/NAME@ALIAS`` is this version.
 
@@ -179,7 +177,7 @@ def register_folder(folder: str, name: str) -> str:
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":
-    """The newest complete student that was logged to a run, or None; with ``weights_sha256``, one of these weights."""
+    """The newest complete student that was logged to a run, or None. ``weights_sha256`` selects one by its weights."""
     client = client_of(run.tracking_uri)
     query = f"source_run_id = '{run.run_id}'"
     if weights_sha256:

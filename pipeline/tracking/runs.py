@@ -132,7 +132,7 @@ def _open_run(uri: str, tags: dict[str, str], output: str | None, seconds: float
     delivery = delivery_to(uri)
     is_up = not delivery.is_failing and _wait_for_server(delivery, seconds)
     if is_up:
-        delivery.deliver_leftovers()  # of this machine, which may not be the driver's
+        delivery.deliver_leftovers()
     record = _read_record(output) if output else None
     if record is not None and record["fingerprint"] == tags[FINGERPRINT_TAG]:
         if record["tracking_uri"] == without_keys(uri) and not (is_up and _is_gone(delivery, record["run_id"])):
@@ -197,7 +197,7 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
 
 
 def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun:
-    """Create a run now, or let the server create it later if it or the parent's run does not exist yet."""
+    """Create a run now, or later if the server does not answer or does not have the parent's run yet."""
     if is_up and not tags.get(PARENT_TAG, "").startswith(LOCAL):
         try:
             return TrackedRun(delivery.uri, delivery.sender.create(tags, now()))
@@ -209,7 +209,7 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
 
 
 def _deliver(run: TrackedRun) -> None:
-    """Wait for the server. If it answers, also deliver what dead processes left, such as workers of this run."""
+    """Wait for the server. If it answers, also deliver the entries of dead processes, such as workers of this run."""
     if run.tracking_uri and run.flush():
         delivery_to(run.tracking_uri).deliver_leftovers()
 

@@ -24,13 +24,13 @@ RUN_FILE = "run.json"
 """A file in an output's folder that names the run that made the output."""
 
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""No retries by MLflow: they take minutes and print a line each, and ``delivery.py`` retries anyway."""
+"""MLflow does not retry: its retries take minutes and print a line each, and ``delivery.py`` retries."""
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 """MLflow's error codes for a request that will never succeed."""
 
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-"""Error codes that end a job at its start. Later, log entries wait instead: a token or a proxy may be mended."""
+"""Error codes that end a job at its start. Later, log entries wait, because a token or a proxy may be repaired."""
 
 _is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
 

@@ -1,4 +1,4 @@
-"""The code of a logged student. MLflow executes a copy of this file, stored beside the weights and a copy of ``kac``.
+"""The code of a logged student. MLflow executes a copy of this file, stored with the weights and a copy of ``kac``.
 
 It imports only ``kac`` from this project, so that a logged model needs neither Ray, nor a dataset, nor this checkout.
 """

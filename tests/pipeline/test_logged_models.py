@@ -299,7 +299,8 @@ def test_a_failing_server_causes_only_a_warning(
     distill(spec)  # the same command again, with a server that answers
     assert MlflowClient().get_model_version("late", "1").run_id == run.run_id
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert log_finished(TrackedRun("http://127.0.0.1:1", "none"), spec, config) is None
+    log_finished(TrackedRun("http://127.0.0.1:1", "none"), spec, config)
+    assert f"{warning} (http://127.0.0.1:1)" in capsys.readouterr().err
 
 
 def test_names_that_mlflow_does_not_accept_are_refused_before_training(small_store: str, tmp_path: Path):
