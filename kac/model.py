@@ -106,10 +106,7 @@ def teacher_config(
         path=path,
         data=data,
         data_sha256=dataset.sha256,
-        sample_shape=dataset.sample_shape,
-        num_classes=dataset.num_classes,
-        class_frequencies=dataset.class_frequencies,
-        class_names=dataset.class_names,
+        **dataset.model_dump(include={"sample_shape", "num_classes", "class_frequencies", "class_names"}),
         conditioning=conditioning,
         fingerprint=fingerprint,
     )
@@ -169,19 +166,14 @@ class Model(NamedTuple):
         from kac import sampling  # which imports this module
         from kac.precision import Precision
 
-        if self.config.kind == "teacher":
-            how = sampling.teacher_sampling(self.config, guidance, steps)
-        else:
-            how = sampling.student_sampling(self.config, steps, guidance)
-        classes = None if labels is None else tuple(labels)
+        is_teacher, classes = self.config.kind == "teacher", None if labels is None else tuple(labels)
+        choose = sampling.teacher_sampling if is_teacher else sampling.student_sampling
+        how = choose(self.config, steps=steps, guidance=guidance)
         return sampling.draw(self, how, Precision(), seed, count, sampling.BATCH_SIZE, classes)
 
 
 def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
-    """Write a model to the folder ``path`` (local or s3://) and return its config with the sha256 of the weights.
-
-    Args:
-        weights: state dict of the EMA.
+    """Write a model with the EMA ``weights`` to the folder ``path`` and return its config with their sha256.
 
     Raises:
         CheckpointError: the weights do not match the network of the config.
@@ -207,11 +199,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
 
 
 def load_config(path: str) -> ModelConfig:
-    """The config of the model folder ``path``.
-
-    Raises:
-        CheckpointError: no config, an unreadable config, or a config of a newer version.
-    """
+    """The config of the model folder ``path``. Raises ``CheckpointError`` without a readable config of this version."""
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -232,11 +220,7 @@ def load_config(path: str) -> ModelConfig:
 
 
 def load_teacher_config(path: str) -> ModelConfig:
-    """The config of the teacher in the folder ``path``.
-
-    Raises:
-        CheckpointError: the model is a student, or an error of ``load_config``.
-    """
+    """The config of the teacher in ``path``. Raises ``CheckpointError`` for a student, or as ``load_config``."""
     config = load_config(path)
     if config.kind != "teacher":
         raise CheckpointError(f"{path} is a {config.kind}, not a teacher. Use the folder of its teacher.")

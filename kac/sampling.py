@@ -89,12 +89,11 @@ def draw(
 
     Args:
         batch_size: samples per network call.
-        labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
+        labels: as in ``initial_noise``.
         raw: return the network outputs without clipping and rounding.
 
     Raises:
         DivergedError: the model generates NaN or infinity.
-        ArgumentError: as ``initial_noise``.
     """
     device, network = next(model.network.parameters()).device, precision.wrap(model.network)
     batches, classes, nfe, seconds = [], [], 0, 0.0
@@ -113,12 +112,6 @@ def draw(
     return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 
 
-@torch.inference_mode()
-def generate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
-    """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], without gradients."""
-    return integrate(network, x_1, label, sampling)
-
-
 def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
     """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], with gradients.
 
@@ -126,6 +119,10 @@ def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sa
     """
     velocity = velocity_of(network, x_1, label, sampling)
     return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
+
+
+generate = torch.inference_mode()(integrate)
+"""``integrate`` without gradients."""
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:

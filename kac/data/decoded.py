@@ -175,11 +175,7 @@ def find(paths: CachePaths) -> Dataset | None:
 
 @contextmanager
 def decoding(source: Source, paths: CachePaths) -> Iterator[Decoding]:
-    """Begin to decode a source into the cache. Everything is removed unless the block calls ``finish``.
-
-    Raises:
-        DistillKacError: the files are not a dataset.
-    """
+    """Begin to decode a source into the cache. Local files are removed unless the block calls ``finish``."""
     contents, is_remote = source.contents(), paths.shared != paths.local
     held_out = contents.held_out
     if held_out is None:
@@ -216,7 +212,6 @@ def decode_here(source: Source, paths: CachePaths) -> Dataset:
 
 
 def _check_room(folder: str, contents: Contents) -> None:
-    """Raise ``DistillKacError`` if the decoded images do not fit on the disk."""
     images, side = len(contents.labels), "x".join(map(str, contents.shape[:0:-1]))
     needed, free = images * math.prod(contents.shape), shutil.disk_usage(folder).free
     if needed > free:
@@ -310,7 +305,6 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
 
 
 def _download_images(shared: str, folder: str) -> None:
-    """Copy the blocks of a prefix into the image files of a local folder."""
     for split in SPLITS:
         below = files.join(shared, f"{split}-images")
         sizes = files.list_sizes(below)
