@@ -16,7 +16,7 @@ from kac.guidance import check_guidance
 from kac.metrics import Metric
 from kac.model import ModelConfig, learned_data, load_teacher_config
 from kac.sampling import Sampling
-from kac.study import CLAIMS, Inputs, StudyModel, Trajectories
+from kac.study import MEASURES, Inputs, StudyModel, Trajectories
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.log import log
@@ -56,7 +56,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     claims: dict[str, dict[str, Any]] = {}
     with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=sources, output=spec.out, parent=parent) as run:
         for claim in spec.claims:
-            outcome = CLAIMS[claim](inputs)
+            outcome = MEASURES[claim](inputs)
             if isinstance(outcome, str):
                 claims[claim] = {"found": f"left out: {outcome}"}
                 continue

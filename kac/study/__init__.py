@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kac.study import guidance_scales, marginals, memorisation, plane, solver_steps, speed_limit, stability
 from kac.study.subject import ClaimResult, Inputs, StudyModel, Trajectories
 
-CLAIMS: dict[str, Callable[[Inputs], ClaimResult | str]] = {
+MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "stability": stability.measure,
     "speed": speed_limit.measure,
     "solver": solver_steps.measure,
@@ -20,4 +20,4 @@ CLAIMS: dict[str, Callable[[Inputs], ClaimResult | str]] = {
 }
 """Functions that measure the claims. Each returns a result, or the reason why the claim is left out."""
 
-__all__ = ["CLAIMS", "ClaimResult", "Inputs", "StudyModel", "Trajectories"]
+__all__ = ["MEASURES", "ClaimResult", "Inputs", "StudyModel", "Trajectories"]

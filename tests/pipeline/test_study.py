@@ -78,7 +78,7 @@ def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: st
 
 
 def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.CaptureFixture[str], monkeypatch):
-    monkeypatch.setattr("pipeline.study.CLAIMS", {})
+    monkeypatch.setattr("pipeline.study.MEASURES", {})
     lines = study(whole)
     assert lines == {claim: entry["found"] for claim, entry in claims_of(whole).items()}
     assert f"{whole.out} is complete" in capsys.readouterr().out
