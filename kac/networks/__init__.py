@@ -60,5 +60,5 @@ def outline_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_cl
 
     A network of kind ``outside`` is built on the CPU, because its factory may need values.
     """
-    with torch.device("meta") if config.builds_on_meta else contextlib.nullcontext():
+    with contextlib.nullcontext() if isinstance(config, OutsideConfig) else torch.device("meta"):
         return build_network(config, sample_shape, num_classes)

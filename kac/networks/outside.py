@@ -1,11 +1,11 @@
 """Networks of kind ``outside``: a velocity field written by others, given by its import path."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from kac.networks.velocity import Conditioning, NetworkModule, NetworkOptions
+from kac.networks.velocity import Condition, Conditioning, NetworkModule, NetworkOptions
 from kac.util.errors import ArgumentError
 from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath, build
 
@@ -15,11 +15,10 @@ OPTION = "`network.module`"
 class OutsideConfig(NetworkOptions):
     """A module written by others, called as module(x, t, label)."""
 
-    builds_on_meta: ClassVar[bool] = False  # a factory may compute with values, or read them from a file
-
     kind: Literal["outside"] = Field(
         "outside", description="outside: a module of your own, by its import path, called as module(x, t, label)"
     )
+    conditions: tuple[Condition, ...] = Field((), max_length=0, description="none: it takes only time and label")
     module: ImportPath = Field(
         description="package.module:factory, where factory is an nn.Module class or a function annotated to return one"
     )
@@ -43,12 +42,6 @@ class OutsideConfig(NetworkOptions):
             return "none"
         return "classes_and_null" if self.labels == "with_null" else "classes"
 
-    @model_validator(mode="after")
-    def _takes_no_conditions(self) -> Self:
-        if self.conditions:
-            raise ValueError(_conditions_message("conditions", self))
-        return self
-
 
 class Outside(NetworkModule):
     """A module written by others as a velocity network. Training updates all of its parameters."""
@@ -56,7 +49,8 @@ class Outside(NetworkModule):
     def __init__(self, config: OutsideConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         if config.conditions:  # an objective may have added conditions without validating the config
-            raise ArgumentError(_conditions_message("network.conditions", config))
+            conditions = ", ".join(config.conditions)
+            raise ArgumentError(f"`network.conditions` is {conditions}, but {config.module} takes only time and label.")
         self.null_label, self.takes = num_classes if config.has_null_label else None, ()
         self.time, self.time_scale, self.labels = config.time, config.time_scale, config.labels
         self.name = config.module
@@ -65,11 +59,7 @@ class Outside(NetworkModule):
             raise ArgumentError(f"{OPTION} {config.module} has no parameters. Give a module with weights.")
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """x [batch, *sample_shape], t scalar or [batch] in [0, 1], label [batch] in 0 .. null_label -> velocity like x.
-
-        Raises:
-            ArgumentError: the module does not return a tensor of the shape of x.
-        """
+        """x [batch, *sample_shape], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
         is_reversed = self.time == "data_at_1"
         times = (self.time_scale * (1 - t if is_reversed else t).float()).expand(len(x))  # [batch]
         inputs = (x, times) if self.labels == "none" else (x, times, label)
@@ -85,8 +75,3 @@ def _find_tensor(output: Any) -> Any:
     if isinstance(output, tuple):
         return output[0] if output else None
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)
-
-
-def _conditions_message(name: str, config: OutsideConfig) -> str:
-    conditions = ", ".join(config.conditions)
-    return f"`{name}` is {conditions}, but a network of kind outside takes only time and label."

@@ -1,7 +1,7 @@
 """The interface of velocity networks: null label, conditions besides time and label, and loading of weights."""
 
 import math
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -19,9 +19,6 @@ Conditioning = Literal["classes_and_null", "classes", "none"]
 
 class NetworkOptions(Kinded):
     """The options that all kinds of networks share."""
-
-    builds_on_meta: ClassVar[bool] = True
-    """Whether the network can be built on PyTorch's meta device, where weights have shapes but no values."""
 
     conditions: tuple[Condition, ...] = Field((), description="inputs besides time and label: end_time, guidance")
 
@@ -70,7 +67,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if missing or unfit:
         names = ", ".join((missing + unfit)[:3])
         raise CheckpointError(
-            f"The weights do not fit this network. These are missing, unexpected or of another shape: {names}."
+            f"The weights do not fit this network. These are missing, unexpected or of a different shape: {names}."
         )
     network.load_state_dict(weights, strict=False)
 
@@ -93,8 +90,8 @@ class FourierFeatures(nn.Module):
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
 
 
+# Students see few guidance scales, and low frequencies interpolate between them.
 CONDITION_CYCLES: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
-"""Frequency range per condition. Students see few guidance scales, and low frequencies interpolate between them."""
 
 
 class ConditionEmbedding(nn.Module):

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -17,14 +17,6 @@ Paths = Mapping[str, str | Iterable[str] | None]
 """Paths, keyed by the argument names in backquotes or by a description."""
 
 PathKind = Literal["file", "folder", "any"]
-
-
-class _PathOption(NamedTuple):
-    """A path and the option whose value it is."""
-
-    option: str
-    path: str
-    kind: PathKind = "any"
 
 
 def input_path(
@@ -67,13 +59,15 @@ def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
 
     Writing the output would damage the input. ``derived`` are inputs that are not options, such as a teacher's data.
     """
-    for output in _marked(options, "writes"):
-        check_output(output.option, output.path, options, derived)
+    for option, path, _ in _marked(options, "writes"):
+        check_output(option, path, options, derived)
 
 
 def check_output(option: str, path: str, options: BaseModel, derived: Paths | None = None) -> None:
     """Check one output, as ``check_apart`` does."""
-    for other, read, _ in [*_marked(options, "reads"), *_flat(derived or {})]:
+    inputs = [(other, read) for other, read, _ in _marked(options, "reads")]
+    inputs += [(other, read) for other, value in (derived or {}).items() for read in _paths(value)]
+    for other, read in inputs:
         if relation := _relation(_resolve(option, path), _resolve(other, read)):
             raise ArgumentError(
                 f"{option} {_describe(path)} {relation} {other} {_describe(read)}, so writing it would damage this "
@@ -81,8 +75,8 @@ def check_output(option: str, path: str, options: BaseModel, derived: Paths | No
             )
 
 
-def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_PathOption]:
-    """Yield the paths in all fields with this mark."""
+def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[tuple[str, str, PathKind]]:
+    """Yield the option, the path and its kind, for all paths in fields with this mark."""
     for name, field in type(options).model_fields.items():
         styles = [style.name for style in field.metadata if isinstance(style, OptionStyle) and style.name]
         value, option = getattr(options, name), f"{prefix}{[name, *styles][-1]}"
@@ -90,15 +84,13 @@ def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[_PathOp
         if isinstance(value, BaseModel):
             yield from _marked(value, mark, f"{option}.")
         elif mark in extra:
-            for found in _flat({f"`{option}`": value}):
-                if re.fullmatch(str(extra[mark]), found.path, re.DOTALL):
-                    yield found._replace(kind=extra["path_kind"])
+            for path in _paths(value):
+                if re.fullmatch(str(extra[mark]), path, re.DOTALL):
+                    yield f"`{option}`", path, extra["path_kind"]
 
 
-def _flat(paths: Paths) -> Iterator[_PathOption]:
-    for option, value in paths.items():
-        for path in [value] if isinstance(value, str) else value or []:
-            yield _PathOption(option, path)
+def _paths(value: str | Iterable[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _resolve(option: str, path: str) -> set[PurePath]:
