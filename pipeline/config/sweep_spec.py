@@ -31,8 +31,8 @@ class SweepSpec(StudentOptions, Spec):
     out: str = output_path(..., "folder to write: one student folder per trial, and the results")
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
-        "student steps, short for `grid` steps=1,2; one flow map handles them all; default: 1 2 4 20, or those of "
-        "`chain`, or 4 with `search`",
+        "student steps, short for `grid` steps=1,2; one flow map serves all step counts; default: 1 2 4 20, or the "
+        "counts of `chain`, or 4 with `search`",
         min_length=1,
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(

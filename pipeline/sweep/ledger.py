@@ -1,7 +1,7 @@
 """The ledger: a record of each trial of a sweep, in OUT/trials/NAME.json, local or on S3.
 
-Only the driver writes records, before a trial starts and while it runs. After any crash, the same command reads from
-them which trials exist, with which values, how far they came and what they reported.
+Only the driver writes records, before a trial starts and while it runs. After a crash, the same command reads from the
+records which trials exist, and their values, progress and reports.
 """
 
 from typing import Any, Literal
@@ -73,7 +73,7 @@ class Ledger:
         return record
 
     def add(self, trial: PlannedTrial) -> TrialRecord:
-        """The record of a planned trial; without one, a new record is written."""
+        """The record of a planned trial. Writes a new record if the trial has none."""
         if trial.name in self._records:
             return self._records[trial.name]
         return self.put(

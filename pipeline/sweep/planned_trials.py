@@ -156,5 +156,5 @@ def _set(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[s
 
 
 def _plain(text: str) -> str:
-    """The text without characters that a folder's name should not have."""
+    """The text as part of a folder's name."""
     return re.sub(r"[^\w.+-]", "-", text.replace("_", "-").replace(".", "-") if not text[:1].isdigit() else text)

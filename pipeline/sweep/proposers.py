@@ -22,7 +22,7 @@ class Proposer(ABC):
     """A search algorithm."""
 
     uses_reports: ClassVar[bool] = True
-    """Whether the values that it proposes depend on ``SweepSpec.asha_metric`` of earlier trials."""
+    """Whether proposals depend on the ``SweepSpec.asha_metric`` of earlier trials."""
 
     def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
         self.spec, self.space = spec, search_space(spec)
@@ -110,7 +110,7 @@ def is_choice(distribution: Any) -> bool:
 
 
 def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
-    """Trials of a search, for checks: each field in turn takes its bounds or choices, the others their first."""
+    """Trials for checks of a search. Each field in turn takes its bounds or choices; other fields have the first."""
     tested: dict[str, Any] = {
         name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
     }

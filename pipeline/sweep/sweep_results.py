@@ -223,7 +223,7 @@ def text(value: Any) -> str:
 
 
 def _value(row: Row, metric: Metric) -> str:
-    """The value of a metric as a table cell, with half of its 95 % interval if that is known."""
+    """The value of a metric as a table cell, with the half width of its 95 % interval if known."""
     if metric.name not in row.metrics:
         return ""
     width = row.score.half_widths.get(metric.name) if row.score else None

@@ -60,7 +60,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         try_features(evaluation_spec, load_teacher_config(str(evaluation_spec.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
-    # Again, because the settled spec may change the students.
+    # Plan again, because the settled spec may change the students.
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
@@ -68,7 +68,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     if is_complete and json.loads(files.read_bytes(result)).get("judged") == judged:
         log.info(f"sweep: all {total} students in {spec.out} are complete: nothing to do")
         return ledger.records
-    claims.take(spec.out)  # again, because outputs.begin does not claim the folder of a finished sweep
+    claims.take(spec.out)  # outputs.begin does not claim the folder of a finished sweep
     option, count = ("`workers`", spec.workers) if spec.workers else ("`cpus_per_trial`, `gpus_per_trial`", 1)
     placement.wait_for_capacity("sweep", option, count, checks.resources_per_trial(spec))
     fingerprint = spec.fingerprint(**content)

@@ -130,11 +130,11 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         super().__init__()
         self.spec, self.ledger, self.waiting, self.total = spec, ledger, list(planned), total
         self.proposer = PROPOSERS[spec.searcher](spec, ledger) if spec.search else None
-        self.running: dict[str, tuple[str, float]] = {}  # Tune's id -> name, and seconds of earlier starts
+        self.running: dict[str, tuple[str, float]] = {}  # by Tune's id: name, seconds of earlier starts
         self.started, self.ended_here = time.perf_counter(), 0
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial; None while every remaining trial waits for another one; FINISHED at the end."""
+        """Return the next trial, None while all remaining trials wait for other trials, or FINISHED."""
         trial = self._next()
         if trial is None:
             return None if self.waiting else Searcher.FINISHED
