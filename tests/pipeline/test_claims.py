@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def job(tmp_path: Path, project_root: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A training that has claimed its folder ``out``, and does not end."""
+    """A training run that has claimed its folder ``out``, and does not end."""
     spec = teach_spec(tmp_path / "out", optimizer=ENDLESS, checkpoint_updates=10**7)
     command = [sys.executable, "-u", "-c", JOB, spec.model_dump_json()]
     with subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) as process:
@@ -65,22 +65,20 @@ def claim_from_elsewhere(out: str) -> str:
     return "theirs"
 
 
-@pytest.mark.parametrize("options", [{}, {"seed": 1}], ids=["same spec", "another spec"])
-def test_a_second_job_is_refused_at_its_start(
-    options: dict[str, int], job: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(claims, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "train_model", lambda *_: pytest.fail("the second job trains"))
-    before = (tmp_path / "out" / "spec.json").read_bytes()
-    with pytest.raises(DistillKacError, match=rf"/out: .*process {job.pid} on "):
-        teach(teach_spec(tmp_path / "out", optimizer=ENDLESS, **options))
-    assert (tmp_path / "out" / "spec.json").read_bytes() == before
-
-
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_job_does_not_block_the_next(sign: signal.Signals, job: "subprocess.Popen[str]", tmp_path: Path):
-    os.kill(job.pid, sign)
+def test_a_second_job_is_refused_at_its_start_until_the_first_is_killed(
+    sign: signal.Signals, job: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "train_model", lambda *_: pytest.fail("the second job trains"))
     out, spec = str(tmp_path / "out"), teach_spec(tmp_path / "out", optimizer=ENDLESS)
+    before = (tmp_path / "out" / "spec.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "WAIT_SECONDS", 0.0)
+        for second in (spec, spec.model_copy(update={"seed": 1})):
+            with pytest.raises(DistillKacError, match=rf"/out: .*process {job.pid} on "):
+                teach(second)
+    assert (tmp_path / "out" / "spec.json").read_bytes() == before
+    os.kill(job.pid, sign)
     assert outputs.begin(out, spec, "config.json")
     assert claims.token_of(out)
     claims.release(out)

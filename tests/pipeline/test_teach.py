@@ -204,7 +204,8 @@ def test_two_workers_one_of_them_killed_train_the_unet_of_one_process(tmp_path: 
     single = training.train(here, training.WorkerGroup(0))
     mark = tmp_path / "killed"
     dying = DyingTask(spec, dies_at=3, mark=str(mark))
-    there = training.Job(dying, "test", str(tmp_path / "distributed"), Untracked("", ""), 2)
+    # Also saves checkpoints by time, on which the two workers must agree.
+    there = training.Job(dying, "test", str(tmp_path / "distributed"), Untracked("", ""), 2, checkpoint_seconds=0.5)
     distributed = training.train(there, training.WorkerGroup(2))
     assert mark.exists()
     assert single.keys() == distributed.keys()

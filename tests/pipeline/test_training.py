@@ -3,9 +3,8 @@
 import gc
 import io
 import itertools
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -48,8 +47,6 @@ class Regression:
     """Fits a linear map to 64 fixed points, which the workers split like a batch."""
 
     optimizer: OptimizerConfig
-    dies_at: int = -1  # update at which the worker of rank 1 exits, if the file ``mark`` does not exist
-    mark: str = ""
     poison_at: int = -1
 
     def build(self, worker: training.Worker) -> training.Learner:
@@ -58,13 +55,9 @@ class Regression:
         torch.manual_seed(0)
 
         def losses(network: nn.Module, micro: training.MicroBatch) -> LossTerms:
-            update = micro.update
-            if update == self.dies_at and worker.rank == 1 and not Path(self.mark).exists():
-                Path(self.mark).touch()
-                os._exit(1)
             x, y = micro.share(points), micro.share(target)
             value = (network(x, None, None) - y).square().mean()
-            return LossTerms({"regression": value * float("nan") if update == self.poison_at else value})
+            return LossTerms({"regression": value * float("nan") if micro.update == self.poison_at else value})
 
         return training.Learner(Linear(), losses, self.optimizer, worker)
 
@@ -198,19 +191,6 @@ def test_a_batch_that_the_workers_cannot_split_is_refused_before_a_run_starts(
             stage()
         assert refusal.value.name == "workers"
     assert not list(tmp_path.rglob("run.json"))
-
-
-def test_two_workers_with_one_killed_give_the_result_of_one_process(tmp_path: Path, ray_cluster: None):
-    single = training.train(job(tmp_path / "single", Regression(OPTIONS)), THIS_PROCESS)
-    mark = tmp_path / "killed"
-    task = Regression(OPTIONS, dies_at=35, mark=str(mark))
-    together = training.train(
-        # Also saves checkpoints by time, on which the two workers must agree.
-        replace(job(tmp_path / "together", task, checkpoint_updates=10), checkpoint_seconds=0.5),
-        training.WorkerGroup(2),
-    )
-    assert mark.exists()
-    assert_same(single, together, tolerance=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
