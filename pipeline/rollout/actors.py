@@ -138,13 +138,7 @@ class AttemptLedger:
 class ShardActor:
     """An actor that loads the teacher once and makes one shard per call. Two calls may run concurrently."""
 
-    def __init__(
-        self,
-        spec: RolloutSpec,
-        identity: StoreIdentity,
-        ledger: Any,
-        maker: Callable[[RolloutSpec, StoreIdentity], Any],
-    ) -> None:
+    def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any, maker: MakeShardMaker) -> None:
         self.ledger, self.suspect_lock = ledger, threading.Lock()
         self.failure: str | None = ray.get(ledger.started.remote())
         if not self.failure:
