@@ -143,7 +143,7 @@ def _upright(image: "Image") -> "Image":
     """Return the image turned by its EXIF orientation, or unchanged if it has no readable orientation."""
     from PIL.Image import Transpose
 
-    orientation = None
+    orientation: Any = None
     with contextlib.suppress(Exception):  # the parser may raise anything on damaged metadata; the pixels are intact
         orientation = image.getexif().get(ORIENTATION)
     is_turned = isinstance(orientation, int) and 2 <= orientation <= 8

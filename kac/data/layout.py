@@ -6,7 +6,6 @@ Ambiguous names raise an error, so that no file is used for training because its
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -71,7 +70,7 @@ def split_file(root: str, path: str) -> SplitName | None:
     *folders, base = path.split("/")
     stem = base.rpartition(".")[0]
     named = [SplitName(part, base) for part in _parts_of(stem)]
-    if named and _part_of(_words(stem)[0]):
+    if named and _parts_of(_words(stem)[0]):
         named = named[:1]  # the first word decides: "train_no_test" is for training
     return _only_split(root, path, [*_splits_of_folders(folders), *named])
 
@@ -87,7 +86,11 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
     """
     parts = {folder: folder.split("/") for folder in folders}
     above = {path: _only_split(root, path, _splits_of_folders(names[:-1])) for path, names in parts.items()}
-    bare = {path: SplitName(part, f"{path}/") for path, names in parts.items() if (part := _whole_name_part(names[-1]))}
+    bare = {
+        path: SplitName(named[0], f"{path}/")
+        for path, names in parts.items()
+        if (named := _parts_of(names[-1])) and len(_words(names[-1])) == 1
+    }
     if any(above.values()):  # SPLIT/CLASS
         around = {path: [name for name in names[:-1] if not _parts_of(name)] for path, names in parts.items()}
         usual = next(around[path] for path, split in above.items() if split)
@@ -136,43 +139,36 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
     Raises:
         DistillKacError: only some belong to a split, or no split is for training.
     """
-    counts: dict[Part, Counter[str]] = {}
-    for split in splits:
-        if split:
-            counts.setdefault(split.part, Counter())[split.name] += 1
+    known = [split for split in splits if split]
     everything = list(range(len(splits)))
-    if not counts:
+    if not known:
         reason = "there is only one file" if list(paths) == [""] else "no folder or file is named train or test"
         return Division(everything, None, f"{EVERY_FIFTH}, because {reason}")
     if None in splits:
-        known = next(split for split in splits if split)
+        plain = paths[splits.index(None)] or files.join(root, "")
         raise DistillKacError(
-            f"{root}: {known.name} names the {known.part} split, but "
-            f"{paths[splits.index(None)] or files.join(root, '')} names no split. Move one of them away, or use the "
-            "words train, validation and test in the names of all splits."
+            f"{root}: {known[0].name} names the {known[0].part} split, but {plain} names no split. Move one of them "
+            "away, or use the words train, validation and test in the names of all splits."
         )
-    described = {part: _describe(names, unit) for part, names in counts.items()}
-    if "train" not in counts:
+    described: dict[Part, str] = {}
+    for part in dict.fromkeys(split.part for split in known):
+        names = [split.name for split in known if split.part == part]
+        described[part] = shorten(list(dict.fromkeys(names)), MOST_SHOWN)
+        if any(name.endswith(("/", "*")) for name in names):  # not the names of the files themselves
+            described[part] += f" ({len(names):,} {unit if len(names) > 1 else unit.removesuffix('s')})"
+    if "train" not in described:
         raise DistillKacError(
             f"{root}: there is only the {' and '.join(described)} split ({'; '.join(described.values())}), and nothing "
             "to train on. Add a folder or file with the word train in its name, or rename the training images."
         )
-    chosen = next((part for part in ("test", "validation") if part in counts), None)
+    chosen = next((part for part in ("test", "validation") if part in described), None)
     if chosen is None:
         reason = "nothing is named test or validation"
         return Division(everything, None, f"{EVERY_FIFTH} of {described['train']}, because {reason}")
-    unused = [f"{described[part]} is not used" for part in counts if part not in {"train", chosen}]
+    unused = [f"{text} is not used" for part, text in described.items() if part not in {"train", chosen}]
     source = f"training images from {described['train']}, held-out images from {described[chosen]}, by their names"
-    used = [i for i, split in enumerate(splits) if split and split.part in {"train", chosen}]
-    held_out = [split.part == chosen for split in splits if split and split.part in {"train", chosen}]
-    return Division(used, np.array(held_out), "; ".join([source, *unused]))
-
-
-def _describe(names: Counter[str], unit: str) -> str:
-    shown, total = shorten(list(names), MOST_SHOWN), sum(names.values())
-    if not any(name.endswith(("/", "*")) for name in names):  # files, which are counted by their names
-        return shown
-    return f"{shown} ({total:,} {unit if total > 1 else unit.removesuffix('s')})"
+    used = [i for i, split in enumerate(known) if split.part in {"train", chosen}]
+    return Division(used, np.array([known[i].part == chosen for i in used]), "; ".join([source, *unused]))
 
 
 def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
@@ -194,21 +190,12 @@ def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName 
     return splits[0] if splits else None
 
 
-def _whole_name_part(name: str) -> Part | None:
-    """Return the split of a name that contains no other word: ``train``, ``val2017``."""
-    words = _words(name)
-    return _part_of(words[0]) if len(words) == 1 else None
-
-
 def _words(name: str) -> list[str]:
     """Return the words of a name in lower case. A word is a run of letters; aB is two words."""
     return [word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if word]
 
 
 def _parts_of(name: str) -> list[Part]:
-    """Return the splits that the words of a name name."""
-    return [part for word in _words(name) if (part := _part_of(word))]
-
-
-def _part_of(word: str) -> Part | None:
-    return WORDS.get(word) or WORDS.get(NOUN.sub("", word))
+    """Return the splits in a name, one per word of a split."""
+    parts = (WORDS.get(word) or WORDS.get(NOUN.sub("", word)) for word in _words(name))
+    return [part for part in parts if part]

@@ -48,7 +48,10 @@ class ParquetSource(EncodedSource):
         """Read the labels and the shape of the first image."""
         stamps = list(self.stamps())
         if not stamps:
-            raise DistillKacError(f"{self.root} has no Parquet files{self._describe_other_files()}")
+            names = [stamp.path for stamp in files.walk(self.root) if not stamp.path.endswith("/")]
+            found = f"only {shorten(names, 5)}" if names else "it is empty"
+            advice = "Convert Arrow files of datasets.save_to_disk with dataset.to_parquet(FILE)."
+            raise DistillKacError(f"{self.root} has no Parquet files, {found}. {advice}")
         splits = [layout.split_file(self.root, stamp.path) if stamp.path else None for stamp in stamps]
         division = layout.divide(self.root, splits, [stamp.path for stamp in stamps], "files")
         read = {stamps[i].path: self._read_labels(stamps[i]) for i in division.used}
@@ -83,13 +86,6 @@ class ParquetSource(EncodedSource):
                         raise DistillKacError(f"{name} has no image bytes. Embed the images in the file.")
                     yield name, image
                     row += 1
-
-    def _describe_other_files(self) -> str:
-        """Return the end of the message that there are no Parquet files."""
-        names = [stamp.path for stamp in files.walk(self.root) if not stamp.path.endswith("/")]
-        if any(name.endswith(".arrow") for name in names):
-            return ", only Arrow files of datasets.save_to_disk. Write Parquet files with dataset.to_parquet(FILE)."
-        return f", only {shorten(names, 5)}." if names else ". It is empty."
 
     def _class_names(self, read: dict[str, ParquetLabels], num_classes: int) -> tuple[str, ...]:
         """Return the class names, after checking that all files with names agree."""

@@ -170,10 +170,10 @@ class IdxSource(PublishedSource):
         path, dimensions = self.name(name), DIMENSIONS[file.partition("-")[2]]
         start, magic = 4 + 4 * dimensions, bytes((0, 0, 0x08, dimensions))  # 0x08: unsigned bytes
 
-        def read_shape(data: bytes) -> list[int]:
+        def read_shape(data: bytes) -> tuple[int, ...]:
             if data[:4] != magic or len(data) < start:
                 raise ValueError(f"it begins with {data[:4].hex() or 'nothing'} instead of {magic.hex()}")
-            return np.frombuffer(data[4:start], ">u4").tolist()
+            return tuple(np.frombuffer(data[4:start], ">u4").tolist())
 
         data = files.read_bytes(path)
         with reading(path, f"an IDX file of bytes with {dimensions} dimensions"):
@@ -230,18 +230,20 @@ class Cifar10Source(PublishedSource):
             if md5 != published[name]
         )
         if len(paths) == 1:
-            content = _unpack(*paths.values(), *content.values())
+            (name,) = paths
+            content = _unpack(paths[name], content[name])
         images, labels, names = {}, {}, CLASSES
         for name in BATCHES:
             with reading(f"{self.root}: {name}", "a batch of 32x32 images with labels", ADVICE):
-                batch = _unpickle(content[name])
+                batch = _Unpickler(io.BytesIO(content[name]), encoding="bytes").load()
                 images[name] = batch[b"data"].values.reshape(-1, 3, 32, 32)
                 labels[name] = np.array(batch[b"labels"], np.int64).reshape(-1)
                 if len(images[name]) != len(labels[name]):
                     raise ValueError(f"it has {len(images[name])} images, but {len(labels[name])} labels")
         if META in content:
             with reading(f"{self.root}: {META}", f"a file with {len(CLASSES)} class names", ADVICE):
-                names = tuple(name.decode("utf-8", "replace") for name in _unpickle(content[META])[b"label_names"])
+                meta = _Unpickler(io.BytesIO(content[META]), encoding="bytes").load()
+                names = tuple(name.decode("utf-8", "replace") for name in meta[b"label_names"])
                 if len(names) != len(CLASSES):
                     raise ValueError(f"it has {len(names)}")
         split = f"training images from {BATCHES[0]} .. {BATCHES[-2]}, held-out images from {BATCHES[-1]}"
@@ -263,10 +265,6 @@ def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
             if name not in found:
                 raise ValueError(f"it has no {FOLDER}/{name}")
     return found
-
-
-def _unpickle(packed: bytes) -> Any:
-    return _Unpickler(io.BytesIO(packed), encoding="bytes").load()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -225,7 +225,7 @@ def test_bad_values_in_parquet_files_are_refused(tmp_path: Path):
 def test_a_folder_without_parquet_files_or_rows_is_refused(tmp_path: Path):
     assert "empty" in refusal("parquet", tmp_path)
     (tmp_path / "train.zip").write_bytes(b"PK")
-    assert refusal("parquet", tmp_path).endswith("only train.zip.")
+    assert "only train.zip." in refusal("parquet", tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "data-00000-of-00001.arrow").write_bytes(b"")
     assert "Arrow" in refusal("parquet", tmp_path)
