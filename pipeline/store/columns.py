@@ -97,7 +97,8 @@ def load(selection: Selection) -> Columns:
     for shared in _shared:
         knots = shared.selection.knots
         if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
-            return replace(shared, selected=np.array([knots.index(name) for name in selection.knots]))
+            selected = np.array([knots.index(name) for name in selection.knots])
+            return replace(shared, selection=selection, selected=selected)
     # Read a few shards at a time: holding the tables of all shards alongside the arrays would double the memory.
     groups = selection.groups(selection.shards)
     return to_columns(selection, selection.shards, map(selection.read, groups))
@@ -124,7 +125,7 @@ def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
 def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
     """Convert the rows of some shards, in ``tables`` of one or several shards, to arrays."""
     ids = np.concatenate([np.arange(shard.ids.start, shard.ids.stop) for shard in shards])
-    guidance = np.repeat(np.float32([shard.guidance for shard in shards]), [shard.rows for shard in shards])
+    guidance = np.repeat([shard.guidance for shard in shards], [shard.rows for shard in shards]).astype(np.float32)
     knots = np.empty((len(ids), len(selection.knots), *selection.identity.sample_shape), np.float32)
     scalars = {name: np.empty_like(ids) for name in selection.scalars}
     start = 0
@@ -144,9 +145,10 @@ def gather_rows(pieces: Sequence[Piece]) -> Batch:
     parts = []
     for columns, order in pieces:
         rows = order.numpy()
-        knots = columns.knots[rows[:, None], columns.selected]
+        arrays = columns.sample_id[rows], columns.label[rows], columns.knots[rows[:, None], columns.selected]
+        sample_id, label, knots = map(torch.from_numpy, arrays)
         interval = None if columns.interval is None else torch.from_numpy(columns.interval[rows])
-        parts.append(Batch(*map(torch.from_numpy, (columns.sample_id[rows], columns.label[rows], knots)), interval))
+        parts.append(Batch(sample_id, label, knots, interval))
     return _concatenate(parts)
 
 

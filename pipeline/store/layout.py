@@ -7,13 +7,12 @@ STORE/data/guidance=1.0/shard-000042.parquet      one shard
 """
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from kac.conditioning import known_classes
 from kac.model import ModelConfig
@@ -30,8 +29,6 @@ DATA = "data"
 SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL = "sample_id", "label", "kinetic_energy", "interval"
 START, END = "knot_start", "knot_end"
 SCALAR_TYPES = {SAMPLE_ID: pa.int64(), LABEL: pa.int32(), KINETIC_ENERGY: pa.float32(), INTERVAL: pa.int32()}
-
-_SHARD_NAME = re.compile(rf"{DATA}/guidance=(?P<guidance>[^/]+)/shard-(?P<index>\d{{6,}})\.parquet")
 
 Model = TypeVar("Model", bound=Options)
 
@@ -55,9 +52,7 @@ class StoreIdentity(RolloutRecipe):
     sample_shape: tuple[PositiveInt, ...]
     class_frequencies: tuple[float, ...]
     data_sha256: str | None = None
-    labels: Literal["classes", "null"] = Field(
-        "classes", description="labels given to the network: drawn classes, or always the null label"
-    )
+    labels: Literal["classes", "null"] = "classes"  # given to the network: drawn classes, or only the null label
 
     @classmethod
     def of(cls, recipe: RolloutRecipe, teacher: ModelConfig) -> Self:
@@ -163,14 +158,13 @@ def guidance_folder(w: float) -> str:
 
 def parse_shard_name(name: str, shard_size: int = 1) -> Shard | None:
     """Return the shard at this path, with ``shard_size`` rows, or None for any other path."""
-    match = _SHARD_NAME.fullmatch(name)
     try:
-        w, index = (float(match["guidance"]), int(match["index"])) if match else (0.0, 0)
+        w, index = name.removeprefix(f"{DATA}/guidance=").removesuffix(".parquet").split("/shard-")
+        shard = Shard(float(w), int(index), int(index) * shard_size, shard_size)
     except ValueError:
         return None
-    shard = Shard(w, index, index * shard_size, shard_size)
     # Only the canonical spelling counts: otherwise guidance=0 and guidance=0.0 would name the same shard.
-    return shard if shard.name == name else None
+    return shard if index.isdigit() and shard.name == name else None
 
 
 def check_version(where: str, version: Any) -> None:
@@ -178,10 +172,8 @@ def check_version(where: str, version: Any) -> None:
     if not isinstance(version, int):
         raise ValueError("its schema_version is not an integer")
     if version > SCHEMA_VERSION:
-        raise NewerVersion(
-            f"{where} has schema version {version}, but this version of distillkac reads up to {SCHEMA_VERSION}. "
-            "Install a newer distillkac."
-        )
+        problem = f"{where} has schema version {version}, but this version of distillkac reads up to {SCHEMA_VERSION}"
+        raise NewerVersion(f"{problem}. Install a newer distillkac.")
 
 
 def parse(where: str, model: type[Model], text: str | bytes) -> Model:
@@ -204,8 +196,6 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
         # unknown field is a known one with a damaged name.
         always_written = {name for name, field in model.model_fields.items() if field.default is not None}
         if isinstance(error, UnknownArgument) and always_written <= values.keys():
-            raise NewerVersion(
-                f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}. "
-                "Install a newer distillkac."
-            ) from None
+            problem = f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}"
+            raise NewerVersion(f"{problem}. Install a newer distillkac.") from None
         raise ValueError(one_line(error, 160)) from None

@@ -51,10 +51,9 @@ def merge(spec: MergeSpec) -> Manifest:
         receipts = {receipt.name: receipt for receipt in manifest.shards}
         for shard in manifest.plan():
             if shard.name in copies:  # id ranges start with a shard, so two shards with the same ids have the same name
-                raise StoreError(
-                    f"{path} and {copies[shard.name][0]} both have samples from {shard.start} at guidance "
-                    f"{shard.guidance:g}. Roll one of them out with another `first_sample`."
-                )
+                samples = f"samples from {shard.start} at guidance {shard.guidance:g}"
+                problem = f"{path} and {copies[shard.name][0]} both have {samples}"
+                raise StoreError(f"{problem}. Roll one of them out with another `first_sample`.")
             copies[shard.name] = path, shard, receipts[shard.name]
     extents = merge_extents(extent for manifest in manifests for extent in manifest.extents)
     _check_target(into, first.identity, extents, copies)
@@ -78,16 +77,12 @@ def _check_target(into: str, identity: StoreIdentity, extents: tuple[Extent, ...
     for other in identities:
         check_identity(other, identity, f"{into} is a different store", "Choose another `into`.")
     if manifest is not None and manifest.extents != extents:
-        raise StoreError(
-            f"{into} is a finished store with other samples than the stores to merge. Choose another `into`, and "
-            f"list {into} in `stores` to include it."
-        )
+        problem = f"{into} is a finished store with other samples than the stores to merge"
+        raise StoreError(f"{problem}. Choose another `into`, and list {into} in `stores` to include it.")
     unknown = sorted(set(found) - set(names))
     if manifest is None and unknown:
-        raise StoreError(
-            f"{into} is an unfinished store with {unknown[0]}, which is not in the stores to merge. Choose another "
-            "`into`, or finish that store and list it in `stores`."
-        )
+        problem = f"{into} is an unfinished store with {unknown[0]}, which is not in the stores to merge"
+        raise StoreError(f"{problem}. Choose another `into`, or finish {into} and list it in `stores`.")
 
 
 def _copy(into: str, identity: StoreIdentity, source: str, shard: Shard, listed: Receipt) -> tuple[Receipt, bool]:

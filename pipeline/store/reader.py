@@ -82,7 +82,7 @@ class Store:
         self.identity = identity
         self.shards = tuple(shards)
         self.manifest = manifest
-        self._loaded: dict[Selection, Columns] = {}
+        self._loaded: Columns | None = None
 
     @property
     def guidance(self) -> tuple[float, ...]:
@@ -223,10 +223,10 @@ class Store:
 
     def load(self, selection: Selection) -> Columns:
         """Return the selected columns. They stay in memory until other columns are loaded."""
-        if selection not in self._loaded:
-            self._loaded.clear()
-            self._loaded[selection] = load(selection)
-        return self._loaded[selection]
+        if self._loaded is None or self._loaded.selection != selection:
+            self._loaded = None  # frees the memory first
+            self._loaded = load(selection)
+        return self._loaded
 
     def _select(self, guidance: float | Sequence[float] | None, knots: Sequence[int] | None) -> Selection:
         identity = self.identity

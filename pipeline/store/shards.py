@@ -216,10 +216,9 @@ def _check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.
     found, position = read_footer(where, schema)
     check_identity(found, identity, f"{where} belongs to another store", "Move it away.", ForeignShard)
     if (position.guidance, position.start) != (shard.guidance, shard.start):
-        raise ForeignShard(
-            f"{where} is a copy of another shard: it starts at sample {position.start} of guidance "
-            f"{position.guidance}, not at sample {shard.start} of guidance {shard.guidance}. Move it away."
-        )
+        found_at, expected_at = (f"sample {one.start} of guidance {one.guidance}" for one in (position, shard))
+        problem = f"{where} is a copy of another shard: it starts at {found_at}, not at {expected_at}"
+        raise ForeignShard(f"{problem}. Move it away.")
     # Arrow silently skips a column that does not exist.
     if not schema.remove_metadata().equals(identity.arrow_schema()):
         raise ValueError(f"its columns are {schema.names}")

@@ -32,15 +32,9 @@ from pipeline.tracking.server import RUN_FILE
 
 PAUSE_SECONDS = 0.1
 OWN_FILES = (MANIFEST, RUN_FILE)
-
 UNRELATED = "is not a file of this store and was left alone."
 
-KIND_OF = {
-    NotFiniteShard: "not finite",
-    DamagedShard: "damaged",
-    ForeignShard: "foreign",
-    NewerVersion: "newer",
-}
+KIND_OF = {NotFiniteShard: "not finite", DamagedShard: "damaged", ForeignShard: "foreign", NewerVersion: "newer"}
 INTACT = ("", "unplanned")
 HARMLESS = ("leftover", "extra")
 REMOVED = ("damaged", "not finite", "foreign", "duplicated")
@@ -64,9 +58,7 @@ class VerifySpec(Spec):
 
     stage = "verify"
     store: StorePath = input_path(..., "endpoint store: a path or s3:// URI")
-    repair: bool = unhashed(
-        False, "remove damaged, foreign and duplicated shards; a rerun of the rollout recomputes them"
-    )
+    repair: bool = unhashed(False, "remove damaged, foreign and duplicated shards; rerun the rollout to replace them")
 
 
 @dataclass(frozen=True)
@@ -87,19 +79,13 @@ class VerifyReport:
 
 
 def run(spec: VerifySpec) -> None:
-    """Log one line per problem and a summary.
-
-    Raises:
-        StoreError: the store is not finished or not intact.
-    """
+    """Log one line per problem and a summary. Raises ``StoreError`` unless the store is finished and intact."""
     report = verify(spec)
     for problem in report.problems:
         removed = " It was removed." if problem.name in report.removed else ""
         log.info(f"verify: {problem.kind}: {problem.name} {problem.detail}{removed}")
-    log.info(
-        f"verify: {report.store} has {report.shards:,} intact shards with {report.rows:,} rows; "
-        f"read {report.bytes / 2**20:.1f} MiB"
-    )
+    intact = f"{report.shards:,} intact shards with {report.rows:,} rows"
+    log.info(f"verify: {report.store} has {intact}; read {report.bytes / 2**20:.1f} MiB")
     if not report.is_whole:
         counts = Counter(problem.kind for problem in report.problems if problem.kind not in HARMLESS)
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
@@ -112,8 +98,7 @@ def run(spec: VerifySpec) -> None:
 def verify(spec: VerifySpec) -> VerifyReport:
     """Check every file of the store. With ``spec.repair``, remove the shards that must be recomputed.
 
-    Raises:
-        StoreError: the store does not exist or is from a newer version, or its manifest is damaged.
+    Raises ``StoreError`` if the store does not exist or is from a newer version, or if its manifest is damaged.
     """
     store = cluster.absolute(spec.store)
     storage.check_shared({"STORE": store}, lambda: True)
