@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from kac.conditioning import known_classes, network_labels
 from kac.losses import Interval, LossTerms, Objective
@@ -26,6 +25,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.tracking import logged_models
+from pipeline.training.batches import seed_dropout, slot_generator, to_device, update_generator
 
 
 def distill(
@@ -266,14 +266,16 @@ class DistillTask:
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
         # A seat's whole batch is read once and kept, because each of its passes takes a part of it.
         batch = functools.lru_cache(maxsize=1)(read)
-        refine = Refinement(spec, self.init, first.config, worker.device) if spec.refine.kind == "data" else None
+        refine = None
+        if spec.refine.kind == "data":
+            refine = _refinement(spec, spec.refine, self.init, first.config, worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
-            training.seed_dropout(spec.seed, micro)
+            seed_dropout(spec.seed, micro)
             parts = batch(micro.update, micro.seat)
             share = Interval(*(part[micro.slot % micro.accumulation :: micro.accumulation] for part in parts))
             distillation = objective.losses(network, share)
-            return distillation if refine is None else refine.losses(network, micro, distillation)
+            return distillation if refine is None else refine(network, micro, distillation)
 
         return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
 
@@ -300,51 +302,44 @@ def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Work
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        return Interval(*training.to_device(next(readers[seat]), worker.device))  # the store's reader reads ahead
+        return Interval(*to_device(next(readers[seat]), worker.device))  # the store's reader reads ahead
 
     return read
 
 
-class Refinement:
-    """Adds the distance between student and training images to the distillation loss, which is the anchor."""
+def _refinement(
+    spec: DistillSpec, options: DataRefinementConfig, init: str, model: ModelConfig, device: torch.device
+) -> Callable[[VelocityNetwork, training.MicroBatch, LossTerms], LossTerms]:
+    """Return a function that adds the distance between student and training images to the distillation losses.
 
-    def __init__(self, spec: DistillSpec, init: str, model: ModelConfig, device: torch.device) -> None:
-        assert isinstance(spec.refine, DataRefinementConfig)
-        self.spec, self.options, self.model = spec, spec.refine, model
-        data = learned_data(init, model)
-        self.path, self.data = model.path.build(), data.train
-        self.spaces = open_spaces(self.options.spaces, data, device)
-        self.knot_grid = store.open(spec.store).identity.knot_grid
-        self.frequencies = torch.tensor(model.class_frequencies)
+    The distillation losses are the anchor. Diagnostics stay unweighted.
+    """
+    data, path, knot_grid = learned_data(init, model), model.path.build(), store.open(spec.store).identity.knot_grid
+    spaces, frequencies = open_spaces(options.spaces, data, device), torch.tensor(model.class_frequencies)
+    size = spec.optimizer.batch_size
 
-    def losses(self, network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
-        """Return the weighted distillation losses, and the distance keyed by its name. Diagnostics stay unweighted."""
-        distance = self._distance(network, micro)
-        anchored = {name: self.options.anchor * loss for name, loss in distillation.losses.items()}
-        return LossTerms({**anchored, self.options.distance: distance}, distillation.diagnostics)
-
-    def _distance(self, network: VelocityNetwork, micro: training.MicroBatch) -> Tensor:
-        spec, options, model, device = self.spec, self.options, self.model, micro.worker.device
-        rows = spec.optimizer.batch_size // micro.slots
-        draws = training.update_generator(spec.seed, micro.update)
-        real_rows = micro.share(torch.randint(len(self.data), (options.real_images,), generator=draws))
-        real, real_label = self.data.rows(real_rows)
-        label = micro.share(torch.multinomial(self.frequencies, spec.optimizer.batch_size, True, generator=draws))
-        label = label.to(device)
-        noise = training.slot_generator(spec.seed, micro)
+    def refine(network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
+        rows, draws = size // micro.slots, update_generator(spec.seed, micro.update)
+        real_rows = torch.randint(len(data.train), (options.real_images,), generator=draws)
+        real, real_label = data.train.rows(micro.share(real_rows))
+        label = micro.share(torch.multinomial(frequencies, size, True, generator=draws)).to(device)
+        noise = slot_generator(spec.seed, micro)
         zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)
-        x_1 = self.path.sample(zeros, ones, noise).x_t
+        x_1 = path.sample(zeros, ones, noise).x_t
         steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
-        sampling = Sampling(0.0, steps, "euler", self.knot_grid)
-        x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
-        return refinement_loss(
+        x_0 = integrate(network, x_1, network_labels(model, label), Sampling(0.0, steps, "euler", knot_grid)).x
+        distance = refinement_loss(
             straight_through(x_0),
             label if known_classes(model) else None,
             real.to(device),
             real_label.to(device),
-            self.spaces,
+            spaces,
             options.class_weight,
             model.num_classes,
             micro.update,
             options.distance,
         )
+        anchored = {name: options.anchor * loss for name, loss in distillation.losses.items()}
+        return LossTerms({**anchored, options.distance: distance}, distillation.diagnostics)
+
+    return refine

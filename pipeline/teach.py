@@ -18,6 +18,7 @@ from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import TeachSpec
+from pipeline.training.batches import EpochOrder, prefetched, seed_dropout, slot_generator, update_generator
 
 
 def teach(
@@ -76,12 +77,12 @@ class TeachTask:
         spec, data = self.spec, open_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
         network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path, batch = spec.path.build(), training.prefetched(_batches(spec, data), worker.device)
+        path, batch = spec.path.build(), prefetched(_batches(spec, data), worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
-            training.seed_dropout(spec.seed, micro)
+            seed_dropout(spec.seed, micro)
             x_0, t, label = batch(micro)
-            noise = training.slot_generator(spec.seed, micro)
+            noise = slot_generator(spec.seed, micro)
             return LossTerms({"flow_matching": flow_matching_loss(network, path, x_0, t, label, noise)})
 
         return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
@@ -90,11 +91,11 @@ class TeachTask:
 def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], tuple[Tensor, ...]]:
     """Return a function that reads the rows of a micro-batch and returns the inputs of the loss: x_0, t, label."""
     size, num_classes = spec.optimizer.batch_size, data.description.num_classes
-    order = training.EpochOrder(spec.seed, len(data.train), size)
+    order = EpochOrder(spec.seed, len(data.train), size)
 
     def batch(micro: training.MicroBatch) -> tuple[Tensor, ...]:
         # Random numbers are drawn for the whole batch, so that no split changes it.
-        draws = training.update_generator(spec.seed, micro.update)
+        draws = update_generator(spec.seed, micro.update)
         t, drop_coin, flip_coin = stratified_times(size, draws), *torch.rand(2, size, generator=draws)
         images, label = data.train.rows(micro.share(order.batch(micro.update)))
         label = drop_labels(label, micro.share(drop_coin) < spec.label_dropout, num_classes)

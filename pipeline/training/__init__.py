@@ -1,15 +1,6 @@
 """Training, shared by all stages: a task builds a learner, the loop updates it, and a host runs the loop."""
 
-from pipeline.training.batches import (
-    EpochOrder,
-    MicroBatch,
-    Worker,
-    prefetched,
-    seed_dropout,
-    slot_generator,
-    to_device,
-    update_generator,
-)
+from pipeline.training.batches import MicroBatch, Worker
 from pipeline.training.hosts import (
     OnReport,
     WorkerGroup,
@@ -25,7 +16,6 @@ from pipeline.training.loop import Job, Task
 from pipeline.training.validation import HeldOut, Validation
 
 __all__ = [
-    "EpochOrder",
     "HeldOut",
     "Job",
     "Learner",
@@ -39,11 +29,6 @@ __all__ = [
     "check_batch_split",
     "choose_workers",
     "describe_cost",
-    "prefetched",
-    "seed_dropout",
-    "slot_generator",
-    "to_device",
     "train",
     "train_model",
-    "update_generator",
 ]

@@ -21,7 +21,14 @@ from pipeline.distill import distill
 from pipeline.sweep import sweep
 from pipeline.teach import teach
 from pipeline.tracking import TrackedRun
-from pipeline.training.batches import BATCHES_AHEAD, Prefetcher, prefetched
+from pipeline.training.batches import (
+    BATCHES_AHEAD,
+    EpochOrder,
+    Prefetcher,
+    prefetched,
+    slot_generator,
+    update_generator,
+)
 from pipeline.training.learner import learning_rate
 from pipeline.training.loop import run_updates
 from tests.pipeline.stages import FEW, distill_spec, teach_spec
@@ -205,23 +212,21 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 20), (5, 5)])
 def test_every_row_is_drawn_once_per_epoch(count: int, batch: int):
-    order = training.EpochOrder(3, count, batch)
+    order = EpochOrder(3, count, batch)
     drawn = torch.cat([order.batch(update) for update in range(30)])
     for epoch in range(len(drawn) // count):
         rows = drawn[epoch * count : (epoch + 1) * count]
         assert sorted(rows.tolist()) == list(range(count))
     assert not torch.equal(drawn[:count], drawn[count : 2 * count])
-    resumed = training.EpochOrder(3, count, batch)
+    resumed = EpochOrder(3, count, batch)
     assert torch.equal(torch.cat([resumed.batch(update) for update in range(13, 30)]), drawn[13 * batch :])
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch):
     shuffled = []
-    real = training.EpochOrder._shuffle
-    monkeypatch.setattr(
-        training.EpochOrder, "_shuffle", lambda self, epoch: shuffled.append(epoch) or real(self, epoch)
-    )
-    order = training.EpochOrder(0, 10, 4)
+    real = EpochOrder._shuffle
+    monkeypatch.setattr(EpochOrder, "_shuffle", lambda self, epoch: shuffled.append(epoch) or real(self, epoch))
+    order = EpochOrder(0, 10, 4)
     for update in range(10):
         order.batch(update)
     assert shuffled == [0, 1, 2, 3]
@@ -231,10 +236,10 @@ def test_random_numbers_differ_by_seed_update_and_rank():
     first = training.MicroBatch(0, 0, 2, training.Worker(0, 2, torch.device("cpu")))
     keys = [(0, first), (0, first.next()), (0, first.next().next()), (1, first)]
     keys.append((0, first._replace(worker=first.worker._replace(rank=1))))
-    draws = [torch.rand(4, generator=training.slot_generator(*key)).tolist() for key in keys]
-    draws += [torch.rand(4, generator=training.update_generator(*key)).tolist() for key in ((0, 0), (0, 1), (1, 0))]
+    draws = [torch.rand(4, generator=slot_generator(*key)).tolist() for key in keys]
+    draws += [torch.rand(4, generator=update_generator(*key)).tolist() for key in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(draw) for draw in draws}) == 8
-    assert torch.rand(4, generator=training.slot_generator(*keys[0])).tolist() == draws[0]
+    assert torch.rand(4, generator=slot_generator(*keys[0])).tolist() == draws[0]
 
 
 def test_every_row_is_in_the_same_slot_for_every_split_of_the_batch():
