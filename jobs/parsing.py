@@ -80,7 +80,7 @@ def _split(arguments: list[str]) -> tuple[list[str], Given]:
     before: list[str] = []
     given: Given = []
     for argument in arguments:
-        if re.match(r"-(?![\d.])", argument):  # not a negative number
+        if re.match(r"-(?![\d.]|$)", argument):  # neither a negative number nor -, the standard output
             name, equals, value = argument.partition("=")
             given.append((name, [value] if equals else []))
         else:

@@ -190,6 +190,7 @@ def test_the_last_value_wins_and_an_equals_sign_takes_any_text():
     assert options("--out a --out b").out == "b"
     assert options("--out=--b --solver=euler").out == "--b"
     assert options("--out -5").out == "-5"
+    assert options("--out -").out == "-"
     assert options("--out 3").out == "3"
     assert options("--out True").out == "True"
     assert options("--out ''").out == ""
