@@ -12,7 +12,7 @@ from kac.util import files
 from pipeline import outputs, tracking
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.samples import CHUNK_ROWS, Comparison, chunks
-from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, head, row, table
+from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, cells, table
 from pipeline.report import pictures
 
 TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
@@ -48,8 +48,8 @@ def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Reco
     for name, data in {**contents, SAMPLES_FILE: sink.getvalue()}.items():
         files.write_bytes(files.join(spec.out, name), data)
     # In the format of mlflow.log_table. MLflow's pages show the artifact in the tag as a table.
-    cells = {"columns": head(record), "data": [row(record, score) for score in record.scores]}
-    for name, data in {**contents, TABLE_JSON: json.dumps(cells).encode()}.items():
+    logged_table = dict(zip(("columns", "data"), cells(record), strict=True))
+    for name, data in {**contents, TABLE_JSON: json.dumps(logged_table).encode()}.items():
         run.artifact(name, data)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_JSON, "type": "table"}])})
     _track_models(spec, run, record, images, contents[CURVE_PICTURE])

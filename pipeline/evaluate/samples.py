@@ -32,7 +32,7 @@ from kac.metrics.features import FeatureSpace, check_features
 from kac.metrics.statistics import KEPT_ROWS
 from kac.model import Model, ModelConfig, load_model
 from kac.precision import Precision
-from kac.sampling import Sampling, draw
+from kac.sampling import Samples, Sampling, draw
 from kac.util import files
 from kac.util.cache import VARIABLE, cache_folder
 from kac.util.device import default_device
@@ -44,15 +44,6 @@ from pipeline.evaluate.inputs import Candidate
 
 CHUNK_ROWS = 1000
 """Samples per chunk."""
-
-
-class Rows(NamedTuple):
-    """Some samples and their cost."""
-
-    images: Tensor  # [rows, *sample], delivered
-    label: Tensor  # [rows]
-    nfe: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,12 +79,12 @@ class ModelSamples:
         """The file of a chunk in the cache."""
         return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
 
-    def rows(self, ids: range) -> Rows:
+    def rows(self, ids: range) -> Samples:
         """Read the samples of a chunk from the cache. Raises ``DistillKacError`` for a missing or damaged file."""
         with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
             images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
             nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
-        return Rows(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
+        return Samples(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
 
     def make(self, ids: range) -> None:
         """Draw the samples of a chunk and write them to the cache.
@@ -122,12 +113,12 @@ class RealImages:
         """Covers the images and their order."""
         return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
 
-    def rows(self, ids: range) -> Rows:
+    def rows(self, ids: range) -> Samples:
         """The images ``ids`` in this order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         images, label = split.rows(order[ids.start : ids.stop])
-        return Rows(delivered(images), label)
+        return Samples(delivered(images), label, 0, 0.0)
 
 
 Source = ModelSamples | RealImages

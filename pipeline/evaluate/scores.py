@@ -96,21 +96,18 @@ def columns(record: Record) -> list[QualityMetric]:
     return [m for m in metrics if m.heading and any(m.name in score.metrics for score in record.scores)]
 
 
-def head(record: Record) -> list[str]:
-    """The headings of the table."""
-    return ["model", "steps", "w", "count", *(metric.heading for metric in columns(record))]
-
-
-def row(record: Record, score: Score) -> list[str]:
-    """The cells of a score under ``head``."""
-    steps = "" if score.steps is None else str(score.steps)
-    guidance = "" if score.guidance is None else f"{score.guidance:g}"
-    cells = [score.name, steps, guidance, f"{score.count:,}"]
-    for metric in columns(record):
-        value, half_width = score.metrics.get(metric.name), score.half_widths.get(metric.name)
-        text = "" if value is None else format(value, metric.format)
-        cells.append(f"{text} ±{half_width:{metric.format}}" if half_width else text)
-    return cells
+def cells(record: Record) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of the table."""
+    shown, rows = columns(record), []
+    for score in record.scores:
+        steps = "" if score.steps is None else str(score.steps)
+        guidance = "" if score.guidance is None else f"{score.guidance:g}"
+        rows.append([score.name, steps, guidance, f"{score.count:,}"])
+        for metric in shown:
+            value, half_width = score.metrics.get(metric.name), score.half_widths.get(metric.name)
+            text = "" if value is None else format(value, metric.format)
+            rows[-1].append(f"{text} ±{half_width:{metric.format}}" if half_width else text)
+    return ["model", "steps", "w", "count", *(metric.heading for metric in shown)], rows
 
 
 def direction(metric: Metric) -> str:
@@ -120,13 +117,13 @@ def direction(metric: Metric) -> str:
 
 def table(record: Record) -> str:
     """The scores as text, one line per model, with notes below."""
-    return "\n".join([*aligned(head(record), [row(record, s) for s in record.scores]), *provenance(record)])
+    return "\n".join([*aligned(*cells(record)), *provenance(record)])
 
 
-def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def aligned(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a text table: names aligned left, numbers right, headings in two lines after their first word."""
     tops, _, belows = zip(*(heading.partition(" ") for heading in headings), strict=True)
-    rows = [tops, belows, *cells]
+    rows = [tops, belows, *body]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]).rstrip() for r in rows]
     return [*lines[:2], "-" * max(map(len, lines)), *lines[2:]]

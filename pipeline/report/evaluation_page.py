@@ -4,7 +4,7 @@ import json
 
 from kac.util import files
 from pipeline.evaluate.results import CURVE_PICTURE, SAMPLES_PICTURE
-from pipeline.evaluate.scores import direction, head, provenance, read_record, row
+from pipeline.evaluate.scores import cells, direction, provenance, read_record
 from pipeline.report import page
 
 LEAD = (
@@ -31,7 +31,7 @@ def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str
         metrics.append([name, f"{metric.meaning}{direction(metric)}", *values])
     parts = [
         page.paragraph(LEAD),
-        page.table(head(record), [row(record, score) for score in record.scores]),
+        page.table(*cells(record)),
         page.paragraph(*provenance(record), kind="note"),
         page.heading("Samples"),
         page.paragraph("Each column has one noise and one label. The top row shows real images of that label."),

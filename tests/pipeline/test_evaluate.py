@@ -299,14 +299,15 @@ def test_a_model_that_gives_infinite_values_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["samples", "features"])
 def test_a_damaged_file_of_the_cache_is_named(kind: str, teacher: str, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
-    evaluate(small(teacher, tmp_path / "first"))
+    features = ("pixels",) if kind == "samples" else ("classifier",)
+    evaluate(small(teacher, tmp_path / "first", features=features))
     whole = {path: path.read_bytes() for path in (tmp_path / "cache" / kind).rglob("*.np*")}
     assert whole
     for n, damage in enumerate((lambda d: d[:-40], lambda d: b"", lambda d: d[:90] + b"\xff" * 8 + d[98:])):
         for path, data in whole.items():
             path.write_bytes(damage(data))
         with pytest.raises(DistillKacError, match=rf"cache/{kind}/.*damaged") as caught:
-            evaluate(small(teacher, tmp_path / f"again-{n}", batch_size=300))
+            evaluate(small(teacher, tmp_path / f"again-{n}", batch_size=300, features=features))
         assert "\n" not in str(caught.value)
 
 
