@@ -1,4 +1,4 @@
-"""Counter-based noise and labels: those of sample i depend only on (seed, i).
+"""Counter-based noise and labels: the noise and the label of sample i depend only on (seed, i).
 
 NumPy's Philox generator, whose raw stream is stable across versions and platforms, assigns each sample its own section
 of random numbers. The result is therefore independent of batches, shards, processes and machines. All numbers are drawn

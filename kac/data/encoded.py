@@ -46,17 +46,11 @@ class Decoder(NamedTuple):
         return self._array(data, name).shape
 
     def decode(self, data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the image as uint8 [channels, height, width], which must be ``shape``.
-
-        Raises:
-            DistillKacError: the image is damaged or has another shape; the message begins with ``name``.
-        """
+        """Return the image as uint8 ``shape``. Errors about damage and other shapes begin with ``name``."""
         image = self._array(data, name)
         if image.shape[0] != shape[0]:
-            raise DistillKacError(
-                f"{name} is {CHANNEL_NAMES[image.shape[0]]}, but the first image is {CHANNEL_NAMES[shape[0]]}. Set "
-                "`data.channels` to 3 to convert all images to RGB, or to 1 for greyscale."
-            )
+            problem = f"is {CHANNEL_NAMES[image.shape[0]]}, but the first image is {CHANNEL_NAMES[shape[0]]}"
+            raise DistillKacError(f"{name} {problem}. Set `data.channels` to 3 for RGB or 1 for greyscale images.")
         if image.shape != shape:
             raise DistillKacError(
                 f"{name} has {image.shape[2]}x{image.shape[1]} pixels, but the first image has {shape[2]}x{shape[1]}. "

@@ -150,10 +150,8 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
         if data.held_out_images is not None or data.held_out_labels is not None:
             others = _check_split("held_out_", data.held_out_images, data.held_out_labels)
             if others.images.shape[1:] != images.shape[1:]:
-                raise ValueError(
-                    f"images of shape {list(images.shape)}, but held_out_images of shape {list(others.images.shape)}. "
-                    "Only their number may differ"
-                )
+                shapes = f"images of shape {list(images.shape)}, but held_out_images of {list(others.images.shape)}"
+                raise ValueError(f"{shapes}. Only their number may differ")
             held_out = torch.arange(len(labels) + len(others.labels)) >= len(labels)
             images, labels = torch.cat([images, others.images]), torch.cat([labels, others.labels])
     except (ValueError, TypeError) as error:
@@ -184,22 +182,18 @@ def _check_split(prefix: str, images: Any, labels: Any) -> LabelledImages:
         raise ValueError(f"{prefix}images from {values}. Points should be in [-1, 1]")
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not is_integer or list(labels.shape) != shape[:1]:
-        raise ValueError(
-            f"{prefix}labels of shape {list(labels.shape)} and type {labels.dtype} for {shape[0]:,} {prefix}images. "
-            "Return one integer per image"
-        )
+        found = f"{prefix}labels of shape {list(labels.shape)} and type {labels.dtype} for {shape[0]:,} images"
+        raise ValueError(f"{found}. Return one integer per image")
     return LabelledImages(from_bytes(images) if are_images else images.float(), labels.long())
 
 
 def _as_tensor(field: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu()
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"{field} as {type(value).__name__}. Return a numpy array or a tensor")
-    try:
-        return torch.tensor(np.ascontiguousarray(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{field} that cannot be converted to a tensor ({one_line(error).rstrip('.')})") from None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        found = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{field} as {found}. Return a numpy array of numbers or a tensor")
+    return torch.tensor(np.ascontiguousarray(value))
 
 
 def _check_names(class_names: Any) -> tuple[str, ...]:

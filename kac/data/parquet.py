@@ -137,9 +137,8 @@ class ParquetSource(EncodedSource):
         import pyarrow.parquet as pq
 
         name = self.name(path)
-        location = files.locate(name)
         with (
-            files.errors_naming(name),
+            files.errors_naming(name) as location,
             location.fs.open(location.path) as raw,
             reading(name, "a readable Parquet file", "Download it again; unpack archives first."),
             pq.ParquetFile(raw, page_checksum_verification=True) as file,

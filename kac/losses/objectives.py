@@ -120,11 +120,7 @@ class Objective(ABC):
 
     @abstractmethod
     def knots(self, stored: int) -> range:
-        """The knots to read from a store with the knots 0 .. ``stored``.
-
-        Raises:
-            ArgumentError: the store lacks these knots.
-        """
+        """The knots to read from a store with the knots 0 .. ``stored``. Raises ``ArgumentError`` if it lacks them."""
 
     @abstractmethod
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
@@ -136,11 +132,7 @@ class Objective(ABC):
         """
 
     def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
-        """The losses of a batch, and diagnostics to log.
-
-        Raises:
-            ArgumentError: the images are too small for ``scales``.
-        """
+        """The losses of a batch, and diagnostics to log."""
         return LossTerms({self.name: endpoint_loss(network, interval, self.loss, self.scales, self.conditions)})
 
 

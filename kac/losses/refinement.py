@@ -108,10 +108,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor, int], Tensor]] = {
     "energy": lambda x, y, update: energy_distance(x, y)
 }
-"""(samples [n, width], real points [m, width], number of the update) -> distance, a scalar with a gradient.
-
-The number of the update is the seed of random distances.
-"""
+"""(samples [n, width], real points [m, width], update as seed of random distances) -> distance, a scalar."""
 
 
 def refinement_loss(
@@ -161,16 +158,10 @@ def straight_through(samples: Tensor) -> Tensor:
 
 
 def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Check that the feature spaces exist for these data.
-
-    Raises:
-        ArgumentError: ``pooled`` with points or too small images, or ``classifier`` with only one class.
-    """
+    """Raise ``ArgumentError`` for ``pooled`` with points or small images, or ``classifier`` with only one class."""
     if "pooled" in names and not (is_image(sample_shape) and min(sample_shape[1:]) >= Pooled.SIDE):
-        needs = f"needs images of at least {Pooled.SIDE}x{Pooled.SIDE} pixels"
-        raise ArgumentError(
-            f"`refine.spaces` pooled {needs}, but the samples have shape {list(sample_shape)}. Choose other spaces."
-        )
+        needs = f"images of at least {Pooled.SIDE}x{Pooled.SIDE} pixels, not samples of shape {list(sample_shape)}"
+        raise ArgumentError(f"`refine.spaces` pooled needs {needs}. Choose other spaces.")
     if "classifier" in names and num_classes < 2:
         raise ArgumentError("`refine.spaces` classifier needs several classes. Choose other spaces.")
 
