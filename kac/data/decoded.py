@@ -258,7 +258,7 @@ def _local_folder(path: str) -> Iterator[str]:
 
 
 def _publish(folder: str, path: str, description: DataDescription) -> Dataset:
-    """Rename a complete folder to ``path``, or use the folder of another process that was first."""
+    """Rename a complete folder to ``path``, or use the folder of a process that was first."""
     for entry in os.scandir(folder):
         with open(entry.path, "rb") as file:
             os.fsync(file.fileno())

@@ -193,7 +193,7 @@ def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
         others = [file for file in published if found[file].sha256 != published[file]]
         if len(others) < len(published):
             return tuple(
-                f"{found[file].path} is not the published file of {name}, but others of the four are. Its sha256 is "
+                f"{found[file].path} is not the published file of {name}, but other files of the set are. Its sha256 is "
                 f"{found[file].sha256}, and that of the published file is {published[file]} (both uncompressed)."
                 for file in others
             )
@@ -268,7 +268,7 @@ def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads numbers, text, lists, dictionaries and arrays of bytes. It calls no function of another module."""
+    """Reads numbers, text, lists, dictionaries and arrays of bytes. It calls only the functions in this module."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a global name in a pickle."""
