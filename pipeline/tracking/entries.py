@@ -6,6 +6,7 @@ and a file with the same name as one file. All other entries set values.
 
 import base64
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -151,10 +152,12 @@ def _send_params(client: "MlflowClient", run_id: str, params: dict[str, str]) ->
 
 def _send_file(client: "MlflowClient", run_id: str, content: dict[str, Any]) -> None:
     folder, _, name = content["name"].rpartition("/")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / name
-        path.write_bytes(base64.b64decode(content["data"]))
-        client.log_artifact(run_id, str(path), folder or None)
+    scratch = Path(tempfile.mkdtemp())  # the end of the process would remove a TemporaryDirectory too early
+    try:
+        (scratch / name).write_bytes(base64.b64decode(content["data"]))
+        client.log_artifact(run_id, str(scratch / name), folder or None)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _send_datasets(client: "MlflowClient", run_id: str, datasets: list[dict[str, str]]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -59,8 +60,8 @@ def postgresql(programs: Path) -> Iterator[str]:
                 time.sleep(0.1)
             yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
         finally:
-            process.send_signal(2)  # stops without waiting for clients
-            process.wait(30)
+            process.send_signal(signal.SIGQUIT)  # stops without waiting for clients or the disk
+            process.wait()
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -79,8 +80,8 @@ def mlflow_server(folder: Path, backend: str, host: str = "127.0.0.1", port: int
             yield uri
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 15)
-            process.wait(30)
+                os.killpg(process.pid, signal.SIGKILL)  # also its workers, at once
+            process.wait()
 
 
 def _wait_until_healthy(uri: str, process: "subprocess.Popen[bytes]") -> None:
