@@ -1,15 +1,14 @@
 """Parse a command line and a file of options into a spec.
 
-An option is ``--NAME VALUES`` or ``--NAME=VALUE``, where NAME is the dotted name of a field. Values stay text until
-pydantic validates the values of the command line and of the file together. An invalid option therefore gives the same
-error in both.
+argparse splits the command line and formats the help. Values stay text until pydantic validates the values of the
+command line and of the file together. An invalid option therefore gives the same error in both.
 """
 
 import argparse
 import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -23,8 +22,6 @@ from kac.util.options import OptionStyle, expand_kind, nested_models
 from pipeline.config import Spec
 
 SpecType = TypeVar("SpecType", bound=Spec)
-Given = list[tuple[str, list[str]]]
-"""Each option of a command line, with the words after it."""
 
 CONFIG: Any = Field(
     None,
@@ -54,18 +51,22 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     Raises:
         ArgumentError: an option of the command line or the file is unknown, missing or invalid.
     """
-    positional, given = _split(arguments)
-    configs = [words for name, words in given if name == "--config"]
+    # The first pass only finds the file and the kinds, which determine the options of the second pass.
+    first, _ = _read(_options([spec_type], _with_defaults(spec_type, {})), arguments)
+    configs = first.get("config", [])
     if len(configs) > 1:
         raise ArgumentError("`config` is given twice. Put all options into one file.")
-    path = configs[0][0] if configs and configs[0] else None
+    path = configs[0] if configs else None
     file = {} if path is None else read_options(path, spec_type)
-    defaults = _with_defaults(spec_type, _override(file, _kinds(spec_type, given)))
-    options = [*_options([spec_type], defaults)]
-    if {"-h", "--help"} & {name for name, _ in given}:
-        print(_help(spec_type, options, prog), end="")
+    options = [*_options([spec_type], _with_defaults(spec_type, _override(file, _kinds(first))))]
+    given, unknown = _read(options, arguments)
+    if given.pop("help", False):
+        print(_parser(options, spec_type, prog).format_help(), end="")
         raise SystemExit(0)
-    values = _with_defaults(spec_type, _override(file, _values(options, positional, given)))
+    if unknown:
+        raise ArgumentError(_describe_unknown(unknown[0], options))
+    given.pop("config", None)
+    values = _with_defaults(spec_type, _override(file, given))
     for option in options:
         if not option.names and not values.get(option.path[0]):
             raise ArgumentError(f"{option.path[0].upper()} is required. See --help.")
@@ -75,62 +76,35 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
         raise ArgumentError(f"`config` {path}: {error}") from None
 
 
-def _split(arguments: list[str]) -> tuple[list[str], Given]:
-    """Return the words before the first option, and each option with the words after it."""
-    before: list[str] = []
-    given: Given = []
-    for argument in arguments:
-        if re.match(r"-(?![\d.]|$)", argument):  # neither a negative number nor -, the standard output
-            name, equals, value = argument.partition("=")
-            given.append((name, [value] if equals else []))
-        else:
-            (given[-1][1] if given else before).append(argument)
-    return before, given
-
-
-def _kinds(spec_type: type[Spec], given: Given) -> Values:
-    """Return the kinds that the command line chooses, nested. They determine its other options."""
-    kinds: Values = {}
-    for option, words in given:
-        path = tuple(part.replace("-", "_") for part in option.removeprefix("--").removesuffix(".kind").split("."))
-        models: list[type[BaseModel]] = [spec_type]
-        for name in path:
-            models = [inner for model in models for inner in nested_models(model.model_fields.get(name))]
-        if words and _kind_names(*models):
-            _put(kinds, (*path, "kind"), words[0])
-    return kinds
-
-
-def _values(options: list[Option], positional: list[str], given: Given) -> Values:
-    """Return the values of the command line, nested as in the spec."""
-    values: Values = {}
-    by_name = {name: option for option in options for name in option.names}
-    for name, words in given:
-        option = by_name.get(_kebab(name))
-        if option is None:
-            near = difflib.get_close_matches(_kebab(name), by_name, n=1, cutoff=0.85)
-            raise ArgumentError(f"{name} is unknown. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
-        if not words and option.nargs in "1+":
-            raise ArgumentError(f"{name} needs a value. See --help.")
-        most = len(words) if option.nargs in "*+" else min(len(words), option.nargs != "0")
-        _put(values, option.path, _value(option, words[:most]))
-        positional = positional + words[most:]
+def _read(options: Iterable[Option], arguments: list[str]) -> tuple[Values, list[str]]:
+    """Return the given values, nested as in the spec, and the words that belong to no option."""
+    options = [*options]
+    words = [re.sub("^--[^=]+", lambda name: _kebab(name[0]), word) for word in arguments]
+    try:
+        namespace, unknown = _parser(options).parse_known_intermixed_args(words)
+    except argparse.ArgumentError as error:
+        raise ArgumentError(f"{error.argument_name} needs a value. See --help.") from None
+    given = vars(namespace)
+    values: Values = {"help": True} if given.get("help") else {}
     for option in options:
-        if not option.names and positional:
-            _put(values, option.path, _value(option, positional))
-            positional = []
-    if positional:
-        raise ArgumentError(f"{positional[0]!r} is not an option. See --help.")
-    values.pop("config", None)
-    return values
+        value = given.get(".".join(option.path))
+        if value is not None:
+            _put(values, option.path, None if option.can_be_none and value in ("None", ["None"]) else value)
+    return values, unknown
 
 
-def _value(option: Option, words: list[str]) -> Any:
-    if option.can_be_none and words == ["None"]:
-        return None
-    if option.nargs in "*+" or len(words) > 1:
-        return words
-    return words[0] if words else True  # a bool without a word
+def _kinds(values: Values) -> Values:
+    """Return only the kinds in nested values."""
+    nested = {name: _kinds(value) for name, value in values.items() if isinstance(value, dict)}
+    return nested | ({"kind": values["kind"]} if "kind" in values else {})
+
+
+def _describe_unknown(word: str, options: list[Option]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is not an option. See --help."
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, [name for option in options for name in option.names], n=1, cutoff=0.85)
+    return f"{name} is unknown. {f'Did you mean {near[0]}?' if near else 'See --help.'}"
 
 
 def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
@@ -234,21 +208,37 @@ def _nargs(kind: Any) -> Any:
     return "+" if dict in origins else "*" if tuple in origins else "?" if kind is bool else "1"
 
 
-def _help(spec_type: type[Spec], options: list[Option], prog: str) -> str:
-    words = "".join(f"{option.metavar} " for option in options if not option.names)
+def _parser(options: list[Option], spec_type: type[Spec] = Spec, prog: str = "") -> argparse.ArgumentParser:
+    positional = [option.metavar + " ..." * (option.nargs == "*") for option in options if not option.names]
     parser = argparse.ArgumentParser(
-        usage=f"{prog} [-h] {words}[OPTIONS]",
+        usage=" ".join([prog, "[-h]", *positional, "[OPTIONS]"]),
         description=" ".join((spec_type.__doc__ or "").split()),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
+    parser._negative_number_matcher = re.compile(r"-[\d.]")  # before Python 3.14, argparse takes -1e-3 for an option
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     sections: dict[str, Any] = {"": parser}
     for option in options:
         if option.section not in sections:
-            sections[option.section] = parser.add_argument_group(f"{option.section} options")
-        takes: dict[str, Any] = {"action": "store_true"} if option.nargs == "0" else {"metavar": option.metavar}
-        name = option.names[0] if option.names else option.path[0]
-        sections[option.section].add_argument(name, help=option.help.replace("%", "%%"), **takes)
-    return parser.format_help()
+            sections[option.section] = parser.add_argument_group(option.section)
+        add, dest = sections[option.section].add_argument, ".".join(option.path)
+        takes: dict[str, Any] = {"metavar": option.metavar, "nargs": option.nargs, "const": True}
+        if option.nargs == "0":
+            takes = {"action": "store_true"}
+        elif option.nargs != "?":
+            takes = {"metavar": option.metavar, "nargs": None if option.nargs == "1" else option.nargs}
+        if option.path == ("config",):
+            takes["action"] = "append"
+        text = option.help.replace("%", "%%")
+        if not option.names:
+            add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # a missing one is our error
+        for name in option.names:
+            add(name, dest=dest, help=text if name == option.names[0] else argparse.SUPPRESS, **takes)
+    return parser
 
 
 def _help_text(description: str, default: Any) -> str:
@@ -270,9 +260,9 @@ def _metavar(kind: Any) -> str:
     if origin is Annotated:
         return _metavar(parts[0])
     if origin is tuple:
-        return f"[{_metavar(parts[0])} ...]"
+        return _metavar(parts[0])
     if origin is dict:
-        return "[NAME=VALUE ...]"
+        return "NAME=VALUE"
     if origin is Literal:
         return "{" + ",".join(map(str, parts)) + "}"
     if parts:

@@ -19,7 +19,7 @@ from pipeline.store.manifest import Extent, Manifest, list_shards, merge_extents
 from pipeline.store.reader import open_store
 from pipeline.store.shards import Receipt, confirm, identity_or_none, map_in_threads, sha256_of
 
-StorePaths = Annotated[tuple[str, ...], OptionStyle(metavar="STORE [STORE ...]", positional=True)]
+StorePaths = Annotated[tuple[str, ...], OptionStyle(metavar="STORE", positional=True)]
 
 
 class MergeSpec(Spec):

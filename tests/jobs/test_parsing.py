@@ -206,7 +206,7 @@ def test_the_last_value_wins_and_an_equals_sign_takes_any_text():
         ("--out", "--out", "needs a value"),
         ("--out --gpu True", "--out", "needs a value"),
         ("--out o --network", "--network", "needs a value"),
-        ("--out o --optimizer.learning_rate", "--optimizer.learning_rate", "needs a value"),
+        ("--out o --optimizer.learning_rate", "--optimizer.learning-rate", "needs a value"),
         ("--out o --gpu", "--gpu", "needs a value"),
         ("--out o --config", "--config", "needs a value"),
         ("--out o --config --gpu True", "--config", "needs a value"),
@@ -415,9 +415,9 @@ def test_the_help_lists_required_options_then_config_then_common_ones(spec_type:
     assert ranks == sorted(ranks)
 
 
-def test_a_group_of_options_has_its_own_box_and_no_prefix(capsys: pytest.CaptureFixture):
+def test_a_group_of_options_has_its_own_section_and_no_prefix(capsys: pytest.CaptureFixture):
     text = help_of("", TeachSpec, capsys)
-    assert text.index("resources options:") < text.index("--workers INT|MIN:MAX")
+    assert text.index("resources:") < text.index("--workers INT|MIN:MAX")
     assert parse(TeachSpec, ["--out", "o", "--workers", "2:8", "--seed", "3"], "prog").workers == Range(2, 8)
 
 
