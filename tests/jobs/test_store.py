@@ -64,7 +64,7 @@ def test_a_store_can_come_from_a_file(tmp_path, run_job):
         ("verify --repair", " verify", "STORE"),
         ("verify s --mend", " verify", "--mend"),
         ("verify s --repair t", " verify", "'t'"),
-        ("describe s t", " describe", "--store"),
+        ("describe s t", " describe", "'t'"),
         ("merge --into d", " merge", "STORES"),
         ("merge a", " merge", "--into"),
         ("merge a --into", " merge", "--into"),
