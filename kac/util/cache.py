@@ -9,9 +9,9 @@ VARIABLE = "DISTILLKAC_CACHE"
 
 
 def cache_folder(*names: str) -> str:
-    """Return a folder in the cache, which is at ``DISTILLKAC_CACHE`` (a path or s3:// URI) or ``~/.cache/distillkac``.
+    """Return a folder in the cache: ``DISTILLKAC_CACHE`` (a path or s3:// URI), by default ``~/.cache/distillkac``.
 
-    Cached files are named by what they were computed from, so they never go stale and can be deleted at any time.
+    The name of a cached file identifies its inputs, so the file never goes stale. It can be deleted at any time.
     """
     folder = files.normal(os.environ.get(VARIABLE) or str(Path.home() / ".cache" / "distillkac"))
     for name in names:

@@ -18,7 +18,7 @@ USER = re.compile(r"(?<=//)[^/\s'\"]*@")  # http://user:password@host
 KEY = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|signature|sig|(?:\w*_)?(?:token|password|secret|key))=)[^&\s'\"]+",
     re.I,
-)  # in the query of a URI, for example of a presigned URL
+)  # in the query string of a URI, such as a presigned URL
 ARGUMENT = re.compile(r"`([a-z_][a-z0-9_.]*)`")
 
 
@@ -35,7 +35,7 @@ class ArgumentError(DistillKacError, ValueError):
 
     @property
     def name(self) -> str:
-        """The first argument named in the message, with dots if it is nested: "optimizer.learning_rate"."""
+        """The first argument name in the message. Nested names have dots: "optimizer.learning_rate"."""
         match = ARGUMENT.search(str(self))
         return match[1] if match else ""
 
@@ -45,7 +45,7 @@ class UnknownArgument(ArgumentError):
 
 
 class CheckpointError(DistillKacError):
-    """A model folder is missing or damaged, or does not fit its use."""
+    """A model folder is missing, damaged or unsuitable for the task."""
 
 
 class DivergedError(DistillKacError):
@@ -58,12 +58,12 @@ def as_options(text: str) -> str:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """Return an error's text on one line of at most ``most`` characters, or its type's name if it has no text."""
+    """Return an error's text on one line of at most ``most`` characters, or the error's type if the text is empty."""
     return without_secrets(" ".join(str(error).split()))[:most] or type(error).__name__
 
 
 def without_secrets(text: str) -> str:
-    """Return the text without the passwords and keys in its URIs and without the values of ``SECRET_VARIABLES``."""
+    """Remove the values of ``SECRET_VARIABLES``, and passwords and keys in URIs, from a text."""
     for name in SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= 8:  # a shorter value could be part of an ordinary word
@@ -72,7 +72,7 @@ def without_secrets(text: str) -> str:
 
 
 def without_keys(uri: str) -> str:
-    """Return a URI, or a text with URIs, without passwords and keys."""
+    """Remove passwords and keys from a URI, or from a text with URIs."""
     return KEY.sub(r"\1...", USER.sub("", uri))
 
 

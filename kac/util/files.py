@@ -1,7 +1,7 @@
 """One interface to local folders and ``s3://`` prefixes, with atomic writes.
 
 The S3 endpoint and keys come from the standard AWS_* variables, or from another source that botocore knows, such as a
-node's role. No option holds them, and this module never prints them.
+node's IAM role. No option contains a key, and this module never prints keys.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from kac.util.errors import DistillKacError, one_line
 S3_OPTIONS: dict[str, Any] = {
     # Other processes publish files at any time, so a cached listing would be out of date.
     "use_listings_cache": False,
-    # Readers request exact ranges (Parquet footers and column chunks). Read-ahead would fetch the other columns.
+    # Readers request exact ranges (Parquet footers and column chunks). Read-ahead would also fetch unneeded columns.
     "default_cache_type": "none",
-    # botocore retries 503 SlowDown, resets and time-outs with back-off, then raises an error. s3fs repeats such a call
-    # up to 5 times, so 4 attempts here can be 20 attempts, in about 20 seconds.
+    # botocore retries 503 SlowDown, connection resets and timeouts with backoff, then raises an error. s3fs repeats a
+    # failed call up to 5 times, so 4 attempts here can become 20 attempts, in about 20 seconds.
     "config_kwargs": {
         "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "4"))},
         "connect_timeout": 10,
@@ -38,14 +38,14 @@ S3_OPTIONS: dict[str, Any] = {
 
 TEMPORARY_SUFFIX = ".tmp"
 STALE_SECONDS = 3600.0
-"""A temporary file from another host is an orphan when it is older than this."""
+"""A temporary file from another host counts as an orphan once it is older than this."""
 
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 
 
 class FolderError(DistillKacError, IsADirectoryError):
-    """The path of a file is a folder."""
+    """A path that should be a file is a folder."""
 
 
 class Location(NamedTuple):
@@ -59,21 +59,21 @@ class Location(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """A file with its size and version, which change with its content."""
+    """The path, size and version of a file. If the content changes, the size or the version changes."""
 
-    path: str  # relative to the folder that was walked; empty if a file was walked
+    path: str  # relative to the path given to ``walk``; empty if that path is a file
     size: int  # in bytes
     version: str
 
 
 def normal(path: str) -> str:
-    """Return the normal form of a path or URI, which all functions here and all stages use.
+    """Return the normal form of a path or URI. All functions here and all stages use this form.
 
-    Empty parts, ``.`` and a slash at the end are dropped, on S3 as on a disk. ``file://`` becomes a local path, and
-    ``s3a://`` becomes ``s3://``. All other characters are literal: nothing is decoded, and no pattern is expanded.
+    Empty parts, ``.`` and a trailing slash are dropped, both on S3 and on a local disk. ``file://`` becomes a local
+    path, and ``s3a://`` becomes ``s3://``. All other characters are literal, including ``%`` and wildcards.
 
     Raises:
-        DistillKacError: the path is empty, has ``s3://`` without a bucket, or has ``..`` in a key.
+        DistillKacError: the path is empty, is an S3 URI without a bucket, or has ``..`` in its S3 key.
     """
     if not path:
         raise DistillKacError("The path is empty. Give a path or an s3:// URI.")
@@ -94,13 +94,13 @@ def normal(path: str) -> str:
 
 
 def is_uri(path: str) -> bool:
-    """Return whether a path is a URI that is not on the local disk."""
+    """Return whether a path is a URI, other than ``file://`` or ``local://``."""
     match = SCHEME.match(path)
     return match is not None and match[1] not in {"file", "local"}
 
 
 def locate(path: str) -> Location:
-    """Return the filesystem of a path or URI, and the path on it; raises ``DistillKacError`` as ``normal``."""
+    """Return the filesystem of a path or URI, and the path on it. Raises ``DistillKacError`` if the path is invalid."""
     name = normal(path)
     if name.startswith("s3://"):
         from kac.util.s3 import ExactS3
@@ -117,13 +117,13 @@ def locate(path: str) -> Location:
 
 
 def join(path: str, name: str) -> str:
-    """Return ``name`` below a path or URI."""
+    """Append ``name`` to a path or URI."""
     return f"{path.rstrip('/')}/{name}"
 
 
 @contextmanager
 def errors_naming(path: str) -> Iterator[Location]:
-    """Locate a path, and convert errors about it: a folder raises ``FolderError``, S3 raises ``DistillKacError``."""
+    """Locate a path. Raise ``FolderError`` if it is a folder, and ``DistillKacError`` if a request to S3 fails."""
     try:
         yield locate(path)
     except IsADirectoryError:
@@ -138,13 +138,13 @@ def errors_naming(path: str) -> Iterator[Location]:
 
 
 def exists(path: str) -> bool:
-    """Return whether there is a file or folder at a path."""
+    """Return whether a file or folder exists at a path."""
     with errors_naming(path) as location:
         return bool(location.fs.exists(location.path))
 
 
 def list_sizes(folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files below a folder, sorted by path; empty if it does not exist."""
+    """Return the sizes in bytes of all files below a folder, sorted by path; empty if the folder does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         infos = location.fs.find(location.path, detail=True)
         return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
@@ -152,7 +152,7 @@ def list_sizes(folder: str) -> dict[str, int]:
 
 
 def names_in(folder: str) -> list[str]:
-    """Return the names of the files and folders in a folder, sorted; empty if it does not exist."""
+    """Return the sorted names of the files and folders in a folder; empty if the folder does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         paths = location.fs.ls(location.path, detail=False)
         return sorted(name for _, name in _names_below(folder, location, paths) if name)
@@ -160,27 +160,27 @@ def names_in(folder: str) -> list[str]:
 
 
 def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield paths with their names relative to a folder. The name is empty if the path is ``folder`` itself, a file.
+    """Yield each path with its name relative to ``folder``. The name is empty if ``folder`` is itself a file.
 
     Raises:
-        DistillKacError: a key on S3 is not a normal path, so its normal form would be another key.
+        DistillKacError: an S3 key is not in normal form, so ``normal`` would turn it into a different key.
     """
     prefix = f"{location.path.rstrip('/')}/"
     for path in paths:
         name = path.removeprefix(prefix) if path != location.path else ""
         if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise DistillKacError(
-                f"{folder}: the key {path} has an empty part, '.' or '..' between slashes, so no path leads to it. "
-                "Rename or remove it."
+                f"{folder}: the key {path} has an empty part, '.' or '..' between slashes, which no path can name. "
+                "Rename or remove the key."
             )
         yield path, name
 
 
 def walk(path: str) -> Iterator[Stamp]:
-    """Yield a file, or all files below a folder except hidden ones, sorted by the parts of their paths.
+    """Yield a file, or all non-hidden files below a folder, sorted by the parts of their paths.
 
-    A local subfolder without such files is yielded as its path with a slash at the end. A path that does not exist
-    raises ``DistillKacError``.
+    A local subfolder without non-hidden entries is also yielded, with a slash at the end of its path. Raises
+    ``DistillKacError`` if the path does not exist.
     """
     with errors_naming(path) as location:
         is_local = isinstance(location.fs, LocalFileSystem)
@@ -215,7 +215,7 @@ def _local_stamp(path: str, status: os.stat_result) -> Stamp:
 
 
 def read_bytes(path: str) -> bytes:
-    """Return the content of a file; raises ``FileNotFoundError``, or ``FolderError`` for a local folder."""
+    """Return the content of a file. Raises ``FileNotFoundError``, or ``FolderError`` if the path is a local folder."""
     with errors_naming(path) as location:
         return location.fs.cat_file(location.path)  # type: ignore[no-any-return]
 
@@ -223,8 +223,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     """Write a file atomically: readers see all of ``data`` or nothing. Returns whether the file was written.
 
-    On a disk, a temporary file is synced and renamed. On S3, it is one PUT or a completed multipart upload. An existing
-    file stays unchanged with ``if_absent``.
+    On a local disk, the data go to a temporary file, which is synced and renamed. On S3, they are sent by one PUT or
+    one multipart upload. With ``if_absent``, an existing file stays unchanged.
     """
     with errors_naming(path) as location:
         if isinstance(location.fs, LocalFileSystem):
@@ -234,8 +234,8 @@ def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
         try:
             location.fs.pipe_file(location.path, data, mode="create" if if_absent else "overwrite")
         except OSError:
-            # S3 servers report in different ways that another writer was first. A PUT that is retried because its
-            # response was lost finds its own first copy.
+            # Another writer may have been first, which S3 servers report in different ways. Or the response to our
+            # first PUT was lost, and the retry found the file that this PUT had written.
             if if_absent and location.fs.exists(location.path):
                 return False
             raise
@@ -256,7 +256,7 @@ def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
                 return True
             except FileExistsError:
                 return False
-            except OSError:  # no hard links here: the rename is atomic too, but of two writers the later one wins
+            except OSError:  # no hard links: a rename is also atomic, but the last of several writers wins
                 if os.path.exists(path):
                     return False
         os.replace(temporary, path)
@@ -273,7 +273,7 @@ def remove(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder and everything in it, if it exists. All characters of its name are literal."""
+    """Remove a folder and everything in it, if the folder exists. Wildcards in the path are literal characters."""
     with errors_naming(path) as (fs, inner):
         if normal(path).startswith("s3://"):
             fs.remove_tree(inner)
@@ -287,25 +287,25 @@ def remove_tree(path: str) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """Return a hidden name next to ``path`` that contains the host and id of this process."""
+    """Return a hidden path in the folder of ``path``. Its name contains this process's host and ID."""
     folder, name = os.path.split(path)
     writer = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     return os.path.join(folder, f".{name}.{writer}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a base name has the form that ``temporary_name`` returns."""
+    """Return whether a file name has the form of the names that ``temporary_name`` makes."""
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def remove_orphans(folder: str) -> int:
-    """Remove temporary files of dead processes from a local folder; return their number. S3 has no such files."""
+    """Remove temporary files of dead processes from a local folder, and return their number. Ignore S3."""
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
     removed = 0
     for entry in [entry for entry in os.scandir(location.path) if is_temporary(entry.name) and _is_orphan(entry)]:
-        with contextlib.suppress(FileNotFoundError):  # another process may remove it at the same time
+        with contextlib.suppress(FileNotFoundError):  # another process may remove the file at the same time
             if entry.is_dir():
                 shutil.rmtree(entry.path, ignore_errors=True)
                 removed += not os.path.exists(entry.path)
@@ -321,7 +321,7 @@ def _is_orphan(entry: "os.DirEntry[str]") -> bool:
         if not pid.isdigit() or not writer.endswith(f".{socket.gethostname()}"):
             return time.time() - entry.stat().st_mtime > STALE_SECONDS
         os.kill(int(pid), 0)
-    except (FileNotFoundError, PermissionError):  # no longer there, or a process of another user
+    except (FileNotFoundError, PermissionError):  # the file no longer exists, or the process has another user
         return False
     except ProcessLookupError:
         return True

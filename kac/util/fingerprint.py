@@ -1,8 +1,8 @@
-"""Fingerprints, which name results by the options that determine them. New options do not change old fingerprints.
+"""Fingerprints identify results by the options that determine them. New options do not change old fingerprints.
 
-A field of an option model is left out of the fingerprint while it has its neutral value, by default its default value.
-Fields without a default and fields named ``kind`` are always included. A new field therefore changes no fingerprint
-until it is set. To change a default, keep the old one as the neutral value:
+A field with its neutral value is left out of the fingerprint. The neutral value is the default, unless the field
+declares another one. Fields without a default and fields named ``kind`` are always included. A new field therefore
+changes no fingerprint until it is set. If you change a default, declare the old default as the neutral value:
 ``Field(new, json_schema_extra={"neutral": old})``.
 """
 
@@ -23,15 +23,15 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 
 def unhashed(default: Any, description: str, marks: dict[str, Any] | None = None, **constraints: Any) -> Any:
-    """Return a field that is never part of a fingerprint, because it changes no result: a path, a speed, a count.
+    """Return a field that is never in a fingerprint because it does not affect results, such as a worker count.
 
-    Other modules look for ``marks`` in the field's ``json_schema_extra``.
+    ``marks`` are added to the field's ``json_schema_extra``, where other modules look for them.
     """
     return Field(default, description=description, json_schema_extra={"unhashed": True, **(marks or {})}, **constraints)
 
 
 def hashed_fields(model: BaseModel) -> dict[str, Any]:
-    """Return all fields that can be part of a fingerprint, also those with neutral values, as JSON values."""
+    """Return all fields that can be part of a fingerprint, including fields with neutral values, as JSON values."""
     fields = type(model).model_fields.items()
     return {name: _plain(getattr(model, name)) for name, field in fields if not _extra(field).get("unhashed")}
 
@@ -47,7 +47,7 @@ def hashed_values(model: BaseModel) -> dict[str, Any]:
 
 
 def with_neutral_values(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in, with neutral values, the fields that are missing because an older version stored the values."""
+    """Fill in neutral values for the fields that are missing from values stored by an older version."""
     filled = dict(values)
     for name, field in model.model_fields.items():
         if name not in values and "neutral" in _extra(field):

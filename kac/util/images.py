@@ -1,7 +1,7 @@
 """Delivered samples: a model's output as the user gets it.
 
 Images are clipped to [-1, 1] and rounded to 8 bits, as is usual before metrics are computed. Samples that are not
-images, such as points of the plane, are not changed.
+images, such as points in the plane, are unchanged.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_image(sample_shape: tuple[int, ...]) -> bool:
-    """Return whether samples of this shape are images [channels, height, width]. All others are points."""
+    """Return whether samples of this shape are images [channels, height, width]. All other samples are points."""
     return len(sample_shape) == 3
 
 
@@ -19,7 +19,7 @@ def delivered(samples: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert images [batch, channels, height, width] to uint8: -1 becomes 0, 1 becomes 255, the rest is clipped."""
+    """Convert images [batch, channels, height, width] from [-1, 1] to uint8 from 0 to 255; clip other values."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

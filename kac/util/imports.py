@@ -1,4 +1,4 @@
-"""User code, imported by a path ``package.module:factory``."""
+"""Import user code by its import path, ``package.module:factory``."""
 
 import ast
 import contextlib
@@ -34,24 +34,24 @@ def build(
         wanted: the type of the object.
         arguments: keyword arguments of the factory.
         needs_annotation: refuse a factory that is neither a class of this type nor a function annotated to return it.
-            Then the config.json of a stranger's model folder cannot name arbitrary functions.
+            This keeps the config.json of an untrusted model folder from calling arbitrary functions.
 
     Raises:
-        ArgumentError: the import fails, the factory lacks the annotation or raises, or it returns another type.
+        ArgumentError: the import fails, or the factory lacks the annotation, fails, or returns the wrong type.
     """
     module, _, name = given.partition(":")
     try:
         factory: Any = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise ArgumentError(
-            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory "
-            "of an installed module, or of one in the working directory."
+            f"{option} {given} cannot be imported ({describe_exception(error)}). Give package.module:factory, "
+            "where the module is installed or in the working directory."
         ) from error
     type_name = "nn.Module" if wanted is nn.Module else wanted.__name__
     if needs_annotation and not _is_annotated(factory, wanted):
         raise ArgumentError(
-            f"{option} {given} is neither an {type_name} class nor a function annotated to return one. Annotate it: "
-            f"def factory(...) -> {type_name}."
+            f"{option} {given} is neither an {type_name} class nor a function annotated to return one. Annotate the "
+            f"function: def factory(...) -> {type_name}."
         )
     try:
         result = factory(**arguments or {})
@@ -63,7 +63,7 @@ def build(
 
 
 def describe_exception(error: Exception) -> str:
-    """Return an exception's type and its text on one line, without a period at the end."""
+    """Return an exception's type and text on one line, without a final period."""
     text = one_line(error).rstrip(".")
     return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
 
@@ -83,7 +83,7 @@ def _check_import_path(path: str) -> str:
 
 
 def _parse_words(given: Any) -> Any:
-    """Parse words NAME=VALUE. VALUE is JSON or a Python literal; any other word is text."""
+    """Parse words of the form NAME=VALUE. VALUE is JSON, a Python literal or other text."""
     if not isinstance(given, list | tuple):
         return given
     arguments = {}
@@ -101,18 +101,18 @@ def _parse_words(given: Any) -> Any:
 
 
 def _as_plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as they will be read from config.json."""
+    """Convert the arguments to JSON and back, because a model folder stores them in config.json."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
     except (TypeError, ValueError):
-        raise ValueError("values must be numbers, text, true, false, null, or lists and mappings of them.") from None
+        raise ValueError("values must be numbers, text, true, false, null, or lists and mappings of these.") from None
     return plain
 
 
 ImportPath = Annotated[str, AfterValidator(_check_import_path)]
-"""A field for the import path of a factory."""
+"""The type of a field for the import path of a factory."""
 
 FactoryArguments = Annotated[dict[str, Any], BeforeValidator(_parse_words), AfterValidator(_as_plain)]
-"""A field for the keyword arguments of a factory: a mapping, or words NAME=VALUE."""
+"""The type of a field for a factory's keyword arguments: a mapping, or words of the form NAME=VALUE."""
 
 ARGUMENTS_HELP = "keyword arguments of the factory as NAME=VALUE: width=64 levels=[1,2] name=abc flag=true"

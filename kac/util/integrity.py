@@ -1,4 +1,4 @@
-"""Checksums of compressed files, which are verified before any of the content is used."""
+"""Verify the checksums of compressed files before their content is used."""
 
 import gzip
 import io
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kac.util.errors import DistillKacError, one_line
 
 BLOCK, HEAD = 2**20, 64
-"""Numbers of bytes to decompress at once: of the content, and first to find its size."""
+"""Bytes to decompress per step, and bytes to decompress first in order to find the size of the content."""
 
 
 def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: str = "Download it again.") -> bytes:
@@ -17,11 +17,11 @@ def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: st
 
     Args:
         path: the file's path, for error messages.
-        size_of: returns the largest valid size of the content, in bytes, given its first bytes. It may raise.
-        advice: a sentence for error messages.
+        size_of: returns the largest valid size of the content, in bytes, given its first bytes. It may raise an error.
+        advice: the sentence at the end of error messages, which says what to do.
 
     Raises:
-        DistillKacError: the file is not in gzip format, is damaged or truncated, or has more than the valid content.
+        DistillKacError: the file is not in gzip format, is damaged or truncated, or is larger than its valid size.
     """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
@@ -38,7 +38,7 @@ def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: st
 
 
 def check_zip(data: bytes) -> None:
-    """Verify all checksums in a zip archive. PyTorch saves files in this format and does not verify them.
+    """Verify all checksums in a zip archive. PyTorch saves zip archives, but does not verify their checksums.
 
     Other formats, and archives without checksums, are not checked.
 
@@ -49,7 +49,7 @@ def check_zip(data: bytes) -> None:
         return
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            has_checksums = any(entry.CRC for entry in archive.infolist())  # torch.save can leave them out
+            has_checksums = any(entry.CRC for entry in archive.infolist())  # torch.save can omit checksums
             if has_checksums and (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:

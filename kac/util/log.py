@@ -1,6 +1,6 @@
 """The project's logger, ``distillkac``.
 
-In Python, ``logging.basicConfig(level="INFO")`` shows its lines. The jobs and their Ray workers call ``show``.
+In your own code, ``logging.basicConfig(level="INFO")`` shows its messages. Jobs and their Ray workers call ``show``.
 """
 
 import logging
@@ -19,12 +19,12 @@ class _Printed(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_result = record.levelno < logging.WARNING and record.name != progress_log.name
-        stream = sys.stdout if is_result else sys.stderr  # looked up for each record, because tests replace both
+        stream = sys.stdout if is_result else sys.stderr  # looked up for each record, because tests replace them
         print(as_options(self.format(record)), file=stream, flush=True)
 
 
 def show() -> None:
-    """Print the project's log lines for users, with argument names as command-line options."""
+    """Print the project's log messages, with argument names shown as command-line options."""
     if not any(isinstance(handler, _Printed) for handler in log.handlers):
         log.addHandler(_Printed())
         log.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from kac.util.errors import ArgumentError, UnknownArgument, one_line
 
-_is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)  # nested models raise no own errors
+_is_outermost: ContextVar[bool] = ContextVar("_is_outermost", default=True)  # only the outermost model converts errors
 
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ else:
 
 
 class _Metaclass(ModelMetaclass):
-    """Frees the name ``register`` for fields. Pydantic would use the method of abstract classes as the default."""
+    """Allows fields named ``register``. Otherwise, pydantic would use the method ``ABCMeta.register`` as a default."""
 
-    @functools.cached_property  # unlike a property, it gives way to a default
+    @functools.cached_property  # unlike a property, a field's default can override it
     def register(self) -> Any:
         raise AttributeError("register")
 
@@ -42,13 +42,13 @@ class Options(BaseModel, metaclass=_Metaclass):
 
     @classmethod
     def model_validate(cls, *values: Any, **settings: Any) -> Self:
-        """As pydantic's method; invalid values raise ``ArgumentError``."""
+        """Validate like pydantic's method, but raise ``ArgumentError`` for invalid values."""
         with _argument_errors(cls):
             return super().model_validate(*values, **settings)
 
     @classmethod
     def model_validate_json(cls, *values: Any, **settings: Any) -> Self:
-        """As pydantic's method; invalid values raise ``ArgumentError``."""
+        """Validate like pydantic's method, but raise ``ArgumentError`` for invalid values."""
         with _argument_errors(cls):
             return super().model_validate_json(*values, **settings)
 
@@ -79,17 +79,17 @@ class Kinded(Options):
 
 
 def expand_kind(values: Any) -> Any:
-    """Expand ``"name"`` to ``{"kind": "name"}``: the ``BeforeValidator`` of a union whose discriminator is ``kind``."""
+    """Expand ``"name"`` to ``{"kind": "name"}``. A ``BeforeValidator`` for unions whose discriminator is ``kind``."""
     return {"kind": values} if isinstance(values, str) else values
 
 
 def number_of_text(value: Any) -> Any:
-    """Return the number in a text of digits: the ``BeforeValidator`` of a ``Literal`` of integers."""
+    """Convert a string of digits to an integer. A ``BeforeValidator`` for a ``Literal`` of integers."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class OptionStyle(NamedTuple):
-    """How a field appears on a command line, if not as ``--FIELD TYPE``: ``Annotated[bool, OptionStyle("json")]``."""
+    """How a field appears on the command line, if not as ``--FIELD TYPE``: ``Annotated[bool, OptionStyle("json")]``."""
 
     name: str = ""
     metavar: str = ""
@@ -98,7 +98,7 @@ class OptionStyle(NamedTuple):
 
 @dataclass(frozen=True)
 class Range:
-    """The integers from ``least`` to ``most``, inclusive; written ``least:most``."""
+    """The integers from ``least`` to ``most``, inclusive. The text form is ``least:most``."""
 
     metavar: ClassVar[str] = "MIN:MAX"
     least: int
@@ -109,7 +109,7 @@ class Range:
 
 
 def as_count(value: Any) -> int | Range:
-    """Parse ``N`` >= 0 or ``MIN:MAX`` with 1 <= MIN <= MAX; raises ``ValueError``."""
+    """Parse ``N`` >= 0 or ``MIN:MAX`` with 1 <= MIN <= MAX. Raises ``ValueError`` for other values."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value).strip())
     if match:
         least, most = int(match[1]), int(match[2] or match[1])
@@ -125,21 +125,21 @@ Count = Annotated[
     PlainValidator(as_count),
     PlainSerializer(lambda count: str(count) if isinstance(count, Range) else count),
 ]
-"""A number, or a MIN:MAX range from which the largest number that fits is used."""
+"""A number, or a MIN:MAX range. A job uses the largest number in the range for which it finds resources."""
 
 
 def least(count: int | Range) -> int:
-    """Return the smallest number of a count."""
+    """Return a number itself, or the minimum of a range."""
     return count.least if isinstance(count, Range) else count
 
 
 def most(count: int | Range) -> int:
-    """Return the largest number of a count."""
+    """Return a number itself, or the maximum of a range."""
     return count.most if isinstance(count, Range) else count
 
 
 def nested_models(field: FieldInfo | None) -> list[type[BaseModel]]:
-    """Return the option models that a field can hold: one, the members of a union, or none."""
+    """Return the option models in a field's type: one model, the members of a union, or none."""
     if field is None:
         return []
     parts = typing.get_args(field.annotation) or (field.annotation,)
@@ -147,7 +147,7 @@ def nested_models(field: FieldInfo | None) -> list[type[BaseModel]]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values in one dictionary, under dotted names."""
+    """Flatten nested values into one dictionary with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
@@ -167,14 +167,14 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         where, found = f"{where}.kind", context.get("tag")
-    shown = one_line(repr(found), 100)  # an array given by mistake has many lines
+    shown = one_line(repr(found), 100)  # the repr of an array, given by mistake, has many lines
     if kind == "extra_forbidden":
         return f"`{where}` is unknown. Check the spelling."
     if kind in {"missing", "union_tag_not_found"}:
         return f"`{where}` is required."
     if kind in {"value_error", "assertion_error"}:
         message = str(context.get("error", entry["msg"]))
-        if message.startswith("`"):  # the validator of a model or a field names the argument, without outer names
+        if message.startswith("`"):  # a validator of ours names the argument, but does not know the outer names
             outer = names if is_nested else names[:-1]
             return f"`{'.'.join([*outer, message[1:]])}"
         return f"`{where}` is {shown}: {message}" if where else message
@@ -182,20 +182,20 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
         return f"{entry['msg']}."
     if "expected_tags" in context:
         problem = f"be {' or '.join(context['expected_tags'].rsplit(', ', 1))}"
-    else:  # a union of types has one error per type
+    else:  # for a union of types, pydantic reports one error per type
         same = (other for other in entries if (other["loc"][:-1], other["input"]) == (entry["loc"][:-1], found))
         problem = " or ".join(dict.fromkeys(map(_problem, same))).replace(" or be ", " or ")
     return f"`{where}` is {shown}, but should {problem}."
 
 
 def _problem(entry: dict[str, Any]) -> str:
-    """Return what a value should be. Pydantic writes "Input should be a valid integer, unable to parse ..."."""
+    """Return what a value should be, from a text like "Input should be a valid integer, unable to parse ..."."""
     message = _PROBLEMS.get(entry["type"], entry["msg"])
     return re.sub(r"^.*?should |, (unable|got) .*| after validation.*", "", message)
 
 
 def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], bool]:
-    """Return the argument names in an error's location, without indices and types; and whether the last is a model."""
+    """Return the argument names in an error's location, without indices and types, and whether the last is a model."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)

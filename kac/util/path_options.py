@@ -1,4 +1,4 @@
-"""Options that are paths: their fields, and checks that outputs and inputs do not overlap and have the right kind."""
+"""Fields for paths, with two checks: a path is a file or a folder as required, and outputs do not overlap inputs."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from kac.util.fingerprint import unhashed
 from kac.util.options import OptionStyle
 
 Paths = Mapping[str, str | Iterable[str] | None]
-"""Paths, keyed by the argument names in backquotes or by a description."""
+"""Paths by argument name, in backquotes, or by a description."""
 
 PathKind = Literal["file", "folder", "any"]
 
@@ -22,9 +22,9 @@ PathKind = Literal["file", "folder", "any"]
 def input_path(
     default: Any, description: str, kind: PathKind = "folder", pattern: str = ".+", **constraints: Any
 ) -> Any:
-    """Return a field for the path of a file or folder to read, or for several paths.
+    """Return a field for one or several paths of files or folders to read.
 
-    Values that do not fully match the regular expression ``pattern`` are not paths.
+    A value is a path only if all of it matches the regular expression ``pattern``.
     """
     return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 
@@ -35,7 +35,7 @@ def output_path(default: Any, description: str, kind: PathKind = "folder") -> An
 
 
 def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
-    """Return the marks that ``input_path`` sets, for use on a field that is part of the fingerprint."""
+    """Return the marks that ``input_path`` sets, for a field that is part of the fingerprint."""
     return {"reads": pattern, "path_kind": kind}
 
 
@@ -57,26 +57,26 @@ def check_kinds(options: BaseModel) -> None:
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
     """Raise ``ArgumentError`` if an output is an input, is inside an input or contains an input.
 
-    Writing the output would damage the input. ``derived`` are inputs that are not options, such as a teacher's data.
+    Writing such an output would damage the input. ``derived`` has inputs that are not options, such as the data.
     """
     for option, path, _ in _marked(options, "writes"):
         check_output(option, path, options, derived)
 
 
 def check_output(option: str, path: str, options: BaseModel, derived: Paths | None = None) -> None:
-    """Check one output, as ``check_apart`` does."""
+    """Check one output in the same way as ``check_apart``."""
     inputs = [(other, read) for other, read, _ in _marked(options, "reads")]
     inputs += [(other, read) for other, value in (derived or {}).items() for read in _paths(value)]
     for other, read in inputs:
         if relation := _relation(_resolve(option, path), _resolve(other, read)):
             raise ArgumentError(
-                f"{option} {_describe(path)} {relation} {other} {_describe(read)}, so writing it would damage this "
-                f"input. Choose another {option}."
+                f"{option} {_describe(path)} {relation} {other} {_describe(read)}, so writing the output would damage "
+                f"the input. Choose another {option}."
             )
 
 
 def _marked(options: BaseModel, mark: str, prefix: str = "") -> Iterator[tuple[str, str, PathKind]]:
-    """Yield the option, the path and its kind, for all paths in fields with this mark."""
+    """Yield the option, path and kind of each path in the fields with this mark."""
     for name, field in type(options).model_fields.items():
         styles = [style.name for style in field.metadata if isinstance(style, OptionStyle) and style.name]
         value, option = getattr(options, name), f"{prefix}{[name, *styles][-1]}"
@@ -94,7 +94,7 @@ def _paths(value: str | Iterable[str] | None) -> list[str]:
 
 
 def _resolve(option: str, path: str) -> set[PurePath]:
-    """Return a path with all links resolved, and with all but a link at its end resolved."""
+    """Return a path with its links resolved, once including and once excluding a link at its end."""
     try:
         name = files.normal(path)
     except DistillKacError as error:
@@ -116,7 +116,7 @@ def _relation(written: set[PurePath], read: set[PurePath]) -> str:
 
 
 def _describe(path: str) -> str:
-    """Return the path, followed by its target in parentheses if it has links."""
+    """Return the path. If it contains links, its target follows in parentheses."""
     name = files.normal(path)
     if files.is_uri(name) or os.path.realpath(name) == os.path.abspath(name):
         return path

@@ -1,6 +1,6 @@
-"""Checks that a path can be read or written, run before work that takes hours.
+"""Check that a path can be read or written, before a job starts hours of work.
 
-The S3 client here gives up early. The client in ``files``, which does the work, retries for minutes.
+The S3 client here gives up early. The client in ``files``, which the work itself uses, retries for minutes.
 """
 
 import os
@@ -21,7 +21,7 @@ PROBE_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 3}, "connect_timeout": 5, "read_timeout": 10},
 }
 
-PROBE_BYTES = bytes(64 * 2**10)  # an empty file fits on a full disk
+PROBE_BYTES = bytes(64 * 2**10)  # not empty, because an empty file fits on a full disk
 
 
 def check_answers(path: str) -> None:
@@ -32,7 +32,7 @@ def check_answers(path: str) -> None:
 
 
 def check_writable(path: str) -> None:
-    """Raise ``DistillKacError`` if files cannot be written below ``path``; on S3 within ``PROBE_SECONDS``."""
+    """Raise ``DistillKacError`` if files cannot be written below ``path``. Each S3 request has ``PROBE_SECONDS``."""
     files.locate(path)  # raises its own error for an unknown scheme
     probe = files.join(path, files.temporary_name("probe"))
     if path.startswith("s3://"):
@@ -44,7 +44,7 @@ def check_writable(path: str) -> None:
     try:
         files.write_bytes(probe, PROBE_BYTES)
         files.remove(probe)
-    except Exception as error:  # noqa: BLE001 - filesystems raise all kinds of errors here
+    except Exception as error:  # noqa: BLE001 - filesystems raise errors of many types
         reason = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").rstrip(".")
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a parent folder is a file"
@@ -57,7 +57,7 @@ def _request(path: str, call: str, **request: Any) -> None:
     fs.retries = 1  # otherwise s3fs retries after botocore has given up
     try:
         fs.call_s3(call, timeout=PROBE_SECONDS, **request)
-    except Exception as error:  # noqa: BLE001 - from s3fs, botocore, aiohttp or asyncio
+    except Exception as error:  # noqa: BLE001 - s3fs, botocore, aiohttp and asyncio raise their own types
         raise DistillKacError(f"{path}: S3 {_describe_s3_error(path, error)}.") from None
 
 
@@ -65,7 +65,7 @@ KEY_ERRORS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "In
 
 
 def _describe_s3_error(path: str, error: Exception) -> str:
-    """Return what S3 did with a request, why, and advice."""
+    """Describe how S3 failed, why, and what the user can do."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
     code, reason = str(response.get("Error", {}).get("Code", "")), one_line(error, 160).rstrip(".")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
@@ -75,10 +75,10 @@ def _describe_s3_error(path: str, error: Exception) -> str:
     if code in KEY_ERRORS:
         return f"does not accept the keys ({reason}). Check {keys}"
     if isinstance(error, NoCredentialsError):
-        return f"needs keys. Set {keys}, or give the node a role"
+        return f"needs keys. Set {keys}, or give the node an IAM role"
     if code in {"AccessDenied", "403"}:
         permissions = "s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
-        return f"denies access ({reason}). Give these keys or this role the permissions {permissions}"
+        return f"denies access ({reason}). Grant the keys or the role the permissions {permissions}"
     if code:
         return f"refused a request ({reason}). Check the bucket, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
     if isinstance(error, TimeoutError | FSTimeoutError):

@@ -12,8 +12,8 @@ KEYS_PER_REQUEST = 1000
 class ExactS3(S3FileSystem):  # type: ignore[misc]
     """s3fs with literal names.
 
-    When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It cuts a key at ``?versionId=``. It lists
-    the empty keys ending in ``/`` that S3 consoles create for folders. This class changes all three.
+    When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It also cuts a key at ``?versionId=``, and
+    lists the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of the three.
     """
 
     def split_path(self, path: str) -> tuple[str, str, None]:
@@ -42,7 +42,7 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
         return found if detail else sorted(info["name"] for info in found)
 
     def remove_tree(self, path: str) -> None:
-        """Remove the key ``path`` and all keys below it. Raise ``OSError`` if S3 keeps one."""
+        """Remove the key ``path`` and all keys below it. Raise ``OSError`` if S3 fails to remove a key."""
         bucket, key, _ = self.split_path(path)
         keys: list[str] = [key]
         page: dict[str, Any] = {"IsTruncated": True}
@@ -55,9 +55,9 @@ class ExactS3(S3FileSystem):  # type: ignore[misc]
             objects = [{"Key": name} for name in keys[start : start + KEYS_PER_REQUEST]]
             done = self.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
             if errors := done.get("Errors"):
-                raise OSError(f"{bucket}/{errors[0]['Key']} was not removed: {errors[0].get('Message', 'no reason')}")
+                raise OSError(f"S3 did not remove {bucket}/{errors[0]['Key']}: {errors[0].get('Message', 'no reason')}")
 
 
 def _is_marker(info: dict[str, Any]) -> bool:
-    """Return whether an entry is the empty key that a console creates for a folder."""
+    """Return whether an entry is an empty key that an S3 console created for a folder."""
     return info["type"] == "file" and info["name"].endswith("/") and not info["size"]

@@ -1,8 +1,8 @@
-"""Text in messages."""
+"""Format text for messages."""
 
 from collections.abc import Sequence
 
 
 def shorten(names: Sequence[str], most: int) -> str:
-    """Return the first ``most`` names, and the number of the others: "a, b and 3 more"."""
+    """Join the first ``most`` names, and add the number of the others: "a, b and 3 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
