@@ -23,13 +23,13 @@ from pipeline.config.spec import (
 
 
 class StudentOptions(TrainingOptions):
-    """The options that a student and a sweep of students share."""
+    """The options that distill and sweep share."""
 
     store: str = input_path(..., "endpoint store: path or s3:// URI")
     objective: ObjectiveConfig = EndpointConfig()
     refine: RefinementConfig = NoRefinementConfig()
     init: str = input_path(
-        "teacher", "initial weights: teacher, or a previous student's model folder", pattern="(?!teacher$).+"
+        "teacher", "initial weights: teacher, or the model folder of another student", pattern="(?!teacher$).+"
     )
     teacher: str | None = input_path(None, "the teacher's model folder; default: the path that the rollout used")
     optimizer: OptimizerConfig = OptimizerConfig(updates=2000, learning_rate=3e-3, warmup_updates=50)
@@ -37,26 +37,25 @@ class StudentOptions(TrainingOptions):
     seed: int = SEED
     held_out_rows: NonNegativeInt = Field(
         0,
-        description="hold out the last N trajectories of each guidance scale, to validate the student against the "
-        "teacher's images",
+        description="trajectories to hold out per guidance scale, to validate the student against the teacher's images",
         json_schema_extra=dict(DURING_TRAINING),
     )
     memory_gib: PositiveFloat = unhashed(
-        4.0, "each worker loads columns up to this size, in GiB, and streams larger ones", RESOURCES
+        4.0, "memory per worker for store columns, in GiB; larger columns are streamed", RESOURCES
     )
 
 
 class DistillSpec(WorkerOptions, StudentOptions, Spec):
-    """Distill a student of a few macro steps from an endpoint store (Ray Train)."""
+    """Distill a student with a few macro steps from an endpoint store (Ray Train)."""
 
     stage = "distill"
     common = ("steps", "guidance", "init", "seed", "register", "dry_run")
     out: str = output_path(..., "model folder to write: path or s3:// URI")
     guidance: float | Literal["all"] = Field(
-        0.0, description="guidance scale to learn; all: every scale of the store, as an input of the network"
+        0.0, description="guidance scale to learn; all: every scale in the store, as a network input"
     )
     steps: PositiveInt = Field(
-        4, description="the student's steps, a divisor of the store's knots; an any-step student uses them by default"
+        4, description="student steps, a divisor of the store's knots; an any-step student can also take other counts"
     )
     register: RegisteredName | None = unhashed(None, "register the student in MLflow under this name")
     dry_run: bool = DRY_RUN
@@ -65,7 +64,7 @@ class DistillSpec(WorkerOptions, StudentOptions, Spec):
     def _check_refined_guidance(self) -> Self:
         if self.refine.kind == "data" and self.guidance == "all":
             raise ValueError(
-                "`refine` data needs one guidance scale, but `guidance` is all: the data would pull all scales to the "
-                "same images. Give one scale."
+                "`refine` data needs a single guidance scale, but `guidance` is all: refinement would pull every scale "
+                "towards the same images. Give one scale."
             )
         return self

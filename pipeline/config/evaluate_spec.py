@@ -1,4 +1,4 @@
-"""The options of evaluate, study and sample, which draw samples of models, and of quickstart."""
+"""The options of evaluate, study and sample, which draw samples from models, and of quickstart."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,7 +11,7 @@ from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
 from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
 
-NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; not that of the store")
+NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; should differ from the store's")
 
 
 class EvaluateSpec(ActorOptions, Spec):
@@ -23,26 +23,26 @@ class EvaluateSpec(ActorOptions, Spec):
         None, "the teacher's model folder; default, with `from_sweep` or `runs`: the students' teacher"
     )
     students: tuple[str, ...] = input_path((), "model folders of students, or folders of sweeps")
-    from_sweep: str | None = input_path(None, "folder of a finished sweep: evaluate the students on its front again")
-    runs: tuple[str, ...] = unhashed((), "ids of MLflow runs: evaluate their students")
+    from_sweep: str | None = input_path(None, "folder of a finished sweep, to re-evaluate its Pareto-optimal students")
+    runs: tuple[str, ...] = unhashed((), "ids of MLflow runs whose students are evaluated")
     out: str = output_path(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples per model")
-    steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 20), min_length=1, description="step counts of any-step students")
+    steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 20), min_length=1, description="step counts for any-step students")
     guidance: tuple[float, ...] = Field(
-        (), description="guidance scales of students that take any scale; default: the scales that they learned"
+        (), description="guidance scales for students that take any scale; default: the scales that they learned"
     )
     solver: Method = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")
     precision: Precision = Precision()
     seed: int = NOISE_SEED
     seeds: PositiveInt = Field(
-        1, description="number of noise seeds, starting at `seed`; with several, the table shows means +- 95 %"
+        1, description="number of consecutive noise seeds, from `seed`; if several, the table shows means +- 95 %"
     )
     features: Features = Field(
         ("pixels", "classifier"),
         min_length=1,
         description="feature spaces: pixels; classifier (trained on the data's labels, cached); lite0, inception "
-        "(trained on ImageNet; need an extra of this package); FILE.pt (TorchScript); package.module:factory",
+        "(trained on ImageNet; each needs an extra of this package); FILE.pt (TorchScript); package.module:factory",
         json_schema_extra=reads("file", FEATURE_FILE),
     )
     batch_size: PositiveInt = Field(500, description="samples per network call")
@@ -60,7 +60,7 @@ CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memori
 
 
 class StudySpec(Spec):
-    """Test the claims of the papers on Kac flows, on a teacher, its store and its students."""
+    """Test the claims of the Kac-flow papers on a teacher, its store and its students."""
 
     stage = "study"
     common = ("store", "students", "rival", "claims", "samples")
@@ -68,15 +68,15 @@ class StudySpec(Spec):
     store: str | None = input_path(None, "the teacher's endpoint store, which also sets the solver")
     students: tuple[str, ...] = input_path((), "model folders of students, or folders of sweeps")
     rival: str | None = input_path(
-        None, "model folder of a teacher with a Gaussian path and the same data, network and budget"
+        None, "model folder of a Gaussian-path teacher with the same data, network and training budget"
     )
     out: str = output_path(..., "folder to write: study.json, one picture per claim")
     claims: tuple[Claim, ...] = Field(
-        CLAIMS, min_length=1, description="claims to test; all: all claims whose inputs are given"
+        CLAIMS, min_length=1, description="claims to test; all: every claim whose inputs are given"
     )
-    samples: int = Field(2000, ge=2, description="samples per model, and rows of the store")
+    samples: int = Field(2000, ge=2, description="samples per model, and rows read from the store")
     steps: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4, 20), min_length=1, description="step counts of any-step students, if they divide the store's knots"
+        (1, 2, 4, 20), min_length=1, description="step counts for any-step students, if they divide the store's knots"
     )
     precision: Precision = Precision()
     seed: int = NOISE_SEED
@@ -103,8 +103,8 @@ class SampleSpec(Spec):
     count: PositiveInt = Field(100, description="number of images")
     labels: tuple[ClassName, ...] | None = Field(
         None,
-        description="classes by name or number, repeated in turn: cat dog, or 3 5; a number is a name if classes have "
-        "numeric names; default: the data's class frequencies",
+        description="classes by name or number, used in rotation: cat dog, or 3 5; if the classes have numeric names, "
+        "a number is a name; default: the data's class frequencies",
     )
     guidance: float | None = Field(
         None, description="guidance scale of a teacher (default: 0), or of a student that takes any scale"

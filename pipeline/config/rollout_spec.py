@@ -13,24 +13,24 @@ from pipeline.config.spec import DRY_RUN, SEED, ActorOptions, Spec
 
 
 class RolloutRecipe(Options):
-    """The options of a rollout that determine its rows and their division into shards.
+    """The options that determine the rows of a rollout and their division into shards.
 
-    With the facts of the teacher, these options identify a store.
+    These options and the teacher identify a store.
     """
 
     source: Literal["trajectory", "forward"] = Field(
         "trajectory",
-        description="trajectory: follow the teacher from noise and keep every knot; forward: noise data to the start "
-        "of a random interval and follow the teacher through it (arXiv 2509.21513, Algorithm 1)",
+        description="trajectory: integrate the teacher from noise and store every knot; forward: add noise to an image "
+        "up to the start of a random interval, and integrate the teacher to its end (arXiv 2509.21513, Alg. 1)",
     )
-    knots: PositiveInt = Field(20, description="stored intervals; knot 0 is noise, the last the image")
-    knot_grid: KnotGrid = Field("uniform", description="times of the knots between t = 1 and t = 0")
+    knots: PositiveInt = Field(20, description="intervals per trajectory; knot 0 is the noise, the last knot the image")
+    knot_grid: KnotGrid = Field("uniform", description="spacing of the knots from t = 1 to t = 0")
     solver: Method = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
     precision: Precision = Precision()
     seed: int = SEED
     shard_size: PositiveInt = Field(1024, description="trajectories per shard")
-    dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored knots")
+    dtype: Literal["float32", "float16"] = Field("float32", description="data type of the stored knots")
 
     @model_validator(mode="after")
     def _check_solver_steps(self) -> Self:
@@ -51,13 +51,13 @@ class RolloutSpec(ActorOptions, RolloutRecipe, Spec):
     store: str = output_path(..., "store to write: path or s3:// URI")
     trajectories: PositiveInt = unhashed(12000, "trajectories per guidance scale; a rerun can add more")
     first_sample: NonNegativeInt = unhashed(
-        0, "id of the first trajectory, a multiple of `shard_size`; for stores that will be merged"
+        0, "id of the first trajectory, a multiple of `shard_size`; to make stores that can be merged"
     )
     guidance: tuple[float, ...] = unhashed(
-        (0.0,), "guidance scales w, 0 is none; such as 0 1 2; a rerun can add more", min_length=1
+        (0.0,), "guidance scales w, such as 0 1 2 (0: no guidance); a rerun can add more", min_length=1
     )
     compression: Literal["none", "zstd", "lz4"] = unhashed(
-        "lz4", "Parquet compression of the knots (byte-stream split)"
+        "lz4", "Parquet compression of the knots, after byte-stream splitting"
     )
     batch_size: PositiveInt = unhashed(512, "trajectories per network call")
     dry_run: bool = DRY_RUN

@@ -1,9 +1,9 @@
-"""The base of the specs, which hold the options of one stage each, and the options that several stages share.
+"""The base class of specs, and the options that several stages share. A spec holds the options of one stage.
 
-A spec defines a job's command line, the layout of a YAML file, and a fingerprint. Fields that change the result enter
-the fingerprint. ``unhashed`` fields do not: they only say where, how fast and how much work is done. Inputs enter a
-fingerprint by their content, not by their path (``Spec.fingerprint``). If the default of a hashed field changes, the
-old default must stay its neutral value (``kac.util.fingerprint``).
+A spec defines a job's command line, the layout of its YAML file, and a fingerprint. Fields that change the result enter
+the fingerprint. ``unhashed`` fields do not: they set only where the work is done, how fast, and how much of it. Inputs
+enter a fingerprint by their content, not by their path (``Spec.fingerprint``). If you change the default of a hashed
+field, keep the old default as its neutral value (``kac.util.fingerprint``).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Spec(Options):
 
     stage: ClassVar[str]
     is_probed: ClassVar[bool] = True
-    """Whether a job checks, before the stage starts, that S3 answers for the paths of this spec."""
+    """Whether a job checks that S3 answers for the paths of this spec before the stage starts."""
     common: ClassVar[tuple[str, ...]] = ()
     """Fields that ``--help`` lists first, after the required ones."""
 
@@ -32,23 +32,23 @@ class Spec(Options):
     def _check_values(self) -> Self:
         for name, value in flatten(self.model_dump(mode="json")).items():
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and has_secret(text):  # specs are written into outputs and into MLflow
+                if isinstance(text, str) and has_secret(text):  # specs are written to outputs and to MLflow
                     raise ValueError(
-                        f"`{name}` contains a password or key. Set the AWS_* variables, or use the role of the nodes."
+                        f"`{name}` contains a password or key. Use the AWS_* variables or the nodes' IAM role instead."
                     )
         check_apart(self)
         return self
 
     def fingerprint(self, **content: Any) -> str:
-        """Return the fingerprint of the output of this spec. ``content`` has the hashes of the inputs."""
+        """Return the fingerprint of this spec's output. ``content`` holds the hashes of the inputs."""
         precision = getattr(self, "precision", None)
         assert precision is None or precision.dtype != "auto", "call settled() before fingerprint()"
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
 
     def settled(self, on_gpu: Callable[[], bool]) -> Self:
-        """Return the spec with ``precision.dtype`` auto replaced by a type. Stages call this first.
+        """Replace a ``precision.dtype`` of auto by an actual type. Stages call this first.
 
-        ``on_gpu`` returns whether the work runs on GPUs. It is called only for auto, because it may start Ray.
+        ``on_gpu`` returns whether the work runs on GPUs. It may start Ray, so it is called only for auto.
         """
         precision: Precision = self.precision  # type: ignore[attr-defined]
         if precision.dtype != "auto":
@@ -57,26 +57,26 @@ class Spec(Options):
 
 
 class OptimizerConfig(Options):
-    """Training of a network. An update is one optimizer step on one batch."""
+    """How to train a network. An update is one optimizer step on one batch."""
 
     updates: PositiveInt = Field(3000, description="optimizer updates")
-    batch_size: PositiveInt = Field(256, description="samples per update, over all workers")
+    batch_size: PositiveInt = Field(256, description="samples per update, summed over all workers")
     learning_rate: PositiveFloat = Field(4e-3, description="peak learning rate of AdamW")
     warmup_updates: NonNegativeInt = Field(100, description="updates of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up; cosine: half a period, down to 0"
+        "cosine", description="learning rate after the warm-up; cosine: decay to 0 over half a period"
     )
     accumulation: PositiveInt = Field(
-        1, description="passes per update, with added gradients; accumulation x workers divides the batch size"
+        1, description="passes per update, which add up gradients; accumulation x workers must divide the batch size"
     )
-    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of squared gradients")
+    beta2: float = Field(0.99, gt=0, lt=1, description="decay rate of AdamW's average of squared gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     max_gradient_norm: PositiveFloat = Field(1.0, description="clip gradients to this norm")
     ema_decay: float = Field(
         0.999,
         ge=0,
         lt=1,
-        description="decay per update of the averaged weights, which are saved; at first (1 + n) / (10 + n)",
+        description="decay of the averaged weights (saved as the model); at most (1 + n) / (10 + n) after n updates",
     )
 
     @model_validator(mode="after")
@@ -90,17 +90,17 @@ class OptimizerConfig(Options):
 
 
 RESOURCES, DURING_TRAINING = {"group": "resources"}, {"group": "during training"}
-"""Marks of fields that ``--help`` lists in a group of their own."""
+"""Mark the fields that ``--help`` lists in separate groups."""
 
 FEATURE_FILE = r".+\.(pt|ts)"
-"""Matches a feature space that is a TorchScript file."""
+"""Matches the name of a feature space that is a TorchScript file."""
 
 SEED = Field(0, ge=0, lt=2**31, description="random seed")
-DRY_RUN = unhashed(False, "print the cost of the work and stop; only decoded data is written, to the cache")
+DRY_RUN = unhashed(False, "print the cost of the work and stop; writes nothing except decoded data to the cache")
 
 
 class TrainingOptions(Options):
-    """What a training run saves and measures."""
+    """How often a training run saves, draws samples and validates."""
 
     checkpoint_updates: int = unhashed(500, "updates between checkpoints", DURING_TRAINING, gt=0)
     checkpoint_seconds: float = unhashed(
@@ -119,7 +119,7 @@ class TrainingOptions(Options):
 
 
 def parse_pairs(option: str, given: Any, name: str = "FIELD") -> Any:
-    """Return a list of NAME=VALUE words as a mapping, and any other value unchanged. Raises ``ValueError``."""
+    """Convert a list of NAME=VALUE words to a mapping; return other values unchanged. Raises ``ValueError``."""
     if not isinstance(given, list | tuple):
         return given
     pairs: dict[str, str] = {}
@@ -146,13 +146,13 @@ class WorkerOptions(Options):
 
     workers: Count | None = unhashed(
         None,
-        "Ray Train workers, or MIN:MAX (2:8) to use as many as fit; 0: this process; default: one per GPU, or 0 "
-        "without GPUs",
+        "number of Ray Train workers, or a range MIN:MAX such as 2:8 that adapts to the cluster; 0: train in this "
+        "process; default: one per GPU, or 0 without GPUs",
         RESOURCES,
     )
     gpu: bool | None = unhashed(None, "whether each worker uses a GPU; default: if the cluster has GPUs now", RESOURCES)
     cpus_per_worker: float = unhashed(1.0, "CPUs per worker", RESOURCES, gt=0)
-    gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if it uses one", RESOURCES, gt=0, le=1)
+    gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if workers use GPUs", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
 
 
@@ -161,19 +161,19 @@ class ActorOptions(Options):
 
     actors: Count | None = unhashed(
         None,
-        "actors, or MIN:MAX (2:8) to use as many as fit; 0: this process, without Ray; default: one per GPU, or per "
-        "CPU without GPUs",
+        "number of actors, or a range MIN:MAX such as 2:8 that adapts to the cluster; 0: work in this process "
+        "without Ray; default: one per GPU, or per CPU without GPUs",
         RESOURCES,
     )
     gpu: bool | None = unhashed(None, "whether each actor uses a GPU; default: if the cluster has GPUs now", RESOURCES)
-    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 if it uses a GPU", RESOURCES, ge=0)
-    gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if it uses one", RESOURCES, gt=0, le=1)
+    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 with a GPU", RESOURCES, ge=0)
+    gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if actors use GPUs", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
 
 
 def _check_registered_name(name: str) -> str:
     if not name.strip() or name in {".", ".."} or set(name) & set("/:"):
-        raise ValueError(f"`register` is {name!r}, which MLflow does not accept. Give a name without / and :.")
+        raise ValueError(f"`register` is {name!r}, which MLflow does not accept. Give a name without / or :.")
     return name
 
 

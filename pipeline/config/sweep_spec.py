@@ -20,7 +20,7 @@ from pipeline.config.spec import (
 )
 
 STEP_COUNTS = (1, 2, 4, 20)
-"""The student steps of a sweep by default."""
+"""The default student steps of a sweep."""
 
 
 class SweepSpec(StudentOptions, Spec):
@@ -31,36 +31,36 @@ class SweepSpec(StudentOptions, Spec):
     out: str = output_path(..., "folder to write: one student folder per trial, and the results")
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
-        "student steps, short for `grid` steps=1,2; one flow map serves all step counts; default: 1 2 4 20, or the "
-        "counts of `chain`, or 4 with `search`",
+        "student steps, shorthand for `grid` steps=1,2; a flow map is trained once for all counts; default: 1 2 4 20, "
+        "or the counts of `chain`, or 4 with `search`",
         min_length=1,
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(
         None,
-        "guidance scales, short for `grid` guidance=0,1; all: one student for all scales; default: 0",
+        "guidance scales, shorthand for `grid` guidance=0,1; all: one student for all scales; default: 0",
         min_length=1,
     )
     grid: dict[str, tuple[Any, ...]] = unhashed(
-        {}, "axes of the grid, any options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
+        {}, "axes of the grid: options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
     )
     chain: tuple[PositiveInt, ...] = unhashed(
-        (), "step counts of students that each start from the one before, in addition to the grid, such as 20 4 2 1"
+        (), "step counts of a chain of students, each starting from the one before, such as 20 4 2 1; added to the grid"
     )
     search: dict[str, str] = unhashed(
         {},
-        "distributions to draw options from, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)', or uniform, "
-        "randint (both ends included), choice; the grid's axes are then choices",
+        "distributions of options, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, choice and "
+        "randint (both ends included); trials then draw from the grid's axes too",
     )
     trials: NonNegativeInt = unhashed(0, "number of trials of `search`; a rerun can add more")
-    searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm of `search`")
+    searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm for `search`")
     asha: bool = unhashed(False, "stop bad trials early (asynchronous successive halving)")
     asha_metric: str = unhashed(
         "validation/energy_distance", "metric that ASHA and Optuna optimise, reported during training"
     )
     asha_factor: float = unhashed(3.0, "keep one of every N trials at each rung", gt=1)
-    grace_updates: PositiveInt = unhashed(500, "updates before a trial can be stopped")
+    grace_updates: PositiveInt = unhashed(500, "updates before ASHA can stop a trial")
     metric: str | None = unhashed(
-        None, "metric of the best student; default: the Frechet distance in the last of `features`"
+        None, "metric that selects the best student; default: the Frechet distance in the last of `features`"
     )
     samples: NonNegativeInt = unhashed(2000, "samples per evaluated student; 0: no evaluation")
     features: Features = input_path(
@@ -73,7 +73,7 @@ class SweepSpec(StudentOptions, Spec):
     rollout: bool = unhashed(False, "first add missing guidance scales to the store")
     register: RegisteredName | None = unhashed(None, "register the best student in MLflow under this name")
     workers: int | None = unhashed(
-        None, "Ray Train workers per trial; default: the trial's own process", RESOURCES, ge=0
+        None, "Ray Train workers per trial; default: train in the trial's process", RESOURCES, ge=0
     )
     cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs per trial, or per worker with `workers`", RESOURCES)
     gpus_per_trial: float | None = unhashed(
@@ -87,7 +87,7 @@ class SweepSpec(StudentOptions, Spec):
     @field_validator("grid", "search", mode="before")
     @classmethod
     def _parse_axes(cls, given: Any, info: ValidationInfo) -> Any:
-        """Return FIELD=VALUE,VALUE words as a mapping. A single value of the grid becomes an axis of one value."""
+        """Convert FIELD=VALUE,VALUE words to a mapping. In a grid, a single value becomes an axis of one value."""
         given = parse_pairs(f"`{info.field_name}`", given)
         if info.field_name == "search" or not isinstance(given, dict):
             return given

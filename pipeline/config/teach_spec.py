@@ -24,7 +24,7 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
     label_dropout: float = Field(
-        0.1, ge=0, le=1, description="fraction of labels dropped, for guidance; 1: unconditional teacher"
+        0.1, ge=0, le=1, description="fraction of labels to drop, as guidance requires; 1: unconditional teacher"
     )
     seed: int = SEED
     dry_run: bool = DRY_RUN
@@ -41,7 +41,7 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
 
 
 class ConvertSpec(Spec):
-    """Make a teacher from existing weights: a U-Net of OpenAI or diffusers, or any module."""
+    """Make a teacher from existing weights: an OpenAI or diffusers U-Net, or any module."""
 
     stage = "convert"
     common = ("key",)
@@ -55,7 +55,7 @@ class ConvertSpec(Spec):
     key: str | None = Field(
         None,
         description="prefix of the weights in the file, such as ema_model; default: the only weights that fit, or "
-        "their average",
+        "their averaged version",
     )
 
     @model_validator(mode="after")
@@ -66,4 +66,4 @@ class ConvertSpec(Spec):
 
 def _check_conditions(network: NetworkConfig) -> None:
     if network.conditions:
-        raise ValueError("`network.conditions` must be empty, because a teacher takes only time and label.")
+        raise ValueError("`network.conditions` must be empty, because a teacher takes only a time and a label.")
