@@ -1,7 +1,7 @@
-"""A small classifier of the data set's own labels, used for features and for the label agreement of samples.
+"""A small classifier trained on the data set's labels. It provides features, and the label agreement of samples.
 
-It is trained on the training images only, and cached under the data's hash. Images larger than 32 x 32 are averaged
-down first. The pretrained spaces measure finer detail.
+It is trained only on training images, and cached by the hash of the data. Images larger than 32 x 32 are averaged down
+first. The pretrained feature spaces resolve finer detail.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ MIN_UPDATES, MAX_UPDATES, TEST_BATCH = 500, 1500, 1000
 
 
 class ClassifierRecipe(NamedTuple):
-    """The choices that distinguish several classifiers of the same data set."""
+    """Settings that distinguish several classifiers of the same data set."""
 
     width: int = 32  # channels of the first layer
     seed: int = 0
 
     def identity(self, data_sha256: str) -> str:
-        """Return the fingerprint of this data's classifier. A seed of 0 is left out, as in older versions."""
+        """Return the fingerprint of the data's classifier. It omits a seed of 0, as older versions had no seed."""
         return fingerprint(
             {**RECIPE, "width": self.width, "data": data_sha256, **({"seed": self.seed} if self.seed else {})}
         )
 
 
 EVALUATION_CLASSIFIER = ClassifierRecipe()
-"""The classifier that evaluations use. Nothing is ever trained with it."""
+"""The classifier that evaluations use. No model is ever trained with it."""
 
 
 class Classifier(nn.Module):
-    """A network from samples to features, and from features to classes.
+    """A network that maps samples to features, and features to classes.
 
     Args:
         sample_shape: images [channels, height, width] use convolutions; points use two linear layers.
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
 
 def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
-    """Halve the sides and double the channels until the sides are at most 4. Sides up to 8 are not halved at first."""
+    """Return layers that halve the sides and double the channels, down to sides of 4. The first keeps sides up to 8."""
     channels, height, width = shape
     layers: list[nn.Module] = []
     stride = 1 if max(height, width) <= 8 else 2
@@ -89,7 +89,7 @@ def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
 def open_classifier(
     data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER
 ) -> tuple[Classifier, dict[str, float], str]:
-    """Return this data's classifier, its held-out accuracy and the sha256 of its weights, trained or from the cache."""
+    """Load the data's classifier, or train it. Return it, its held-out accuracy and the sha256 of its weights."""
     description = data.description
     stem = files.join(cache_folder("classifiers"), recipe.identity(description.sha256))
     weights_path, record_path = f"{stem}.safetensors", f"{stem}.json"
@@ -110,7 +110,7 @@ def open_classifier(
 
 
 def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER) -> Classifier:
-    """Train with AdamW on delivered training images; deterministic for a fixed number of threads."""
+    """Train with AdamW on delivered training images. The result is deterministic for a fixed number of threads."""
     description, split = data.description, data.train
     updates = max(MIN_UPDATES, min(MAX_UPDATES, int(RECIPE["epochs"] * len(split) / RECIPE["batch_size"])))
     with torch.random.fork_rng(devices=[]):
@@ -129,7 +129,7 @@ def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSI
 
 
 def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
-    """Yield batches of row numbers without end, reshuffled each epoch. An epoch's incomplete last batch is dropped."""
+    """Yield endless batches of row numbers, reshuffled each epoch. The incomplete last batch of an epoch is dropped."""
     generator, size = torch.Generator().manual_seed(seed), min(count, int(RECIPE["batch_size"]))
     epochs = (torch.randperm(count, generator=generator) for _ in itertools.count())
     return itertools.chain.from_iterable(epoch[: count - count % size].reshape(-1, size).unbind() for epoch in epochs)
@@ -137,7 +137,7 @@ def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
 
 @torch.inference_mode()
 def accuracy(network: Classifier, split: Split) -> float:
-    """Return the fraction of a split's images that are classified correctly."""
+    """Return the fraction of a split's images that the network classifies correctly."""
     correct = 0
     for ids in torch.split(torch.arange(len(split)), TEST_BATCH):
         images, labels = split.rows(ids)

@@ -12,8 +12,8 @@ ROWS_PER_BLOCK = 1000
 def frechet_distance(real: Moments, fake: Moments) -> float:
     """Return |mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r S_f)^(1/2)).
 
-    It uses the symmetric root of S_r, which ``real`` caches. For wide features this is much faster than the eigenvalues
-    of S_r S_f, which torchmetrics computes, and gives the same result.
+    This function uses the symmetric root of S_r, which ``real`` caches. For wide features, this is much faster than
+    computing the eigenvalues of S_r S_f, as torchmetrics does, and gives the same result.
 
     Example:
         >>> real, fake = Moments(width=2), Moments(width=2)
@@ -33,7 +33,7 @@ def frechet_distance(real: Moments, fake: Moments) -> float:
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """Return the KID (arXiv 1801.01401): the unbiased squared MMD with the kernel (x.y / width + 1)^3.
 
-    It uses all pairs. The expectation is that of the usual mean over random subsets, with less noise.
+    This function uses all pairs. The usual mean over random subsets has the same expectation, but more noise.
 
     Example:
         >>> kernel_distance(torch.zeros(3, 2), torch.zeros(4, 2))
@@ -55,7 +55,7 @@ def _kernel_sum(rows: Tensor, others: Tensor) -> float:
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor) -> float:
-    """Return the mean squared 2-Wasserstein distance of [rows, width] along ``SLICES`` random directions.
+    """Return the squared 2-Wasserstein distance of two sets [rows, width], averaged over ``SLICES`` random directions.
 
     Sets of different sizes are compared by their quantiles. The number of quantiles is the size of the smaller set.
 
@@ -86,7 +86,7 @@ def nearest_distances(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def neighbour_radii(rows: Tensor, k: int = 3) -> Tensor:
-    """Return the distance [rows] from each row [rows, width] to its k-th nearest neighbour, itself excluded."""
+    """Return the distance [rows] from each row [rows, width] to its k-th nearest neighbour, excluding itself."""
     parts = [torch.cdist(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, ROWS_PER_BLOCK)]
     return torch.cat(parts)
 
@@ -94,7 +94,7 @@ def neighbour_radii(rows: Tensor, k: int = 3) -> Tensor:
 def coverage(rows: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the fraction of ``rows`` within the radius of at least one centre (arXiv 1904.06991).
 
-    With samples as rows and real data as centres, this is precision. The other way round, it is recall.
+    With samples as rows and real data as centres, this is precision. With the two swapped, it is recall.
     """
     inside = [(torch.cdist(part, centres) <= radii).any(1) for part in torch.split(rows, ROWS_PER_BLOCK)]
     return float(torch.cat(inside).double().mean())

@@ -1,4 +1,4 @@
-"""Feature spaces, opened by the values of the option ``features``, and checks of the user's feature networks."""
+"""Feature spaces, which the option ``features`` selects, and checks of the user's own feature networks."""
 
 import contextlib
 import hashlib
@@ -19,26 +19,26 @@ from kac.util.images import delivered, is_image
 from kac.util.imports import IMPORT_PATH, build, describe_exception
 
 BATCH_SIZE, TRAINING_ROWS, TRIAL_ROWS = 250, 1000, 16
-"""Samples per network call, training images per part, and training images that a network is tried on."""
+"""Samples per network call, training images per part, and training images on which a network is tried."""
 
 WIDEST = 32
 """Larger images are averaged down to this many pixels per side for ``pixels`` and ``classifier``."""
 
 TORCHSCRIPT = (".pt", ".ts")
 OWN = ("pixels", "pooled", "classifier")
-"""This project's own spaces. All other networks are tried on real images before any work."""
+"""This project's own spaces. Networks of other spaces are tried on training images before an evaluation starts."""
 
 KINDS = (*OWN, "lite0", "inception")
 MAX_WIDTH, MAX_VALUE = 16_384, 1e6
 """Limits of features: a covariance matrix of this width takes 2 GiB, and the cube of this value fits in float32."""
 
 SAME = 0.02
-"""The largest relative difference that half precision or another batch size may cause."""
+"""The largest relative difference that half precision or a different batch size may cause."""
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A trained network from delivered samples to features."""
+    """A network that maps delivered samples to features."""
 
     name: str  # part of the names of metrics
     fingerprint: str  # of the network; part of the names of cached features
@@ -61,7 +61,7 @@ class FeatureSpace:
         """[batch, *sample] -> [batch, width] float32, both on the CPU.
 
         Raises:
-            ArgumentError: the network fails, or its output is not features.
+            ArgumentError: the network fails or returns invalid features.
         """
         call = self._run if self.given in OWN else self.checked
         parts = [call(batch).float().cpu() for batch in torch.split(samples, BATCH_SIZE)]
@@ -74,18 +74,18 @@ class FeatureSpace:
             yield self(delivered(data.train.rows(ids).images))
 
     def checked(self, samples: Tensor) -> Tensor:
-        """Return the features of one batch, in float32 on the CPU. Raises as ``__call__``."""
+        """Return the features of one batch, in float32 on the CPU. Raises ``ArgumentError`` like ``__call__``."""
         try:
             return check_features(self.option, self._run(samples), len(samples))
         except DistillKacError:
             raise
         except Exception as error:
-            # A TorchScript network's error is a line in the text of a RuntimeError, among tracebacks.
+            # TorchScript raises a RuntimeError. Its text has the network's error on one line, among tracebacks.
             lines = re.findall(r"^[\w.]*Error: .*", str(error), re.MULTILINE)
             reason = one_line(lines[0]) if lines else describe_exception(error)
             raise ArgumentError(
-                f"{self.option}: the network failed on {list(samples.shape)} samples: {reason}. Use a "
-                "network, saved after network.eval(), that takes float32 samples in [-1, 1] in batches of any size."
+                f"{self.option}: the network failed on samples of shape {list(samples.shape)}: {reason}. It should "
+                "take float32 samples in [-1, 1] in batches of any size. Call network.eval() before saving it."
             ) from error
 
     def check_widths(self, *parts: Tensor) -> None:
@@ -130,7 +130,7 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
         network = build("`features`", given, nn.Module, needs_annotation=False)
     identity = fingerprint({**space_identity(given, data), "content": content})
     try:
-        with contextlib.suppress(NotImplementedError):  # modules from torch.export run as exported
+        with contextlib.suppress(NotImplementedError):  # modules from torch.export do not support eval()
             network.eval()
         return FeatureSpace(space_name(given), identity, network.to(device), facts, given)
     except Exception as error:
@@ -144,8 +144,8 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     """Open a space, and try its network on a batch of training images and on a single image.
 
     Raises:
-        ArgumentError: as ``open_space``; or the network fails, its output is not features, or the features of a sample
-            depend on its batch.
+        ArgumentError: ``open_space`` raises it, the network fails or returns invalid features, or the features of a
+            sample depend on the rest of its batch.
     """
     space = open_space(given, data, device)
     ids = torch.linspace(0, len(data.train) - 1, min(TRIAL_ROWS, len(data.train))).long()
@@ -170,7 +170,7 @@ def check_features(option: str, output: object, count: int) -> Tensor:
     """Check a network's output, and return it as float32 [count, width] on the CPU.
 
     Args:
-        option: the argument and its value, for error messages: ```features` net.pt``.
+        option: the argument and its value, for error messages, such as ```features` net.pt``.
 
     Raises:
         ArgumentError: the output is not a dense tensor with one row of finite real numbers per sample.
@@ -190,8 +190,8 @@ def check_features(option: str, output: object, count: int) -> Tensor:
     largest = float(features.abs().max())
     if not largest <= MAX_VALUE:
         raise ArgumentError(
-            f"{option}: the network returned features up to {largest:.0e} for {count} samples. Return features up to "
-            f"{MAX_VALUE:.0e} without NaN."
+            f"{option}: the network returned features up to {largest:.0e} for {count} samples. Return features without "
+            f"NaN and of at most {MAX_VALUE:.0e}."
         )
     return features
 
@@ -204,13 +204,13 @@ def check_fits(given: str, data: Dataset) -> None:
     """
     shape = data.description.sample_shape
     if given in {"pooled", "lite0", "inception"} and not is_image(shape):
-        raise ArgumentError(f"`features` {given} needs images, and the data has samples of shape {shape}.")
+        raise ArgumentError(f"`features` {given} needs images, but the data has samples of shape {shape}.")
     if given == "pooled" and min(shape[1:]) < Pooled.SIDE:
         raise ArgumentError(
-            f"`features` pooled needs at least {Pooled.SIDE} pixels per side, and the images have shape {shape}."
+            f"`features` pooled needs at least {Pooled.SIDE} pixels per side, but the images have shape {shape}."
         )
     if given == "classifier" and data.description.num_classes < 2:
-        raise ArgumentError("`features` classifier needs several classes, and the data has one. Choose other features.")
+        raise ArgumentError("`features` classifier needs several classes, but the data has one. Choose other features.")
 
 
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
@@ -224,7 +224,7 @@ def space_identity(given: str, data: Dataset) -> dict[str, str]:
 
 
 def space_name(given: str) -> str:
-    """Return a space's name in metrics: its kind, its file's name without the ending, or its factory's name."""
+    """Return a space's name in metrics: its kind, its file name without the extension, or its factory's name."""
     bare = given.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     for ending in TORCHSCRIPT:
         bare = bare.removesuffix(ending)
@@ -241,17 +241,17 @@ def check_names(features: Sequence[str]) -> None:
     for given, name in zip(features, names, strict=True):
         if given not in KINDS and not given.endswith(TORCHSCRIPT) and not IMPORT_PATH.fullmatch(given):
             raise ValueError(
-                f"`features` has {given!r}, which is unknown. Choose {', '.join(KINDS)}, FILE.pt or "
+                f"`features` has the unknown value {given!r}. Choose {', '.join(KINDS)}, FILE.pt or "
                 "package.module:factory."
             )
         if name in {"", "pixels"} and given != "pixels":
-            raise ValueError(f"`features` has {given!r}, whose name in metrics would be {name!r}. Rename the network.")
+            raise ValueError(f"`features` has {given!r}, so its metrics would be named {name!r}. Rename the network.")
     if len(set(names)) < len(names):
         raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one.")
 
 
 def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
-    """Average images down to at most ``widest`` pixels per side; return other samples unchanged."""
+    """Average images down to at most ``widest`` pixels per side. Return other samples unchanged."""
     if not is_image(tuple(samples.shape[1:])) or max(samples.shape[2:]) <= widest:
         return samples
     height, width = (min(side, widest) for side in samples.shape[2:])
@@ -259,7 +259,7 @@ def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """The flattened sample. Images above 32 x 32 are averaged down first, to keep the covariance small."""
+    """The flattened sample. Images larger than 32 x 32 are averaged down first, to keep the covariance small."""
 
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width]."""

