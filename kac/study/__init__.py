@@ -1,7 +1,7 @@
 """The claims of the papers on Kac flows, measured on trained networks.
 
-There is one module per claim, with its measurement, its sentence and its picture. Quality is measured on delivered
-images. Velocities and energies are measured on the network's own output.
+Each claim has one module, which measures it, states the result in a sentence and draws a picture. Quality is measured
+on delivered images. Velocities and energies are measured on the network's raw output.
 """
 
 from collections.abc import Callable

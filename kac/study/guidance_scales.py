@@ -1,7 +1,7 @@
 """Claim: guidance in velocity space keeps the energy finite and trades energy for fidelity (arXiv 2509.21513).
 
 u_w = (1 + w) u - w u_null can exceed the speed limit, by a factor of at most 1 + 2w. This module measures how kinetic
-energy, label agreement and the number of values out of range grow with w.
+energy, label agreement and the fraction of values outside [-1, 1] grow with w.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ def effect_of_guidance(
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:
-    """Guide the teacher with every scale."""
+    """Sample the teacher at every guidance scale."""
     if reason := guidance_problem(inputs.teacher.config):
         return reason
     classifier = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
@@ -75,7 +75,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 def _plot(found: Sequence[GuidancePoint]) -> bytes:
     labels = {
         "kinetic_energy": "kinetic energy, mean",
-        "out_of_range": "share of raw values beyond [-1, 1]",
+        "out_of_range": "fraction of raw values outside [-1, 1]",
         **({} if found[0].agreement is None else {"agreement": "label agreement"}),
     }
     figure, axes = panels(1, len(labels))

@@ -1,4 +1,4 @@
-"""Claim: the flow carries noise through the marginals of the path, x_t = f(t) x_0 + K_{g(t)} (arXiv 2506.20641).
+"""Claim: the flow moves noise through the marginals of the path, x_t = f(t) x_0 + K_{g(t)} (arXiv 2506.20641).
 
 At each time, the states of a well-trained teacher have the distribution of data noised to that time. This module
 measures the sliced Wasserstein distance between the two, and its floor: the distance between two independent sets of
@@ -44,7 +44,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     if stored is None:
         return "no `store`"
     if stored.is_forward:
-        return "the states of a forward store are noised data already"
+        return "a forward store has noised data instead of the teacher's states"
     if stored.sampling.guidance != 0:
         return "the store has no trajectories without guidance"
     path, generator = inputs.teacher.config.path.build(), torch.Generator().manual_seed(inputs.seed)

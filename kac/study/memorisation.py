@@ -1,6 +1,6 @@
 """Claim: extreme kinetic energies drive trajectories to near-copies of training images (arXiv 2602.07928).
 
-If this is true, the rank correlation of energy and the distance to the nearest training image is negative.
+If this is true, the rank correlation between energy and distance to the nearest training image is negative.
 """
 
 import math
@@ -21,11 +21,11 @@ MIN_CLASS_SAMPLES = 5
 class EnergyAndNearness(NamedTuple):
     """The relation between kinetic energies and distances to the training images."""
 
-    correlation: float  # Spearman's, over all samples; NaN if either is constant
+    correlation: float  # Spearman's, over all samples; NaN if energy or distance is constant
     p_value: float
-    within_classes: float  # Spearman's within each class, the mean over classes, which differ in energy and distance
+    within_classes: float  # mean over classes of Spearman's within each class; classes differ in energy and distance
     classes: int  # number of classes with enough samples
-    energetic_ratio: float  # mean distance of the MOST_ENERGETIC fraction, divided by that of all; far below 1: copies
+    energetic_ratio: float  # mean distance of the MOST_ENERGETIC fraction over the mean distance of all; << 1: copies
 
 
 def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor) -> EnergyAndNearness:
@@ -43,7 +43,7 @@ def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor)
 
 
 def spearman(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return Spearman's rank correlation of [rows] and [rows] with its two-sided p-value; NaN if one is constant."""
+    """Return Spearman's rank correlation of two tensors [rows] and its two-sided p-value; NaN if one is constant."""
     from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
@@ -77,7 +77,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 
 
 def _plot(energy: Tensor, distance: Tensor, label: Tensor, found: EnergyAndNearness) -> bytes:
-    """One dot per trajectory, coloured by class."""
+    """Plot one dot per trajectory, coloured by class."""
     figure, (axis,) = panels(1, 1, width=8)
     dots = axis.scatter(energy.numpy(), distance.numpy(), c=label.numpy(), cmap="tab10", s=8, alpha=0.6)
     figure.colorbar(dots, ax=axis, label="class")

@@ -1,6 +1,6 @@
 """Claim: for mixtures in the plane, a Kac flow has bounded speed and a Gaussian flow does not (arXiv 2506.20641).
 
-For samples that are points, this module records the trajectories, their ends and their speeds.
+For samples that are points, this module records their trajectories, endpoints and speeds.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,21 @@ from kac.sampling import generate
 from kac.study.subject import TIME, ClaimResult, Inputs, Subject, Watched, panels, png
 
 EDGE, CELLS = 1.25, 100
-"""Densities are counted between -EDGE and EDGE, with this number of cells per side."""
+"""Densities are counts of points on a grid from -EDGE to EDGE, with this number of cells per side."""
 
 SHOWN_TRAJECTORIES = 60
 
 
 class Travelled(NamedTuple):
-    """The points of a flow at each network evaluation, and their speeds there."""
+    """The positions and speeds of a flow's points at each network evaluation."""
 
     t: Tensor  # [evaluations]
-    x: Tensor  # [evaluations + 1, points, 2]; the last entry is the samples
+    x: Tensor  # [evaluations + 1, points, 2]; the last entry holds the samples
     speed: Tensor  # [evaluations, points], the length |u| of the velocity
 
 
 def travel(subject: Subject) -> Travelled:
-    """Follow all points of a subject, sampled without guidance by a solver with one evaluation per step."""
+    """Follow all points of a subject, which has no guidance and a solver with one network evaluation per step."""
     parts = []
     for x_1, label in subject.starts():
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -70,7 +70,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 
 
 def _plot(data: Tensor, found: Mapping[str, Travelled]) -> bytes:
-    """One row per model: density of the data, density of the samples, some trajectories, speeds."""
+    """Plot one row per model: density of the data, density of the samples, some trajectories, and speeds."""
     figure, axes = panels(len(found), 4)
     highest = 1.05 * max(travelled.speed.max().item() for travelled in found.values())
     for row, (name, (t, x, speed)) in enumerate(found.items()):

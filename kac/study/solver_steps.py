@@ -22,7 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 class SolverPoint(NamedTuple):
-    """The quality with one solver and one number of steps."""
+    """The quality of samples for one solver and one number of steps."""
 
     method: Method
     steps: int
@@ -49,7 +49,7 @@ def quality_by_solver(
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:
-    """Sample the teacher and the rival with every solver, and compare held-out images as the floor."""
+    """Sample the teacher and the rival with every solver. Held-out images give the floor."""
     spaces, held_out = inputs.spaces, inputs.data.held_out
     train = {space.name: Statistics.of(space.of_training_images(inputs.data)).moments for space in spaces}
     count = min(inputs.samples, len(held_out))
@@ -74,7 +74,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 
 
 def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping[str, float]) -> bytes:
-    """One panel per feature space, with the Frechet distance of ``count`` held-out images as the floor."""
+    """Plot one panel per feature space, with the Frechet distance of ``count`` held-out images as the floor."""
     figure, axes = panels(1, len(floor))
     for axis, (space, distance) in zip(axes, floor.items(), strict=True):
         axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")

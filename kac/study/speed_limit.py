@@ -64,7 +64,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     limit = inputs.teacher.config.path.build().speed_limit()
     if not math.isfinite(limit):
         return "the teacher's path has no speed limit"
-    # Guided velocities have another limit, so students with guidance in their weights are not measured.
+    # Guided velocities have a different limit, so students that were distilled with guidance are not measured.
     teacher, *rival = inputs.teachers()
     found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
     lines = [f"{name} at most {s.largest:.2f}, {100 * s.share_beyond:.2g} % beyond" for name, s in found.items()]
@@ -81,7 +81,7 @@ def _plot(found: Mapping[str, Speeds], limit: float) -> bytes:
     figure, (axis,) = panels(1, 1, width=8)
     for name, measured in found.items():
         edges, heights = measured.density()
-        # The last bin would be a spike, so it is left out. The legend has the share beyond the limit.
+        # The last bin counts all larger speeds and would be a spike, so it is not drawn. The legend has the share.
         label = f"{name}: {100 * measured.share_beyond:.2g} % beyond, at most {measured.largest:.2f}"
         axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
     axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")

@@ -22,17 +22,17 @@ from kac.solvers import knot_times, solve
 from kac.study.subject import TIME, ClaimResult, Inputs, Subject, panels, png
 
 COINCIDE = 1e-5
-"""States closer than this per coordinate differ by rounding only, so they are not used to measure the stretch."""
+"""States closer than this per coordinate differ only by rounding, so the stretch is not measured on them."""
 
 
 class StabilityKnot(NamedTuple):
-    """A knot of the student. Distances are root mean squares per coordinate over all samples."""
+    """Measurements at a knot of the student. Distances are root mean squares per coordinate over all samples."""
 
     t: float
     error: float  # e_k, the distance between the student's and the teacher's state
     one_step: float  # lambda e + delta for the step that ends here
     bound: float  # lambda e + delta, with the bound of the previous knot as e
-    certain: float  # as ``bound``, with delta from the student's states
+    certain: float  # like ``bound``, but with delta from the student's states
     step_error: float  # delta of the step that ends here, from the teacher's state; 0 at the first knot
     stretch: float  # lambda of the step that ends here: its maximum over samples; 1 at the first knot
 
@@ -46,7 +46,7 @@ class StabilityKnot(NamedTuple):
 def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
     """Compare a student with its teacher at the student's knots, from noise to image. Both start from the same noise.
 
-    The student's steps must divide the teacher's.
+    The number of student steps must divide the number of teacher steps.
     """
     steps, method = student.sampling.steps, teacher.sampling.solver
     fine = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
@@ -130,7 +130,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 
 
 def _plot(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
-    """One panel per student: its error at each knot, and the bounds."""
+    """Plot one panel per student: its error at each knot, and the bounds."""
     columns = max(2, min(4, len(found)))  # the title is wider than one panel
     figure, axes = panels(-(-len(found) // columns), columns)
     lines = {

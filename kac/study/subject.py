@@ -23,7 +23,7 @@ TIME = {"xlabel": "t, from noise (1) to data (0)", "xlim": (1.03, -0.03)}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is studied. All subjects of a study start from the same uniform numbers and labels."""
+    """A model that is studied. All subjects of a study start from the same uniform random numbers and labels."""
 
     name: str
     network: VelocityNetwork
@@ -42,7 +42,7 @@ class Subject:
 
 
 class Watched:
-    """A network that passes each velocity it computes, before guidance, to a callback."""
+    """A wrapper that passes each velocity of a network, before guidance, to a callback."""
 
     def __init__(self, network: VelocityNetwork, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         self.network, self.see = network, see
@@ -50,14 +50,14 @@ class Watched:
         self.takes: tuple[Condition, ...] = getattr(network, "takes", ())
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """Call the network, then ``see(x, t, u)``; otherwise as ``VelocityNetwork``."""
+        """Call the network, pass the velocity to ``see(x, t, u)``, and return it."""
         u = self.network(x, t, label, **conditions)
         self.see(x, t, u)
         return u
 
 
 class StudyModel(NamedTuple):
-    """A model folder."""
+    """A model folder and its config."""
 
     name: str
     path: str
@@ -68,10 +68,10 @@ class Trajectories(NamedTuple):
     """Stored trajectories of the teacher at one guidance scale."""
 
     sampling: Sampling
-    is_forward: bool  # noised data instead of the teacher's trajectories
+    is_forward: bool  # whether the store has noised data instead of the teacher's trajectories
     knots: int
     knot_columns: Sequence[str]  # from noise to image
-    read: Callable[[Sequence[str]], dict[str, Tensor]]  # "label", "kinetic_energy" and knots -> [rows, ...] each
+    read: Callable[[Sequence[str]], dict[str, Tensor]]  # reads columns by name: label, kinetic_energy or a knot column
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class Inputs:
         return [self.pixels, *([open_space("classifier", self.data, default_device())] if has_classes else [])]
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
-        """The teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes the number."""
+        """Return the teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes it."""
         return self._subject(self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
-        """The teacher and the rival, with the same sampling and without guidance."""
+        """Return the teacher and the rival, with the same sampling and without guidance."""
         models = (self.teacher, self.rival)
         return [self._subject(model, self._teacher_sampling(0.0, 1)) for model in models if model]
 
     def student_subjects(self, guidance: float | None = None) -> list[Subject]:
-        """The students; an any-step student once per step count.
+        """Return the students. An any-step student occurs once per step count.
 
         Args:
             guidance: keep only students that can be sampled at this scale. None keeps all, each at its own scale.
@@ -139,7 +139,7 @@ class Inputs:
 
     @functools.cached_property
     def _load(self) -> Callable[[str], VelocityNetwork]:
-        """Loads each network once, and compiles it once if ``precision.compile`` is set."""
+        """A function that loads each network once, and compiles it once if ``precision.compile`` is set."""
         return functools.cache(lambda path: self.precision.wrap(load_model(path, default_device()).network))
 
 
@@ -147,8 +147,8 @@ class Inputs:
 class ClaimResult:
     """The measurements of a claim."""
 
-    text: str  # one line
-    values: dict[str, Any]  # as JSON; by model if there are several
+    text: str  # the result in one line
+    values: dict[str, Any]  # as JSON; keyed by model if there are several
     metrics: dict[str, float]  # named MEASURE/MODEL or MEASURE
     picture: bytes = field(repr=False)  # PNG
 
