@@ -1,4 +1,4 @@
-"""Velocity networks by kind.
+"""The kinds of velocity networks.
 
 To add a kind, write a module with its config and its ``NetworkModule``, and register both here.
 """
@@ -37,7 +37,7 @@ NetworkConfig = Annotated[
     Field(discriminator="kind", description="kind of velocity network; each kind has its own options"),
     BeforeValidator(expand_kind),
 ]
-"""The config of any kind. The command line, YAML files and a model's config.json use the same fields."""
+"""The config of a network of any kind. The command line, YAML files and a model's config.json use its fields."""
 
 NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
     "mlp": ResidualMLP,
@@ -50,7 +50,7 @@ NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
 def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
     """Return a freshly initialised network for samples of ``sample_shape`` and labels 0 .. num_classes - 1.
 
-    A config that does not fit the samples raises ``ArgumentError``.
+    Raises ``ArgumentError`` if the config does not fit the samples.
     """
     return NETWORKS[config.kind](config, sample_shape, num_classes)
 
@@ -58,7 +58,7 @@ def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_clas
 def outline_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
     """Return the network on the meta device: its weights have shapes but no values, and take no memory.
 
-    A network of kind ``outside`` is built on the CPU, because its factory may need values.
+    A network of kind ``outside`` is built on the CPU, because its factory may need the values of tensors.
     """
     with contextlib.nullcontext() if isinstance(config, OutsideConfig) else torch.device("meta"):
         return build_network(config, sample_shape, num_classes)

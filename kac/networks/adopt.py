@@ -1,7 +1,7 @@
-"""Load weights that others trained into a network of this project.
+"""Load third-party weights into a network of this project.
 
-A file may hold several networks, averaged weights and optimizer states, each under its own prefix. ``adopt`` finds the
-weights by the names that the network expects, under any prefix.
+A file may contain several networks, averaged weights and optimizer states, each under its own prefix. ``adopt`` looks
+for the tensor names that the network expects, under any prefix.
 """
 
 import re
@@ -24,25 +24,25 @@ from kac.util.imports import describe_exception
 from kac.util.text import shorten
 
 MOST_PREFIXES = 200
-"""The most prefixes to try. Generic names such as ``0.weight`` occur under many."""
+"""Maximum number of prefixes to try. Generic names such as ``0.weight`` occur under many prefixes."""
 
 CLASSES = "class_embedding.weight"
-"""The class embedding of a U-Net. Files may lack it, or its row of the null label."""
+"""Name of a U-Net's class embedding. A file may lack the embedding, or only its row for the null label."""
 
 Weights = Mapping[str, Tensor]
 
 
 class Adopted(NamedTuple):
-    """The weights of a file that were loaded."""
+    """A description of the weights that were loaded from a file."""
 
-    key: str  # their prefix; empty if they have none
+    key: str  # the prefix of the weights in the file; may be empty
     description: str
     conditioning: Conditioning
 
 
 class _Fit(NamedTuple):
-    source: dict[str, Tensor]  # under their own names, without the prefix
-    weights: dict[str, Tensor]  # under the names of the network
+    source: dict[str, Tensor]  # named as in the file, without the prefix
+    weights: dict[str, Tensor]  # named as in the network
     description: str
     conditioning: Conditioning
 
@@ -54,17 +54,17 @@ def adopt(
     file: WeightsFile,
     key: str | None = None,
 ) -> Adopted:
-    """Find and load the weights of ``network``.
+    """Find weights for ``network`` in a file and load them.
 
-    The file may come from OpenAI's U-Net, diffusers, a module of kind ``outside``, or this project.
+    The weights may belong to OpenAI's U-Net, diffusers, a module of kind ``outside``, or this project.
 
     Args:
         network: freshly built from ``config`` for samples of ``sample_shape``.
-        key: the prefix of the weights, or its first part; default: the only weights that fit, or their average.
+        key: the prefix of the weights, or its first part; default: the only weights that fit, averaged ones preferred.
 
     Raises:
         ArgumentError: the options contradict the weights.
-        CheckpointError: no weights fit, or several do.
+        CheckpointError: no weights fit, or several sets of weights do.
     """
     target = network.inner if isinstance(network, Outside) else network.get_submodule(network.diffusers_name or "")
     expected = target.state_dict()
@@ -74,7 +74,7 @@ def adopt(
     def is_below_key(prefix: str) -> bool:
         return key is None or f"{prefix.rstrip('.')}.".startswith(f"{key}.")
 
-    # Prefixes below the key come first. The others are needed too: a list of averages may take its names from them.
+    # Try prefixes below the key first. The other prefixes can provide the names for an unnamed list of averages.
     prefixes = sorted(find_prefixes(file.named, known), key=lambda prefix: not is_below_key(prefix))[:MOST_PREFIXES]
     fits: dict[str, _Fit] = {}
     failures: dict[str, DistillKacError] = {}
@@ -85,7 +85,7 @@ def adopt(
         except (CheckpointError, ArgumentError) as error:
             failures[prefix] = error
 
-    # Longer prefixes come first: weights that fit below a prefix are another model, not part of the one around it.
+    # Try longer prefixes first: weights that fit below a prefix are a separate model, not part of an enclosing model.
     for prefix in sorted(prefixes, key=len, reverse=True):
         others = tuple(other for other in fits if other.startswith(prefix))
         own = (name for name in file.named if name.startswith(prefix) and not name.startswith(others))
@@ -114,7 +114,7 @@ def _without_weights(file: WeightsFile, key: str | None, config: NetworkConfig, 
     where, advice = ("", "the `network` that was trained") if key is None else (f" under `key` {key}", "another `key`")
     name, value = next(iter(expected.items()))
     return CheckpointError(
-        f"no weights of {_kind(config)} found{where}. The file holds {file.describe()}. The network has "
+        f"no weights of {_kind(config)} found{where}. The file contains {file.describe()}. The network has "
         f"{len(expected)} tensors, such as {name} {list(value.shape)}. Choose {advice}."
     )
 
@@ -127,14 +127,14 @@ def _misfit(
     sample_shape: tuple[int, ...],
     expected: Weights,
 ) -> DistillKacError:
-    """Return the error for the most similar weights, which names the options that differ, or else the weights."""
+    """Return the error for the most similar weights. It names the options that differ, or else the tensors."""
     if isinstance(failure, ArgumentError):
         return failure
     where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"
     source = {name.removeprefix(prefix): value for name, value in file.named.items() if name.startswith(prefix)}
     try:
         inferred = _infer_options(config, source, sample_shape, expected)
-    except (KeyError, IndexError, ValueError, CheckpointError):  # a weight is missing that would show an option
+    except (KeyError, IndexError, ValueError, CheckpointError):  # a tensor that would reveal an option is missing
         inferred = []
     options = [f"{name} {_text(here)} (given: {_text(given)})" for name, here, given in inferred if here != given]
     if options:
@@ -142,8 +142,8 @@ def _misfit(
             f"{where} belong to {_kind(config)} with {', '.join(options)}. Choose `network` and `data` to match."
         )
     return CheckpointError(
-        f"{where} do not fit {_kind(config)}: {str(failure).rstrip('.')}. The file holds {file.describe()}. Choose the "
-        "`network` and `data` of the training run, or other weights with `key`."
+        f"{where} do not fit {_kind(config)}: {str(failure).rstrip('.')}. The file contains {file.describe()}. Choose "
+        "the `network` and `data` of the training run, or select different weights with `key`."
     )
 
 
@@ -156,7 +156,7 @@ def _kind(config: NetworkConfig) -> str:
 
 
 def try_out(network: NetworkModule, config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise ``CheckpointError`` if ``network`` returns no velocities, or if a rebuilt ``outside`` network differs."""
+    """Raise ``CheckpointError`` if ``network`` returns no velocities, or different ones when it is rebuilt."""
     velocity = _velocity(network, sample_shape, num_classes)
     if not isinstance(network, Outside):
         return
@@ -164,14 +164,14 @@ def try_out(network: NetworkModule, config: NetworkConfig, sample_shape: tuple[i
     rebuilt.load_state_dict(network.state_dict())
     if not torch.allclose(velocity, _velocity(rebuilt, sample_shape, num_classes), rtol=1e-3, atol=1e-4):
         raise CheckpointError(
-            f"{network.name} returns other velocities when it is rebuilt with the same weights, so it draws random "
-            "numbers that are not among its weights. Register them as buffers."
+            f"{network.name} returns different velocities when it is rebuilt with the same weights, so it depends on "
+            "random values that its weights do not include. Register these values as buffers."
         )
 
 
 @torch.inference_mode()
 def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes: int) -> Tensor:
-    """Return the velocity at two random samples."""
+    """Return the velocities at two random samples."""
     random = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, *sample_shape, generator=random), torch.tensor([0.3, 1.0])
     second = num_classes - 1 if network.null_label is None else network.null_label
@@ -193,13 +193,13 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
 
 
 def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) -> _Fit:
-    """Return the weights under the names of the network. Raise an error if the options or the weights do not fit."""
+    """Return the weights, renamed as in the network. Raises an error if the options or the weights do not fit."""
     weights, description, conditioning = source, f"weights of {_kind(config)}", config.conditioning
     if isinstance(config, UNetConfig):
         origin = ""
         if is_openai(weights):
             heads = f"{config.head_channels} channels per head" if config.head_channels else "one head"
-            origin = f"U-Net of OpenAI, assuming {heads} in attention (not visible in the weights); "
+            origin = f"OpenAI U-Net, assuming {heads} in attention (not visible in the weights); "
             weights = from_openai(weights, config)
         rows, all_rows = weights.get(CLASSES), expected[CLASSES]
         if rows is None:
@@ -223,9 +223,9 @@ def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) ->
 
 
 def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: nn.Module) -> dict[str, Tensor] | None:
-    """Return a list of averaged parameters under their names in the first source with the same shapes.
+    """Name a list of averaged parameters as in the first source whose parameters have the same shapes.
 
-    Without sources, the names come from ``target``. Buffers come from the source. Returns None if no source matches.
+    Buffers come from this source. Without sources, ``target`` provides the names. Returns None if no source matches.
     """
     own: dict[str, Tensor] = dict(target.named_parameters())
     first_name = {id(value): name for name, value in own.items()}
@@ -243,7 +243,7 @@ def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: 
 def _infer_options(
     config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
 ) -> list[tuple[str, Any, Any]]:
-    """Return options, each with its value in the weights and its value in the config."""
+    """Return the options that weights reveal, each with its value in the weights and its value in the config."""
 
     def count(pattern: str) -> int:
         return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))

@@ -1,4 +1,4 @@
-"""The cost of a network: its parameters, and the floating-point operations of one call."""
+"""The cost of a network: its number of parameters, and of floating-point operations per call."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, outline_network
 
-TRAINING_CALLS = 3  # cost of training on one sample, in forward calls: the backward pass takes about two
+TRAINING_CALLS = 3  # cost of training per sample, in forward calls: a backward pass costs about two
 
 
 class NetworkCost(NamedTuple):
-    """Parameters and operations of a network."""
+    """The number of parameters of a network, and of floating-point operations per call."""
 
     parameters: int
-    flops_per_call: int  # forward, per sample; a multiplication and an addition count as two
+    flops_per_call: int  # of the forward pass, per sample; a multiply-add counts as two
 
 
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
-    """Return the cost of a network for samples of ``sample_shape``, without computing or allocating anything.
+    """Return the cost of a network for samples of ``sample_shape``.
 
-    A network of kind ``outside`` is built, and called on one sample. Matrix products, convolutions and attention are
-    counted; element-wise operations are not. A config that does not fit the samples raises ``ArgumentError``.
+    Only a network of kind ``outside`` is really built, and called on one sample. Matrix products, convolutions and
+    attention are counted; element-wise operations are not. Raises ``ArgumentError`` if the config does not fit.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):
@@ -35,7 +35,7 @@ def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_class
 
 
 def duration(seconds: float) -> str:
-    """Format a duration for people: 2.5 hours, 12 minutes, 40 seconds."""
+    """Format a duration for people, such as "2.5 hours", "12 minutes" or "40 seconds"."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """Format a large number for people: 1.05 M, 3.2 T, or 1.05 MFLOP with a unit."""
+    """Format a large number for people, such as "1.05 M", or "1.05 MFLOP" with the unit FLOP."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}{unit}"

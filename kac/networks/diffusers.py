@@ -1,4 +1,4 @@
-"""What the networks from diffusers share: labels with conditions, scaled times, and images folded into patches."""
+"""Code that the networks from diffusers share: label embeddings with conditions, scaled times, and folded images."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ class ConditionedLabels(nn.Embedding):
     """The class embedding of a diffusers model, plus the embedding of the conditions.
 
     A diffusers model passes its ``class_labels`` to this module unchanged. The networks here pass
-    ``(label [batch], condition [batch or 1, width])``; users of diffusers pass plain labels. The weights have the same
-    name as in the embedding that this module replaces.
+    ``(label [batch], condition [batch or 1, width])``; users of diffusers pass plain labels. This module replaces the
+    embedding that diffusers creates, and its weight has the same name.
     """
 
     def forward(self, labels: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-        """Return the embedding of labels and conditions: [batch, width]."""
+        """Return the sum of the label embedding and the condition embedding: [batch, width]."""
         if isinstance(labels, Tensor):
             return super().forward(labels)
         label, condition = labels
@@ -26,11 +26,11 @@ class ConditionedLabels(nn.Embedding):
 
 
 class DiffusersNetwork(NetworkModule):
-    """A diffusers model, stored as the submodule ``diffusers_name``, as a velocity network."""
+    """Wraps a diffusers model, its submodule ``diffusers_name``, as a velocity network."""
 
     diffusers_name: str
     conditions: ConditionEmbedding
-    width: int  # of the embedding of time and class
+    width: int  # width of the embedding of time and class
 
     def __init__(self, config: Any, num_classes: int, width: int) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class DiffusersNetwork(NetworkModule):
         self.time_scale, self.width = config.time_scale, width
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, channels, side, side], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
+        """Return the velocity at x [batch, channels, side, side], t (scalar or [batch]) and label [batch]."""
         given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
         times = (self.time_scale * t.to(torch.float32)).expand(len(x))
         return getattr(self, self.diffusers_name)(x, times, given).sample  # type: ignore[no-any-return]
 
 
 def folded_shape(patch: int, sample_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the channels and the width of square images after folding patch x patch pixels into channels.
+    """Return the number of channels and the width of square images after folding patch x patch pixels into channels.
 
     Raises ``ArgumentError`` if the samples are not square images, or ``patch`` does not divide their width.
     """

@@ -10,19 +10,19 @@ from kac.networks.velocity import ConditionEmbedding, NetworkOptions
 
 
 class DiTConfig(NetworkOptions):
-    """diffusers' DiTTransformer2DModel, class-conditional."""
+    """Options of diffusers' DiTTransformer2DModel, which is class-conditional."""
 
     kind: Literal["dit"] = Field("dit", description="dit: diffusers' DiTTransformer2DModel, for images")
     heads: PositiveInt = Field(6, description="attention heads")
     head_channels: PositiveInt = Field(64, description="channels per attention head")
     depth: PositiveInt = Field(12, description="transformer blocks")
-    patch: PositiveInt = Field(2, description="side of the patch of one token, in pixels")
+    patch: PositiveInt = Field(2, description="width and height of the image patch per token, in pixels")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the blocks")
     time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
-        if self.heads * self.head_channels % 4:  # positions are a sine and a cosine per coordinate
+        if self.heads * self.head_channels % 4:  # a position embedding has a sine and a cosine per coordinate
             product = f"{self.heads} x {self.head_channels} = {self.heads * self.head_channels}"
             raise ValueError(f"`head_channels`: heads x head channels is {product}, but must be a multiple of 4.")
         return self
@@ -51,10 +51,10 @@ class DiT(DiffusersNetwork):
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         for block in self.transformer.transformer_blocks:
             labels = block.norm1.emb.class_embedder
-            labels.dropout_prob = 0.0  # the teacher's loss drops labels, for networks of all kinds
+            labels.dropout_prob = 0.0  # for networks of all kinds, the teacher's loss drops labels instead
             labels.embedding_table = ConditionedLabels(num_classes + 1, self.width)
             nn.init.normal_(labels.embedding_table.weight, std=0.02)
-        # Every block starts as the identity, and the velocity as 0 (adaLN-Zero), which diffusers does not do.
+        # As in adaLN-Zero, every block starts as the identity and the velocity starts at 0. diffusers omits this.
         gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)

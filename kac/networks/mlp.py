@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from kac.networks.velocity import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
 
 CONDITION_WIDTH = 64
-"""Width of the embedding of time and class. The residual width is no better, and a quarter more expensive."""
+"""Width of the embedding of time and class. Using the residual width costs a quarter more and is no better."""
 
 
 class MLPConfig(NetworkOptions):
-    """A residual MLP over the flattened sample, for small samples."""
+    """Options of a residual MLP over the flattened sample, for small samples."""
 
     kind: Literal["mlp"] = Field("mlp", description="mlp: residual MLP over the flattened sample, for small samples")
     width: PositiveInt = Field(192, description="width of the residual stream")
@@ -38,7 +38,7 @@ class ResidualMLP(NetworkModule):
         nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """x [batch, *sample_shape], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
+        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch] in 0 .. null_label."""
         embedding = self.time(t.to(x.dtype).reshape(-1)) + self.label(label)
         condition = nn.functional.silu(self.conditions(embedding, conditions))
         hidden = self.enter(x.flatten(1))

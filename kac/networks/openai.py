@@ -1,8 +1,8 @@
 """Convert weights of OpenAI's U-Net (guided-diffusion, torchcfm, the code of Kac flows) to diffusers' U-Net.
 
-Both compute the same function. The names of the weights differ, and so does attention: OpenAI has one 1-d convolution
-that makes queries, keys and values head by head (use_new_attention_order=False, the default); diffusers has three
-linear layers.
+Both U-Nets compute the same function, but name their weights differently. In attention, OpenAI's U-Net computes the
+queries, keys and values of one head after another in a single 1-d convolution (use_new_attention_order=False, the
+default), whereas diffusers has three linear layers.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from kac.networks.unet import UNetConfig
 from kac.util.errors import ArgumentError, CheckpointError
 
-GROUPS = 32  # in all its group norms, which the weights do not show
+GROUPS = 32  # in every group norm of OpenAI's U-Net; the weights do not reveal this number
 
 OUTERMOST = {
     "label_emb": "class_embedding",
@@ -34,18 +34,18 @@ RESIDUAL_BLOCK = {
 ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
 
 OPENAI_NAMES = {f"{layer}.{kind}" for layer in OUTERMOST for kind in ("weight", "bias")}
-"""Names that occur in every U-Net of OpenAI."""
+"""Names of weights that every OpenAI U-Net has."""
 
 
 def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether weights have the names of OpenAI's U-Net."""
+    """Return whether weights are named as in OpenAI's U-Net."""
     return any(name.startswith("input_blocks.") for name in weights)
 
 
 def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Return the weights under the names of diffusers. Weights that OpenAI's U-Net lacks keep their names.
+    """Return the weights, renamed as in diffusers. Weights that OpenAI's U-Net does not have keep their names.
 
-    Raises ``ArgumentError`` or ``CheckpointError`` if OpenAI's or diffusers' U-Net lacks an option of the other.
+    Raises ``ArgumentError`` or ``CheckpointError`` if one of the two U-Nets uses an option that the other lacks.
     """
     fixed = {
         "time_scale": (config.time_scale, 1, "embeds unscaled times"),
@@ -54,14 +54,12 @@ def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
     }
     for option, (value, expected, reason) in fixed.items():
         if value != expected:
-            raise ArgumentError(
-                f"`network.{option}` is {value:g}, but a U-Net of OpenAI {reason}. Set it to {expected}."
-            )
+            raise ArgumentError(f"`network.{option}` is {value:g}, but OpenAI's U-Net {reason}. Set it to {expected}.")
     # Only resblock_updown puts two residual blocks into one output block.
     if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights):
         raise CheckpointError(
-            "this U-Net was built with resblock_updown=True, which diffusers does not have. Use `network` outside with "
-            "the code that it was trained with."
+            "this U-Net was built with resblock_updown=True, which diffusers does not support. Use `network` outside "
+            "with the code that built it."
         )
     layers = _layers(weights)
     translated: dict[str, Tensor] = {}
@@ -79,9 +77,9 @@ def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
 
 
 def _layers(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names in diffusers of layers and attention blocks.
+    """Map the names of layers and attention blocks in OpenAI's U-Net to their names in diffusers.
 
-    OpenAI's U-Net numbers its blocks across levels, including the changes of resolution.
+    OpenAI's U-Net numbers its blocks consecutively across levels, and counts downsampling layers as blocks.
     """
     layers = dict(OUTERMOST)
 
@@ -111,9 +109,9 @@ def _layers(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _split(value: Tensor, head_channels: int | None) -> list[Tensor]:
-    """Split [3 channels, ...], ordered by head, then query/key/value, then channel, into three [channels, ...]."""
+    """Split [3 channels, ...], ordered by head, query/key/value and channel, into three tensors [channels, ...]."""
     channels = len(value) // 3
-    if not head_channels or channels % head_channels:  # the shapes of another config are refused later
+    if not head_channels or channels % head_channels:  # shapes that do not fit the config fail later
         head_channels = channels
     by_head = value.reshape(-1, 3, head_channels, *value.shape[1:])
     return [part.flatten(0, 1) for part in by_head.unbind(1)]

@@ -1,4 +1,4 @@
-"""Networks of kind ``outside``: a velocity field written by others, given by its import path."""
+"""Networks of kind ``outside``: any PyTorch module, given by its import path, as a velocity field."""
 
 from typing import Any, Literal
 
@@ -13,42 +13,42 @@ OPTION = "`network.module`"
 
 
 class OutsideConfig(NetworkOptions):
-    """A module written by others, called as module(x, t, label)."""
+    """Options of a module from outside this project, which is called as module(x, t, label)."""
 
     kind: Literal["outside"] = Field(
-        "outside", description="outside: a module of your own, by its import path, called as module(x, t, label)"
+        "outside", description="outside: your own module, given by its import path, called as module(x, t, label)"
     )
-    conditions: tuple[Condition, ...] = Field((), max_length=0, description="none: it takes only time and label")
+    conditions: tuple[Condition, ...] = Field((), max_length=0, description="must be empty for modules from outside")
     module: ImportPath = Field(
-        description="package.module:factory, where factory is an nn.Module class or a function annotated to return one"
+        description="package.module:factory; factory: an nn.Module class, or a function annotated to return a module"
     )
     arguments: FactoryArguments = Field({}, description=ARGUMENTS_HELP)
     time: Literal["data_at_0", "data_at_1"] = Field(
         "data_at_0",
-        description="time of the data in the module; data_at_0: t = 0, as in this project; data_at_1: t = 1, so the "
-        "module is called at 1 - t",
+        description="time convention of the module; data_at_0: data are at t = 0, as in this project; data_at_1: data "
+        "are at t = 1, so the module is called at 1 - t",
     )
     time_scale: PositiveFloat = Field(1.0, description="factor that multiplies t before the module is called")
     labels: Literal["with_null", "without_null", "none"] = Field(
         "with_null",
-        description="labels that the module accepts; with_null: classes, and 'no class' as the label after the last "
-        "class; without_null: only classes, so there is no guidance; none: it is called as module(x, t)",
+        description="labels that the module accepts; with_null: classes, and a null label ('no class') after the last "
+        "class; without_null: only classes, so guidance is impossible; none: it is called as module(x, t)",
     )
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the module can be conditioned on, from ``labels``."""
+        """What the module can be conditioned on, according to ``labels``."""
         if self.labels == "none":
             return "none"
         return "classes_and_null" if self.labels == "with_null" else "classes"
 
 
 class Outside(NetworkModule):
-    """A module written by others as a velocity network. Training updates all of its parameters."""
+    """Wraps a module from outside this project as a velocity network. Training updates all parameters of the module."""
 
     def __init__(self, config: OutsideConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        if config.conditions:  # an objective may have added conditions without validating the config
+        if config.conditions:  # an objective can add conditions without validating the config
             conditions = ", ".join(config.conditions)
             raise ArgumentError(f"`network.conditions` is {conditions}, but {config.module} takes only time and label.")
         self.null_label, self.takes = num_classes if config.has_null_label else None, ()
@@ -59,7 +59,7 @@ class Outside(NetworkModule):
             raise ArgumentError(f"{OPTION} {config.module} has no parameters. Give a module with weights.")
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """x [batch, *sample_shape], t scalar or [batch], label [batch] in 0 .. null_label -> velocity like x."""
+        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch] in 0 .. null_label."""
         is_reversed = self.time == "data_at_1"
         times = (self.time_scale * (1 - t if is_reversed else t).float()).expand(len(x))  # [batch]
         inputs = (x, times) if self.labels == "none" else (x, times, label)
@@ -71,7 +71,7 @@ class Outside(NetworkModule):
 
 
 def _find_tensor(output: Any) -> Any:
-    """Return the output itself, the first item of a tuple, or the attribute ``sample`` (the name in diffusers)."""
+    """Return the first item of a tuple, a tensor itself, or the attribute ``sample`` of an output of diffusers."""
     if isinstance(output, tuple):
         return output[0] if output else None
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)

@@ -1,4 +1,4 @@
-"""The U-Net of diffusers. With ``patch`` > 1 it works on a smaller image and is several times faster."""
+"""The U-Net of diffusers. With ``patch`` > 1 it works on smaller images and is several times faster."""
 
 from typing import Any, Literal, Self
 
@@ -11,19 +11,19 @@ from kac.util.errors import ArgumentError
 
 
 class UNetConfig(NetworkOptions):
-    """diffusers' UNet2DModel, class-conditional."""
+    """Options of diffusers' UNet2DModel, used with class labels."""
 
     kind: Literal["unet"] = Field("unet", description="unet: diffusers' UNet2DModel, for images")
     channels: tuple[PositiveInt, ...] = Field((64, 128), description="channels per level", min_length=1)
     blocks: PositiveInt = Field(2, description="residual blocks per level")
-    attention: tuple[PositiveInt, ...] = Field((), description="image widths, in pixels, of the levels with attention")
+    attention: tuple[PositiveInt, ...] = Field((), description="levels with attention, by image width in pixels")
     head_channels: PositiveInt | None = Field(None, description="channels per attention head; default: one head")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the residual blocks")
     scale_shift: bool = Field(
-        False, description="let time and class scale and shift the norms; otherwise they are added"
+        False, description="scale and shift the normalised features by time and class instead of adding an embedding"
     )
     patch: PositiveInt = Field(1, description="fold patches of PATCH x PATCH pixels into channels (space to depth)")
-    groups: PositiveInt = Field(32, description="groups of the group norms; must divide the channels of every level")
+    groups: PositiveInt = Field(32, description="groups in each group norm; must divide the channels of every level")
     time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class UNet(DiffusersNetwork):
         nn.init.zeros_(self.unet.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """As ``DiffusersNetwork.forward``, with patches folded into channels."""
+        """Call ``DiffusersNetwork.forward`` with patches folded into channels, and unfold the velocity."""
         velocity = super().forward(nn.functional.pixel_unshuffle(x, self.patch), t, label, **conditions)
         return nn.functional.pixel_shuffle(velocity, self.patch)
 
@@ -68,7 +68,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         )
     if unknown := [width for width in config.attention if width not in widths]:
         raise ArgumentError(
-            f"`network.attention` {unknown}: no level has this width. The levels are {widths} pixels wide."
+            f"`network.attention` contains {unknown}, but the levels are {widths} pixels wide. Choose among these."
         )
     has_attention = [width in config.attention for width in widths]
     attending = zip(config.channels, [*has_attention[:-1], True], strict=True)
@@ -76,7 +76,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     if any(width % (config.head_channels or width) for width in with_heads):
         raise ArgumentError(
             f"`network.head_channels` {config.head_channels} does not divide {sorted(with_heads)}, the channels of the "
-            "levels with attention. Choose a common divisor. The last level always has attention."
+            "levels with attention (always including the last level). Choose a common divisor."
         )
     return {
         "sample_size": size,
@@ -89,7 +89,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         "attention_head_dim": config.head_channels,
         "dropout": config.dropout,
         "norm_num_groups": config.groups,
-        "attn_norm_num_groups": config.groups,  # with scale_shift the middle attention would otherwise have no norm
+        "attn_norm_num_groups": config.groups,  # otherwise scale_shift removes the norm of the middle attention
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "num_class_embeds": num_classes + 1,
     }

@@ -1,4 +1,4 @@
-"""The interface of velocity networks: null label, conditions besides time and label, and loading of weights."""
+"""The interface of velocity networks: their null label, their conditions, and how their weights are loaded."""
 
 import math
 from typing import Literal, Protocol
@@ -18,18 +18,18 @@ Conditioning = Literal["classes_and_null", "classes", "none"]
 
 
 class NetworkOptions(Kinded):
-    """The options that all kinds of networks share."""
+    """Options that networks of every kind share."""
 
     conditions: tuple[Condition, ...] = Field((), description="inputs besides time and label: end_time, guidance")
 
     @property
     def conditioning(self) -> Conditioning:
-        """What the network can be conditioned on. A model may be trained with less."""
+        """What the network can be conditioned on. ``ModelConfig.conditioning`` records what training used."""
         return "classes_and_null"
 
     @property
     def has_null_label(self) -> bool:
-        """Whether the network accepts the label "no class"."""
+        """Whether the network accepts the null label ("no class")."""
         return self.conditioning != "classes"
 
 
@@ -42,7 +42,7 @@ class VelocityNetwork(Protocol):
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Return the velocity [batch, *sample] at x [batch, *sample], t (scalar or [batch]) and label [batch].
 
-        ``conditions`` are exactly the inputs that the network ``takes``, each a scalar or [batch].
+        ``conditions`` must be exactly the inputs that ``takes`` names, each a scalar or [batch].
         """
         ...
 
@@ -50,16 +50,16 @@ class VelocityNetwork(Protocol):
 class NetworkModule(nn.Module):
     """A trainable ``VelocityNetwork``."""
 
-    null_label: int | None  # the label of "no class", num_classes; None: the network accepts only classes
-    takes: tuple[Condition, ...]  # the conditions of its config
-    diffusers_name: str | None = None  # the name of its diffusers submodule, and of the folder that stores it
+    null_label: int | None  # num_classes; None if the network accepts only classes
+    takes: tuple[Condition, ...]  # the conditions named in its config
+    diffusers_name: str | None = None  # name of the submodule from diffusers, and of its folder
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load the weights of a network that may have fewer conditions, which have no effect before training.
+    """Load weights, which may lack embeddings of conditions, because these have no effect before training.
 
     Raises:
-        CheckpointError: other weights are missing, unexpected or of a different shape.
+        CheckpointError: any other tensor is missing, unexpected or of a different shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith("conditions.")]
@@ -73,7 +73,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class FourierFeatures(nn.Module):
-    """Encodes scalars as ``width`` sines and cosines; ``cycles`` are the lowest and highest frequency per unit."""
+    """Encodes scalars as ``width`` sines and cosines, with frequencies from ``cycles[0]`` to ``cycles[1]`` per unit."""
 
     frequencies: Tensor
 
@@ -85,17 +85,17 @@ class FourierFeatures(nn.Module):
         self.width = width
 
     def forward(self, value: Tensor) -> Tensor:
-        """[batch] -> [batch, width]."""
+        """Encode the scalars ``value`` [batch] as features [batch, width]."""
         angle = value[:, None] * self.frequencies
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
 
 
-# Students see few guidance scales, and low frequencies interpolate between them.
+# Students are trained on few guidance scales. Low frequencies interpolate smoothly between these scales.
 CONDITION_CYCLES: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
 
 
 class ConditionEmbedding(nn.Module):
-    """Adds the embedding of the conditions to the embedding of time and label. It is 0 before training."""
+    """Adds an embedding of the conditions, which is 0 before training, to the embedding of time and label."""
 
     def __init__(self, conditions: tuple[Condition, ...], width: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class ConditionEmbedding(nn.Module):
             self.add_module(name, nn.Sequential(features, nn.Linear(width, width), nn.SiLU(), last))
 
     def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """Return ``embedding`` [batch, width] plus the embedding of each condition, a scalar or [batch]."""
+        """Return ``embedding`` [batch, width] plus the embeddings of the ``given`` conditions, each scalar or [batch]."""
         if sorted(given) != sorted(self.names):
             raise ValueError(f"The network takes the conditions {sorted(self.names)}, but got {sorted(given)}.")
         for name in self.names:

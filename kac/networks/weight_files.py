@@ -1,4 +1,4 @@
-"""Read weights from files that others wrote. Only tensors and plain values are read; no code is run."""
+"""Read weights from third-party files. Only tensors and plain values are read, and no code in a file is run."""
 
 import hashlib
 import io
@@ -17,22 +17,22 @@ from kac.util.integrity import check_zip
 from kac.util.text import shorten
 
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Parts of names that torch.compile, FSDP and activation checkpointing add at any depth."""
+"""Parts that torch.compile, FSDP and activation checkpointing insert into tensor names, at any depth."""
 
-AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)  # names of entries
-MOST_SHOWN = 6  # entries in a message
+AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)  # averaged weights
+MOST_SHOWN = 6  # maximum number of entries listed in a message
 
 
 class WeightsFile(NamedTuple):
-    """All tensors of a file. The name of a nested tensor is its path, joined by dots."""
+    """All tensors in a file. The name of a nested tensor is the keys that lead to it, joined by dots."""
 
     named: dict[str, Tensor]
-    unnamed: dict[str, list[Tensor]]  # lists of tensors, by the name of their entry
-    entries: tuple[str, ...]  # names at the top level of the file
+    unnamed: dict[str, list[Tensor]]  # lists of tensors without names, by entry
+    entries: tuple[str, ...]  # keys at the top level of the file
     sha256: str
 
     def describe(self) -> str:
-        """Describe the content of the file for a message."""
+        """Describe the content of the file for an error message."""
         if not self.named and not self.unnamed:
             return f"no tensors in {shorten(self.entries, MOST_SHOWN)}" if self.entries else "no named entries"
         example = "".join(f", such as {name} {list(value.shape)}" for name, value in list(self.named.items())[:1])
@@ -40,9 +40,9 @@ class WeightsFile(NamedTuple):
         return f"{total} tensors: {self.describe_entries(self.named)}{example}"
 
     def describe_entries(self, names: Collection[str], without: str | None = None) -> str:
-        """Describe the entries of ``names`` and all lists except ``without``, with the number of tensors in each.
+        """List the entries of the tensors ``names``, and all lists except ``without``, each with its number of tensors.
 
-        The entry of a name is its parts up to the first part in which the names in the file differ.
+        The entry of a tensor is its name up to and including the first part that differs between names in the file.
         """
         split = [name.split(".") for name in self.named]
         first, last = min(split, default=[]), max(split, default=[])
@@ -55,9 +55,9 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: str) -> WeightsFile:
-    """Return the tensors of a ``torch.save`` or safetensors file (local or s3://), on the CPU.
+    """Return the tensors in a ``torch.save`` or safetensors file (local or s3://), loaded on the CPU.
 
-    Raises ``CheckpointError`` if the file is missing, damaged, or contains more than tensors and plain values.
+    Raises ``CheckpointError`` if the file is missing or damaged, or contains anything but tensors and plain values.
     """
     try:
         data = files.read_bytes(path)
@@ -78,11 +78,11 @@ def read_weights(path: str) -> WeightsFile:
 
 def _load(path: str, data: bytes) -> Any:
     try:
-        if path.endswith(".safetensors") or data[8:9] == b"{":  # a safetensors header starts after its 8-byte length
+        if path.endswith(".safetensors") or data[8:9] == b"{":  # a safetensors file starts with an 8-byte length
             return safetensors.torch.load(data)
         check_zip(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - PyTorch may raise any type on damaged files
+    except Exception as error:  # noqa: BLE001 - PyTorch may raise any error for a damaged file
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} contains the Python object {forbidden[1]}, which cannot be loaded without running code. Save "
@@ -92,7 +92,7 @@ def _load(path: str, data: bytes) -> Any:
 
 
 def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
-    """Yield the tensors, and the lists of tensors, at any depth of ``content``."""
+    """Yield the name and value of every tensor, and of every list of tensors, at any depth in ``content``."""
     if isinstance(content, Tensor):
         if name:
             yield name, content
@@ -104,7 +104,7 @@ def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tenso
 
 
 def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
-    """Return the prefixes of ``expected`` names in ``names``, most frequent first. Each is empty or ends in a dot."""
+    """Return the prefixes of ``names`` before ``expected`` names, by frequency. Each is empty or ends in a dot."""
     counts: Counter[str] = Counter()
     for name in names:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
@@ -113,11 +113,11 @@ def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
 
 
 def choose_key(keys: Sequence[str]) -> str:
-    """Return the only key, or the only key of averaged weights; raises ``CheckpointError`` if there is no such key."""
+    """Return the only key, or the only key of averaged weights. Raises ``CheckpointError`` if several keys remain."""
     last = [key for key in keys if AVERAGED.search(key.rpartition(".")[2])]
     anywhere = [key for key in keys if any(map(AVERAGED.search, key.split(".")))]
     for candidates in (keys, last, anywhere):
         if len(candidates) == 1:
             return candidates[0]
     names = ", ".join(key or "'' (no prefix)" for key in keys)
-    raise CheckpointError(f"several entries hold weights that fit: {names}. Choose one with `key`.")
+    raise CheckpointError(f"several entries contain weights that fit: {names}. Choose one with `key`.")
