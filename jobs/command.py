@@ -18,10 +18,10 @@ from pipeline.cluster import environment, storage
 from pipeline.config import Spec
 
 SYNC = "--sync-tracking"
-"""An option of every job: first deliver what earlier jobs could not. Without other options the job then ends."""
+"""An option of every job: first deliver log entries that earlier jobs could not. On its own, it does only that."""
 
 TERMINATED = 128 + signal.SIGTERM
-Command = tuple[type[Spec], Callable[[Any], object]]  # its spec, and the function that it runs
+Command = tuple[type[Spec], Callable[[Any], object]]  # the type of its spec, and the function that runs it
 
 
 def main(
@@ -47,7 +47,7 @@ def main(
             storage.check_answers(spec)
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
-        # Users can fix what the disk or S3 refuses. Any other exception is a bug and keeps its traceback.
+        # Users can fix errors of the disk and S3. Any other exception is a bug and keeps its traceback.
         fail(prog, error, 1)
     except KeyboardInterrupt:
         fail(prog, "interrupted. Run the same command again to resume.", 130)
@@ -61,7 +61,7 @@ def main(
 
 
 def main_of(commands: Mapping[str, Command], prog: str, description: str) -> None:
-    """Run a job with several commands, as ``main`` does."""
+    """Run one command of a job that has several, in the same way as ``main``."""
     name, *arguments = sys.argv[1:] or [""]
     if name in {"-h", "--help"}:
         with _quiet_if_stdout_closes():
@@ -84,7 +84,7 @@ def fail(prog: str, error: object, code: int) -> NoReturn:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """Exit as on Ctrl-C, so that runs are closed: ``ray job stop`` sends SIGTERM. A second SIGTERM exits at once."""
+    """Exit as after Ctrl-C, so that runs are closed. ``ray job stop`` sends SIGTERM; a second SIGTERM exits at once."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise SystemExit(TERMINATED)
 
@@ -104,7 +104,7 @@ def _sync(prog: str, exit_after: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet_if_stdout_closes() -> Iterator[None]:
-    """Exit without a traceback if the reader of stdout is gone, as after ``--help | head``."""
+    """Exit without a traceback if the reader of stdout has exited, as in ``--help | head``."""
     try:
         try:
             yield

@@ -32,21 +32,21 @@ def recipe_names() -> list[str]:
 
 
 def read_options(name: str, spec_type: type[Spec]) -> Values:
-    """Return a stage's options from a recipe or a file, nested, under the names of the fields.
+    """Return a stage's options from a recipe or a file, as nested values with the names of the spec's fields.
 
-    Raises ``ArgumentError`` if the file is not YAML, has no mapping, or has sections but none for the stage.
+    Raises ``ArgumentError`` if the file is not YAML, is not a mapping, or has sections but none for the stage.
     """
     values = _read_yaml(name)
     if not isinstance(values, dict):
-        raise ArgumentError(f"`config` {name} holds a {type(values).__name__}. Write it as lines of OPTION: VALUE.")
-    # A stage's name with a plain value is an option, such as the sweep's --rollout. An empty section is None.
+        raise ArgumentError(f"`config` {name} contains a {type(values).__name__}. Write lines of OPTION: VALUE.")
+    # A stage's name with a plain value is an option, such as --rollout of the sweep. An empty section is None in YAML.
     sections = {key: value or {} for key, value in values.items() if value is None or isinstance(value, dict)}
     if not any(key in STAGES for key in sections):
         return _as_fields([spec_type], values)
     if others := [str(key) for key in values if key not in STAGES or key not in sections]:
         raise ArgumentError(
-            f"`config` {name} has sections, but {', '.join(others)} is outside of them. "
-            f"Move it into one of {', '.join(STAGES)}."
+            f"`config` {name} has sections, but {', '.join(others)} is outside them. "
+            f"Move it into one of the sections {', '.join(STAGES)}."
         )
     if spec_type.stage not in sections:
         raise ArgumentError(f"`config` {name} has no section for {spec_type.stage}, only for {', '.join(sections)}.")
@@ -68,7 +68,7 @@ def _read_yaml(name: str) -> Any:
 
 
 def _as_fields(models: list[type[BaseModel]], values: Values) -> Values:
-    """Replace - by _ in option names. The keys of an option that is itself a mapping stay unchanged."""
+    """Replace - with _ in option names. If the value of an option is a mapping, its keys stay unchanged."""
     named: Values = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -80,7 +80,7 @@ def _as_fields(models: list[type[BaseModel]], values: Values) -> Values:
 
 
 class _FloatAsWritten(float):
-    """A float whose ``str`` is its text in the file, because a sweep names trial folders after such values."""
+    """A float whose ``str`` is its text in the file. A sweep uses this text in the names of trial folders."""
 
     text: str
 

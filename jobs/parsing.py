@@ -25,14 +25,14 @@ SpecType = TypeVar("SpecType", bound=Spec)
 
 CONFIG: Any = Field(
     None,
-    description=f"recipe ({', '.join(recipe_names())}) or YAML file of options; options of the command line override "
+    description=f"recipe ({', '.join(recipe_names())}) or YAML file of options; options on the command line override "
     "it; default: no file",
 )
 CONFIG.annotation, CONFIG.metadata = str, [OptionStyle(metavar="RECIPE|FILE.yaml")]
 
 
 class Option(NamedTuple):
-    """A field of a spec as an option of the command line. A positional field has no names."""
+    """A field of a spec, as a command-line option. A positional field has no names."""
 
     names: tuple[str, ...]
     path: tuple[str, ...]  # fields that lead to the value
@@ -46,12 +46,12 @@ class Option(NamedTuple):
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
     """Return the spec that the arguments describe. Options override the values of the ``--config`` file.
 
-    An option with several kinds has the options of the chosen kind: ``--network unet --network.width 64``.
+    If an option has several kinds, the chosen kind has its own options: ``--network mlp --network.width 64``.
 
     Raises:
         ArgumentError: an option of the command line or the file is unknown, missing or invalid.
     """
-    # The first pass only finds the file and the kinds, which determine the options of the second pass.
+    # The first pass finds only the file and the kinds. They determine which options the second pass knows.
     first, _ = _read(_options([spec_type], _with_defaults(spec_type, {})), arguments)
     configs = first.get("config", [])
     if len(configs) > 1:
@@ -114,7 +114,7 @@ def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
 
 
 def _override(lower: Any, upper: Any) -> Any:
-    """Merge nested values; ``upper`` wins. Values of another kind replace the lower ones completely."""
+    """Merge nested values; ``upper`` wins. Values of a different kind replace the lower values completely."""
     if isinstance(lower, dict):
         upper = expand_kind(upper)
     if not isinstance(upper, dict):
@@ -154,9 +154,9 @@ def _kind_names(*models: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...] = ()) -> Iterator[Option]:
-    """Yield the options of a model: of several models, the model for the kind in ``values``.
+    """Yield the options of a model. If there are several models, choose the model for the kind in ``values``.
 
-    ``values`` are the defaults in the help.
+    The help shows ``values`` as the defaults.
     """
     model = _model_of_kind(models, values)
     fields = {**({} if path else {"config": CONFIG}), **model.model_fields}
@@ -190,7 +190,7 @@ def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...
 
 
 def _rank(model: type[BaseModel], name: str) -> int:
-    """Return the position of an option in the help: required ones first, then ``--config``, then the common ones."""
+    """Return an option's rank in the help: required options first, then ``--config``, then common options."""
     common = getattr(model, "common", ())
     if name == "config":
         return 1
@@ -235,14 +235,14 @@ def _parser(options: list[Option], spec_type: type[Spec] = Spec, prog: str = "")
             takes["action"] = "append"
         text = option.help.replace("%", "%%")
         if not option.names:
-            add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # a missing one is our error
+            add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # ``parse`` raises if it is missing
         for name in option.names:
             add(name, dest=dest, help=text if name == option.names[0] else argparse.SUPPRESS, **takes)
     return parser
 
 
 def _help_text(description: str, default: Any) -> str:
-    """Return the help with the default. A description can end with what happens without a value, "; default: X"."""
+    """Return the help with the default. A description can end with "; default: X", where X applies without a value."""
     text, _, without_value = as_options(description).partition("; default: ")
     if default is PydanticUndefined:
         return f"{text} (required)"

@@ -7,5 +7,5 @@ from pipeline.tracking.delivery import SyncSpec, sync
 COMMANDS: dict[str, Command] = {"close-dead": (CloseDeadSpec, close_dead), "sync": (SyncSpec, sync)}
 
 if __name__ == "__main__":
-    about = "Manage runs in MLflow: close runs of dead processes, and deliver log entries after a server failure."
+    about = "Manage runs in MLflow: close the runs of dead processes, and deliver log entries after a server failure."
     main_of(COMMANDS, "python -m jobs.runs", about)
