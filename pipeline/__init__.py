@@ -1,6 +1,6 @@
-"""The stages on Ray, the endpoint store, and tracking. The stages are Python functions, which replace their modules.
+"""The stages as Python functions, the endpoint store, and tracking. A function hides the module of the same name.
 
-Each function takes its spec, or the fields of the spec as keywords; never both.
+Each function takes either its spec, or the fields of the spec as keyword arguments.
 
     from pipeline import teach, rollout, distill, evaluate
 
@@ -9,9 +9,9 @@ Each function takes its spec, or the fields of the spec as keywords; never both.
     student = distill(store=store.path, out="runs/student", steps=4, tracking=False)
     images = student.load().sample(16)
 
-Each function returns an object with what it made, or raises ``DistillKacError``. With ``tracking=False`` MLflow records
-no run. Log lines go to the logger ``distillkac``. Without RAY_ADDRESS, every stage except ``sweep`` works in this
-process and starts no Ray, unless ``workers`` or ``actors`` ask for some.
+Each function returns an object that describes its output, or raises ``DistillKacError``. With ``tracking=False``,
+MLflow records no run. Log lines go to the logger ``distillkac``. If RAY_ADDRESS is not set, every stage except
+``sweep`` runs in this process without Ray, unless ``workers`` or ``actors`` is set.
 """
 
 import contextlib
@@ -90,14 +90,14 @@ class EvaluationResult:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """The metrics of each row by the name of the row."""
+        """The metrics of each row, by row name."""
         return {score.name: score.metrics for score in self.scores}
 
 
 def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
     """Train a teacher.
 
-    The fields of ``TeachSpec`` are keywords, such as ``data="digits"`` and ``out="runs/teacher"``.
+    Keywords are the fields of ``TeachSpec``, such as ``data="digits"`` and ``out="runs/teacher"``.
     """
     metrics: dict[str, float] = {}
     with _stage(TeachSpec, spec, fields, tracking, workers=0) as options:
@@ -106,9 +106,9 @@ def teach(spec: TeachSpec | None = None, *, tracking: bool = True, **fields: Any
 
 
 def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields: Any) -> StoreResult:
-    """Write or grow an endpoint store: integrate the teacher from noise to images.
+    """Write or extend an endpoint store: integrate the teacher from noise to images.
 
-    The fields of ``RolloutSpec`` are keywords, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
+    Keywords are the fields of ``RolloutSpec``, such as ``teacher="runs/teacher"`` and ``store="runs/store"``.
     """
     with _stage(RolloutSpec, spec, fields, tracking, actors=0) as options:
         manifest = _rollout(options)
@@ -118,7 +118,7 @@ def rollout(spec: RolloutSpec | None = None, *, tracking: bool = True, **fields:
 def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields: Any) -> ModelResult:
     """Train a student from a store.
 
-    The fields of ``DistillSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
+    Keywords are the fields of ``DistillSpec``, such as ``store="runs/store"``, ``out="runs/student"`` and ``steps=4``.
     """
     metrics: dict[str, float] = {}
     with _stage(DistillSpec, spec, fields, tracking, workers=0) as options:
@@ -129,7 +129,7 @@ def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields:
 def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
     """Train and evaluate many students on Ray Tune.
 
-    The fields of ``SweepSpec`` are keywords, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
+    Keywords are the fields of ``SweepSpec``, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
     """
     with _stage(SweepSpec, spec, fields, tracking) as options:
         trials = _sweep(options)
@@ -141,7 +141,7 @@ def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any
 def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **fields: Any) -> EvaluationResult:
     """Compare a teacher and its students from the same noise.
 
-    The fields of ``EvaluateSpec`` are keywords, such as ``teacher="runs/teacher"``, ``students=["runs/student"]``
+    Keywords are the fields of ``EvaluateSpec``, such as ``teacher="runs/teacher"``, ``students=["runs/student"]``
     and ``out="runs/evaluation"``.
     """
     with _stage(EvaluateSpec, spec, fields, tracking, actors=0) as options:
@@ -153,7 +153,7 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
 def _stage(
     spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
 ) -> Iterator[AnySpec]:
-    """Yield the given spec, or the spec of the fields. The default is this process unless RAY_ADDRESS is set."""
+    """Yield the given spec, or a spec of the fields. ``in_process`` are defaults that apply without RAY_ADDRESS."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
@@ -164,9 +164,9 @@ def _stage(
 
 def _made(result: Result | None) -> Result:
     if result is None:
-        raise ArgumentError("`dry_run` makes nothing that this function could return. Use the job of this stage.")
+        raise ArgumentError("`dry_run` leaves nothing to return here. Leave it out, or run the job of this stage.")
     return result
 
 
-if "ray" in sys.modules and connection.is_worker():  # Ray carries the output of its workers to the driver
+if "ray" in sys.modules and connection.is_worker():  # Ray forwards the workers' output to the driver
     show()

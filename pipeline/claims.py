@@ -1,9 +1,9 @@
 """Claims: only one job at a time writes a folder.
 
-OUT/claim.json names the process that writes the folder, and is removed when the stage's run ends. A second job on the
-same machine is refused while that process is alive. A job on another machine cannot see the process and takes over the
-folder. The first job then stops at its next checkpoint, or before it writes its result. So a job whose machine was lost
-can resume on any machine at once.
+OUT/claim.json names the process that is writing the folder. The stage removes the file when its run ends. While the
+process is alive, a second job on the same machine is refused. A job on a different machine cannot see the process, so
+it takes over the folder, and the first job stops at its next checkpoint or before it writes its result. A job whose
+machine was lost can therefore resume on any machine at once.
 """
 
 import json
@@ -29,7 +29,7 @@ def take(out: str) -> None:
     """Claim the folder for this process, until ``release``.
 
     Raises:
-        DistillKacError: another process on this machine has claimed it.
+        DistillKacError: another process on this machine has claimed the folder.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
     record = json.dumps({"token": token, **process_tags.tags()}, indent=2).encode()
@@ -41,24 +41,24 @@ def take(out: str) -> None:
                 return
         elif time.monotonic() >= deadline:
             raise DistillKacError(
-                f"{out}: another job is writing this folder, {_describe(claim)}. Wait until it ends, or choose another "
-                "`out`."
+                f"{out}: another job ({_describe(claim)}) is writing this folder. Wait until the job ends, or choose "
+                "another `out`."
             )
         else:
             time.sleep(POLL_SECONDS)
 
 
 def token_of(out: str) -> str:
-    """The token of this process's claim on the folder; empty without one."""
+    """The token of this process's claim on the folder, or an empty string without a claim."""
     return _held.get(out, "")
 
 
 def check(out: str, token: str) -> None:
-    """Raise ``DistillKacError`` if another job has taken over the folder that the claim with this token was for."""
+    """Raise ``DistillKacError`` if another job has taken over the folder since it was claimed with this token."""
     claim = _read(out)
     if token and claim and claim["token"] != token:
         raise DistillKacError(
-            f"{out}: another job has taken over this folder, {_describe(claim)}, so that this job stops. Choose "
+            f"{out}: another job ({_describe(claim)}) has taken over this folder, so this job stops. Choose "
             "another `out` for one of the jobs."
         )
 
@@ -72,7 +72,7 @@ def release(out: str) -> None:
 
 
 def _read(out: str) -> dict[str, str] | None:
-    """The claim on the folder, or None. A damaged claim is read as that of no process."""
+    """The claim on the folder, or None. The fields of a damaged claim are empty."""
     names = ("token", *process_tags.tags())
     try:
         record = json.loads(files.read_bytes(files.join(out, CLAIM_FILE)))

@@ -1,4 +1,4 @@
-"""Decode a dataset into the cache with Ray Data, on all CPUs of the cluster. ``open_dataset`` uses only one process.
+"""Decode a dataset into the cache with Ray Data, on all CPUs of the cluster. ``open_dataset`` decodes in one process.
 
 The unit of work is a piece: some encoded images and their rows in the cache. Each task writes its images directly into
 the cache, and returns only their number.
@@ -19,7 +19,7 @@ from pipeline.progress import ProgressBar
 from pipeline.tracking import TrackedRun
 
 FROM_IMAGES = 20_000
-"""Smaller datasets are decoded by this process, because Ray and its workers need ten seconds to start."""
+"""Smaller datasets are decoded by this process, because Ray and its workers take ten seconds to start."""
 
 PAUSE_SECONDS = 0.1
 
@@ -44,14 +44,14 @@ def open_described(stage: str, config: DataConfig) -> DataDescription:
 
 
 def log_data(run: TrackedRun, data: DataDescription) -> None:
-    """Log the description of a dataset to the run that learns it, as an artifact and, in short, as tags."""
+    """Log a dataset's description to the run that trains on it: all of it as an artifact, the main facts as tags."""
     run.artifact(DATA_FILE, data.model_dump_json(indent=1).encode())
     tags = {"split": data.split, "classes": list_classes(data.class_names)}
     run.tags({f"distillkac.data.{name}": text for name, text in tags.items() if text})
 
 
 def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
-    """Decode a dataset into the cache, unless it is already there. Ray decodes ``from_images`` images or more.
+    """Decode a dataset into the cache, unless it is there. Ray decodes datasets of at least ``from_images`` images.
 
     Raises:
         DistillKacError: files are missing or damaged, or do not fit together.
@@ -75,7 +75,7 @@ def _is_shared(config: DataConfig) -> bool:
     try:
         storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
     except ArgumentError as error:
-        log.info(f"decode: only on this machine. {error}")
+        log.info(f"decode: using only this machine. {error}")
         return False
     return True
 

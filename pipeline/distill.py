@@ -1,4 +1,4 @@
-"""Train a student of a few macro steps on a store's trajectories."""
+"""Train a student with a few macro steps on a store's trajectories."""
 
 import contextlib
 import functools
@@ -40,13 +40,13 @@ def distill(
     Args:
         parent: the run of the sweep or demo that this student is part of.
         on_report: called with the metrics of validations and checkpoints.
-        is_trial: log no lines, because the sweep does.
+        is_trial: log no lines, because the sweep logs its own.
 
     Returns:
         The student's config, or None after a dry run.
 
     Raises:
-        DistillKacError: the store, the guidance scale, the step count, the initial weights or the folder do not fit.
+        DistillKacError: the store, guidance scale, step count, initial weights and folder do not fit together.
     """
     spec = resolve_spec(check_paths(spec, lambda: bool(training.choose_workers(spec).workers)))
     plan, group = plan_student(spec), training.choose_workers(spec)
@@ -83,13 +83,13 @@ def distill(
 
 
 def finish_stopped_student(spec: DistillSpec) -> bool:
-    """Finish the run of a complete student if its job stopped before the run ended. Return whether it did."""
+    """Finish the run of a complete student if its job stopped before the run ended. Return whether the job did."""
     return outputs.finish_run(spec.out, lambda run, config: logged_models.log_finished(run, spec, config))
 
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """A student to train, after its inputs were checked."""
+    """A student to train, with checked inputs."""
 
     content: dict[str, str]  # fingerprints of the inputs, which enter the student's fingerprint
     init: str  # model folder of the initial weights
@@ -108,7 +108,7 @@ def start_student_run(
         inputs={"rollout": plan.content["store"], "teacher": str(plan.student.teacher_sha256)},
         output=spec.out,
         parent=parent,
-        # The folder of a trial has the values of the sweep's axes in its name.
+        # A trial's folder name contains the values of the sweep's axes.
         name=spec.out.rsplit("/", 1)[-1] if parent else f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
         datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
     )
@@ -124,10 +124,10 @@ StudentSpec = TypeVar("StudentSpec", DistillSpec, SweepSpec)
 
 
 def check_paths(spec: StudentSpec, is_spread: Callable[[], bool]) -> StudentSpec:
-    """Return the spec with absolute paths, after a check that all machines can use them.
+    """Check that all machines can use the paths. Return the spec with absolute paths.
 
     Raises:
-        DistillKacError: only one of several machines has a path.
+        DistillKacError: a path is local to one of several machines.
     """
     spec = _absolute(spec)
     init = None if spec.init == "teacher" else spec.init
@@ -143,7 +143,7 @@ def _absolute(spec: StudentSpec) -> StudentSpec:
 
 
 def plan_student(spec: DistillSpec) -> DistillPlan:
-    """Check the inputs before any work, and return what to do.
+    """Check the inputs before any work, and return the plan.
 
     Raises:
         DistillKacError: an input is missing or does not fit.
@@ -169,8 +169,8 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         decode.prepare(first.data)
         learned_data(init, first)
     elif spec.validation_updates != 0 and not cluster.is_worker():
-        # Decode the images of the validation now, so that no worker waits for another that decodes them. Training does
-        # not need images. If they are missing, the validation reports it.
+        # Decode the validation images now, so that no worker waits for another worker to decode them. Training does not
+        # need the images; if they are missing, the validation reports it.
         with contextlib.suppress(DistillKacError, OSError):
             decode.prepare(first.data)
     sample_ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
@@ -199,12 +199,12 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
 
 
 def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
-    """Check that every pass of a refinement has two images or more, because their distances enter the loss."""
+    """Check that every refinement pass has at least two images, because the loss uses the distances between them."""
     passes = max(1, most(group.workers)) * spec.optimizer.accumulation
     if spec.refine.kind == "data" and min(spec.refine.real_images, spec.optimizer.batch_size) < 2 * passes:
         raise ArgumentError(
             f"`refine.real_images` is {spec.refine.real_images} and `optimizer.batch_size` is "
-            f"{spec.optimizer.batch_size}, but {passes} passes per update need at least {2 * passes} of both."
+            f"{spec.optimizer.batch_size}, but with {passes} passes per update, both must be at least {2 * passes}."
         )
 
 
@@ -232,13 +232,13 @@ def _check_init(
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(
-            f"{init} is a flow map, which cannot start a student with `objective` {spec.objective.kind}. "
+            f"{init} is a flow map, which cannot initialise a student with `objective` {spec.objective.kind}. "
             "Set `objective` to flow-map."
         )
     known = "all" if first.takes_guidance else first.guidance
     if first.kind == "student" and known != spec.guidance:
         raise CheckpointError(
-            f"{init} is a student of guidance {known}, but `guidance` is {spec.guidance}. Choose another `init`."
+            f"{init} is a student of guidance {known}, but `guidance` is {spec.guidance}. Choose a different `init`."
         )
 
 
@@ -248,7 +248,7 @@ class DistillTask:
 
     Attributes:
         init: model folder of the initial weights: a teacher or another student.
-        batch: returns one worker's intervals of an update, on its device. By default they come from the store.
+        batch: returns a worker's intervals for an update, on its device; by default, reads them from the store.
     """
 
     spec: DistillSpec
@@ -264,7 +264,7 @@ class DistillTask:
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
-        # A seat's whole batch is read once and kept, because each of its passes takes a part of it.
+        # Each pass of a seat takes a part of the seat's batch, so the whole batch is read once and cached.
         batch = functools.lru_cache(maxsize=1)(read)
         refine = None
         if spec.refine.kind == "data":
@@ -281,11 +281,11 @@ class DistillTask:
 
 
 def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Worker) -> Callable[[int, int], Interval]:
-    """Return a function that reads the next batch of a seat, onto the worker's device. Arguments: update, seat.
+    """Return a function (update, seat) that reads the seat's next batch onto the worker's device.
 
-    A worker with several seats reads each seat's batches in the order in which a worker with only this seat would read
-    them. That order depends on the memory limit, so every seat has the full limit: streamed columns need this memory
-    once per seat, loaded columns only once.
+    A worker with several seats must read each seat's batches in the same order as a worker with only that seat. The
+    order depends on the memory limit, so every seat gets the full limit. Streamed columns can take this memory once per
+    seat; loaded columns take it only once.
     """
     source = store.open(spec.store).without_last(spec.held_out_rows)
     readers: dict[int, Iterator[Interval]] = {}  # by seat
@@ -302,7 +302,7 @@ def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Work
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        return Interval(*to_device(next(readers[seat]), worker.device))  # the store's reader reads ahead
+        return Interval(*to_device(next(readers[seat]), worker.device))  # the store's reader prefetches
 
     return read
 
@@ -312,7 +312,7 @@ def _refinement(
 ) -> Callable[[VelocityNetwork, training.MicroBatch, LossTerms], LossTerms]:
     """Return a function that adds the distance between student and training images to the distillation losses.
 
-    The distillation losses are the anchor. Diagnostics stay unweighted.
+    The distillation losses are the anchor, weighted by ``options.anchor``. Diagnostics are not weighted.
     """
     data, path, knot_grid = learned_data(init, model), model.path.build(), store.open(spec.store).identity.knot_grid
     spaces, frequencies = open_spaces(options.spaces, data, device), torch.tensor(model.class_frequencies)

@@ -1,8 +1,8 @@
-"""Output folders: a folder belongs to one spec, so a stage can be repeated. A rerun resumes or finds a finished result.
+"""Output folders. A folder belongs to one spec, so a stage can be rerun: it resumes, or finds its result complete.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
-OUT/claim.json     the process that writes the folder now (``claims``)
-OUT/training/      checkpoints of an unfinished training
+OUT/claim.json     the process that is writing the folder (``claims``)
+OUT/training/      checkpoints of unfinished training
 OUT/run.json       the MLflow run of this output
 OUT/<result>       written last; if it has the fingerprint of the spec, the work is done
 """
@@ -32,11 +32,11 @@ TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
 def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     """Claim the folder ``out`` for the output of a spec. Return False if the output is already complete.
 
-    The file ``result`` is written last. ``content`` has hashes of the inputs. If another spec left neither a result nor
-    a checkpoint in the folder, its files are replaced.
+    The file ``result`` is written last. ``content`` holds the hashes of the inputs. Files of another spec are replaced
+    if they include neither a result nor a checkpoint.
 
     Raises:
-        DistillKacError: the folder belongs to another spec, another job writes it now, or it cannot be written.
+        DistillKacError: the folder belongs to another spec, another job is writing it, or it cannot be written.
     """
     identity, fingerprint = {**hashed_fields(spec), **content}, spec.fingerprint(**content)
     finished, started = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
@@ -51,7 +51,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         return False
     probes.check_writable(out)
     claims.take(out)
-    if is_of_another_spec:  # Ray Train keeps records even of a run without checkpoints, and would resume that run
+    if is_of_another_spec:  # Ray Train also records runs without checkpoints, and would resume such a run
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     options = spec.model_dump(mode="json")
     record = {"stage": spec.stage, "fingerprint": fingerprint, "identity": identity, "options": options}
@@ -60,7 +60,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
 
 
 def check_owner(out: str, fingerprint: str) -> None:
-    """Raise ``DistillKacError`` if another job has taken over the folder. Called before a result is written."""
+    """Raise ``DistillKacError`` if another job has taken over the folder. Call this before writing a result."""
     if (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
         raise DistillKacError(f"{out}: a job with another spec has taken over this folder. Choose another `out`.")
     claims.check(out, claims.token_of(out))
@@ -72,7 +72,7 @@ def teacher_run(
 ) -> Iterator[TrackedRun]:
     """Start or resume the run of a stage that makes a teacher, and log the data.
 
-    ``content`` has the hashes of the inputs: NAME_sha256.
+    ``content`` holds the hashes of the inputs, by NAME_sha256.
     """
     with start_run(
         spec=spec,
@@ -88,7 +88,7 @@ def teacher_run(
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
-    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. Raises as ``check_owner``."""
+    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. Calls ``check_owner``."""
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
     _tag_and_clean(out, config, run)
@@ -103,7 +103,7 @@ def complete_model(stage: str, out: str) -> ModelConfig:
 
 
 def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
-    """Finish the run of a complete model folder if its job stopped before the run ended. Return whether it did."""
+    """Finish the run of a complete model folder if its job stopped before the run ended. Return whether the job did."""
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
         return False
@@ -121,7 +121,7 @@ def _tag_and_clean(out: str, config: ModelConfig, run: TrackedRun) -> None:
 
 
 def _holds_work(out: str) -> bool:
-    """Whether the folder has a checkpoint or another result, and not only files that name the spec and the run."""
+    """Whether the folder has a checkpoint or a result, besides the files that name its spec, run and claim."""
     return any(
         name.rsplit("/", 1)[-1] == STATE_FILE
         if name.startswith(f"{TRAINING_FOLDER}/")

@@ -11,7 +11,7 @@ from pipeline.cluster import ray_internals
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"
-"""Set by a job on a terminal for the workers of its embedded Ray, whose output appears on this terminal."""
+"""A job on a terminal sets this variable for the workers of its embedded Ray, which write to the same terminal."""
 
 
 def on_terminal() -> bool:
@@ -20,14 +20,14 @@ def on_terminal() -> bool:
 
 
 class ProgressBar:
-    """Shows the progress of some work: on a terminal as tqdm's bar (Ray's in a worker), elsewhere as lines.
+    """Shows the progress of some work: a tqdm bar on a terminal (Ray's tqdm in a worker), lines elsewhere.
 
     Args:
         title: the name of the work.
         total: the amount of work, in units.
         unit: the plural name of the unit.
-        done: the amount that was done before.
-        is_shown: False for all but one of several workers.
+        done: the amount of work already done.
+        is_shown: whether to show the progress; only one of several workers should.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, is_shown: bool = True) -> None:

@@ -21,12 +21,12 @@ def sample(spec: SampleSpec) -> None:
     """Write ``spec.count`` images to a .png or .npz file.
 
     A .png file holds a sheet of all images. A .npz file holds ``images`` (float32 in [-1, 1]), ``labels`` (the labels
-    given to the network; for an unconditional model the null label, which follows the last class) and, if the classes
-    have names, ``class_names``. Images are rounded to 8 bits; with ``spec.raw`` they are the network's outputs.
+    given to the network; for an unconditional model, the null label, whose number is the class count) and, if the
+    classes have names, ``class_names``. Images are rounded to 8 bits; with ``spec.raw`` they are the network's outputs.
 
     Raises:
         DistillKacError: the model does not exist, does not know a label or does not support the steps or the guidance,
-            the file has another extension, or it cannot be written.
+            or the output file has an unknown extension or cannot be written.
     """
     out = cluster.absolute(spec.out)
     if not out.endswith((".png", ".npz")):

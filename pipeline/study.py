@@ -1,6 +1,6 @@
-"""Study: test the claims of the papers on Kac flows with a teacher, its store, its students and a Gaussian rival.
+"""Study: test the claims of the Kac-flow papers on a teacher, its store, its students and a Gaussian rival.
 
-The modules of ``kac/study/`` measure the claims. A claim whose inputs are missing is left out with a reason.
+The modules of ``kac/study/`` measure the claims. A claim whose inputs are missing is left out, and its line says why.
 """
 
 import json
@@ -61,7 +61,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
                 claims[claim] = {"found": f"left out: {outcome}"}
                 continue
             claims[claim] = {"found": outcome.text, "values": outcome.values}
-            # MLflow allows only some characters in a name, and only finite values.
+            # MLflow allows only some characters in names, and only finite values.
             metrics = {re.sub(r"[^\w./ -]", "_", f"{claim}/{name}"): value for name, value in outcome.metrics.items()}
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             tracking.declare(*(Metric(name, f"measures the claim {claim}; see {STUDY_FILE}") for name in finite))
@@ -83,8 +83,8 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     check_guidance(teacher, [w for _, _, config in students if (w := config.guidance) is not None])
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...) than {spec.teacher} "
-            f"({teacher.weights_sha256[:12]}...). Give the teacher of the store."
+            f"{spec.store} belongs to the teacher {opened.identity.teacher_sha256[:12]}..., but {spec.teacher} is "
+            f"the teacher {teacher.weights_sha256[:12]}.... Give the teacher of the store."
         )
     rival = None if spec.rival is None else StudyModel("rival", spec.rival, load_teacher_config(spec.rival))
     if rival is not None:
@@ -119,7 +119,7 @@ def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
 
 
 def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
-    """The data, the network, and the updates and batch size of the training unless the model was converted."""
+    """The data, the network and, unless the model was converted, the updates and batch size of its training."""
     choices: dict[str, Any] = {"data": config.data_sha256[:12], "conditional": bool(known_classes(config))}
     choices |= flatten({"network": config.network.model_dump(mode="json")})
     try:
@@ -131,7 +131,7 @@ def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _content(inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:
-    """The inputs in the fingerprint of a study."""
+    """The inputs that enter the fingerprint of a study."""
     students = {model.name: model.config.weights_sha256 for model in inputs.students}
     content: dict[str, Any] = {"teacher": inputs.teacher.config.weights_sha256, "students": students}
     content |= {"rival": inputs.rival.config.weights_sha256} if inputs.rival else {}

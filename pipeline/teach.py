@@ -94,7 +94,7 @@ def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], 
     order = EpochOrder(spec.seed, len(data.train), size)
 
     def batch(micro: training.MicroBatch) -> tuple[Tensor, ...]:
-        # Random numbers are drawn for the whole batch, so that no split changes it.
+        # Random numbers are drawn for the whole batch, so they do not depend on how the batch is split.
         draws = update_generator(spec.seed, micro.update)
         t, drop_coin, flip_coin = stratified_times(size, draws), *torch.rand(2, size, generator=draws)
         images, label = data.train.rows(micro.share(order.batch(micro.update)))
