@@ -1,4 +1,4 @@
-"""Columns of shards: loaded as arrays, shared or streamed, and gathered into batches in a given order of rows."""
+"""Load, share and stream the columns of shards, and gather their rows into batches in a given order."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
-"""Size of the group of shards that is read at a time. A larger shard is a group of its own."""
+"""Maximum size of a group of shards, which is read at once. A larger shard forms its own group."""
 
 READERS = 2
 """Concurrent Ray Data tasks per reader. Each task reads the shards of its group in parallel."""
@@ -29,7 +29,7 @@ PAUSE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Selection:
-    """Some knots of some shards. Equal selections share the loaded columns."""
+    """The shards and the knots to read. Equal selections share their loaded columns."""
 
     store: str
     identity: StoreIdentity
@@ -43,12 +43,12 @@ class Selection:
 
     @property
     def row_bytes(self) -> int:
-        """The size of a row in memory."""
+        """The size of a row in memory, in bytes."""
         return math.prod(self.identity.sample_shape) * 4 * len(self.knots) + 24
 
     @property
     def bytes(self) -> int:
-        """The size in memory."""
+        """The size of all rows in memory, in bytes."""
         return rows_of(self.shards) * self.row_bytes
 
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
@@ -56,7 +56,7 @@ class Selection:
         return group_shards(shards, GROUP_BYTES // self.row_bytes)
 
     def read(self, shards: Sequence[Shard]) -> pa.Table:
-        """Read the columns of some shards in parallel, in the given order. Raises the errors of ``read_rows``."""
+        """Read the columns of ``shards`` in parallel, and join them in order. Raises the errors of ``read_rows``."""
         names = [*self.scalars, *self.knots]
         tables = map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
         return pa.concat_tables(tables)
@@ -64,7 +64,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Columns:
-    """Loaded rows. Processes of a node can share them through Ray's object store, which makes the arrays read-only."""
+    """Loaded columns. Processes on a node can share them through Ray's object store; then the arrays are read-only."""
 
     selection: Selection
     sample_id: np.ndarray  # [rows]
@@ -76,7 +76,7 @@ class Columns:
 
 
 class Batch(NamedTuple):
-    """Rows of a store."""
+    """A batch of rows from a store."""
 
     sample_id: Tensor  # [batch], int64
     label: Tensor  # [batch], int64
@@ -93,7 +93,7 @@ _shared: list[Columns] = []
 
 
 def load(selection: Selection) -> Columns:
-    """Load the selected columns, unless this process shares them. Raises the errors of ``Selection.read``."""
+    """Return the selected columns, from ``use_shared`` if they are there. Raises the errors of ``Selection.read``."""
     for shared in _shared:
         knots = shared.selection.knots
         if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
@@ -106,7 +106,7 @@ def load(selection: Selection) -> Columns:
 
 @contextmanager
 def use_shared(columns: Sequence[Columns]) -> Iterator[None]:
-    """Inside the block, every reader of this process uses these columns instead of loading them."""
+    """Inside the block, every reader in this process uses these columns instead of loading its own."""
     _shared.extend(columns)
     try:
         yield
@@ -115,7 +115,7 @@ def use_shared(columns: Sequence[Columns]) -> Iterator[None]:
 
 
 def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
-    """Merge selections of the same shards into one that has all their knots."""
+    """Merge selections that have the same shards into one selection with all their knots."""
     merged: dict[Selection, set[str]] = {}
     for selection in selections:
         merged.setdefault(replace(selection, knots=()), set()).update(selection.knots)
@@ -123,7 +123,7 @@ def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
 
 
 def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
-    """Convert the rows of some shards, in ``tables`` of one or several shards, to arrays."""
+    """Convert the rows of ``shards`` to arrays. Each table has the rows of one or more consecutive shards."""
     ids = np.concatenate([np.arange(shard.ids.start, shard.ids.stop) for shard in shards])
     guidance = np.repeat([shard.guidance for shard in shards], [shard.rows for shard in shards]).astype(np.float32)
     knots = np.empty((len(ids), len(selection.knots), *selection.identity.sample_shape), np.float32)
@@ -141,7 +141,7 @@ def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[p
 
 
 def gather_rows(pieces: Sequence[Piece]) -> Batch:
-    """Gather the selected knots of the rows."""
+    """Gather the rows of the pieces, with their selected knots, into one batch."""
     parts = []
     for columns, order in pieces:
         rows = order.numpy()
@@ -156,8 +156,8 @@ def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor
     """Gather one interval per row.
 
     Args:
-        times: [knots], the times of the selected knots; of all knots in a forward store.
-        drawn: indices of the start and end among the selected knots, [batch] each; None in a forward store.
+        times: [knots], the times of the selected knots. In a forward store, the times of all knots.
+        drawn: the start and end of each interval, as indices of selected knots, [batch] each; None in a forward store.
     """
     parts, done = [], 0
     for columns, order in pieces:
@@ -189,7 +189,7 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
     Raises the errors of ``Selection.read``.
     """
     if not groups or torch.utils.data.get_worker_info() is not None:
-        # A DataLoader worker prefetches by itself. It is a fork of its parent and has no connection to Ray.
+        # A DataLoader worker already prefetches. As a fork of its parent, it has no connection to Ray.
         yield from map(selection.read, groups)
         return
     import ray
@@ -197,24 +197,24 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
     from pipeline.cluster.ray_data import each
 
     cluster.connect()
-    columns = replace(selection, shards=())  # a task needs only its own group; fewer bytes to unpack
+    columns = replace(selection, shards=())  # a task needs only the shards of its group
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         try:
             return columns.read([Shard.from_json(text) for text in json.loads(batch["item"][0])])
-        except StoreError as error:  # if raised here, Ray would wrap it in its own error with two stack traces
+        except StoreError as error:  # Ray would wrap an error raised here in its own, with two tracebacks
             return pa.table({"error": [str(error)]})
 
     items = [json.dumps([shard.to_json() for shard in group]) for group in groups]
-    # Reading mostly waits for the disk or the network. A task that asked for a CPU would wait indefinitely where
-    # trainers hold all CPUs.
+    # The tasks reserve no CPU, because they mostly wait for the disk or the network. If they needed a CPU, they would
+    # wait indefinitely when trainers use all CPUs.
     pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
     tables = each(items, read, compute=pool, blocks=len(items), pause_seconds=PAUSE_SECONDS, num_cpus=0)
-    # By default Ray Data splits blocks of more than 128 MiB, but here a block must be a whole group.
+    # By default Ray Data splits blocks of more than 128 MiB, but here each block must be a complete group.
     tables.context.target_max_block_size = None
     options = tables.context.execution_options
     options.preserve_order = True
-    # By default a pipeline fills half of the object store, and every worker on a node has its own pipeline.
+    # By default, a pipeline may fill half of the object store, but every worker on a node has its own pipeline.
     ahead_bytes = max(ahead_bytes, 2 * READERS * GROUP_BYTES)
     options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
     blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)

@@ -1,4 +1,4 @@
-"""Describe a store, from its manifest, its footers and one column."""
+"""Describe a store from its manifest, the footers of its shards and one column."""
 
 import json
 import math
@@ -40,10 +40,10 @@ def run(spec: DescribeSpec) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Describe a store with values for JSON. Only the kinetic energies of its rows are read.
+    """Return a description of a store that can be written as JSON. It reads only one column, the kinetic energy.
 
     Raises:
-        StoreError: the store does not exist or is from a newer version, or a shard is missing or damaged.
+        StoreError: the store does not exist, a newer version wrote it, or a shard is missing or damaged.
     """
     store, sizes = open_store(path, allow_unfinished=True), list_shards(path)
     identity, manifest, rows = store.identity, store.manifest, rows_of(store.shards)
@@ -58,7 +58,7 @@ def describe(path: str) -> dict[str, Any]:
         "rows": rows,
         "shards": len(store.shards),
         "bytes": sum(sizes[shard.name] for shard in store.shards),
-        "tensor_bytes": rows * len(identity.knot_columns) * state_bytes,  # of the knots, before encoding
+        "tensor_bytes": rows * len(identity.knot_columns) * state_bytes,  # size of the knots before encoding
     }
 
 

@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=Options)
 
 
 class StoreError(DistillKacError):
-    """A store or one of its shards is missing, unfinished, damaged or the wrong one."""
+    """A store or a shard is missing, unfinished, damaged, or not the expected one."""
 
 
 class NewerVersion(StoreError):
@@ -52,11 +52,11 @@ class StoreIdentity(RolloutRecipe):
     sample_shape: tuple[PositiveInt, ...]
     class_frequencies: tuple[float, ...]
     data_sha256: str | None = None
-    labels: Literal["classes", "null"] = "classes"  # given to the network: drawn classes, or only the null label
+    labels: Literal["classes", "null"] = "classes"  # what the network gets: drawn classes, or always the null label
 
     @classmethod
     def of(cls, recipe: RolloutRecipe, teacher: ModelConfig) -> Self:
-        """Return the identity of the store that this recipe makes from this teacher."""
+        """Return the identity of the store that a rollout of ``teacher`` with this recipe writes."""
         options = {name: value for name, value in hashed_fields(recipe).items() if name in RolloutRecipe.model_fields}
         return cls(
             **options,
@@ -69,11 +69,11 @@ class StoreIdentity(RolloutRecipe):
         )
 
     def fingerprint(self) -> str:
-        """Return the hash of the identity. The manifest, every shard and every student record it."""
+        """Return the hash of the identity. The manifest, every shard and every student contain it."""
         return fingerprint({"stage": "rollout", **hashed_values(self)})
 
     def values(self) -> dict[str, Any]:
-        """Return the fields that determine the rows as plain values, for files and messages."""
+        """Return the fields that determine the rows, as plain values for files and messages."""
         return hashed_fields(self)
 
     def difference(self, found: "StoreIdentity") -> str:
@@ -89,7 +89,7 @@ class StoreIdentity(RolloutRecipe):
 
     @property
     def is_forward(self) -> bool:
-        """Whether each row is one interval from noised data instead of a trajectory."""
+        """Whether each row is one interval of noised data instead of a trajectory."""
         return self.source == "forward"
 
     @property
@@ -112,19 +112,19 @@ class StoreIdentity(RolloutRecipe):
 def check_identity(
     found: StoreIdentity, expected: StoreIdentity, problem: str, advice: str, error: type[StoreError] = StoreError
 ) -> None:
-    """Raise ``error`` if the identities differ: the problem, the fields that differ, and the advice."""
+    """Raise ``error`` if the identities differ. Its message is ``problem``, the fields that differ, and ``advice``."""
     if found.fingerprint() != expected.fingerprint():
         raise error(f"{problem}: {expected.difference(found)}. {advice}")
 
 
 def knot_column(k: int, knots: int) -> str:
-    """Return the column of knot k: ``knot_00`` is noise, and the last knot is the image."""
+    """Return the name of the column of knot k. ``knot_00`` is noise, and the last knot is the image."""
     return f"knot_{k:0{max(2, len(str(knots)))}d}"
 
 
 @dataclass(frozen=True, order=True)
 class Shard:
-    """The unit of work: one file with the rows ``start`` to ``start + rows - 1`` of one guidance scale."""
+    """The unit of work: one file with samples ``start`` to ``start + rows - 1`` of one guidance scale."""
 
     guidance: float
     index: int
@@ -142,12 +142,12 @@ class Shard:
         return range(self.start, self.start + self.rows)
 
     def to_json(self) -> str:
-        """Return the shard as text for Ray Data's tasks."""
+        """Return the shard as JSON text, to send it to a Ray Data task."""
         return json.dumps([self.guidance, self.index, self.start, self.rows])
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the shard that ``to_json`` wrote."""
+        """Return the shard from the text of ``to_json``."""
         return cls(*json.loads(text))
 
 
@@ -157,18 +157,18 @@ def guidance_folder(w: float) -> str:
 
 
 def parse_shard_name(name: str, shard_size: int = 1) -> Shard | None:
-    """Return the shard at this path, with ``shard_size`` rows, or None for any other path."""
+    """Return the shard that a path names, with ``shard_size`` rows. Return None if the path does not name a shard."""
     try:
         w, index = name.removeprefix(f"{DATA}/guidance=").removesuffix(".parquet").split("/shard-")
         shard = Shard(float(w), int(index), int(index) * shard_size, shard_size)
     except ValueError:
         return None
-    # Only the canonical spelling counts: otherwise guidance=0 and guidance=0.0 would name the same shard.
+    # Accept only the canonical spelling: otherwise guidance=0 and guidance=0.0 would name the same shard.
     return shard if index.isdigit() and shard.name == name else None
 
 
 def check_version(where: str, version: Any) -> None:
-    """Raise ``NewerVersion`` if a newer version wrote the file, ``ValueError`` if ``version`` is not an integer."""
+    """Raise ``NewerVersion`` if a newer version wrote the file, and ``ValueError`` if ``version`` is not an integer."""
     if not isinstance(version, int):
         raise ValueError("its schema_version is not an integer")
     if version > SCHEMA_VERSION:
@@ -179,7 +179,7 @@ def check_version(where: str, version: Any) -> None:
 def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     """Parse the JSON of a file. Fields that an older version did not write get their neutral values.
 
-    Raises ``NewerVersion`` for unknown fields or a newer schema_version, ``ValueError`` for anything else.
+    Raises ``NewerVersion`` for unknown fields or a newer schema_version, and ``ValueError`` for any other fault.
     """
     try:
         values = json.loads(text)
@@ -192,8 +192,8 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     try:
         return model(**with_neutral_values(model, values))
     except ArgumentError as error:
-        # A newer version writes all fields of this version that are not None. If one of them is missing, then the
-        # unknown field is a known one with a damaged name.
+        # A newer version also writes all fields in `always_written`. If one of them is missing, the unknown field is
+        # more likely that field with a damaged name.
         always_written = {name for name, field in model.model_fields.items() if field.default is not None}
         if isinstance(error, UnknownArgument) and always_written <= values.keys():
             problem = f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}"

@@ -1,7 +1,7 @@
 """The manifest of a finished store, and the receipts of an unfinished store.
 
-The manifest is written last, so a store without a manifest is unfinished. Until then, the rollout writes a receipt file
-now and then. Losing one costs only time: a rerun reads every shard without a receipt from end to end before it counts.
+The manifest is written last, so a store without a manifest is unfinished. Until then, the rollout writes receipt files
+at intervals. Losing a receipt costs only time: a rerun must read the complete shard before it accepts the shard.
 """
 
 import json
@@ -18,7 +18,7 @@ from pipeline.store.shards import Receipt, map_in_threads
 ADVICE = "Delete it and run the rollout again, which keeps all intact shards."
 
 SHARDS_PER_RECEIPT_FILE = 500
-"""A rerun reads at most this many shards again, plus the shards that were published without the driver's knowledge."""
+"""A rerun reads at most this many shards again, plus shards whose receipts never reached the driver."""
 
 _RECEIPT_FILE = re.compile(r"receipts-[0-9a-f]{12}\.json")
 
@@ -40,7 +40,7 @@ class Manifest(Options):
     fingerprint: str
     identity: StoreIdentity
     teacher: str
-    endpoint_rms: float | None = None  # RMS error of the endpoints, if the precision is not float32
+    endpoint_rms: float | None = None  # RMS error of the endpoints; None if the precision is float32
     extents: tuple[Extent, ...]
     shards: tuple[Receipt, ...]
 
@@ -59,7 +59,7 @@ class Manifest(Options):
 
 
 def read_manifest(store: str) -> Manifest | None:
-    """Return the manifest of a store, or None. Raises ``StoreError`` if it is damaged or from a newer version."""
+    """Return the manifest, or None if there is none. Raises ``StoreError`` if it is damaged or from a newer version."""
     where = files.join(store, MANIFEST)
     try:
         manifest = parse(where, Manifest, files.read_bytes(where))
@@ -70,7 +70,7 @@ def read_manifest(store: str) -> Manifest | None:
     listed = {receipt.name: receipt.rows for receipt in manifest.shards}
     without = [shard.name for shard in manifest.plan() if listed.get(shard.name, 0) < shard.rows]
     if manifest.fingerprint != manifest.identity.fingerprint():
-        problem = f"its fingerprint {manifest.fingerprint[:12]}... is not that of its identity"
+        problem = f"its fingerprint {manifest.fingerprint[:12]}... does not match its identity"
     elif without:
         problem = f"it has no receipt for all rows of {without[0]}"
     else:
@@ -81,7 +81,7 @@ def read_manifest(store: str) -> Manifest | None:
 def write_manifest(store: str, manifest: Manifest) -> None:
     """Write the manifest atomically."""
     values = {**manifest.model_dump(mode="json"), "identity": manifest.identity.values()}
-    if manifest.endpoint_rms is None:  # left out for older versions, which do not know the field
+    if manifest.endpoint_rms is None:  # left out, because older versions do not know the field
         del values["endpoint_rms"]
     files.write_bytes(files.join(store, MANIFEST), json.dumps(values, indent=1).encode())
 
@@ -109,7 +109,7 @@ def write_receipts(store: str, identity: StoreIdentity, receipts: Sequence[Recei
 def read_receipts(store: str, identity: StoreIdentity, names: Iterable[str]) -> dict[str, Receipt]:
     """Return the receipts in the receipt files among ``names``, by shard name.
 
-    Ignores files that are damaged, missing or from another store, and shards with contradicting receipts.
+    Ignores files that are damaged, missing or from another store, and shards whose receipts contradict each other.
     """
 
     def read(name: str) -> tuple[Receipt, ...]:
@@ -134,7 +134,7 @@ def remove_receipts(store: str) -> None:
 
 
 def list_shards(store: str) -> dict[str, int]:
-    """Return the sizes of all files that are named like shards, by name, sorted."""
+    """Return the size of every file that is named like a shard, sorted by name."""
     return {name: size for name, size in files.list_sizes(store).items() if parse_shard_name(name)}
 
 
@@ -149,7 +149,7 @@ def shards_of(extents: Iterable[Extent], shard_size: int) -> list[Shard]:
 
 
 def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
-    """Split ``ids`` into shards. ``ids`` start at a multiple of ``shard_size``; the last shard may be short."""
+    """Split ``ids``, which must start at a multiple of ``shard_size``, into shards. The last shard may be short."""
     return [
         Shard(guidance, start // shard_size, start, min(shard_size, ids.stop - start))
         for start in range(ids.start, ids.stop, shard_size)

@@ -1,7 +1,7 @@
 """Merge stores with the same identity into one store.
 
-Shard files are copied, and each is checked against its receipt. The manifest is written last. Running the same command
-again finishes a merge that was stopped.
+The merge copies all shard files, checks each against its receipt, and writes the manifest last. If it is stopped, the
+same command resumes it.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def merge(spec: MergeSpec) -> Manifest:
     """Copy the missing shards of all ``spec.stores`` to ``spec.into``, and write its manifest.
 
     Raises:
-        StoreError: a store is unfinished, damaged or has another identity; two stores have the same sample ids; or the
-            target has other shards.
+        StoreError: a store is unfinished or damaged, or has a different identity; two stores have the same sample
+            ids; or the target has other shards.
         DistillKacError: the target is not writable.
     """
     into = cluster.absolute(spec.into)
@@ -50,10 +50,10 @@ def merge(spec: MergeSpec) -> Manifest:
         check_identity(manifest.identity, first.identity, problem, advice)
         receipts = {receipt.name: receipt for receipt in manifest.shards}
         for shard in manifest.plan():
-            if shard.name in copies:  # id ranges start with a shard, so two shards with the same ids have the same name
+            if shard.name in copies:  # each id range starts with a new shard, so shards with equal ids have equal names
                 samples = f"samples from {shard.start} at guidance {shard.guidance:g}"
                 problem = f"{path} and {copies[shard.name][0]} both have {samples}"
-                raise StoreError(f"{problem}. Roll one of them out with another `first_sample`.")
+                raise StoreError(f"{problem}. Roll one of them out again with a different `first_sample`.")
             copies[shard.name] = path, shard, receipts[shard.name]
     extents = merge_extents(extent for manifest in manifests for extent in manifest.extents)
     _check_target(into, first.identity, extents, copies)
@@ -68,17 +68,17 @@ def merge(spec: MergeSpec) -> Manifest:
 
 
 def _check_target(into: str, identity: StoreIdentity, extents: tuple[Extent, ...], names: Collection[str]) -> None:
-    """Check that the target is new or from this merge."""
+    """Check that the target is new, or comes from an earlier attempt at this merge."""
     manifest, found = read_manifest(into), list_shards(into)
     if manifest is not None:
         identities = [manifest.identity]
-    else:  # a damaged shard has no identity, and is copied again
+    else:  # the merge replaces damaged shards, whose identity is unknown
         identities = [*filter(None, map_in_threads(lambda name: identity_or_none(into, name), found, "check"))]
     for other in identities:
         check_identity(other, identity, f"{into} is a different store", "Choose another `into`.")
     if manifest is not None and manifest.extents != extents:
         problem = f"{into} is a finished store with other samples than the stores to merge"
-        raise StoreError(f"{problem}. Choose another `into`, and list {into} in `stores` to include it.")
+        raise StoreError(f"{problem}. Choose another `into`. To include {into}, list it in `stores`.")
     unknown = sorted(set(found) - set(names))
     if manifest is None and unknown:
         problem = f"{into} is an unfinished store with {unknown[0]}, which is not in the stores to merge"
@@ -93,7 +93,7 @@ def _copy(into: str, identity: StoreIdentity, source: str, shard: Shard, listed:
             if sha256_of(files.read_bytes(target)) == listed.sha256:
                 return listed, True
         data = files.read_bytes(files.join(source, shard.name))
-        # The shard may be longer than the manifest lists.
+        # A growing store may already have replaced the listed shard by a longer one.
         receipt = listed if sha256_of(data) == listed.sha256 else confirm(source, shard, identity, data, listed)
         files.write_bytes(target, data)
     except StoreError as error:

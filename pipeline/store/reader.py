@@ -1,8 +1,8 @@
 """The reader of endpoint stores: column selection, sharding over ranks, seeded shuffling and resume.
 
 The order of a rank's rows in an epoch depends only on (seed, epoch, rank, world size). Columns that fit the memory
-budget are loaded once and shuffled as a whole. Larger columns are streamed: Ray Data tasks prefetch the shards in
-shuffled order, and the reader shuffles the rows within windows that fit the budget.
+budget are loaded once, and all their rows are shuffled together. Larger columns are streamed: Ray Data tasks prefetch
+the shards in shuffled order, and the reader shuffles the rows within windows that fit the budget.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from pipeline.store.shards import column_array, identity_of_shard, map_in_thread
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
-"""Number of shards per Ray Data pipeline of an endless streaming reader; a pipeline covers at least one epoch."""
+"""Shards that an endless reader streams through one Ray Data pipeline, which covers at least one epoch."""
 
 INTERVAL_STREAM = 4
 
@@ -45,10 +45,10 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
     """Open a store for reading.
 
     Args:
-        allow_unfinished: open a store without a manifest, and read the shards that exist.
+        allow_unfinished: also open a store without a manifest, with the shards that exist.
 
     Raises:
-        StoreError: the store does not exist, is unfinished or lacks a shard, or its manifest is newer or damaged.
+        StoreError: the store does not exist, is unfinished or lacks a shard, or its manifest is damaged or too new.
     """
     manifest, found = read_manifest(path), list_shards(path)
     if manifest is not None:
@@ -75,7 +75,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
 
 
 class Store:
-    """An open store. Opening it reads only the manifest."""
+    """An open store. Opening a finished store reads only its manifest and the names of its files."""
 
     def __init__(self, path: str, identity: StoreIdentity, shards: Sequence[Shard], manifest: Manifest | None) -> None:
         self.path = path
@@ -90,7 +90,7 @@ class Store:
         return tuple(sorted({shard.guidance for shard in self.shards}))
 
     def rows(self, guidance: float | Sequence[float]) -> int:
-        """Return the number of trajectories of one or several guidance scales."""
+        """Return the number of rows of one or several guidance scales."""
         return rows_of(self._shards_of(guidance))
 
     def batches(
@@ -113,7 +113,7 @@ class Store:
             knots: indices of the knots to read, from 0 (noise) to ``identity.knots`` (image); None reads all. Must be
                 None for a forward store, whose two columns are the start and the end of an interval.
             seed: shuffle seed; every epoch is shuffled differently. None reads in the order of sample ids.
-            start_batch: first batch to yield. The batches are those of an epoch that was not stopped.
+            start_batch: first batch to yield, to resume an epoch. All batches equal those of an uninterrupted epoch.
             memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed. The budget is
                 per process: every rank and every DataLoader worker has its own.
 
@@ -139,17 +139,17 @@ class Store:
         start_batch: int = 0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> Iterator[Interval]:
-        """Yield full batches of intervals for an objective, without end. Each epoch uses each row once.
+        """Yield full batches of intervals for an objective, endlessly. Each epoch uses each row once.
 
-        The objective draws the interval of each row; in a forward store, it is the interval that the row spans. Only
-        the knots that the objective needs are read.
+        The objective draws one interval per row, except in a forward store, where each row is an interval. Only the
+        knots that the objective needs are read.
 
         Args:
             guidance: as for ``batches``.
-            start_batch: first batch to yield. The batches are those of a run that was not stopped.
+            start_batch: first batch to yield, to resume a run. All batches equal those of an uninterrupted run.
 
         Raises:
-            DistillKacError: as ``check_objective`` and ``batches``.
+            DistillKacError: an error of ``check_objective`` or ``batches``.
         """
         check_position("start_batch", start_batch)
         identity, knots, selection = self.identity, self.check_objective(objective), self.selection(objective, guidance)
@@ -177,7 +177,7 @@ class Store:
         return self._read(range(count), guidance, names)
 
     def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read columns of the last ``count`` rows; as ``first``."""
+        """Read columns of the last ``count`` rows of a guidance scale, like ``first``."""
         rows = self.rows(guidance)
         return self._read(range(max(0, rows - count), rows), guidance, names)
 
@@ -190,16 +190,18 @@ class Store:
         for w in self.guidance:
             rows = self.rows(w)
             if rows <= count:
-                raise StoreError(f"{self.path} has {rows:,} rows of guidance {w:g}, so {count:,} cannot be held out.")
+                raise StoreError(
+                    f"{self.path} cannot hold out {count:,} of {rows:,} rows of guidance {w:g}. Hold out fewer."
+                )
             shards += [replace(shard, rows=len(own)) for shard, own in self._rows_at(range(rows - count), w)]
         return Store(self.path, self.identity, shards, self.manifest)
 
     def check_objective(self, objective: Objective) -> list[int]:
-        """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if one is missing."""
+        """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if they are missing."""
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.is_forward and "end_time" in objective.conditions:
-            problem = f"{self.path} is a forward store, but a flow map learns from whole trajectories"
-            raise StoreError(f"{problem}. Roll out with `source` trajectory.")
+            problem = f"{self.path} is a forward store, but a flow map learns from trajectories"
+            raise StoreError(f"{problem}. Roll out a store with `source` trajectory.")
         if self.identity.is_forward and len(knots) != stored + 1:
             problem = f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals"
             raise ArgumentError(f"{problem}. Choose {stored} steps.")
@@ -239,7 +241,7 @@ class Store:
             if identity.is_forward:
                 raise ArgumentError("`knots` must be None for a forward store, because each row has only one interval.")
             if not knots or len(set(knots)) < len(knots) or not set(knots) <= set(range(identity.knots + 1)):
-                raise ArgumentError(f"`knots` is {list(knots)}. Give different indices from 0 to {identity.knots}.")
+                raise ArgumentError(f"`knots` is {list(knots)}. Give distinct indices from 0 to {identity.knots}.")
             columns = [knot_column(k, identity.knots) for k in knots]
         return Selection(self.path, identity, self._shards_of(guidance), tuple(columns))
 
@@ -261,7 +263,7 @@ class Store:
         return {name: torch.from_numpy(column_array(table[name]).copy()) for name in names}
 
     def _rows_at(self, positions: range, guidance: float) -> Iterator[tuple[Shard, range]]:
-        """Yield the shards with these positions among the rows of a scale, sorted by sample id, and their own rows."""
+        """Yield each shard with some of these rows, and their range in the shard. Positions count rows by sample id."""
         start = 0
         for shard in sorted(self._shards_of(guidance)):
             rows = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))
@@ -277,7 +279,7 @@ class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
         self.batches, self.options, self.epoch = batches, options, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, and so the shuffle, of the next iteration."""
+        """Set the epoch of the next iteration, which determines its shuffle."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -305,7 +307,7 @@ class _Reading:
 
     def rows_per_epoch(self) -> int:
         """Return the number of this rank's rows."""
-        # Every rank refuses a rank without rows. Otherwise the other ranks would wait indefinitely.
+        # If one rank would have no rows, every rank must raise. Otherwise, the other ranks would wait indefinitely.
         shards = self.selection.shards
         count, unit = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if count < self.order.world_size:
@@ -314,14 +316,14 @@ class _Reading:
         return len(self.order.share(range(count))) if self.is_in_memory else rows_of(self.order.share(shards))
 
     def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
-        """Yield the rows of all epochs from ``epoch``, without the first ``skip`` rows."""
+        """Yield the rows of ``epoch`` and all later epochs, except the first ``skip`` rows."""
         # A Ray Data pipeline takes a second to start, so one pipeline serves several epochs of a small store.
         epochs = max(1, PIPELINE_SHARDS // max(1, len(self.order.share(self.selection.shards))))
         for first in itertools.count(epoch, epochs):
             yield from self.pieces(range(first, first + epochs), skip if first == epoch else 0)
 
     def pieces(self, epochs: range, skip: int) -> Iterator[Piece]:
-        """Yield the rows of some epochs in order, without the first ``skip`` rows."""
+        """Yield the rows of ``epochs`` in order, except the first ``skip`` rows."""
         if not self.is_in_memory:
             yield from self._stream(epochs, skip)
             return
@@ -335,7 +337,7 @@ class _Reading:
         selection, half = self.selection, self.memory_bytes // 2
         todo = deque(
             (epoch, part, shards)
-            for epoch in epochs  # part 0 of the shuffle is the order of the shards
+            for epoch in epochs  # part 0 of the shuffle orders the shards
             for part, shards in enumerate(windows(selection.shards, self.order, epoch, half // selection.row_bytes), 1)
         )
         while todo and skip >= rows_of(todo[0][2]):

@@ -36,7 +36,7 @@ from pipeline.store.layout import (
 CONTENT_SHA256 = "content_sha256"
 
 UNREADABLE = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
-"""The exceptions that reading a damaged file raises."""
+"""The exceptions that reading a damaged file can raise."""
 
 THREADS = 8
 
@@ -104,7 +104,7 @@ def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
 
 
 def column_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column as an array: [rows], or [rows, *sample_shape] for a knot. One chunk is not copied."""
+    """Return a column as an array: [rows], or [rows, *sample_shape] for a knot. A single chunk is not copied."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     is_tensor = isinstance(array, pa.FixedShapeTensorArray)
     values: np.ndarray = array.to_numpy_ndarray() if is_tensor else array.to_numpy()
@@ -122,9 +122,9 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
         sink,
         row_group_size=max(1, table.num_rows),
         compression=compression,
-        # The floats of a flow do not repeat. For knots, a dictionary would be built and dropped for every page.
+        # Values of knots do not repeat, so a dictionary would be built and then dropped for every page.
         use_dictionary=[LABEL],
-        # DuckDB reads byte-stream-split columns only in float32.
+        # DuckDB can read a byte-stream-split column only if it is float32.
         use_byte_stream_split=knots if compression != "none" and is_float32 else False,
         write_statistics=scalars,
         write_page_checksum=True,
@@ -136,8 +136,8 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
 def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, replace: bool = False) -> Receipt:
     """Write the encoded shard atomically, and return its receipt.
 
-    If the shard exists, it is kept and its own receipt is returned: a concurrent job computed the same rows and may
-    already have listed their hash. ``replace`` overwrites a damaged or shorter shard.
+    An existing shard is kept, and its receipt is returned: a concurrent job published the same rows and may already
+    have listed their hash. With ``replace``, a damaged or shorter shard is overwritten.
     """
     if not files.write_bytes(files.join(store, shard.name), data, if_absent=not replace):
         return adopt(store, shard, identity)[0]
@@ -145,7 +145,7 @@ def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, repl
 
 
 def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, pa.Table]:
-    """Read and check a published shard; return its receipt and all its rows (at least one).
+    """Read and check a published shard; return its receipt and its rows (at least one).
 
     Raises ``FileNotFoundError`` if the shard does not exist, and the errors of ``check``.
     """
@@ -155,9 +155,9 @@ def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, p
 
 
 def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, listed: Receipt | None) -> Receipt:
-    """Check the bytes of a shard against the receipt in the manifest, if any; return their own receipt.
+    """Check the bytes of a shard against its receipt in the manifest, if any; return the receipt of the bytes.
 
-    A longer shard than listed is valid: a growing store replaces its short last shard before it updates the manifest.
+    More rows than listed are valid: a growing store replaces its short last shard before it updates the manifest.
     Raises the errors of ``check``.
     """
     receipt = _receipt(shard, data, check(store, shard, identity, data).num_rows)
@@ -206,10 +206,10 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
 
 
 def _check_types(schema: pa.Schema) -> None:
-    # Ray registers an Arrow type whose values are pickles. A file could name it.
+    # Ray registers an Arrow type whose values are pickles, which a file could use.
     for field in schema:
         if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
-            raise ValueError(f"the column {field.name} has the type {field.type.extension_name}")
+            raise ValueError(f"the column {field.name} has the unknown type {field.type.extension_name}")
 
 
 def _check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.Schema) -> None:
@@ -219,13 +219,13 @@ def _check_footer(where: str, shard: Shard, identity: StoreIdentity, schema: pa.
         found_at, expected_at = (f"sample {one.start} of guidance {one.guidance}" for one in (position, shard))
         problem = f"{where} is a copy of another shard: it starts at {found_at}, not at {expected_at}"
         raise ForeignShard(f"{problem}. Move it away.")
-    # Arrow silently skips a column that does not exist.
+    # Arrow silently skips missing columns when it reads rows.
     if not schema.remove_metadata().equals(identity.arrow_schema()):
         raise ValueError(f"its columns are {schema.names}")
 
 
 def check_rows(where: str, shard: Shard, identity: StoreIdentity, table: pa.Table) -> None:
-    """Raise ``DamagedShard`` if a sample id is wrong, ``NotFiniteShard`` if a value is NaN or infinity."""
+    """Raise ``DamagedShard`` if a sample id is wrong, and ``NotFiniteShard`` if a value is NaN or infinity."""
     ids = table[SAMPLE_ID].to_numpy()
     if len(ids) == 0 or not np.array_equal(ids, np.arange(shard.start, shard.start + len(ids))):
         raise DamagedShard(f"{where} is damaged: its sample ids are not consecutive from {shard.start}.")
@@ -282,7 +282,7 @@ def identity_or_none(store: str, name: str) -> StoreIdentity | None:
 
 
 def read_footer(where: str, schema: pa.Schema) -> tuple[StoreIdentity, Shard]:
-    """Return the store and the shard that the metadata of a file name. Raises ``NewerVersion`` or ``UNREADABLE``."""
+    """Return the identity and the shard in a file's metadata. Raises ``NewerVersion`` or an error of ``UNREADABLE``."""
     metadata = _metadata(where, schema)
     identity, start = parse(where, StoreIdentity, metadata["identity"]), int(metadata["start"])
     return identity, Shard(float(metadata["guidance"]), start // identity.shard_size, start, int(metadata["rows"]))
@@ -297,7 +297,7 @@ def _metadata(where: str, schema: pa.Schema) -> dict[str, str]:
 
 @contextmanager
 def _damage_named(where: str, advice: str = "") -> Iterator[None]:
-    """Convert the errors of reading a damaged file to ``DamagedShard``."""
+    """Convert errors from reading a damaged file to ``DamagedShard``."""
     try:
         yield
     except FileNotFoundError:
@@ -310,7 +310,7 @@ def _damage_named(where: str, advice: str = "") -> Iterator[None]:
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], title: str = "") -> list[Result]:
     """Return ``work`` of each item, in order. The first error cancels the remaining items.
 
-    ``title`` is the title of a progress bar that counts shards; empty for no progress bar.
+    ``title`` is the title of a progress bar that counts shards; without a title there is no bar.
     """
     from tqdm import tqdm
 

@@ -1,8 +1,8 @@
 """Verify a store: read every byte, report the problems of each file, and remove shards that must be recomputed.
 
-A listed shard must have the sha256 of its receipt, so every flipped bit is detected. The exception is a short last
-shard that a growing store has replaced by a longer one. An unfinished store has no receipts: there, the CRC of every
-page, the digest, the sample ids and the values are checked.
+A shard that the manifest lists must have the sha256 of its receipt, so every flipped bit is detected. The exception is
+a short last shard that a growing store has replaced by a longer one. If there is no manifest, the check covers the CRC
+of every page, the digest, the sample ids and the values.
 """
 
 import json
@@ -32,13 +32,13 @@ from pipeline.tracking.server import RUN_FILE
 
 PAUSE_SECONDS = 0.1
 OWN_FILES = (MANIFEST, RUN_FILE)
-UNRELATED = "is not a file of this store and was left alone."
+UNRELATED = "does not belong to this store and was left alone."
 
 KIND_OF = {NotFiniteShard: "not finite", DamagedShard: "damaged", ForeignShard: "foreign", NewerVersion: "newer"}
 INTACT = ("", "unplanned")
 HARMLESS = ("leftover", "extra")
 REMOVED = ("damaged", "not finite", "foreign", "duplicated")
-"""Kinds of files that `repair` removes, except foreign shards in an unfinished store."""
+"""Kinds of files that `repair` removes. It keeps foreign shards in an unfinished store."""
 
 
 class FileCheck(NamedTuple):
@@ -47,7 +47,7 @@ class FileCheck(NamedTuple):
     name: str
     kind: str  # empty if nothing is wrong
     detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
-    belongs_to: str = ""  # the shard of this store that the footer names; empty if none
+    belongs_to: str = ""  # the name in the footer, if it is a shard of this store
     sha256: str = ""
     rows: int = 0  # of an intact shard
     bytes: int = 0
@@ -115,7 +115,7 @@ def verify(spec: VerifySpec) -> VerifyReport:
             kind, detail = "foreign", f"is a copy of {check.belongs_to}, which does not exist."
         elif not kind and manifest and check.name not in listed:
             problem = f"has {check.rows} rows that {MANIFEST} does not list"
-            kind, detail = "unplanned", f"{problem}. Run their rollout again, or move the file away."
+            kind, detail = "unplanned", f"{problem}. Run the rollout of these rows again, or move the file away."
         checks.append(check._replace(kind=kind, detail=detail))
     intact = [check for check in checks if check.kind in INTACT]
     return VerifyReport(
@@ -129,7 +129,7 @@ def verify(spec: VerifySpec) -> VerifyReport:
 
 
 def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
-    """Return the identity that most shards of an unfinished store have."""
+    """Return the most common identity of the shards in an unfinished store."""
 
     def identity_or_error(name: str) -> StoreIdentity | StoreError:
         try:
@@ -146,12 +146,12 @@ def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
 
 
 def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[FileCheck]:
-    """Yield the problems that the names of the files show."""
+    """Yield problems that are visible in the file names."""
     if manifest is None:
         yield FileCheck(MANIFEST, "unfinished", "does not exist, so the store is unfinished.")
     for shard in manifest.plan() if manifest else ():
         if shard.name not in names:
-            yield FileCheck(shard.name, "missing", f"does not exist; samples {shard.start} to {shard.ids.stop - 1}.")
+            yield FileCheck(shard.name, "missing", f"does not exist (samples {shard.start} to {shard.ids.stop - 1}).")
     for name in names:
         if files.is_temporary(name.rsplit("/", 1)[-1]):
             yield FileCheck(name, "leftover", "is a temporary file of a stopped or running writer. It was left alone.")
@@ -187,7 +187,7 @@ def examine_all(
 
 
 def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | None) -> FileCheck:
-    """Examine one Parquet file. ``receipt`` is its entry in the manifest."""
+    """Examine one Parquet file. ``receipt`` is its entry in the manifest, or None."""
     try:
         data = files.read_bytes(files.join(store, name))
     except FileNotFoundError:
@@ -206,12 +206,12 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
     if kind == "foreign" and belongs_to:
         kind = "duplicated"
     if kind == "newer" and receipt:
-        kind = "damaged"  # this version wrote every shard that its manifest lists
+        kind = "damaged"  # the manifest is not from a newer version, so its shards are not either
     return FileCheck(name, kind, detail, belongs_to, shards.sha256_of(data), rows, len(data))
 
 
 def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
-    """Return the name of the shard that the footer describes; empty if it is not a shard of this store."""
+    """Return the name of the shard that the footer describes, or an empty string if it is not of this store."""
     try:
         found, shard = shards.read_footer("", pq.read_schema(pa.BufferReader(data)))
     except (*shards.UNREADABLE, NewerVersion):
@@ -220,18 +220,18 @@ def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
 
 
 def _repair(store: str, is_finished: bool, checks: Sequence[FileCheck]) -> tuple[str, ...]:
-    """Remove the shards that must be recomputed and copies of intact shards; return the names of removed files."""
+    """Remove copies of intact shards, and shards that must be recomputed; return the names of the removed files."""
     intact = {(check.name, check.sha256) for check in checks if check.kind in INTACT}
 
     def is_bad(check: FileCheck) -> bool:
         if not parse_shard_name(check.name):
-            # The user chose this name. Remove the file only if it is certainly a copy.
+            # A user chose this name. Remove the file only if it is an exact copy of an intact shard.
             return check.kind == "duplicated" and (check.belongs_to, check.sha256) in intact
-        # In an unfinished store, it is unknown which identity is the right one.
+        # Without a manifest, a shard with a rare identity may be the right one.
         return check.kind in REMOVED and (check.kind != "foreign" or is_finished)
 
     def remove(check: FileCheck) -> bool:
-        """Remove a file unless it changed since it was read: a running rollout may have repaired it."""
+        """Remove a file unless it has changed since it was read: a running rollout may have repaired it."""
         path = files.join(store, check.name)
         try:
             is_same = shards.sha256_of(files.read_bytes(path)) == check.sha256

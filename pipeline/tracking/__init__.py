@@ -1,11 +1,11 @@
 """MLflow tracking: one experiment, one run per output; fingerprint tags link teacher, store, student and evaluation.
 
 runs.py             start or resume the run of a stage, measure the machine, end the run, and find runs
-tracked_run.py      the handle of a run, to which any process can log
+tracked_run.py      a handle of a run; any process can log to it
 dead_runs.py        close the runs of dead processes
 process_tags.py     tags for the process, command and commit behind a run
 metrics.py          the table of metric names
-delivery.py         the file that keeps waiting log entries, and the thread that sends them
+delivery.py         the thread that sends log entries, and the file that keeps a copy of waiting entries
 entries.py          log entries, and the requests to MLflow that deliver them
 server.py           the address of the server, and its experiment
 logged_models.py    students as logged models, which can be loaded, served and registered

@@ -12,11 +12,11 @@ from pipeline.tracking.server import connect, tracking_uri
 from pipeline.tracking.tracked_run import TrackedRun
 
 MOST_RUNS = 50_000
-"""The most runs that one search of MLflow returns."""
+"""The maximum number of runs that one MLflow search can return."""
 
 
 class CloseDeadSpec(Spec):
-    """Mark runs as KILLED that MLflow shows as RUNNING, although their process on this host has ended."""
+    """Mark as KILLED each run that MLflow shows as RUNNING although its process on this host has ended."""
 
     stage = "close-dead"
     older_than: float | None = unhashed(
@@ -25,7 +25,7 @@ class CloseDeadSpec(Spec):
 
 
 def close_dead(spec: CloseDeadSpec) -> list[str]:
-    """Close dead runs; returns their ids.
+    """Close dead runs and return their ids.
 
     Raises:
         DistillKacError: the tracking server does not answer.
@@ -50,7 +50,7 @@ def close_dead(spec: CloseDeadSpec) -> list[str]:
 
 
 def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:
-    """The nested runs of a run that are RUNNING although their process on this host has ended."""
+    """The ids of runs nested under a run that are RUNNING although their process on this host has ended."""
     nested = _search(client, experiment, f" and tags.mlflow.parentRunId = '{run_id}'")
     return [str(run.info.run_id) for run in nested if _is_dead(run)]
 
@@ -64,7 +64,7 @@ def _is_dead(run: Any) -> bool:
 
 
 def _is_silent(run: Any, hours: float | None) -> bool:
-    """Whether a run of another host has logged no metric for this time."""
+    """Whether a run of another host has logged no metric for this many hours."""
     if hours is None or process_tags.is_here(run.data.tags):
         return False
     last = max([run.info.start_time, *(metric.timestamp for metric in run.data._metric_objs)])

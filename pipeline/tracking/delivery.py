@@ -1,8 +1,8 @@
 """Deliver log entries to a tracking server: one thread sends the entries of this process in order.
 
-A server that fails never stops the work. A file has a copy of all waiting entries, so that a killed process loses none.
-The process holds the lock of its file until it ends. Then the next run of any process with this server delivers the
-entries of the file, and so does ``python -m jobs.runs sync``.
+A failing server never stops the work. A file keeps a copy of all waiting entries, so a killed process loses none of
+them. A process locks its file until the process ends. If entries are left, the next run on the same server delivers
+them, and so does ``python -m jobs.runs sync``.
 """
 
 import atexit
@@ -25,13 +25,13 @@ from pipeline.tracking.entries import Entry, Sender, first_batch
 from pipeline.tracking.server import client_of, file_name_of, is_refusal, local_folder, tracking_uri
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
-"""Seconds between two attempts; the pause doubles with each failure."""
+"""First and longest pause between two attempts, in seconds. The pause doubles with each failure."""
 
 END_SECONDS = 10.0
-"""How long the end of a process waits for a server that does not answer."""
+"""How long a process that ends waits for a server that does not answer, in seconds."""
 
 FILE_ATTEMPTS = 3
-"""Attempts to store a file while the server answers. Then the file is set aside, so that other entries are sent."""
+"""Attempts to store a file on a server that answers. The file is then set aside, so that other entries are sent."""
 
 SYNC_COMMAND = "python -m jobs.runs sync"
 
@@ -52,7 +52,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         header = b"" if self._size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
         data = header + b"".join(entry.line() for entry in entries)
-        # A part that a full disk accepted is overwritten by the next attempt.
+        # If a full disk accepts only a part, the next attempt overwrites the part.
         if os.pwrite(self._file.fileno(), data, self._size) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(data)
@@ -61,7 +61,7 @@ class Journal:
         """Remove all entries."""
         self._size = 0
         if self._file is not None:
-            with contextlib.suppress(OSError):  # entries that are delivered twice are stored once
+            with contextlib.suppress(OSError):  # delivering entries twice is harmless
                 os.ftruncate(self._file.fileno(), 0)
 
     def close(self) -> None:
@@ -74,11 +74,11 @@ class Journal:
 
 
 def leftovers(uri: str) -> Iterator[tuple[Path, list[Entry]]]:
-    """The files of ended processes, the oldest first, and their entries. Each is locked while the caller uses it."""
+    """Yield the files of ended processes, oldest first, with their entries. A file is locked while it is in use."""
     for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl")):
         with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is alive
-            if path.exists():  # and was not delivered meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is still running
+            if path.exists():  # otherwise, another process has delivered it meanwhile
                 entries = []
                 for line in file:  # the header and damaged lines are skipped
                     with contextlib.suppress(TypeError, ValueError):
@@ -98,7 +98,7 @@ class Delivery:
         threading.Thread(target=self._work, daemon=True, name="tracking").start()
 
     def put(self, *entries: Entry) -> None:
-        """Add entries; never waits for the server."""
+        """Add entries without waiting for the server."""
         with self._changed:
             self._waiting.extend(entries)
             try:
@@ -110,9 +110,9 @@ class Delivery:
             self._changed.notify_all()
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
-        """Wait up to ``seconds`` until all entries are delivered; returns whether they are.
+        """Wait up to ``seconds`` until all entries are delivered; return whether they are.
 
-        With ``on_disk_is_enough``, stop waiting for a server that fails, unless this disk refuses entries.
+        With ``on_disk_is_enough``, do not wait for a failing server if all entries are in the file.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -124,7 +124,7 @@ class Delivery:
         return True
 
     def close(self) -> None:
-        """Close the journal. If entries wait, report where."""
+        """Close the journal. If entries still wait, log the path of their file."""
         with self._changed:
             if not self._is_on_disk:
                 with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class Delivery:
             self._journal.close()
 
     def deliver_leftovers(self) -> tuple[int, bool]:
-        """Deliver the entries of ended processes; returns their number, and whether some still wait."""
+        """Deliver the entries of ended processes; return how many were delivered, and whether others still wait."""
         delivered, is_waiting = 0, False
         for path, entries in leftovers(self.uri):
             try:
@@ -190,7 +190,7 @@ class Delivery:
                 self._send([entry])
 
     def _set_aside(self, entry: Entry, error: Exception) -> bool:
-        """If the server only fails to store this file, move it to a journal that no process locks."""
+        """If the server answers but cannot store this file, move the file to a journal that no process locks."""
         if entry.kind != "file" or self._failures < FILE_ATTEMPTS:
             return False
         aside = Journal(self.uri)
@@ -218,7 +218,7 @@ _lock = threading.Lock()
 
 
 def delivery_to(uri: str) -> Delivery:
-    """The delivery of this process to a server. A forked process has its own."""
+    """The ``Delivery`` of this process for a server. A forked process gets its own."""
     key = os.getpid(), uri
     with _lock:
         if key not in _deliveries:
@@ -228,7 +228,7 @@ def delivery_to(uri: str) -> Delivery:
 
 @atexit.register
 def finish(seconds: float = END_SECONDS) -> None:
-    """At the end of the process, wait for the deliveries and report entries that still wait."""
+    """When the process ends, wait for its deliveries, and log which entries still wait."""
     deadline = time.monotonic() + seconds
     for (pid, _), delivery in list(_deliveries.items()):
         if pid == os.getpid():
@@ -243,7 +243,7 @@ class SyncSpec(Spec):
 
 
 def sync(spec: SyncSpec | None = None) -> int:
-    """Deliver all log entries that wait on this machine, to every server; returns their number.
+    """Deliver all log entries that wait on this machine, for any server; return the number delivered.
 
     Raises:
         DistillKacError: some entries could not be delivered.
@@ -258,7 +258,7 @@ def sync(spec: SyncSpec | None = None) -> int:
 
 
 def waiting_servers() -> set[str]:
-    """The addresses, without passwords, of all servers with files of entries on this machine."""
+    """The addresses, without passwords, of all servers for which entries wait on this machine."""
     servers = set()
     for path in local_folder().glob("*.jsonl"):
         with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as file:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 REQUEST_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
-"""The most values that MLflow accepts in one request. Each entry of another kind needs its own request."""
+"""The maximum number of values in one MLflow request. Each entry of any other kind needs its own request."""
 
 DIGEST_LENGTH = 16
 """Hexadecimal digits of a dataset's digest. MLflow's databases accept at most 36."""
 
 LOCAL = "local-"
-"""Prefix of the id that a run has in this project until an absent server can create it."""
+"""Prefix of a local id, which identifies a run until a server that does not answer can create the run."""
 
 LOCAL_ID_TAG, PARENT_TAG, RERUN_TAG = "distillkac.local_id", "mlflow.parentRunId", "distillkac.rerun."
 
@@ -46,7 +46,7 @@ class Entry:
 
     run_id: str
     kind: Kind
-    content: dict[str, Any]  # one value of metrics, params and tags
+    content: dict[str, Any]  # for metrics, params and tags, a single value
     time: int = field(default_factory=now)
     step: int = 0
 
@@ -56,7 +56,7 @@ class Entry:
 
 
 def first_batch(entries: Sequence[Entry]) -> list[Entry]:
-    """The first entries that one request can deliver."""
+    """The leading entries that one request can deliver."""
     first = entries[0]
     alike = takewhile(lambda entry: (entry.run_id, entry.kind) == (first.run_id, first.kind), entries)
     return list(islice(alike, REQUEST_LIMITS.get(first.kind, 1)))
@@ -82,7 +82,7 @@ class Sender:
         return self._connected[name]
 
     def id_of(self, run_id: str) -> str:
-        """The server's id of a run; raises ``RunNotCreatedYet`` if there is none."""
+        """The server's id of a run. Raises ``RunNotCreatedYet`` if the server does not have the run."""
         if not run_id.startswith(LOCAL):
             return run_id
         if run_id not in self._known:
@@ -94,18 +94,18 @@ class Sender:
         return self._known[run_id]
 
     def create(self, tags: dict[str, str], started: int) -> str:
-        """Create a run; returns its id."""
+        """Create a run and return its id."""
         client, experiment = self.connected()
         return str(client.create_run(experiment, start_time=started, tags=self._with_parent(tags)).info.run_id)
 
     def send(self, batch: list[Entry]) -> None:
-        """Deliver a batch of ``first_batch``; raises any error of MLflow."""
+        """Deliver a batch from ``first_batch``. Raises any error of MLflow."""
         from mlflow.entities import Metric, RunTag
 
         first = batch[0]
         if first.kind == "create":
             try:
-                self.id_of(first.run_id)  # the run may exist, if the server's answer was lost
+                self.id_of(first.run_id)  # it exists if only the answer to an earlier attempt was lost
             except RunNotCreatedYet:
                 self._known[first.run_id] = self.create({**first.content, LOCAL_ID_TAG: first.run_id}, first.time)
             return
@@ -132,7 +132,7 @@ class Sender:
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: dict[str, str]) -> None:
-    """Log parameters. MLflow never changes a parameter, so that a new value in a rerun becomes a tag."""
+    """Log parameters. MLflow never changes a parameter, so a new value in a rerun becomes a tag."""
     from mlflow.entities import Param, RunTag
     from mlflow.exceptions import MlflowException
 
@@ -152,7 +152,7 @@ def _send_params(client: "MlflowClient", run_id: str, params: dict[str, str]) ->
 
 def _send_file(client: "MlflowClient", run_id: str, content: dict[str, Any]) -> None:
     folder, _, name = content["name"].rpartition("/")
-    scratch = Path(tempfile.mkdtemp())  # the end of the process would remove a TemporaryDirectory too early
+    scratch = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed too early when the process ends
     try:
         (scratch / name).write_bytes(base64.b64decode(content["data"]))
         client.log_artifact(run_id, str(scratch / name), folder or None)

@@ -1,6 +1,6 @@
 """Students as logged models of MLflow, which can be loaded, served, and registered under a name.
 
-The artifact of a logged model has the model folder and the code that loads it, and no pickles:
+The artifact of a logged model contains the model folder and the code that loads it, but no pickles:
 
 MLmodel               signature, fingerprints, store and teacher
 student_pyfunc.py     the code that MLflow runs
@@ -8,8 +8,8 @@ code/kac/             the package that this code imports, so that no other copy 
 artifacts/model/      the model folder: config.json and the weights as safetensors
 input_example.json, serving_input_example.json, requirements.txt, ...
 
-All calls use clients of the run's own server. They are thread-safe and do not change the tracking URI and the active
-run of the process, unlike ``mlflow.pyfunc.log_model``.
+All calls go through clients of the run's own server. Unlike ``mlflow.pyfunc.log_model``, they are thread-safe and do
+not change the tracking URI or the active run of the process.
 """
 
 import json
@@ -43,13 +43,13 @@ MODEL_FOLDER = "artifacts/model"
 CODE_FILE = Path(__file__).with_name("student_pyfunc.py")
 TAG = "distillkac."
 MODEL_ID_TAG = f"{TAG}model_id"
-"""Tag of a run with the id of its logged model."""
+"""The tag of a run that contains the id of its logged model."""
 
 VERSIONS_TAG = "mlflow.modelVersions"
-"""Tag of a logged model with its registered versions, which MLflow's pages read."""
+"""The tag of a logged model that lists its registered versions. MLflow's pages read it."""
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "fsspec", "botocore")
-"""The packages that ``kac`` needs to sample, and MLflow to serve."""
+"""The packages that ``kac`` needs for sampling and MLflow needs for serving."""
 
 _save_lock = threading.Lock()
 """Serialises MLflow's ``save_model``: in two threads at once, it would leave a fake module ``dbutils`` behind."""
@@ -77,13 +77,13 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
 
 
 def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
-    """Log the student in ``folder`` to its run. If the run has this model already, return that model.
+    """Log the student in ``folder`` to its run, and return the logged model. A model is not logged twice.
 
     Args:
         run: the run that made the student.
         folder: model folder, a path or s3:// URI.
         config: the student's config.
-        links: further tags, such as the paths of its store and teacher.
+        links: further tags, such as the paths of the student's store and teacher.
 
     Raises:
         MlflowException: the server refuses the model.
@@ -124,11 +124,10 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
 
 
 def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
-    """Register the student of a run as the newest version of the model ``name``; returns the version.
+    """Register the student of a run as the newest version of the model ``name``, and return the version.
 
-    A student that already has a version under this name keeps the version.
-
-    With ``alias``, ``models:/NAME@ALIAS`` is this version.
+    A student that already has a version under this name keeps it. ``alias`` makes ``models:/NAME@ALIAS`` refer to this
+    version.
 
     Raises:
         DistillKacError: the run has no logged model, or MLflow refuses the name or the alias, or does not answer.
@@ -157,7 +156,7 @@ def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
 
 
 def register_folder(folder: str, name: str) -> str:
-    """Register the student in a folder. It is logged first if its run, found by its fingerprint, has no model.
+    """Register the student in a folder. If its run in MLflow has no logged model, the student is logged first.
 
     Raises:
         DistillKacError: MLflow has no run of this student, or an error of ``register``.
@@ -167,7 +166,7 @@ def register_folder(folder: str, name: str) -> str:
     if not runs:
         raise DistillKacError(
             f"{folder}: MLflow ({without_keys(uri)}) has no run of this student, or does not answer. Set "
-            "MLFLOW_TRACKING_URI to the server that was used to train it."
+            "MLFLOW_TRACKING_URI to the server that recorded its training."
         )
     with _mlflow_errors(uri):
         params = client_of(uri).get_run(runs[0].run_id).data.params
@@ -177,7 +176,7 @@ def register_folder(folder: str, name: str) -> str:
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":
-    """The newest complete student that was logged to a run, or None. ``weights_sha256`` selects one by its weights."""
+    """The newest complete logged model of a run, or None. ``weights_sha256`` limits the search to these weights."""
     client = client_of(run.tracking_uri)
     query = f"source_run_id = '{run.run_id}'"
     if weights_sha256:
@@ -200,10 +199,10 @@ def _mlflow_errors(uri: str) -> Iterator[None]:
 
 
 def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
-    """Link the model to its run, and copy the run's last metrics, by which MLflow compares models."""
+    """Link the model to its run, and copy the run's last metrics, which MLflow uses to compare models."""
     from mlflow.entities import LoggedModelOutput, Metric, RunTag
 
-    # With the original times and steps, so that the server does not add new points to the run.
+    # Copies keep their times and steps; otherwise, the server would add new points to the run.
     run_id = info.info.run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     metrics = [
@@ -216,11 +215,11 @@ def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
 
 def _new_version(client: "MlflowClient", name: str, model: "LoggedModel") -> str:
     tags = {key: value for key, value in model.tags.items() if key.startswith(TAG)}
-    # The source is the artifact's folder: MLflow would look up models:/ID on the process's own tracking server.
+    # Pass the artifact's folder as source: MLflow would look up models:/ID on the process's own tracking server.
     created = client.create_model_version(
         name, model.artifact_location, run_id=model.source_run_id, tags=tags, model_id=model.model_id
     )
-    # For the model's page in MLflow. A server sets this tag itself, a database does not.
+    # The model's page in MLflow reads this tag. A tracking server sets the tag itself, but a database does not.
     versions = json.loads(client.get_logged_model(model.model_id).tags.get(VERSIONS_TAG, "[]"))
     if not any((other["name"], str(other["version"])) == (name, str(created.version)) for other in versions):
         versions.append({"name": name, "version": created.version})
@@ -264,7 +263,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
                 params=ParamSchema(params),
             ),
             input_example=(pandas.DataFrame({"label": labels}), {"seed": 0}),
-            # without local suffixes such as +cu128
+            # versions without local suffixes such as +cu128
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in packages],
             mlflow_model=model,
         )

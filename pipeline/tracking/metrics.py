@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from kac.metrics import Metric
 
 METRICS: dict[str, Metric] = {}
-"""Every metric that is logged to MLflow, by name. The modules that compute metrics add them by ``declare``."""
+"""Every metric that is logged to MLflow, by name. The modules that compute metrics add them with ``declare``."""
 
 PART_PREFIX = "loss/"
 """Prefix of the parts of a loss, ``loss/<part>``. They need no declaration."""
@@ -23,14 +23,14 @@ def declare(*metrics: Metric) -> None:
 
 
 def declared(name: str) -> Metric | None:
-    """The declaration of a metric, or None. Its name may have prefixes: ``steps_4/guidance_1/<name>``."""
+    """The declaration of a metric, or None. The name may have prefixes, as in ``steps_4/guidance_1/<name>``."""
     while name not in METRICS and "/" in name:
         name = name.partition("/")[2]
     return METRICS.get(name)
 
 
 def check_declared(names: Iterable[str]) -> None:
-    """Raise a ``KeyError`` that lists the metrics that are not declared."""
+    """Raise a ``KeyError`` that lists the undeclared metrics, if there are any."""
     undeclared = (PART_PREFIX, DIAGNOSTIC_PREFIX, SYSTEM_PREFIX)
     unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:

@@ -1,4 +1,4 @@
-"""Tags that say where a run comes from: its process, which others can see end, its command, commit and user."""
+"""Tags for the origin of a run: the process, so that its end can be detected, and the command, commit and user."""
 
 import functools
 import getpass
@@ -28,7 +28,7 @@ def is_alive(tags: Mapping[str, str]) -> bool:
 
 
 def has_ended(tags: Mapping[str, str]) -> bool:
-    """Whether no process on this host has the id and the start time of the tags; False if unknown."""
+    """Whether the process of this host with these ``tags`` has ended; False if that is unknown."""
     import psutil
 
     try:
@@ -62,7 +62,7 @@ def _started(pid: int) -> str:
 @functools.cache
 def _commit() -> str:
     """The checked-out commit; empty outside of a git checkout."""
-    if not (ROOT / ".git").exists():  # git would look in the folders above
+    if not (ROOT / ".git").exists():  # otherwise, git would search the parent folders
         return ""
     try:
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]

@@ -27,13 +27,13 @@ STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerpr
 CONTINUES_TAG = "distillkac.continues"
 
 START_SECONDS, NESTED_SECONDS = 60.0, 10.0
-"""How long a run and a nested run wait at their start for a server that does not answer."""
+"""How long a run, or a nested run, waits at its start for a server that does not answer, in seconds."""
 
 KILLED_SECONDS = 2.0
-"""How long a stopped job waits for the server. Ray kills it three seconds after asking it to stop."""
+"""How long a stopped job waits for the server, in seconds. Ray kills a job three seconds after asking it to stop."""
 
 FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
-"""When the first measurement of the machine begins, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
+"""Seconds to the first measurement of the machine, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
 
 
 @contextmanager
@@ -48,10 +48,10 @@ def start_run(
     stage: str | None = None,
     datasets: Sequence[Dataset] = (),
 ) -> Iterator[TrackedRun]:
-    """Start or resume the run of a stage, and end it with the block.
+    """Start or resume the run of a stage, and end it when the block ends.
 
-    The run ends as FINISHED, as KILLED if the process is asked to stop, or as FAILED. The job's claim on ``output`` is
-    then released.
+    The run ends as FINISHED, as KILLED if the process is asked to stop, or as FAILED after any other error. Then the
+    job's claim on ``output`` is released.
 
     A rerun resumes the run that ``OUTPUT/run.json`` names. If that run was deleted or is on another server, a new run
     starts, with the tag ``distillkac.continues``.
@@ -59,15 +59,15 @@ def start_run(
     Args:
         spec: the options of the stage.
         fingerprint: fingerprint of the output.
-        inputs: fingerprints of the inputs, by the stage that made them.
+        inputs: fingerprint of each input, by the name of the stage that made it.
         output: folder or URI that the stage writes.
         parent: run to nest this run under.
         name: name of the run in MLflow; default: the stage.
-        stage: stage to log instead of the spec's. Such a run writes no ``run.json`` and is always new.
+        stage: name of the stage to log instead of the spec's. The run is then always new and writes no ``run.json``.
         datasets: data that the stage reads.
 
     Raises:
-        DistillKacError: the server refuses the run. A server that does not answer is no error.
+        DistillKacError: the server refuses the run. A server that does not answer is not an error.
     """
     run = TrackedRun("", "")
     try:
@@ -103,7 +103,7 @@ def start_run(
 
 
 def run_of_output(out: str) -> TrackedRun | None:
-    """The run that made an output; None if it is on another server, or unknown."""
+    """The run that made an output; None if the run is unknown or on another server."""
     record, uri = _read_record(out), tracking_uri(out)
     if record is None or not uri or record["tracking_uri"] != without_keys(uri):
         return None
@@ -128,7 +128,7 @@ def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None
 
 
 def _open_run(uri: str, tags: dict[str, str], output: str | None, seconds: float) -> TrackedRun:
-    """Resume the run of an output, or create one; without an output, always create one."""
+    """Resume the run of an output, or create a run. Without an output, always create a run."""
     delivery = delivery_to(uri)
     is_up = not delivery.is_failing and _wait_for_server(delivery, seconds)
     if is_up:
@@ -146,7 +146,7 @@ def _open_run(uri: str, tags: dict[str, str], output: str | None, seconds: float
 
 
 def _wait_for_server(delivery: Delivery, seconds: float) -> bool:
-    """Wait up to ``seconds`` for the server; returns whether it answers."""
+    """Wait up to ``seconds`` for the server; return whether it answers."""
     deadline, is_reported = time.monotonic() + seconds, False
     while True:
         try:
@@ -169,7 +169,7 @@ def _raise_if_refused(uri: str, error: Exception) -> None:
     if is_refusal(error, at_start=True):
         raise DistillKacError(
             f"MLflow cannot use MLFLOW_TRACKING_URI={without_keys(uri)} ({one_line(error)}). Set it to the address of "
-            f"a tracking server or a database, or {EXPERIMENT_VARIABLE} to a different experiment."
+            f"a tracking server or a database, or set {EXPERIMENT_VARIABLE} to a different experiment."
         ) from error
 
 
@@ -244,7 +244,7 @@ def _measure(run: TrackedRun, ended: threading.Event) -> None:
 
     psutil.cpu_percent()  # measures since the previous call; the first call returns 0
     monitors = _monitors()
-    # The steps continue those of a resumed run.
+    # A resumed run continues its numbering of steps.
     step, wait = run.last_step(f"{SYSTEM_PREFIX}cpu_utilization_percentage"), min(1.0, every)
     while not ended.wait(wait):
         values: dict[str, float] = {}
@@ -263,6 +263,6 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(Exception):  # without a GPU or NVIDIA's library, the error is of any type
+    with contextlib.suppress(Exception):  # any error, if there is no GPU or no NVIDIA library
         monitors.append(GPUMonitor())
     return monitors

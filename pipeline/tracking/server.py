@@ -1,4 +1,4 @@
-"""The tracking server, or a local database instead."""
+"""Access to the tracking server, or to a local database that replaces it."""
 
 import fcntl
 import hashlib
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT, EXPERIMENT_VARIABLE = "distillkac", "MLFLOW_EXPERIMENT_NAME"
-"""All runs are in this experiment, unless MLflow's own variable names another one."""
+"""The experiment of all runs, unless MLflow's own variable names a different one."""
 
 RUN_FILE = "run.json"
 """A file in an output's folder that names the run that made the output."""
 
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""MLflow does not retry: its retries take minutes and print a line each, and ``delivery.py`` retries."""
+"""Settings that turn off MLflow's retries: they take minutes and print a line each. ``delivery.py`` retries instead."""
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 """MLflow's error codes for a request that will never succeed."""
 
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-"""Error codes that end a job at its start. Later, log entries wait, because a token or a proxy may be repaired."""
+"""Error codes that also end a job, but only at its start. Later, entries wait until the token or proxy is repaired."""
 
 _is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
 
@@ -41,7 +41,7 @@ class DeletedExperimentError(DistillKacError):
 
 @contextmanager
 def tracking_off() -> Iterator[None]:
-    """Within this context, runs go nowhere, and no database is created."""
+    """Within this context, runs are not tracked and no database is created."""
     token = _is_off.set(True)
     try:
         yield
@@ -85,7 +85,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
         client, name = client_of(uri), experiment_name()
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            # Without this location, artifacts would be in the working directory of the first process.
+            # By default, MLflow would put the artifacts into the working directory of the process that comes first.
             file = database_file(uri)
             location = file.with_name("mlartifacts").as_uri() if file else None
             try:
@@ -122,7 +122,7 @@ def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
 
     if isinstance(error, MlflowException):
         return str(error.error_code) in (REFUSALS | START_REFUSALS if at_start else REFUSALS)
-    if isinstance(error, OSError):  # some errors of requests are also a ValueError
+    if isinstance(error, OSError):  # some errors of the requests package are also ValueErrors
         return False
     return isinstance(error, DeletedExperimentError | KeyError | TypeError | ValueError)
 
@@ -137,13 +137,13 @@ def local_folder() -> Path:
 
 
 def file_name_of(uri: str) -> str:
-    """A file name that is unique to a server."""
+    """A file name that is unique to the server."""
     return hashlib.sha256(without_keys(uri).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Create a SQLite database if needed, in one process at a time: MLflow cannot create it in two at once."""
+    """Lock a SQLite database, and create it if it does not exist: MLflow fails if two processes create it at once."""
     if not uri.startswith("sqlite:"):
         yield
         return
@@ -152,7 +152,7 @@ def _locked(uri: str) -> Iterator[None]:
         path = database_file(uri)
         if path is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # MLflow cannot use a half-created database
+            fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # no process must see a half-created database
             fresh.unlink(missing_ok=True)
             client_of(f"sqlite:///{fresh}").search_experiments(max_results=1)
             fresh.replace(path)

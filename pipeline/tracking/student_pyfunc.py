@@ -31,7 +31,7 @@ class Student(PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        """Images [rows, *sample], float32 in [-1, 1] on the 8-bit grid; row i is sample i of the seed.
+        """Return images [rows, *sample], float32 in [-1, 1] on the 8-bit grid; row i is sample i of the seed.
 
         Args:
             context: unused.
@@ -46,7 +46,7 @@ class Student(PythonModel):  # type: ignore[misc]
         try:
             return self._images(torch.tensor(model_input["label"].to_numpy(np.int64)), params or {})
         except DistillKacError as error:
-            # A server answers with the message of this exception, and with a traceback for all others.
+            # For this exception, MLflow's server answers with the message; for any other, with a traceback.
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _images(self, label: torch.Tensor, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARAM_LENGTH = 500
-"""Longest logged value of a parameter. Longer values are cut, and end in an ellipsis."""
+"""Maximum length of a parameter's logged value. A longer value is cut and ends in an ellipsis."""
 
 THUMBNAIL = 256
-"""Largest side, in pixels, of the small copies of pictures that MLflow's pages show."""
+"""Maximum width and height, in pixels, of the small copies of pictures on MLflow's pages."""
 
 
 class Dataset(NamedTuple):
@@ -32,9 +32,9 @@ class Dataset(NamedTuple):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """An MLflow run that any process can log to. It holds only text, so that it can be sent to workers.
+    """An MLflow run that any process can log to. It consists of two strings, so it can be sent to workers.
 
-    Logged values wait in a file (``delivery.py``), so that logging never fails or waits because of the server. A run
+    Logged values wait in a file (``delivery.py``), so a server can neither delay logging nor make it fail. A run
     with an empty URI drops all values.
     """
 
@@ -42,7 +42,7 @@ class TrackedRun:
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics of ``METRICS`` and parts of the loss; raises ``KeyError`` if one is not declared."""
+        """Log metrics. Raises ``KeyError`` if ``check_declared`` does not know a name."""
         check_declared(values)
         self._put("metrics", *({name: float(value)} for name, value in values.items()), step=step)
 
@@ -79,7 +79,7 @@ class TrackedRun:
             self._put("datasets", {"datasets": [dataset._asdict() for dataset in datasets]})
 
     def last_step(self, name: str) -> int:
-        """The last step of a metric on the server; 0 without one, or if the server does not answer."""
+        """The last step of a metric on the server; 0 if the server has no step or does not answer."""
         history = self._query(lambda client, run_id: client.get_metric_history(run_id, name), [])
         return max((int(point.step) for point in history), default=0)
 
@@ -100,11 +100,11 @@ class TrackedRun:
         self._put("status", {"status": "KILLED"})
 
     def nest(self, parent: "TrackedRun") -> None:
-        """Nest the run below another one."""
+        """Nest the run under ``parent``."""
         self.tags({PARENT_TAG: parent.run_id})
 
     def flush(self, seconds: float = END_SECONDS) -> bool:
-        """Wait until the server has all log entries of this process, or fails; returns whether it has them."""
+        """Wait until the server has all log entries of this process, or fails; return whether it has them all."""
         return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
 
     def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
