@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Sets the environment of the jobs, before anything imports torch or Ray.
+# Sets the jobs' environment before anything imports torch or Ray.
 import jobs  # noqa: F401  isort: skip
 import pytest
 
@@ -32,7 +32,7 @@ def tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 @pytest.fixture(scope="session", autouse=True)
 def log() -> None:
-    """Print the log lines of the project, as the jobs do."""
+    """Print the project's log lines, as the jobs do."""
     show()
 
 
@@ -62,7 +62,7 @@ def ray_cluster(tracking_database: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Any]:
-    """The S3 server that test modules name in their environment (``tests/pipeline/s3_server.py``)."""
+    """The S3 server to which test modules point their environment (``tests/pipeline/s3_server.py``)."""
     from tests.pipeline.s3_server import SERVER
 
     SERVER.start()
@@ -72,18 +72,18 @@ def s3_server() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_cpu_stays_in_use() -> Iterator[None]:
-    """Check that a test file frees Ray's CPUs, because otherwise another file would fail minutes later."""
+    """Check that each test file frees Ray's CPUs. Otherwise a later file would fail, minutes afterwards."""
     yield
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         from tests.pipeline.stages import wait_for_free_cpus
 
-        assert wait_for_free_cpus(), "the tests of this file left CPUs of Ray in use"
+        assert wait_for_free_cpus(), "the tests in this file left some of Ray's CPUs in use"
 
 
 @pytest.fixture
 def project_root() -> Path:
-    """The checkout, in which `python -m jobs.*` runs."""
+    """The root of the checkout, where `python -m jobs.*` runs."""
     return Path(__file__).parent.parent
 
 

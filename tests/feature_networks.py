@@ -1,4 +1,4 @@
-"""Feature networks that fail on grey images or do not return features, each for another reason."""
+"""Feature networks that fail on grey images or return invalid features, each for a different reason."""
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class TwoInputs(nn.Module):
 
 
 class Later(nn.Module):
-    """Works on the batches of the trial, but fails on larger batches."""
+    """Works on the trial's batches but fails on larger batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 100:
@@ -223,7 +223,7 @@ class LaterNaN(nn.Module):
 
 
 class LaterWider(nn.Module):
-    """Returns another width for larger batches."""
+    """Returns features of a different width for larger batches."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, : 1 if x.shape[0] == 250 else 2]

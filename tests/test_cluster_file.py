@@ -28,7 +28,7 @@ def config(text: str) -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, str]:
-    """The environment variables of the nodes, from the command that writes them."""
+    """Return the environment variables of the nodes, read from the command that writes them."""
     lines = config["metadata"]["settings"].splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
@@ -53,7 +53,7 @@ def test_the_launcher_starts_its_nodes(config: dict[str, Any], tmp_path: Path, m
     (tmp_path / ".ssh").mkdir()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "simulated")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # other tests set it to their own server
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # other tests set this variable to their own server
     region, profiles = config["provider"]["region"], config["metadata"]
     for name in ("head_profile", "worker_profile"):
         boto3.client("iam", region).create_instance_profile(InstanceProfileName=profiles[name])

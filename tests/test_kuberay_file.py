@@ -97,7 +97,7 @@ JOB = {
     "additionalProperties": False,
     "properties": {
         "entrypoint": {"type": "string"},
-        "shutdownAfterJobFinishes": {"const": True},  # otherwise the cluster keeps running, at a cost
+        "shutdownAfterJobFinishes": {"const": True},  # otherwise the cluster keeps running and costs money
         "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
         "activeDeadlineSeconds": {"type": "integer", "minimum": 1},
         "preRunningDeadlineSeconds": {"type": "integer", "minimum": 1},
@@ -109,7 +109,7 @@ JOB = {
 
 @pytest.fixture
 def items(project_root: Path) -> dict[str, dict[str, Any]]:
-    """The objects of the file, by kind."""
+    """Return the objects of the file, by kind."""
     listed = yaml.safe_load((project_root / "kuberay.yaml").read_text())
     assert (listed["kind"], listed["apiVersion"]) == ("List", "v1")
     return {item["kind"]: item for item in listed["items"]}

@@ -14,11 +14,11 @@ MAX_BYTES = 1_200_000
 
 @pytest.fixture
 def checkout(project_root: Path, tmp_path: Path) -> Path:
-    """The files in git, and typical untracked files of a used checkout."""
+    """The files in git, and typical untracked files of a checkout in use."""
     folder = tmp_path / "checkout"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=project_root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if (project_root / name).exists():  # it may have been removed, but not yet committed
+        if (project_root / name).exists():  # a removal may not have been committed yet
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project_root / name, folder / name)
     clutter = (

@@ -106,7 +106,7 @@ def test_a_bug_keeps_its_traceback():
         exit_code(raising(ZeroDivisionError()), *WORDS)
 
 
-def test_an_invalid_option_has_another_code_and_runs_nothing(capsys: pytest.CaptureFixture):
+def test_an_invalid_option_has_a_different_code_and_runs_nothing(capsys: pytest.CaptureFixture):
     assert exit_code(raising(AssertionError()), *WORDS, "--count", "0") == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -128,7 +128,7 @@ def test_the_help_of_a_job_with_commands_is_aligned(run_job, capsys: pytest.Capt
 
 
 def test_help_into_a_closed_pipe_is_quiet(project_root: Path):
-    """As with ``--help | head``, whose pipe closes early."""
+    """As in ``--help | head``, where ``head`` closes the pipe early."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "jobs.rollout", "--help"]
@@ -143,7 +143,7 @@ def test_every_job_is_tested(project_root: Path):
 
 
 def test_a_terminated_job_closes_its_resources():
-    """As by ``ray job stop``: the stage gets an exception, and the job exits with the code of a terminated program."""
+    """SIGTERM, as sent by ``ray job stop``, raises an exception in the stage. The job exits with code 143."""
     closed = []
 
     def stage(spec: SampleSpec) -> None:
@@ -163,7 +163,7 @@ def test_a_terminated_job_closes_its_resources():
     try:
         assert exit_code(stage, *WORDS) == 143
         assert exit_code(waiting_for_ray, *WORDS) == 143
-        assert exit_code(raising(SystemExit(15)), *WORDS) == 143, "by Ray's handler, which replaces ours"
+        assert exit_code(raising(SystemExit(15)), *WORDS) == 143, "Ray's handler, which replaces ours, exits with 15"
     finally:
         signal.signal(signal.SIGTERM, before)
     assert closed == ["m", "m"]
@@ -181,7 +181,7 @@ def test_sync_tracking_is_an_option_of_every_job(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(delivery.Delivery, "deliver_leftovers", deliver)
     seen: list[SampleSpec] = []
     assert exit_code(seen.append, "--sync-tracking") == 0
-    assert (len(synced), seen) == (1, []), "without other options the job ends"
+    assert (len(synced), seen) == (1, []), "without other options, the job only delivers entries"
     assert exit_code(seen.append, *WORDS, "--sync-tracking") == 0
     assert (len(synced), len(seen)) == (2, 1)
     waiting = 2

@@ -1,4 +1,4 @@
-"""Every option of every job, with valid values of every form of its type, on a command line and in a file."""
+"""Every option of every job accepts valid values of every form of its type, on a command line and in a file."""
 
 import importlib
 import json
@@ -97,13 +97,13 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{f"OutsideConfig.{name}": {"module": "a:b"} for name in OutsideConfig.model_fields},
     "EvaluateSpec.teacher": {"runs": ("r",)},
 }
-"""What an option needs besides itself."""
+"""Other options that an option needs."""
 
 REFUSED = [
     ("TeachSpec", "conditions"),  # a teacher has no conditions
     ("ConvertSpec", "conditions"),
     ("BenchmarkSpec", "OutsideConfig.conditions"),
-    ("TeachSpec", "OutsideConfig.labels", "without_null"),  # unless --label-dropout is 0
+    ("TeachSpec", "OutsideConfig.labels", "without_null"),  # refused unless --label-dropout is 0
 ]
 """Options and values that have a valid type but are refused."""
 
@@ -196,7 +196,7 @@ def nested(case: Case) -> dict[str, Any]:
 
 
 def words_of(spec_type: type[Spec], values: dict[str, Any], prefix: str = "--") -> tuple[list[str], list[str]]:
-    """Return the positional words and the other words for these values."""
+    """Return the command line for these values: the positional words, and the other words."""
     positional: list[str] = []
     words: list[str] = []
     for name, value in values.items():
@@ -238,7 +238,7 @@ def text(value: Any) -> str:
 
 
 def in_file(value: Any) -> Any:
-    """Convert a value to one that YAML can hold."""
+    """Convert a value to types that YAML can represent."""
     if isinstance(value, dict):
         return {name.replace("_", "-"): in_file(each) for name, each in value.items()}
     if isinstance(value, tuple | list):
@@ -247,7 +247,7 @@ def in_file(value: Any) -> Any:
 
 
 def as_words(spec: Spec) -> Spec:
-    """Replace a grid's values by text: numbers of a file stay numbers, and words of a command line stay text."""
+    """Replace a grid's values with text, because a grid keeps numbers from a file but text from a command line."""
     grid = {name: tuple(map(str, values)) for name, values in getattr(spec, "grid", {}).items()}
     return spec.model_copy(update={"grid": grid}) if grid else spec
 

@@ -170,7 +170,7 @@ def test_single_options_of_the_command_line_override_the_file(write):
     )
 
 
-def test_another_kind_replaces_the_kind_of_the_file_and_its_options(write):
+def test_a_different_kind_replaces_the_kind_of_the_file_and_its_options(write):
     file = write("{out: o, network: {kind: grid, patch-size: 4}}")
     assert options(f"--config {file} --network.patch-size 5").network == Grid(patch_size=5)
     assert options(f"--config {file} --network.attention.heads 2").network == Grid(
@@ -322,7 +322,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
 
 
 def help_of(text: str, spec_type: type[Spec], capsys: pytest.CaptureFixture) -> str:
-    """The words of the help."""
+    """Return the help text, on one line."""
     with pytest.raises(SystemExit) as stop:
         options(f"{text} --help", spec_type)
     assert stop.value.code == 0
@@ -348,7 +348,7 @@ def is_positional(field: FieldInfo | None) -> bool:
 
 
 def leaves(models: list[type[Any]], where: str = "--"):
-    """Every option of the first model with its field. Of a union, the options of the default model."""
+    """Yield every option of the first model with its field; for a union, the options of its default model."""
     for name, field in models[0].model_fields.items():
         option = where + name.replace("_", "-")
         nested = nested_models(field)
@@ -372,7 +372,7 @@ def test_the_help_has_every_option_with_its_description(spec_type: type[Spec], c
         else:
             assert {"--as-json": "--json", "--json-file": "--json"}.get(option, option) in text.split()
         about = as_options(field.description).partition("; default: ")[0]
-        assert "".join(about.split()) in "".join(text.split())  # lines break inside words too
+        assert "".join(about.split()) in "".join(text.split())  # the help also breaks lines inside words
 
 
 def test_the_help_shows_the_options_of_the_chosen_kind_and_names_the_other_kinds(capsys: pytest.CaptureFixture, write):
@@ -405,7 +405,7 @@ def test_the_help_shows_defaults_and_values_of_the_file(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("spec_type", SPECS, ids=lambda spec: spec.__name__)
-def test_the_help_lists_required_options_then_config_then_common_ones(spec_type: type[Spec], capsys):
+def test_the_help_lists_required_options_then_config_then_common_options(spec_type: type[Spec], capsys):
     with pytest.raises(SystemExit):
         options("--help", spec_type)
     listed, fields = re.findall(r"^  (--\S+)", capsys.readouterr().out, re.MULTILINE), spec_type.model_fields
@@ -443,7 +443,7 @@ def required(spec_type: type[Spec]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spec_type", SPECS, ids=lambda spec: spec.__name__)
 def test_every_default_can_be_given_explicitly(spec_type: type[Spec], write):
-    """The values of all defaults, as words or in a file, give the default spec."""
+    """Giving every default explicitly, as words or in a file, gives the default spec."""
     made = spec_type(**required(spec_type))
     values = made.model_dump(mode="json")
     assert options(f"--config {write(yaml.safe_dump(values))}", spec_type) == made
@@ -464,11 +464,11 @@ class Everything(TrainSpec):
     as_json: Annotated[str, OptionStyle("json")] = Field("x", description="a name that the model cannot use")
 
 
-def test_an_option_can_have_another_name_than_its_field():
+def test_an_option_can_have_a_different_name_than_its_field():
     assert options("--out o --json y", Everything).as_json == "y"
 
 
-def test_a_bool_without_a_word_is_true():
+def test_a_bool_without_a_value_is_true():
     for words in (["--dry-run"], ["--dry-run", "True"], ["--dry-run", "--seed", "3"]):
         assert parse(TeachSpec, ["--out", "o", *words], "prog").dry_run is True
     assert parse(TeachSpec, ["--out", "o", "--dry-run", "False"], "prog").dry_run is False

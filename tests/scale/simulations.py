@@ -1,7 +1,7 @@
-"""Rollouts of very many shards without work, and the speed of the Kac process.
+"""Rollouts of very many shards that are not computed, and the speed of the Kac process.
 
 Each simulation takes a scratch folder and a number of shards, and returns its costs by name. Compare the costs with
-those of a tenth of the shards to see costs that grow faster than the number of shards.
+those for a tenth of the shards, to see which costs grow faster than the number of shards.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from pipeline.store.shards import Receipt
 from tests.pipeline.stores import make_spec, make_teacher
 
 SHARD_ROWS, WINDOW_SHARDS = 1024, 64
-LEDGER_CALLS = 1000  # in flight, as from a thousand actors
+LEDGER_CALLS = 1000  # calls in flight, as from a thousand actors
 ELEMENTS = 1_000_000
 
 Costs = dict[str, float]
 
 
 def store_scale(folder: str, shards: int) -> Costs:
-    """CPU seconds to list, plan, seal and open a store of one-byte shards, without the wait for S3."""
+    """Measure the CPU seconds to list, plan, seal and open a store of one-byte shards, excluding any wait for S3."""
     spec = _spec(folder, shards, actors=0)
     for shard in make_plan(spec).todo:
         path = Path(spec.store, shard.name)
@@ -66,10 +66,10 @@ def store_scale(folder: str, shards: int) -> Costs:
 
 
 def scheduling_rate(folder: str, shards: int) -> Costs:
-    """The rate at which the driver of a rollout schedules shards without work, on one actor per CPU.
+    """Measure the rate at which the driver of a rollout schedules shards that take no work, on one actor per CPU.
 
-    A few actors without work would wait for the driver's pauses between two rounds of scheduling; a thousand would not.
-    So there are no pauses. The clock starts when the first shard is done, after the start of the actors.
+    A few actors would sit idle during the driver's pauses between scheduling rounds; a thousand would not. Therefore
+    the simulation has no pauses. The clock starts at the first finished shard, when the actors have started.
     """
     spec = _spec(folder, shards, actors=cluster.connect().cpus)
     plan = make_plan(spec)
@@ -88,7 +88,7 @@ def scheduling_rate(folder: str, shards: int) -> Costs:
 
 
 def ledger_rate(folder: str, shards: int) -> Costs:
-    """The rate of calls that the ledger of a rollout serves, from one process per CPU. A shard takes two calls."""
+    """Measure the rate of calls that a rollout's ledger serves to one process per CPU. A shard takes two calls."""
     callers = max(1, cluster.connect().cpus)
     ledger = ray.remote(actors.AttemptLedger).options(num_cpus=0).remote(LEDGER_CALLS)
     task = ray.remote(_call).options(num_cpus=0)
@@ -102,7 +102,7 @@ def ledger_rate(folder: str, shards: int) -> Costs:
 
 
 def process_speed(folder: str, shards: int) -> Costs:
-    """The time per element of a normal draw, and of a draw and a velocity of the Kac process, on one thread."""
+    """Measure the time per element, on one thread, of a normal draw, a draw of the Kac process, and its velocity."""
     process, generator = KacProcess(a=9.0, c=3.0), torch.Generator().manual_seed(0)
     t = torch.rand(ELEMENTS, generator=generator).clamp(min=1e-6)
     noise = process.sample(t, generator)
@@ -135,7 +135,7 @@ class FakeShardMaker:
 
 def outcome_of(shard: Shard) -> ShardOutcome:
     """The outcome of a fake shard."""
-    # The digest of the name makes the receipt as long and as incompressible as a real one.
+    # A digest of the name makes the receipt as long and as incompressible as a real one.
     digest = hashlib.sha256(shard.name.encode()).hexdigest()
     facts = {"name": shard.name, "guidance": shard.guidance, "start": shard.start, "rows": shard.rows}
     receipt = Receipt(**facts, bytes=1, sha256=digest)

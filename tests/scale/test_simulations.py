@@ -21,5 +21,5 @@ def test_fake_receipts_are_as_long_as_real_ones(tmp_path: Path):
     few, many = (store_scale(str(tmp_path / str(n)), n)["manifest, bytes"] for n in (3, 30))
     more = plan_shards(0.0, range(3 * SHARD_ROWS, 30 * SHARD_ROWS), SHARD_ROWS)
     compact = sum(len(json.dumps(outcome_of(shard).receipt.model_dump())) for shard in more)
-    # 27 more receipts, each on its own lines.
+    # The manifest indents its 27 more receipts, so they are longer than compact JSON.
     assert compact < many - few < 1.3 * compact
