@@ -1,4 +1,4 @@
-"""A small, slow reimplementation of OpenAI's U-Net, to compare converted weights with.
+"""A small, slow reimplementation of OpenAI's U-Net, used to test converted weights.
 
 Its weights have the names of guided-diffusion and torchcfm.
 """

@@ -1,4 +1,4 @@
-"""Finding weights in files of others: any prefix and nesting, averages, and several networks in one file."""
+"""Finding weights in other projects' files: any prefix or nesting, averages, and several networks in one file."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def refusal(path: str, key: str | None = None, config: Any = UNET, shape: Any = 
 
 
 def has_weights_of(network: NetworkModule, seed: int) -> bool:
-    """Whether the first layer has the weights of ``seed``."""
+    """Return whether the first layer has the weights of ``seed``."""
     return torch.equal(network.unet.conv_in.weight, weights_of(seed)["input_blocks.0.0.weight"])
 
 
@@ -133,7 +133,7 @@ def test_averaged_weights_are_preferred_and_others_need_a_key(content: Any, key:
     assert has_weights_of(load(path, raw)[0], 0)
 
 
-def test_other_names_beside_weights_without_a_prefix_are_unexpected(tmp_path: Path):
+def test_other_names_next_to_weights_without_a_prefix_are_unexpected(tmp_path: Path):
     assert "other.weight is unexpected" in refusal(write({**W, "other.weight": torch.ones(1)}, tmp_path))
 
 
@@ -153,7 +153,7 @@ def test_a_list_of_averages_without_buffers_is_refused(tmp_path: Path):
 
 
 def test_a_list_of_averages_is_completed_from_the_state_dict(tmp_path: Path):
-    """The list has a shared parameter once, and no buffers. The state dict has the parameter under two names."""
+    """The list has a shared parameter once and no buffers. The state dict has the parameter under two names."""
     torch.manual_seed(0)
     theirs = Field()
     theirs.version.fill_(9)
@@ -166,7 +166,7 @@ def test_a_list_of_averages_is_completed_from_the_state_dict(tmp_path: Path):
     assert network.inner.version.item() == 9
 
 
-def test_a_list_of_another_network_is_ignored_and_mentioned(tmp_path: Path):
+def test_a_list_of_a_different_network_is_ignored_and_mentioned(tmp_path: Path):
     path = write({"model": W, "ema": {"shadow_params": [*AVERAGE.values()][:-1]}}, tmp_path)
     network, adopted = load(path)
     assert has_weights_of(network, 0)
@@ -206,7 +206,7 @@ def test_a_key_without_weights_is_refused(tmp_path: Path):
         ([torch.ones(2)], "1 tensors: a list (1 without names)"),
     ],
 )
-def test_a_file_of_another_network_is_described(content: Any, holds: str, tmp_path: Path):
+def test_a_file_of_a_different_network_is_described(content: Any, holds: str, tmp_path: Path):
     message = refusal(write(content, tmp_path))
     assert holds in message
     total = len(build_network(UNET, SHAPE, CLASSES).unet.state_dict())

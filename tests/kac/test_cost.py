@@ -21,14 +21,14 @@ def test_the_number_of_parameters_is_that_of_the_network(config):
     assert network_cost(config, (1, 8, 8), 10).parameters == sum(p.numel() for p in network.parameters())
 
 
-def test_the_operations_of_an_mlp_equal_a_count_by_hand():
+def test_the_operations_of_an_mlp_equal_a_manual_count():
     cost = network_cost(MLPConfig(width=16, depth=1), (1, 8, 8), 10)
     products = 64 * 64 + 64 * 16 + 64 * 32 + 16 * 32 + 32 * 16 + 16 * 64  # time, enter, modulate, block, leave
     assert cost.flops_per_call == 2 * products
 
 
 def test_the_operations_of_openais_unet_equal_its_authors_count():
-    """The authors count 6.1 G multiplications per CIFAR-10 image. Additions count here too."""
+    """The authors count 6.1 G multiplications per CIFAR-10 image. This project also counts the additions."""
     cost = network_cost(UNetConfig(channels=(128, 256, 256, 256), attention=(16,)), (3, 32, 32), 10)
     assert cost.flops_per_call == pytest.approx(12.3e9, rel=0.1)
 

@@ -10,7 +10,7 @@ import pytest
 import kac
 
 EXEMPT = {"Model", "ModelConfig", "load_config", "load_model"}
-"""They need model folders; tests/pipeline/test_api.py uses them."""
+"""These functions need model folders, so tests/pipeline/test_api.py tests them instead."""
 
 
 @pytest.mark.parametrize(

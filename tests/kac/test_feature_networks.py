@@ -1,4 +1,4 @@
-"""Users' feature networks: each way in which one does not fit the data is a one-line error before any work."""
+"""Users' feature networks: a network that does not fit the data gives a one-line error before any work."""
 
 from pathlib import Path
 
@@ -46,10 +46,10 @@ PROBLEMS = {
     "Silent": "ForeignError",
     "TwoInputs": "y",
 }
-"""A part of the error message, by the network's class."""
+"""Part of the expected error message, by the network's class."""
 
 NOT_SCRIPTED = {"Raising", "Silent", "Sparse"}
-"""TorchScript has neither exception classes nor sparse tensors in its types."""
+"""TorchScript supports neither exception classes nor sparse tensors."""
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_a_space_that_cannot_be_opened_is_refused(given: str, message: str):
         open_space(given, images_of((1, 2, 2)))
 
 
-def test_a_file_of_another_format_and_features_of_a_wrong_shape_are_refused(tmp_path):
+def test_a_file_of_a_wrong_format_and_features_of_a_wrong_shape_are_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"something")
     with pytest.raises(ArgumentError, match=r"^`features` \S+/x\.pt .*TorchScript"):
         open_space(str(tmp_path / "x.pt"), images_of((1, 2, 2)))

@@ -19,7 +19,7 @@ from kac.util.errors import DistillKacError
 
 @pytest.fixture(params=["local", "memory"])
 def folder(request, tmp_path) -> str:
-    """A local folder, and a folder on a filesystem that is not local, like an object store."""
+    """A local folder, or a folder on a filesystem that is not local, like an object store."""
     if request.param == "local":
         yield str(tmp_path / "folder")
     else:

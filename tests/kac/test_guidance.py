@@ -19,7 +19,7 @@ WEIGHTS = st.floats(-2, 10).filter(lambda w: w != 0)
 
 
 class Spy:
-    """u(x, t, label) = x (t + label), and a record of its calls."""
+    """Computes u(x, t, label) = x (t + label), and records its calls."""
 
     null_label = NULL
 
@@ -103,14 +103,14 @@ def factors(node: ast.AST) -> list[ast.AST]:
 
 
 def weights_plus_one(node: ast.AST) -> list[ast.AST]:
-    """The expression w of each factor (1 + w) or (w + 1)."""
+    """Return the expression w of each factor (1 + w) or (w + 1)."""
     sums = [f for f in factors(node) if isinstance(f, ast.BinOp) and isinstance(f.op, ast.Add)]
     pairs = [pair for f in sums for pair in ((f.left, f.right), (f.right, f.left))]
     return [w for one, w in pairs if isinstance(one, ast.Constant) and one.value == 1]
 
 
 def is_guidance(node: ast.AST) -> bool:
-    """(1 + w) u - w u_null or u + w (u - u_null) with any names, or u_null + s (u - u_null) with these names."""
+    """Detect (1 + w) u - w u_null or u + w (u - u_null) with any names, or u_null + s (u - u_null) with these names."""
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)):
         return False
     if isinstance(node.op, ast.Sub):

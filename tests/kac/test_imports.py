@@ -33,7 +33,7 @@ def test_importing_every_module_loads_no_foreign_package():
 
 
 def imported(source: str) -> set[str]:
-    """The top-level packages that a module imports, including inside functions."""
+    """Return the top-level packages that a module imports, including inside functions."""
     nodes = list(ast.walk(ast.parse(source)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {

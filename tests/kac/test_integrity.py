@@ -1,4 +1,4 @@
-"""The error about a damaged file is one line that names it, and the file's content is not used."""
+"""A damaged file gives a one-line error that names it, and its content is not used."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ def flipped(data: bytes, seed: int) -> bytes:
 
 
 def check_refused(read: Callable[[], object], path: Path, damaged: bytes) -> None:
-    """Check that reading the file with this content raises an error of one line with its name."""
+    """Check that reading the file with this content raises a one-line error that names the file."""
     path.write_bytes(damaged)
     with pytest.raises(DistillKacError) as raised:
         read()
@@ -46,7 +46,7 @@ def read(kind: str, root: Path) -> DataDescription:
 
 
 def check_damage(kind: str, root: Path, path: Path, others: list[bytes]) -> None:
-    """Check that flipped bits are refused unless the data is unchanged, and that truncated files and ``others`` are."""
+    """Check that truncated files, ``others`` and all flipped bits that change the data are refused."""
     whole = path.read_bytes()
     before = read(kind, root).sha256
     refused = 0

@@ -91,7 +91,7 @@ def rewrite(folder: Path, **changes) -> None:
 
 
 def replace_weights(folder: Path, data: bytes) -> None:
-    """Write other weights and their sha256."""
+    """Replace the weights, and update their sha256 in the config."""
     (folder / WEIGHTS_FILE).write_bytes(data)
     rewrite(folder, weights_sha256=hashlib.sha256(data).hexdigest())
 
@@ -171,7 +171,7 @@ def test_saving_again_replaces_the_model(folder):
 
 
 @pytest.mark.parametrize("change", ["missing", "foreign", "shape"])
-def test_refuses_to_save_the_weights_of_another_network(tmp_path, change):
+def test_refuses_to_save_the_weights_of_a_different_network(tmp_path, change):
     weights = network().state_dict()
     if change == "missing":
         weights.pop("enter.bias")
@@ -227,14 +227,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loaded_by_diffusers(folder: Path, network_config: NetworkConfig) -> tuple[nn.Module, dict[str, list[str]]]:
-    """The model and the names of weights that did not fit, as loaded by diffusers."""
+    """Load the model with diffusers. Return it and the names of the weights that did not fit."""
     kind, subfolder = (UNet2DModel, "unet") if network_config.kind == "unet" else (DiTTransformer2DModel, "transformer")
     return kind.from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
 
 
 @torch.no_grad()
 def assert_same_velocity(actual: Tensor | nn.Module, network: nn.Module, **conditions: Tensor) -> None:
-    """Compare up to rounding, because PyTorch may select other kernels without gradients."""
+    """Compare up to rounding, because PyTorch may select different kernels without gradients."""
     velocity = actual(*inputs(), **conditions) if isinstance(actual, nn.Module) else actual
     torch.testing.assert_close(velocity, network(*inputs(), **conditions), rtol=1e-4, atol=1e-5)
 
@@ -246,7 +246,7 @@ def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 @torch.no_grad()
 def velocity_by_diffusers(model: nn.Module, network_config: NetworkConfig) -> Tensor:
-    """The velocity as a user of diffusers computes it: scaled times, and U-Net patches folded into channels."""
+    """Compute the velocity as a user of diffusers would: scale times, and fold the U-Net's patches into channels."""
     (x, t, label), patch = inputs(), network_config.patch if network_config.kind == "unet" else 1
     folded = nn.functional.pixel_unshuffle(x, patch)
     velocity = model(folded, network_config.time_scale * t, class_labels=label).sample
@@ -322,7 +322,7 @@ def test_saved_weights_do_not_depend_on_the_memory_format(tmp_path):
 
 @pytest.mark.parametrize("network_config", [UNET, DIT], ids=["unet", "dit"])
 def test_folders_of_older_versions_with_one_weights_file_load(tmp_path, network_config):
-    """Older versions wrote diffusers weights to one file under our names."""
+    """Older versions wrote the weights of diffusers networks to one file, under this project's names."""
     saved = backbone(network_config)
     written = save_backbone(tmp_path, network_config, saved.state_dict())
     (tmp_path / (saved.diffusers_name or "") / DIFFUSERS_WEIGHTS_FILE).unlink()
@@ -461,7 +461,7 @@ def test_a_pickle_is_refused_and_not_run(folder, tmp_path, write):
     refusal(folder, WEIGHTS_FILE, "does not fit")
     assert not trap.exists()
     pickle.loads(pickle.dumps(Payload(trap)))
-    assert trap.exists()  # the payload works
+    assert trap.exists()  # unpickling does create the file
 
 
 # No code in the project unpickles
@@ -474,7 +474,7 @@ def is_constant(node: ast.expr | None, value: bool) -> bool:
 
 
 def unpickles(node: ast.AST) -> bool:
-    """An import of a pickle module, torch.load without weights_only=True, allow_pickle, read_pickle."""
+    """Detect imports of a pickle module, torch.load without weights_only=True, allow_pickle and read_pickle."""
     if isinstance(node, ast.Import):
         return any(PICKLE_MODULES & set(alias.name.split(".")) for alias in node.names)
     if isinstance(node, ast.ImportFrom):
@@ -513,7 +513,7 @@ def test_the_search_ignores_safe_loading(source):
     assert not any(unpickles(node) for node in ast.walk(ast.parse(source)))
 
 
-RESTRICTED = ROOT / "kac/data/published.py"  # its unpickler accepts only arrays, see tests/kac/data/test_bad_data.py
+RESTRICTED = ROOT / "kac/data/published.py"  # its unpickler accepts only arrays: see tests/kac/data/test_bad_data.py
 
 
 @pytest.mark.parametrize("package", ["kac", "pipeline", "jobs"])

@@ -1,4 +1,4 @@
-"""All functions agree on what a path names, on a disk and on S3, whatever characters it has."""
+"""All functions agree on which file a path names, on a disk and on S3, whatever characters the path contains."""
 
 import os
 from collections.abc import Callable
@@ -64,13 +64,13 @@ def server(s3_server: FaultyS3) -> FaultyS3:
 
 @pytest.fixture(params=["disk", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, server: FaultyS3) -> str:
-    """An empty folder, and an empty prefix."""
+    """An empty folder on the disk or an empty prefix on S3."""
     return str(tmp_path) if request.param == "disk" else f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture
 def prefix(server: FaultyS3, tmp_path: Path) -> str:
-    """An empty prefix."""
+    """An empty prefix on S3."""
     return tmp_path.name
 
 
@@ -86,7 +86,7 @@ def keys(prefix: str) -> list[str]:
 
 
 def raw_names(place: str) -> list[str]:
-    """Return the files below a place, without using the tested code."""
+    """Return the files below a folder or prefix, without using the tested code."""
     if place.startswith("s3://"):
         key = place.removeprefix(f"s3://{BUCKET}/")
         return sorted(name.removeprefix(f"{key}/") for name in keys(key))
@@ -94,7 +94,7 @@ def raw_names(place: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_functions_find_what_one_writes_and_leave_neighbours_unchanged(place: str, name: str) -> None:
+def test_every_function_finds_a_written_file_and_leaves_its_neighbours_unchanged(place: str, name: str) -> None:
     neighbours = [neighbour for neighbour in NEIGHBOURS if neighbour != name]
     others = {files.join(place, f"{neighbour}/training/state"): neighbour.encode() for neighbour in neighbours}
     for path, data in others.items():

@@ -1,4 +1,4 @@
-"""Velocity networks: shapes, null label, times, conditions and seeds. First the MLP, then the networks of diffusers."""
+"""Velocity networks: shapes, null label, times, conditions and seeds, first of the MLP, then of diffusers' networks."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from pipeline.config import TeachSpec
 def nonzero_mlp(
     sample_shape: tuple[int, ...], num_classes: int = 5, width: int = 32, depth: int = 2, conditions: tuple = ()
 ) -> NetworkModule:
-    """An MLP with random weights in its last layer, which is zero at first."""
+    """An MLP whose last layer, initially zero, has random weights."""
     torch.manual_seed(0)
     network = build_network(MLPConfig(width=width, depth=depth, conditions=conditions), sample_shape, num_classes)
     torch.nn.init.normal_(network.leave[1].weight)
@@ -66,7 +66,7 @@ def test_each_sample_has_its_own_time_and_class():
 
 
 def test_fourier_features_distinguish_times():
-    """All pairs of 101 times have features at a distance far above rounding errors."""
+    """The features of any two of 101 times differ by far more than rounding errors."""
     features = FourierFeatures(64)(torch.linspace(0, 1, 101))
     assert features.shape == (101, 64)
     distances = torch.cdist(features, features) + torch.eye(101) * 100
@@ -173,7 +173,7 @@ def with_options(config: NetworkConfig, **options: object) -> NetworkConfig:
 
 
 def trained(config: NetworkConfig, sample_shape: tuple[int, ...] = SHAPE) -> NetworkModule:
-    """A network whose weights are changed as by training, except those of its conditions."""
+    """A network whose weights, except those of its conditions, are changed as if by training."""
     torch.manual_seed(0)
     network = build_network(config, sample_shape, CLASSES)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_new_network_of_diffusers_is_the_zero_field(config):
     network(x, t, label).square().sum().backward()
     assert all(
         parameter.grad is not None for parameter in network.parameters()
-    )  # data-parallel training needs gradients of all
+    )  # data-parallel training needs a gradient for every parameter
 
 
 @both
@@ -290,7 +290,7 @@ def test_times_are_not_rounded(config):
 
 @both
 def test_a_network_without_dropout_is_deterministic(config):
-    """diffusers' DiT drops labels in training by default. It must not, because the teacher's loss drops labels."""
+    """By default diffusers' DiT drops labels in training. Here it must not, because the teacher's loss already does."""
     network, (x, t, label) = trained(config), images()
     exact = network(x, t, label)
     torch.testing.assert_close(network.train()(x, t, label), exact, rtol=1e-4, atol=1e-5)
@@ -373,7 +373,7 @@ def test_patches_are_channels_of_a_smaller_image():
 
 
 def test_attention_is_at_the_requested_levels():
-    """Levels are given by their width in pixels, after folding."""
+    """Levels are given by their width in pixels, after patches are folded into channels."""
 
     def blocks_with_attention(attention: tuple[int, ...], patch: int = 1) -> tuple[list[bool], list[bool]]:
         config = with_options(UNET, channels=(8, 16, 16), attention=attention, patch=patch)
@@ -431,7 +431,7 @@ def test_attention_is_at_the_requested_levels():
     ],
 )
 def test_networks_that_do_not_fit_the_images_are_refused(words, sample_shape, option, values):
-    """The message names the option and has these values."""
+    """The message names the option and contains the values."""
     with pytest.raises(ArgumentError) as error:
         spec = parse(TeachSpec, ["--out", "o", *words.split()], "teach")
         build_network(spec.network, sample_shape, CLASSES)
@@ -462,8 +462,8 @@ def test_dit_s_2_has_the_size_of_the_papers():
     """DiT-S/2 for 32 x 32 latents of 1000 classes has 33 M parameters in table 1 of the paper."""
     width, depth = 384, 12
     paper = 32_963_360
-    embeddings = (256 + 1) * width + (width + 1) * width + 1001 * width  # of time and class
-    own_embeddings = (depth - 1) * embeddings  # one per block in diffusers, one in all in the paper
+    embeddings = (256 + 1) * width + (width + 1) * width + 1001 * width  # of the time and the class
+    own_embeddings = (depth - 1) * embeddings  # diffusers has one per block; the paper has one for all blocks
     positions = 256 * width  # the paper counts the fixed table of 256 tokens
     variances = (width + 1) * 2 * 2 * 4  # the paper's last layer also predicts the variance of the noise
     assert parameters(DiTConfig(), (4, 32, 32), 1000) == paper + own_embeddings - positions - variances == 39_798_928

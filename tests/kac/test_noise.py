@@ -19,7 +19,7 @@ SHAPES = st.sampled_from([(2,), (3,), (1, 4, 4), (1,)])
 
 @st.composite
 def splits(draw) -> list[range]:
-    """A range of ids, split at random places."""
+    """Draw a range of ids, split at random positions."""
     start = draw(st.one_of(st.integers(0, 1000), st.integers(2**40, 2**40 + 10)))
     cuts = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
     edges = [start]
@@ -108,7 +108,7 @@ def test_refuses_ids_with_gaps():
 @settings(deadline=None, max_examples=40)
 @given(st.sets(SEEDS, min_size=2, max_size=2))
 def test_seeds_and_streams_share_no_numbers(seeds):
-    """No number repeats in any row of any stream of these seeds and the next seeds."""
+    """No number repeats across the rows and streams of these seeds and of each seed + 1."""
     keys = [(seed, stream) for seed in {*seeds, *(seed + 1 for seed in seeds)} for stream in range(3)]
     rows = torch.stack([noises.uniforms(seed, stream, range(50), 8) for seed, stream in keys])
     assert len(rows.flatten().unique()) == rows.numel()

@@ -40,7 +40,7 @@ def refusal(weights: dict[str, Tensor], config: Any, shape: tuple[int, ...] = SH
 
 
 def difference(network: NetworkModule, theirs: OpenAIUNet, t: float = 0.3) -> float:
-    """Return the largest difference of outputs, which have a standard deviation of about 1."""
+    """Return the largest difference between the outputs, whose standard deviation is about 1."""
     x, label = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2, 3])
     expected = theirs(x, torch.full((3,), t), label)
     assert 0.1 < expected.std().item() < 10
@@ -106,7 +106,7 @@ def test_the_number_of_heads_matters():
         assert f"{head_channels} channels per head" in adopted.description
 
 
-def test_wrappers_and_other_types_of_numbers_do_not_matter():
+def test_wrappers_and_dtypes_do_not_matter():
     config = unet()
     theirs = reference(config)
     for wrapped in (

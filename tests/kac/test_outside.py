@@ -74,7 +74,7 @@ def test_both_conventions_of_time_describe_the_same_path():
             self.data_at_1 = data_at_1
 
         def forward(self, x, t, label):
-            """The data are zeros, so x = t noise, where t = 1 is noise."""
+            """Return the velocity for data of zeros: noise, where x = t noise (t reversed if ``data_at_1``)."""
             noise = x / (1 - t if self.data_at_1 else t)[:, None]
             return -noise if self.data_at_1 else noise
 
@@ -129,7 +129,7 @@ def test_a_velocity_may_be_in_a_tuple_or_an_attribute_sample(kind: str):
 @pytest.mark.parametrize(
     ("kind", "found"), [("flat", r"\[10\]"), ("nothing", "NoneType"), ("empty", "NoneType"), ("tensor", None)]
 )
-def test_an_output_that_is_no_velocity_is_refused(kind: str, found: str | None):
+def test_an_output_that_is_not_a_velocity_is_refused(kind: str, found: str | None):
     network = built("Returns", arguments={"kind": kind})
     if found is None:
         try_out(network, config("Returns", arguments={"kind": kind}), (2,), CLASSES)
@@ -151,7 +151,7 @@ def test_a_module_that_does_not_work_is_refused(kind: str, found: str):
 
 
 def test_a_module_with_random_numbers_that_are_not_saved_is_refused():
-    """Otherwise each process would load another teacher."""
+    """Otherwise each process would load a different teacher."""
     for is_kept in (True, False):
         network_config = config("Fourier", arguments={"is_kept": is_kept})
         network = build_network(network_config, (2,), CLASSES)

@@ -110,7 +110,7 @@ def backbone(config: NetworkConfig) -> NetworkModule:
 
 
 def velocity_and_gradient(config: NetworkConfig, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """The velocity [4, 3, 8, 8], and the gradient of its mean square in all weights as one vector."""
+    """Return the velocity [4, 3, 8, 8], and the gradient of its mean square in all weights, as one vector."""
     network = backbone(config)
     velocity = precision.wrap(network)(*inputs())
     velocity.square().mean().backward()
@@ -137,7 +137,7 @@ def assert_agrees(config: NetworkConfig, precision: Precision, tolerance: float)
     ids=str,
 )
 def test_networks_of_diffusers_agree(config: NetworkConfig, precision: Precision, tolerance: float):
-    """Includes norms and attention under autocast, forward and backward."""
+    """The networks include norms and attention under autocast, forward and backward."""
     assert_agrees(config, precision, tolerance)
 
 

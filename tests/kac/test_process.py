@@ -114,7 +114,7 @@ def test_single_precision_velocity_matches_40_digits(a, c, t, share):
 
 @settings(deadline=None, max_examples=150)
 @given(RATES, SPEEDS, TIMES, SHARES)
-@example(100.0, 1.0, 0.005, 0.15)  # the end of the series, where truncation costs most
+@example(100.0, 1.0, 0.005, 0.15)  # the end of the series' range, where the truncation error is largest
 @example(7.0, 3.0, 0.0355, 0.0)
 def test_double_precision_matches_40_digits(a, c, t, share):
     process, x = KacProcess(a, c), share * c * t
@@ -133,7 +133,7 @@ def test_single_precision_density_matches_40_digits(a, c, t, share):
     reach = min(0.999 * c * t, 5 * KacProcess(a, c).variance(f64(t)).sqrt().item())
     x = torch.tensor(share * reach, dtype=torch.float32)
     expected = float(exact(a, c, t32.item(), x.item())["density"])
-    exponent = (a * x.item() / c) ** 2 / (a * t)  # the argument of exp(), which determines the digits lost
+    exponent = (a * x.item() / c) ** 2 / (a * t)  # the argument of exp(), which determines how many digits are lost
     assert KacProcess(a, c).density(x, t32).item() == pytest.approx(expected, rel=2e-6 * (1 + exponent), abs=1e-30)
 
 
@@ -292,7 +292,7 @@ COUNT = 100_000
 
 
 def assert_follows_the_cdf(process: KacProcess, t: float, k: Tensor) -> None:
-    """A Kolmogorov-Smirnov test on 301 points (a lower bound of the distance), and no correlation of neighbours."""
+    """Kolmogorov-Smirnov test on 301 points (a lower bound of the distance). Neighbours must also be uncorrelated."""
     reach = min(0.9999 * process.c * t, 6 * process.variance(f64(t)).sqrt().item())
     grid = torch.linspace(-reach, reach, 301, dtype=torch.float64)
     empirical = torch.searchsorted(k.double().sort().values, grid, right=True) / len(k)

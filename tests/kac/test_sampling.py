@@ -135,7 +135,7 @@ def test_generate_calls_the_student_once_per_step_without_gradients():
 def test_a_student_with_zero_loss_ends_where_the_teacher_ends():
     """The loss and the sampler use the same sign and scale of velocities."""
     generator = torch.Generator().manual_seed(2)
-    knots = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)  # of the teacher, starting at t = 1
+    knots = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)  # the teacher's, starting at t = 1
 
     class Student:
         null_label = 0
@@ -159,7 +159,7 @@ def test_refuses_to_sample_without_steps(steps):
         sample(lambda x, t, label: x, torch.zeros(1, 2), torch.zeros(1), steps)
 
 
-def test_a_network_receives_the_end_time_and_guidance_it_takes():
+def test_a_network_receives_the_end_time_and_guidance_that_it_takes():
     seen = []
 
     class Student:

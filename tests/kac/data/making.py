@@ -26,7 +26,7 @@ def idx_bytes(values: np.ndarray) -> bytes:
 
 
 def write_idx(root: Path, images: np.ndarray, labels: np.ndarray, held_out: int, packed: bool = False) -> Path:
-    """Write the four files of greyscale images [count, 1, h, w]. The last ``held_out`` are the test images."""
+    """Write greyscale images [count, 1, h, w] as four IDX files. The last ``held_out`` images are the test images."""
     root.mkdir(parents=True, exist_ok=True)
     for part, which in (("train", slice(None, -held_out)), ("t10k", slice(-held_out, None))):
         for name, values in (("images-idx3", images[which, 0]), ("labels-idx1", labels[which])):
@@ -47,7 +47,7 @@ def cifar_batches(images: np.ndarray, labels: Sequence[int], protocol: int = 2) 
 
 
 def write_archive(path: Path, batches: dict[str, bytes]) -> Path:
-    """Write a tar.gz with these files, in the folder that the published archive has."""
+    """Write these files to a tar.gz, in a folder named as in the published archive."""
     with tarfile.open(path, "w:gz") as archive:
         for name, data in batches.items():
             member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
@@ -74,7 +74,7 @@ def write_folder(root: Path, images: np.ndarray, labels: Sequence[int], names: s
 
 
 def write_parquet(path: Path, images: np.ndarray, labels: Sequence[int] | None, rows: int = 100) -> Path:
-    """Write one file as Hugging Face does: an image is a struct of bytes and path."""
+    """Write one Parquet file as Hugging Face does: each image is a struct of bytes and path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {"image": pa.array([{"bytes": encoded(image), "path": f"{i}.png"} for i, image in enumerate(images)])}
     if labels is not None:

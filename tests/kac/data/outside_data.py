@@ -1,4 +1,4 @@
-"""Data factories for data of kind ``outside``."""
+"""Factories for data of kind ``outside``."""
 
 from typing import Any
 

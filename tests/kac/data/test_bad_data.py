@@ -97,7 +97,7 @@ def test_images_without_a_class_folder_or_too_deep_are_refused(folder: Path):
     assert "pets/a" in refusal("folder", folder)
 
 
-def test_a_file_that_is_no_image_is_refused(folder: Path):
+def test_a_file_that_is_not_an_image_is_refused(folder: Path):
     (folder / "a" / "labels.csv").write_text("0")
     assert refusal("folder", folder).startswith("ROOT/a/labels.csv ")
 
@@ -113,7 +113,7 @@ def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path):
     assert "at most 4 images per class" in refusal("folder", tmp_path)
 
 
-def test_missing_truncated_or_other_idx_files_are_named(mnist: Path):
+def test_missing_truncated_or_wrong_idx_files_are_named(mnist: Path):
     labels, images = mnist / "t10k-labels-idx1-ubyte", mnist / "train-images-idx3-ubyte"
     whole = images.read_bytes()
     images.write_bytes(whole[:-5])
@@ -157,7 +157,7 @@ def test_the_message_for_a_bad_archive_has_the_published_md5(tmp_path: Path, bat
 
 
 class PickledCall:
-    """Pickles to a call of a function."""
+    """Its pickle calls a function when it is loaded."""
 
     def __init__(self, call, *arguments) -> None:
         self.call, self.arguments = call, arguments

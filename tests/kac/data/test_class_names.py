@@ -1,4 +1,4 @@
-"""Names of classes: their order, how `labels` are read, and where the names come from."""
+"""Class names: their order, how `labels` selects classes, and where the names come from."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ MONTHS = tuple(str(i) for i in range(1, 13))
         ("1_cat", "2_dog", "10_eel"),
         ("v1.2", "v1.9", "v1.10"),
         ("B", "a", "b"),
-        ("a-1", "a1", "a_1"),  # in the order of their characters
+        ("a-1", "a1", "a_1"),  # in the order of the characters' code points
         ("n01440764", "n02102040", "n10148035"),
         ("cat", "dog"),
         ("x1y2", "x1y10", "x2"),
@@ -96,7 +96,7 @@ def test_a_list_of_many_classes_is_short():
 
 
 def write_twelve_classes(root: Path) -> DataConfig:
-    """Write class folders 1 .. 12 of five images each."""
+    """Write the class folders 1 to 12 with five images each."""
     labels = np.repeat(np.arange(12), 5)
     making.write_folder(root, making.pixels(60), labels, names=MONTHS)
     return DataConfig(kind="folder", root=str(root))
@@ -113,7 +113,7 @@ def test_folders_with_numeric_names_are_labelled_by_value(tmp_path: Path):
         assert np.array_equal(found, expected[MONTHS[label]])
 
 
-def test_a_model_with_another_order_of_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_with_a_different_order_of_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = write_twelve_classes(tmp_path / "data")
     with monkeypatch.context() as patch:
         patch.setattr(folder, "in_order", sorted)

@@ -1,4 +1,4 @@
-"""Datasets in files: they are read as they were written, with the right split."""
+"""Datasets in files are read as they were written, with the right split."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +23,13 @@ EVERY_FIFTH = np.isin(np.arange(60), [8, 9, 18, 19, 28, 29, 38, 39, 48, 49, 58, 
 
 
 def read(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the images as bytes, and the labels, of the two splits."""
+    """Return the images (as bytes) and the labels of both splits."""
     parts = all_rows(data.train), all_rows(data.held_out)
     return [to_bytes(part.images).numpy() for part in parts], [part.labels.numpy() for part in parts]
 
 
 def check(config: DataConfig, images: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> Dataset:
-    """Check that the dataset has these images and labels, in this order, and return it."""
+    """Open the dataset, check that it has these images and labels in this order, and return it."""
     data = open_dataset(config)
     found_images, found_labels = read(data)
     for i, which in enumerate((~held_out, held_out)):
@@ -141,7 +141,7 @@ def test_the_hash_of_images_never_changes(tmp_path: Path):
     ],
 )
 def test_the_hash_of_each_layout_never_changes(tmp_path: Path, kind: str, sha256: str):
-    """If it did, models that were trained on such data would be refused."""
+    """If a hash changed, models that were trained on such data would be refused."""
     ramp = (np.arange(60 * 3 * 32 * 32) % 251).astype(np.uint8).reshape(60, 3, 32, 32)
     images = ramp[:, :, :8, :8]
     if kind == "classes":

@@ -1,4 +1,4 @@
-"""Names of files decide which are for training and which are held out. Ambiguous names are refused."""
+"""File names decide which images are for training and which are held out. Ambiguous names are refused."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ IMAGES = [making.encoded(image) for image in making.pixels(40)]
 
 
 def write_files(root: Path, paths: list[str]) -> Path:
-    """Write files below ``root``: Parquet files, images, and a folder of six images for each path without suffix."""
+    """Write a Parquet file, an image or, if the path has no suffix, a folder of six images for each path."""
     images = iter(IMAGES * 5)
     for path in paths:
         file = root / path
@@ -87,7 +87,7 @@ def test_with_a_test_split_the_validation_split_is_not_used(tmp_path: Path, endi
     [["train_station", "airport"], ["bullet train"], ["a/train.png", "a/1.png", "a/2.png", "a/3.png", "a/test.png"]],
     ids=" ".join,
 )
-def test_the_word_of_a_split_among_others_or_in_some_images_is_no_split(tmp_path: Path, paths: list[str]):
+def test_the_name_of_a_split_inside_a_longer_name_or_in_image_names_is_ignored(tmp_path: Path, paths: list[str]):
     description = describe(tmp_path, paths)
     total = description.train + description.held_out
     assert description.held_out == total // 5 if len(paths) == 5 else total // 6

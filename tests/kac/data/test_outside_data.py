@@ -37,7 +37,7 @@ def check(data: Dataset, images: np.ndarray, held_out: np.ndarray) -> None:
 
 
 def every_fifth(count: int) -> np.ndarray:
-    return np.arange(count) // 3 % 5 == 4  # of each of three classes in turn
+    return np.arange(count) // 3 % 5 == 4  # the three classes alternate
 
 
 @pytest.mark.parametrize(("name", "expected"), [("images", IMAGES), ("points", POINTS)])
@@ -213,7 +213,7 @@ def test_the_command_line_gives_the_same_config_as_python():
 
 
 def test_only_the_content_identifies_the_data():
-    """The fingerprint of a teacher has the hash of its data. Its factory is a location, as the root of files is."""
+    """A teacher's fingerprint includes the hash of its data but not the factory, which is a location, like `root`."""
     assert hashed_values(config("images", arguments={"count": 3})) == {"kind": "outside"}
 
 

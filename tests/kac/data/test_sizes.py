@@ -105,7 +105,7 @@ def test_idx_images_without_pixels_are_refused(tmp_path: Path):
 
 
 def png(width: int, height: int) -> bytes:
-    """Return a PNG file with little data, whose header has this size."""
+    """Return a PNG file with little data whose header declares this size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -37,7 +37,7 @@ class Recorded:
 
 
 class Spy:
-    """u(x, t, label) = 0.3 x - t + label / 10, and a record of its last call."""
+    """Computes u(x, t, label) = 0.3 x - t + label / 10, and records its last call."""
 
     null_label = NULL
 
@@ -116,7 +116,7 @@ def test_exact_field_of_a_single_image_has_zero_loss():
 
 @pytest.mark.parametrize("process", [KacProcess(), KacProcess(1.0, 1.5)], ids=str)
 def test_conditional_expectation_minimises_the_loss(process):
-    """A change phi of the exact field raises the loss by exactly E phi^2, because the error is orthogonal to phi."""
+    """Adding phi to the exact field raises the loss by exactly E phi^2, because the error is orthogonal to phi."""
     points = torch.tensor([-0.7, 0.5], dtype=torch.float64)
     x_0 = points.repeat(20_000)[:, None]
     label = torch.zeros(len(x_0), dtype=torch.int64)
