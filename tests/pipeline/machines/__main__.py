@@ -57,7 +57,7 @@ RECIPE = (
 
 
 def compare_tables(cluster: Cluster, folder: Path) -> int:
-    """Run the digits' recipe on the cluster and with an embedded Ray here; prints both tables."""
+    """Run the digits' recipe on the cluster and with an embedded Ray here, and print both tables."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
@@ -78,7 +78,7 @@ def compare_tables(cluster: Cluster, folder: Path) -> int:
 
 
 def run_faults(trials: faults.Trials, pairs: Sequence[tuple[str, ...]]) -> int:
-    """Inject each fault into its stage, and continue after a failure; returns the exit code."""
+    """Inject each fault into its stage, continuing after failures, and return the exit code."""
     outcomes, failures = [], 0
     for fault, stage in pairs:
         try:

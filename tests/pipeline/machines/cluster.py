@@ -28,27 +28,27 @@ START_SECONDS, JOB_SECONDS = 300.0, 600.0
 
 
 class Submission:
-    """A submitted job, and its process of `ray job submit`."""
+    """A submitted job, and its `ray job submit` process."""
 
     def __init__(self, cluster: "Cluster", command: tuple[str, ...]) -> None:
         self.cluster, self.command, self.id = cluster, command, f"job-{secrets.token_hex(4)}"
         self.started = time.time()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as this object
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - stays open as long as this object
         submit = ["ray", "job", "submit", "--address", cluster.job_server, "--submission-id", self.id]
         submit += ["--working-dir", ".", "--", "python", "-m", *command]
         self.process = cluster.client.start(*submit, folder=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
-        """The output of the job so far."""
+        """Return the output of the job so far."""
         self.log.seek(0)
         return self.log.read()
 
     def wait(self, seconds: float = JOB_SECONDS) -> int:
-        """Wait for the end of the job; returns the exit code of `ray job submit`."""
+        """Wait for the job to end, and return the exit code of `ray job submit`."""
         return self.process.wait(seconds)
 
     def finish(self, seconds: float = JOB_SECONDS) -> str:
-        """Wait until the job succeeds; returns its output."""
+        """Wait until the job succeeds, and return its output."""
         assert self.wait(seconds) == 0, self.output()
         return self.output()
 
@@ -56,11 +56,11 @@ class Submission:
         return self.process.poll() is not None
 
     def stop(self) -> None:
-        """Stop the job by `ray job stop`."""
+        """Stop the job with `ray job stop`."""
         self.cluster.client.run("ray", "job", "stop", "--address", self.cluster.job_server, self.id)
 
     def kill_driver(self) -> None:
-        """Send SIGKILL to the driver, on the head."""
+        """Send SIGKILL to the driver, which runs on the head."""
         module = self.command[0]
         killed = self.cluster.head.kill(
             lambda name, line: "python" in line[0] and line[1:3] == ["-m", module] if line else False
@@ -69,7 +69,7 @@ class Submission:
 
 
 class Cluster:
-    """The cluster, its servers and its client; stopped until ``start``."""
+    """The cluster, its servers and its client. All machines are off until ``start``."""
 
     def __init__(self) -> None:
         self.network = Network()
@@ -94,7 +94,7 @@ class Cluster:
             }
 
     def path(self, name: str) -> str:
-        """The URI of a path in the bucket."""
+        """Return the URI of a path in the bucket."""
         return f"s3://{BUCKET}/{name}"
 
     def start(self) -> None:
@@ -112,7 +112,7 @@ class Cluster:
         self.network.close()
 
     def start_head(self) -> None:
-        """Start Ray on the head, which is booted."""
+        """Start Ray on the head, which must be booted."""
         self._give_token(self.head)
         address = ["--node-ip-address", self.head.address, "--port", str(RAY_PORT)]
         dashboard = ["--include-dashboard", "true", "--dashboard-host", self.head.address]
@@ -120,7 +120,7 @@ class Cluster:
         self.head.run("ray", "start", "--head", *address, *dashboard, *node, seconds=START_SECONDS)
 
     def start_worker(self) -> None:
-        """Start Ray on the worker, which is booted."""
+        """Start Ray on the worker, which must be booted."""
         self._give_token(self.worker)
         address = ["--address", f"{self.head.address}:{RAY_PORT}", "--node-ip-address", self.worker.address]
         self.worker.run("ray", "start", *address, *_node("spot"), seconds=START_SECONDS)
@@ -130,7 +130,7 @@ class Cluster:
         self.worker.lose()
 
     def replace_worker(self) -> None:
-        """Replace the worker by a fresh machine, as an autoscaler would."""
+        """Replace the worker with a fresh machine, as an autoscaler would."""
         self.worker.lose()
         self.worker.boot()
         self.start_worker()
@@ -140,7 +140,7 @@ class Cluster:
         return Submission(self, command)
 
     def s3(self) -> Any:
-        """A client of the S3 server, for use within ``client.inside()``."""
+        """Return a client of the S3 server, for use within ``client.inside()``."""
         return boto3.client(
             "s3",
             endpoint_url=self.s3_endpoint,
@@ -150,14 +150,14 @@ class Cluster:
         )
 
     def objects(self, below: str) -> dict[str, float]:
-        """The modification times of all objects below a path in the bucket, by the rest of their path."""
+        """Return the modification times of all objects below a path in the bucket, by their relative paths."""
         with self.client.inside():
             pages = self.s3().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{below}/")
             entries = [entry for page in pages for entry in page.get("Contents", [])]
         return {entry["Key"][len(below) + 1 :]: entry["LastModified"].timestamp() for entry in entries}
 
     def download(self, below: str, to: Path) -> Path:
-        """Download all objects below a path in the bucket; returns the folder."""
+        """Download all objects below a path in the bucket, and return the local folder."""
         names = self.objects(below)
         with self.client.inside():
             s3 = self.s3()
@@ -175,7 +175,7 @@ class Cluster:
                 s3.delete_object(Bucket=BUCKET, Key=f"{below}/{name}")
 
     def runs(self, out: str) -> list[Any]:
-        """MLflow's runs whose output is a path in the bucket, or below it."""
+        """Return MLflow's runs whose output is at or below a path in the bucket."""
         with self.client.inside():
             client = MlflowClient(self.tracking_uri)
             experiment = client.get_experiment_by_name(tracking.experiment_name())
@@ -185,13 +185,13 @@ class Cluster:
         return [run for run, output in outputs if output == path or output.startswith(f"{path}/")]
 
     def history(self, run_id: str, metric: str) -> list[Any]:
-        """The logged points of a metric."""
+        """Return the logged points of a metric."""
         with self.client.inside():
             return list(MlflowClient(self.tracking_uri).get_metric_history(run_id, metric))
 
     def _serve(self) -> None:
         command = [sys.executable, "-m", "tests.pipeline.machines.serve", self.servers.address, "/tmp/servers"]
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the servers run
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - stays open as long as the servers run
         process = self.servers.start(*command, folder=ROOT, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         if process.stdout.readline() != f"{READY}\n":
@@ -209,14 +209,14 @@ class Cluster:
 
 
 def _node(market: str) -> list[str]:
-    """Options for one CPU per node, so that two workers use two machines, and a label as in ``cluster.yaml``."""
+    """Return node options: one CPU, so that two workers use two machines, and a label as in ``cluster.yaml``."""
     size = ["--num-cpus", "1", "--object-store-memory", str(200 * 2**20)]
     return [*size, "--labels", f"market={market}", "--disable-usage-stats"]
 
 
 @contextmanager
 def cluster_of_machines() -> Iterator[Cluster]:
-    """A running cluster, which is stopped after the block."""
+    """Run a cluster until the end of the block."""
     cluster = Cluster()
     try:
         cluster.start()
@@ -226,7 +226,7 @@ def cluster_of_machines() -> Iterator[Cluster]:
 
 
 def wait_until(condition: Callable[[], object], job: Submission, seconds: float = JOB_SECONDS) -> None:
-    """Wait for the time to inject a fault; fails if the job ends earlier."""
+    """Wait for the time to inject a fault. Fail if the job ends earlier."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert not job.is_over(), f"the job ended before the fault:\n{job.output()}"

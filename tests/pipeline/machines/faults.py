@@ -16,24 +16,24 @@ from tests.pipeline.compare import assert_same_store
 from tests.pipeline.machines.cluster import Cluster, Submission, wait_until
 
 PLAIN = "plain"
-"""Path in the bucket of the outputs of undisturbed runs. Other outputs are below the name of their fault."""
+"""Path in the bucket for the outputs of undisturbed runs. All other outputs are below the name of their fault."""
 
 CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
 LATE_SECONDS = 100.0
 NOTICE_SECONDS = 90.0
-"""A raylet that Ray has given up ends itself within this time after the network is back."""
+"""A raylet that Ray has declared dead ends itself within this time after the network is back."""
 TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
 
 
 class Stage(NamedTuple):
-    """A stage that runs long enough for a fault in its middle.
+    """A stage that runs long enough to inject a fault in the middle.
 
     Attributes:
         command: the job and its options; ``{plain}`` is the path of undisturbed outputs, ``{out}`` of its own output.
-        progress: path, with ``{out}`` in it, and name endings of the files that the stage writes while it runs.
-        middle: number of these files in the middle of the stage.
-        difference: compares the downloaded output with the undisturbed one; fails if exact parts differ.
+        progress: path, containing ``{out}``, and name endings of the files that the stage writes while it runs.
+        middle: number of these files at which the fault is injected.
+        difference: compares the downloaded output with the undisturbed one; fails if parts that must be equal differ.
     """
 
     command: str
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
 
 def weights_difference(found: Path, expected: Path) -> float:
-    """The largest difference of a weight between the model folders in both folders."""
+    """Return the largest difference of any weight between the models in both folders."""
     names = sorted(path.relative_to(expected) for path in expected.rglob("model.safetensors"))
     assert names == sorted(path.relative_to(found) for path in found.rglob("model.safetensors"))
     assert names
@@ -52,13 +52,13 @@ def weights_difference(found: Path, expected: Path) -> float:
 
 
 def store_difference(found: Path, expected: Path) -> float:
-    """Always 0; fails unless the rows agree within the tolerance of ``compare.py``."""
+    """Return 0. Fail unless the rows agree within the tolerance of ``compare.py``."""
     assert_same_store(str(found), str(expected))
     return 0.0
 
 
 def scores_difference(found: Path, expected: Path) -> float:
-    """The largest difference of a metric, relative for values above 1; ignores speeds."""
+    """Return the largest difference of any metric except speeds, relative for values above 1."""
     tables = [json.loads((folder / "evaluation.json").read_text())["scores"] for folder in (found, expected)]
     largest = 0.0
     for row, expected_row in zip(*tables, strict=True):
@@ -109,11 +109,11 @@ STAGES = {
         scores_difference,
     ),
 }
-"""Every stage follows the stages that make its inputs."""
+"""Each stage is listed after the stages that make its inputs."""
 
 
 def command_of(name: str, plain: str, out: str) -> list[str]:
-    """The module and the options of a stage's job.
+    """Return the module and the options of a stage's job.
 
     Args:
         name: name of the stage.
@@ -138,11 +138,11 @@ class Watch:
         self._thread.start()
 
     def until(self, moment: float) -> list[str]:
-        """The names of the objects that were written before ``moment``, once per write."""
+        """Return the names of the objects that were written before ``moment``, once per write."""
         return [name for (name, _), seen in self.seen.items() if seen <= moment]
 
     def next_after(self, moment: float) -> float | None:
-        """Seconds from ``moment`` to the next write; None without one."""
+        """Return the seconds from ``moment`` to the next write, or None if nothing was written."""
         return min((seen - moment for seen in self.seen.values() if seen > moment), default=None)
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class Watch:
 
 @contextmanager
 def watching(cluster: Cluster, stage: Stage, out: str) -> Iterator[Watch]:
-    """A watch that records during the block."""
+    """Record the writes of a stage during the block."""
     watch = Watch(cluster, stage, out)
     try:
         yield watch
@@ -181,13 +181,13 @@ class Outcome(NamedTuple):
     undisturbed: float  # seconds without a fault
     next_seconds: float | None  # from the fault to the next shard, checkpoint or chunk
     lost: str
-    difference: float  # between the result and the undisturbed one
+    difference: float  # between the result and that of the undisturbed run
     statuses: tuple[str, ...]  # of the runs in MLflow at the end, the stage's own first
     stopped: tuple[str, ...]  # of the runs between stop and resubmission
 
 
 def lose_machine(cluster: Cluster, job: Submission) -> None:
-    """Stop the worker's machine without notice, and replace it by a fresh one."""
+    """Stop the worker's machine without notice, and replace it with a fresh machine."""
     cluster.lose_worker()
     cluster.replace_worker()
 
@@ -198,7 +198,7 @@ def lose_machine_for_good(cluster: Cluster, job: Submission) -> None:
 
 
 def replace_machine_late(cluster: Cluster, job: Submission) -> None:
-    """Stop the worker's machine without notice, and replace it later than Ray Train waits for resources."""
+    """Stop the worker's machine without notice, and replace it after Ray Train has stopped waiting for resources."""
     cluster.lose_worker()
     time.sleep(LATE_SECONDS)
     cluster.replace_worker()
@@ -218,13 +218,13 @@ def kill_driver(cluster: Cluster, job: Submission) -> None:
 
 
 def stop_job(cluster: Cluster, job: Submission) -> None:
-    """Stop the job by `ray job stop`, after which `ray job submit` may exit with 0."""
+    """Stop the job with `ray job stop`, after which `ray job submit` may exit with 0."""
     job.stop()
     job.wait()
 
 
 def cut_network(cluster: Cluster, job: Submission) -> None:
-    """Disconnect the worker for a while. If Ray has given up the node by then, replace the machine."""
+    """Disconnect the worker for a while. If Ray has declared the node dead by then, replace the machine."""
     cluster.network.cut(cluster.worker)
     time.sleep(CUT_SECONDS)
     cluster.network.mend(cluster.worker)
@@ -267,11 +267,11 @@ class Trials:
         self.expected: dict[str, Path] = {}
 
     def command(self, name: str, out: str) -> list[str]:
-        """The module and the options of a stage's job, for paths in the bucket."""
+        """Return the module and the options of a stage's job, for paths in the bucket."""
         return command_of(name, self.cluster.path(PLAIN), self.cluster.path(out))
 
     def run_plain(self, name: str) -> None:
-        """Run a stage and its inputs without a fault, unless they have run."""
+        """Run a stage, and the stages that make its inputs, without a fault. Skip stages that have run."""
         if name in self.undisturbed:
             return
         for needed in STAGES:
@@ -292,7 +292,7 @@ class Trials:
         self.cluster.replace_worker()
 
     def run(self, fault: str, name: str, out: str = "") -> Outcome:
-        """Run a stage with a fault in its middle; if the job does not survive it, submit the same command again.
+        """Run a stage with a fault in the middle. If the job does not survive the fault, submit the same command again.
 
         Args:
             fault: key of ``FAULTS``.
@@ -300,7 +300,7 @@ class Trials:
             out: path of the output in the bucket; default: below the name of the fault.
         """
         cluster, stage, out = self.cluster, STAGES[name], out or f"{fault}/{name}"
-        if name == "evaluate":  # which would reuse earlier samples
+        if name == "evaluate":  # otherwise it would reuse earlier samples
             cluster.remove("cache/samples")
             cluster.remove("cache/features")
         command = self.command(name, out)
@@ -333,17 +333,17 @@ class Trials:
         )
 
     def statuses(self, out: str) -> tuple[str, ...]:
-        """Statuses of an output's runs in MLflow and of their nested runs, by start time."""
+        """Return the statuses of an output's runs in MLflow and of their nested runs, in order of start time."""
         runs = sorted(self.cluster.runs(out), key=lambda run: run.info.start_time)
         return tuple(run.info.status for run in runs)
 
     def students(self, out: str) -> list[str]:
-        """The folder names of the outputs of all ``distill`` runs below an output, once per run."""
+        """Return the output folder names of all ``distill`` runs below an output, once per run."""
         runs = [run for run in self.cluster.runs(out) if run.data.tags[tracking.STAGE_TAG] == "distill"]
         return sorted(run.data.params["out"].rsplit("/", 1)[-1] for run in runs)
 
     def lost(self, name: str, out: str, watch: Watch, moment: float, output: str) -> str:
-        """A description of the repeated work."""
+        """Describe the work that was repeated."""
         before = watch.until(moment)
         if name in {"rollout", "evaluate"}:
             kind = "shards" if name == "rollout" else "chunks"
@@ -362,7 +362,7 @@ class Trials:
 
 
 def format_table(outcomes: list[Outcome]) -> str:
-    """The outcomes as a table in Markdown."""
+    """Format the outcomes as a Markdown table."""
     head = ["fault", "stage", "ended", "undisturbed", "seconds", "next", "lost", "difference", "runs", "after stop"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for outcome in outcomes:

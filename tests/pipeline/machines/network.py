@@ -2,8 +2,7 @@
 
 Each machine has its own address, processes, ``/tmp``, home folder and shared memory. It runs as long as a pipe to this
 process is open. When this process ends, even by SIGKILL, the kernel ends all processes of the machines and removes
-their links, mounts and files. The networks are isolated, so that several can exist at once, and have no connection to
-other networks.
+their links, mounts and files. Each network is isolated from all others, so several can exist at once.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ read -r _  # wait until the pipe is closed; meanwhile this shell reaps zombies
 
 
 def missing_support() -> str | None:
-    """What this machine lacks for such a network; None if nothing is missing."""
+    """Return what this machine lacks for such a network, or None if nothing is missing."""
     missing = [program for program in ("ip", "unshare", "nsenter", "mount") if shutil.which(program) is None]
     if missing:
         return f"needs {' and '.join(missing)} (Debian's iproute2 and util-linux)"
@@ -58,14 +57,14 @@ def missing_support() -> str | None:
 
 
 class _Namespaces:
-    """Namespaces that exist until ``close``, held by a shell that waits for the end of its input."""
+    """Namespaces that exist until ``close``, kept by a shell that waits for the end of its input."""
 
     def __init__(self, kinds: Sequence[str], script: str, *arguments: str) -> None:
         self.holder = subprocess.Popen(
             ["unshare", *kinds, "bash", "-c", script, "bash", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,  # unshare prints a harmless error at its end
+            stderr=subprocess.PIPE,  # unshare prints a harmless error when it ends
             text=True,
         )
         assert self.holder.stdout is not None and self.holder.stderr is not None
@@ -76,7 +75,7 @@ class _Namespaces:
         self.pid = inner[0].pid if inner else self.holder.pid
 
     def close(self) -> None:
-        """End all processes in the namespaces; does nothing if they have ended."""
+        """End all processes in the namespaces, if they still run."""
         with contextlib.suppress(OSError):
             self.holder.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(ProcessLookupError):
@@ -89,7 +88,7 @@ class Machine:
 
     Attributes:
         address: IP address in the network.
-        visible: folders in ``/tmp`` that the machine shares with this one. It also has all folders outside of ``/tmp``.
+        visible: folders in ``/tmp`` that the machine shares with this one. It also shares all folders outside ``/tmp``.
         environment: environment of all its processes.
     """
 
@@ -118,12 +117,12 @@ class Machine:
 
     @property
     def pid(self) -> int:
-        """Process id of the machine's first process, in this process's namespace."""
+        """Process id of the machine's first process, as seen from this process's namespace."""
         assert self._namespaces is not None, f"{self.name} is off"
         return self._namespaces.pid
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the machine, in this process's namespace."""
+        """All processes of the machine, as seen from this process's namespace."""
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
         processes = []
         for process in psutil.process_iter():
@@ -133,7 +132,7 @@ class Machine:
         return processes
 
     def runs(self, title: str) -> bool:
-        """Whether the machine runs a process whose command line starts with ``title``."""
+        """Return whether the machine runs a process whose command line starts with ``title``."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if " ".join(process.cmdline()).startswith(title):
@@ -141,7 +140,7 @@ class Machine:
         return False
 
     def kill(self, matches: Callable[[str, list[str]], bool]) -> int:
-        """Send SIGKILL to the processes whose name and command line ``matches``; returns their number."""
+        """Send SIGKILL to the processes whose name and command line ``matches`` accepts, and return their number."""
         count = 0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -151,13 +150,13 @@ class Machine:
         return count
 
     def start(self, *words: str, folder: str | Path = "/tmp", **options: object) -> "subprocess.Popen[str]":
-        """Start a program on the machine; ``options`` are those of ``Popen``."""
+        """Start a program on the machine. ``options`` are passed to ``Popen``."""
         enter = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--ipc", "--pid"]
         command = [*enter, "env", "--chdir", str(folder), *words]
         return subprocess.Popen(command, env=self.environment, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
     def run(self, *words: str, folder: str | Path = "/tmp", seconds: float = 120.0) -> str:
-        """Run a program on the machine, which must succeed; returns its output."""
+        """Run a program, which must succeed, on the machine, and return its output."""
         process = self.start(*words, folder=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         output, _ = process.communicate(timeout=seconds)
         assert process.returncode == 0, f"{self.name}: {' '.join(words)}: exit code {process.returncode}\n{output}"
@@ -165,7 +164,7 @@ class Machine:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Make sockets that this thread opens in the block belong to the machine's network."""
+        """Put sockets that this thread opens in the block into the machine's network."""
         libc = ctypes.CDLL(None, use_errno=True)
 
         def enter(descriptor: int) -> None:
@@ -188,12 +187,12 @@ class Network:
         self._switch = _Namespaces(["--net"], SWITCH)
 
     def add(self, name: str, visible: Sequence[Path] = ()) -> Machine:
-        """Add a machine, which is off. Add all machines before the first one boots, so that each knows all names."""
+        """Add a machine, which is off. Add all machines before booting any, so that each knows the names of all."""
         self.machines.append(Machine(self, name, len(self.machines) + 1, visible))
         return self.machines[-1]
 
     def hosts(self) -> str:
-        """The lines of /etc/hosts for all machines."""
+        """Return the lines of /etc/hosts for all machines."""
         return "".join(f"{machine.address} {machine.name}\\n" for machine in self.machines)
 
     def plug_in(self, machine: Machine) -> None:
@@ -215,7 +214,7 @@ class Network:
         self._ip("link", "set", "dev", machine.name, "up")
 
     def close(self) -> None:
-        """Stop all machines and the switch; does nothing if they are stopped."""
+        """Stop all machines and the switch, if they still run."""
         for machine in self.machines:
             machine.lose()
         self._switch.close()

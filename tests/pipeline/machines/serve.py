@@ -1,4 +1,4 @@
-"""The servers beside a Ray cluster: a real S3 server and a real MLflow server, in this process's network.
+"""The servers that a Ray cluster uses: a real S3 server and a real MLflow server, in this process's network.
 
 python -m tests.pipeline.machines.serve ADDRESS FOLDER
 """
@@ -17,7 +17,7 @@ READY = "ready"
 
 
 def serve(address: str, folder: Path) -> None:
-    """Serve until this process is killed; prints ``READY`` once both answer."""
+    """Serve until this process is killed; print ``READY`` once both servers answer."""
     s3 = FaultyS3(address, S3_PORT)
     s3.start()
     s3.client().create_bucket(Bucket=BUCKET)

@@ -1,4 +1,4 @@
-"""Fixtures: a small store, and a counter of the bytes read."""
+"""Fixtures: small stores, and a counter of the bytes read."""
 
 from collections import Counter
 from pathlib import Path

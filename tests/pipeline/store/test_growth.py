@@ -1,4 +1,4 @@
-"""A store grows by only the missing rows, and only with the same identity."""
+"""Growing a store computes only the missing rows, and requires the same identity."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_growth_plans_only_the_short_shard_and_the_new_shards(tmp_path) -> None:
     store = tmp_path / "store"
     make_store(store, teacher)
     assert plan_store(make_spec(store, teacher)).todo == ()
-    assert plan_store(make_spec(store, teacher, trajectories=40)).todo == ()  # fewer trajectories remove nothing
+    assert plan_store(make_spec(store, teacher, trajectories=40)).todo == ()  # requesting fewer removes nothing
     grown = plan_store(make_spec(store, teacher, trajectories=150))
     assert [(shard.index, shard.start, shard.rows) for shard in grown.todo] == [(3, 96, 32), (4, 128, 22)]
     more = plan_store(make_spec(store, teacher, guidance=(0.0, 1.5)))
@@ -37,7 +37,7 @@ def test_growth_keeps_existing_rows(tmp_path) -> None:
     make_store(whole, teacher, trajectories=120)
     for index in (0, 1, 3):
         assert shard_file(grown, index).read_bytes() == shard_file(whole, index).read_bytes()
-    assert_same_store(str(grown), str(whole))  # the new rows of shard 2 come from another batch
+    assert_same_store(str(grown), str(whole))  # the new rows of shard 2 come from a different batch
     assert read_manifest(str(grown)).extents == read_manifest(str(whole)).extents
 
 

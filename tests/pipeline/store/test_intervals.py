@@ -1,4 +1,4 @@
-"""Interval batches: endless, with every row once per epoch and the intervals that an objective draws."""
+"""Interval batches are endless. They contain every row once per epoch, with intervals drawn by the objective."""
 
 import itertools
 from collections import Counter
@@ -20,7 +20,7 @@ from tests.pipeline.stores import make_store, make_teacher, shard_file
 
 @pytest.fixture(autouse=True)
 def short_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipelines end within batches, and do not read many epochs ahead."""
+    """Shorten the pipelines, so that they end within batches and do not read many epochs ahead."""
     monkeypatch.setattr(reader, "PIPELINE_SHARDS", 8)
 
 
@@ -86,7 +86,7 @@ def test_intervals_are_uniform_and_independent_of_the_row(store: Store) -> None:
     total = counts.sum()
     # Chi-squared with 3 degrees of freedom stays below 21.1 with probability 0.9999; the draws are fixed by the seed.
     assert ((counts - total / KNOTS) ** 2 / (total / KNOTS)).sum() < 21.1
-    # Each row gets the first interval in a quarter of its 200 epochs: five standard deviations either way.
+    # Each row gets the first interval in a quarter of its 200 epochs, within five standard deviations.
     assert np.all(np.abs(draws[:, 0] - 50) < 5 * np.sqrt(200 * 0.25 * 0.75))
 
 
@@ -135,7 +135,7 @@ def digits(folder: Path) -> Path:
 
 @pytest.mark.parametrize("steps, share", [(1, 0.12), (4, 0.27), (20, 1.02)])
 def test_only_the_needed_knots_are_read(digits: Path, counts: Counter[str], steps: int, share: float) -> None:
-    """One step needs 2 of 21 columns, and four steps need 5. The footer and the labels are the rest of the share."""
+    """One step needs 2 of 21 columns, and four steps need 5. The rest of ``share`` is the footer and the labels."""
     path = shard_file(digits, 0)
     batch = next(endpoint_store.open(str(digits)).interval_batches(64, EndpointObjective(steps)))
     assert batch.x_start.shape == (64, 1, 8, 8)

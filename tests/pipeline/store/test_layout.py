@@ -50,7 +50,7 @@ OTHERS = {
 
 
 def test_these_tests_cover_every_field_of_the_identity() -> None:
-    assert OTHERS.keys() == StoreIdentity.model_fields.keys() - {"knot_grid"}  # has only one value
+    assert OTHERS.keys() == StoreIdentity.model_fields.keys() - {"knot_grid"}  # which has only one possible value
 
 
 @pytest.mark.parametrize("field", OTHERS)
@@ -104,7 +104,7 @@ def test_a_shard_name_is_parsed_back(guidance: float, index: int) -> None:
         "data/guidance=0.0/more/shard-000001.parquet",
         "data/shard-000001.parquet",
         "backup/data/guidance=0.0/shard-000001.parquet",
-        # Other spellings of the same numbers would be second names of one shard.
+        # Other spellings of the same numbers would give a shard a second name.
         "data/guidance=0/shard-000001.parquet",
         "data/guidance=0.00/shard-000001.parquet",
         "data/guidance=0.0/shard-0000001.parquet",

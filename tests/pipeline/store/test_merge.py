@@ -1,4 +1,4 @@
-"""Merging stores, and refusals of stores that do not fit together."""
+"""Merging stores, and refusing stores that do not fit together."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_id_ranges_with_a_gap_stay_separate(parts, tmp_path: Path, teacher: str,
     store = endpoint_store.open(str(tmp_path / "joined"))
     ids = [int(i) for batch in store.batches(10, 0.0, [0]) for i in batch.sample_id]
     assert ids == [*range(164), *range(224, 264)]
-    # Filling the gap recomputes only the short shard at its edge.
+    # Filling the gap recomputes only the short shard at the edge of the gap.
     filled = plan_store(make_spec(tmp_path / "joined", teacher, trajectories=264))
     assert [shard.index for shard in filled.todo] == [5, 6]
 
@@ -142,7 +142,7 @@ def test_a_short_shard_that_grew_after_the_manifest_is_copied_with_its_new_rows(
     assert endpoint_store.open(str(tmp_path / "joined")).rows(3.0) == 40
 
 
-def test_stores_of_another_identity_are_refused_with_the_fields(parts, tmp_path: Path, teacher: str) -> None:
+def test_stores_of_a_different_identity_are_refused_with_the_fields(parts, tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "other", teacher, trajectories=40, first_sample=640, seed=3, dtype="float16")
     with pytest.raises(
         StoreError, match=r"other cannot be merged with .*seed is 3, expected 0; dtype is float16, expected float32"
@@ -179,7 +179,7 @@ def test_a_damaged_source_is_named_and_no_manifest_is_written(parts, tmp_path: P
     if damage == "value":
         flip(file, last_value(file, "knot_01"))
     elif damage == "footer":
-        flip(file, file.stat().st_size - 12)  # in the name of the writer, which readers ignore
+        flip(file, file.stat().st_size - 12)  # a byte of the writer's name, which readers ignore
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
     else:
@@ -190,7 +190,7 @@ def test_a_damaged_source_is_named_and_no_manifest_is_written(parts, tmp_path: P
     assert read_manifest(str(tmp_path / "joined")) is None
 
 
-def test_a_target_with_other_content_is_refused_and_unchanged(parts, tmp_path: Path, teacher: str) -> None:
+def test_a_target_with_different_content_is_refused_and_unchanged(parts, tmp_path: Path, teacher: str) -> None:
     make_store(tmp_path / "finished", teacher, trajectories=10)
     make_store(tmp_path / "other spec", teacher, trajectories=64, guidance=(0.0, 1.5), seed=8)
     run_rollout(make_spec(tmp_path / "begun", teacher, trajectories=32, guidance=(9.0,)), is_sealed=False)

@@ -29,7 +29,7 @@ def test_without_a_seed_rows_keep_the_order_of_their_ids() -> None:
 
 
 def test_the_first_permutation_of_seed_0_never_changes() -> None:
-    """Otherwise a resumed training would read different rows."""
+    """Otherwise a resumed training run would read different rows."""
     assert Order(0, 1, 0).permutation(10, 0).tolist() == [5, 6, 4, 8, 0, 1, 2, 9, 7, 3]
 
 

@@ -21,7 +21,7 @@ from tests.pipeline.stores import copy_store, flip, last_value, make_spec, make_
 
 
 def test_the_memory_budget_decides_between_loading_and_streaming(store: Store) -> None:
-    """The modes of these tests rely on it."""
+    """``Modes`` relies on this."""
     for mode in (STREAM, WINDOWS):
         assert store._select(0.0, [0]).bytes > mode["memory_bytes"]
     list(store.batches(64, 0.0, [0], **STREAM))

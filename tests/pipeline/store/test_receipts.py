@@ -1,4 +1,4 @@
-"""Receipt files of an unfinished store spare a rerun from reading the listed shards."""
+"""With the receipt files of an unfinished store, a rerun need not read the shards that they list."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_rerun_reads_only_the_shards_without_a_receipt(
     assert receipt_files(tmp_path / "store") == []
 
 
-def test_receipt_files_beside_a_manifest_are_removed(teacher: str, tmp_path: Path) -> None:
+def test_receipt_files_next_to_a_manifest_are_removed(teacher: str, tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "store", teacher)
     manifest = rollout(spec)
     assert manifest is not None
@@ -71,7 +71,7 @@ def test_shards_of_an_unusable_receipt_file_are_read_again(teacher: str, tmp_pat
         return
     manifest = rollout(spec)
     assert manifest is not None
-    # The longer files are damaged. Recomputing them restores the original bytes.
+    # The lengthened shard files are damaged. Recomputing them restores the original bytes.
     assert list(manifest.shards) == receipts
     assert read_manifest(spec.store) == manifest
 

@@ -115,7 +115,7 @@ def flips(data: bytes, positions, mask: int):
 @pytest.mark.parametrize("compression", ["none", "zstd", "lz4"])
 @pytest.mark.parametrize("mask", [1, 0x80, 0xFF])
 def test_no_flipped_byte_changes_rows_without_being_detected(compression: str, mask: int) -> None:
-    """The digest and the CRCs in the file detect wrong rows even without a manifest."""
+    """Even without a manifest, the digest and the CRCs in the file detect wrong rows."""
     identity = make_identity(dtype="float16")
     table = make_rows(identity)
     data = encode(table, compression)
@@ -175,7 +175,7 @@ def test_wrong_ids_are_damage() -> None:
             check("store", SHARD, identity, encode(replaced(table, "sample_id", ids)))
 
 
-def test_another_schema_is_damage() -> None:
+def test_a_different_schema_is_damage() -> None:
     identity = make_identity()
     table = make_rows(identity)
     with pytest.raises(DamagedShard):
@@ -187,7 +187,7 @@ def test_another_schema_is_damage() -> None:
         check("store", SHARD, identity, sink.getvalue().to_pybytes())
 
 
-def test_a_shard_of_another_store_or_position_is_foreign_not_damaged() -> None:
+def test_a_shard_of_a_different_store_or_position_is_foreign_not_damaged() -> None:
     identity, other = make_identity(), make_identity().model_copy(update={"seed": 9})
     with pytest.raises(ForeignShard, match="seed is 9, expected 0"):
         check("store", SHARD, identity, encode(make_rows(other)))

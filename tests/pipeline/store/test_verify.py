@@ -79,9 +79,9 @@ def test_every_kind_of_damage_is_reported_and_repaired(store: Path, folder: Path
     rewrite(store, 4, "knot_03", [3, 7], np.nan)
     rewrite(store, 5, "kinetic_energy", [1], 0.25)  # finite, but not the published value
     shard_file(store, 6).write_bytes(shard_file(other, 6).read_bytes())
-    shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # also exists under its own name
+    shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # also exists as shard 1
     shard_file(store, 5, 1.5).write_bytes(shard_file(store, 2, 1.5).read_bytes())
-    shard_file(store, 2, 1.5).unlink()  # now exists only under another name
+    shard_file(store, 2, 1.5).unlink()  # now exists only as shard 5
     shard_file(store, 40).write_bytes(good[name(3, 1.5)])  # beyond the plan
     shard_file(store, 41).write_bytes(shard_file(other, 0).read_bytes())
     (store / "data/guidance=1.5/shard-000003 (copy).parquet").write_bytes(good[name(3, 1.5)])
@@ -177,7 +177,7 @@ def test_a_flipped_bit_in_an_unfinished_store_is_detected(tmp_path: Path, teache
 
 
 def test_foreign_shards_of_an_unfinished_store_are_kept(tmp_path: Path, teacher: str, ray_cluster) -> None:
-    """Without a manifest, it is unknown which identity is the right one. Here the first shards are foreign."""
+    """Without a manifest, verify cannot know which identity is right. Here the first shards are foreign."""
     spec = make_spec(tmp_path / "begun", teacher, trajectories=160)
     run_rollout(spec, is_sealed=False)
     run_rollout(make_spec(tmp_path / "other", teacher, seed=9), is_sealed=False)

@@ -27,7 +27,7 @@ class LaterIdentity(StoreIdentity):
 
 
 def write_like(monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...] = (), **added: object) -> None:
-    """Write manifests and footers like a version whose identity has other fields."""
+    """Write manifests and footers as a version whose identity has other fields would."""
 
     def values(identity: StoreIdentity) -> dict:
         own = {name: value for name, value in IDENTITY_VALUES(identity).items() if name not in without}
