@@ -1,4 +1,4 @@
-"""Reads stores with plain pyarrow, checks them and compares them."""
+"""Read stores with plain pyarrow, check them and compare them."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from kac.util import files
 
 KNOT_TOLERANCE = 1e-5
-"""Between runs with different batches, in which the order of additions in a matrix product may differ."""
+"""Tolerance between runs with different batches, where matrix products may add in a different order."""
 
 
 def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
-    """The manifest, and the rows of each guidance scale sorted by sample id.
+    """Return the manifest, and the rows of each guidance scale sorted by sample id.
 
     Asserts that the manifest lists exactly the files in the store, with their sizes and hashes.
     """
@@ -35,14 +35,14 @@ def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
 
 
 def list_files(store: str) -> list[str]:
-    """The relative paths of all files in a store, including hidden ones."""
+    """Return the relative paths of all files in a store, including hidden files."""
     location = files.locate(store)
     paths = location.fs.find(location.path)
     return sorted(path.removeprefix(location.path).lstrip("/") for path in paths)
 
 
 def assert_same_store(found: str, expected: str) -> None:
-    """Assert that both stores have the same samples once: ids, labels and noise bitwise, the rest within tolerance."""
+    """Assert that both stores have the same samples once: equal ids, labels and noise; the rest within tolerance."""
     found_manifest, found_rows = read_store(found)
     expected_manifest, expected_rows = read_store(expected)
     for key in ("schema_version", "fingerprint", "identity", "extents"):

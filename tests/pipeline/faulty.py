@@ -1,6 +1,6 @@
 """Rollouts with injected faults: actors that die, hang, raise or produce NaN, and jobs that use such actors.
 
-The file ``STORE.fault`` beside the store enables the fault. A test removes it, and the same command succeeds:
+The file ``STORE.fault`` next to the store enables the fault. After a test removes this file, the command succeeds:
 
     python -m tests.pipeline.faulty hang-in-shard    [options of jobs.rollout]
     python -m tests.pipeline.faulty hang-in-manifest [options of jobs.rollout]
@@ -60,7 +60,7 @@ class RaisingActor(actors.ShardActor):
 
 
 class NanActor(RaisingActor):
-    """Makes NaN of the second and the last sample of one shard."""
+    """Turns the second and the last sample of one shard into NaN."""
 
     def fault(self, rows: Rows) -> Rows:
         rows["knot_02"][[1, -1]] = np.nan
@@ -68,7 +68,7 @@ class NanActor(RaisingActor):
 
 
 class DyingActor(RaisingActor):
-    """Dies on one shard, like a process that the out-of-memory killer ends."""
+    """Dies on one shard, like a process killed by the out-of-memory killer."""
 
     def fault(self, rows: Rows) -> Rows:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -128,7 +128,7 @@ class ImpatientActor(actors.ShardActor):
 
 
 class HangingActor(actors.ShardActor):
-    """Hangs with its third shard written but not published."""
+    """Hangs after it has written its third shard, before publishing it."""
 
     def __init__(self, spec: RolloutSpec, **others: Any) -> None:
         super().__init__(spec, **others)
@@ -152,7 +152,7 @@ def hang_in_fsync(store: str, what: str, number: int) -> None:
 
 
 def lose_node(spec: RolloutSpec) -> None:
-    """Roll out on two worker nodes with one CPU each, and remove one of them after the first shards."""
+    """Run a rollout on two worker nodes with one CPU each, and remove one node after the first shards."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -183,13 +183,13 @@ def lose_node(spec: RolloutSpec) -> None:
 
 
 def hang_in_shard(spec: RolloutSpec) -> None:
-    """Roll out with actors that hang while they write a shard."""
+    """Run a rollout with actors that hang while they write a shard."""
     actors.ShardActor = HangingActor  # type: ignore[misc]
     rollout(spec)
 
 
 def hang_in_manifest(spec: RolloutSpec) -> None:
-    """Roll out, and hang with the manifest written but not published."""
+    """Run a rollout that hangs after it has written the manifest, before publishing it."""
     hang_in_fsync(spec.store, MANIFEST, 1)
     rollout(spec)
 

@@ -87,7 +87,7 @@ class Job:
 
 @contextmanager
 def running_job(module: list[str], spec: RolloutSpec, address: str | None, log: Path | None = None) -> Iterator[Job]:
-    """Run a job until the end of the block. Its output goes to ``log``, or to a file beside a local store."""
+    """Run a job until the end of the block. Its output goes to ``log``, or to a file next to a local store."""
     job = Job(module, spec, address, log)
     try:
         yield job
@@ -97,7 +97,7 @@ def running_job(module: list[str], spec: RolloutSpec, address: str | None, log: 
 
 
 def named(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
-    """Return the Ray worker processes that run an actor of this class and have finished its constructor."""
+    """Return the Ray worker processes whose actor of this class has finished its constructor."""
     matching = []
     for process in processes:
         try:

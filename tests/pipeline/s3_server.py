@@ -1,7 +1,7 @@
-"""An S3 server with injected faults: moto behind a small proxy that fails requests like a real network.
+"""An S3 server with injected faults: moto behind a small proxy that fails requests as a real network does.
 
 Importing this module reserves the port, so ``environment`` can be set before Ray starts its workers. The server answers
-after ``start``.
+only after ``start``.
 """
 
 import logging
@@ -31,7 +31,7 @@ slow_down: 503 before S3 receives the request.
 reset: the connection breaks before S3 receives the request.
 lose_reply: S3 handles the request, but the reply is lost.
 truncate: only half of the body arrives.
-refuse_key: 403 that names the access key, like S3.
+refuse_key: 403 that names the access key, as S3 does.
 deny: 403 for a missing permission.
 """
 
@@ -50,7 +50,7 @@ class Fault:
     Attributes:
         methods: HTTP methods that match; empty matches all.
         path: text that the path of the request must contain.
-        probability: of a matching request to fail.
+        probability: probability that a matching request fails.
         count: maximum number of failures; None for no limit.
         injected: number of failures so far.
     """
@@ -76,7 +76,7 @@ class FaultyS3:
 
     def start(self) -> None:
         """Serve until ``stop``."""
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise it logs every request
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise werkzeug logs every request
         self._moto.start()
         self.moto_address = self._moto.get_host_and_port()
         self._proxy.server_activate()
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Proxy
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing; tests check the recorded requests."""
+        """Print nothing, because tests check the recorded requests."""
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -204,7 +204,7 @@ SERVER = FaultyS3()
 
 
 def environment() -> dict[str, str]:
-    """Return the AWS variables that direct the processes of a test to ``SERVER``."""
+    """Return the AWS variables that point the processes of a test at ``SERVER``."""
     return {
         "AWS_ENDPOINT_URL": SERVER.endpoint,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,

@@ -40,7 +40,7 @@ def runs_of(stage: str) -> list[Any]:
 
 
 def run_of(stage: str, fingerprint: str) -> Any:
-    """Return the stage's run with this fingerprint, if possible a finished one."""
+    """Return the stage's run with this fingerprint, preferably a finished run."""
     runs = [run for run in runs_of(stage) if run.data.tags[tracking.FINGERPRINT_TAG] == fingerprint]
     return next((run for run in runs if run.info.status == "FINISHED"), runs[0])
 
@@ -51,7 +51,7 @@ def metrics_of(stage: str, fingerprint: str, name: str) -> list[Any]:
 
 
 def wait_for_free_cpus(seconds: float = 20.0) -> bool:
-    """Wait until Ray has no CPU in use. Return False after ``seconds``."""
+    """Wait until Ray has no CPU in use. Return False if that takes more than ``seconds``."""
     import ray
 
     deadline = time.monotonic() + seconds

@@ -25,9 +25,9 @@ def make_teacher(
     path_config: PathConfig | None = None,
     conditioning: Conditioning = "classes_and_null",
 ) -> str:
-    """Write a model folder with an untrained teacher whose nonzero velocity differs between classes.
+    """Write the model folder of an untrained teacher whose nonzero velocity differs between classes.
 
-    The velocity of an unconditional teacher is NaN for every class; only the null label gives numbers.
+    The velocity of an unconditional teacher is NaN for every class and finite for the null label.
     """
     config = teacher_config(
         MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data), conditioning=conditioning
@@ -60,7 +60,7 @@ def publish_shards(spec: RolloutSpec, plan: Plan) -> list[Receipt]:
 
 
 def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
-    """Run a rollout in this process; unless ``is_sealed``, stop before writing the manifest."""
+    """Run a rollout in this process. Unless ``is_sealed``, stop before writing the manifest."""
     spec = spec.model_copy(update={"actors": 0})
     if is_sealed:
         return rollout(spec)
@@ -69,7 +69,7 @@ def run_rollout(spec: RolloutSpec, is_sealed: bool = True) -> Manifest | None:
 
 
 def make_store(path: str | Path, teacher: str, **options: Any) -> Manifest:
-    """Make a finished store; options as for ``make_spec``."""
+    """Make a finished store. The options are those of ``make_spec``."""
     return rollout(make_spec(path, teacher, **options))
 
 

@@ -17,10 +17,10 @@ from tests.pipeline.stores import make_teacher
 
 DRIVER_SHARE = 0.3
 MAX_PAUSE_SECONDS = 20
-"""A driver reaches its first shard in about half of this time, so some kills come before and most after it."""
+"""A driver publishes its first shard in about half of this time. Some kills come before that, most after it."""
 
 TRAJECTORIES = 4000
-"""Trajectories per guidance scale. A rollout that ends before all kills continues with this many more."""
+"""Trajectories per guidance scale. A rollout that ends before all kills is extended by this number."""
 
 
 def stress(folder: str, kills: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Fake sweeps: trials of a ledger, and the evaluation of their students, without any training."""
+"""Fake sweeps without training: the trials of a ledger, and an evaluation of their students."""
 
 import io
 import json
@@ -13,11 +13,11 @@ from pipeline.evaluate.scores import Record, Score
 from pipeline.sweep import TrialRecord
 
 TEACHER = {0.0: (0.21, 5.6), 0.5: (0.24, 4.7), 1.0: (0.33, 4.3), 2.0: (0.61, 5.1)}
-"""Frechet distances of a teacher in pixels and in the classifier's features, by guidance scale."""
+"""Frechet distances of a teacher in pixels and in the classifier's features, per guidance scale."""
 
 
 def trial_record(number: int, name: str, out: str, values: dict[str, Any], **options: Any) -> TrialRecord:
-    """The record of a trial, finished by default."""
+    """Return the record of a trial, finished by default."""
     defaults = {"status": "finished", "updates": 2000, "seconds": 31.0}
     return TrialRecord(**{**defaults, **options}, number=number, name=name, out=out, values=values)
 
@@ -25,7 +25,7 @@ def trial_record(number: int, name: str, out: str, values: dict[str, Any], **opt
 def grid(
     out: Path, steps: Sequence[int] = (1, 2, 4, 20), scales: Sequence[float] = (0.0, 0.5, 1.0, 2.0)
 ) -> list[TrialRecord]:
-    """One trial per step count and guidance scale."""
+    """Return one trial per step count and guidance scale."""
     trials = []
     for m in steps:
         for w in scales:
@@ -42,7 +42,7 @@ def grid(
 
 
 def search(out: Path, count: int = 32) -> list[TrialRecord]:
-    """Trials of a random search over four fields, one of them text. Two of three trials finish."""
+    """Return the trials of a random search over four fields, one of them text. Two of three trials finish."""
     draws, trials = np.random.default_rng(0), []
     for number in range(count):
         rate = float(10 ** draws.uniform(-4, -2.5))

@@ -1,4 +1,4 @@
-"""No stage writes into its inputs or mistakes a file for a folder: it fails before it writes anything."""
+"""A stage whose output is inside an input, or that gets a file instead of a folder, fails before it writes anything."""
 
 import runpy
 import sys
@@ -120,7 +120,7 @@ def test_a_job_names_a_path_of_the_wrong_kind_in_one_line(
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of twelve pictures in two classes."""
+    """A dataset of twelve images in two classes."""
     root = tmp_path_factory.mktemp("data") / "images"
     for number in range(12):
         path = root / f"class-{number % 2}" / f"{number}.png"
@@ -131,7 +131,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(images: Path, tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> tuple[str, str]:
-    """A teacher of these pictures, and its store."""
+    """A teacher of these images, and its store."""
     folder = tmp_path_factory.mktemp("models")
     teacher, store = str(folder / "teacher"), str(folder / "store")
     config = teacher_config(MLPConfig(width=8, depth=1), PathConfig(), DataConfig(kind="folder", root=str(images)))

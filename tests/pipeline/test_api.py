@@ -1,4 +1,4 @@
-"""The stages as Python functions: in this process, without Ray or MLflow unless asked for."""
+"""The stages as Python functions, which run in this process, without Ray or MLflow unless requested."""
 
 import inspect
 import subprocess
@@ -61,7 +61,7 @@ def test_a_model_samples_the_images_of_the_job(student: str, teacher: str, tmp_p
             assert np.array_equal(written["labels"], samples.label.numpy())
 
 
-def test_what_a_model_does_not_support_is_an_error_about_the_argument(student: str):
+def test_an_argument_that_a_model_does_not_support_is_an_error(student: str):
     for options in ({"steps": 7}, {"labels": [9]}, {"guidance": 3.0}):
         with pytest.raises(ArgumentError) as refused:
             load_model(student).sample(4, **options)

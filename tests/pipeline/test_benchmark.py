@@ -63,7 +63,7 @@ def setting(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def digits_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An uncompressed store with the default 20 knots and shard size, whose size in bytes is known."""
+    """An uncompressed store of known size in bytes, with the default 20 knots and shard size."""
     folder = tmp_path_factory.mktemp("benchmark")
     teacher = make_teacher(folder / "teacher", data="digits")
     size = {"trajectories": 2048, "shard_size": 1024}
@@ -118,7 +118,7 @@ def test_the_bare_loop_gives_the_ends_of_the_stored_trajectories(setting, monkey
     drawn = []
     monkeypatch.setattr(parts, "draw", lambda *args, **options: drawn.append(draw(*args, **options)) or drawn[-1])
     assert loop_speed(spec) > 0
-    assert [len(samples.images) for samples in drawn] == [spec.batch_size, 40], "one batch to warm up, then all"
+    assert [len(samples.images) for samples in drawn] == [spec.batch_size, 40], "one batch to warm up, then all batches"
     assert torch.equal(drawn[1].label, rows.label)
     torch.testing.assert_close(drawn[1].images, rows.knots[:, 1])
     assert not torch.allclose(rows.knots[:, 0], rows.knots[:, 1], atol=1e-2), "the teacher does not move its samples"
@@ -130,7 +130,7 @@ def test_the_bare_loop_runs_in_processes_with_one_thread(setting, ray_cluster: N
 
 
 def count_threads(spec: RolloutSpec) -> int:
-    """Run the loop in another process. Return the number of its threads."""
+    """Run the loop in another process, and return its number of threads."""
     assert loop_speed(spec) > 0
     return torch.get_num_threads()
 
@@ -154,7 +154,7 @@ def test_a_one_step_student_reads_two_of_the_knots(digits_store: str, setting, m
     written = [file for file in Path(digits_store).rglob("*") if file.is_file() and file.name != "run.json"]
     measurements = parts.measure_bytes_read(setting)
     for steps, measurement in zip((1, 4, 20), measurements, strict=True):
-        # The knots, and at most 5% of all knots for labels, levels, page headers and footers.
+        # Labels, levels, page headers and footers add at most 5% of the size of all knots.
         assert (steps + 1) * knot <= measurement.values[0] <= (steps + 1) * knot + 0.05 * 21 * knot
         assert measurement.against == (sum(file.stat().st_size for file in written),)
     assert [measurement.holds for measurement in measurements] == [True, None, None]
@@ -166,10 +166,10 @@ def test_the_count_agrees_with_the_kernel(digits_store: str):
         return int(Path("/proc/self/io").read_text().split()[1])
 
     path = counted(digits_store)
-    count_bytes(path, 4)  # so that the second call imports nothing
+    count_bytes(path, 4)  # warms up, so that the second call imports nothing
     before = kernel_count()
     count = count_bytes(path, 4)
-    # Buffered files read to the end of a block.
+    # The kernel counts more bytes, because buffered files read to the end of a block.
     assert count <= kernel_count() - before <= 1.05 * count
 
 
@@ -216,7 +216,7 @@ print(peak_memory() - before)
 @needs_clear_refs
 def test_the_peaks_of_the_actor_and_the_driver(setting, ray_cluster: None):
     actor, driver = parts.rollout_peaks(setting)
-    # Torch alone takes more than 100 MiB; nothing here takes 4 GiB.
+    # Importing torch takes more than 100 MiB, and nothing here takes 4 GiB.
     assert 100 < actor < 4096
     assert 100 < driver < 4096
 
@@ -231,7 +231,7 @@ def test_outcomes_are_in_order_of_completion(setting, ray_cluster: None):
 
 
 def test_the_compared_loops_train_on_the_same_endpoints(setting):
-    """Tensors in memory give the same loss as the store."""
+    """Training from tensors in memory gives the same loss as training from the store."""
     spec = setting.rollout_spec("store", trajectories=320, solver="euler", solver_steps=100, shard_size=64)
     run_rollout(spec)
     source = store.open(spec.store)

@@ -1,4 +1,4 @@
-"""The report of a sweep in a real browser: texts, counts and widths on a phone and on a desktop, and in print."""
+"""The report of a sweep in a real browser: texts, counts and widths on a phone, on a desktop and in print."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def test_the_report_is_complete_and_fits_the_screen(browser: Any, report: Path, 
     page = browser.new_page(viewport={"width": width, "height": 844})
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report.as_uri())
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == [], "the page loads nothing"
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == [], "the page loads no other files"
     assert page.title() == page.inner_text("h1") == "DistillKac: sweep digits"
     assert [heading.inner_text() for heading in page.query_selector_all("h2")] == [
         "Quality against cost",

@@ -23,7 +23,7 @@ WAIT_MS = 60_000
 
 @pytest.fixture(scope="module")
 def pages(small_store: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
-    """A browser's page, and the address of an MLflow server with one sweep of four learning rates."""
+    """A browser page, and the address of an MLflow server with one sweep of four learning rates."""
     folder = tmp_path_factory.mktemp("browser")
     backend = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +93,7 @@ def test_quality_against_a_learning_rate_over_four_children(
     title.wait_for()
     assert title.text_content() == "optimizer.learning_rate"
     assert page.locator(".js-plotly-plot .ytitle").text_content() == "frechet_distance_pixels"
-    # The points are on a canvas, so that this reads them from Plotly.
+    # The points are drawn on a canvas, so the test reads them from Plotly.
     drawn = page.evaluate("document.querySelector('.js-plotly-plot').data.map(trace => [trace.x, trace.y])")
     rates, distances = (list(itertools.chain.from_iterable(values)) for values in zip(*drawn, strict=True))
     assert sorted(map(float, rates)) == [float(rate) for rate in RATES]

@@ -1,4 +1,4 @@
-"""When a checkpoint is due: by updates or by time, at a bounded cost, and after the same update on all workers."""
+"""When checkpoints are due: by updates or by time, at a bounded cost, and after the same update on all workers."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Clock:
 def saved_at(
     total: int, updates: int, seconds: float, update_seconds: float, saving: float, first: int = 0
 ) -> list[tuple[int, float]]:
-    """The updates after which a run saves, each with the seconds since the previous checkpoint."""
+    """Return the updates after which a run saves, each with the seconds since the previous checkpoint."""
     clock = Clock()
     checkpoints = CheckpointSchedule(updates, seconds, CPU, first, clock)
     checkpointed, before = [], clock.now
@@ -74,7 +74,7 @@ def test_updates_that_become_slow_are_noticed():
 
 
 def test_all_workers_save_after_the_update_that_rank_0_chooses(monkeypatch: pytest.MonkeyPatch):
-    """The clocks of the workers differ, and every broadcast is received."""
+    """The workers' clocks differ. The test also checks that every broadcast is received."""
     sent: list[list[int]] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     clocks = [Clock(), Clock()]

@@ -36,7 +36,7 @@ teach(TeachSpec.model_validate_json(sys.argv[1]))
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder, and an empty S3 prefix."""
+    """An empty local folder or an empty S3 prefix."""
     if request.param == "disk":
         return str(tmp_path)
     server: FaultyS3 = request.getfixturevalue("s3_server")
@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def job(tmp_path: Path, project_root: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A training run that has claimed its folder ``out``, and does not end."""
+    """An endless training run that has claimed its folder ``out``."""
     spec = teach_spec(tmp_path / "out", optimizer=ENDLESS, checkpoint_updates=10**7)
     command = [sys.executable, "-u", "-c", JOB, spec.model_dump_json()]
     with subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) as process:
@@ -59,7 +59,7 @@ def job(tmp_path: Path, project_root: Path) -> Iterator["subprocess.Popen[str]"]
 
 
 def claim_from_elsewhere(out: str) -> str:
-    """Claim the folder like a process on another machine; returns its token."""
+    """Claim the folder as a process on another machine would, and return the token."""
     record = {**process_tags.tags(), "token": "theirs", process_tags.HOST_TAG: "another-machine"}
     files.write_bytes(files.join(out, claims.CLAIM_FILE), json.dumps(record).encode())
     return "theirs"
@@ -92,7 +92,7 @@ def test_a_job_on_another_machine_takes_over_the_folder(folder: str):
     with pytest.raises(DistillKacError, match=r"process \d+ on another-machine"):
         claims.check(folder, mine)
     claims.release(folder)
-    claims.check(folder, theirs)  # another job's claim stays
+    claims.check(folder, theirs)  # the other job's claim remains
     claims.take(folder)
     with pytest.raises(DistillKacError, match="taken over this folder"):
         claims.check(folder, theirs)
@@ -107,7 +107,7 @@ def test_a_damaged_claim_is_ignored(tmp_path: Path):
     assert not (tmp_path / claims.CLAIM_FILE).exists()
 
 
-def test_a_training_that_lost_its_folder_stops_at_its_next_checkpoint(tmp_path: Path, small_store: str):
+def test_a_training_run_that_lost_its_folder_stops_at_its_next_checkpoint(tmp_path: Path, small_store: str):
     out, seen = tmp_path / "out", []
 
     def report(metrics: dict[str, float]) -> None:
@@ -121,7 +121,7 @@ def test_a_training_that_lost_its_folder_stops_at_its_next_checkpoint(tmp_path: 
     assert not (out / "model.safetensors").exists()
 
 
-def test_a_training_on_workers_that_lost_its_folder_stops(
+def test_a_training_run_on_workers_that_lost_its_folder_stops(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The workers check the driver's claim."""

@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, images: DataConfig, trackin
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_teach_prints_the_split(images: DataConfig, tmp_path: Path, dry_run: bool, capsys: pytest.CaptureFixture[str]):
-    for _ in range(2):  # the second time the data is decoded and the teacher complete
+    for _ in range(2):  # the second time, the data is decoded and the teacher complete
         teach(teach_spec(tmp_path / "out", data=images, dry_run=dry_run))
         lines = capsys.readouterr().out.splitlines()
         split = next(line for line in lines if line.startswith("teach: folder: "))

@@ -1,4 +1,4 @@
-"""Joining a cluster: which addresses and paths are refused; and the ports that an embedded Ray opens."""
+"""Joining a cluster: the addresses and paths that are refused, and the ports that an embedded Ray opens."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def refusal(address: str) -> str:
 
 @contextmanager
 def listening() -> Iterator[socket.socket]:
-    """A port that never answers. It accepts one connection."""
+    """A port that accepts one connection and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
@@ -52,7 +52,7 @@ def listening() -> Iterator[socket.socket]:
         ("no.such.host.invalid:6379", "ray start --head"),
     ],
 )
-def test_an_address_of_another_kind_or_without_a_server_is_refused(address: str, advice: str):
+def test_an_address_of_a_wrong_kind_or_without_a_server_is_refused(address: str, advice: str):
     message = refusal(address)
     assert message.startswith(f"{cluster.RAY_ADDRESS} is {address}") and advice in message
 
@@ -63,7 +63,7 @@ def test_a_server_that_drops_packets_or_never_answers_is_refused(monkeypatch: py
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert "no answer in 0 s" in refusal(address)
         with contextlib.ExitStack() as held, contextlib.suppress(TimeoutError):
-            for _ in range(5):  # fill its queue; then it drops packets, like a firewall
+            for _ in range(5):  # fill its queue, after which it drops packets, like a firewall
                 held.enter_context(socket.create_connection(server.getsockname(), timeout=0.2))
         assert "no answer in 0 s" in refusal(address)
 
@@ -102,7 +102,9 @@ def test_a_wrong_or_missing_token_is_refused(ray_cluster: None, project_root: Pa
     assert "a-wrong-token" not in done.stdout + done.stderr
 
 
-def test_other_versions_and_a_machine_that_is_no_node_are_refused(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+def test_other_versions_and_a_machine_outside_the_cluster_are_refused(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
     import ray
 
     address = ray.get_runtime_context().gcs_address
@@ -131,7 +133,7 @@ def test_an_embedded_ray_listens_only_on_this_machine(ray_cluster: None):
 
 @pytest.fixture
 def two_machines(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
-    """The cluster of the tests, as if it had a second machine."""
+    """The test session's cluster, which appears to have a second machine."""
     monkeypatch.setattr(placement, "several_machines", lambda: "2 machines")
 
 
@@ -149,7 +151,7 @@ def stages(folder: Path, store: str, teacher: str, out: Path) -> dict[str, Any]:
 def test_a_local_path_is_refused_on_two_machines(
     stage: str, two_machines: None, small_store: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Once the folder is named as shared, a local MLflow database is refused."""
+    """If all folders are declared as shared, a local MLflow database is still refused."""
     run = stages(tmp_path, small_store, teacher, tmp_path / "out")[stage]
     with pytest.raises(ArgumentError, match="2 machines") as refused:
         run()
@@ -203,7 +205,7 @@ def test_a_cluster_with_an_autoscaler_counts_as_several_machines(ray_cluster: No
 @pytest.mark.ray
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_temporary_folder_too_long_for_sockets_is_named(variable: str, tmp_path: Path, project_root: Path):
-    """In another process, since this one may have started Ray."""
+    """Run the job in another process, because this process may already have started Ray."""
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     options = ["--data", "moons", "--workers", "1", "--out", str(tmp_path / "out")]

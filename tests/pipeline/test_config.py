@@ -71,7 +71,7 @@ WRITTEN: dict[str, tuple[Any, str]] = {
         "530b91491e311ccf31b782174e549dbb2c86176997a035959a5304c2503f5ff8",
     ),
 }
-"""Fingerprints of outputs that users keep. A changed fingerprint makes these outputs unusable."""
+"""Fingerprints of outputs that users keep. Changing a fingerprint would make these outputs unusable."""
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -104,7 +104,7 @@ def test_the_run_names_the_inputs(tmp_path: Path):
     assert run.data.params["network.attention"] == "[4]"
 
 
-def test_a_complete_folder_refuses_another_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_complete_folder_refuses_a_different_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.save(openai().state_dict(), tmp_path / "model.pt")
     given = spec(tmp_path / "model.pt", tmp_path / "teacher")
     config, count = convert(given), len(runs_of("convert"))
@@ -253,7 +253,7 @@ def test_a_pickle_with_code_is_refused_and_never_runs(tmp_path: Path):
     assert "torch.save(model.state_dict(), FILE)" in message
     assert not (tmp_path / "trap").exists()
     torch.load(tmp_path / "bomb.pt", weights_only=False)
-    assert (tmp_path / "trap").exists()  # so the payload works
+    assert (tmp_path / "trap").exists()  # unpickling does create the folder
 
 
 @pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])

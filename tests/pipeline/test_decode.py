@@ -1,4 +1,4 @@
-"""Decoding with Ray Data: the same cache as from one process, one-line errors, and no files after a failure."""
+"""Decoding with Ray Data gives the same cache as one process, one-line errors, and no files after a failure."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_ray_and_one_process_decode_the_same(config, ray_cluster, monkeypatch, t
 
 
 @pytest.mark.parametrize("from_images", [1, 1000], ids=["on Ray", "in this process"])
-def test_a_damaged_image_is_named_and_no_file_stays(config, ray_cluster, tmp_path, from_images):
+def test_a_damaged_image_is_named_and_no_file_is_left(config, ray_cluster, tmp_path, from_images):
     making.write_folder(tmp_path / "folder", making.pixels(1200), np.arange(1200) % 2)
     (tmp_path / "folder" / "b" / "01101.png").write_bytes(b"nothing")
     broken = DataConfig(kind="folder", root=str(tmp_path / "folder"))

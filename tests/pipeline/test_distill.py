@@ -1,4 +1,4 @@
-"""Distill: what a student learns, its initial weights, and errors before anything is written."""
+"""Distill: what a student learns, its initial weights, and refusals before anything is written."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 
 
-def test_a_student_lands_nearer_than_the_teachers_euler_steps(small_store: str, teacher: str, tmp_path: Path):
+def test_a_student_ends_closer_than_the_teachers_euler_steps(small_store: str, teacher: str, tmp_path: Path):
     longer = FEW.model_copy(update={"updates": 600})
     distill(distill_spec(small_store, tmp_path / "student", steps=1, optimizer=longer))
     batch = next(store.open(small_store).batches(400, 0.0, [0, 4]))
@@ -76,7 +76,7 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_passes_give_the_same_student_as_one(student: str, small_store: str, tmp_path: Path):
+def test_two_passes_give_the_same_student_as_one_pass(student: str, small_store: str, tmp_path: Path):
     distill(distill_spec(small_store, tmp_path / "out", optimizer=FEW.model_copy(update={"accumulation": 2})))
     for name, value in load_model(str(tmp_path / "out")).network.state_dict().items():
         torch.testing.assert_close(value, load_model(student).network.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -99,7 +99,7 @@ def test_an_unfinished_store_is_refused(small_store: str, tmp_path: Path):
         distill(distill_spec(str(tmp_path / "store"), tmp_path / "out"))
 
 
-def test_a_grown_store_gives_another_student(teacher: str, tmp_path: Path):
+def test_a_grown_store_gives_a_different_student(teacher: str, tmp_path: Path):
     path = str(tmp_path / "store")
     make_store(path, teacher)
     distill(distill_spec(path, tmp_path / "out"))
@@ -118,7 +118,7 @@ def test_a_forward_store_can_be_distilled(teacher: str, tmp_path: Path):
 
 
 def test_workers_that_use_every_cpu_can_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
-    """The tasks that read the store must not wait for a CPU."""
+    """The tasks that read the store must not wait for a free CPU."""
     make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
     distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
     assert load_config(str(tmp_path / "out")).steps == 2
@@ -133,9 +133,7 @@ def any_step_student(small_store: str, tmp_path_factory: pytest.TempPathFactory)
     return str(out)
 
 
-def test_a_flow_map_lands_near_the_teacher_in_any_number_of_steps(
-    any_step_student: str, small_store: str, teacher: str
-):
+def test_a_flow_map_ends_near_the_teacher_in_any_number_of_steps(any_step_student: str, small_store: str, teacher: str):
     model = load_model(any_step_student)
     assert model.config.is_any_step
     batch = next(store.open(small_store).batches(400, 0.0))
@@ -159,7 +157,7 @@ def test_an_any_step_student_is_sampled_with_the_requested_steps(any_step_studen
     assert np.abs(made[3] - made[2]).max() > 1e-4
 
 
-def test_refinement_brings_a_student_nearer_to_the_data_than_more_distillation(
+def test_refinement_brings_a_student_closer_to_the_data_than_more_distillation(
     any_step_student: str, small_store: str, tmp_path: Path
 ):
     refine = {"kind": "data", "steps": (1, 2), "anchor": 0.01}
@@ -237,7 +235,7 @@ def test_a_stopped_refinement_resumes_to_the_same_weights(
     assert resumed.weights_sha256 == whole.weights_sha256
 
 
-def test_two_workers_refine_like_one_with_two_passes(small_store: str, tmp_path: Path, ray_cluster: None):
+def test_two_workers_refine_like_one_worker_with_two_passes(small_store: str, tmp_path: Path, ray_cluster: None):
     two_passes = FEW.model_copy(update={"accumulation": 2})
     distill(distill_spec(small_store, tmp_path / "one", optimizer=two_passes, **REFINED))
     distill(distill_spec(small_store, tmp_path / "two", workers=2, **REFINED))
@@ -247,7 +245,7 @@ def test_two_workers_refine_like_one_with_two_passes(small_store: str, tmp_path:
 
 
 @pytest.mark.parametrize("objective", ["endpoint", "flow-map"])
-def test_a_student_of_all_scales_follows_the_teacher_at_each(objective: str, small_store: str, tmp_path: Path):
+def test_a_student_of_all_scales_follows_the_teacher_at_each_scale(objective: str, small_store: str, tmp_path: Path):
     longer = FEW.model_copy(update={"updates": 600, "batch_size": 128})
     options = {"kind": objective, **({"grids": (1, 2, 4)} if objective == "flow-map" else {})}
     config = distill(

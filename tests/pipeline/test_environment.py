@@ -1,4 +1,4 @@
-"""Relative addresses in the environment mean the same file in the driver, its trials and its workers."""
+"""A relative address in the environment means the same file in the driver, its trials and its workers."""
 
 import os
 import subprocess

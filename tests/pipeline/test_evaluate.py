@@ -38,7 +38,7 @@ FLOOR = "frechet_distance_pixels_at_floor_count"
 
 
 def small(teacher: str, out: Path, **options: Any) -> EvaluateSpec:
-    """300 samples of eight steps, in this process."""
+    """Return the spec of an evaluation in this process, with 300 samples of eight steps."""
     return EvaluateSpec(**{"samples": 300, "solver_steps": 8, "actors": 0, **options}, teacher=teacher, out=str(out))
 
 
@@ -162,14 +162,14 @@ def test_runs_are_linked_by_fingerprints(evaluation: Path, student: str, small_s
     assert distilled.data.tags[f"{tracking.INPUT_TAG}rollout"] == manifest.fingerprint
     assert distilled.data.tags[f"{tracking.INPUT_TAG}teacher"] == load_config(teacher).weights_sha256
     children = [r for r in runs_of("evaluate-model") if r.data.tags["mlflow.parentRunId"] == run.info.run_id]
-    assert {child.data.metrics.get("nfe") for child in children} == {None, 8.0}, "a student has a run of its own"
+    assert {child.data.metrics.get("nfe") for child in children} == {None, 8.0}, "each student has its own run"
     for child in children:
         assert set(child.data.metrics) <= set(tracking.METRICS)
         assert [file.path for file in MlflowClient().list_artifacts(child.info.run_id)] == ["samples.png"]
     assert run.info.status == "FINISHED"
 
 
-def test_an_evaluation_refuses_a_student_of_another_teacher(student: str, tmp_path: Path):
+def test_an_evaluation_refuses_a_student_of_a_different_teacher(student: str, tmp_path: Path):
     other = make_teacher(tmp_path / "other", seed=5)
     with pytest.raises(DistillKacError, match="another teacher"):
         evaluate(small(other, tmp_path / "out", students=(student,)))
@@ -185,7 +185,9 @@ def test_a_complete_evaluation_is_not_repeated(
     assert f"{evaluation} is complete" in capsys.readouterr().out
 
 
-def test_an_evaluation_of_other_features_or_an_older_version_is_refused(evaluation: Path, teacher: str, student: str):
+def test_an_evaluation_of_different_features_or_an_older_version_is_refused(
+    evaluation: Path, teacher: str, student: str
+):
     with pytest.raises(DistillKacError, match="features"):
         evaluate(small(teacher, evaluation, students=(student,), features=("pixels",)))
     record = json.loads((evaluation / "evaluation.json").read_text())
@@ -237,7 +239,7 @@ def test_several_noise_seeds_give_a_mean_and_its_interval(teacher: str, tmp_path
     score = evaluate(small(teacher, tmp_path / "three", seeds=3, features=("pixels",)))[1]
     values = [s.metrics["frechet_distance_pixels"] for s in single]
     assert score.metrics["frechet_distance_pixels"] == pytest.approx(np.mean(values))
-    half_width = 4.302653 * np.std(values, ddof=1) / 3**0.5  # Student's t of two degrees of freedom
+    half_width = 4.302653 * np.std(values, ddof=1) / 3**0.5  # Student's t with two degrees of freedom
     assert score.half_widths["frechet_distance_pixels"] == pytest.approx(half_width, rel=1e-5)
     record = read_record(str(tmp_path / "three"))
     assert f"{np.mean(values):.4f} ±{half_width:.4f}" in table(record)
@@ -263,7 +265,7 @@ class DyingActor(compute.ChunkActor):
 def test_actors_give_the_same_scores_as_this_process(
     teacher: str, student: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Even if an actor dies during the evaluation."""
+    """The scores are the same even if an actor dies during the evaluation."""
     monkeypatch.setattr(compute, "ChunkActor", DyingActor)
     halves = "tests.kac.test_features:Halves"
     spec = {"samples": 1100, "seed": 5, "students": (student,), "features": ("pixels", halves)}

@@ -1,4 +1,4 @@
-"""A pool of actors that die: another actor computes a lost item, but an item that kills every actor ends the work."""
+"""If an actor of a pool dies, another actor computes its item. An item that kills every actor ends the work."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ from pipeline.evaluate.compute import each_once
 
 
 class Mortal:
-    """Dies at an item once per file ``ITEM-*`` in a folder."""
+    """Dies at an item as many times as the folder has files ``ITEM-*``."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def make(self, item: int) -> tuple[int, int]:
-        """The item and the id of the process."""
+        """Return the item and the id of this process."""
         for mark in self.folder.glob(f"{item}-*"):
             mark.unlink()
             os._exit(1)

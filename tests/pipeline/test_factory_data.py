@@ -1,4 +1,4 @@
-"""Teach, sample and evaluate on the data of a factory of the user."""
+"""Teach, sample and evaluate on data from a user's factory."""
 
 import json
 from pathlib import Path

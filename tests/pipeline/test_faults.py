@@ -77,7 +77,7 @@ def alive(name: str) -> list[psutil.Process]:
 
 
 def published(store: str) -> dict[str, tuple[int, int]]:
-    """Return the inode and size of each shard. A rewritten file has another inode."""
+    """Return the inode and size of each shard. A rewritten file has a different inode."""
     return {name: (os.stat(files.join(store, name)).st_ino, size) for name, size in list_shards(store).items()}
 
 
@@ -98,7 +98,7 @@ def finish(spec: RolloutSpec, reference: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_driver_is_killed_twice(teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """First with an embedded Ray, which ends with the driver; then on a cluster, which keeps running."""
+    """The first driver has an embedded Ray, which ends with it. The second uses a cluster, which keeps running."""
     spec = spec_of(teacher, store)
     for where, shards in ((None, 1), (address(), 11)):
         with running_job(["jobs.rollout"], spec, where) as job:
@@ -110,7 +110,7 @@ def test_a_driver_is_killed_twice(teacher: str, reference: str, store: str, caps
 
 
 def test_a_driver_is_terminated(teacher: str, reference: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGTERM with an embedded Ray ends in one line, without a stack trace."""
+    """With an embedded Ray, SIGTERM gives a one-line error without a stack trace."""
     spec = spec_of(teacher, store)
     with running_job(["jobs.rollout"], spec, address=None) as job:
         wait_until(lambda: list_shards(store), job)
@@ -149,7 +149,7 @@ def test_a_driver_is_killed_during_a_write(
 
 
 def test_killed_actors_lose_only_their_shards(teacher: str, reference: str, store: str) -> None:
-    """The run survives the death of three actors and of the ledger."""
+    """The rollout survives the death of three actors and of the ledger."""
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(rollout, spec_of(teacher, store))
         for shards, victim in ((1, "MapWorker"), (5, "AttemptLedger"), (9, "MapWorker"), (14, "MapWorker")):
@@ -161,7 +161,7 @@ def test_killed_actors_lose_only_their_shards(teacher: str, reference: str, stor
 
 def test_a_lost_node(teacher: str, reference: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two worker nodes is lost, and the other computes its shards."""
-    # The folder has a short path for Ray's sockets, and is separate to hide the address of this cluster from others.
+    # Ray's sockets need a short path. The folder is separate so that no other test finds this cluster's address.
     with tempfile.TemporaryDirectory(prefix="kac", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         with running_job(["tests.pipeline.faulty", "lose-node"], spec_of(teacher, store), address=None) as job:
@@ -186,7 +186,7 @@ def test_a_shard_that_always_fails_is_named(
     actor: type,
     expected: str,
 ) -> None:
-    """Retries end and the shard is not published. Without the fault, the same command succeeds."""
+    """Retries are limited, and the shard is not published. Without the fault, the same command succeeds."""
     spec = spec_of(teacher, store)
     name = f"data/guidance=0.0/shard-{faulty.FAULTY_SHARD:06d}.parquet"
     faulty.fault_file(store).touch()
@@ -226,7 +226,7 @@ def test_actors_that_cannot_start(
 def test_a_failed_actor_skips_the_other_shards_of_its_block(
     teacher: str, store: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a large rollout, a block has several shards, and its rows arrive after the last one."""
+    """In a large rollout, a block has several shards, and its rows arrive after its last shard."""
     monkeypatch.setattr("pipeline.cluster.ray_data.MAX_BLOCKS", 1)
     spec = spec_of(teacher, store)
     with pytest.raises(RolloutError, match=r"^data/guidance=0.0/shard-000000.parquet: fails$"):
@@ -248,7 +248,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names a shard, and no partial file has the name of a shard. With more space, the command succeeds."""
+    """The error names a shard, and no partial file has a shard's name. With more space, the command succeeds."""
     spec = spec_of(teacher, str(small_disk / "store"))
     store_bytes = sum(receipt.bytes for receipt in read_manifest(reference).shards) // 2
     ballast = small_disk / "ballast"
@@ -262,7 +262,7 @@ def test_a_full_disk(teacher: str, reference: str, small_disk: Path, capsys: pyt
     finish(spec, reference, capsys)
 
 
-def test_two_jobs_at_once_on_one_store(teacher: str, reference: str, store: str) -> None:
+def test_two_concurrent_jobs_on_one_store(teacher: str, reference: str, store: str) -> None:
     """Both jobs succeed, and the store is intact."""
     spec = spec_of(teacher, store, actors=1)
     with (

@@ -1,4 +1,4 @@
-"""The user's feature networks are tried before an evaluation or a sweep draws, trains or writes anything."""
+"""A user's feature networks are tried before an evaluation or a sweep draws, trains or writes anything."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache. A fixture named ``cache`` would replace the one of the session, in which Ray starts."""
+    """An empty cache. A fixture named ``cache`` would replace the session's cache, which Ray needs at its start."""
     monkeypatch.setenv("DISTILLKAC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -64,7 +64,7 @@ def test_a_network_that_cannot_be_opened_is_refused_before_anything_is_written(
 def test_networks_are_tried_where_the_evaluation_will_run_them(
     digits_teacher: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """With actors the driver never runs the network."""
+    """With actors, the driver never runs the network."""
     monkeypatch.setattr(compute, "try_space", lambda *_: pytest.fail("the driver tried the network"))
     with pytest.raises(ArgumentError, match="3 channels"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "tests.feature_networks:ThreeChannels", actors=1))
@@ -73,7 +73,7 @@ def test_networks_are_tried_where_the_evaluation_will_run_them(
 
 @pytest.mark.parametrize("name", ["Thin", "Wide", "exported"])
 def test_unusual_features_are_evaluated(name: str, digits_teacher: str, tmp_path: Path):
-    """One feature, more features than samples (float16), and a module of torch.export."""
+    """Evaluate one feature, more features than samples (float16), and a module from torch.export."""
     scores = evaluate(spec_of(digits_teacher, tmp_path / "out", f"tests.feature_networks:{name}"))
     for score in scores:
         assert score.metrics[f"frechet_distance_{name}"] >= -1e-6

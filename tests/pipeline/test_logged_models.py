@@ -1,4 +1,4 @@
-"""Logged models: they load anywhere, draw the images of ``jobs.sample``, and never make a training fail."""
+"""Logged models load anywhere and draw the images of ``jobs.sample``. Logging never makes a training run fail."""
 
 import contextlib
 import json
@@ -93,7 +93,7 @@ def sampled(out: Path, **options: Any) -> Any:
 
 
 def elsewhere(tmp_path: Path) -> dict[str, Any]:
-    """Options of a process that has the installed packages, but not this checkout."""
+    """Return `subprocess` options for a process that has the installed packages but not this checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     programs = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return {"cwd": tmp_path, "env": {**environment, "PATH": programs}}
@@ -153,7 +153,7 @@ def test_a_server_answers_with_the_images_of_jobs_sample(flow_map: str, logged: 
 
 
 def ask(url: str, content: dict[str, Any], server: "subprocess.Popen[bytes]") -> bytes:
-    """The answer of a server, once it is up."""
+    """Wait until the server runs, and return its answer."""
     request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
     for _ in range(600):
         assert server.poll() is None, "the server has stopped: see its log"

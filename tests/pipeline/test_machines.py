@@ -1,4 +1,4 @@
-"""The digits pipeline on a cluster of machines with faults has the same results as on a laptop."""
+"""On a cluster of machines with faults, the digits pipeline has the same results as on one machine."""
 
 import time
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from tests.pipeline.machines.network import missing_support
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.cluster, pytest.mark.slow]
 
 TOLERANCE = 1e-4
-"""Tolerance for weights: two workers add their gradients in another order than one worker in two passes."""
+"""Tolerance for weights: two workers add gradients in a different order than one worker with two passes."""
 
 TABLE_TOLERANCE = 2 / 355
-"""Tolerance of the table: a classifier trained elsewhere may judge two of the 355 held-out images otherwise."""
+"""Tolerance for the table: a classifier trained elsewhere may classify two of the 355 held-out images differently."""
 
 IN_TWO_PASSES = {"workers": 0, "optimizer": {"accumulation": 2}}
 
@@ -36,7 +36,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
 
 
 def here(trials: Trials, name: str, spec_type: type[Spec], **changes: object) -> tuple[Spec, Path]:
-    """The spec of a stage for this process, which reads downloaded inputs, and its output folder."""
+    """Return the spec of a stage that runs in this process on downloaded inputs, and its output folder."""
     out = trials.folder / "here" / name
     spec = parse(spec_type, command_of(name, str(trials.folder / PLAIN), str(out))[1:], "here")
     nested = {"optimizer": spec.optimizer.model_copy(update=changes.pop("optimizer"))} if "optimizer" in changes else {}
@@ -52,7 +52,7 @@ def test_a_teacher_trained_on_two_machines(trials: Trials) -> None:
 
 
 def run_with_fault(trials: Trials, fault: str, name: str, expected: Path) -> Outcome:
-    """Run a stage with a fault; its output replaces the undisturbed one."""
+    """Run a stage with a fault. Its output replaces the undisturbed output."""
     trials.expected[name], trials.undisturbed[name] = expected, 0.0
     return trials.run(fault, name, f"{PLAIN}/{name}")
 

@@ -22,7 +22,7 @@ from tests.pipeline.stores import make_store, make_teacher
 
 
 def evaluate_into(out: Path, **options: Any) -> str:
-    """Evaluate 60 samples in this process; returns the fingerprint of the evaluation."""
+    """Evaluate 60 samples in this process, and return the fingerprint of the evaluation."""
     evaluate(EvaluateSpec(**{"samples": 60, "actors": 0, "features": ("pixels",), **options}, out=str(out)))
     return read_record(str(out)).fingerprint
 
@@ -53,7 +53,7 @@ def test_scores_are_in_the_run_that_produced_the_model(taught: dict[str, str], t
         "guidance_1/frechet_distance_pixels": by_name["every@2 w=1"],
         "steps_1/guidance_1/frechet_distance_pixels": by_name["every@1 w=1"],
     }
-    assert "loss" in student.data.metrics, "the run also has the curves of the training"
+    assert "loss" in student.data.metrics, "the run also has the training curves"
     folder = f"evaluation-{fingerprint[:8]}"
     names = ["quality_by_nfe.png", "samples.png", "table.txt"]
     teacher = run_of("teach", load_config(taught["teacher"]).fingerprint)

@@ -1,4 +1,4 @@
-"""Every stage keeps to its own folder, whatever characters the folder's name has, on a disk and on S3."""
+"""Each stage writes only to its own folder, whatever characters the folder's name has, on a disk and on S3."""
 
 import os
 from pathlib import Path
@@ -20,13 +20,13 @@ from tests.pipeline.s3_server import FaultyS3, environment
 from tests.pipeline.stages import distill_spec, teach_spec
 from tests.pipeline.stores import make_spec
 
-# While the tests are collected, and so before any of them starts Ray: the workers get their environment from there.
+# Set during collection, before any test starts Ray, because the workers inherit this environment.
 os.environ.update(environment())
 
 BUCKET = "stage-names"
 NAME = "run[1] #?%25 a::b ü*"
 NEIGHBOURS = ["run1 #?%25 a::b üx", "run[1] ", "run[1] #?% a::b ü*", "run1"]
-"""What the name matches as a pattern, and what is left of it where it is cut or decoded."""
+"""Names that would be reached if ``NAME`` were used as a pattern, decoded or cut."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def bucket(s3_server: FaultyS3) -> str:
 
 @pytest.fixture(params=["disk", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> str:
-    """An empty folder, and an empty prefix."""
+    """An empty folder on the disk or an empty prefix on S3."""
     return str(tmp_path) if request.param == "disk" else f"s3://{bucket}/{tmp_path.name}"
 
 
 @pytest.fixture
 def neighbours(place: str) -> dict[str, bytes]:
-    """Trainings of others, under names that must not be taken for ours."""
+    """Files of other training runs, whose names must not be mistaken for ``NAME``."""
     there = {
         files.join(place, f"{neighbour}/{model}/training/{below}"): neighbour.encode()
         for neighbour in NEIGHBOURS
@@ -77,7 +77,7 @@ def test_every_stage_in_a_folder_with_a_strange_name(
     assert {path: files.read_bytes(path) for path in neighbours} == neighbours
 
 
-def test_trainings_on_ray_in_a_folder_with_a_strange_name(
+def test_training_on_ray_in_a_folder_with_a_strange_name(
     place: str, neighbours: dict[str, bytes], ray_cluster: None
 ) -> None:
     """Ray Train keeps two checkpoints, and removes the older ones by itself."""

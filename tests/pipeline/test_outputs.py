@@ -1,4 +1,4 @@
-"""Outputs: a folder belongs to one spec, is finished or resumed, and refuses another spec."""
+"""Outputs: a folder belongs to one spec, is finished or resumed, and refuses a different spec."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.pipeline.stages import DIVERGING, FEW, distill_spec, teach_spec, weig
 
 
 @pytest.mark.parametrize("stage", ["teach", "distill"])
-def test_a_complete_folder_stays_unchanged_and_another_spec_is_refused(
+def test_a_complete_folder_stays_unchanged_and_a_different_spec_is_refused(
     stage: str, tmp_path: Path, small_store: str, capsys: pytest.CaptureFixture[str]
 ):
     stages: dict[str, Callable[..., Any]] = {
@@ -37,7 +37,7 @@ def test_a_complete_folder_stays_unchanged_and_another_spec_is_refused(
 def test_a_rerun_finishes_the_run_of_a_job_that_was_stopped_after_its_model(
     stage: str, tmp_path: Path, small_store: str
 ):
-    """As when SIGTERM arrives, or the head node is lost, while a student is uploaded to MLflow."""
+    """This happens if SIGTERM arrives, or the head node is lost, while a student is uploaded to MLflow."""
     out = tmp_path / "out"
     make = {"teach": lambda: teach(teach_spec(out)), "distill": lambda: distill(distill_spec(small_store, out))}[stage]
     config = make()
@@ -59,8 +59,8 @@ def test_a_rerun_finishes_the_run_of_a_job_that_was_stopped_after_its_model(
     assert len(models) == (stage == "distill")
 
 
-def test_after_a_divergence_another_spec_can_use_the_folder(tmp_path: Path):
-    """The folder has no checkpoint, so the advice of the error can be followed."""
+def test_after_a_divergence_a_different_spec_can_use_the_folder(tmp_path: Path):
+    """The folder has no checkpoint, so the error's advice works."""
     with pytest.raises(DistillKacError, match=r"`optimizer.learning_rate`"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
     gentler = teach_spec(tmp_path / "out")
@@ -68,8 +68,8 @@ def test_after_a_divergence_another_spec_can_use_the_folder(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "spec.json").read_text())["options"]["optimizer"]["learning_rate"] == 3e-3
 
 
-def test_after_a_divergence_on_workers_another_spec_can_use_the_folder(tmp_path: Path, ray_cluster: None):
-    """Ray Train keeps records of a run without a checkpoint, and resumes a run of the same name from them."""
+def test_after_a_divergence_on_workers_a_different_spec_can_use_the_folder(tmp_path: Path, ray_cluster: None):
+    """Ray Train keeps records of a run without a checkpoint, and resumes a run of the same name from these records."""
     with pytest.raises(DistillKacError, match=r"`optimizer.learning_rate`"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING, workers=1))
     teach(teach_spec(tmp_path / "out", workers=1))
@@ -82,7 +82,7 @@ def test_after_a_divergence_on_workers_another_spec_can_use_the_folder(tmp_path:
 
 
 @pytest.mark.parametrize("left", ["training/state.pt", "training/checkpoint_0/state.pt", "model.safetensors"])
-def test_a_folder_with_work_of_another_spec_is_refused(left: str, tmp_path: Path):
+def test_a_folder_with_work_of_a_different_spec_is_refused(left: str, tmp_path: Path):
     spec = teach_spec(tmp_path)
     assert outputs.begin(str(tmp_path), spec, "config.json")
     (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def test_a_run_file_does_not_count_as_work(tmp_path: Path):
     assert outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
 
 
-def test_a_job_does_not_write_into_a_folder_that_another_took_over(tmp_path: Path):
+def test_a_job_does_not_write_into_a_folder_that_another_job_took_over(tmp_path: Path):
     slow = teach_spec(tmp_path)
     outputs.begin(str(tmp_path), slow, "config.json")
     outputs.check_owner(str(tmp_path), slow.fingerprint())
@@ -118,7 +118,7 @@ def test_unhashed_options_can_change(tmp_path: Path):
 
 
 def test_a_second_start_with_the_same_spec_keeps_the_records_of_the_first(tmp_path: Path):
-    """The first may still be running, before its first checkpoint."""
+    """The first start may still be running and may not have saved a checkpoint."""
     spec = teach_spec(tmp_path)
     outputs.begin(str(tmp_path), spec, "config.json")
     (tmp_path / "training").mkdir()

@@ -1,4 +1,4 @@
-"""Sheets of samples: the position and the colours of every image."""
+"""Sheets of samples: the position and the colours of each image."""
 
 import io
 

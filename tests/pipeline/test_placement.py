@@ -32,7 +32,7 @@ class Untracked(TrackedRun):
     """A run that logs nothing."""
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Drop the values."""
+        """Discard the values."""
 
     def flush(self, seconds: float = 0.0) -> bool:
         """Report that all values are delivered."""
@@ -86,7 +86,7 @@ def test_a_node_fits_whole_workers():
 # Elastic groups.
 
 MAX_WORKERS = 4, 3
-"""The most workers of the teacher, with one pass per update each, and of the student, with two."""
+"""The maximum workers of the teacher, each with one pass per update, and of the student, each with two passes."""
 
 
 def elastic_tasks(teacher: str, small_store: str, out: Path) -> tuple[TeachTask, DistillTask]:
@@ -98,7 +98,7 @@ def elastic_tasks(teacher: str, small_store: str, out: Path) -> tuple[TeachTask,
 
 
 def train(task: Any, worker: training.Worker) -> list[torch.Tensor]:
-    """The losses and the weights after a few updates."""
+    """Return the losses and the weights after a few updates."""
     learner = task.build(worker)
     losses = []
     for number in range(5):
@@ -110,7 +110,7 @@ def train(task: Any, worker: training.Worker) -> list[torch.Tensor]:
 
 
 def train_in_groups(rank: int, tasks: tuple[Any, ...], folder: Path) -> dict[int, list[list[torch.Tensor]]]:
-    """The results of this rank in groups of three and of two processes."""
+    """Return the results of this rank in groups of three and of two processes."""
     results = {}
     for size in (3, 2):
         if rank < size:
@@ -201,7 +201,7 @@ GPU = Resources(1, 1)
 
 
 class Clock:
-    """A replacement of the module ``time``, on which only ``sleep`` advances the time."""
+    """A replacement for the module ``time``, in which only ``sleep`` advances the time."""
 
     def __init__(self) -> None:
         self.now = 0.0

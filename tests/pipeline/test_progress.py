@@ -8,7 +8,7 @@ from pipeline.progress import ProgressBar
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The current time, set by a test."""
+    """The current time, which the test sets."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""The README's commands for a cluster of one machine, unchanged, in a fresh clone with its own home folder.
+"""The documented commands for a cluster of one machine work unchanged in a fresh clone with its own home folder.
 
 The last command is `ray stop`, which stops every Ray that it sees. Therefore the commands run in their own namespaces
 (processes, mounts, network), which needs Linux and root.
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.slow]
 
 TIMEOUT_SECONDS = 1200
 LIGHT_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""Settings that keep MLflow's server from starting eight processes for its own jobs."""
+"""Settings that stop MLflow's server from starting eight processes for its own jobs."""
 NAMESPACES = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--net"]
 SETUP = "ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
 
@@ -32,7 +32,7 @@ def can_isolate() -> bool:
 
 
 def commands_of(readme: str) -> str:
-    """The bash blocks of the section "One machine"."""
+    """Return the bash blocks of the section "One machine"."""
     (section,) = re.findall(r"^## One machine\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
     return "\n".join(re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
 
@@ -47,7 +47,7 @@ def clone(project_root: Path, tmp_path: Path) -> Path:
     subprocess.run(["git", "clone", "--quiet", str(project_root), str(folder)], check=True)
     (folder / ".venv").symlink_to(sys.prefix)
     for name in ("requirements.lock", "pyproject.toml"):
-        os.utime(folder / name, (0, 0))  # older than the installation
+        os.utime(folder / name, (0, 0))  # older than the installation, so that make does not repeat it
     return folder
 
 
@@ -81,7 +81,7 @@ def test_the_readme_commands_for_one_machine_work(clone: Path, tmp_path: Path):
     assert statuses == [("distill", "FINISHED"), ("rollout", "KILLED"), ("teach", "FINISHED")]
 
     assert "python -m jobs.rollout: error: terminated" in done.stdout
-    assert "SIGTERM received" not in done.stdout, "Ray printed its stack"
+    assert "SIGTERM received" not in done.stdout, "Ray printed its stack trace"
     # A job's log ends before the next line of `ray job submit`, which begins with a time and a tab.
     one_log = r"^Running entrypoint for job raysubmit_.*?(?=^\d{4}-\d\d-\d\d \S+\t)"
     logs = re.findall(one_log, done.stdout, re.MULTILINE | re.DOTALL)

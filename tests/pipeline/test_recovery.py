@@ -1,4 +1,4 @@
-"""When training on workers restarts, waits or stops. A fake trainer fails like the trainers of Ray Train."""
+"""When training on workers restarts, waits or stops. A fake trainer fails as Ray Train's trainers do."""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +24,7 @@ NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
 class Cluster:
-    """A cluster of nodes with one CPU each. Its clock advances by every sleep, and by a minute per attempt."""
+    """A cluster of nodes with one CPU each. Its clock advances only by each sleep, and by a minute per attempt."""
 
     def __init__(self) -> None:
         self.alive, self.free, self.comes_back_at = 2, 2, 0.0
@@ -58,7 +58,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 def fit(
     cluster: Cluster, out: Path, *attempts: tuple[Exception | str, bool], workers: int | Range = 2, left_alive: int = 2
 ) -> object:
-    """The result of ``recovery.fit``.
+    """Return the result of ``recovery.fit``.
 
     Args:
         attempts: the outcome of each attempt, and whether it saves a checkpoint.
@@ -96,7 +96,7 @@ def test_training_restarts_as_long_as_it_makes_progress(
 
 
 @pytest.mark.parametrize(("failure", "message"), [(LOST, "worker 1 died"), (NO_START, "a worker died as it started")])
-def test_repeated_failures_without_progress_end_the_training(
+def test_repeated_failures_without_progress_end_training(
     cluster: Cluster, tmp_path: Path, failure: Exception, message: str
 ) -> None:
     enough = [(failure, False)] * recovery.MAX_FAILURES
@@ -105,7 +105,7 @@ def test_repeated_failures_without_progress_end_the_training(
         fit(cluster, tmp_path / "b", *enough, (failure, False))
 
 
-def test_a_refusal_of_a_worker_ends_the_training_at_once(
+def test_a_refusal_by_a_worker_ends_training_at_once(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusal = UserExceptionWithTraceback(DistillKacError("Lower `optimizer.learning_rate`."), "a traceback")
@@ -120,7 +120,7 @@ def test_a_refusal_of_a_worker_ends_the_training_at_once(
 def test_the_wait_for_nodes_is_limited(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int | Range
 ) -> None:
-    """Also for a range of workers, for which Ray Train itself would wait silently and forever."""
+    """The wait is also limited for a range of workers, for which Ray Train itself would wait silently and forever."""
     cluster.comes_back_at = 600.0
     assert fit(cluster, tmp_path, (LOST, True), ("done", False), workers=workers, left_alive=1) == "done"
     assert cluster.asked_for == 2
@@ -160,7 +160,7 @@ def test_an_embedded_ray_does_not_wait_for_other_jobs(
         fit(cluster, tmp_path, *[(NO_RESOURCES, False)] * (recovery.MAX_FAILURES + 1))
 
 
-def test_a_range_starts_with_the_workers_that_fit_beside_other_jobs(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_range_starts_with_the_workers_that_fit_alongside_other_jobs(cluster: Cluster, tmp_path: Path) -> None:
     cluster.alive, cluster.free = 8, 3
     attempts = (NO_RESOURCES, False), (LOST, True), ("done", False)
     assert fit(cluster, tmp_path, *attempts, workers=Range(2, 8), left_alive=8) == "done"

@@ -1,4 +1,4 @@
-"""The rollout with and without Ray: equal rows for any split of the work, growth, and refusals."""
+"""The rollout with and without Ray: equal rows however the work is split, growth, and refusals."""
 
 import gc
 import subprocess
@@ -105,7 +105,7 @@ assert "ray" not in sys.modules
 
 @pytest.mark.ray
 def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, project_root: Path):
-    """With `gpu`, nothing connects to a cluster earlier."""
+    """If `gpu` is set, nothing has connected to a cluster before ``wait_for_capacity``."""
     code = f"""
 from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import RolloutSpec
@@ -231,7 +231,7 @@ def test_only_a_damaged_shard_is_recomputed(
         shard.unlink()
     elif damage == "truncate":
         shard.write_bytes(data[: len(data) // 2])
-    else:  # without a manifest, only the checksums of the pages detect the damage
+    else:  # without a manifest, only the page checksums detect the damage
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
         (path / "manifest.json").unlink()
@@ -262,19 +262,19 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, c
     np.testing.assert_array_equal(found["knot_start"][at_noise], x_1[at_noise])
 
 
-def test_another_spec_is_refused_with_the_names_of_the_fields(teacher: str, reference: Path):
+def test_a_different_spec_is_refused_with_the_names_of_the_fields(teacher: str, reference: Path):
     for options, field in (({"solver_steps": 16}, "solver_steps"), ({"seed": 5}, "seed"), ({"knots": 2}, "knots")):
         with pytest.raises(DistillKacError, match=field):
             rollout(spec(teacher, reference, **options))
 
 
-def test_another_teacher_is_refused(reference: Path, tmp_path: Path):
+def test_a_different_teacher_is_refused(reference: Path, tmp_path: Path):
     other = make_teacher(str(tmp_path / "other"), data="digits", seed=7)
     with pytest.raises(DistillKacError, match="teacher_sha256"):
         rollout(spec(other, reference))
 
 
-def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: Path):
+def test_an_unfinished_store_of_a_different_spec_is_refused(teacher: str, tmp_path: Path):
     path = tmp_path / "store"
     rollout(spec(teacher, path, guidance=(0.0,)))
     (path / "manifest.json").unlink()
@@ -284,7 +284,7 @@ def test_an_unfinished_store_of_another_spec_is_refused(teacher: str, tmp_path: 
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    """Disable the garbage collector, which a process that makes few objects may not run for minutes."""
+    """Disable the garbage collector, which may not run for minutes in a process that makes few objects."""
     gc.disable()
     yield
     gc.enable()
@@ -314,7 +314,7 @@ def test_a_rollout_that_fails_in_the_driver_frees_its_cpus(
 
     monkeypatch.setattr(stage, "SHARDS_PER_RECEIPT_FILE", 1)
     monkeypatch.setattr(stage, "write_receipts", full)
-    with pytest.raises(OSError, match="No space") as kept:  # keeps the frames, like the last error in a notebook
+    with pytest.raises(OSError, match="No space") as kept:  # keeps the frames, as a notebook does
         rollout(spec(teacher, tmp_path / "store", actors=2))
     assert wait_for_free_cpus()
     del kept
@@ -326,7 +326,7 @@ def test_a_forward_rollout_refuses_data_that_changed_since_training(teacher: str
     save_model(str(tmp_path / "teacher"), config, model.network.state_dict())
     with pytest.raises(DistillKacError, match=r"digits with sha256 0{12}"):
         rollout(spec(str(tmp_path / "teacher"), tmp_path / "store", source="forward"))
-    rollout(spec(str(tmp_path / "teacher"), tmp_path / "store"))  # does not need the data
+    rollout(spec(str(tmp_path / "teacher"), tmp_path / "store"))  # other rollouts do not need the data
 
 
 def test_a_student_is_refused_as_a_teacher(teacher: str, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""All stages with s3:// paths, on moto behind a proxy that injects the faults of S3.
+"""All stages with s3:// paths, on moto behind a proxy that injects typical faults of S3.
 
 The stores on S3 must equal local reference stores.
 """
@@ -87,7 +87,7 @@ def test_transient_errors_of_s3_are_retried(teacher: str, reference: str, store:
 
 
 def test_a_shard_whose_put_reply_is_lost_counts(teacher: str, reference: str, store: str) -> None:
-    """S3 has the shard, but the writer does not know it, so its retry finds the shard."""
+    """S3 stores the shard, but the writer does not learn of it, so the writer's retry finds the shard."""
     fault = Fault("lose_reply", ("PUT",), path="shard-", count=5)
     with SERVER.failing(fault):
         rollout(spec_of(teacher, store))
@@ -98,7 +98,7 @@ def test_a_shard_whose_put_reply_is_lost_counts(teacher: str, reference: str, st
 def test_a_shard_that_s3_always_refuses(
     teacher: str, reference: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retries end with an error that names the shard. Without the fault, the same command succeeds."""
+    """After its retries, the rollout names the shard in an error. Without the fault, the same command succeeds."""
     spec = spec_of(teacher, store)
     name = Shard(1.0, 3, 96, 32).name
     fault = Fault("slow_down", ("PUT",), path=name.rsplit("=", 1)[-1])
@@ -106,7 +106,7 @@ def test_a_shard_that_s3_always_refuses(
         patch.setattr(actors, "ShardActor", faulty.ImpatientActor)
         with pytest.raises(RolloutError, match=rf"{store}/{name}\b.*reduce your request rate"):
             rollout(spec)
-    assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # at most two actors
+    assert 0 < fault.injected <= 2 * faulty.S3_ATTEMPTS**2  # at most two actors tried
     existing = list_shards(store)
     assert name not in existing
     assert read_manifest(store) is None
@@ -118,7 +118,7 @@ def test_a_shard_that_s3_always_refuses(
 
 
 def test_an_unfinished_upload_is_not_a_shard(teacher: str, reference: str, store: str, bucket: str) -> None:
-    """A writer that is killed while it uploads a large shard leaves such an upload."""
+    """A writer that is killed while it uploads a large shard leaves an unfinished upload."""
     s3, shard = SERVER.client(), Shard(0.0, 2, 64, 32)
     key = files.join(store, shard.name).removeprefix(f"s3://{bucket}/")
     upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
@@ -128,8 +128,8 @@ def test_an_unfinished_upload_is_not_a_shard(teacher: str, reference: str, store
     assert_same_store(store, reference)
 
 
-def test_a_killed_driver_and_two_jobs_at_once(teacher: str, reference: str, store: str, tmp_path: Path) -> None:
-    """One driver is killed during the rollout; two other jobs finish it concurrently."""
+def test_two_jobs_finish_after_a_killed_driver(teacher: str, reference: str, store: str, tmp_path: Path) -> None:
+    """One driver is killed during the rollout. Two other jobs then finish it concurrently."""
     spec = spec_of(teacher, store, actors=1)
     address = ray.get_runtime_context().gcs_address
     with running_job(["jobs.rollout"], spec, address, tmp_path / "killed.log") as job:
@@ -197,7 +197,7 @@ def test_an_evaluation_caches_its_samples_on_s3(bucket: str, teacher: str, monke
 def test_every_stage_works_on_s3_and_leaks_no_key(
     bucket: str, ray_cluster: None, tracking_database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All outputs are on S3, also those of Ray Train and Ray Tune. The keys appear nowhere."""
+    """All outputs are on S3, including those of Ray Train and Ray Tune. The access keys appear nowhere."""
     root = f"s3://{bucket}/chain"
     paths = {
         name: f"{root}/{name}" for name in ("teacher", "store", "student", "student-on-ray", "sweep", "evaluation")
@@ -257,7 +257,7 @@ def test_every_stage_works_on_s3_and_leaks_no_key(
 def test_refusals_of_s3_are_reported_after_few_requests(
     fault: FaultKind | None, path: str, problem: str, tmp_path: Path
 ) -> None:
-    """Two probes send fewer requests than the twenty attempts of one write during the work."""
+    """Two probes send fewer requests than a single write during a rollout, which is tried twenty times."""
     requests = len(SERVER.requests)
     with SERVER.failing(*([Fault(fault)] if fault else [])):
         refusal = _refusal("--teacher", str(tmp_path), "--store", path)
@@ -286,7 +286,7 @@ def _refusal(*options: str) -> str:
 
 
 def _objects(bucket: str) -> dict[str, bytes]:
-    """Return every object on S3 by its key."""
+    """Return every object in the bucket, by key."""
     s3 = SERVER.client()
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]

@@ -1,4 +1,4 @@
-"""Sample: images of a model, and requests that a student must refuse."""
+"""Sample: images of a model, and requests that a student refuses."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Code in files of others is never run, and secrets are never written."""
+"""Code in untrusted files is never run, and secrets are never written."""
 
 import contextlib
 import pickle
@@ -30,7 +30,7 @@ class Touch:
 
 
 def with_pickled_labels(path: Path, touched: Path) -> bytes:
-    """A shard whose labels have the type that Ray uses for pickles in Parquet."""
+    """Return a shard whose labels have the type that Ray uses for pickles in Parquet."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
     table = pq.read_table(path)

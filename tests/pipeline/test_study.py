@@ -1,4 +1,4 @@
-"""Study: every claim is measured once or left out with a reason, and inputs must belong together."""
+"""Study: each claim is measured once or left out with a reason, and all inputs must belong to the same teacher."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_a_study_measures_every_claim(whole: StudySpec):
     assert set(found["plane"]["values"]) == {"teacher", "rival"}
     assert [point["guidance"] for point in found["guidance"]["values"]["teacher"]] == [0, 0.5, 1, 2, 4, 7, 10]
     assert [knot["t"] for knot in found["marginals"]["values"]["knots"]] == [1, 0.75, 0.5, 0.25, 0]
-    assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # the store's solver steps
+    assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # the store has eight solver steps
 
 
 def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: str, student: str):
@@ -116,7 +116,7 @@ def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
         study(small(str(tmp_path / "a"), tmp_path / "out", rival=str(tmp_path / "b")))
 
 
-def test_students_and_stores_of_another_teacher_are_refused(student: str, small_store: str, tmp_path: Path):
+def test_students_and_stores_of_a_different_teacher_are_refused(student: str, small_store: str, tmp_path: Path):
     other = make_teacher(tmp_path / "other", seed=5)
     with pytest.raises(DistillKacError, match=f"{student} .*another teacher"):
         study(small(other, tmp_path / "out", students=(student,)))
@@ -135,7 +135,7 @@ def test_a_student_whose_steps_do_not_divide_the_teachers_is_left_out(
     line = study(small(teacher, tmp_path / "out", **options))["stability"]
     assert line.startswith("two: error")
     assert line.endswith("three: left out, because its 3 steps do not divide the teacher's 8")
-    # Without a store the number of the teacher's steps is a multiple of the student's.
+    # Without a store, the teacher's number of steps is a multiple of the student's.
     line = study(small(teacher, tmp_path / "free", students=(str(three),), claims=("stability",)))["stability"]
     assert line.startswith("three: error")
 
@@ -149,7 +149,7 @@ def test_claims_are_sorted_without_repeats_and_all_selects_every_claim():
 
 def test_first_reads_the_first_rows_of_a_store_by_sample_id(small_store: str):
     opened = store.open(small_store)
-    rows = opened.first(150, 1.0, [SAMPLE_ID, KINETIC_ENERGY, "knot_04"])  # of shards of 128
+    rows = opened.first(150, 1.0, [SAMPLE_ID, KINETIC_ENERGY, "knot_04"])  # 150 rows of two shards of 128
     assert rows[SAMPLE_ID].tolist() == list(range(150))
     whole = next(opened.batches(400, 1.0, [4]))
     assert (whole.knots[:150, 0] == rows["knot_04"]).all()

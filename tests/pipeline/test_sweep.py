@@ -1,4 +1,4 @@
-"""Whole sweeps: missing students under one parent run, chains, early stops, searches, shared columns."""
+"""Whole sweeps: missing students, one parent run, chains, early stops, searches and shared columns."""
 
 import json
 from contextlib import suppress
@@ -103,7 +103,7 @@ def test_a_failure_in_a_chain_is_logged_once_per_student(tmp_path: Path, capsys:
 
 
 def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_path: Path):
-    """Including trials that have not reported anything yet."""
+    """These include trials that have not reported anything yet."""
     ledger, runs = Ledger(str(tmp_path)), []
     for number, status in enumerate(("waiting", "running", "finished")):
         out = tmp_path / status
@@ -244,7 +244,7 @@ def test_batches_of_shared_columns_are_bitwise_equal(small_store: str, steps: in
 def test_reruns_keep_a_student_and_its_one_run(
     small_store: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """``precision.dtype`` auto must not depend on whether the driver has a GPU."""
+    """A ``precision.dtype`` of auto must not depend on whether the driver has a GPU."""
     spec = spec_of(small_store, tmp_path / "sweep", steps=(1,), gpus_per_trial=0, metric="loss")
     spec = spec.model_copy(update={"precision": Precision(dtype="auto")})
     (first,) = sweep(spec)

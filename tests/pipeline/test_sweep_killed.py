@@ -1,4 +1,4 @@
-"""A sweep whose driver was killed resumes with the same command: one run per trial, all ended, the same metrics."""
+"""The same command resumes a sweep whose driver was killed: each trial has one run, which ends, and equal metrics."""
 
 import random
 import subprocess

@@ -27,7 +27,7 @@ ENERGY = Metric("energy_distance", "energy distance of a small sample", "", ".4f
 def report_run(
     out: Path, trials: list[Any], metric: str = FRECHET, better: str = "lower", is_evaluated: bool = True
 ) -> Any:
-    """Write the report; returns the sweep's run in MLflow."""
+    """Write the report, and return the sweep's run in MLflow."""
     finished = [trial for trial in trials if trial.status == "finished"]
     folder = evaluation(out / "evaluation", finished) if is_evaluated else None
     spec = SweepSpec(store="/runs/store", out=str(out))
@@ -121,7 +121,7 @@ def test_a_search_without_an_evaluation_is_ranked_by_reported_metrics(tmp_path: 
 
 
 def test_parameters_are_plotted_with_text_and_missing_values():
-    """Fields may mix numbers with text such as "all", and lack values in some trials."""
+    """A field may mix numbers with text such as "all", and may have no value in some trials."""
     trials = [
         trial_of(n, 10.0 * (n % 4) + 0.1 * (n % 3), steps=n % 4, guidance=[0.0, "all", 1.5][n % 3]) for n in range(24)
     ]

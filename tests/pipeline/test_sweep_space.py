@@ -1,4 +1,4 @@
-"""The students of a sweep: trials of a grid, chains, draws of a search, and refused options."""
+"""The students of a sweep: the trials of a grid, chains, the draws of a search, and refused options."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -74,7 +74,7 @@ def test_a_chain_starts_from_the_grid_and_each_student_from_its_predecessor():
     assert (last.after, last.spec.init) == ("chain-4-2-guidance-1.0", "/out/chain-4-2-guidance-1.0")
     assert last.values == {"guidance": 1.0, "steps": 1, "chain": "4-2-1"}
     independent = grid_trials(spec_of(chain=(4, 2, 1)))
-    assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "the grid has the same counts"
+    assert [p.spec.steps for p in independent if p.after is None] == [4, 2, 1], "a grid has the same counts"
 
 
 def test_a_search_draws_within_its_bounds_by_trial_number():

@@ -20,7 +20,7 @@ from pipeline.tracking import TrackedRun
 from tests.pipeline.stages import DIVERGING, FEW, metrics_of, run_of, runs_of, teach_spec, weights
 
 MODULE = sys.modules["pipeline.teach"]
-"""The module. The attribute ``teach`` of the package is a function."""
+"""The module ``teach``, because the package's attribute ``teach`` is a function."""
 
 
 def test_the_spec_determines_the_teacher(tmp_path: Path):
@@ -66,7 +66,7 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_random_numbers_do_not_depend_on_the_split_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The parts share the rows, times and dropped labels of the whole batch. The path's noise depends on the slot."""
+    """The parts split the whole batch's rows, times and dropped labels. Only the path's noise depends on the slot."""
     batches: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = {}
     for workers, accumulation in ((1, 1), (1, 4), (2, 2), (4, 1)):
         drawn = batches.setdefault((workers, accumulation), [])
@@ -103,7 +103,7 @@ def test_a_tenth_of_the_labels_is_dropped(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_half_of_the_images_are_flipped_and_a_pass_reads_only_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The memory of a training does not grow with the data."""
+    """The memory that training needs does not grow with the data."""
     digits, requested, seen = open_dataset(DataConfig(kind="digits")), [], []
 
     class Watched:
@@ -140,8 +140,8 @@ def curve(out: Path) -> list[float]:
     return [metric.value for metric in metrics_of("teach", load_config(str(out)).fingerprint, "loss")]
 
 
-def test_two_workers_have_the_loss_curve_of_one(tmp_path: Path, ray_cluster: None):
-    """Equal up to rounding to one worker with two passes, and up to other noise to one worker with one pass."""
+def test_two_workers_have_the_loss_curve_of_one_worker(tmp_path: Path, ray_cluster: None):
+    """The curves are equal up to rounding if one worker uses two passes, and up to different noise if it uses one."""
     optimizer = FEW.model_copy(update={"updates": 200, "batch_size": 256})
     in_passes = optimizer.model_copy(update={"accumulation": 2})
     teach(teach_spec(tmp_path / "two workers", optimizer=optimizer, seed=5, workers=2))
@@ -194,8 +194,8 @@ class DyingTask(TeachTask):
         return learner
 
 
-def test_two_workers_one_of_them_killed_train_the_unet_of_one_process(tmp_path: Path, ray_cluster: None):
-    """With dropout, and up to rounding. The one process has two passes per update and is not stopped."""
+def test_two_workers_with_one_killed_train_the_same_unet_as_one_process(tmp_path: Path, ray_cluster: None):
+    """The weights are equal up to rounding, with dropout. The single process makes two passes per update."""
     unet = UNetConfig(channels=(8, 16), blocks=1, groups=4, dropout=0.1)
     few = FEW.model_copy(update={"updates": 6, "batch_size": 8, "warmup_updates": 0})
     spec = teach_spec(tmp_path / "single", data="digits", network=unet, optimizer=few)
@@ -204,7 +204,7 @@ def test_two_workers_one_of_them_killed_train_the_unet_of_one_process(tmp_path: 
     single = training.train(here, training.WorkerGroup(0))
     mark = tmp_path / "killed"
     dying = DyingTask(spec, dies_at=3, mark=str(mark))
-    # Also saves checkpoints by time, on which the two workers must agree.
+    # This job also saves checkpoints by time, on which the two workers must agree.
     there = training.Job(dying, "test", str(tmp_path / "distributed"), Untracked("", ""), 2, checkpoint_seconds=0.5)
     distributed = training.train(there, training.WorkerGroup(2))
     assert mark.exists()

@@ -37,7 +37,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def uri(tracking_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The session's database, by a path of this test's own, so that this test has its own delivery."""
+    """The session's database under a path that only this test uses, so that this test has its own delivery."""
     path = tracking_database.removeprefix("sqlite:///")
     folder = tmp_path / "tracked"
     folder.mkdir()
@@ -53,7 +53,7 @@ def start(out: Path, fingerprint: str = "f", **more: Any) -> Any:
 
 
 def stored(run: tracking.TrackedRun) -> Any:
-    """The run as MLflow has it."""
+    """Return the run as stored in MLflow."""
     assert delivery.delivery_to(run.tracking_uri).flush(10)
     sender = delivery.delivery_to(run.tracking_uri).sender
     return sender.connected()[0].get_run(sender.id_of(run.run_id))
@@ -143,7 +143,7 @@ def test_a_rerun_resumes_its_run(uri: str, tmp_path: Path):
     assert tracking.find_runs("f", SPEC.stage)[0] == second
 
 
-def test_another_fingerprint_starts_a_new_run_and_a_lost_run_is_linked(uri: str, tmp_path: Path):
+def test_a_new_fingerprint_starts_a_new_run_and_a_lost_run_is_linked(uri: str, tmp_path: Path):
     with start(tmp_path) as first:
         pass
     with start(tmp_path, "g") as other:
@@ -285,7 +285,7 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(
 
 
 def failing_write(failures: list[bool]) -> Any:
-    """A replacement of ``os.pwrite`` that stores only half of the data in the calls that should fail."""
+    """Return a replacement for ``os.pwrite`` that stores only half of the data in the calls that should fail."""
     pwrite, calls = os.pwrite, iter(failures)
 
     def write(file: int, data: bytes, position: int) -> int:
@@ -317,7 +317,7 @@ def test_a_server_that_is_off_at_the_start_gets_the_run_later(
 
 
 def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server: SwitchableServer, tmp_path: Path):
-    """Entries that are delivered twice are stored once."""
+    """Entries that are delivered twice are stored only once."""
     importlib.import_module("pipeline.training")
     with start(tmp_path) as run:
         run.metrics({"loss": 0.0}, step=1)
@@ -340,7 +340,7 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     assert not lost.path.exists()
 
 
-def test_a_journal_overwrites_what_a_full_disk_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_journal_overwrites_entries_that_a_full_disk_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = f"sqlite:///{tmp_path}/a.db"
     journal, entries = Journal(uri), [Entry("run", "tags", {"a": "x" * 100}, step=step) for step in range(4)]
     monkeypatch.setattr(os, "pwrite", failing_write([False, True, False]))
@@ -395,7 +395,7 @@ def test_an_unusable_tracking_uri_is_refused_without_its_password(tmp_path: Path
 
 @pytest.fixture
 def experiment(uri: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The id of this test's own experiment, for new runs."""
+    """The id of an experiment of this test, in which new runs are created."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
     return tracking.connect(uri)[1]
 

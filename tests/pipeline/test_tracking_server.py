@@ -1,4 +1,4 @@
-"""Runs on a real MLflow server over HTTP, which goes away, with several writers at once."""
+"""Runs on a real MLflow server over HTTP, with an outage and several concurrent writers."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ AWAY_SECONDS = float(os.environ.get("DISTILLKAC_TEST_AWAY_SECONDS", "4"))
 
 @pytest.fixture(scope="module")
 def direct(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the server itself; its database is PostgreSQL if that is installed."""
+    """The address of the server itself. Its database is PostgreSQL if PostgreSQL is installed."""
     folder, programs = tmp_path_factory.mktemp("server"), postgresql_programs()
     if programs is None:
         with mlflow_server(folder, f"sqlite:///{folder}/server.db") as uri:
@@ -96,7 +96,7 @@ with tracking.start_run(
 
 
 def test_four_writers_lose_nothing_while_the_server_is_away(line: Line, tmp_path: Path, project_root: Path):
-    """Every point is stored once, although the server goes away and its last answers are lost."""
+    """Every point is stored once, although the server goes away and its last responses are lost."""
     if postgresql_programs() is None:
         pytest.skip("PostgreSQL is not installed (Debian package: postgresql)")
     importlib.import_module("pipeline.training")

@@ -51,7 +51,7 @@ THIS_PROCESS = training.WorkerGroup(0)
 
 @dataclass(frozen=True)
 class Regression:
-    """Fits a linear map to 64 fixed points, which the workers split like a batch."""
+    """Fits a linear map to 64 fixed points, which the workers split as they split a batch."""
 
     optimizer: OptimizerConfig
     poison_at: int = -1
@@ -70,7 +70,7 @@ class Regression:
 
 
 class Linear(nn.Linear):
-    """A linear map with the signature of a velocity network."""
+    """A linear map that is called like a velocity network."""
 
     null_label = 0
 
@@ -105,7 +105,7 @@ def test_training_reduces_the_error_and_returns_the_average(tmp_path: Path):
 
 
 def _ignore(metrics: dict[str, float], state: bytes) -> None:
-    """A report function that does nothing."""
+    """Report nothing."""
 
 
 @pytest.mark.parametrize("stop_after", [10, 30, 50])
@@ -311,7 +311,7 @@ def test_the_thread_ends_with_its_prefetcher():
     assert not thread.is_alive()
 
 
-def test_training_resumes_from_a_state_with_another_memory_format():
+def test_training_resumes_from_a_state_with_a_different_memory_format():
     """The fused optimizer depends on the memory layout of its state."""
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     results = []

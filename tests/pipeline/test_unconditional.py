@@ -1,6 +1,6 @@
-"""Every stage respects the conditioning of the teacher: an unconditional one gets the null label and no guidance.
+"""Every stage respects the teacher's conditioning: an unconditional teacher gets the null label and no guidance.
 
-The teacher of these tests returns NaN for every class, so a stage that uses a class gets no finite numbers.
+The teacher in these tests returns NaN for every class, so a stage that uses a class gets no finite numbers.
 """
 
 import json
@@ -142,7 +142,7 @@ def test_students_are_unconditional_too(options: dict[str, Any], its_store: str,
 
 
 def test_refinement_compares_without_classes(its_store: str, its_student: str, tmp_path: Path):
-    """The class weight must not matter."""
+    """The class weight has no effect."""
     weights = []
     for weight in (0.5, 50.0):
         out = tmp_path / f"weight-{weight}"
@@ -178,7 +178,7 @@ def test_an_evaluation_reports_no_label_agreement(unconditional: str, its_studen
     assert not (tmp_path / "guided").exists()
 
 
-def test_only_samples_of_the_null_label_have_another_cache_key(teacher: str):
+def test_only_samples_of_the_null_label_have_a_different_cache_key(teacher: str):
     config, sampling = load_config(teacher), teacher_sampling(load_config(teacher))
     names = {
         conditioning: ModelSamples(
@@ -255,10 +255,10 @@ def test_guidance_for_students_without_guidance_is_refused(teacher: str, student
 # The teacher, the store and the initial weights must have the same conditioning
 
 
-def test_initial_weights_with_other_conditioning_are_refused(
+def test_initial_weights_with_different_conditioning_are_refused(
     unconditional: str, its_store: str, its_student: str, tmp_path: Path
 ):
-    """The same weights can be recorded as conditional, in an old folder, and as unconditional, in a new one."""
+    """The same weights can be recorded as conditional in an old folder and as unconditional in a new folder."""
     before = tmp_path / "before"
     before.mkdir()
     for name in ("config.json", "model.safetensors"):

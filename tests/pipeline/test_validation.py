@@ -1,4 +1,4 @@
-"""Validation during training: its metrics, how often it runs, and that it does not affect training."""
+"""Validation during training: its metrics, its interval, and that it does not affect training."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def test_validation_intervals(every: int | None, updates: int, due: list[int], t
     assert [n for n in range(1, updates + 1) if validation.is_due(n)] == due
 
 
-def test_validation_costs_a_small_part_of_the_training(teacher: str):
-    config = load_config(teacher)  # a teacher, sampled in 20 steps
+def test_validation_costs_a_small_part_of_training(teacher: str):
+    config = load_config(teacher)  # a teacher is sampled in 20 steps
     for updates, batch_size, samples in ((10_000, 256, 512), (1000, 128, 96), (100, 64, 64)):
         validation = Validation(None, config, OptimizerConfig(updates=updates, batch_size=batch_size))
         assert validation.samples == samples

@@ -1,4 +1,4 @@
-"""A real MLflow server for tests, on PostgreSQL if it is installed, and a TCP line to it that can be cut."""
+"""A real MLflow server for tests, on PostgreSQL if installed, and a TCP line to the server that can be cut."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def postgresql_programs() -> Path | None:
-    """The folder of initdb and postgres, which Debian does not add to PATH."""
+    """Return the folder of initdb and postgres, which Debian does not add to PATH."""
     initdb = shutil.which("initdb")
     folders = [Path(initdb).parent] if initdb else []
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -36,7 +36,7 @@ def postgresql_programs() -> Path | None:
 
 @contextmanager
 def postgresql(programs: Path) -> Iterator[str]:
-    """A new PostgreSQL server; gives its address. It refuses to run as root, and then runs as user postgres."""
+    """Run a new PostgreSQL server and yield its address. Started by root, it runs as user postgres, as it must."""
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="distillkac-postgresql-"))
     data = folder / "data"
     as_user: dict[str, str | int] = {}
@@ -67,7 +67,7 @@ def postgresql(programs: Path) -> Iterator[str]:
 
 @contextmanager
 def mlflow_server(folder: Path, backend: str, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
-    """A running `mlflow server`; gives its address."""
+    """Run `mlflow server` and yield its address."""
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "files")]
@@ -80,7 +80,7 @@ def mlflow_server(folder: Path, backend: str, host: str = "127.0.0.1", port: int
             yield uri
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also its workers, at once
+                os.killpg(process.pid, signal.SIGKILL)  # kills its workers too, at once
             process.wait()
 
 
@@ -96,7 +96,7 @@ def _wait_until_healthy(uri: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 class Line:
-    """A TCP proxy of a server. While it is cut, connections break and new ones are refused."""
+    """A TCP proxy for a server. While the line is cut, connections break and new connections are refused."""
 
     def __init__(self, port: int) -> None:
         self.port, self.own_port = port, free_port()
@@ -126,7 +126,7 @@ class Line:
         threading.Thread(target=self._listening.serve_forever, args=(0.05,), daemon=True).start()
 
     def cut(self) -> None:
-        """Break all connections, and refuse new ones."""
+        """Break all connections, and refuse new connections."""
         assert self._listening is not None
         self._listening.shutdown()
         self._listening.server_close()
