@@ -1,1 +1,1 @@
-"""Evaluate: score the teacher and its students against held-out images, from the same noise."""
+"""Evaluate a teacher and its students: sample all from the same noise, and compare with held-out images."""

@@ -1,10 +1,10 @@
-"""Computes chunks of samples and features in this process or on Ray actors, and tries feature networks there.
+"""Computes chunks of samples and features in this process or on Ray actors, after a test of the feature networks.
 
-Chunks are small and go to the cache, where a rerun finds them. If an actor is lost, its chunk goes to the next free
-actor, and a new actor starts when a node can run it.
+Chunks are small and are stored in the cache, where a rerun finds them. If an actor is lost, the next free actor
+computes its chunk, and a new actor starts when a node has the resources.
 
-Ray's ``ActorPool`` with restarts (2.60) does not suffice. It sends all retries of a call to the lost actor, and uses
-them up in seconds, before Ray notices that the node is gone. It also gives work to actors that no node can run yet.
+Ray's ``ActorPool`` with restarts (2.60) is not enough. It sends all retries of a call to the lost actor, and exhausts
+them in seconds, before Ray notices that the node is lost. It also assigns work to actors that no node can run yet.
 """
 
 from collections import Counter, deque
@@ -24,7 +24,7 @@ from pipeline.evaluate.samples import Chunk
 from pipeline.progress import ProgressBar
 
 MAX_LOSSES = 3
-"""Limit of lost actors per item. While no item is finished, a pool of N actors may lose N times as many idle actors."""
+"""Actors that may be lost per item. Between two results, a pool of N actors may also lose N times as many at start."""
 
 
 def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
@@ -34,7 +34,7 @@ def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
     actor.
 
     Raises:
-        DistillKacError: a space does not fit the data, or a network does not give features.
+        DistillKacError: a space does not fit the data, or a network does not return valid features.
     """
     dataset = open_dataset(data)
     for given in spec.features:
@@ -63,7 +63,7 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
     """Compute chunks into the cache.
 
     Raises:
-        DistillKacError: a model gives values that are not finite, an actor sees another cache, or Ray fails.
+        DistillKacError: a model returns values that are not finite, an actor uses a different cache, or Ray fails.
     """
     if not todo:
         return
@@ -86,18 +86,18 @@ def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSp
 
 
 class ChunkActor:
-    """Opens the feature spaces once, then computes one chunk per call."""
+    """An actor that opens the feature spaces once, and then computes one chunk per call."""
 
     def __init__(self, names: Sequence[str], data: DataConfig, expected: Sequence[str]) -> None:
         self.spaces = open_spaces(names, data)
         if [space.fingerprint for space in self.spaces] != list(expected):
             raise DistillKacError(
-                "This actor's feature networks differ from the job's. On several nodes DISTILLKAC_CACHE must be a "
-                "folder that all nodes share, or an s3:// prefix."
+                "This actor's feature networks differ from the job's. On several nodes, set DISTILLKAC_CACHE to a "
+                "folder that all nodes share, or to an s3:// prefix."
             )
 
     def make(self, chunk: Chunk) -> int:
-        """Compute a chunk; returns its number of rows."""
+        """Compute a chunk and return its number of rows."""
         chunk.make(self.spaces)
         return len(chunk.ids)
 
@@ -109,7 +109,7 @@ def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
 
 @contextmanager
 def _ray_errors(work: str) -> Iterator[None]:
-    """Raise errors of Ray, and errors in its tasks, as ``DistillKacError``."""
+    """Convert errors of Ray and errors in its tasks to ``DistillKacError``."""
     import ray
 
     try:
@@ -122,14 +122,14 @@ def _ray_errors(work: str) -> Iterator[None]:
 
 
 def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Generator[Any]:
-    """Yield ``actor.make(item)`` for each item once, in the order of completion.
+    """Call ``actor.make(item)`` once per item, and yield the results in the order of completion.
 
     Args:
         start: starts an actor.
         actors: the number of actors. An actor without work is killed, which frees its resources.
 
     Raises:
-        RayActorError: an item, or the start of actors, failed more than ``MAX_LOSSES`` times.
+        RayActorError: more actors were lost than ``MAX_LOSSES`` allows.
         RayTaskError: ``make`` raised.
     """
     import ray
@@ -159,7 +159,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Ge
                 ray.kill(actor)
                 begin()
                 continue
-            del running[ended]  # after ray.get, so that the actor of a call that raised is killed below
+            del running[ended]  # only now: if ray.get raises, the actor must be killed below
             if number is not None:
                 done += 1
                 losses[None] = 0

@@ -16,17 +16,17 @@ from pipeline.cluster import connection as cluster
 from pipeline.config import EvaluateSpec
 
 ANSWER_FILE = "answer.json"
-"""The answer in a sweep's folder: see ``pipeline.sweep.sweep_report``."""
+"""The file in a sweep's folder that names its best students: see ``pipeline.sweep.sweep_report``."""
 
 PATH_TAG, WEIGHTS_TAG = "distillkac.path", "distillkac.weights_sha256"
-"""Tags of a run that produced a model: the folder and the weights of the model."""
+"""Tags of a run that made a model: the model's folder, and the hash of its weights."""
 
 
 def resolve(spec: EvaluateSpec) -> EvaluateSpec:
-    """The spec with the folders of the teacher and the students as absolute paths.
+    """Return the spec with the teacher and all students as absolute paths of folders.
 
     Raises:
-        DistillKacError: a finished sweep, a run or a model is missing, or the teacher is not known.
+        DistillKacError: the sweep is not finished, a run or a model is missing, or the teacher is unknown.
     """
     spec = spec.model_copy(update={"out": cluster.absolute(spec.out)})
     teacher, students = spec.teacher, [cluster.absolute(path) for path in spec.students]
@@ -41,13 +41,13 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
         teacher = teacher or next((folder for folder in folders if kinds[folder] == "teacher"), None)
         teacher = teacher or _teacher_of_runs(spec, folders)
     if teacher is None:
-        raise ArgumentError("`teacher` is required, because the sweep or the runs do not name one.")
+        raise ArgumentError("`teacher` is required, because neither the sweep nor the runs name a teacher.")
     found = {"teacher": cluster.absolute(teacher), "students": tuple(dict.fromkeys(students))}
     return spec.model_copy(update={**found, "from_sweep": None, "runs": ()})
 
 
 def _read_answer(sweep: str) -> dict[str, Any]:
-    """The answer of a sweep. If the sweep was moved, its front has the folders of the same names in the new folder."""
+    """Return the answer of a sweep. If the sweep was moved, the paths of its front lead to the new folder."""
     path = files.join(sweep, ANSWER_FILE)
     try:
         answer: dict[str, Any] = json.loads(files.read_bytes(path))
@@ -56,7 +56,7 @@ def _read_answer(sweep: str) -> dict[str, Any]:
             f"`from_sweep` {sweep} has no {ANSWER_FILE}, so it is not a finished sweep. Finish the sweep first."
         ) from None
     except ValueError:
-        raise DistillKacError(f"{path} is damaged. Run the command of the sweep again.") from None
+        raise DistillKacError(f"{path} is damaged. Run the sweep again.") from None
     front = [f if _is_model(f) else files.join(sweep, f.rsplit("/", 1)[-1]) for f in answer.get("front", [])]
     if not front:
         raise ArgumentError(f"`from_sweep` {sweep} has no finished trials. Finish the sweep first.")
@@ -118,7 +118,7 @@ class Candidate(NamedTuple):
     name: str
     path: str
     config: ModelConfig
-    guidance: float  # chosen for a teacher, built into a student
+    guidance: float  # the scale of the samples
     sampling: Sampling
 
 
@@ -126,7 +126,7 @@ def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
     """Every model of a resolved spec with its sampling: teachers first, then students, sorted by guidance.
 
     Raises:
-        DistillKacError: a model is missing, a student has another teacher, or ``guidance`` does not apply.
+        DistillKacError: a model is missing, a student has a different teacher, or ``guidance`` does not apply.
     """
     assert spec.teacher is not None  # resolve found it
     teacher = load_teacher_config(spec.teacher)
@@ -147,7 +147,7 @@ def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
 
 
 def unique_names(folders: Iterable[str]) -> dict[str, str]:
-    """Unique names of students by folder: the last part of the path, with as many parts before it as needed."""
+    """Unique names of students, by folder: the last part of each path, or more parts if several paths end alike."""
     names = {path: path.rsplit("/", 1)[-1] for path in folders}
     for depth in itertools.count(2):
         counts = Counter(names.values())
@@ -158,7 +158,7 @@ def unique_names(folders: Iterable[str]) -> dict[str, str]:
 
 
 def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, base_name: str) -> list[Candidate]:
-    """The student in a folder, once per evaluated step count and guidance scale."""
+    """One candidate per evaluated step count and guidance scale of the student in a folder."""
     config = load_student_config(path, str(spec.teacher), teacher)
     assert config.guidance is not None
     counts = sorted(set(spec.steps), reverse=True) if config.is_any_step else [None]
@@ -171,14 +171,14 @@ def _students(spec: EvaluateSpec, teacher: ModelConfig, path: str, base_name: st
 
 
 def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> ModelConfig:
-    """The config in the folder ``path``. Raises ``DistillKacError`` unless it is a student of this teacher."""
+    """Read the config in a folder. Raises ``DistillKacError`` unless the model is a student of this teacher."""
     config = load_config(path)
     if config.kind != "student":
         raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")
     if config.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
             f"{path} belongs to another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
-            f"({teacher.weights_sha256[:12]}...). Give the teacher of the student."
+            f"({teacher.weights_sha256[:12]}...). Give the student's own teacher."
         )
     return config
 

@@ -18,7 +18,7 @@ from pipeline.report import pictures
 TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
 SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
 SAMPLES_FILE = "samples.npz"
-"""The shown samples of each row of the table; the keys are row numbers."""
+"""For each row of the table, the samples in the picture. Keys are row numbers."""
 
 SHOWN_SAMPLES = 12
 """Images per row of the picture."""
@@ -31,7 +31,7 @@ EVALUATION_TAG = "distillkac.evaluation"
 
 
 def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Record) -> None:
-    """Write files and log to MLflow; ``evaluation.json``, which marks the folder as complete, comes last."""
+    """Write the files and log to MLflow. The last file, ``evaluation.json``, marks the folder as complete."""
     spec = comparison.spec
     tracking.declare(*record.metrics().values())
     images, labels = _shown(comparison)
@@ -47,7 +47,7 @@ def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Reco
     }
     for name, data in {**contents, SAMPLES_FILE: sink.getvalue()}.items():
         files.write_bytes(files.join(spec.out, name), data)
-    # In the format of mlflow.log_table. MLflow's pages show the artifact in the tag as a table.
+    # The file has the format of mlflow.log_table. The tag makes MLflow's pages show it as a table.
     logged_table = dict(zip(("columns", "data"), cells(record), strict=True))
     for name, data in {**contents, TABLE_JSON: json.dumps(logged_table).encode()}.items():
         run.artifact(name, data)
@@ -60,7 +60,7 @@ def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Reco
 
 
 def read_shown(out: str) -> list[np.ndarray] | None:
-    """The shown samples [shown, *sample] of each row of an evaluation; None if an older version wrote it."""
+    """The samples in the picture, [shown, *sample] per row of the table; None if an older version wrote the folder."""
     path = files.join(out, SAMPLES_FILE)
     if not files.exists(path):
         return None
@@ -83,7 +83,7 @@ def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
 
 
 def plotted(record: Record) -> list[QualityMetric]:
-    """The metrics in the plot. Frechet distances depend on the count, so they are shown at that of the real images."""
+    """The metrics in the plot. Frechet distances depend on the count, so all rows use the count of the real images."""
     metrics = record.metrics()
     shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
     return [metric for metric in shown if all(metric.name in score.metrics for score in record.scores[1:])]
@@ -101,7 +101,7 @@ def _track_models(
     rows = list(zip(record.scores, images, strict=True))
     for folder in dict.fromkeys(score.folder for score in record.scores):
         own = [(score, shown) for score, shown in rows if score.folder == folder]
-        # The newest run that produced the model, on the server of the evaluation.
+        # Use the newest run that made the model, on the server of the evaluation.
         stages = STAGES.get(own[0][0].kind, ())
         runs = [r for stage in stages for r in tracking.find_runs(own[0][0].fingerprint, stage, run.tracking_uri)]
         if not runs:

@@ -5,9 +5,9 @@ CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one 
 CACHE/features/<space>/<fingerprint>/<...>.npy      features of these samples, or of real images
 CACHE/reference/<fingerprint>.safetensors           statistics of the features of all training images
 
-A fingerprint covers everything that decides the content (weights, sampling, noise; data; feature network), so cached
+A fingerprint covers everything that determines the content (weights, sampling, noise; data; feature network), so cached
 files are never stale. Actors draw the chunks and compute their features, because the driver may lack the GPU or the
-package of a feature network. With several nodes the cache must be a folder that all nodes share, or an s3:// prefix.
+package of a feature network. With several nodes, the cache must be a folder that all nodes share, or an s3:// prefix.
 """
 
 import functools
@@ -60,7 +60,7 @@ class ModelSamples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Covers everything that decides the samples; batch size, count and device do not."""
+        """A hash of everything that determines the samples. Batch size, count and device are not part of it."""
         config = self.config
         return fingerprint(
             {
@@ -89,7 +89,7 @@ class ModelSamples:
     def make(self, ids: range) -> None:
         """Draw the samples of a chunk and write them to the cache.
 
-        Raises ``DistillKacError`` if the model has changed, or gives values that are not finite.
+        Raises ``DistillKacError`` if the model has changed or returns values that are not finite.
         """
         model = _model(self.path, self.config.weights_sha256)
         drawn = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
@@ -110,11 +110,11 @@ class RealImages:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Covers the images and their order."""
+        """A hash of the images and their order."""
         return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
 
     def rows(self, ids: range) -> Samples:
-        """The images ``ids`` in this order, clipped and rounded like delivered samples."""
+        """Return the images at positions ``ids`` of the order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         images, label = split.rows(order[ids.start : ids.stop])
@@ -145,7 +145,7 @@ class Comparison(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Consecutive samples of a source: the unit of work."""
+    """The unit of work: consecutive samples of a source."""
 
     source: Source
     ids: range
@@ -163,7 +163,7 @@ class Chunk(NamedTuple):
                 files.write_bytes(path, sink.getvalue())
 
     def features(self, space: FeatureSpace, images: Tensor) -> Tensor:
-        """The features [rows, width] of the chunk's ``images``, from the cache if they are cached."""
+        """The features [rows, width] of the chunk's ``images``: computed if that is cheap, else from the cache."""
         if space.is_cheap:
             return space(images)
         path = self._features_file(space)
@@ -196,12 +196,12 @@ def gather(
     teacher: ModelSamples | None = None,
     teacher_metrics: dict[str, float] | None = None,
 ) -> Evaluated:
-    """Read the chunks of a source from the cache.
+    """Read the chunks of a source from the cache, and return what the metrics need.
 
     Args:
         spaces: must include pixels.
-        teacher: of a student, its teacher's samples from the same noise.
-        teacher_metrics: the metrics of these samples.
+        teacher: for a student, the samples of its teacher from the same noise.
+        teacher_metrics: the metrics of the teacher's samples.
     """
     is_model = isinstance(source, ModelSamples)
     has_classes = not isinstance(source, ModelSamples) or bool(known_classes(source.config))
@@ -253,13 +253,13 @@ def _name(ids: range, ending: str) -> str:
 
 @contextmanager
 def _read_cached(path: str) -> Iterator[io.BytesIO]:
-    """Open a cached file for numpy, and turn errors of a missing or damaged file into ``DistillKacError``."""
+    """Open a cached file for numpy. If the file is missing or damaged, raise ``DistillKacError``."""
     try:
         yield io.BytesIO(files.read_bytes(path))
     except FileNotFoundError:
         raise DistillKacError(
-            f"{path} is missing, although the actors computed it. On several nodes {VARIABLE} must be a folder that "
-            "all nodes share, or an s3:// prefix."
+            f"{path} is missing, although the actors computed it. On several nodes, set {VARIABLE} to a folder that "
+            "all nodes share, or to an s3:// prefix."
         ) from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DistillKacError(
@@ -269,7 +269,7 @@ def _read_cached(path: str) -> Iterator[io.BytesIO]:
 
 @functools.lru_cache(maxsize=1)
 def _model(path: str, weights_sha256: str) -> Model:
-    torch.compiler.reset()  # PyTorch keeps only a few compiled variants, and those of the last model fill its limit
+    torch.compiler.reset()  # PyTorch limits compiled variants, and those of the last model would count
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
         raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")

@@ -26,10 +26,10 @@ class Score(Options):
     steps: int | None  # None for real images
     guidance: float | None  # None for real images
     count: int  # samples per noise seed
-    metrics: dict[str, float]  # without metrics that do not apply; the mean over several noise seeds
-    half_widths: dict[str, float] = Field({}, description="of the mean's 95 % interval over several noise seeds")
+    metrics: dict[str, float]  # metrics that apply; means, if there are several noise seeds
+    half_widths: dict[str, float] = Field({}, description="half widths of the 95 % intervals over noise seeds")
     fingerprint: str
-    refined_in: tuple[str, ...] = Field((), description="feature spaces that its refinement loss used")
+    refined_in: tuple[str, ...] = Field((), description="feature spaces in the model's refinement loss")
     any_step: str = Field("", description="folder name of the any-step student of this row")
     folder: str = Field("", description="folder of the model")
     prefix: str = Field("", description="prefix of the metrics in the run of the model")
@@ -45,13 +45,13 @@ class Record(Options):
     facts: dict[str, dict[str, float]]  # facts of each feature space, such as its classifier's accuracy
     real: dict[str, Any]  # the data: kind, train, held_out, sha256
     floor_count: int | None  # number of held-out images if smaller than `samples`
-    kept_rows: int  # largest number of rows per set in metrics of nearest neighbours, kernels and slices
+    kept_rows: int  # limit of rows per set in metrics of nearest neighbours, kernels and slices
     scores: tuple[Score, ...]
     shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the picture of samples")
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names by number; empty without names, and in records of older versions."""
+        """Class names by number; empty if the classes have no names or an older version wrote the record."""
         return tuple(self.real.get("class_names", ()))
 
     def metrics(self) -> dict[str, QualityMetric]:
@@ -111,7 +111,7 @@ def cells(record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def direction(metric: Metric) -> str:
-    """The suffix "(lower is better)" or "(higher is better)" after a space; empty if neither is better."""
+    """The suffix " (lower is better)" or " (higher is better)"; empty if neither is better."""
     return f" ({metric.better} is better)" if metric.better else ""
 
 
@@ -137,7 +137,7 @@ def provenance(record: Record) -> list[str]:
     for name in record.features:
         facts = [f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in record.facts.get(name, {}).items()]
         spaces.append(f"{name} ({', '.join(facts)})" if facts else name)
-        # Pooled pixels are equivalent to pixels. No refinement uses the other spaces of an evaluation.
+        # Pixels and pooled pixels count as the same space. Refinement cannot use the other spaces of an evaluation.
         models = [
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]

@@ -1,4 +1,4 @@
-"""The stage: score held-out images, and the teacher and its students from the same noise."""
+"""The stage: score held-out images, and samples of the teacher and its students from the same noise."""
 
 import itertools
 from typing import Any
@@ -45,8 +45,8 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     evaluation resumes, and the next evaluation with the same teacher draws only its students.
 
     Raises:
-        DistillKacError: a model is missing, a student has another teacher, the data are not the teacher's, or a
-            feature space is missing or does not work on the data.
+        DistillKacError: a model is missing, a student has a different teacher, the data are not those of the teacher, or
+            a feature space is missing or does not work with the data.
     """
     spec = resolve(spec)
     root = load_teacher_config(str(spec.teacher)).data.root
@@ -71,7 +71,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         log.info(table(record))
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
-        # For one actor; the number that the work needs is not known yet.
+        # Wait for one actor; it is not yet known how many the work needs.
         wait_for_capacity("evaluate", "`actors`", 1, choose_actors(spec).resources)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
@@ -87,7 +87,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
-    """The inputs in the fingerprint of an evaluation: the weights of the models, and hashes of feature files."""
+    """Inputs for the fingerprint of an evaluation: hashes of the models' weights and of feature files."""
     data = learned_data(candidates[0].path, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
     hashes = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
@@ -164,7 +164,7 @@ def _metrics(record: Record, evaluated: Evaluated) -> dict[str, float]:
 
 def _score(candidate: Candidate, count: int, metrics: dict[str, float]) -> Score:
     name, path, config, guidance, sampling = candidate
-    # Metrics have no prefix for the model's own step count and guidance scale.
+    # At the model's own step count and guidance scale, metrics have no prefix.
     own_steps, own_scale = (TEACHER_STEPS, 0.0) if config.kind == "teacher" else (config.steps, config.guidance)
     prefix = f"steps_{sampling.steps}/" if sampling.steps != own_steps else ""
     prefix += f"guidance_{guidance:g}/" if guidance != own_scale else ""

@@ -14,11 +14,11 @@ LEAD = (
 
 
 def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str, str], tracking_uri: str) -> None:
-    """Write the page ``out`` from the folder of an evaluation.
+    """Write the page ``out`` from the results in the folder ``evaluation``.
 
     Args:
         specs: heading -> JSON file with the options of a stage.
-        tracking_uri: of the MLflow server or file with the runs.
+        tracking_uri: address of the MLflow server or database that has the runs.
     """
     record = read_record(evaluation)
     samples, curve = (files.read_bytes(files.join(evaluation, name)) for name in (SAMPLES_PICTURE, CURVE_PICTURE))

@@ -50,7 +50,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
 """
 
 LONG_TEXT = 48
-"""Cells with more characters may wrap."""
+"""The text of a cell with more characters may wrap."""
 
 
 def page(title: str, parts: Sequence[str]) -> bytes:
@@ -78,7 +78,7 @@ def paragraph(*lines: str, kind: str = "") -> str:
 
 
 def mlflow_command(uri: str) -> str:
-    """A command or a hint for viewing the runs."""
+    """A command, or a hint, to view the runs."""
     if uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {uri}"
     return f"open {tracking.without_password(uri)} in a browser"
@@ -90,7 +90,7 @@ def listing(text: str) -> str:
 
 
 def landscape(parts: Sequence[str]) -> str:
-    """Parts that are printed on landscape pages of their own."""
+    """Parts that are printed on separate landscape pages."""
     return _element("section", "".join(parts), "landscape")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.scores import Score
 
 CELL, GAP, FONT_SIZE = 64, 3, 14
-"""In pixels: the width of enlarged images, the gap between images, the height of titles."""
+"""Width of enlarged images, gap between images, and height of titles, in pixels."""
 
 
 def sheet(images: np.ndarray, columns: int = 10) -> bytes:
@@ -50,8 +50,8 @@ def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> byte
     """Plot each metric against network evaluations.
 
     Args:
-        metrics: one panel each. All models have them.
-        scores: of real images, then of the models.
+        metrics: the metrics to plot, one per panel. All models must have them.
+        scores: the score of real images, then the scores of the models.
     """
     from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> byte
 
 
 def _draw_curves(axis: Any, metric: str, models: Sequence["Score"]) -> None:
-    """Draw one line per any-step student, and one for all other students, in the colour of the guidance scale."""
+    """Per guidance scale, draw a line per any-step student and one for all other students, in the scale's colour."""
     curves = sorted({score.any_step or "students" for score in models if score.kind == "student"})
     for number, w in enumerate(sorted({score.guidance or 0.0 for score in models})):
         colour, own = f"C{number}", [score for score in models if score.guidance == w]
@@ -93,7 +93,7 @@ def _draw_curves(axis: Any, metric: str, models: Sequence["Score"]) -> None:
 
 
 def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of samples as one picture [height, width, 3], uint8; small images are enlarged by a whole factor."""
+    """Rows of samples as one picture [height, width, 3], uint8; small images are enlarged by an integer factor."""
     cells = [[_cell(sample) for sample in row] for row in rows]
     height, width = cells[0][0].shape[:2]
     factor, columns = max(1, CELL // width), max(map(len, cells))

@@ -22,7 +22,7 @@ REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
 
 
 def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
-    """The metric that ranks the students, and whether "lower" or "higher" is better."""
+    """Return the name of the metric that ranks the students, and "lower" or "higher", whichever is better."""
     known: dict[str, str] = dict.fromkeys(REPORTED, "lower")
     default = REPORTED[0]
     if spec.samples:
@@ -72,16 +72,16 @@ def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
 
 
 def _user_of_reports(spec: SweepSpec) -> str:
-    """The option that makes the sweep use ``asha_metric``; empty if none does."""
+    """The option that makes the sweep use ``asha_metric``; empty if there is none."""
     if spec.asha:
         return "`asha`"
     return f"`searcher` {spec.searcher}" if spec.search and PROPOSERS[spec.searcher].uses_reports else ""
 
 
 def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.Store, list[float]]:
-    """Check every student against the store; returns the store and the guidance scales that it lacks.
+    """Check every student against the store; return the store, and the guidance scales that it lacks.
 
-    Students of missing scales are checked when they start.
+    A student of a missing scale is checked when its trial starts.
     """
     source = store.open(spec.store)
     shortest = min(trial.spec.optimizer.updates for trial in trials)
@@ -102,12 +102,12 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
         )
     if spec.search and not is_choice(search_space(spec)["guidance"]):
         raise ArgumentError(
-            "`search` draws guidance from a range, but a store has only some guidance scales. Use choice(...) instead."
+            "`search` draws guidance from a range, but a store has only certain guidance scales. Use choice(...)."
         )
     checked: list[Any] = []
     for trial in trials:
         training.check_batch_split(trial.spec.optimizer, trial.spec.workers or 0)
-        # The student that a chain's student starts from does not exist yet. It is checked when the trial starts.
+        # In a chain, the previous student does not exist yet. It is checked when the trial starts.
         init = spec.init if trial.after else trial.spec.init
         student = resolve_spec(trial.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
@@ -118,7 +118,7 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
 
 
 def resources_per_trial(spec: SweepSpec) -> placement.Resources:
-    """The resources of one trial, or of each of its workers. Connects to Ray. GPUs may be a fraction of one."""
+    """The resources of one trial, or of each of its workers. Connects to Ray. GPUs may be fractional."""
     available = cluster.connect().gpus
     gpus = min(1, available) if spec.gpus_per_trial is None else spec.gpus_per_trial
     return placement.Resources(spec.cpus_per_trial, gpus, spec.label_selector)

@@ -1,7 +1,7 @@
-"""The ledger: a record of each trial of a sweep, in OUT/trials/NAME.json, local or on S3.
+"""The ledger: one record per trial of a sweep, in OUT/trials/NAME.json, local or on S3.
 
-Only the driver writes records, before a trial starts and while it runs. After a crash, the same command reads from the
-records which trials exist, and their values, progress and reports.
+Only the driver writes records, before a trial starts and while it runs. After a crash, the same command reads the
+trials with their values, progress and reports from these records.
 """
 
 from typing import Any, Literal
@@ -26,17 +26,17 @@ class TrialRecord(Options):
     seconds: float = 0.0  # of training, summed over all starts
     metrics: dict[str, float] = Field({}, description="latest value of each metric")
     error: str = ""
-    has_diverged: bool = False  # the student, or the student that it starts from
+    has_diverged: bool = False  # the student, or its predecessor in a chain
     reports: tuple[dict[str, float], ...] = ()  # every report, each with its "update"
 
     @property
     def is_open(self) -> bool:
-        """Whether work is left. The next command retries a failed trial."""
+        """Whether the trial needs more training. A rerun of the sweep retries failed trials."""
         return self.status in {"waiting", "running", "failed"}
 
 
 class Ledger:
-    """The records of the sweep in ``out``. Changes are written at once."""
+    """The records of the sweep in ``out``. Every change is written immediately."""
 
     def __init__(self, out: str) -> None:
         self.folder = files.join(out, "trials")
@@ -85,7 +85,7 @@ class Ledger:
         return self.put(self._records[name].model_copy(update=changes))
 
     def report(self, name: str, report: dict[str, float], base_seconds: float = 0.0) -> TrialRecord:
-        """Add metrics, with "update" and the "seconds" of this start, to the record of a running trial."""
+        """Add a report to the record of a running trial: metrics, "update", and the "seconds" since this start."""
         metrics = {key: value for key, value in report.items() if key not in {"update", "seconds"}}
         updates, record = int(report.get("update", 0)), self._records[name]
         # A trial that resumed from a checkpoint reports some updates again.

@@ -1,4 +1,4 @@
-"""The trials of a sweep before they run, one student each: a grid, chains of step counts, and trials of a search."""
+"""Plans the trials of a sweep, one student each: of a grid, of chains of step counts, and of a search."""
 
 import difflib
 import functools
@@ -15,7 +15,7 @@ from kac.util.options import nested_models
 from pipeline.config import STEP_COUNTS, DistillSpec, StudentOptions, SweepSpec
 
 VARIED = (*hashed_fields(DistillSpec(store="", out="")), "init")
-"""Fields that change the student, so a sweep can vary them."""
+"""Fields that a sweep can vary, because they change the student."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PlannedTrial:
     name: str  # of its folder below `out`
     spec: DistillSpec
     values: dict[str, Any]  # varied fields by dotted name
-    after: str | None = None  # name of its predecessor in a chain, whose student it starts from
+    after: str | None = None  # predecessor in a chain; training starts from its student
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
@@ -92,9 +92,9 @@ def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]
 
 
 def plan_trial(spec: SweepSpec, values: Mapping[str, Any], name: str = "", head: str = "") -> PlannedTrial:
-    """The trial with these values of its student's fields, by dotted name.
+    """Plan a trial. ``values`` are fields of its student, by dotted name.
 
-    If ``name`` is empty, the name of its folder is ``head`` and the values.
+    If ``name`` is empty, the folder's name consists of ``head`` and the values.
     """
     options: dict[str, Any] = {field: getattr(spec, field) for field in StudentOptions.model_fields}
     options["workers"] = spec.workers or 0
@@ -138,7 +138,7 @@ def identity(spec: SweepSpec) -> dict[str, Any]:
 
 
 def normal_text(value: Any) -> str:
-    """The value as text, in which 1 and 1.0 are equal."""
+    """The value as text. Equal numbers, such as 1 and 1.0, give the same text."""
     text = str(value)
     return f"{float(text):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
 

@@ -1,4 +1,4 @@
-"""Search: the distributions of the options that a search draws, and the algorithms that propose values for new trials.
+"""Search: distributions of the options that a search varies, and algorithms that propose values for new trials.
 
 To add an algorithm, write a class here, add it to ``PROPOSERS``, and add its name to ``SweepSpec.searcher``.
 """
@@ -98,7 +98,7 @@ def _sample(distribution: Any, generator: random.Random) -> Any:
 
 
 def _as_given(distribution: Any, value: Any) -> Any:
-    """The value as the user wrote it: a record has typed values, but a choice has text. None if no choice matches."""
+    """The value as the user wrote it: records have typed values, but choices have text. None if no choice matches."""
     if not is_choice(distribution):
         return value
     return next((one for one in distribution.choices if normal_text(one) == normal_text(value)), None)
@@ -110,7 +110,7 @@ def is_choice(distribution: Any) -> bool:
 
 
 def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
-    """Trials for checks of a search. Each field in turn takes its bounds or choices; other fields have the first."""
+    """Trials to check a search: each field in turn takes its bounds or choices; the others keep their first value."""
     tested: dict[str, Any] = {
         name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
     }

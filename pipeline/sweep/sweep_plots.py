@@ -1,4 +1,4 @@
-"""The plots of a sweep's results, as PNG bytes, with text that is readable on a phone."""
+"""Plots of a sweep's results as PNG bytes. Their text is readable on a phone."""
 
 import io
 import warnings
@@ -17,10 +17,10 @@ LOG_RATIO = 8.0
 """Values that span more than this factor get a logarithmic scale."""
 
 LEAST_TRIALS = 4
-"""Finished trials that parallel coordinates and importances need."""
+"""Minimum number of finished trials for parallel coordinates and importances."""
 
 MOST_CATEGORIES = 6
-"""In parallel coordinates, a field with up to this number of values has one tick per value, at equal distances."""
+"""Parallel coordinates show a field with at most this many values by one tick per value, at equal distances."""
 
 
 class Plot(NamedTuple):
@@ -32,9 +32,9 @@ class Plot(NamedTuple):
 
 
 def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tuple[dict[str, Plot], str]:
-    """Return every plot of the page by file name, and a note on missing plots of parameters.
+    """Return the plots of the page by file name, and a note that explains missing plots of parameters.
 
-    ``images`` are samples [shown, *sample] of each row of the evaluation.
+    ``images`` has the samples [shown, *sample] of each row of the evaluation.
     """
     heading, plots = results.metric.heading, {}
     for cost, rows in results.fronts.items():
@@ -52,7 +52,7 @@ def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tu
 
 
 def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequence[np.ndarray]) -> bytes:
-    """Held-out images, samples of the front, and samples of its teachers."""
+    """A picture of held-out images, samples of the front, and samples of the teachers at its guidance scales."""
     scales = {row.values.get("guidance") for row in on_front}
     real = [(score.name, score) for score in scores if score.kind == REAL]
     students = [(f"#{row.trial.number}  {row.name}", row.score) for row in on_front if row.score]
@@ -61,7 +61,7 @@ def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequ
 
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
-    """The best value per step count and guidance scale. None with fewer than two step counts or two scales."""
+    """Plot the best value per step count and guidance scale; None with fewer than two step counts or scales."""
     import pandas
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -98,9 +98,9 @@ def _colours(metric: Metric, darkest: float) -> Any:
 
 
 def front_plot(results: SweepResults, cost: Cost) -> bytes:
-    """Quality against cost: every row as a dot, and the front as a line with the numbers of its trials.
+    """Plot quality against cost: every row as a dot, and the front as a line with the numbers of its trials.
 
-    Teachers of the same guidance scales are stars, held-out images are a line.
+    Stars show the teachers at the same guidance scales, and a dotted line shows held-out images.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -121,10 +121,10 @@ def front_plot(results: SweepResults, cost: Cost) -> bytes:
         own = points([row for row in drawn if row.values.get("guidance") == w])
         axis.plot(*own, "o", color=colour, label="trials" if w is None else f"w = {text(w)}")
     is_low_good = metric.better == "lower"
-    for *point, row in zip(*points(on_front), on_front, strict=True):  # labels on the empty side of the front
+    for *point, row in zip(*points(on_front), on_front, strict=True):  # put labels on the empty side of the front
         offset: Any = {"xytext": (0, -20 if is_low_good else 10), "textcoords": "offset points", "ha": "center"}
         axis.annotate(f"#{row.trial.number}", point, weight="bold", fontsize=9, **offset)
-    label: str | None = "teacher, of the same w"
+    label: str | None = "teacher at the same w"
     for score in results.record.scores if results.record else ():
         value = score.metrics.get(metric.name)
         if value is not None and score.kind == REAL:
@@ -132,7 +132,7 @@ def front_plot(results: SweepResults, cost: Cost) -> bytes:
         elif value is not None and score.kind == "teacher" and score.guidance in colours and cost.name in score.metrics:
             style = {"color": colours[score.guidance], "markersize": 13, "mec": "black", "label": label}
             axis.plot([score.metrics[cost.name]], [value], "*", **style)
-            label = None  # one line of the legend
+            label = None  # the legend has one entry for all teachers
     for name in ("x", "y"):
         _log_if_wide(axis, name)
     if axis.get_xscale() == "linear":
@@ -164,7 +164,7 @@ def _is_wide(low: float, high: float) -> bool:
 
 
 def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
-    """Parallel coordinates and importances of the varied fields, drawn by Optuna, and a note on missing plots."""
+    """Return Optuna's plots of the varied fields, parallel coordinates and importances, and a note on missing plots."""
     import optuna
     from matplotlib import pyplot as plt
     from optuna.importance import FanovaImportanceEvaluator
@@ -176,8 +176,8 @@ def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
     columns = {name: values for name, values in columns.items() if len(set(map(str, values))) > 1}
     if len(rows) < LEAST_TRIALS or not columns:
         return {}, (
-            f"Left out: plots of parameters need {LEAST_TRIALS} finished trials with this metric and a parameter that "
-            "differs between them."
+            f"Plots of parameters are left out: they need {LEAST_TRIALS} finished trials with this metric, and a "
+            "parameter that differs between the trials."
         )
     titles = headings(list(columns))
     distributions = {titles[name]: _distribution(values) for name, values in columns.items()}
@@ -193,7 +193,7 @@ def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
         axis = plot_parallel_coordinate(**options)
         for lines in axis.collections:
             lines.set_cmap(_colours(metric, darkest=1.0))
-            if lines.colorbar is not None:  # away from the tick labels of the last axis
+            if lines.colorbar is not None:  # move it away from the tick labels of the last axis
                 bar = lines.colorbar.ax
                 bar.set_position(bar.get_position().translated(0.07, 0))
         axis.set_title(f"{metric.heading}{direction(metric)}: one line per trial", fontsize=10, pad=14)
@@ -219,7 +219,7 @@ def _distribution(values: Sequence[Any]) -> Any:
     if len(distinct) <= MOST_CATEGORIES or any(isinstance(value, bool | str) for value in distinct):
         return CategoricalDistribution(distinct)
     low, middle, high = distinct[0], sorted(values)[len(values) // 2], distinct[-1]
-    # Logarithmic if the median is closer to the geometric mean of the ends than to their arithmetic mean.
+    # Use a logarithmic scale if the median is closer to the geometric mean of the ends than to their arithmetic mean.
     is_log = low > 0 and abs(middle - (low * high) ** 0.5) < abs(middle - (low + high) / 2)
     return FloatDistribution(low, high, log=is_log)
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: writes its files and its page, logs them to MLflow, and prints the table.
+"""Writes the files and the page of a sweep's report, logs them to MLflow, and prints the table.
 
 OUT/answer.json                      the best trial, and the folders of the students on the front
 OUT/trials.parquet, trials.csv       every trial: its values, its state and its metrics
@@ -49,10 +49,10 @@ def write_report(
     metric: str,
     better: str,
 ) -> Row | None:
-    """Write the report to the sweep's folder and run, print the table, and return the best row, if there is any.
+    """Write the report to the sweep's folder and run, print the table, and return the best row, or None.
 
     Args:
-        evaluation: folder of the evaluation of the finished students, if there is one.
+        evaluation: folder of the evaluation of the finished students, or None.
         metric: name of the metric that ranks the trials.
         better: "lower" or "higher".
     """
@@ -77,7 +77,7 @@ def write_report(
 
 
 def _trial_tables(results: SweepResults) -> dict[str, bytes]:
-    """The rows of the report with all their values, as Parquet and CSV files by name."""
+    """All values of the report's rows, as the contents of a Parquet and a CSV file by name."""
     frame = pandas.DataFrame([_values(results, row) for row in results.rows], dtype=object)
     columns = {}
     for name in frame:
@@ -91,7 +91,7 @@ def _trial_tables(results: SweepResults) -> dict[str, bytes]:
 
 
 def _values(results: SweepResults, row: Row) -> dict[str, Any]:
-    """The columns of the files. To add a column, add a line here."""
+    """The columns of these files. To add a column, add a line here."""
     trial, score = row.trial, row.score
     return {
         "number": trial.number,
@@ -125,21 +125,21 @@ def _answer(spec: SweepSpec, results: SweepResults, evaluation: str | None) -> d
 
 FRONT = (
     "A trial is on the front if no trial of the same or lower cost is better. Measured speeds within 10 % count as "
-    "equal. The pictures and the tables number the trials alike."
+    "equal. The pictures and the tables use the same numbers for trials."
 )
 SAMPLES = (
     "Each column has one noise and one label. The top row shows real images of that label; the last rows show the "
     "teachers."
 )
 HEAT_MAPS = "Each cell shows its best trial. Darker is better; the best cell has a frame."
-NO_HEAT_MAPS = "Left out: heat maps need finished trials of two step counts and two guidance scales."
+NO_HEAT_MAPS = "Heat maps are left out: they need finished trials of two step counts and two guidance scales."
 
 PORTRAIT_COLUMNS = 14
-"""Tables with more columns are printed in landscape."""
+"""A table with more columns is printed in landscape format."""
 
 
 def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot], note: str, tracking_uri: str) -> bytes:
-    """The content of the HTML file, with plots by file name, and a note on missing plots of parameters."""
+    """Return the HTML page. ``plots`` are by file name, and ``note`` explains missing plots of parameters."""
 
     def drawn(prefix: str, is_wide: bool = False) -> list[str]:
         return [page.picture(*plot, is_wide) for name, plot in plots.items() if name.startswith(prefix)]
@@ -161,7 +161,7 @@ def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot],
     is_wide = len(table(results, results.rows[:1], results.columns)[0]) > PORTRAIT_COLUMNS
     parts += [page.landscape(all_trials)] if is_wide else all_trials
     parts += [page.paragraph(*provenance(results.record), kind="note")] if results.record else []
-    out = spec.out.rstrip("/")  # the command below cannot write into it
+    out = spec.out.rstrip("/")  # the command below writes its own folder next to this one
     command = f"python -m jobs.evaluate --from-sweep {spec.out} --samples 10000 --seeds 5 --out {out}-evaluation"
     parts += [
         page.heading("Next steps"),

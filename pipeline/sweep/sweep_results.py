@@ -1,4 +1,4 @@
-"""The results of a sweep: its trials with their metrics, their ranking, the fronts of quality against cost, the table.
+"""The results of a sweep: trials with metrics, their ranking, fronts of quality against cost, and the table.
 
 An any-step student, or a student of all guidance scales, has one row per evaluated step count and scale.
 """
@@ -20,7 +20,7 @@ NFE = "nfe"
 
 
 class Cost(NamedTuple):
-    """A cost per image, with a front of quality against it, a plot, and a mark in the tables."""
+    """A cost per image. The report shows quality against each cost: a front, a plot, and a mark in the tables."""
 
     name: str  # of its metric
     label: str
@@ -51,12 +51,12 @@ class Row:
         return self.score.name if self.score else self.trial.name
 
     def cost(self, name: str = NFE) -> float | None:
-        """The cost with this name. Without an evaluation only network evaluations are known."""
+        """The cost with this name. Without an evaluation, only the number of network evaluations is known."""
         return self.metrics.get(name, self.values.get("steps") if name == NFE else None)
 
 
 class SweepResults:
-    """The results of a sweep: its trials, and the evaluation of their students if there is one."""
+    """The trials of a sweep, with the evaluation of their students if there is one."""
 
     def __init__(self, trials: Iterable[TrialRecord], record: Record | None, metric: str, better: str) -> None:
         if record:
@@ -108,7 +108,7 @@ def ranked(rows: Iterable[Row], metric: Metric) -> list[Row]:
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
-    """The Pareto front of ranked rows, cheapest first: rows that no row of the same or lower cost beats."""
+    """The Pareto front of ranked rows, cheapest first: each row that no row of the same or lower cost beats."""
 
     def is_cheaper(value: float, other: float) -> bool:
         return value > cost.equal_factor * other if cost.better == "higher" else cost.equal_factor * value < other
@@ -119,7 +119,7 @@ def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
 
 
 def describe(name: str, better: str = "") -> Metric:
-    """The metric with this name, with a heading that includes prefixes such as ``validation/``."""
+    """The metric with this name. Its heading includes prefixes such as ``validation/``."""
     plain = name.replace("/", " ").replace("_", " ")
     metric = tracking.declared(name) or Metric(name, plain)
     heading = metric.heading if "/" not in name and metric.heading else plain
@@ -128,7 +128,7 @@ def describe(name: str, better: str = "") -> Metric:
 
 
 PRINTED_ROWS = 20
-"""Rows of the printed table; the files have all rows."""
+"""Maximum number of rows in the printed table. The files have all rows."""
 
 
 def text_table(results: SweepResults) -> str:

@@ -41,15 +41,15 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         One record per trial.
 
     Raises:
-        DistillKacError: the options, the store, the cluster or the folder do not fit (before any trial starts), or
-            trials failed (after all others have ended).
+        DistillKacError: before any trial starts, if the options, the store, the cluster or the folder are unsuitable;
+            after all trials have ended, if some failed.
     """
     spec = check_paths(spec, lambda: True)
     planned = edge_trials(spec) if spec.search else grid_trials(spec)
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
     source, missing = checks.check_store(spec, planned)
-    # The resources of the trials decide, not those of this process, so that any process can resume the sweep.
+    # Use the resources of the trials, not those of this process, so that any process can resume the sweep.
     spec = spec.settled(lambda: checks.resources_per_trial(spec).gpus > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
@@ -60,7 +60,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         try_features(evaluation_spec, load_teacher_config(str(evaluation_spec.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
-    # Plan again, because the settled spec may change the students.
+    # Plan again: the settled spec may give different students.
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
@@ -108,9 +108,9 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
 
 
 def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) -> None:
-    """Add guidance scales to the store, with its own recipe and sample ids.
+    """Add guidance scales to the store, with the store's recipe and sample ids.
 
-    The rollout's run is not a child of the sweep's run, so that a chart over the children compares only students.
+    The rollout's run is not a child of the sweep's run, so a chart of the children compares only students.
     """
     manifest = source.manifest
     assert manifest is not None
@@ -147,7 +147,7 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
         return True
     plan = plan_student(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
-        claims.release(student.out)  # the trial's process claims the folder again
+        claims.release(student.out)  # the process of the trial will claim the folder
         return True
     metrics: dict[str, float] = {}
     own = tracking.run_of_output(student.out)
@@ -166,7 +166,7 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
 
 
 def _end_runs(ledger: Ledger, *statuses: str) -> None:
-    """End the runs of trials with these statuses as killed. A tag marks trials that were stopped early."""
+    """End the runs of trials with these statuses as killed. Trials that were stopped early get a tag."""
     for record in ledger.records:
         run = tracking.run_of_output(record.out) if record.status in statuses else None
         if run is not None:
@@ -176,7 +176,7 @@ def _end_runs(ledger: Ledger, *statuses: str) -> None:
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
-    """Evaluate the finished students in a run of their own; returns the evaluation's folder, or None without one."""
+    """Evaluate the finished students in a separate run; return the evaluation's folder, or None if there is none."""
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
         return None
@@ -202,7 +202,7 @@ def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, 
 
 
 def _remove_outdated(planned: EvaluateSpec) -> None:
-    """Remove an evaluation of other students, for example from before a retry. Its samples stay in the cache."""
+    """Remove an evaluation of different students, such as from before a retry. Its samples stay in the cache."""
     try:
         options = json.loads(files.read_bytes(files.join(planned.out, SPEC_FILE)))["options"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):

@@ -32,14 +32,14 @@ WAITING_BYTES = 2**20
 """Memory that Ray Tune reserves for a trial that only waits for its workers; Tune requires some resource."""
 
 PROCESS_FAILURES = 2
-"""Restarts per trial whose process died. Each restart resumes from the trial's checkpoint."""
+"""Restarts of a trial whose process died. Each restart resumes from the trial's checkpoint."""
 
 
 def run_trials(
     spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
 ) -> None:
-    """Run the trials of ``todo``, then new trials of a search until there are ``total``. Results go to the ledger."""
-    # Tune's tables would bury our progress lines; verbose=0 silences only Tune's older reporter.
+    """Run the trials of ``todo``, then new trials of a search up to ``total`` trials. The ledger keeps the results."""
+    # Tune's tables would hide our progress lines. verbose=0 silences only Tune's older reporter, so select it.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     students = [trial.spec for trial in todo or edge_trials(spec)]
@@ -51,7 +51,7 @@ def run_trials(
     bundles = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [selector]} if selector else {}))
     trainable = tune.with_parameters(_trial, shared=_share_columns(spec, students), run=run)
     most_updates = max(student.optimizer.updates for student in students)
-    # Tune's own files are not needed to resume: checkpoints are in the students' folders, the rest is in the ledger.
+    # Tune's own files are not needed to resume: checkpoints are in the students' folders, all else is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, bundles),
@@ -60,7 +60,7 @@ def run_trials(
                 scheduler=LedgerASHA(spec, ledger, most_updates) if spec.asha else None,
                 num_samples=max(1, len(todo) + max(0, total - len(ledger.records))),
                 max_concurrent_trials=concurrent,
-                reuse_actors=not spec.workers,  # saves the imports and the first read of each trial
+                reuse_actors=not spec.workers,  # later trials need not import and read the store again
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
@@ -80,7 +80,7 @@ def run_trials(
 
 
 def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray.ObjectRef]:
-    """Put the columns that the students read into Ray's object store, once per node for all trials.
+    """Put the columns that the students read into Ray's object store, which shares them between the trials of a node.
 
     Returns an empty list if the columns do not fit ``memory_gib`` or the object store. Each trial then reads the store.
     """
@@ -100,7 +100,7 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray
 
 
 def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
-    """One trial, in a process of Ray Tune. Training runs in this process, or on Ray Train workers of the trial."""
+    """Run one trial in a process of Ray Tune. It trains in this process, or on its own Ray Train workers."""
     spec = DistillSpec(**json.loads(config["spec"]))
     started = time.perf_counter()
     metrics: dict[str, float] = {}
@@ -121,9 +121,9 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
 
 
 class LedgerSearch(Searcher):  # type: ignore[misc]
-    """Tune's searcher: starts the planned trials in order, then trials with values of the search algorithm.
+    """A searcher for Tune. It starts the planned trials in order, then trials with values from the search algorithm.
 
-    It writes reports and ends of trials to the ledger. ``total`` is the number of trials of the whole sweep.
+    It writes each report, and the end of each trial, to the ledger. ``total`` is the number of trials in the sweep.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:
@@ -144,7 +144,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
     def _next(self) -> PlannedTrial | None:
         for trial in list(self.waiting):
-            # Until a predecessor is retried, its record has the status of the last attempt.
+            # Until a predecessor is retried, its record has the status of its last attempt.
             will_be_retried = any(other.name == trial.after for other in self.waiting)
             predecessor = self.ledger.get(trial.after) if trial.after and not will_be_retried else None
             if predecessor is not None and predecessor.status in {"failed", "stopped"}:
@@ -164,7 +164,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         """Add a report to the ledger."""
         name, base_seconds = self.running[trial_id]
         if "update" in result and not result.get("error"):
-            # Only the trial's own entries; Ray Tune adds others.
+            # Keep only what the trial reported; Ray Tune adds other entries.
             own = ("update", "seconds", *str(result.get("reported", "")).split())
             self.ledger.report(name, {key: float(result[key]) for key in own if key in result}, base_seconds)
 
@@ -202,7 +202,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 
 
 class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
-    """Tune's ASHA (asynchronous successive halving), whose rungs also count trials of earlier starts, by name.
+    """Tune's ASHA (asynchronous successive halving). Its rungs also count trials from earlier starts of the sweep.
 
     A trial at its last update always continues, because it has to write its student. The last rung is below
     ``most_updates``, the updates of the longest trial.
@@ -230,7 +230,7 @@ class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
         self.asha.on_trial_add(tune_controller, SimpleNamespace(trial_id=trial.config["trial"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """CONTINUE or STOP."""
+        """Return CONTINUE or STOP for a trial that has reported."""
         if result.get("update", 0) >= trial.config["updates"]:
             return str(FIFOScheduler.CONTINUE)
         named = SimpleNamespace(trial_id=trial.config["trial"])
