@@ -1,4 +1,4 @@
-"""The batches of training: each worker's part of them, their order, their random numbers, and prefetching."""
+"""The batches of training: how workers split them, their order, their random numbers, and prefetching."""
 
 import functools
 from collections import deque
@@ -14,7 +14,7 @@ BATCHES_AHEAD = 2
 
 
 class Worker(NamedTuple):
-    """One copy of the training loop."""
+    """A process that runs one copy of the training loop."""
 
     rank: int
     world_size: int
@@ -23,7 +23,7 @@ class Worker(NamedTuple):
 
     @property
     def seats(self) -> int:
-        """The number of workers for which a batch is split. A smaller group takes several parts per worker."""
+        """The number of workers for which batches are split. In a smaller group, a worker may have several seats."""
         return self.max_workers or self.world_size
 
 
@@ -32,7 +32,7 @@ class MicroBatch(NamedTuple):
 
     The batch has a fixed number of slots: ``accumulation`` per seat of a group of full size, ordered by seat. A smaller
     group distributes the slots as evenly as possible. Random numbers depend on the slot and not on the worker, so one
-    worker with two micro-batches per update computes the same as two workers with one each.
+    worker with two micro-batches per update gets the same result as two workers with one micro-batch each.
     """
 
     update: int
@@ -42,7 +42,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """The number of parts of the update's batch."""
+        """The number of parts into which the update's batch is split."""
         return self.worker.seats * self.accumulation
 
     @property
@@ -52,12 +52,12 @@ class MicroBatch(NamedTuple):
 
     @property
     def seat(self) -> int:
-        """The rank of the worker that has this part in a group of full size."""
+        """The rank of the worker that would process this part in a group of full size."""
         return self.slot // self.accumulation
 
     @property
     def passes(self) -> int:
-        """The number of micro-batches of its worker per update."""
+        """The number of micro-batches that this worker processes per update."""
         return len(self._slots_of_worker)
 
     @property
@@ -66,7 +66,7 @@ class MicroBatch(NamedTuple):
         return range(rank * self.slots // size, (rank + 1) * self.slots // size)
 
     def next(self) -> "MicroBatch":
-        """The micro-batch that its worker processes next."""
+        """The micro-batch that this worker processes next."""
         update, number = divmod(self.number + 1, self.passes)
         return self._replace(update=self.update + update, number=number)
 
@@ -76,7 +76,7 @@ class MicroBatch(NamedTuple):
 
 
 class EpochOrder:
-    """Endless shuffled epochs over ``count`` rows, split into batches. It keeps the order of the last two epochs."""
+    """Endless shuffled epochs over ``count`` rows, split into batches. Caches the order of the last two epochs."""
 
     def __init__(self, seed: int, count: int, batch_size: int) -> None:
         self.seed, self.count, self.batch_size = seed, count, batch_size
@@ -92,12 +92,12 @@ class EpochOrder:
         return torch.randperm(self.count, generator=_seeded(ORDER_STREAM, self.seed, epoch))
 
 
-# Random numbers depend only on (seed, update, slot), so that checkpoints need no random state.
+# Random numbers depend only on (seed, update, slot), so checkpoints need no random state.
 ORDER_STREAM, UPDATE_STREAM, SLOT_STREAM, DROPOUT_STREAM = 1, 2, 3, 4
 
 
 def update_generator(seed: int, update: int) -> torch.Generator:
-    """A CPU generator for numbers that the whole batch of an update shares; the same on every worker."""
+    """A CPU generator for the random numbers of an update's whole batch. Every worker gets the same numbers."""
     return _seeded(UPDATE_STREAM, seed, update)
 
 
@@ -132,7 +132,7 @@ MakeBatch = Callable[[MicroBatch], tuple[Tensor, ...]]
 def prefetched(make: MakeBatch, device: torch.device) -> MakeBatch:
     """Return ``make``, with prefetching if ``device`` is a GPU.
 
-    On the CPU the thread would compete with training for cores: it halved the training speed of a small network.
+    On a CPU, the thread would compete with training for cores. It halved the training speed of a small network.
     """
     return Prefetcher(make) if device.type == "cuda" else make
 

@@ -1,8 +1,8 @@
 """Where the training loop runs: in this process (which may be a trial of Ray Tune) or on workers of Ray Train.
 
 A range of workers is an elastic worker group of Ray Train (2.60). Ray Train checks once a minute whether the group can
-grow. It counts the total resources of the nodes, including those that other jobs use. A group that does not fit fails
-to start after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S); then ``recovery`` starts a smaller one.
+grow. It counts all resources of the nodes, including resources that other jobs use. If a group does not fit, its start
+fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recovery`` starts a smaller group.
 """
 
 import tempfile
@@ -56,7 +56,7 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
     """Choose the workers of a training run, and the resources of each.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
-    no GPU yet; there both ``workers`` and ``gpu`` must be set.
+    no GPU yet, so on such a cluster ``workers`` and ``gpu`` must be set.
 
     Raises:
         ArgumentError: the options cannot be combined.
@@ -74,12 +74,12 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
     if options.label_selector and not group.workers:
         raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
     if options.label_selector and isinstance(group.workers, Range):
-        # Ray Train's elastic groups count nodes with any labels, and then wait for workers that cannot start.
+        # An elastic group of Ray Train counts nodes with any labels, and then waits for workers that cannot start.
         raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
     if 0 < group.resources.gpus < 1 and most(group.workers) > 1:
         raise ArgumentError(  # because NCCL refuses two ranks on one GPU
-            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but several workers need whole GPUs. Leave it out, or "
-            "use one worker."
+            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but each of several workers needs a whole GPU. Leave "
+            "it out, or use one worker."
         )
     return group
 
@@ -96,7 +96,7 @@ def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
-    """Wait until the nodes can fit the workers, except in a trial: its sweep has waited, and ``recovery`` waits later.
+    """Wait until the nodes can fit the workers. A trial does not wait: its sweep already has, and ``recovery`` will.
 
     Raises:
         ArgumentError: the workers cannot split a batch, or no nodes can provide the resources.
@@ -130,9 +130,9 @@ def train_model(
     on_report: OnReport | None,
     held_out: HeldOut | None = None,
 ) -> ModelConfig:
-    """Train a model as ``train`` does, and write it into its folder. Return its config with the hash of its weights."""
+    """Train a model with ``train`` and write its folder. Return its config with the hash of its weights."""
     run.params(network_cost(config.network, config.sample_shape, config.num_classes)._asdict())
-    precision = spec.precision.model_copy(update={"compile": False})  # compiling does not pay off for a few calls
+    precision = spec.precision.model_copy(update={"compile": False})  # compiling does not pay off for so few calls
     validation = Validation(spec.validation_updates, config, spec.optimizer, precision, held_out, spec.sample_updates)
     claim = claims.token_of(spec.out)
     job = Job(task, title, spec.out, run, spec.checkpoint_updates, spec.checkpoint_seconds, validation, claim)
@@ -142,8 +142,8 @@ def train_model(
 def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> dict[str, Tensor]:
     """Run the training loop and return the averaged weights.
 
-    Workers of Ray Train are data-parallel. Any number of workers within a range gives the same result; when the number
-    changes, they resume from the last checkpoint. With workers, ``on_report`` is called only after the last checkpoint.
+    Ray Train workers are data-parallel. Any number of workers within a range gives the same result. When the number
+    changes, they resume from the last checkpoint. With workers, ``on_report`` is called only once, at the end.
 
     Raises:
         DistillKacError: the loss is not finite, or the workers fail repeatedly.
@@ -179,7 +179,7 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
         storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
         # Only recovery.fit restarts failed runs.
         failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-        logging_config=LoggingConfig(log_level="CRITICAL"),  # the log files are complete
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # Ray's log files stay complete
         checkpoint_config=CheckpointConfig(num_to_keep=2),
     )
 

@@ -20,20 +20,20 @@ from pipeline.training.batches import MicroBatch, Worker
 Losses = Callable[[VelocityNetwork, MicroBatch], LossTerms]
 
 AVERAGE = "average"
-"""Key of a learner's state that holds the weights of the model."""
+"""The key of the model's weights in a learner's state."""
 
 
 class Learner:
     """Trains a network: data-parallel, with AdamW and an exponential moving average of the weights.
 
-    A learner of several networks is a subclass that calls one more learner per network.
+    To train several networks, a subclass calls one more learner for each additional network.
 
     Args:
         network: the network, with initial weights.
         losses: returns the losses of a micro-batch; their sum is minimised.
 
     Attributes:
-        forward: the network for the loss, in its precision; its gradients are averaged over the workers.
+        forward: the network that ``losses`` calls, in the chosen precision. Workers average its gradients.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Learner:
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def update(self, number: int) -> LossTerms:
-        """Do update ``number`` on the mean loss of its micro-batches. Diagnostics have their full names."""
+        """Do update ``number`` on the mean loss of its micro-batches. The names of diagnostics get their prefix."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
         passes = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]
@@ -71,7 +71,7 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.options.max_gradient_norm)
         self.optimizer.step()
         self.average.update_parameters(self.network)
-        # A worker with more passes than others has more weight in the mean over the workers.
+        # In the mean over workers, a worker with more passes has more weight.
         weight = first.passes * self.worker.world_size / first.slots
 
         def means(terms: list[dict[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
@@ -81,16 +81,16 @@ class Learner:
         return LossTerms(means([terms.losses for terms in passes]), {**diagnostics, "gradient_norm": norm.detach()})
 
     def _add_gradient(self, micro: MicroBatch) -> LossTerms:
-        """Add the gradient of one micro-batch. Workers exchange gradients only after their last one."""
+        """Add the gradient of one micro-batch. Workers exchange gradients only after their last micro-batch."""
         is_local = micro.number < micro.passes - 1 and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
         with self.parallel.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
             terms = self.losses(self.forward, micro)
-            # DistributedDataParallel takes the mean over workers, whatever their number of passes.
+            # DistributedDataParallel averages over workers, regardless of their number of passes.
             loss = torch.stack(list(terms.losses.values())).sum() / (micro.slots / micro.worker.world_size)
             loss.backward()  # type: ignore[no-untyped-call]
         return LossTerms(
             {name: value.detach() for name, value in terms.losses.items()},
-            # A diagnostic may be a count, or computed on the CPU.
+            # A diagnostic may be an integer, or on the CPU.
             {name: value.detach().to(self.worker.device, torch.float32) for name, value in terms.diagnostics.items()},
         )
 
@@ -108,12 +108,12 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a state, which may have another memory format."""
+        """Resume from a state, which may have a different memory format."""
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state[AVERAGE])
         self.average.n_averaged.fill_(state["averaged_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # The fused optimizer requires its moments to have the memory format of their weight.
+        # The fused optimizer requires each moment to have the memory format of its weight.
         for weight, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if value.shape == weight.shape:

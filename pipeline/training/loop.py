@@ -35,14 +35,14 @@ MAX_SAVING_SHARE = 0.05
 FREE_SECONDS = 1.0
 
 DECISION_SECONDS = 1.0
-"""Time between two decisions about a checkpoint, unless updates are slower."""
+"""Time between two decisions whether to save a checkpoint; longer if one update takes longer."""
 
 declare(
-    Metric("loss", "training loss, mean of the updates since the last point", better="lower"),
+    Metric("loss", "training loss, averaged over the updates since the last point", better="lower"),
     Metric("learning_rate", "learning rate of the last update"),
-    Metric("gradient_norm", "norm of the gradient before clipping, mean of the updates since the last point"),
+    Metric("gradient_norm", "norm of the gradient before clipping, averaged over the updates since the last point"),
     Metric("samples_per_second", "training samples per second", better="higher"),
-    Metric("peak_memory_bytes", "peak memory so far: of tensors on a GPU, of the process on a CPU", better="lower"),
+    Metric("peak_memory_bytes", "peak memory so far: of tensors on a GPU, or of the process on a CPU", better="lower"),
 )
 
 Report = Callable[[dict[str, float], bytes | None], None]
@@ -80,7 +80,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
     Raises:
         DivergedError: the loss is not finite.
-        DistillKacError: another job writes to the folder now.
+        DistillKacError: another job has taken over the folder.
     """
     learner, is_main, validation = job.task.build(worker), worker.rank == 0, job.validation
     total = learner.options.updates
@@ -90,7 +90,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
         learner.load_state_dict(saved["learner"])
         first, validated = int(saved["update"]), saved.get("validated", {})
     bar = ProgressBar(job.title, total, "updates", first, is_shown=is_main)
-    # A resumed run repeats the updates since its checkpoint. Their metrics are already logged.
+    # A resumed run repeats the updates since its checkpoint. Metrics of repeated updates are already logged.
     last_logged = functools.cache(job.run.last_step)
     checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker.device, first)
     state, since_log, started = resume, list[LossTerms](), time.perf_counter()
@@ -133,15 +133,15 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
-    """The averaged weights in a training state, which become the model."""
+    """The averaged weights in a training state. They become the weights of the model."""
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
 
 
 class CheckpointSchedule:
-    """Decides when a checkpoint is due: after ``updates`` updates, and after ``seconds`` since the last checkpoint.
+    """Decides when a checkpoint is due: every ``updates`` updates, and ``seconds`` after the last checkpoint.
 
-    All workers make the same calls. They must save after the same update, but their clocks differ. So the worker of
-    rank 0 decides and broadcasts the decision, about once per second, because every broadcast makes the workers wait.
+    All workers make the same calls. They must save after the same update, but their clocks differ. The worker of rank 0
+    therefore decides for all. It broadcasts only about once per second, because workers wait for every broadcast.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class CheckpointSchedule:
 
 
 def _metrics(job: Job, learner: Learner, updates: list[LossTerms], done: int, seconds: float) -> dict[str, float]:
-    """The metrics of the updates since metrics were last logged, which took ``seconds``."""
+    """The metrics of the updates since metrics were last logged. These updates took ``seconds``."""
     losses, options = _losses(job, updates, done), learner.options
     return {
         "loss": sum(losses.values()),

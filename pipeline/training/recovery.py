@@ -1,11 +1,11 @@
-"""Restarts training on Ray Train workers from the last checkpoint, as long as it makes progress.
+"""Restarts training on Ray Train workers from the last checkpoint, as long as training makes progress.
 
-Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because
-- Ray Train counts failures over the whole run, and days on unreliable nodes exceed any limit. Here the count
+Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because:
+- Ray Train counts failures over the whole run, so days on unreliable nodes exceed any limit. Here the count
   restarts at every new checkpoint.
 - Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is limited.
 - Ray Train fails if an elastic group requests resources that other jobs use. Here a smaller group starts.
-- Ray Train prints two hundred lines of tracebacks for a lost worker. Here it is one line; a bug shows its traceback.
+- Ray Train prints two hundred lines of tracebacks for a lost worker. Here only a bug shows a traceback.
 """
 
 import time
@@ -23,7 +23,7 @@ from pipeline.cluster.placement import Resources
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 
 MAX_FAILURES = 3
-"""Training stops with an error after more failures than this without a new checkpoint."""
+"""Maximum number of failures without a new checkpoint. One more stops the training with an error."""
 
 WAIT_SECONDS = 1200.0
 """How long to wait for nodes that replace lost ones. An autoscaler starts them within minutes or not at all."""
@@ -35,11 +35,11 @@ DETECTION_SECONDS = 30.0
 def fit(
     make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, resources: Resources
 ) -> Any:
-    """Fit a trainer of Ray Train, with a new trainer after each failure. Return the result of the last one.
+    """Fit a Ray Train trainer, and a new one after each failure. Return the result of the last trainer.
 
     Args:
-        make_trainer: makes a trainer for a number of workers. It resumes from the last checkpoint below ``out`` and
-            does not restart its workers.
+        make_trainer: makes a trainer for a number of workers. The trainer resumes from the last checkpoint below
+            ``out``, and does not restart its workers.
         resources: resources per worker.
 
     Raises:
@@ -59,10 +59,10 @@ def fit(
                 failures = 0
             if isinstance(getattr(error, "controller_failure", None), ray_internals.start_timeout_error()):
                 free = placement.free_capacity(resources)
-                if isinstance(workers, Range):  # leave out the workers that do not fit next to other jobs
+                if isinstance(workers, Range):  # leave out the workers that do not fit alongside other jobs
                     group = Range(workers.least, int(max(workers.least, min(workers.most, free))))
                 if free < least(workers) and not ray_internals.is_embedded():  # an embedded Ray has no other jobs
-                    log.info(f"{title}: waiting until other jobs on the cluster free {least(workers)} x ({resources})")
+                    log.info(f"{title}: waiting until other jobs release {least(workers)} x ({resources})")
                     continue
             failures += 1
             lost = _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
@@ -101,7 +101,7 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
 
 
 def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> None:
-    """Wait until the nodes can fit the workers. Ray Train itself waits for resources that other jobs use.
+    """Wait until the nodes can fit the workers. Ray Train itself waits until other jobs release resources.
 
     Raises:
         DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray is too small.

@@ -28,10 +28,10 @@ MIN_SAMPLES, MAX_SAMPLES, REAL_IMAGES, SHEET_SAMPLES = 64, 512, 2048, 40
 SEED = 1_000_003
 
 TEACHER_STEPS = 20
-"""Solver steps of a teacher: enough to see what it has learned."""
+"""Solver steps of a teacher, enough to show what the teacher has learned."""
 
 MAX_CALLS_SHARE = 0.05
-"""Validations draw so few samples that they take at most this share of the network calls."""
+"""Maximum share of the network calls that validations take. It limits the number of samples that they draw."""
 
 MIN_UPDATES = 50
 """Minimum number of updates between two validations, by default."""
@@ -41,8 +41,8 @@ ENERGY_DISTANCE, ENDPOINT_ERROR = "validation/energy_distance", "validation/endp
 declare(
     Metric(
         ENERGY_DISTANCE,
-        "energy distance between a few samples and held-out images, in pixels and class (pixels only for an "
-        "unconditional model); the unbiased estimate (0 or below: no detectable difference)",
+        "energy distance between a few samples and held-out images, in pixels and class (only pixels for an "
+        "unconditional model); an unbiased estimate, so 0 or below means no detectable difference",
         better="lower",
     ),
     Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images from held-out noise", better="lower"),
@@ -50,7 +50,7 @@ declare(
 
 
 class HeldOut(NamedTuple):
-    """The last rows of a store, on which the student is not trained."""
+    """The last rows of a store, which are held out from training the student."""
 
     store: str
     scales: tuple[float, ...]  # guidance scales
@@ -63,8 +63,8 @@ class Validation:
 
     Attributes:
         every: updates between two validations; 0 means never. None means a tenth of all updates, but at least
-            ``MIN_UPDATES``; never if one validation takes more network calls than training itself.
-        config: of the model in training.
+            ``MIN_UPDATES``, or never if one validation takes more network calls than training itself.
+        config: the config of the model in training.
         held_out: the held-out rows of a student's store.
         sheet_updates: updates between two sheets of samples; None means never.
     """
@@ -104,7 +104,7 @@ class Validation:
         return student_sampling(self.config) if is_student else teacher_sampling(self.config, steps=TEACHER_STEPS)
 
     def draw_sheet(self, network: NetworkModule) -> bytes:
-        """Return a sheet of samples as PNG, with the classes in turn. Raises ``DistillKacError`` after a divergence."""
+        """Return a PNG sheet of samples of all classes. Raises ``DistillKacError`` if the network has diverged."""
         from pipeline.report.pictures import sheet
 
         model, labels = Model(network, self.config), known_classes(self.config)[:SHEET_SAMPLES] or None
@@ -125,7 +125,7 @@ class Validation:
         return metrics
 
     def _energy_distance(self, network: NetworkModule, real: LabelledImages) -> float:
-        """The energy distance of delivered samples and images, in units of the mean distance between images."""
+        """The energy distance between delivered samples and images, in units of the mean distance between images."""
         config, count = self.config, self.samples
         samples = draw(Model(network, config), self._sampling, self.precision, SEED, count, count)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
@@ -134,7 +134,7 @@ class Validation:
         return float(refinement_loss(samples.images, label, images, real.labels, spaces, 1.0, config.num_classes))
 
     def _endpoint_error(self, network: NetworkModule, held_out: HeldOut) -> float:
-        """The endpoint error of delivered images, the mean over the guidance scales."""
+        """The endpoint error of delivered images, averaged over the guidance scales."""
         device, wrapped = next(network.parameters()).device, self.precision.wrap(network)
         errors = []
         for w, (noise, image, label) in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
@@ -155,7 +155,7 @@ def _rows(held_out: HeldOut, most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 @lru_cache(maxsize=1)
 def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
-    """Held-out images; None if the data cannot be read or have changed, since a student can be trained without them."""
+    """Held-out images; None if the data is missing or has changed, because a student can be trained without them."""
     try:
         data = open_dataset(config)
         if data.description.sha256 != sha256:
