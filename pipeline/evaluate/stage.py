@@ -45,8 +45,8 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     evaluation resumes, and the next evaluation with the same teacher draws only its students.
 
     Raises:
-        DistillKacError: a model is missing, a student has a different teacher, the data are not those of the teacher, or
-            a feature space is missing or does not work with the data.
+        DistillKacError: a model is missing, a student has a different teacher, the data are not the teacher's, or a
+            feature space is missing or does not work with the data.
     """
     spec = resolve(spec)
     root = load_teacher_config(str(spec.teacher)).data.root

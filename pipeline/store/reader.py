@@ -190,9 +190,7 @@ class Store:
         for w in self.guidance:
             rows = self.rows(w)
             if rows <= count:
-                raise StoreError(
-                    f"{self.path} cannot hold out {count:,} of {rows:,} rows of guidance {w:g}. Hold out fewer."
-                )
+                raise StoreError(f"{self.path} has {rows:,} rows of guidance {w:g}. Hold out fewer rows than that.")
             shards += [replace(shard, rows=len(own)) for shard, own in self._rows_at(range(rows - count), w)]
         return Store(self.path, self.identity, shards, self.manifest)
 
