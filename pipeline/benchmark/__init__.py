@@ -1,7 +1,7 @@
 """Benchmark: the cost of distribution and of the store, as ratios that can be compared between machines.
 
-Both sides of a ratio run alternately (A B A B ...), in the same process or in equal processes, so that other load on
-the machine affects both. ``parts`` has the measurements.
+Both sides of a ratio run alternately (A B A B ...), in the same process or in identical processes, so that other load
+on the machine affects both. ``parts`` contains the measurements.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class BenchmarkSpec(Spec):
         8192, "trajectories per actor in rollout-speed; the store for the other parts has three times as many"
     )
     batch_size: PositiveInt = unhashed(256, "trajectories per network call, and samples per update")
-    teacher: str | None = input_path(None, "model folder of a teacher; default: an untrained `network` for `data`")
+    teacher: str | None = input_path(None, "model folder of a teacher; default: untrained, from `network` and `data`")
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes can access; default: a local temporary folder")
@@ -73,7 +73,7 @@ class BenchmarkSpec(Spec):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A quantity and optionally its reference, each measured once per turn."""
+    """A quantity and an optional reference, each measured once per turn."""
 
     what: str
     unit: str
@@ -198,7 +198,7 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Check the teacher, or write an untrained one, which is as fast as a trained one.
+    """Check the teacher, or write an untrained teacher, which is as fast as a trained one.
 
     Raises:
         CheckpointError: ``spec.teacher`` is not a model folder.

@@ -51,7 +51,7 @@ Batches = Callable[[int], Interval]  # returns the batch of an update
 
 
 def measure_rollout_speed(setting: Setting) -> list[Measurement]:
-    """Compare one actor with a bare loop, and one actor with two and with as many as the cluster can run.
+    """Compare one actor with a bare loop, with two actors, and with the most actors that the cluster can run.
 
     Without a GPU, also compare two concurrent bare loops with one. Two cores share memory bandwidth and clock speed, so
     this ratio is an upper limit for two actors.
@@ -117,7 +117,7 @@ def steady_rate(finished: Sequence[float], actors: int) -> float:
 
 
 def measure_peak_memory(setting: Setting) -> list[Measurement]:
-    """Compare a plain rollout with ten times the trajectories, and with shards of four times the rows."""
+    """Compare the memory of a rollout with that of ten times the trajectories, and of four times the rows per shard."""
     if not os.access(RESET_FILE, os.W_OK):
         log.warning(f"benchmark: skipping peak-memory, because this machine has no writable {RESET_FILE}.")
         return []
@@ -139,15 +139,15 @@ def measure_peak_memory(setting: Setting) -> list[Measurement]:
 
 
 def rollout_peaks(setting: Setting, **options: Any) -> tuple[float, float]:
-    """The peak resident memory of the actor and of the driver during a rollout on one actor, MiB."""
+    """The peak resident memory of the actor and of the driver during a rollout on one actor, in MiB."""
     RESET_FILE.write_text("5")  # resets the peak of this process, see proc_pid_clear_refs(5)
-    # One solver step per knot needs the same memory as five and a fifth of the time.
+    # One solver step per knot needs as much memory as five steps, and a fifth of the time.
     outcomes = run_and_remove(setting.rollout_spec("memory", actors=1, solver_steps=20, **options))
     return max(outcome.peak_memory or 0 for outcome in outcomes) / 1024, (peak_memory() or 0) / 1024
 
 
 def measure_distill_speed(setting: Setting) -> list[Measurement]:
-    """Compare the store loaded once, and the store streamed by Ray Data, with the same loop over tensors in memory."""
+    """Compare training on the store, loaded once or streamed by Ray Data, with the same loop over tensors in memory."""
     source = setting.store()
     knots = EndpointObjective(STUDENT_STEPS).knots(source.identity.knots)
     whole = next(source.batches(source.rows(0.0), knots=knots))
@@ -265,7 +265,7 @@ def count_bytes(path: str, steps: int) -> int:
 
 
 class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """Local files under ``counted://``. Counts the bytes of each read, as S3 would receive them in range requests."""
+    """Local files under ``counted://``. Counts the bytes of each read, which on S3 would be a range request."""
 
     protocol = "counted"
     reads: ClassVar[list[int]] = []  # of the class, because fsspec makes one instance per thread
@@ -284,7 +284,7 @@ class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
 
 
 def measure_bytes_stored(setting: Setting) -> list[Measurement]:
-    """Measure one shard of the default size with every compression. Speeds refer to the bytes of the tensors."""
+    """Measure one shard of the default size with every compression. Speeds count the bytes of the tensors."""
     source = setting.store()
     identity, shard = source.identity, source.shards[0]
     table = adopt(source.path, shard, identity)[1]
@@ -307,7 +307,7 @@ def measure_bytes_stored(setting: Setting) -> list[Measurement]:
     return measurements
 
 
-PARTS: dict[str, Callable[[Setting], list[Measurement]]] = {  # in order; the first one measures this process
+PARTS: dict[str, Callable[[Setting], list[Measurement]]] = {  # in order; the first part measures this process
     "peak-memory": measure_peak_memory,
     "rollout-speed": measure_rollout_speed,
     "distill-speed": measure_distill_speed,

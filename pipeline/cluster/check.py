@@ -20,7 +20,7 @@ from pipeline.config import Spec
 from pipeline.tracking.server import client_of
 
 REQUEST_SECONDS = 10.0
-"""Time limit of an HTTP request; S3 has ``probes.PROBE_SECONDS``."""
+"""Time limit of an HTTP request. The limit for S3 is ``probes.PROBE_SECONDS``."""
 
 MAX_SECONDS = 30.0
 """Time limit of all checks, which run at the same time."""
@@ -34,7 +34,7 @@ class CheckSpec(Spec):
     stage = "check"
     is_probed = False
     address: str | None = unhashed(
-        None, f"job server, as in ray job submit; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or {DEFAULT_ADDRESS}"
+        None, f"job server, as for ray job submit; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or {DEFAULT_ADDRESS}"
     )
     paths: tuple[str, ...] = unhashed((), "paths or s3:// URIs that the job will read and write; checked from here")
     gpus: int = unhashed(0, "GPUs that the job will need", ge=0)
@@ -85,7 +85,7 @@ def _as_http(address: str) -> str:
     scheme, _, rest = address.rstrip("/").rpartition("://")
     if scheme in {"http", "https"}:
         return f"{scheme}://{rest}"
-    # An address of a cluster or of Ray Client: the job server has another port on the same machine.
+    # This is an address of a cluster or of Ray Client. The job server has a different port on the same machine.
     return f"http://{rest.rpartition(':')[0] or rest}:{cluster.JOB_PORT}"
 
 
@@ -105,7 +105,7 @@ def _check_cluster(address: str, gpus: int) -> str:
 
 
 def _get(address: str, path: str) -> Any:
-    """The job server's answer, which it would also give to ``ray job submit``."""
+    """The data in the job server's answer to a request with the headers of ``ray job submit``."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -118,9 +118,9 @@ def _get(address: str, path: str) -> Any:
         raise DistillKacError(f"access is denied: {cluster.TOKEN_ADVICE}") from None
     except (requests.RequestException, KeyError, TypeError) as error:
         raise DistillKacError(
-            f"no job server of Ray answers at {without_secrets(address)} ({type(error).__name__}). Start the cluster, "
-            "or correct the address, often with port 8265. By default, Ray's dashboard listens only on the head: ssh "
-            "-L 8265:127.0.0.1:8265 HEAD makes it available here."
+            f"no Ray job server answers at {without_secrets(address)} ({type(error).__name__}). Start the cluster, or "
+            "correct the address; the usual port is 8265. By default, Ray's dashboard listens only on the head node: "
+            "ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
         ) from None
 
 
@@ -129,8 +129,8 @@ def _check_path(path: str) -> str:
     probes.check_answers(path)
     probes.check_writable(path)
     if storage.is_shared(path):
-        return "read and written from here"
-    return f"read and written here; with several machines, use s3:// or set {storage.SHARED_VARIABLE}"
+        return "readable and writable from here"
+    return f"readable and writable here; for several machines, use s3:// or set {storage.SHARED_VARIABLE}"
 
 
 def _check_tracking() -> str:
@@ -142,7 +142,7 @@ def _check_tracking() -> str:
         client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # noqa: BLE001 - MLflow raises errors of any type
         raise DistillKacError(
-            f"no tracking server answers at {where} ({one_line(error, 200)}). Start it, or correct the address. If its "
-            "host name is not localhost, it needs mlflow server --allowed-hosts."
+            f"no tracking server answers at {where} ({one_line(error, 200)}). Start it, or correct the address. A "
+            "server whose host name is not localhost needs mlflow server --allowed-hosts."
         ) from None
     return f"{where} answers; the nodes also need MLFLOW_TRACKING_URI in their environment"

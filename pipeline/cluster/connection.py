@@ -25,7 +25,7 @@ from pipeline.cluster import ray_internals
 RAY_ADDRESS = "RAY_ADDRESS"
 
 CHECK_SECONDS = 10.0
-"""Time limit of each of two checks: whether the address answers, and whether it is a cluster that accepts us."""
+"""Time limit of each check: whether the address answers, and whether a cluster there accepts this process."""
 
 JOB_PORT = 8265
 """Default port of a cluster's job server (``ray job submit``)."""
@@ -55,7 +55,7 @@ def is_worker() -> bool:
 
 
 def connect() -> ClusterResources:
-    """Connect to Ray, unless connected; start an embedded Ray if RAY_ADDRESS is not set.
+    """Connect to Ray, unless already connected. Start an embedded Ray if RAY_ADDRESS is not set.
 
     Raises:
         DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``check_address``), or the path of the
@@ -81,11 +81,11 @@ def connect() -> ClusterResources:
 def _start(address: str) -> None:
     import ray
 
-    # Without the dashboard, Ray Train's placement-group cleaner cannot query the state, and warns repeatedly.
+    # Without the dashboard, Ray Train's placement-group cleaner cannot query Ray's state, and warns repeatedly.
     # Without an address, Ray would join the cluster that was last started on this machine.
     local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": True}
-    # By default, Ray keeps one idle worker per CPU and ends the others after a second. But a new worker takes four
-    # seconds to start, and tasks that read ahead of a training loop are idle most of the time.
+    # By default, Ray keeps one idle worker per CPU and ends other idle workers after a second. But a new worker takes
+    # four seconds to start, and workers that prefetch for a training loop are idle most of the time.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # Otherwise Ray Train also logs each line that its workers print.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -114,8 +114,8 @@ def _start(address: str) -> None:
             "jobs.cluster check."
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # Ray's own handler prints a stack and stops Ray first. Without an earlier handler, this reinstalls Ray's Python
-        # handler, in front of the C++ handler that prints the stack.
+        # Ray's handler prints a stack and stops Ray before anything else. Restore the earlier handler. If there was
+        # none, reinstall Ray's Python handler in front of the C++ handler that prints the stack.
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
 
 
@@ -133,8 +133,8 @@ def check_address(address: str) -> None:
     submit = f"ray job submit --address http://{host or authority}:{JOB_PORT} --working-dir . -- python -m jobs..."
     if "/" in address or not host or not port.isdigit():
         raise DistillKacError(
-            f"{RAY_ADDRESS} is {one_line(address)}, but should be HOST:PORT of a cluster on this machine, often with "
-            f"port 6379. For a job on another machine, unset it and run {submit}."
+            f"{RAY_ADDRESS} is {one_line(address)}, but must be HOST:PORT of a cluster on this machine; the usual port "
+            f"is 6379. To run a job on a different machine, unset the variable and run {submit}."
         )
     from ray.exceptions import AuthenticationError
 
@@ -151,7 +151,7 @@ def check_address(address: str) -> None:
             "cluster (ray start --head, by default on port 6379), or unset the variable to work only on this machine."
         ) from None
     check_versions(f"{RAY_ADDRESS} {address}", ray_version, python_version)
-    # A driver needs a node of the cluster on its machine.
+    # A driver needs a node of the cluster on its own machine.
     if not alive & ray_internals.nodes_here():
         raise DistillKacError(
             f"{RAY_ADDRESS} is {address}, but none of the cluster's {len(alive)} nodes runs on this machine. Submit "
@@ -162,7 +162,7 @@ def check_address(address: str) -> None:
 def check_versions(where: str, ray_version: str, python_version: str) -> str:
     """Describe the versions of a cluster. Raise ``DistillKacError`` unless this process has the same versions.
 
-    Ray's protocols and pickles need the same version of Ray, and of Python with the patch level.
+    Ray's protocols and pickles need equal versions of Ray and of Python, including the patch level.
     """
     import ray
 
@@ -171,13 +171,13 @@ def check_versions(where: str, ray_version: str, python_version: str) -> str:
     if there != here:
         raise DistillKacError(
             f"{where} has {there}, but this process has {here}. Install the same versions on both (requirements.lock "
-            "has Ray's)."
+            "pins Ray's)."
         )
     return there
 
 
 def quiet(*names: str) -> None:
-    """Show only errors of these loggers of Ray; its log files keep all lines."""
+    """Show only errors of these Ray loggers. Ray's log files keep all lines."""
     for name in names:
         logger = logging.getLogger(name)
         for handler in logger.handlers:
@@ -188,7 +188,7 @@ def quiet(*names: str) -> None:
 
 
 def innermost(error: BaseException) -> str:
-    """The last line of an error, which has the cause below the layers that Ray wraps around it."""
+    """The last line of an error. It states the cause, which Ray wraps in further layers."""
     lines = re.findall(r"\S.*", str(error))
     return without_secrets(lines[-1].rstrip()) if lines else type(error).__name__
 
@@ -219,7 +219,7 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 def absolute_paths(options: Options, *names: str) -> Options:
-    """The options with these paths in their absolute form. The name ``data.root`` means a field of ``data``."""
+    """The options with the named paths made absolute. The name ``data.root`` refers to a field of ``data``."""
     changed: dict[str, Any] = {}
     for name in names:
         field, _, nested = name.partition(".")

@@ -1,7 +1,7 @@
 """Make addresses and paths in the environment absolute, before the driver starts Ray.
 
-The workers of an embedded Ray inherit the driver's environment. But trials and training workers have other working
-directories, where a relative path means another file.
+The workers of an embedded Ray inherit the driver's environment. But trials and training workers run in different
+working directories, where a relative path refers to a different file.
 """
 
 import os
@@ -35,14 +35,14 @@ SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]*)(\?.*)?", re.S)
 
 
 def make_absolute() -> None:
-    """Make the paths in this process's environment absolute, and expand ``~``. Raises as ``cluster.absolute``."""
+    """Make the paths in this process's environment absolute, and expand ``~``. Raises ``ArgumentError``."""
     for name in (*PATHS, TRACKING, REGISTRY):
         given = os.environ.get(name, "").strip()
         before, path, after = given, "", ""
         match = SQLITE.fullmatch(given)
         if name in PATHS:
             before, path = "", given
-        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself reads these
+        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself interprets these
             before, path, after = match.groups("")
         try:
             path = path and cluster.absolute(path)
@@ -67,7 +67,7 @@ def mlflow_address() -> str:
 
 
 def database_file(address: str) -> Path | None:
-    """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite itself reads."""
+    """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite interprets."""
     match = SQLITE.fullmatch(address)
     return Path(match[2]) if match and match[2].startswith("/") else None
 
@@ -79,9 +79,7 @@ def _address_problem(address: str) -> str | None:
         path = match[2].removeprefix("file:") if match else ""
         if path.startswith("/") and not path.endswith("/") and not Path(path).is_dir():
             return None
-        return (
-            "this is not a file of a SQLite database. Write sqlite:///mlflow.db or sqlite:////absolute/path/mlflow.db"
-        )
+        return "this does not name a SQLite file. Write sqlite:///mlflow.db or sqlite:////absolute/path/mlflow.db"
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", address):
         return f"the scheme is missing. Write http://{address}"
     if address.startswith("file:") or not re.match(r"[\w+.-]+:|databricks(-uc)?$", address):

@@ -1,9 +1,9 @@
 """The resources that workers, actors and trials need, and whether the cluster has or can get them.
 
-Ray waits silently for resources that no node can provide. Stages call ``wait_for_capacity`` first. It accepts
-resources that fit on the live nodes, even if other jobs use them now, since Ray queues such work. Otherwise it waits
-for nodes that may still join (``JOIN_SECONDS``), or that an autoscaler may start (``START_SECONDS``), and then raises.
-While it waits, a pending placement group shows the autoscaler which resources are missing.
+Ray waits silently for resources that no node can provide, so stages call ``wait_for_capacity`` first. It returns at
+once if the live nodes have the resources, even if other jobs use them now, because Ray queues the work. Otherwise it
+waits for nodes that may still join (``JOIN_SECONDS``) or that an autoscaler may start (``START_SECONDS``), and then
+raises an error. While it waits, a pending placement group shows the autoscaler which resources are missing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pipeline.config import ActorOptions
 
 JOIN_SECONDS, JOIN_VARIABLE = 30.0, "DISTILLKAC_JOINING_SECONDS"
 START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
-"""How long to wait for nodes to join, and for an autoscaler to start nodes; and the variables with other numbers."""
+"""How long to wait for nodes to join, and for an autoscaler to start nodes. The variables override the times."""
 
 POLL_SECONDS = 1.0
 
@@ -67,7 +67,7 @@ class Node(NamedTuple):
     address: str = ""
 
     def capacity(self, resources: Resources) -> float:
-        """How many workers with these resources fit on the node; infinity if they need none."""
+        """How many workers with these resources fit on the node; infinity if they need no resources."""
         if not all(_matches(self.labels.get(key), wanted) for key, wanted in resources.label_selector.items()):
             return 0
         counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in resources.by_ray_name.items()]
@@ -113,10 +113,10 @@ class ActorGroup(NamedTuple):
 
 
 def choose_actors(options: ActorOptions) -> ActorGroup:
-    """The actors that the options ask for; by default as many as fit on the nodes, on GPUs if there are any.
+    """Choose the actors by the options. The default is the number that fits on the nodes, on GPUs if there are any.
 
     Raises:
-        ArgumentError: without actors, labels were given, or a GPU that this machine does not have.
+        ArgumentError: ``actors`` is 0, but labels or a GPU that this machine does not have are requested.
     """
     if options.actors == 0:
         if options.label_selector:
@@ -138,7 +138,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
     """Wait until the nodes can fit ``count`` workers, or the minimum of a range.
 
     Args:
-        option: the argument that asks for the workers, such as "`workers`".
+        option: the argument that requests the workers, such as "`workers`".
         resources: resources of each worker.
 
     Raises:
@@ -153,7 +153,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
             log.info(f"{stage}: waiting until other work on the cluster releases {wanted} x ({resources})")
         return
     join_seconds, start_seconds = _seconds(JOIN_VARIABLE, JOIN_SECONDS), _seconds(START_VARIABLE, START_SECONDS)
-    reason = "An embedded Ray uses only this machine. Ask for less, or set RAY_ADDRESS."
+    reason = "An embedded Ray uses only this machine. Request less, or set RAY_ADDRESS."
     if not ray_internals.is_embedded():
         log.info(
             f"{stage}: waiting for nodes that can fit {wanted} x ({resources}): at most {duration(join_seconds)}, or "
@@ -169,7 +169,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
                 if waited >= (start_seconds if may_grow else join_seconds):
                     break
                 time.sleep(POLL_SECONDS)
-        reason = f"{state}. Waited {duration(waited)}. Start nodes, or ask for less."
+        reason = f"{state}. Waited {duration(waited)}. Start nodes, or request less."
     raise ArgumentError(
         f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {describe_nodes(live_nodes())}, enough "
         f"for {capacity(resources):g}. {reason}"
@@ -186,7 +186,7 @@ def _seconds(variable: str, default: float) -> float:
 
 @contextlib.contextmanager
 def requested_from_autoscaler(wanted: int, resources: Resources) -> Iterator[str]:
-    """Request the resources from the autoscaler during the block; gives the id of the request."""
+    """Request the resources from the autoscaler while the block runs. Yields the id of the request."""
     from ray.util import placement_group, remove_placement_group
 
     labels = [dict(resources.label_selector)] * wanted if resources.label_selector else None
@@ -229,7 +229,7 @@ def live_nodes() -> list[Node]:
 
 
 def free_resources() -> list[Node]:
-    """The live nodes of the cluster, with their unused resources, which Ray reports about a second late."""
+    """The live nodes of the cluster, with their unused resources, which Ray reports with a delay of a second."""
     import ray
 
     left = ray_internals.available_resources_per_node()
@@ -248,7 +248,7 @@ def describe_nodes(nodes: Iterable[Node]) -> str:
 
 
 def several_machines() -> str:
-    """Describe the machines of the cluster; empty if there is a single one and no autoscaler. Connects to Ray."""
+    """Describe the cluster's machines; empty for a single machine without an autoscaler. Connects to Ray."""
     cluster.connect()
     nodes = live_nodes()
     number = len({node.address for node in nodes})

@@ -1,4 +1,4 @@
-"""The uses of Ray's private modules (2.60). Each has a comment that names the missing public function."""
+"""All uses of private modules of Ray (2.60). A comment at each use says which public function is missing."""
 
 import json
 import logging
@@ -30,14 +30,14 @@ def keep_to_this_machine() -> None:
 
     It does not affect a Ray that other processes started.
     """
-    # ray.init() replaces a given address by the machine's public one. Only Ray's switch for Windows and macOS keeps it.
+    # ray.init() replaces a given address by the public address, unless Ray's switch for Windows and macOS is set.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
 def quiet_token_warnings() -> None:
-    """Hide the warning at every start that tokens are on. Errors about tokens are reported anyway."""
+    """Hide Ray's warning at every start that token authentication is on. Token errors are still reported."""
     # ray.init() has no option that hides this warning.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
@@ -46,7 +46,7 @@ def available_resources_per_node() -> dict[str, dict[str, float]]:
     """The unused resources of each node, by node id."""
     import ray
 
-    # ray.available_resources() only has the sum over all nodes.
+    # ray.available_resources() returns only the sum over all nodes.
     available: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
     return available
 
@@ -64,7 +64,7 @@ def autoscaling_state() -> Any:
 
 
 def label_selector_error(selector: Mapping[str, str]) -> str | None:
-    """What Ray does not accept in a label selector, or None."""
+    """Ray's error message about a label selector; None if Ray accepts it."""
     # Public functions check a selector only when they submit work.
     from ray._private.label_utils import validate_label_selector
 
@@ -107,7 +107,7 @@ def ask_cluster(address: str, seconds: float) -> tuple[str, str, set[str]]:
 
 def nodes_here() -> set[str]:
     """The ids of the Ray nodes that run on this machine."""
-    # ray.nodes() needs a connection, and this is checked before ray.init().
+    # ray.nodes() needs a connection, but this check runs before ray.init().
     from ray._private.services import find_node_ids
 
     return set(find_node_ids())
@@ -117,7 +117,7 @@ def token_headers() -> dict[str, str]:
     """The HTTP headers with this machine's token, as ``ray job submit`` sends them.
 
     Raises:
-        ray.exceptions.AuthenticationError: RAY_AUTH_MODE is token, and there is no token.
+        ray.exceptions.AuthenticationError: RAY_AUTH_MODE is token, but there is no token.
     """
     # There is no public function for these headers.
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
@@ -135,8 +135,8 @@ def execution_callback() -> type:
 
 
 def start_timeout_error() -> type[Exception]:
-    """The error of Ray Train if its workers did not start in time."""
-    # ray.train exports only the errors that contain this one.
+    """The error that Ray Train raises if its workers do not start in time."""
+    # ray.train exports only the errors that wrap this error.
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return WorkerGroupStartupTimeoutError  # type: ignore[no-any-return]

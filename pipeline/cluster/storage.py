@@ -1,7 +1,7 @@
 """Check the paths of a stage before its work begins.
 
-A local path means another file on another machine, or none. If the work may run on several machines, ``check_shared``
-raises for local paths, except in the folders of ``DISTILLKAC_SHARED_FOLDERS``, which all machines share.
+On a different machine, a local path names a different file or no file. If the work may run on several machines,
+``check_shared`` refuses local paths, except in the folders of ``DISTILLKAC_SHARED_FOLDERS``, which all machines share.
 """
 
 import os
@@ -21,7 +21,7 @@ SHARED_VARIABLE = "DISTILLKAC_SHARED_FOLDERS"
 
 
 def check_answers(options: BaseModel) -> None:
-    """Check that S3 answers for every bucket in the options and for the cache's, within ``probes.PROBE_SECONDS`` each.
+    """Check that S3 answers within ``probes.PROBE_SECONDS`` for each bucket in the options, and for the cache's bucket.
 
     Raises:
         DistillKacError: S3 refuses access to a bucket, or does not answer.
@@ -40,15 +40,15 @@ def check_shared(
 
     Args:
         paths: paths by the name of their argument or variable; None for unused arguments.
-        is_spread: whether Ray's workers do the work, and not only this process.
-        writes_to_mlflow: output of a stage whose workers log to MLflow; None if they do not.
+        is_spread: returns whether Ray workers do the work, and not only this process.
+        writes_to_mlflow: output of a stage whose workers log to MLflow; None if the workers do not log.
 
     Raises:
         DistillKacError: a path is local to this machine, or this process cannot join the cluster.
     """
     if not os.environ.get(cluster.RAY_ADDRESS) and not cluster.is_connected():
         return
-    # The driver of a worker has checked, and only the driver's environment names the shared folders.
+    # A worker's driver has already checked. Only the driver's environment names the shared folders.
     if cluster.is_worker() or not is_spread():
         return
     machines = placement.several_machines()
@@ -71,7 +71,7 @@ def check_shared(
 
 
 def cache_of(is_used: bool = True) -> dict[str, str]:
-    """The cache folder as a path for ``check_shared``, if machines read files from it that others wrote."""
+    """The cache folder as a path for ``check_shared``; empty unless machines read cached files of other machines."""
     return {cache.VARIABLE: cache.cache_folder()} if is_used else {}
 
 

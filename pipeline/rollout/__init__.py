@@ -4,7 +4,7 @@
 ``actors`` makes shards on Ray.
 
 Each shard is computed exactly once. The plan fixes its name. The process that computes a shard also publishes it
-atomically, and only then returns its receipt. An existing shard is checked from end to end and reused. The manifest is
+atomically, and only then returns its receipt. An existing shard is checked in full and reused. The manifest is
 written last and lists only receipts.
 """
 

@@ -4,16 +4,16 @@ Defaults of Ray 2.60, and what this module does instead:
 
 - Actors of a pool restart and retry indefinitely (map_batches deprecates other values of max_restarts). This handles a
   lost node, but not a shard that kills its process. The ``AttemptLedger`` counts attempts outside the dying processes,
-  and ends the job with the name of the shard.
-- ``write_parquet`` names files by a new uuid in each run, so a second run would write all rows again. A write stage
-  behind a pool that uses every CPU also starves. Therefore the actors publish their own shards. An actor takes two
+  and ends the job with an error that names the shard.
+- ``write_parquet`` names files by a new UUID in each run, so a second run would write all rows again. Also, a write
+  stage behind a pool that uses every CPU starves. Therefore the actors publish their own shards. An actor takes two
   shards at a time: it uploads one while it computes the other.
-- ``CheckpointConfig`` adds a second actor pool and hangs on two CPUs. Instead, the shards record the progress.
+- ``CheckpointConfig`` adds a second actor pool and hangs on two CPUs. Instead, published shards record the progress.
 - A pool of ``min_size`` to ``max_size`` actors with two shards each never grows, because it cannot reach its threshold
   of 1.75 tasks per call. A range of actors is therefore a pool of the largest size. Actors without resources stay
   pending, which triggers the autoscaler. (Measured: a node that joined after 18 seconds had an actor 8 seconds later.)
 - An actor on a lost node keeps its slot in the pool and its shards (ray-project/ray #62746). These shards come last:
-  idle actors end with the last unassigned shard, which frees the resources to restart the lost actor.
+  when no shard is unassigned, idle actors end, which frees resources to restart the lost actor.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ MakeShardMaker = Callable[[RolloutSpec, StoreIdentity], Any]
 def compute_on_actors(spec: RolloutSpec, plan: Plan, maker: MakeShardMaker = ShardMaker) -> Generator[ShardOutcome]:
     """Publish the shards of ``plan.todo`` and yield each outcome. Closing the generator ends the actors.
 
-    Tests replace ``maker``, which makes the shards in an actor.
+    ``maker`` makes the shards in an actor; tests replace it.
     """
     group = choose_actors(spec)
     actors = most(group.for_work(len(plan.todo)).actors)
@@ -75,7 +75,7 @@ def compute_on_actors(spec: RolloutSpec, plan: Plan, maker: MakeShardMaker = Sha
     rows = iter(results.iter_rows())
     try:
         # Closing the iterator early ends the actors. An exception raised in an actor would not end them: their CPUs
-        # would stay in use until nothing refers to the exception and the pipeline. Failures are therefore rows.
+        # would stay in use until nothing refers to the exception and the pipeline. So actors return failures as rows.
         with contextlib.closing(rows):
             for row in rows:
                 if row["failure"]:
@@ -116,7 +116,7 @@ class AttemptLedger:
         return None
 
     def begin(self, shard: str) -> bool:
-        """Count the start of a shard. Return whether it is suspect: a process died while making it."""
+        """Count the start of a shard. Return whether the shard is suspect: a process died while making it."""
         is_suspect = shard in self.begun
         self.begun.add(shard)
         return is_suspect
@@ -160,7 +160,7 @@ class ShardActor:
         if self.failure:
             raise RolloutError(self.failure)
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
-        # A process that died was making up to two shards. Making them one after the other shows which of them kills it.
+        # A dead process was making up to two shards. Making suspect shards one at a time shows which shard kills it.
         with self.suspect_lock if is_suspect else contextlib.nullcontext():
             failure = ray.get(self.ledger.begin_suspect.remote(shard.name)) if is_suspect else None
             if failure:

@@ -61,7 +61,7 @@ def make_plan(spec: RolloutSpec) -> Plan:
         if found != teacher.data_sha256:
             raise RolloutError(
                 f"{spec.teacher} was trained on {teacher.data.kind} with sha256 {teacher.data_sha256[:12]}..., but "
-                f"the data now have {found[:12]}.... {DATA_CHANGED}"
+                f"the data now has sha256 {found[:12]}.... {DATA_CHANGED}"
             )
     identity = StoreIdentity.of(spec, teacher)
     sizes = files.list_sizes(spec.store)
@@ -86,11 +86,11 @@ def make_plan(spec: RolloutSpec) -> Plan:
 
 
 def _check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:
-    """Raise ``StoreError`` if the store has another identity, by its manifest or by its first intact shard."""
+    """Raise ``StoreError`` if the manifest of the store, or its first intact shard, has another identity."""
     of_shards = (identity_or_none(store, name) for name in itertools.islice(shards, 8))
     found = manifest.identity if manifest else next(filter(None, of_shards), None)
     if found is not None:
-        problem = f"{store} was made with other options"
+        problem = f"{store} was made with different options"
         check_identity(found, expected, problem, "Choose another `store`, or give the options of this store.")
 
 
@@ -98,7 +98,7 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], roundi
     """Write the manifest, then remove receipt files and the temporary files of dead writers.
 
     A concurrent job may seal other guidance scales of the store. The new manifest is therefore merged with the existing
-    one, and read again after it is written.
+    manifest, and read again after it is written.
 
     Args:
         rounding: the ``endpoint_rms`` of the rollout, unless its precision is float32.

@@ -1,4 +1,4 @@
-"""Make shards: reuse a shard that exists, or compute its rows with the frozen teacher and publish it. Without Ray."""
+"""Make shards, without Ray: reuse an existing shard, or compute its rows with the frozen teacher and publish it."""
 
 import contextlib
 import threading
@@ -50,7 +50,7 @@ class ShardOutcome(Options):
 
     receipt: Receipt
     computed_rows: int  # 0 if the shard was reused
-    compute_seconds: float  # in the teacher
+    compute_seconds: float  # spent in the teacher
     finished: float  # time, in seconds since the epoch
     peak_memory: int | None  # KiB, of the process that made the shard
 
@@ -101,7 +101,7 @@ class ShardMaker:
             missing = shard.ids if existing is None else range(shard.start + existing.num_rows, shard.ids.stop)
             rows = self.teacher.follow(shard.guidance, missing)
             seconds = time.perf_counter() - started
-            # A GPU computes the shard of the other thread while this shard is encoded. On a CPU, the two threads would
+            # A GPU can compute the other thread's shard while this shard is encoded. On a CPU, the two threads would
             # compete for the same core and for Python's global lock.
             if self.teacher.on_gpu:
                 computing.close()
@@ -134,7 +134,7 @@ class FrozenTeacher:
         self.steps_per_interval = identity.solver_steps // identity.knots
 
     def follow(self, guidance: float, ids: range) -> Rows:
-        """Compute the rows of the samples ``ids``. Each batch leaves the device while the next one is computed."""
+        """Compute the rows of the samples ``ids``. Each batch is copied from the device while the next is computed."""
         size = self.batch_size
         batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
         compute = {"trajectory": self._trajectories, "forward": self._forward}[self.identity.source]
@@ -157,7 +157,7 @@ class FrozenTeacher:
 
     @torch.inference_mode()
     def _forward(self, guidance: float, ids: range) -> Callable[[], Rows]:
-        """Add noise to data up to the start of an interval; run the teacher to its end (2509.21513, Alg. 1)."""
+        """Add noise to images up to the start of an interval, and run the teacher to its end (2509.21513, Alg. 1)."""
         identity, data = self.identity, open_dataset(self.config.data).train
         point, interval = noise.data_points(identity.seed, ids, len(data), identity.knots)
         images, classes = data.rows(point)

@@ -110,7 +110,7 @@ def _compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
 
 
 def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
-    """Publish every shard of ``plan.todo``. Raise ``RolloutError`` if a shard failed; the message names it."""
+    """Publish every shard of ``plan.todo``. Raise ``RolloutError`` with the name of a shard that failed."""
     if not plan.todo:
         return []
     outcomes: list[ShardOutcome] = []

@@ -104,7 +104,7 @@ class Validation:
         return student_sampling(self.config) if is_student else teacher_sampling(self.config, steps=TEACHER_STEPS)
 
     def draw_sheet(self, network: NetworkModule) -> bytes:
-        """Return a PNG sheet of samples of all classes. Raises ``DistillKacError`` if the network has diverged."""
+        """Return a PNG sheet of samples, cycling through the classes. Raises ``DistillKacError`` after divergence."""
         from pipeline.report.pictures import sheet
 
         model, labels = Model(network, self.config), known_classes(self.config)[:SHEET_SAMPLES] or None
