@@ -102,7 +102,7 @@ def test_its_commands_are_valid_for_bash_and_ray(config: dict[str, Any]):
 
 
 def test_its_settings_reach_the_processes_of_ray(config: dict[str, Any], tmp_path: Path):
-    """The settings file is written and read as on the nodes, with a fake `ray` that prints its environment."""
+    """The test writes and reads the settings file as the nodes do, with a fake `ray` that prints its environment."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     ray = tmp_path / ".venv/bin/ray"
     ray.write_text('#!/bin/bash\necho "$1 $RAY_AUTH_MODE $MLFLOW_TRACKING_URI"\n')

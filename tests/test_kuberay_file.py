@@ -16,7 +16,7 @@ POD = {
         "spec": {
             "type": "object",
             "required": ["containers", "serviceAccountName"],
-            # No restartPolicy: with autoscaler v2, the operator refuses one.
+            # No restartPolicy: with autoscaler v2, the operator refuses a restartPolicy.
             "additionalProperties": False,
             "properties": {
                 "serviceAccountName": {"const": "distillkac"},

@@ -18,7 +18,7 @@ def checkout(project_root: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=project_root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if (project_root / name).exists():  # a removal may not have been committed yet
+        if (project_root / name).exists():  # git also lists files whose removal is not committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project_root / name, folder / name)
     clutter = (

@@ -196,7 +196,7 @@ def nested(case: Case) -> dict[str, Any]:
 
 
 def words_of(spec_type: type[Spec], values: dict[str, Any], prefix: str = "--") -> tuple[list[str], list[str]]:
-    """Return the command line for these values: the positional words, and the other words."""
+    """Return the command line for these values, as a list of positional words and a list of all other words."""
     positional: list[str] = []
     words: list[str] = []
     for name, value in values.items():

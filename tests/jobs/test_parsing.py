@@ -443,7 +443,7 @@ def required(spec_type: type[Spec]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spec_type", SPECS, ids=lambda spec: spec.__name__)
 def test_every_default_can_be_given_explicitly(spec_type: type[Spec], write):
-    """Giving every default explicitly, as words or in a file, gives the default spec."""
+    """Giving every default explicitly, on the command line or in a file, yields the default spec."""
     made = spec_type(**required(spec_type))
     values = made.model_dump(mode="json")
     assert options(f"--config {write(yaml.safe_dump(values))}", spec_type) == made

@@ -1,6 +1,6 @@
 """A small, slow reimplementation of OpenAI's U-Net, used to test converted weights.
 
-Its weights have the names of guided-diffusion and torchcfm.
+Its weights have the same names as in guided-diffusion and torchcfm.
 """
 
 import math
@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention among all pixels. The queries, keys and values of one head are adjacent channels."""
+    """Attention between all pixels. The queries, keys and values of one head are adjacent channels."""
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()

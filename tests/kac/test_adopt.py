@@ -220,7 +220,7 @@ def test_shapes_that_differ_are_explained_by_the_option(tmp_path: Path):
 
 
 def test_a_similar_network_is_not_explained_by_options(tmp_path: Path):
-    """The encoder of diffusers' autoencoder has the names of the first half of a U-Net."""
+    """In diffusers, an autoencoder's encoder has the same weight names as the first half of a U-Net."""
     from diffusers import AutoencoderKL
 
     weights = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32).state_dict()
@@ -247,7 +247,7 @@ class Numbered(nn.Module):
 
 
 def test_generic_names_are_distinguished_from_those_of_other_networks(tmp_path: Path):
-    """Other networks have names like ``body.0.weight`` too."""
+    """Other networks also have names such as ``body.0.weight``."""
     config = OutsideConfig(module="tests.kac.test_adopt:Numbered")
     theirs, others = Numbered(), nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
     content = {"critic": under("body.", dict(others.state_dict())), "actor": theirs.state_dict()}

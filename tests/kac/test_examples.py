@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the public API run and give what they show."""
+"""The examples in the docstrings of the public API run and give the output shown."""
 
 import doctest
 import importlib

@@ -60,7 +60,7 @@ def test_if_absent_keeps_an_existing_file(folder):
 
 
 def test_if_absent_keeps_a_file_that_appears_during_the_write(monkeypatch):
-    """Without hard links, a check before the write is not enough: the other file can appear after the check."""
+    """Without hard links, a check before the write is not enough, because the other file can appear after it."""
     path = f"memory://{uuid.uuid4().hex}/file"
     filesystem, checks = type(files.locate(path).fs), []
     exists = filesystem.exists
@@ -81,7 +81,7 @@ def test_if_absent_keeps_a_file_that_appears_during_the_write(monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_failed_conditional_write_is_an_error_unless_the_file_exists(monkeypatch, there):
-    """Object stores report a lost race with many errors. Only the existing file distinguishes it from a failure."""
+    """Object stores report a lost race by various errors. Only the file's existence shows that the race was lost."""
     path = f"memory://{uuid.uuid4().hex}/file"
     filesystem = type(files.locate(path).fs)
     write = filesystem.pipe_file
@@ -190,7 +190,7 @@ def test_a_killed_writer_publishes_nothing_and_its_temporary_file_is_removed(tmp
         assert writer.stdout.readline() == b"syncing\n"
         assert path.read_bytes() == b"old"
         assert len(names(tmp_path)) == 2
-        assert files.remove_orphans(str(tmp_path)) == 0  # its writer is alive
+        assert files.remove_orphans(str(tmp_path)) == 0  # the file's writer is still alive
         assert len(names(tmp_path)) == 2
     finally:
         writer.send_signal(signal.SIGKILL)

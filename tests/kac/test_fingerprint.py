@@ -35,7 +35,7 @@ def test_only_fields_with_default_values_are_left_out():
 def test_a_group_has_its_changed_fields_and_always_its_kind():
     spec = Spec(teacher="t", path=Path(a=25.0), optimizer=Optimizer(updates=5))
     assert hashed_values(spec) == {"teacher": "t", "path": {"kind": "kac", "a": 25.0}, "optimizer": {"updates": 5}}
-    # The neutral value of the group is its default in the stage, not the defaults of its own fields.
+    # The neutral value of the group is the default of the stage, not the defaults of the group's fields.
     assert hashed_values(Spec(teacher="t", optimizer=Optimizer())) == {"teacher": "t", "optimizer": {}}
 
 

@@ -1,4 +1,4 @@
-"""Guidance: the formula, its cost in network calls, and a check that no other module contains it."""
+"""Guidance: the formula, its cost in network calls, and a check that the formula occurs only once."""
 
 import ast
 from collections.abc import Iterator

@@ -464,7 +464,7 @@ def test_a_pickle_is_refused_and_not_run(folder, tmp_path, write):
     assert trap.exists()  # unpickling does create the file
 
 
-# No code in the project unpickles
+# The project never unpickles
 
 PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -290,7 +290,7 @@ def test_times_are_not_rounded(config):
 
 @both
 def test_a_network_without_dropout_is_deterministic(config):
-    """By default diffusers' DiT drops labels in training. Here it must not, because the teacher's loss already does."""
+    """By default, diffusers' DiT drops labels in training. Here it must not, because the teacher's loss drops them."""
     network, (x, t, label) = trained(config), images()
     exact = network(x, t, label)
     torch.testing.assert_close(network.train()(x, t, label), exact, rtol=1e-4, atol=1e-5)
@@ -462,7 +462,7 @@ def test_dit_s_2_has_the_size_of_the_papers():
     """DiT-S/2 for 32 x 32 latents of 1000 classes has 33 M parameters in table 1 of the paper."""
     width, depth = 384, 12
     paper = 32_963_360
-    embeddings = (256 + 1) * width + (width + 1) * width + 1001 * width  # of the time and the class
+    embeddings = (256 + 1) * width + (width + 1) * width + 1001 * width  # embeddings of the time and the class
     own_embeddings = (depth - 1) * embeddings  # diffusers has one per block; the paper has one for all blocks
     positions = 256 * width  # the paper counts the fixed table of 256 tokens
     variances = (width + 1) * 2 * 2 * 4  # the paper's last layer also predicts the variance of the noise

@@ -97,7 +97,7 @@ def test_without_classes_all_labels_have_the_same_velocity():
 
 
 def test_the_number_of_heads_matters():
-    """This shows that the comparison above depends on the layout of queries, keys and values."""
+    """A wrong number of heads changes the outputs, so the tests above do depend on the layout of queries and keys."""
     config = unet(attention=(16, 8), head_channels=16)
     theirs = reference(config)
     for head_channels in (8, 32):

@@ -1,4 +1,4 @@
-"""Option models are frozen and closed. Every error is one line that names the argument and its value."""
+"""Option models are frozen and refuse unknown fields. Every error is one line that names the argument and its value."""
 
 import math
 import pickle

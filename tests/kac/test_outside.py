@@ -66,7 +66,7 @@ def test_a_module_with_data_at_1_is_called_at_1_minus_t_and_negated():
 
 
 def test_both_conventions_of_time_describe_the_same_path():
-    """dx/dt of x = (1 - t) data + t noise is noise - data in either convention."""
+    """For x = (1 - t) data + t noise, dx/dt is noise - data in either convention."""
 
     class Straight(nn.Module):
         def __init__(self, data_at_1: bool) -> None:
@@ -325,7 +325,7 @@ def test_weights_are_loaded_strictly_into_the_module():
 
 
 def test_a_class_of_diffusers_can_be_the_module(tmp_path):
-    """A class of an installed library needs no other code."""
+    """A class from an installed library needs no code of the user."""
     arguments = {
         "sample_size": 8,
         "in_channels": 1,

@@ -92,7 +92,7 @@ def test_no_target_exceeds_the_speed_limit(a, c, clock, data_bound, seed):
 
 @pytest.mark.parametrize("clock", sorted(CLOCKS))
 def test_speed_limit_is_reached(clock):
-    """The limit is tight: at t = 1 it is reached by an atom whose data point has the opposite sign."""
+    """The limit is tight: at t = 1, an atom whose data point has the opposite sign reaches it."""
     path = KacPath(KacProcess(0.5, 3.0), clock=clock)
     x_0 = 0.5 * torch.ones(64, 64).tril() - 0.5 * torch.ones(64, 64).triu()
     target = path.sample(x_0, torch.ones(64), seeded(0)).target

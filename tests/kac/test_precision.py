@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 
 class Convolution(nn.Module):
-    """A convolutional network, for which the memory format matters."""
+    """A convolutional network, to which the memory format applies."""
 
     null_label = 2
 

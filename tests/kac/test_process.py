@@ -46,7 +46,7 @@ def f64(value: float | list[float]) -> Tensor:
 
 
 def exact(a: float, c: float, t: float, x: float) -> dict[str, mpmath.mpf]:
-    """Density, velocity and variance in 40-digit arithmetic. An x outside the cone is moved to its edge."""
+    """Return the density, velocity and variance in 40-digit arithmetic. An x outside the cone is moved to its edge."""
     with mpmath.workdps(DIGITS):
         a, c, t = mpmath.mpf(a), mpmath.mpf(c), mpmath.mpf(t)
         x = max(-c * t, min(c * t, mpmath.mpf(x)))
@@ -63,7 +63,7 @@ def exact(a: float, c: float, t: float, x: float) -> dict[str, mpmath.mpf]:
 
 
 def mixture_cdf(a: float, c: float, t: float, x: float) -> float:
-    """P(K <= x) inside the cone as a sum over the number of reversals, computed without the density."""
+    """Return P(K <= x) inside the cone as a sum over the number of reversals, computed without the density."""
     n = np.arange(1, int(a * t + 14 * math.sqrt(a * t) + 60))
     share = (x / (c * t) + 1) / 2
     first, second = n // 2 + 1, (n + 1) // 2
@@ -73,7 +73,7 @@ def mixture_cdf(a: float, c: float, t: float, x: float) -> float:
 
 
 def integral(values_at, process: KacProcess, t: float) -> float:
-    """The integral over the cone, at most 15 standard deviations wide, with 64 panels of 20 nodes."""
+    """Integrate over the cone, up to 15 standard deviations from the centre, with 64 panels of 20 nodes."""
     half = min(process.c * t, 15 * process.variance(f64(t)).sqrt().item())
     nodes, weights = np.polynomial.legendre.leggauss(20)
     edges = np.linspace(-half, half, 65)
@@ -169,7 +169,7 @@ def test_velocity_is_largest_at_the_edge_of_the_cone(a, c, t):
         fastest = c * a * t_.double().item() / (a * t_.double().item() + 2)
         v = process.velocity(torch.linspace(-1, 1, 201, dtype=dtype) * (c * t_), t_)
         assert v.abs().max().item() <= fastest * (1 + relative)
-        # ct is rounded, and the slope at the edge is steep. Beyond the edge the velocity is constant.
+        # ct is rounded, and the slope at the edge is steep. Beyond the edge, the velocity is constant.
         assert v.abs().max().item() == pytest.approx(fastest, rel=5e-7 + 1e-7 * a * t)
         beyond = process.velocity(torch.tensor([1.01, 2.0, 5.0], dtype=dtype) * (c * t_), t_)
         assert beyond.tolist() == pytest.approx([fastest] * 3, rel=relative)

@@ -31,7 +31,7 @@ def config(**changes) -> ModelConfig:
 
 
 def sample(network, x_1: torch.Tensor, label: torch.Tensor, steps: int):
-    """The solution of a student with ``steps`` steps."""
+    """Return the solution of a student with ``steps`` steps."""
     return generate(network, x_1, label, student_sampling(config(steps=steps)))
 
 

@@ -18,7 +18,7 @@ CALLS = {"euler": 1, "heun": 2, "ab2": 1}
 
 
 def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """dx/dt = -2 t x^2, with solutions 1/x = t^2 + const."""
+    """Return dx/dt = -2 t x^2, whose solutions are 1/x = t^2 + const."""
     return -2 * t * x**2
 
 
@@ -27,14 +27,14 @@ EXACT = 1 / (1 / START - 1)
 
 
 def exact_energy() -> torch.Tensor:
-    """The integral of (2 t x^2)^2 over t in [0, 1], summed over the coordinates."""
+    """Return the integral of (2 t x^2)^2 over t in [0, 1], summed over the coordinates."""
     nodes = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:, None, None]
     speed = 2 * nodes / (nodes**2 + 1 / START - 1) ** 2
     return torch.trapezoid((speed**2).sum(2), dx=1 / 20_000, dim=0)
 
 
 def grid(pattern: list[float], repeats: int) -> torch.Tensor:
-    """A grid from 1 down to 0 whose steps repeat the pattern. More repeats refine it but keep it uneven."""
+    """Return a grid from 1 to 0 whose steps repeat the pattern. More repeats refine the grid but keep it uneven."""
     steps = torch.tensor(pattern * repeats, dtype=torch.float64)
     times = 1 - torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)]) / steps.sum()
     times[-1] = 0
@@ -64,7 +64,7 @@ UNEVEN_GRIDS = st.lists(st.floats(0.05, 1), min_size=1, max_size=12).map(lambda 
 @settings(deadline=None, max_examples=50)
 @given(UNEVEN_GRIDS, st.floats(-3, 3), st.floats(-3, 3))
 def test_second_order_methods_are_exact_for_fields_linear_in_time(times, constant, slope):
-    """Except for the first step of AB-2, an Euler step with error slope h^2 / 2."""
+    """The only error is that of AB-2's first step: an Euler step with the error slope h^2 / 2."""
     x = torch.zeros(1, 1, dtype=torch.float64)
     exact = -(constant + slope / 2)
     first_step = slope * (times[1] - times[0]).item() ** 2 / 2
@@ -163,7 +163,7 @@ def test_no_states_are_kept_by_default():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_intermediate_states_are_freed(method):
-    """For any length of the grid, only the solver's own states and the requested states are alive."""
+    """Whatever the length of the grid, only the solver's own states and the requested states stay in memory."""
     seen, alive = [], []
 
     def spy(x, t):

@@ -1,4 +1,4 @@
-"""A ``WeightsFile`` for tests, without a file."""
+"""A ``WeightsFile`` for tests that needs no file on the disk."""
 
 from collections.abc import Mapping
 

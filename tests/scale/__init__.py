@@ -1,1 +1,1 @@
-"""Simulations of scale for pipeline/SCALING.md: python -m tests.scale store-scale --shards 100000."""
+"""Simulations of large runs for pipeline/SCALING.md: python -m tests.scale store-scale --shards 100000."""

@@ -134,8 +134,8 @@ class FakeShardMaker:
 
 
 def outcome_of(shard: Shard) -> ShardOutcome:
-    """The outcome of a fake shard."""
-    # A digest of the name makes the receipt as long and as incompressible as a real one.
+    """Return the outcome of a fake shard."""
+    # A digest of the name makes the receipt as long and as incompressible as a real receipt.
     digest = hashlib.sha256(shard.name.encode()).hexdigest()
     facts = {"name": shard.name, "guidance": shard.guidance, "start": shard.start, "rows": shard.rows}
     receipt = Receipt(**facts, bytes=1, sha256=digest)

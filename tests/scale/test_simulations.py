@@ -1,4 +1,4 @@
-"""Each simulation of scale runs at a small size."""
+"""Each simulation runs at a small size."""
 
 import json
 from pathlib import Path

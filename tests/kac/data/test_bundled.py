@@ -1,4 +1,4 @@
-"""Datasets without files: their content, their splits, and their options."""
+"""Bundled datasets, which need no files: their content, splits and options."""
 
 import typing
 
@@ -32,7 +32,7 @@ def test_images_and_labels_are_in_range(kind):
 
 
 def test_the_hash_of_the_digits_never_changes():
-    """The hash is in the fingerprint of every teacher of the digits."""
+    """Every fingerprint of a teacher of the digits includes the hash."""
     assert open_dataset(DataConfig(kind="digits")).description.sha256 == DIGITS_SHA256
 
 

@@ -123,7 +123,7 @@ def test_the_same_images_have_the_same_hash_in_every_format(tmp_path: Path):
 
 
 def test_the_hash_of_images_never_changes(tmp_path: Path):
-    """The hash is in the fingerprint of every teacher."""
+    """The fingerprint of every teacher includes the hash of its data."""
     images, labels = np.arange(20 * 4).reshape(20, 1, 2, 2), np.arange(20) % 2
     making.write_idx(tmp_path, images, labels, held_out=4)
     data = open_dataset(DataConfig(kind="idx", root=str(tmp_path)))
@@ -177,7 +177,7 @@ def test_large_images_are_halved_by_averages_before_the_bicubic_filter():
     image = making.pixels(1, 1, 64)[0]
     averages = image.reshape(1, 16, 4, 16, 4).astype(float).mean((2, 4))
     resized = Decoder(size=16).decode(making.encoded(image), "i", (1, 16, 16))
-    assert np.abs(resized - averages).max() <= 2  # each of two halvings rounds twice, along rows and columns
+    assert np.abs(resized - averages).max() <= 2  # each of the two halvings rounds twice: along rows and along columns
 
 
 def test_channels_are_converted_on_request(tmp_path: Path):
@@ -239,7 +239,7 @@ def test_images_are_turned_upright_before_they_are_cropped(ending: str, orientat
     options = {"quality": 100, "exif": exif} if ending in {"jpg", "webp"} else {"exif": exif}
     data = making.encoded(np.ascontiguousarray(SAVED[orientation](UPRIGHT)), ending, **options)
     assert Decoder().shape_of(data, "i") == UPRIGHT.shape
-    # Lossy formats blur the edges. An image with a wrong orientation differs by 80 on average.
+    # Lossy formats blur the edges. With a wrong orientation, the mean difference would be 80.
     assert np.abs(Decoder().decode(data, "i", UPRIGHT.shape) - UPRIGHT.astype(int)).mean() < 15
     cropped = Decoder(size=12).decode(data, "i", (3, 12, 12))
     assert np.abs(cropped - UPRIGHT[:, :, 2:14].astype(int)).mean() < 20

@@ -13,7 +13,7 @@ IMAGES = [making.encoded(image) for image in making.pixels(40)]
 
 
 def write_files(root: Path, paths: list[str]) -> Path:
-    """Write a Parquet file, an image or, if the path has no suffix, a folder of six images for each path."""
+    """For each path, write a Parquet file, an image or, if the path has no suffix, a folder of six images."""
     images = iter(IMAGES * 5)
     for path in paths:
         file = root / path

@@ -1,4 +1,4 @@
-"""Sizes that come from data are checked before memory or disk is allocated for them."""
+"""Sizes that files declare are checked before memory or disk space is allocated."""
 
 import gzip
 import io

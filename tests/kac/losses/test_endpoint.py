@@ -55,7 +55,7 @@ def test_exact_velocity_has_zero_loss(seed):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 1000), st.floats(0.01, 10), st.integers(0, 999))
 def test_loss_has_the_same_scale_for_all_steps_and_intervals(steps, velocity_error, k):
-    """A velocity error e has loss e^2 for any length and position of the interval."""
+    """A velocity error e gives the loss e^2 for any length and position of the interval."""
     k = torch.tensor([k % steps], dtype=torch.float64)
     t_start, t_end = 1 - k / steps, 1 - (k + 1) / steps
     start, u = torch.tensor([[0.3, -0.8]], dtype=torch.float64), torch.tensor([[1.5, 2.0]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Networks with known flows, on which the claims are measured."""
+"""Networks with known flows, used to test the measurement of the claims."""
 
 from collections.abc import Callable
 from typing import Any

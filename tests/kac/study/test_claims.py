@@ -104,7 +104,7 @@ def test_quality_is_measured_for_each_solver_and_number_of_steps():
 
 
 def test_energy_and_values_out_of_range_grow_with_guidance():
-    """Labels have velocity 1, the null label 0. So all points move by 1 + w, and the energy is (1 + w)^2."""
+    """Every label has velocity 1, and the null label has 0. So all points move by 1 + w, with energy (1 + w)^2."""
     field = Field(lambda x, t: x, null_label=9)
     field.forward = lambda x, t, label: torch.where(label[:, None] == 9, 0.0, 1.0) * torch.ones_like(x)
     studied = subject(field, EULER)
