@@ -1,4 +1,4 @@
-"""A teacher, its store and a student, made once per test process."""
+"""Fixtures: a teacher, its store and a student, made once per test process."""
 
 import pytest
 

@@ -97,7 +97,7 @@ class BrokenMaker:
 
 
 class FailingMaker:
-    """Fails on every shard, and writes a file for each."""
+    """Fails on every shard, after writing a file for the shard."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity) -> None:
         self.spec = spec
@@ -136,7 +136,7 @@ class HangingActor(actors.ShardActor):
 
 
 def hang_in_fsync(store: str, what: str, number: int) -> None:
-    """Make the ``number``-th fsync of a file whose name contains ``what`` hang in this process."""
+    """In this process, make the ``number``-th fsync of a file whose name contains ``what`` hang."""
     fsync, calls = os.fsync, []
 
     def hang(descriptor: int) -> None:
@@ -166,7 +166,7 @@ def lose_node(spec: RolloutSpec) -> None:
         ledger_nodes = {
             actor["Address"]["NodeID"] for actor in all_actors if actor["ActorClassName"] == "AttemptLedger"
         }
-        # Losing the node with the ledger is the hardest case.
+        # Remove the node with the ledger if possible, because that is the hardest case.
         victim = next((node for node in nodes if node.node_id in ledger_nodes), nodes[0])
         cluster.remove_node(victim, allow_graceful=False)
         kind = "with" if victim.node_id in ledger_nodes else "without"

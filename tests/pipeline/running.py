@@ -1,4 +1,4 @@
-"""Rollouts as processes that a test can kill, with their output and child processes."""
+"""Run rollouts as processes that a test can kill, and read their output and child processes."""
 
 import os
 import re
@@ -20,9 +20,9 @@ WAIT_SECONDS = 300.0
 
 
 def spec_of(teacher: str, store: str, **options: object) -> RolloutSpec:
-    """Return the spec of a quick rollout with enough shards that a fault can hit the middle of it."""
+    """Return the spec of a quick rollout with enough shards to inject a fault in the middle."""
     defaults = {
-        "trajectories": 310,  # the last shard of a scale is short
+        "trajectories": 310,  # the last shard of each guidance scale is short
         "shard_size": 32,
         "guidance": (0.0, 1.0),
         "knots": 4,
@@ -120,7 +120,7 @@ def end(pid: int) -> None:
 
 
 class Summary:
-    """The counts in the last line of a rollout."""
+    """The counts in the last line that a rollout prints."""
 
     def __init__(self, output: str) -> None:
         counts = r"([\d,]+) trajectories computed in ([\d,]+) shards, ([\d,]+) reused in ([\d,]+) shards"

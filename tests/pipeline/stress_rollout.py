@@ -1,4 +1,4 @@
-"""Kill random drivers and actors of a rollout, then compare its store with an undisturbed one.
+"""Kill random drivers and actors of a rollout, then compare its store with that of an undisturbed rollout.
 
 This takes too long for the test suite.
 

@@ -103,7 +103,7 @@ def test_sides_alternate():
 
 
 def test_the_steady_rate_excludes_the_first_and_the_last_shards_of_every_actor():
-    # Two actors finish a shard every 2 s, half a period apart. The first shards are slow; one actor ends late.
+    # Two actors each finish a shard every 2 s, half a period apart. Their first shards are slow, and one ends late.
     first, second = [5.0, 10, 12, 14, 16, 18], [6.0, 11, 13, 15, 17, 40]
     assert steady_rate(sorted(first + second), actors=2) == pytest.approx(1.0)
     # Both actors finish their shards at the same times.

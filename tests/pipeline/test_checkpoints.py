@@ -43,7 +43,7 @@ def test_fast_updates_are_saved_by_number():
 
 @pytest.mark.parametrize("update_seconds", [0.9, 7.0, 45.0, 700.0])
 def test_slow_updates_are_saved_by_time(update_seconds: float):
-    """Each checkpoint is at most two updates late, including the first."""
+    """Each checkpoint, including the first, is at most two updates late."""
     found = saved_at(int(6000 / update_seconds) + 2, 10**9, 600, update_seconds, saving=0.5)
     assert len(found) >= 2
     assert all(600 - update_seconds <= since < 600 + 2 * update_seconds for _, since in found)

@@ -1,4 +1,4 @@
-"""Convert: existing weights become a teacher."""
+"""Converting existing weights to a teacher."""
 
 import hashlib
 import json

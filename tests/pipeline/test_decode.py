@@ -1,4 +1,4 @@
-"""Decoding with Ray Data gives the same cache as one process, one-line errors, and no files after a failure."""
+"""Decoding with Ray Data gives the same cache as one process. A failure gives a one-line error and leaves no files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Evaluate: scores against independent computations, the cache, and one table of metrics behind all outputs."""
+"""Evaluate: scores agree with independent computations, samples are cached, and one table feeds all outputs."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""If an actor of a pool dies, another actor computes its item. An item that kills every actor ends the work."""
+"""If an actor of a pool dies, another actor computes its item. An item that kills every actor stops the pool."""
 
 import os
 from pathlib import Path

@@ -43,7 +43,7 @@ def scripted(folder: Path, name: str) -> str:
 def test_an_evaluation_draws_and_writes_nothing_before_a_refusal(
     name: str, digits_teacher: str, empty_cache: Path, tmp_path: Path
 ):
-    """The classifier is not trained either, although it comes first in ``features``."""
+    """Even the classifier, which comes first in ``features``, is not trained."""
     given, runs = scripted(tmp_path, name), len(runs_of("evaluate"))
     with pytest.raises(ArgumentError, match=f"`features` {given}"):
         evaluate(spec_of(digits_teacher, tmp_path / "out", "classifier", given))

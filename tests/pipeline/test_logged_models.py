@@ -60,7 +60,7 @@ def digits_store(tmp_path_factory: pytest.TempPathFactory, tracking_database: st
 
 @pytest.fixture(scope="module")
 def flow_map(tmp_path_factory: pytest.TempPathFactory, digits_store: str) -> str:
-    """A logged and registered any-step student of digits, for all guidance scales."""
+    """A logged and registered any-step student of the digits, for all guidance scales."""
     out = tmp_path_factory.mktemp("flow_map") / "student"
     distill(distill_spec(digits_store, out, **FLOW_MAP))
     return str(out)
@@ -296,7 +296,7 @@ def test_a_failing_server_causes_only_a_warning(
     assert MlflowClient().get_run(run.run_id).info.status == "FINISHED"
     with pytest.raises(DistillKacError, match=run.run_id):
         register(run, "late")
-    distill(spec)  # the same command again, with a server that answers
+    distill(spec)  # the same command again, when the server works
     assert MlflowClient().get_model_version("late", "1").run_id == run.run_id
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     log_finished(TrackedRun("http://127.0.0.1:1", "none"), spec, config)

@@ -60,7 +60,7 @@ def test_a_rerun_finishes_the_run_of_a_job_that_was_stopped_after_its_model(
 
 
 def test_after_a_divergence_a_different_spec_can_use_the_folder(tmp_path: Path):
-    """The folder has no checkpoint, so the error's advice works."""
+    """The folder has no checkpoint, so the user can follow the error's advice."""
     with pytest.raises(DistillKacError, match=r"`optimizer.learning_rate`"):
         teach(teach_spec(tmp_path / "out", optimizer=DIVERGING))
     gentler = teach_spec(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Counts and ranges of workers, resources of nodes, elastic groups, and waiting for resources."""
+"""Counts and ranges of workers, nodes' resources, elastic groups, and waiting for resources."""
 
 import contextlib
 from pathlib import Path
@@ -215,7 +215,7 @@ class Clock:
 
 @pytest.fixture
 def clock(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock for ``placement``, which sees the session's Ray as a cluster that other nodes may join."""
+    """A clock for ``placement``, which takes the session's Ray for a cluster that other nodes may join."""
     monkeypatch.setattr(ray_internals, "is_embedded", lambda: False)
     clock = Clock()
     monkeypatch.setattr(placement, "time", clock)

@@ -24,7 +24,7 @@ NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
 class Cluster:
-    """A cluster of nodes with one CPU each. Its clock advances only by each sleep, and by a minute per attempt."""
+    """A cluster of nodes with one CPU each. Its clock advances by each sleep's length and by a minute per attempt."""
 
     def __init__(self) -> None:
         self.alive, self.free, self.comes_back_at = 2, 2, 0.0

@@ -105,7 +105,7 @@ assert "ray" not in sys.modules
 
 @pytest.mark.ray
 def test_a_new_process_starts_ray_to_place_actors(teacher: str, tmp_path: Path, project_root: Path):
-    """If `gpu` is set, nothing has connected to a cluster before ``wait_for_capacity``."""
+    """A process that has not used Ray starts an embedded Ray, even if `gpu` is given."""
     code = f"""
 from pipeline.cluster.placement import choose_actors, wait_for_capacity
 from pipeline.config import RolloutSpec

@@ -74,7 +74,7 @@ def store(bucket: str, request: pytest.FixtureRequest) -> str:
 
 
 def test_transient_errors_of_s3_are_retried(teacher: str, reference: str, store: str) -> None:
-    """The driver and the actors retry after 503, broken connections and truncated replies."""
+    """The driver and the actors retry after 503 errors, broken connections and truncated replies."""
     faults = [
         Fault("slow_down", probability=0.04),
         Fault("reset", probability=0.04),
@@ -87,7 +87,7 @@ def test_transient_errors_of_s3_are_retried(teacher: str, reference: str, store:
 
 
 def test_a_shard_whose_put_reply_is_lost_counts(teacher: str, reference: str, store: str) -> None:
-    """S3 stores the shard, but the writer does not learn of it, so the writer's retry finds the shard."""
+    """S3 stores the shard, but the writer gets no reply and retries. The retry finds the shard."""
     fault = Fault("lose_reply", ("PUT",), path="shard-", count=5)
     with SERVER.failing(fault):
         rollout(spec_of(teacher, store))

@@ -60,7 +60,7 @@ def test_a_study_measures_every_claim(whole: StudySpec):
     assert set(found["plane"]["values"]) == {"teacher", "rival"}
     assert [point["guidance"] for point in found["guidance"]["values"]["teacher"]] == [0, 0.5, 1, 2, 4, 7, 10]
     assert [knot["t"] for knot in found["marginals"]["values"]["knots"]] == [1, 0.75, 0.5, 0.25, 0]
-    assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # the store has eight solver steps
+    assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # one per solver step of the store
 
 
 def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: str, student: str):

@@ -103,7 +103,7 @@ def test_a_failure_in_a_chain_is_logged_once_per_student(tmp_path: Path, capsys:
 
 
 def test_an_interrupted_sweep_ends_the_runs_of_its_trials(small_store: str, tmp_path: Path):
-    """These include trials that have not reported anything yet."""
+    """The sweep also ends the runs of trials that have not reported anything yet."""
     ledger, runs = Ledger(str(tmp_path)), []
     for number, status in enumerate(("waiting", "running", "finished")):
         out = tmp_path / status
@@ -255,7 +255,7 @@ def test_reruns_keep_a_student_and_its_one_run(
     result.unlink()
     (tmp_path / "sweep" / "trials" / f"{first.name}.json").unlink()
     sweep(spec)
-    # The state after an interrupt between the end of the student and the end of the trial.
+    # This is the state after an interrupt between the end of the student and the end of the trial.
     Ledger(spec.out).change(first.name, status="running")
     tracking.run_of_output(first.out).end_killed()
     result.unlink()

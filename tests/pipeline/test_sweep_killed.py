@@ -1,4 +1,4 @@
-"""The same command resumes a sweep whose driver was killed: each trial has one run, which ends, and equal metrics."""
+"""The same command resumes a sweep whose driver was killed: each trial has one ended run and keeps its metrics."""
 
 import random
 import subprocess

@@ -1,4 +1,4 @@
-"""Tracking: a table of metrics, one run per output, and a failing server loses nothing."""
+"""Tracking: metrics are declared, each output has one run, and a failing server loses nothing."""
 
 import importlib
 import json
@@ -70,7 +70,7 @@ class SwitchableServer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_off = False
-        self.failed_threads: set[str] = set()  # names of the threads with a failed call
+        self.failed_threads: set[str] = set()  # names of the threads in which a call failed
         send, create, connect = Sender.send, Sender.create, runs.connect
 
         def switchable(call: Any) -> Any:

@@ -348,7 +348,7 @@ class Duel:
 
 
 class DuelLearner(training.Learner):
-    """Two networks that approach each other; the first becomes the model."""
+    """Trains two networks to approach each other. The first becomes the model."""
 
     def __init__(self, options: OptimizerConfig, worker: training.Worker) -> None:
         def losses_to(name: str, other: Linear) -> Callable[..., LossTerms]:

@@ -36,7 +36,7 @@ def postgresql_programs() -> Path | None:
 
 @contextmanager
 def postgresql(programs: Path) -> Iterator[str]:
-    """Run a new PostgreSQL server and yield its address. Started by root, it runs as user postgres, as it must."""
+    """Run a new PostgreSQL server and yield its address. Root must run the server as user postgres."""
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="distillkac-postgresql-"))
     data = folder / "data"
     as_user: dict[str, str | int] = {}

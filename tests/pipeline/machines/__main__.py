@@ -1,4 +1,4 @@
-"""Command line of the cluster of machines, which needs root.
+"""Command line for a cluster of simulated machines. It needs root.
 
 python -m tests.pipeline.machines up                          # start the cluster; Ctrl-C stops it
 python -m tests.pipeline.machines table                       # compare the digits' table with that of one machine

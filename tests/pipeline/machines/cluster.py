@@ -1,6 +1,6 @@
-"""A Ray cluster of two machines, a third machine with an S3 and an MLflow server, and a fourth that submits jobs.
+"""Four machines: a Ray cluster of two, one with an S3 server and an MLflow server, and one that submits jobs.
 
-It is used like a real cluster: `ray start` with a token, `ray job submit --working-dir .`, paths on ``s3://``.
+The cluster is used like a real one: `ray start` with a token, `ray job submit --working-dir .`, paths on ``s3://``.
 """
 
 import secrets
@@ -112,7 +112,7 @@ class Cluster:
         self.network.close()
 
     def start_head(self) -> None:
-        """Start Ray on the head, which must be booted."""
+        """Start Ray on the head, which must already be booted."""
         self._give_token(self.head)
         address = ["--node-ip-address", self.head.address, "--port", str(RAY_PORT)]
         dashboard = ["--include-dashboard", "true", "--dashboard-host", self.head.address]
@@ -120,7 +120,7 @@ class Cluster:
         self.head.run("ray", "start", "--head", *address, *dashboard, *node, seconds=START_SECONDS)
 
     def start_worker(self) -> None:
-        """Start Ray on the worker, which must be booted."""
+        """Start Ray on the worker, which must already be booted."""
         self._give_token(self.worker)
         address = ["--address", f"{self.head.address}:{RAY_PORT}", "--node-ip-address", self.worker.address]
         self.worker.run("ray", "start", *address, *_node("spot"), seconds=START_SECONDS)

@@ -284,7 +284,7 @@ class Trials:
         self.expected[name] = self.cluster.download(out, self.folder / out)
 
     def mend(self) -> None:
-        """Restart the cluster, with two nodes and no job."""
+        """Restart the cluster, with two nodes and no jobs."""
         for machine in (self.cluster.head, self.cluster.worker):
             machine.lose()
         self.cluster.head.boot()

@@ -43,7 +43,7 @@ read -r _  # wait until the pipe is closed; meanwhile this shell reaps zombies
 
 
 def missing_support() -> str | None:
-    """Return what this machine lacks for such a network, or None if nothing is missing."""
+    """Return what this machine lacks to simulate a network, or None if nothing is missing."""
     missing = [program for program in ("ip", "unshare", "nsenter", "mount") if shutil.which(program) is None]
     if missing:
         return f"needs {' and '.join(missing)} (Debian's iproute2 and util-linux)"

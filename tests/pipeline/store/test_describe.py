@@ -1,4 +1,4 @@
-"""Descriptions of stores."""
+"""Descriptions of stores, finished and unfinished."""
 
 import json
 from pathlib import Path

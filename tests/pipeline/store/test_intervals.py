@@ -44,7 +44,7 @@ def test_interval_batches_use_each_row_once_per_epoch(store: Store, path, mode) 
     for rank in range(2):
         options = {"rank": rank, "world_size": 2, "seed": 2, **mode}
         count = len(ids(store.batches(100, 0.0, [0, KNOTS], **options)))
-        # The batch size divides the rows of a rank, so the epoch ends with a batch.
+        # The batch size divides the rows of a rank, so an epoch ends at the end of a batch.
         batches = store.interval_batches(count // 2, EndpointObjective(1), 0.0, **options)
         # With one student step, every interval starts at the noise, which identifies the sample.
         for batch in itertools.islice(batches, 2 * epochs):
@@ -117,7 +117,7 @@ def test_rows_of_several_guidance_scales_are_mixed_and_labelled(store: Store, pa
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("mode", [{}, STREAM], ids=["memory", "stream"])
 def test_too_many_workers_are_refused_on_every_rank(tmp_path, teacher, ray_cluster, mode, rank) -> None:
-    """Otherwise the ranks would wait indefinitely for the rank without rows."""
+    """Otherwise the other ranks would wait indefinitely for a rank without rows."""
     make_store(tmp_path / "tiny", teacher, trajectories=4, shard_size=1 if not mode else 2)
     tiny = endpoint_store.open(str(tmp_path / "tiny"))
     assert len(next(tiny.interval_batches(4, EndpointObjective(1), rank=min(rank, 1), world_size=2, **mode)).label) == 4

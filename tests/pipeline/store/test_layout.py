@@ -154,7 +154,7 @@ def test_compilation_and_memory_format_are_not_part_of_the_identity(tmp_path) ->
 
 
 def test_the_fingerprints_of_stores_never_change() -> None:
-    """Otherwise existing stores and their students would be refused."""
+    """If a fingerprint changed, existing stores and their students would be refused."""
     assert StoreIdentity(**IDENTITY).fingerprint() == "792bedd890ecbc24b2dcc9d7ca47080999b06fd6cd6b82066b10e6fd91f87fe2"
     assert (
         StoreIdentity(**{**IDENTITY, **OTHERS, "labels": "classes"}).fingerprint()

@@ -1,4 +1,4 @@
-"""Manifests: reading, writing, and refusal of invalid ones."""
+"""Manifests: reading, writing, and refusing invalid manifests."""
 
 import itertools
 import json

@@ -222,7 +222,7 @@ def test_a_merge_reuses_the_shards_of_an_unfinished_rollout(parts, tmp_path: Pat
 
 
 def test_a_merge_works_with_other_filesystems(parts, tmp_path: Path) -> None:
-    """All access uses fsspec: merge local stores into a remote one, and the remote one into a local one."""
+    """All access uses fsspec. The test merges local stores into a remote store, and that store into a local store."""
     remote = f"memory://merge/{tmp_path.name}"
     join(parts[0], parts[2], into=remote)
     join(remote, parts[1], into=tmp_path / "back")

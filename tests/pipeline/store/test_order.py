@@ -54,7 +54,7 @@ def test_windows_fit_and_contain_every_shard_once(rows: int, world: int, most: i
         own = windows(shards, Order(rank, world, 5), epoch, most)
         assert all(rows_of(window) <= most or len(window) == 1 for window in own)
         found += itertools.chain.from_iterable(own)
-        # Resuming divides by the number of rows per epoch, which must not change.
+        # Every epoch must have the same number of rows, because resuming divides by this number.
         assert set(itertools.chain.from_iterable(own)) == set(shards[rank::world])
     assert sorted(found) == shards
 

@@ -1,4 +1,4 @@
-"""The reader: every row once per epoch, in a reproducible order, from memory or by streaming."""
+"""The reader yields every row once per epoch, in a reproducible order, from memory or by streaming."""
 
 import itertools
 from collections import Counter
@@ -150,7 +150,7 @@ def test_a_position_out_of_range_is_refused(store: Store, option: str, value: in
 
 
 def test_the_largest_seeds_differ(store: Store) -> None:
-    """numpy must not convert them to float64."""
+    """The test fails if numpy converts seeds to float64."""
     last = [next(store.batches(20, 0.0, seed=2**63 - 1 - n)).sample_id.tolist() for n in range(2)]
     assert last[0] != last[1]
 

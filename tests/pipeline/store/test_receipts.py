@@ -1,4 +1,4 @@
-"""With the receipt files of an unfinished store, a rerun need not read the shards that they list."""
+"""A rerun need not read shards that are listed in receipt files of an unfinished store."""
 
 import json
 from pathlib import Path

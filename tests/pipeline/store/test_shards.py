@@ -229,7 +229,7 @@ def test_the_identity_is_read_from_the_footer_or_the_shard_is_refused(tmp_path: 
         try:
             identity_of_shard(str(tmp_path), SHARD.name)
         except StoreError as error:
-            # A damaged name of a nested field looks like a field of a newer version. A full check detects the damage.
+            # A nested field with a damaged name looks like a field of a newer version. A full check detects the damage.
             assert isinstance(error, DamagedShard | NewerVersion), position
 
 

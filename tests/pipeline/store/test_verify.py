@@ -47,7 +47,7 @@ def name(index: int, guidance: float = 0.0) -> str:
 
 
 def rewrite(store: Path, index: int, column: str, rows: list[int], value: float) -> None:
-    """Replace values of a shard, with correct CRCs."""
+    """Replace values of a shard, and write correct CRCs."""
     identity, file = read_manifest(str(store)).identity, shard_file(store, index)
     shard = Shard(0.0, index, index * 32, 32)
     table = check(str(store), shard, identity, file.read_bytes())
@@ -77,7 +77,7 @@ def test_every_kind_of_damage_is_reported_and_repaired(store: Path, folder: Path
     shard_file(store, 2).write_bytes(shard_file(store, 2).read_bytes()[:-100])
     shard_file(store, 3).write_bytes(b"")
     rewrite(store, 4, "knot_03", [3, 7], np.nan)
-    rewrite(store, 5, "kinetic_energy", [1], 0.25)  # finite, but not the published value
+    rewrite(store, 5, "kinetic_energy", [1], 0.25)  # a finite value, but not the published value
     shard_file(store, 6).write_bytes(shard_file(other, 6).read_bytes())
     shard_file(store, 0, 1.5).write_bytes(shard_file(store, 1, 1.5).read_bytes())  # also exists as shard 1
     shard_file(store, 5, 1.5).write_bytes(shard_file(store, 2, 1.5).read_bytes())
