@@ -153,7 +153,7 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
 def _stage(
     spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
 ) -> Iterator[AnySpec]:
-    """Yield the given spec, or a spec of the fields. ``in_process`` are defaults that apply without RAY_ADDRESS."""
+    """Yield the given spec, or build one from the fields. ``in_process`` holds defaults for use without RAY_ADDRESS."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
@@ -164,7 +164,7 @@ def _stage(
 
 def _made(result: Result | None) -> Result:
     if result is None:
-        raise ArgumentError("`dry_run` leaves nothing to return here. Leave it out, or run the job of this stage.")
+        raise ArgumentError("A `dry_run` has no result to return here. Leave it out, or run this stage as a job.")
     return result
 
 

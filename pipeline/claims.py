@@ -1,6 +1,6 @@
-"""Claims: only one job at a time writes a folder.
+"""Claims make sure that only one job at a time writes to a folder.
 
-OUT/claim.json names the process that is writing the folder. The stage removes the file when its run ends. While the
+OUT/claim.json names the process that is writing to the folder. The stage removes the file when its run ends. While the
 process is alive, a second job on the same machine is refused. A job on a different machine cannot see the process, so
 it takes over the folder, and the first job stops at its next checkpoint or before it writes its result. A job whose
 machine was lost can therefore resume on any machine at once.
@@ -17,7 +17,7 @@ from pipeline.tracking import process_tags
 CLAIM_FILE = "claim.json"
 
 WAIT_SECONDS = 10.0
-"""Ray ends the workers of a killed driver within this time. Until then they look like another job."""
+"""Ray ends the workers of a killed driver within this time. Until then, they look like another job."""
 
 POLL_SECONDS = 0.5
 
@@ -41,7 +41,7 @@ def take(out: str) -> None:
                 return
         elif time.monotonic() >= deadline:
             raise DistillKacError(
-                f"{out}: another job ({_describe(claim)}) is writing this folder. Wait until the job ends, or choose "
+                f"{out}: another job ({_describe(claim)}) is writing to this folder. Wait until it ends, or choose "
                 "another `out`."
             )
         else:

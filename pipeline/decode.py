@@ -81,11 +81,11 @@ def _is_shared(config: DataConfig) -> bool:
 
 
 def _decode_on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
-    """Yield the number of images of each piece after a task has written it."""
+    """Yield the number of images in each piece, after a task has written the piece."""
     import ray
 
     cluster.connect()
-    # Each task fetches only its own piece, because the file names of all pieces can be large.
+    # Each task fetches only its own piece, because all file names together can be large.
     references = [ray.put(piece) for piece in pieces]
 
     def write(batch: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def distill(
 
 
 def finish_stopped_student(spec: DistillSpec) -> bool:
-    """Finish the run of a complete student if its job stopped before the run ended. Return whether the job did."""
+    """Finish the run of a complete student if its job stopped too early. Return whether this was necessary."""
     return outputs.finish_run(spec.out, lambda run, config: logged_models.log_finished(run, spec, config))
 
 
@@ -94,7 +94,7 @@ class DistillPlan:
     content: dict[str, str]  # fingerprints of the inputs, which enter the student's fingerprint
     init: str  # model folder of the initial weights
     student: ModelConfig  # the config to write
-    rows: int  # number of rows to learn from
+    rows: int  # number of training rows
     scales: tuple[float, ...]  # guidance scales to learn
 
 

@@ -88,7 +88,7 @@ def teacher_run(
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
-    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. Calls ``check_owner``."""
+    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. First calls ``check_owner``."""
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
     _tag_and_clean(out, config, run)
@@ -103,7 +103,7 @@ def complete_model(stage: str, out: str) -> ModelConfig:
 
 
 def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
-    """Finish the run of a complete model folder if its job stopped before the run ended. Return whether the job did."""
+    """Finish the run of a complete model folder if its job stopped too early. Return whether this was necessary."""
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
         return False

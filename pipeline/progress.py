@@ -1,4 +1,4 @@
-"""Show progress: a bar on a terminal, and a line every ``LINE_SECONDS`` in files and in the logs of jobs."""
+"""Show progress as a bar on a terminal, or as a line every ``LINE_SECONDS`` in files and in the logs of jobs."""
 
 import os
 import sys

@@ -51,7 +51,7 @@ Batches = Callable[[int], Interval]  # returns the batch of an update
 
 
 def measure_rollout_speed(setting: Setting) -> list[Measurement]:
-    """Compare one actor with a bare loop, with two actors, and with the most actors that the cluster can run.
+    """Compare one actor with a bare loop, with two actors, and with the maximum number of actors.
 
     Without a GPU, also compare two concurrent bare loops with one. Two cores share memory bandwidth and clock speed, so
     this ratio is an upper limit for two actors.
@@ -117,7 +117,7 @@ def steady_rate(finished: Sequence[float], actors: int) -> float:
 
 
 def measure_peak_memory(setting: Setting) -> list[Measurement]:
-    """Compare the memory of a rollout with that of ten times the trajectories, and of four times the rows per shard."""
+    """Compare the peak memory of a plain rollout, of ten times the trajectories, and of shards four times as large."""
     if not os.access(RESET_FILE, os.W_OK):
         log.warning(f"benchmark: skipping peak-memory, because this machine has no writable {RESET_FILE}.")
         return []

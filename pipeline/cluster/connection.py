@@ -124,7 +124,7 @@ def check_address(address: str) -> None:
 
     Raises:
         DistillKacError: the address is not HOST:PORT, no cluster answers, the token is missing or wrong, the cluster
-            has other versions of Ray or Python, or this machine is not a node of the cluster.
+            has different versions of Ray or Python, or this machine is not a node of the cluster.
     """
     if address in {"auto", "local"}:
         return
@@ -188,7 +188,7 @@ def quiet(*names: str) -> None:
 
 
 def innermost(error: BaseException) -> str:
-    """The last line of an error. It states the cause, which Ray wraps in further layers."""
+    """The last line of an error. It states the cause, below the layers that Ray adds."""
     lines = re.findall(r"\S.*", str(error))
     return without_secrets(lines[-1].rstrip()) if lines else type(error).__name__
 

@@ -42,7 +42,7 @@ def make_absolute() -> None:
         match = SQLITE.fullmatch(given)
         if name in PATHS:
             before, path = "", given
-        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself interprets these
+        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself reads these
             before, path, after = match.groups("")
         try:
             path = path and cluster.absolute(path)
@@ -67,7 +67,7 @@ def mlflow_address() -> str:
 
 
 def database_file(address: str) -> Path | None:
-    """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite interprets."""
+    """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite itself reads."""
     match = SQLITE.fullmatch(address)
     return Path(match[2]) if match and match[2].startswith("/") else None
 

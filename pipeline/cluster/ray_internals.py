@@ -30,14 +30,14 @@ def keep_to_this_machine() -> None:
 
     It does not affect a Ray that other processes started.
     """
-    # ray.init() replaces a given address by the public address, unless Ray's switch for Windows and macOS is set.
+    # ray.init() replaces a given address with the public one, unless Ray's switch for Windows and macOS is off.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
 def quiet_token_warnings() -> None:
-    """Hide Ray's warning at every start that token authentication is on. Token errors are still reported."""
+    """Hide the warning that Ray prints at every start if tokens are on. Token errors are still reported."""
     # ray.init() has no option that hides this warning.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 

@@ -84,7 +84,7 @@ class ShardMaker:
         )
 
     def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int, float]:
-        """The receipt, the number of computed rows, and the seconds of computing."""
+        """The receipt, the number of computed rows, and the computing time in seconds."""
         existing, is_damaged = None, False
         try:
             receipt, existing = adopt(self.spec.store, shard, self.identity)
@@ -134,7 +134,7 @@ class FrozenTeacher:
         self.steps_per_interval = identity.solver_steps // identity.knots
 
     def follow(self, guidance: float, ids: range) -> Rows:
-        """Compute the rows of the samples ``ids``. Each batch is copied from the device while the next is computed."""
+        """Compute the rows of the samples ``ids``. A batch is copied to memory while the next batch is computed."""
         size = self.batch_size
         batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
         compute = {"trajectory": self._trajectories, "forward": self._forward}[self.identity.source]

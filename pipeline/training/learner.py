@@ -62,7 +62,7 @@ class Learner:
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def update(self, number: int) -> LossTerms:
-        """Do update ``number`` on the mean loss of its micro-batches. The names of diagnostics get their prefix."""
+        """Do update ``number`` on the mean loss of its micro-batches. Returns diagnostics under prefixed names."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
         passes = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]

@@ -23,10 +23,10 @@ from pipeline.cluster.placement import Resources
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 
 MAX_FAILURES = 3
-"""Maximum number of failures without a new checkpoint. One more stops the training with an error."""
+"""Maximum number of failures without a new checkpoint. One more failure ends training with an error."""
 
 WAIT_SECONDS = 1200.0
-"""How long to wait for nodes that replace lost ones. An autoscaler starts them within minutes or not at all."""
+"""How long to wait for nodes that replace lost nodes. An autoscaler starts nodes within minutes or not at all."""
 
 DETECTION_SECONDS = 30.0
 """Ray needs up to this long to detect that a node is lost."""
@@ -35,7 +35,7 @@ DETECTION_SECONDS = 30.0
 def fit(
     make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, resources: Resources
 ) -> Any:
-    """Fit a Ray Train trainer, and a new one after each failure. Return the result of the last trainer.
+    """Fit a Ray Train trainer. After each failure, fit a new trainer. Return the result of the last one.
 
     Args:
         make_trainer: makes a trainer for a number of workers. The trainer resumes from the last checkpoint below
