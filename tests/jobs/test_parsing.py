@@ -97,7 +97,7 @@ def options(text: str, spec_type: type[Spec] = TrainSpec) -> Any:
 
 
 def refusal(text: str, spec_type: type[Spec] = TrainSpec) -> str:
-    """The error of a command line, as a job prints it."""
+    """Return the error message for a command line, as a job prints it."""
     with pytest.raises(ArgumentError) as error:
         options(text, spec_type)
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 def embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of frequencies from 1 down to 1/10000: [batch] -> [batch, width]."""
+    """Return cosines, then sines, of frequencies from 1 down to 1/10000: [batch] -> [batch, width]."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
     angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -25,7 +25,7 @@ FLIPS = 40
 
 
 def flipped(data: bytes, seed: int) -> bytes:
-    """Flip one bit, chosen by the seed."""
+    """Return the data with one flipped bit, chosen by the seed."""
     generator, changed = random.Random(seed), bytearray(data)
     changed[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
     return bytes(changed)
@@ -64,7 +64,7 @@ def check_damage(kind: str, root: Path, path: Path, others: list[bytes]) -> None
 
 
 def with_zeros(data: bytes) -> bytes:
-    """Overwrite the middle of the data with zeros."""
+    """Return the data with zeros in the middle."""
     middle = len(data) // 2
     return data[:middle] + bytes(100) + data[middle + 100 :]
 

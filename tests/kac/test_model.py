@@ -205,7 +205,7 @@ backbones = pytest.mark.parametrize(
 
 
 def backbone(network_config: NetworkConfig) -> NetworkModule:
-    """A network in evaluation mode, with all weights changed from their initial values."""
+    """Return a network in evaluation mode, with all weights changed from their initial values."""
     torch.manual_seed(0)
     result = build_network(network_config, IMAGES, CLASSES)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def save_backbone(folder: Path, network_config: NetworkConfig, weights: dict[str
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Images, times, and all labels including the null label."""
+    """Return images, times, and all labels including the null label."""
     generator = torch.Generator().manual_seed(1)
     t = torch.rand(CLASSES + 1, generator=generator)
     return torch.randn(CLASSES + 1, *IMAGES, generator=generator), t, torch.arange(CLASSES + 1)

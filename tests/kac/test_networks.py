@@ -14,7 +14,7 @@ from pipeline.config import TeachSpec
 def nonzero_mlp(
     sample_shape: tuple[int, ...], num_classes: int = 5, width: int = 32, depth: int = 2, conditions: tuple = ()
 ) -> NetworkModule:
-    """An MLP whose last layer, initially zero, has random weights."""
+    """Return an MLP whose last layer, initially zero, has random weights."""
     torch.manual_seed(0)
     network = build_network(MLPConfig(width=width, depth=depth, conditions=conditions), sample_shape, num_classes)
     torch.nn.init.normal_(network.leave[1].weight)
@@ -173,7 +173,7 @@ def with_options(config: NetworkConfig, **options: object) -> NetworkConfig:
 
 
 def trained(config: NetworkConfig, sample_shape: tuple[int, ...] = SHAPE) -> NetworkModule:
-    """A network whose weights, except those of its conditions, are changed as if by training."""
+    """Return a network whose weights, except those of its conditions, are changed as if by training."""
     torch.manual_seed(0)
     network = build_network(config, sample_shape, CLASSES)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def trained(config: NetworkConfig, sample_shape: tuple[int, ...] = SHAPE) -> Net
 
 
 def images(count: int = 6, sample_shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, times and labels, including the null label."""
+    """Return images, times and labels, including the null label."""
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(count, *sample_shape, generator=generator), torch.rand(count, generator=generator)
     return x, t, torch.arange(count) % (CLASSES + 1)

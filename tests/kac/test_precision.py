@@ -100,7 +100,7 @@ both = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
 
 
 def backbone(config: NetworkConfig) -> NetworkModule:
-    """A network of diffusers in training mode, with changed weights so that every layer affects the output."""
+    """Return a diffusers network in training mode, with weights changed so that every layer affects the output."""
     torch.manual_seed(0)
     network = build_network(config, (3, 8, 8), 2)
     with torch.no_grad():

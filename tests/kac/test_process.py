@@ -292,7 +292,7 @@ COUNT = 100_000
 
 
 def assert_follows_the_cdf(process: KacProcess, t: float, k: Tensor) -> None:
-    """Kolmogorov-Smirnov test on 301 points (a lower bound of the distance). Neighbours must also be uncorrelated."""
+    """Apply a Kolmogorov-Smirnov test at 301 points, a lower bound of the distance. Neighbours must be uncorrelated."""
     reach = min(0.9999 * process.c * t, 6 * process.variance(f64(t)).sqrt().item())
     grid = torch.linspace(-reach, reach, 301, dtype=torch.float64)
     empirical = torch.searchsorted(k.double().sort().values, grid, right=True) / len(k)

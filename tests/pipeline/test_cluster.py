@@ -34,7 +34,7 @@ def refusal(address: str) -> str:
 
 @contextmanager
 def listening() -> Iterator[socket.socket]:
-    """A port that accepts one connection and never answers."""
+    """Open a port that accepts one connection and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(0)

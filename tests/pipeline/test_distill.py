@@ -126,7 +126,7 @@ def test_workers_that_use_every_cpu_can_stream_a_store(teacher: str, tmp_path: P
 
 @pytest.fixture(scope="module")
 def any_step_student(small_store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A flow map of the moons."""
+    """An any-step student of the moons."""
     out = tmp_path_factory.mktemp("any-step") / "student"
     longer = FEW.model_copy(update={"updates": 600})
     distill(distill_spec(small_store, out, objective={"kind": "flow-map", "grids": (1, 2, 4)}, optimizer=longer))

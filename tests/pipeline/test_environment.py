@@ -15,7 +15,7 @@ from pipeline.cluster import environment
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, which is the test's own and contains its home folder."""
+    """A separate current directory for this test, which also contains the home folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv(environment.REGISTRY, raising=False)

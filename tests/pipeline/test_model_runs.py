@@ -33,7 +33,7 @@ def artifacts(run_id: str, below: str | None = None) -> list[str]:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, tracking_database: str) -> dict[str, str]:
-    """A teacher with a run, and its any-step student of all guidance scales."""
+    """A teacher with a run in MLflow, and its any-step student of all guidance scales."""
     folder = tmp_path_factory.mktemp("taught")
     teach(teach_spec(folder / "teacher"))
     make_store(str(folder / "store"), str(folder / "teacher"), trajectories=400, shard_size=128, guidance=(0.0, 1.0))

@@ -122,7 +122,7 @@ def test_objective_has_one_loss():
 
 
 def losses_of(error: torch.Tensor, **options) -> float:
-    """The endpoint loss of a student with the velocity error ``error``."""
+    """Return the endpoint loss of a student with the velocity error ``error``."""
     start = torch.zeros_like(error)
     interval = Interval(start, start, torch.ones(len(error)), *torch.zeros(3, len(error)))
     objective = EndpointConfig(**options).build(1)
@@ -147,7 +147,7 @@ def test_huber_reduces_the_weight_of_an_outlier():
 def test_scales_average_the_loss_over_image_sizes():
     checkers = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)[None, None]
     assert losses_of(checkers, scales=1) == pytest.approx(1)
-    assert losses_of(checkers, scales=2) == pytest.approx(1 / 2)  # the pattern averages to zero at half the size
+    assert losses_of(checkers, scales=2) == pytest.approx(1 / 2)  # at half the size, the pattern averages to zero
     assert losses_of(torch.ones(2, 3, 8, 8), scales=4) == pytest.approx(1)
 
 

@@ -92,7 +92,7 @@ def test_drop_labels_and_flip_change_only_selected_samples():
 
 
 def kac_oracle(process: KacProcess, points: Tensor):
-    """E[u_t | x_t] for data distributed uniformly over ``points``, computed from the density and the atoms."""
+    """Return E[u_t | x_t] for data that is uniform over ``points``, computed from the density and the atoms."""
 
     def field(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         t = t[:, None].double()

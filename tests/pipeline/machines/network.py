@@ -122,7 +122,7 @@ class Machine:
         return self._namespaces.pid
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the machine, as seen from this process's namespace."""
+        """Return all processes of the machine, as seen from this process's namespace."""
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
         processes = []
         for process in psutil.process_iter():

@@ -26,7 +26,7 @@ from tests.pipeline.stores import (
 
 @pytest.fixture(scope="module")
 def parts(folder: Path, teacher: str) -> tuple[str, str, str]:
-    """Stores with samples 0 to 63 and 64 to 163 of two guidance scales, and 0 to 39 of a third scale."""
+    """Three stores: samples 0 to 63 and 64 to 163 of two guidance scales, and 0 to 39 of a third scale."""
     make_store(folder / "one", teacher, trajectories=64, guidance=(0.0, 1.5))
     make_store(folder / "two", teacher, trajectories=100, first_sample=64, guidance=(0.0, 1.5))
     make_store(folder / "three", teacher, trajectories=40, guidance=(3.0,))

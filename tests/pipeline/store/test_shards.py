@@ -163,7 +163,7 @@ def test_samples_and_columns_that_are_not_finite_are_named(value: float, name: s
 
 
 def resealed(identity: StoreIdentity, table: pa.Table) -> pa.Table:
-    """Rebuild the table with the metadata for its columns."""
+    """Rebuild the table with metadata that matches its columns."""
     return make_table(identity, SHARD, {name: column_array(table[name]) for name in table.column_names})
 
 
