@@ -24,7 +24,7 @@ class EvaluateSpec(ActorOptions, Spec):
     )
     students: tuple[str, ...] = input_path((), "model folders of students, or folders of sweeps")
     from_sweep: str | None = input_path(None, "folder of a finished sweep, to re-evaluate its Pareto-optimal students")
-    runs: tuple[str, ...] = unhashed((), "ids of MLflow runs whose students are evaluated")
+    runs: tuple[str, ...] = unhashed((), "ids of MLflow runs, to evaluate their students")
     out: str = output_path(..., "folder to write: evaluation.json, samples.png, quality_by_nfe.png")
     samples: int = Field(5000, ge=2, description="samples per model")
     steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 20), min_length=1, description="step counts for any-step students")

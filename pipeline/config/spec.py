@@ -67,7 +67,7 @@ class OptimizerConfig(Options):
         "cosine", description="learning rate after the warm-up; cosine: decay to 0 over half a period"
     )
     accumulation: PositiveInt = Field(
-        1, description="passes per update, which add up gradients; accumulation x workers must divide the batch size"
+        1, description="passes per update, with summed gradients; accumulation x workers must divide the batch size"
     )
     beta2: float = Field(0.99, gt=0, lt=1, description="decay rate of AdamW's average of squared gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -150,7 +150,7 @@ class WorkerOptions(Options):
         "process; default: one per GPU, or 0 without GPUs",
         RESOURCES,
     )
-    gpu: bool | None = unhashed(None, "whether each worker uses a GPU; default: if the cluster has GPUs now", RESOURCES)
+    gpu: bool | None = unhashed(None, "whether workers use GPUs; default: True if the cluster has GPUs now", RESOURCES)
     cpus_per_worker: float = unhashed(1.0, "CPUs per worker", RESOURCES, gt=0)
     gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if workers use GPUs", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
@@ -165,7 +165,7 @@ class ActorOptions(Options):
         "without Ray; default: one per GPU, or per CPU without GPUs",
         RESOURCES,
     )
-    gpu: bool | None = unhashed(None, "whether each actor uses a GPU; default: if the cluster has GPUs now", RESOURCES)
+    gpu: bool | None = unhashed(None, "whether actors use GPUs; default: True if the cluster has GPUs now", RESOURCES)
     cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 with a GPU", RESOURCES, ge=0)
     gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if actors use GPUs", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR

@@ -49,7 +49,7 @@ class SweepSpec(StudentOptions, Spec):
     search: dict[str, str] = unhashed(
         {},
         "distributions of options, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, choice and "
-        "randint (both ends included); trials then draw from the grid's axes too",
+        "randint (both ends included); trials also draw from the grid's axes",
     )
     trials: NonNegativeInt = unhashed(0, "number of trials of `search`; a rerun can add more")
     searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm for `search`")

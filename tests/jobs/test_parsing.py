@@ -423,7 +423,7 @@ def test_a_group_of_options_has_its_own_section_and_no_prefix(capsys: pytest.Cap
 
 def test_the_description_explains_a_default_of_none(capsys: pytest.CaptureFixture):
     of_gpu = help_of("", EvaluateSpec, capsys).split("--gpu ")[1].split("--")[0]
-    assert "(default: if the cluster has GPUs now)" in of_gpu
+    assert "(default: True if the cluster has GPUs now)" in of_gpu
     assert "None" not in of_gpu
 
 
