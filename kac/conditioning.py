@@ -1,7 +1,7 @@
 """The conditioning of a model and the labels passed to its network.
 
 ``ModelConfig.conditioning`` records which labels the network saw in training. Every stage that calls a network maps
-sample labels with ``network_labels`` and checks ``guidance_problem`` before it applies guidance.
+the labels of samples with ``network_labels``, and checks ``guidance_problem`` before it applies guidance.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ NO_NULL_LABEL = "this network has no null label (it was trained only with class 
 
 
 def learned_conditioning(network: NetworkConfig, label_dropout: float) -> Conditioning:
-    """The conditioning of a teacher trained with this fraction of its labels dropped."""
+    """Return the conditioning of a teacher that is trained with this fraction of its labels dropped."""
     if network.conditioning == "none" or label_dropout == 1:
         return "none"
     return "classes" if label_dropout == 0 else network.conditioning
 
 
 def network_labels(model: ModelConfig, label: Tensor) -> Tensor:
-    """Labels [batch] to pass to the network for these classes: the null label if the model is unconditional."""
+    """Return the labels [batch] to pass to the network: ``label``, or the null label if the model is unconditional."""
     return torch.full_like(label, model.num_classes) if model.conditioning == "none" else label
 
 
 def known_classes(model: ModelConfig) -> tuple[int, ...]:
-    """The classes that the network saw in training; empty for an unconditional model."""
+    """Return the classes that the network saw in training; no classes for an unconditional model."""
     if model.conditioning == "none":
         return ()
     return tuple(label for label, frequency in enumerate(model.class_frequencies) if frequency > 0)
@@ -38,11 +38,11 @@ def known_classes(model: ModelConfig) -> tuple[int, ...]:
 def check_labels(
     model: ModelConfig, labels: Sequence[int], option: str = "`labels`", any_class: str | None = None
 ) -> None:
-    """Raise ``ArgumentError`` for unknown classes, no classes, or an unconditional model.
+    """Raise ``ArgumentError`` if ``labels`` is empty or contains unknown classes, or the model is unconditional.
 
     Args:
-        option: name of the argument in the error message.
-        any_class: label that means any class; None: no such label exists.
+        option: name of the labels in the error message.
+        any_class: value of the option that means any class; None: the option has no such value.
     """
     known = known_classes(model)
     if not known:
@@ -57,18 +57,18 @@ def check_labels(
 
 
 def guidance_problem(model: ModelConfig) -> str:
-    """The reason why a teacher cannot be guided; empty if it can."""
+    """Return the reason why a teacher cannot be guided; an empty string if it can be guided."""
     if model.conditioning == "none":
         return "this teacher is unconditional (trained without class labels)"
     if not model.network.has_null_label:
         return NO_NULL_LABEL
     if model.conditioning == "classes":
         return "this teacher has never seen the null label (trained without label dropout)"
-    return "the data of this teacher have only one class" if len(known_classes(model)) == 1 else ""
+    return "the training data of this teacher have only one class" if len(known_classes(model)) == 1 else ""
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """Ascending numbers with neighbours joined, such as "0 .. 3, 7"; at most eight ranges, then an ellipsis."""
+    """Format ascending numbers as ranges, such as "0 .. 3, 7"; at most eight ranges, then an ellipsis."""
     present = set(numbers)
     starts = [number for number in numbers if number - 1 not in present]
     ends = [number for number in numbers if number + 1 not in present]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of velocities. No other module contains its formula."""
+"""Classifier-free guidance of velocities. This is the only module that contains the guidance formula."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,9 +12,9 @@ from kac.util.errors import ArgumentError
 
 
 class GuidedVelocity:
-    """u_w = (1 + w) u(x, t, label) - w u(x, t, null) for fixed labels, in the form that ``solvers.solve`` expects.
+    """The guided velocity u_w = (1 + w) u(x, t, label) - w u(x, t, null) for fixed labels (arXiv 2509.21513).
 
-    w = 0 means no guidance (arXiv 2509.21513).
+    w = 0 means no guidance. ``solvers.solve`` can integrate this velocity.
 
     Example:
         >>> from kac.networks import MLPConfig, build_network
@@ -25,10 +25,10 @@ class GuidedVelocity:
 
     Args:
         label: [batch].
-        conditions: function from t to the scalar values of further network inputs.
+        conditions: function from t to the values of the network's other inputs, scalars by name.
 
     Attributes:
-        nfe_per_call: network evaluations per call: 1 for w = 0, else 2 (one pass on a doubled batch).
+        nfe_per_call: network evaluations per call: 1 for w = 0, else 2 (in one pass on a doubled batch).
 
     Raises:
         ArgumentError: w is not 0 and the network has no null label.
@@ -46,7 +46,7 @@ class GuidedVelocity:
         self.nfe_per_call = 1 if w == 0 else 2
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity [batch, *sample] at x [batch, *sample] and t, a scalar or [batch]."""
+        """Return the velocity [batch, *sample] at x [batch, *sample] and t, a scalar or [batch]."""
         conditions = self.conditions(t)
         if self.w == 0:
             return self.network(x, t, self.label, **conditions)
@@ -58,7 +58,7 @@ class GuidedVelocity:
 
 
 guide = GuidedVelocity
-"""``guide(network, w, label)``: the guided velocity of a network."""
+"""``guide(network, w, label)`` returns the guided velocity of a network."""
 
 
 def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
@@ -73,4 +73,4 @@ def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
 def _check(problem: str, scales: Iterable[float]) -> None:
     guided = next((w for w in scales if w != 0), None)
     if problem and guided is not None:
-        raise ArgumentError(f"`guidance` {guided:g}: {problem}, so it cannot be guided. Choose `guidance` 0.")
+        raise ArgumentError(f"`guidance` {guided:g} is impossible, because {problem}. Choose `guidance` 0.")

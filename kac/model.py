@@ -38,7 +38,7 @@ CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
 
 DATA_CHANGED = (
-    "The dataset has changed, or an older version read its files differently: it sorted numbered class "
+    "The dataset has changed, or an older version of distillkac read it: older versions sorted numbered class "
     "folders as 1, 10, 2 and did not rotate photographs upright. Train the teacher again on these data."
 )
 """Error text for data that differ from the training data of a model."""
@@ -61,13 +61,13 @@ class ModelConfig(Options):
         "classes_and_null", description="labels seen in training; none: only the null label"
     )
     steps: int | None = Field(
-        None, description="student steps, for an any-step student the default; None for a teacher"
+        None, description="student steps (the default number for an any-step student); None for a teacher"
     )
     knot_grid: KnotGrid = Field("uniform", description="time grid of the student steps")
     guidance: float | None = Field(
-        None, description="guidance scale of a student, the default if it takes several; None for a teacher"
+        None, description="guidance scale of a student (the default if it takes several); None for a teacher"
     )
-    guidance_scales: tuple[float, ...] = Field((), description="guidance scales that a student learned, if several")
+    guidance_scales: tuple[float, ...] = Field((), description="guidance scales of a student that takes several")
     refined_in: tuple[str, ...] = Field((), description="feature spaces used to refine a student on the data")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
@@ -98,7 +98,7 @@ def teacher_config(
     fingerprint: str = "",
     conditioning: Conditioning = "classes_and_null",
 ) -> ModelConfig:
-    """The config of a teacher with the properties of its dataset. Raises the errors of ``open_dataset``."""
+    """Return the config of a teacher, with the properties of its dataset. Raises the errors of ``open_dataset``."""
     dataset = open_dataset(data).description
     return ModelConfig(
         kind="teacher",
@@ -113,10 +113,10 @@ def teacher_config(
 
 
 def learned_data(path: str, model: ModelConfig) -> Dataset:
-    """The training data of the model in the folder ``path``, or of its teacher.
+    """Return the training data of the model in the folder ``path``, or of its teacher.
 
     Raises:
-        DistillKacError: the data have changed since training, or as ``open_dataset``.
+        DistillKacError: the data have changed since training, or ``open_dataset`` fails.
     """
     data = open_dataset(model.data)
     if data.description.sha256 != model.data_sha256:
@@ -146,16 +146,16 @@ class Model(NamedTuple):
 
         Args:
             count: number of images.
-            steps: student steps, or solver steps of a teacher; default: those of the student, 100 for a teacher.
+            steps: student steps, or solver steps of a teacher; default: the student's own number, 100 for a teacher.
             labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
-            seed: seed of noise and classes.
-            guidance: guidance scale; default: that of the student, 0 for a teacher.
+            seed: seed of the noise and the classes.
+            guidance: guidance scale; default: the student's own scale, 0 for a teacher.
 
         Returns:
             ``images`` [count, *sample_shape] in [-1, 1], and their ``label`` [count].
 
         Raises:
-            ArgumentError: steps, classes or guidance that the model does not support.
+            ArgumentError: the model does not support the steps, classes or guidance.
             DivergedError: the model generates NaN or infinity.
 
         Example:
@@ -163,7 +163,7 @@ class Model(NamedTuple):
             >>> student.sample(16, steps=1).images.shape  # doctest: +SKIP
             torch.Size([16, 1, 8, 8])
         """
-        from kac import sampling  # which imports this module
+        from kac import sampling  # imported late, because it imports this module
         from kac.precision import Precision
 
         is_teacher, classes = self.config.kind == "teacher", None if labels is None else tuple(labels)
@@ -173,7 +173,7 @@ class Model(NamedTuple):
 
 
 def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
-    """Write a model with the EMA ``weights`` to the folder ``path`` and return its config with their sha256.
+    """Write a model with the EMA ``weights`` to the folder ``path``. Return its config with the sha256 of the weights.
 
     Raises:
         CheckpointError: the weights do not match the network of the config.
@@ -185,7 +185,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
     tensors = {}
     for name, weight in weights.items():
         value = weight.detach().float() if weight.is_floating_point() else weight.detach()
-        # safetensors refuses tensors that share memory, so each is a copy.
+        # safetensors rejects tensors that share memory, so each tensor is copied.
         tensors[name.removeprefix(prefix)] = value.cpu().clone(memory_format=torch.contiguous_format)
     data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
@@ -199,7 +199,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
 
 
 def load_config(path: str) -> ModelConfig:
-    """The config of the model folder ``path``. Raises ``CheckpointError`` without a readable config of this version."""
+    """Return the config of the model folder ``path``. Raises ``CheckpointError`` if it is missing or not valid."""
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -220,7 +220,7 @@ def load_config(path: str) -> ModelConfig:
 
 
 def load_teacher_config(path: str) -> ModelConfig:
-    """The config of the teacher in ``path``. Raises ``CheckpointError`` for a student, or as ``load_config``."""
+    """Return the config of the teacher in ``path``. Raises ``CheckpointError`` if it is a student or cannot be read."""
     config = load_config(path)
     if config.kind != "teacher":
         raise CheckpointError(f"{path} is a {config.kind}, not a teacher. Use the folder of its teacher.")
@@ -261,8 +261,8 @@ def _weights_file(network: NetworkModule) -> str:
 
 
 def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
-    """The path and the content of the weights file."""
-    # Folders written by older versions have no diffusers subfolder: WEIGHTS_FILE has all weights under our names.
+    """Return the path and the content of the weights file."""
+    # Older versions wrote no diffusers subfolder, but all weights to WEIGHTS_FILE, named as in this project.
     for name in (_weights_file(network), WEIGHTS_FILE):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             return files.join(path, name), files.read_bytes(files.join(path, name))

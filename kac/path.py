@@ -59,13 +59,13 @@ class KacPath:
         return PathSample(f.value(t_each) * x_0 + k.displacement, target, t.expand(len(x_0)))
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
-        """x_t at one common time from uniforms [3, *shape] in (0, 1), float64. Each sample is reproducible."""
+        """Return x_t at a common time ``t``, computed from uniforms [3, *shape] in (0, 1), float64."""
         time = torch.tensor(t, dtype=torch.float64)
         elapsed = CLOCKS[self.clock].value(time).item()
         return SIGNALS[self.signal].value(time) * x_0 + self.process.from_uniforms(uniforms, elapsed)
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
-        """sup|f'| data_bound + c sup g', the bound on every component of the true velocity for data in +-data_bound."""
+        """Bound each component of the true velocity, for data in +-data_bound, by sup|f'| data_bound + c sup g'."""
         return SIGNALS[self.signal].slope_bound * data_bound + self.process.c * CLOCKS[self.clock].slope_bound
 
 
@@ -87,16 +87,16 @@ class GaussianPath:
         return PathSample((1 - t_each) * x_0 + t_each * eps, eps - x_0, t.expand(len(x_0)))
 
     def point(self, x_0: Tensor | float, t: float, uniforms: Tensor) -> Tensor:
-        """x_t at one common time from uniforms [1, *shape] in (0, 1), float64. Each sample is reproducible."""
+        """Return x_t at a common time ``t``, computed from uniforms [1, *shape] in (0, 1), float64."""
         return (1 - t) * x_0 + t * torch.special.ndtri(uniforms[0])  # type: ignore[no-any-return]
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
-        """Infinity: Gaussian noise is unbounded."""
+        """Return infinity, because Gaussian noise is unbounded."""
         return float("inf")
 
 
 Path = KacPath | GaussianPath
-"""Any path. A new path needs the same three methods and ``uniforms_per_coordinate``."""
+"""Any path. A new path needs ``sample``, ``point``, ``speed_limit`` and ``uniforms_per_coordinate``."""
 
 
 class PathConfig(Kinded):
@@ -109,7 +109,7 @@ class PathConfig(Kinded):
     clock: ClockName = Field("linear", description="g(t), the time of the Kac process: linear is t, quadratic is t^2")
 
     def build(self) -> Path:
-        """The path that these values describe."""
+        """Return the path that these values describe."""
         if self.kind == "gaussian":
             return GaussianPath()
         return KacPath(KacProcess(self.a, self.c), self.signal, self.clock)

@@ -1,4 +1,4 @@
-"""Precision, memory format and compilation of a network, used in training, rollout and sampling."""
+"""Precision, memory format and compilation of networks in training, rollout and sampling."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ class Precision(Options):
 
     dtype: Literal["float32", "tf32", "bfloat16", "auto"] = Field(
         "float32",
-        description="type of the network's arithmetic; tf32: float32 on a GPU's tensor cores; "
+        description="data type of the network's arithmetic; tf32: float32 on a GPU's tensor cores; "
         "auto: bfloat16 on a GPU, else float32",
     )
     compile: bool | None = unhashed(None, "compile the network with torch.compile; default: only on a GPU")
@@ -26,7 +26,7 @@ class Precision(Options):
     )
 
     def settled(self, on_gpu: bool) -> "Precision":
-        """A copy with the type ``auto`` replaced by bfloat16 or float32, for fingerprints.
+        """Return a copy in which the dtype ``auto`` is replaced by bfloat16 or float32, for fingerprints.
 
         Raises:
             ArgumentError: ``tf32`` without a GPU.
@@ -37,7 +37,7 @@ class Precision(Options):
         return self.model_copy(update={"dtype": dtype})
 
     def resolved(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """A copy with all automatic values replaced, for a network with or without convolutions on a GPU or CPU."""
+        """Return a copy in which all automatic values are replaced, given the device and the type of the network."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,
@@ -50,20 +50,20 @@ class Precision(Options):
         return self.resolved(_is_on_gpu(network), convolutions)
 
     def set_memory_format(self, network: nn.Module) -> None:
-        """Convert the weights to the memory format. Call this before creating an optimizer or an EMA of them."""
+        """Convert the weights to the memory format. Call this before creating an optimizer or an EMA of the weights."""
         if self._resolved_for(network).memory_format == "channels_last":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
-        """A callable that computes the network in this precision, with the same signature, null label and gradients."""
+        """Return a callable that runs the network in this precision, with its signature, null label and gradients."""
         self.set_memory_format(network)
         resolved = self._resolved_for(network)
         is_plain = resolved == Precision(compile=False, memory_format="contiguous") and hasattr(network, "null_label")
-        # On a GPU float32 needs a wrapper too, because PyTorch convolutions use tf32 there by default.
+        # On a GPU, float32 needs a wrapper too, because PyTorch convolutions use tf32 by default.
         return network if is_plain and not _is_on_gpu(network) else _Wrapped(network, resolved)  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        """A short description of resolved values, such as "bfloat16, channels_last, compiled"."""
+        """Describe resolved values briefly, such as "bfloat16, channels_last, compiled"."""
         return f"{self.dtype}, {self.memory_format}, {'compiled' if self.compile else 'not compiled'}"
 
 
@@ -83,7 +83,7 @@ class _Wrapped:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         if x.is_cuda:
-            # Set on every call, because networks may differ. Not reset, because the backward pass uses the setting too.
+            # Set this on every call, because networks may differ. Do not reset it: the backward pass uses it too.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)

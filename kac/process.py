@@ -16,7 +16,7 @@ SERIES_LIMIT = 0.25
 """Below this z^2, ratios of Bessel functions use their power series, because the closed form divides by z."""
 
 CDF_NODES, CDF_REACH = 96, 12.0
-"""Quadrature nodes of the cdf, and its reach in standard deviations. The mass beyond the reach is below 1e-30."""
+"""Number of quadrature nodes for the cdf, and their reach in standard deviations. The mass beyond is below 1e-30."""
 
 
 class KacNoise(NamedTuple):
@@ -28,7 +28,7 @@ class KacNoise(NamedTuple):
 
 @dataclass(frozen=True)
 class KacProcess:
-    """The damped-wave process with reversal rate ``a`` (1/time) and speed ``c`` (length/time).
+    """The Kac process with reversal rate ``a`` (1/time) and speed ``c`` (length/time).
 
     Example:
         >>> noise = KacProcess(a=9, c=3).sample(torch.ones(1000), torch.Generator().manual_seed(0))
@@ -51,15 +51,15 @@ class KacProcess:
         """Draw K_t exactly, one independent particle per element of ``t`` (any shape, t >= 0).
 
         With N ~ Poisson(a t) reversals, the particle moves in its first direction for a fraction
-        B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time, so K = +-ct (2B - 1). Because the first sign is fair,
-        Beta(k + 1, k) and Beta(k, k) with k = ceil(N/2) give the same distribution of K. The symmetric beta has a
-        closed form in two uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
+        B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time, so K = +-ct (2B - 1). Because both signs are equally likely,
+        Beta(k + 1, k) and Beta(k, k) with k = ceil(N/2) give the same distribution of K. A symmetric beta variable is a
+        closed form of two uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
 
         Args:
             generator: source of all randomness, on the device of ``t``.
 
         Raises:
-            ValueError: a negative or non-finite t. Not checked on a GPU, where the check would force a synchronisation.
+            ValueError: a time is negative or not finite. Not checked on a GPU, to avoid a synchronisation.
         """
         t = _as_times(t)
         if not t.is_cuda and not bool(((t >= 0) & (t < math.inf)).all()):
@@ -68,19 +68,19 @@ class KacProcess:
         u = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device)
         angle = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device).mul_(2 * math.pi)
         is_atom = reversals == 0
-        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; the value of an atom is not used.
+        # 2k - 1 with k = ceil(N/2): 1, 1, 3, 3, 5, 5, ... for N = 1, 2, 3, ...; not used for atoms (N = 0).
         exponent = reversals.clamp_(min=1).add_(1).div_(2, rounding_mode="floor").mul_(2).sub_(1)
         inside = u.log_().mul_(2).div_(exponent).expm1_().neg_().sqrt_().mul_(angle.cos())
         coin = torch.where(angle < math.pi, 1.0, -1.0).to(t.dtype)
         return KacNoise(torch.where(is_atom, coin, inside).mul_(self.c * t), is_atom)
 
     def from_uniforms(self, uniforms: Tensor, t: float) -> Tensor:
-        """K_t at one common time, computed from three uniforms per particle: [*shape], float64.
+        """Return K_t at a common time ``t``, computed from three uniforms per particle: [*shape], float64.
 
         The result for a particle depends only on its own uniforms, so a counter-based generator can reproduce it.
 
         Args:
-            uniforms: [3, *shape] in (0, 1), float64. They determine the reversals, the radius and the angle.
+            uniforms: [3, *shape] in (0, 1), float64. They determine the number of reversals, the radius and the angle.
         """
         rate = self.a * t
         most = int(rate + 12 * math.sqrt(rate) + 40)
@@ -94,14 +94,14 @@ class KacProcess:
         return self.c * t * torch.where(reversals == 0, coin, inside)
 
     def velocity(self, x: Tensor, t: Tensor | float, is_atom: Tensor | None = None) -> Tensor:
-        """The conditional velocity E[dK_t/dt | K_t = x]: broadcast shape of x and t, absolute value at most c.
+        """Return the conditional velocity E[dK_t/dt | K_t = x], broadcast over x and t, with absolute value at most c.
 
         Inside the cone v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z); on an atom v = sign(x) c. Outside the cone
-        |x| <= ct, where the density is 0, the velocity keeps its value at the edge. Rounding of x or ct therefore
+        |x| <= ct, where the density is 0, the velocity keeps its value at the edge, so rounding errors in x or ct
         cannot raise it above c. Gradients are finite everywhere.
 
         Args:
-            is_atom: bool, which particles have never reversed; None: no particle is an atom.
+            is_atom: bool, true for particles that have never reversed; None: no particle is an atom.
         """
         t = _as_times(t, like=x)
         edge = self.c * t
@@ -111,7 +111,7 @@ class KacProcess:
         return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
 
     def density(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """The density of the continuous part, whose mass is 1 - exp(-a t). It is 0 outside the cone.
+        """Return the density of the continuous part, whose mass is 1 - exp(-a t). It is 0 outside the cone.
 
         p = a exp(-a t) / (2 c) (I0(z) + (c t / r) I1(z)), evaluated with scaled Bessel functions.
         """
@@ -130,7 +130,7 @@ class KacProcess:
         return torch.where(x.abs() <= self.c * t, density, torch.zeros_like(density))
 
     def cdf(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """P(K_t <= x), including the atoms. Gauss-Legendre quadrature uses CDF_NODES times the memory of x."""
+        """Return P(K_t <= x), including the atoms. Gauss-Legendre quadrature needs CDF_NODES times the memory of x."""
         t = _as_times(t, like=x)
         nodes, weights = _gauss_legendre(CDF_NODES, x)
         reach = torch.minimum(torch.minimum(x.abs(), self.c * t), CDF_REACH * self.variance(t).sqrt())
@@ -141,7 +141,7 @@ class KacProcess:
         return torch.where(x >= edge, 1.0, torch.where(x < -edge, 0.0, inside)).to(x.dtype)
 
     def variance(self, t: Tensor | float) -> Tensor:
-        """Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
+        """Return Var K_t = (c^2 / 2 a^2) (2 a t - 1 + exp(-2 a t)), with the shape of t."""
         t = _as_times(t)
         u = 2 * self.a * t
         tail = 1 - u / 6 * (1 - u / 7 * (1 - u / 8 * (1 - u / 9)))
@@ -149,7 +149,7 @@ class KacProcess:
         return self.c**2 / (2 * self.a**2) * torch.where(u < SERIES_LIMIT, series, u + torch.expm1(-u))
 
     def _z_squared(self, x: Tensor, t: Tensor) -> Tensor:
-        # In float64: near the cone's edge ct - x cancels, and in fp32 the rounding of ct would cost the last digits.
+        # Use float64: near the cone's edge ct - x cancels, and rounding ct to float32 would lose the last digits.
         edge, x_wide = self.c * t.double(), x.double()
         return ((self.a / self.c) ** 2 * ((edge - x_wide) * (edge + x_wide))).to(x.dtype)
 
@@ -161,7 +161,7 @@ def _as_times(t: Tensor | float, like: Tensor | None = None) -> Tensor:
 
 
 def _h(z_squared: Tensor) -> Tensor:
-    """h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... for z^2 >= 0."""
+    """Return h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... for z^2 >= 0."""
     q = z_squared.clamp(max=SERIES_LIMIT)
     series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q / 15 * (1 - q * 13 / 192))))
     # The slope of sqrt is infinite at 0, which makes the gradient NaN even in the branch that is not selected.
@@ -170,6 +170,6 @@ def _h(z_squared: Tensor) -> Tensor:
 
 
 def _gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
+    """Return the nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy((nodes + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)

@@ -1,4 +1,4 @@
-"""Images from a teacher or student: sampling options, initial noise and sampling itself."""
+"""Draw images from a teacher or student: sampling options, initial noise and integration."""
 
 import time
 from typing import NamedTuple
@@ -19,11 +19,11 @@ from kac.util.images import delivered
 TEACHER_STEPS = 100
 
 BATCH_SIZE = 500
-"""Default number of samples per network call. Another number changes the last digits of the images."""
+"""Default number of samples per network call. A different number changes the last digits of the images."""
 
 
 class Sampling(NamedTuple):
-    """How to sample a model."""
+    """Options for sampling a model."""
 
     guidance: float
     steps: int
@@ -34,13 +34,13 @@ class Sampling(NamedTuple):
 def teacher_sampling(
     config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
 ) -> Sampling:
-    """How to sample a teacher. Raises ``ArgumentError`` if ``guidance`` is not 0 and the teacher cannot be guided."""
+    """Return how to sample a teacher. Raises ``ArgumentError`` for guidance of a teacher that cannot be guided."""
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
-    """How to sample a student: one Euler step per interval of its grid.
+    """Return how to sample a student: with one Euler step per interval of its grid.
 
     The guidance scale is built into the weights, unless the network takes the scale as an input.
 
@@ -49,7 +49,7 @@ def student_sampling(config: ModelConfig, steps: int | None = None, guidance: fl
         guidance: only a student trained on several guidance scales accepts a scale other than its default.
 
     Raises:
-        ArgumentError: steps or guidance that this student was not trained for.
+        ArgumentError: the student was not trained for ``steps`` or ``guidance``.
     """
     assert config.steps is not None and config.guidance is not None
     if steps not in {None, config.steps} and not config.is_any_step:
@@ -85,7 +85,7 @@ def draw(
     first: int = 0,
     raw: bool = False,
 ) -> Samples:
-    """Generate the delivered samples first .. first + count - 1 of a seed.
+    """Generate the samples first .. first + count - 1 of a seed, clipped and rounded as delivered.
 
     Args:
         batch_size: samples per network call.
@@ -107,7 +107,7 @@ def draw(
         classes.append(label)
         nfe = solution.nfe
     if not all(torch.isfinite(batch).all() for batch in batches):
-        raise DivergedError("The model generates NaN or infinity: it has diverged. Train it again with other options.")
+        raise DivergedError("The model generates NaN or infinity: it has diverged. Train it with different options.")
     outputs = torch.cat(batches)
     return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 
@@ -115,7 +115,7 @@ def draw(
 def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
     """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], with gradients.
 
-    A network with the input ``end_time`` or ``guidance`` receives it.
+    The network also receives ``end_time`` and ``guidance`` if it takes these inputs.
     """
     velocity = velocity_of(network, x_1, label, sampling)
     return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
@@ -126,10 +126,10 @@ generate = torch.inference_mode()(integrate)
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:
-    """The guided velocity that ``integrate`` solves. Its times must be on the grid of ``sampling``.
+    """Return the guided velocity that ``integrate`` solves. It must be evaluated on the time grid of ``sampling``.
 
     Args:
-        x_1: [batch, *sample], with the type and device of all states.
+        x_1: [batch, *sample]. Later states must have its dtype and device.
     """
     times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
     rounded = times.to(x_1.dtype)
@@ -146,13 +146,13 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
 def initial_noise(
     config: ModelConfig, seed: int, ids: range, labels: tuple[int, ...] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Noise [len(ids), *sample] and network labels [len(ids)] of the samples ``ids``.
+    """Return the noise [len(ids), *sample] and the network labels [len(ids)] of the samples ``ids``.
 
     Args:
         labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
 
     Raises:
-        ArgumentError: a class that the model does not know.
+        ArgumentError: ``labels`` contains a class that the model does not know.
     """
     x_1 = noise.noise(config.path.build(), seed, ids, config.sample_shape)
     if labels is None:

@@ -20,7 +20,7 @@ Method = Literal["euler", "heun", "ab2"]
 KnotGrid = Literal["uniform"]
 
 GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
-"""Functions from the fraction of remaining knots (1: noise, 0: image) to time. They increase and fix 0 and 1."""
+"""Increasing functions from the fraction of remaining knots (1: noise, 0: image) to time, with f(0) = 0, f(1) = 1."""
 
 
 class Solution(NamedTuple):
@@ -33,7 +33,7 @@ class Solution(NamedTuple):
 
 
 def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
-    """The times t_0 = 1 > t_1 > ... > t_knots = 0: [knots + 1], float64, exact at both ends.
+    """Return the times t_0 = 1 > t_1 > ... > t_knots = 0: [knots + 1], float64, exact at both ends.
 
     Stored knots, student steps and solver steps all use this grid. ``knot_times(m) == knot_times(m * n)[::n]``.
 
@@ -42,7 +42,7 @@ def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
         [1.0, 0.75, 0.5, 0.25, 0.0]
 
     Raises:
-        ValueError: fewer than one knot, or an unknown grid.
+        ValueError: ``knots`` is below 1, or ``grid`` is unknown.
     """
     if knots < 1:
         raise ValueError(f"`knots` is {knots}, but must be at least 1.")
@@ -68,7 +68,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
         (0.368, 100)
 
     Raises:
-        ValueError: an unknown method, times that do not decrease, or an index in ``keep`` outside the grid.
+        ValueError: ``method`` is unknown, ``times`` does not decrease, or ``keep`` has an index outside ``times``.
     """
     check_known("solver", method, STEPPERS)
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
@@ -96,7 +96,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
 
 class _Slope(NamedTuple):
     u: Tensor  # [batch, *sample], a velocity or a weighted sum of velocities
-    power: Tensor  # [batch], the same sum of their |velocity|^2
+    power: Tensor  # [batch], |velocity|^2, or the sum of |velocity|^2 with the same weights
 
     def plus(self, weight: float, other: "_Slope", other_weight: float) -> "_Slope":
         return _Slope(*(weight * a + other_weight * b for a, b in zip(self, other, strict=True)))
@@ -104,11 +104,11 @@ class _Slope(NamedTuple):
 
 class _Step(NamedTuple):
     evaluate: Callable[[Tensor, float], _Slope]
-    x: Tensor  # at the start
+    x: Tensor  # state at the start of the step
     t_next: float
     h: float  # negative
-    now: _Slope  # at the start
-    last: tuple[_Slope, float] | None  # ``now`` and ``h`` of the last step
+    now: _Slope  # slope at the start of the step
+    last: tuple[_Slope, float] | None  # ``now`` and ``h`` of the previous step
 
 
 def _heun(step: _Step) -> _Slope:

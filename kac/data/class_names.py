@@ -1,4 +1,4 @@
-"""Names of classes: their order, their labels, and a line that lists them."""
+"""The names of classes: sort them, find the label of a name, and list them on one line."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 LISTED, FIRST, LENGTH = 20, 3, 400
-"""Up to 20 classes are listed in full; of more, the first three and the last. A line has about 400 characters."""
+"""Up to 20 classes and 400 characters are listed in full. Longer lists show the first three classes and the last."""
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
     """Return the label of a class that is given by name or by label.
 
-    If classes are named by integers, an integer is a name: of the classes 1 .. 12, ``1`` is the class named 1.
+    If the names are integers, an integer is read as a name: ``1`` means the class named 1, not the class with label 1.
 
     Raises:
         ArgumentError: there is no such class.
@@ -51,7 +51,7 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
 
 
 def list_classes(names: Sequence[str]) -> str:
-    """List the classes on one line, "0=cat, 1=dog". Of many classes, those in the middle are left out."""
+    """List the classes on one line, such as "0=cat, 1=dog". Long lists omit the classes in the middle."""
     entries = [f"{label}={' '.join(name.split())}" for label, name in enumerate(names)]
     text = ", ".join(entries)
     if len(entries) <= LISTED and len(text) <= LENGTH:

@@ -1,4 +1,4 @@
-"""Datasets with two splits, and the interface of files with images that can be decoded to a dataset."""
+"""Datasets with two splits, and the interface of sources: files whose images can be decoded into a dataset."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ class DataDescription(Options):
 
     sample_shape: tuple[int, ...]
     num_classes: int
-    class_frequencies: tuple[float, ...]  # of the training images; they sum to 1
+    class_frequencies: tuple[float, ...]  # fraction of the training images in each class
     train: int  # number of training images
     held_out: int  # number of held-out images
-    sha256: str  # of the content of both splits
+    sha256: str  # hash of the content of both splits
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
     split: str = ""  # which images are held out, and why
     warnings: tuple[str, ...] = ()  # messages for the user about the files
@@ -50,7 +50,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled dataset. Models are trained only on ``train``, and compared with both splits."""
+    """A labelled dataset. Models are trained only on ``train``, and evaluated on both splits."""
 
     description: DataDescription
     train: Split
@@ -79,9 +79,9 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Labelled images in files. It is pickled and sent to the processes that decode.
+    """Labelled images in files. A source is pickled and sent to the processes that decode its images.
 
-    All other fields of a subclass are options of ``DataConfig`` with the same names.
+    A subclass may add fields. They are options of ``DataConfig`` with the same names.
     All methods raise ``DistillKacError`` if a file is missing, damaged or inconsistent. The message names the file.
     """
 
@@ -89,7 +89,7 @@ class Source(ABC):
 
     @abstractmethod
     def stamps(self) -> Iterator[files.Stamp]:
-        """Yield the files to read. Cached images stay valid as long as these stamps do not change."""
+        """Yield the stamps of the files to read. Cached images stay valid until a stamp changes."""
 
     @abstractmethod
     def contents(self) -> Contents:
@@ -112,13 +112,13 @@ def reading(name: str, kind: str, advice: str = "Download it again.") -> Iterato
     except DistillKacError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk or S3; those of decoders have no errno
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk or S3; decoders set no errno
             raise
         raise DistillKacError(f"{name} is not {kind} ({one_line(error).rstrip('.')}). {advice}") from None
 
 
 def count_classes(labels: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes of the labels 0 .. n - 1 in files, [images] each, of any integer type.
+    """Return the number of classes n, given the labels 0 .. n - 1 of each file: [images], of any integer type.
 
     Raises:
         DistillKacError: a label is negative, or so large that a class has no image.
@@ -129,14 +129,14 @@ def count_classes(labels: Mapping[str, np.ndarray]) -> int:
             if not 0 <= label < images:
                 raise DistillKacError(
                     f"{name} has the label {label}, but labels of {images:,} images must be in 0 .. {images - 1}. "
-                    "Number the classes from 0 without gaps. Move files without labels away."
+                    "Number the classes from 0 without gaps. Remove files without labels."
                 )
             num_classes = max(num_classes, label + 1)
     return num_classes
 
 
 def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.ndarray) -> None:
-    """Raise ``DistillKacError`` unless labels are in range, each class has training images and some are held out."""
+    """Raise ``DistillKacError`` if labels are out of range, a class has no training images, or none are held out."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         problem = f"the label {wrong[0]}, but labels must be in 0 .. {num_classes - 1}. Correct the labels"
@@ -147,11 +147,11 @@ def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.n
         raise DistillKacError(f"{root} has {problem}. Number the classes from 0 without gaps.")
     if not held_out.any():
         problem = f"at most {counts.max()} images per class, so no fifth image can be held out"
-        raise DistillKacError(f"{root} has {problem}. Add images, so that a class has at least 5, or a test split.")
+        raise DistillKacError(f"{root} has {problem}. Add images until a class has at least 5, or add a test split.")
 
 
 def every_nth_of_each_class(labels: Tensor, n: int = 5) -> Tensor:
-    """Return a mask [count] bool of every n-th label of each class. It is the same on every machine."""
+    """Return a mask [count] bool that selects every n-th image of each class. It is the same on every machine."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():  # type: ignore[no-untyped-call]
         chosen[torch.nonzero(labels == label)[n - 1 :: n]] = True

@@ -3,7 +3,7 @@
     CACHE/data/KEY/{train,held_out}-{images,labels}.npy, dataset.json
 
 KEY is a hash of the options and of the stamps of the files, so changed files are decoded again. The folder is written
-under a temporary name: readers see the complete folder or nothing. If two processes decode at once, the first wins.
+under a temporary name: readers see the complete folder or nothing. If two processes decode at once, one result is kept.
 
 A cache on ``s3://`` stores the images as blocks, ``KEY/<split>-images/<first row>``, which any machine can write in any
 order, and dataset.json, which is written last. Each machine copies the cache once to a folder below TMPDIR.
@@ -41,7 +41,7 @@ from kac.util.fingerprint import fingerprint
 from kac.util.images import from_bytes
 
 VERSION = 2
-"""Version of the cached content, part of every key. 2: EXIF orientation, class names, verified checksums."""
+"""Version of the cached content, part of every key. Version 2 added EXIF orientation, class names and checksums."""
 
 SPLITS = ("train", "held_out")
 DESCRIPTION_FILE = "dataset.json"
@@ -55,7 +55,7 @@ class CachePaths(NamedTuple):
     """Where the cache stores a decoded dataset."""
 
     shared: str  # in the cache folder: a path or s3:// URI
-    local: str  # where this machine reads it; differs from ``shared`` only if that is on S3
+    local: str  # where this machine reads the dataset; differs from ``shared`` only if ``shared`` is on S3
 
 
 class Piece(NamedTuple):
@@ -63,11 +63,11 @@ class Piece(NamedTuple):
 
     content: Any
     held_out: np.ndarray  # [count] bool
-    first_rows: tuple[int, int]  # of its training images and of its held-out images, in their splits
+    first_rows: tuple[int, int]  # rows of its first training image and its first held-out image in their splits
 
 
 class Writer(NamedTuple):
-    """Decodes pieces into the cache. It can be sent to any process of the cluster."""
+    """Decodes pieces into the cache. A writer can be sent to any process of the cluster."""
 
     source: Source
     shape: tuple[int, ...]
@@ -80,8 +80,8 @@ class Writer(NamedTuple):
                 os.utime(self.folder)  # marks the folder as in use
             except FileNotFoundError:
                 raise DistillKacError(
-                    f"{VARIABLE} must be on s3:// or in a folder that every machine sees, but {os.uname().nodename} "
-                    f"does not see {self.folder}."
+                    f"{VARIABLE} must be on s3:// or a folder that all machines share, but {os.uname().nodename} "
+                    f"cannot find {self.folder}."
                 ) from None
         rows, done = list(piece.first_rows), 0
         for block in self.source.decode(piece.content, self.shape):
@@ -103,14 +103,14 @@ class Writer(NamedTuple):
         if self.folder.startswith("s3://"):
             files.write_bytes(files.join(path, f"{row:012d}"), images.tobytes())
             return
-        with open(f"{path}.npy", "r+b") as file:  # not a memory map, whose pages machines would overwrite on NFS
+        with open(f"{path}.npy", "r+b") as file:  # on NFS, machines would overwrite each other's memory maps
             _read_header(file)
             file.seek(row * images[0].nbytes, os.SEEK_CUR)
             file.write(np.ascontiguousarray(images).data)
 
 
 class Decoding(NamedTuple):
-    """A decoding in progress. Write every piece once, in any order, then call ``finish``."""
+    """A dataset that is being decoded. Write every piece once, in any order, and then call ``finish``."""
 
     writer: Writer
     pieces: list[Piece]
@@ -118,7 +118,7 @@ class Decoding(NamedTuple):
 
 
 class DecodedSplit:
-    """A split in the cache. Memory holds only the labels and the rows in use."""
+    """A split in the cache. Only its labels and the rows in use are in memory."""
 
     def __init__(self, folder: str, split: str) -> None:
         self.labels = torch.from_numpy(np.load(f"{folder}/{split}-labels.npy"))
@@ -157,7 +157,7 @@ def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
 
 
 def find(paths: CachePaths) -> Dataset | None:
-    """Return the dataset from the cache; None if it is not decoded yet."""
+    """Return the dataset from the cache, or None if it has not been decoded yet."""
     if os.path.exists(f"{paths.local}/{DESCRIPTION_FILE}"):
         return _open(paths.local)
     if paths.shared == paths.local or not files.exists(files.join(paths.shared, DESCRIPTION_FILE)):
@@ -175,7 +175,7 @@ def find(paths: CachePaths) -> Dataset | None:
 
 @contextmanager
 def decoding(source: Source, paths: CachePaths) -> Iterator[Decoding]:
-    """Begin to decode a source into the cache. Local files are removed unless the block calls ``finish``."""
+    """Begin to decode a source into the cache. Local files are removed unless the ``with`` block calls ``finish``."""
     contents, is_remote = source.contents(), paths.shared != paths.local
     held_out = contents.held_out
     if held_out is None:
@@ -217,8 +217,8 @@ def _check_room(folder: str, contents: Contents) -> None:
     if needed > free:
         raise DistillKacError(
             f"{os.path.dirname(folder)}: {images:,} images of {side} pixels need {needed / 1e9:,.1f} GB, but this disk "
-            f"has only {free / 1e9:,.1f} GB free. Free some space, set {VARIABLE} to another disk (TMPDIR if it is on "
-            "s3://), or reduce the images with `data.size`."
+            f"has only {free / 1e9:,.1f} GB free. Free some space, set {VARIABLE} (or TMPDIR, if the cache is on "
+            "s3://) to another disk, or reduce the images with `data.size`."
         )
 
 
@@ -237,7 +237,7 @@ def _allocate(folder: str, split: str, shape: tuple[int, ...]) -> None:
 
 
 def _read_header(file: Any) -> tuple[int, ...]:
-    """Return the shape of the array in a .npy file, and move to its values."""
+    """Return the shape of the array in a .npy file. The file is then positioned at the first value."""
     np.lib.format.read_magic(file)
     shape, _, _ = np.lib.format.read_array_header_1_0(file)
     return shape
@@ -245,7 +245,7 @@ def _read_header(file: Any) -> tuple[int, ...]:
 
 @contextmanager
 def _local_folder(path: str) -> Iterator[str]:
-    """Make a temporary folder next to ``path``. It is removed at the end unless it was renamed."""
+    """Make a temporary folder next to ``path``. The folder is removed at the end unless it was renamed."""
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     files.remove_orphans(parent)
@@ -258,7 +258,7 @@ def _local_folder(path: str) -> Iterator[str]:
 
 
 def _publish(folder: str, path: str, description: DataDescription) -> Dataset:
-    """Rename a complete folder to ``path``, or use the folder of a process that was first."""
+    """Rename a complete folder to ``path``. If another process already created ``path``, use its folder instead."""
     for entry in os.scandir(folder):
         with open(entry.path, "rb") as file:
             os.fsync(file.fileno())

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's modes, by the number of channels."""
+"""Pillow's image modes, by the number of channels."""
 
 CHANNEL_NAMES = {1: "greyscale", 3: "RGB"}
 
 MOST_PIXELS = 178_956_970
-"""Pillow refuses larger images by their header, before it allocates memory. Its message has this number."""
+"""Pillow rejects images with more pixels before it allocates memory. Its error message contains this number."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag for the orientation of the camera."""
+"""The EXIF tag that contains the orientation of the camera."""
 
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-"""Pillow's names of the operations that turn an image upright, for the orientations 2 to 8. 1 is upright."""
+"""Pillow's names of the operations that turn an image upright, for orientations 2 to 8. Orientation 1 is upright."""
 
 BLOCK_BYTES = 2**24
 """Approximate size of a block of decoded images. A block has at least one image."""
@@ -38,15 +38,15 @@ BLOCK_BYTES = 2**24
 class Decoder(NamedTuple):
     """Decodes images, and converts them to one size and one number of channels."""
 
-    size: int | None = None  # side of the central square that each image is cropped and resized to; None: keep the size
-    channels: int | None = None  # 1 or 3, to convert each image to; None: keep the channels
+    size: int | None = None  # crop each image to its central square and resize it to this side; None: keep its size
+    channels: int | None = None  # convert each image to this number of channels, 1 or 3; None: keep its channels
 
     def shape_of(self, data: bytes, name: str) -> tuple[int, ...]:
         """Return the shape [channels, height, width] of the decoded image."""
         return self._array(data, name).shape
 
     def decode(self, data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the image as uint8 ``shape``. Errors about damage and other shapes begin with ``name``."""
+        """Return the image as a uint8 array of ``shape``. Error messages begin with ``name``."""
         image = self._array(data, name)
         if image.shape[0] != shape[0]:
             problem = f"is {CHANNEL_NAMES[image.shape[0]]}, but the first image is {CHANNEL_NAMES[shape[0]]}"
@@ -77,7 +77,7 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedSource(Source):
-    """Files of encoded images. ``size`` and ``channels`` are those of ``Decoder``."""
+    """Files of encoded images. ``size`` and ``channels`` are options of ``Decoder``."""
 
     size: int | None
     channels: int | None
@@ -122,19 +122,19 @@ def _open(data: bytes, name: str) -> "Image":
         try:
             image = Image.open(io.BytesIO(data))
         except UnidentifiedImageError:
-            raise ValueError(f"it has {len(data):,} bytes in no known format") from None
+            raise ValueError(f"its {len(data):,} bytes have no known format") from None
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         if image.format == "PNG":
-            image.verify()  # verifies the checksums of all chunks; the image must be opened again after it
+            image.verify()  # verifies the checksums of all chunks; the image must be opened again afterwards
             image = Image.open(io.BytesIO(data))
         image.load()
     if frames > 1:
-        raise DistillKacError(f"{name} contains {frames} images in one {image.format} file. Save each as its own file.")
+        raise DistillKacError(f"{name} contains {frames} images in one {image.format} file. Save one image per file.")
     return image
 
 
 def _upright(image: "Image") -> "Image":
-    """Return the image turned by its EXIF orientation, or unchanged if it has no readable orientation."""
+    """Return the image turned according to its EXIF orientation, or unchanged if it has no readable orientation."""
     from PIL.Image import Transpose
 
     orientation: Any = None

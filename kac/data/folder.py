@@ -1,7 +1,7 @@
 """Image folders, ``ROOT/CLASS/IMAGE`` or ``ROOT/SPLIT/CLASS/IMAGE``. ``kac/data/layout.py`` finds the splits.
 
-Classes are numbered in the natural order of their folder names. Hidden files and the files that operating systems add
-are ignored; any other file that is not an image is an error.
+Classes are numbered in the natural order of their folder names. Hidden files and files that operating systems add are
+ignored. Any other file that is not an image raises an error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class FolderSource(EncodedSource):
     """The images below ``root``."""
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Yield every file below the root."""
+        """Yield the stamps of all files below the root, except ignored files."""
         return (stamp for stamp in files.walk(self.root) if IGNORED.isdisjoint(stamp.path.split("/")))
 
     def contents(self) -> Contents:
@@ -84,9 +84,9 @@ class FolderSource(EncodedSource):
         if path and not base:
             problem = "has no images. Remove this folder or add images."
         elif not path or base.lower().endswith(ARCHIVES):
-            problem = "is a file. Give a folder of images in class folders; unpack archives first."
+            problem = "is a file. Give a folder that contains one folder of images per class. Unpack archives first."
         elif not base.lower().endswith(ENDINGS):
-            problem = f"is not an image ({', '.join(ENDINGS)}). Move it away."
+            problem = f"is not an image ({', '.join(ENDINGS)}). Remove it."
         elif not folder:
             problem = (
                 f"is not in a class folder. Move the images of each class to a folder in {self.root} that is named "

@@ -1,4 +1,4 @@
-"""Datasets in memory: from scikit-learn, generated here, or arrays from a function that is given by its import path.
+"""Datasets in memory: from scikit-learn, generated here, or returned by a function that is given by its import path.
 
 To add a dataset without files, write a function that returns a ``Dataset``, and add it to ``BundledKind``, ``BUNDLED``
 and ``HELP`` below.
@@ -30,7 +30,7 @@ OPTION = "`data.factory`"
 
 
 class InMemorySplit(NamedTuple):
-    """A split that is held in memory."""
+    """A split of a dataset in memory."""
 
     data: LabelledImages
 
@@ -49,13 +49,13 @@ def in_memory(
     held_out: Tensor | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Dataset:
-    """Return a dataset that is held in memory.
+    """Return a dataset in memory.
 
     Args:
         images: [count, *sample], float32 in [-1, 1].
         labels: [count], int64 in 0 .. num_classes - 1.
         held_out: [count] bool, the images to hold out; default: every fifth image of each class.
-        class_names: by label.
+        class_names: names of the classes, by label.
     """
     split = EVERY_FIFTH if held_out is None else "the held-out images are given with the data"
     held_out = every_nth_of_each_class(labels) if held_out is None else held_out
@@ -78,7 +78,7 @@ def in_memory(
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels."""
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -111,17 +111,17 @@ def _in_memory(images: np.ndarray, labels: np.ndarray, num_classes: int) -> Data
 BundledKind = Literal["digits", "moons", "gaussians"]
 
 BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": digits, "moons": moons, "gaussians": gaussians}
-"""The functions that make the datasets."""
+"""The functions that create the bundled datasets."""
 
 HELP = "digits: 8x8 handwritten digits; moons, gaussians: points in the plane"
 
 
 class ArrayData(NamedTuple):
-    """Labelled images or points, as numpy arrays or tensors. A data factory is a function annotated to return them.
+    """Labelled images or points, as numpy arrays or tensors. A data factory is a function annotated to return it.
 
-    The options of a data set name the function, not the data, because an object of one process can neither be sent to
-    workers on other machines nor be stored in a model folder. Workers and later stages import the function and call it
-    again. It must therefore be in a module that all of them can import, and return the same values at every call.
+    The options of a dataset name the data factory, because neither a model folder nor a task for a worker contains the
+    data. Workers and later stages import the factory and call it again. The factory must therefore be in a module that
+    all of them can import, and must return the same values at every call.
 
     Example:
         >>> def make(count: int = 100) -> ArrayData:  # in mydata.py; used as --data outside --data.factory mydata:make
@@ -140,7 +140,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
     """Call the data factory at the import path ``given``, and return its data as a dataset.
 
     Raises:
-        DistillKacError: the factory fails, its data are not valid, or points should be mirrored (``flips``).
+        DistillKacError: the factory fails, its data are not valid, or ``flips`` is true and the data are points.
     """
     data, name = build(OPTION, given, ArrayData, arguments), f"{OPTION} {given}"
     held_out = None
@@ -157,7 +157,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"{name} returned {one_line(error).rstrip('.')}.") from None
     if flips and not is_image(tuple(images.shape[1:])):
-        raise ArgumentError(f"`data.horizontal_flip` mirrors images, but {given} returned points. Remove it.")
+        raise ArgumentError(f"`data.horizontal_flip` mirrors images, but {given} returned points. Remove this option.")
     num_classes = len(class_names) or count_classes({name: labels.numpy()})
     chosen = every_nth_of_each_class(labels) if held_out is None else held_out
     check_labels(name, labels.numpy(), num_classes, chosen.numpy())
@@ -165,7 +165,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
 
 
 def _check_split(prefix: str, images: Any, labels: Any) -> LabelledImages:
-    """Return one split as float32 images or points in [-1, 1] and int64 labels; raise ``ValueError`` if not valid."""
+    """Return a split as float32 images or points in [-1, 1] and int64 labels. Raises ``ValueError`` if not valid."""
     images, labels = _as_tensor(f"{prefix}images", images), _as_tensor(f"{prefix}labels", labels)
     shape = list(images.shape)
     if not images.numel():
@@ -179,7 +179,7 @@ def _check_split(prefix: str, images: Any, labels: Any) -> LabelledImages:
         )
     if are_points and not bool((images.abs() <= 1).all()):  # false for NaN too
         values = f"{float(images.min()):g} to {float(images.max()):g}"
-        raise ValueError(f"{prefix}images from {values}. Points should be in [-1, 1]")
+        raise ValueError(f"{prefix}images with values from {values}. Points must be in [-1, 1]")
     is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not is_integer or list(labels.shape) != shape[:1]:
         found = f"{prefix}labels of shape {list(labels.shape)} and type {labels.dtype} for {shape[0]:,} images"
@@ -199,5 +199,5 @@ def _as_tensor(field: str, value: Any) -> Tensor:
 def _check_names(class_names: Any) -> tuple[str, ...]:
     names = () if isinstance(class_names, str) or not isinstance(class_names, Sequence) else tuple(class_names)
     if len(names) != len(class_names) or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
-        raise ValueError(f"class_names {one_line(class_names, 100)}. Return a list of distinct texts, one per class")
+        raise ValueError(f"class_names {one_line(class_names, 100)}. Return a list of distinct strings, one per class")
     return names

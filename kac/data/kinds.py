@@ -1,4 +1,4 @@
-"""Datasets by kind.
+"""The kinds of datasets.
 
 To add a kind without files, see ``kac/data/in_memory.py``. To add a kind of files, write a ``Source``, register it in
 ``FILE_KINDS``, and add it to ``DataKind``.
@@ -35,15 +35,15 @@ FILE_KINDS: dict[DataKind, type[Source]] = {
 
 
 class DataConfig(Kinded):
-    """The dataset to use."""
+    """Options that select and read a dataset."""
 
     kind: DataKind = Field(
         "digits",
         description=f"{in_memory.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
         "folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face "
-        "datasets; outside: arrays from a function of your own, by its import path",
+        "datasets; outside: arrays that your own function returns, by its import path",
     )
-    root: str | None = input_path(None, "path or s3:// URI of the files, for kinds that have files", kind="any")
+    root: str | None = input_path(None, "path or s3:// URI of the files, for kinds that read files", kind="any")
     factory: ImportPath | None = unhashed(
         None, "package.module:function, where the function is annotated to return a kac.data.ArrayData"
     )
@@ -59,7 +59,7 @@ class DataConfig(Kinded):
     horizontal_flip: bool = Field(False, description="mirror training images left to right with probability 1/2")
 
     def __hash__(self) -> int:
-        """The hash for caches of opened datasets: ``arguments`` may contain lists and mappings, which have none."""
+        """Hash the JSON text, for the cache of opened datasets: lists and mappings in ``arguments`` are unhashable."""
         return hash(self.model_dump_json())
 
     @property
@@ -91,7 +91,7 @@ def _source_options(kind: DataKind) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(config: DataConfig) -> Dataset:
-    """Return the dataset, opened once per process. If it is not in the cache, it is decoded in this process first.
+    """Return the dataset, opened once per process. A dataset that is not in the cache is decoded in this process.
 
     Raises:
         DistillKacError: files are missing, damaged or inconsistent, or a factory or its data are not valid.
@@ -105,7 +105,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decoding] | None:
-    """Return the decoding to do before ``open_dataset``, for callers that decode in many processes.
+    """Begin the decoding that ``open_dataset`` would do, for callers that distribute it over many processes.
 
     Returns None if the dataset has no files or is in the cache.
     """

@@ -33,17 +33,17 @@ WORDS: dict[str, Part] = {
 """The words that name a split."""
 
 NOUN = re.compile("(set|split|data|images|imgs)$")
-"""Nouns that may follow such a word without a space: ``trainset``."""
+"""Nouns that may follow a split word without a space, as in ``trainset``."""
 
 MOST_SHOWN = 3
-"""The most names in a message."""
+"""Maximum number of names in a message."""
 
 
 class SplitName(NamedTuple):
     """A split, and the name that indicates it."""
 
     part: Part
-    name: str  # of a file or folder; a folder ends in a slash
+    name: str  # name of a file, or of a folder with a slash at the end
 
 
 class FolderRole(NamedTuple):
@@ -54,11 +54,11 @@ class FolderRole(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How a dataset is divided."""
+    """The division of a dataset into training images and held-out images."""
 
     used: list[int]  # indices of the files or images to read
     held_out: np.ndarray | None  # [used] bool; None: every fifth image of each class
-    description: str  # how it is divided, and why
+    description: str  # how the dataset is divided, and why
 
 
 def split_file(root: str, path: str) -> SplitName | None:
@@ -82,7 +82,7 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
     images share. The name of a class may contain the word of a split, but must contain another word too.
 
     Raises:
-        DistillKacError: splits without classes, nested classes, or ambiguous names.
+        DistillKacError: a split has no classes, classes are nested, or names are ambiguous.
     """
     parts = {folder: folder.split("/") for folder in folders}
     above = {path: _only_split(root, path, _splits_of_folders(names[:-1])) for path, names in parts.items()}
@@ -118,8 +118,8 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
 def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
     """Return the splits of images from the first words of their own names, as in ``cat/train_001.png``.
 
-    Returns None unless every name begins with a split, and some name with another split than training: an image may
-    simply show a train.
+    Returns None unless every name begins with a split and at least one split is not training. If all names begin with
+    ``train``, the images may simply show trains.
     """
     known = {word: SplitName(part, f"{word}*") for word, part in WORDS.items()}
     words = (_words(path.rpartition("/")[2]) for path in paths)
@@ -129,15 +129,15 @@ def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
 
 
 def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], unit: str) -> Division:
-    """Choose what is read and what is held out.
+    """Choose the files or images to read, and those to hold out.
 
     Args:
-        splits: of each file or image.
-        paths: of each file, or of the folder of each image, below the root.
-        unit: what they are, in the plural.
+        splits: the split of each file or image.
+        paths: the path of each file, or of the folder of each image, below the root.
+        unit: "files" or "images", for messages.
 
     Raises:
-        DistillKacError: only some belong to a split, or no split is for training.
+        DistillKacError: some files or images belong to a split and others do not, or no split is for training.
     """
     known = [split for split in splits if split]
     everything = list(range(len(splits)))
@@ -154,7 +154,7 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
     for part in dict.fromkeys(split.part for split in known):
         names = [split.name for split in known if split.part == part]
         described[part] = shorten(list(dict.fromkeys(names)), MOST_SHOWN)
-        if any(name.endswith(("/", "*")) for name in names):  # not the names of the files themselves
+        if any(name.endswith(("/", "*")) for name in names):  # names of folders or groups, not of single files
             described[part] += f" ({len(names):,} {unit if len(names) > 1 else unit.removesuffix('s')})"
     if "train" not in described:
         raise DistillKacError(
@@ -191,11 +191,11 @@ def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName 
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name in lower case. A word is a run of letters; aB is two words."""
+    """Return the words of a name in lower case. A word is a run of letters; ``aB`` is two words."""
     return [word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if word]
 
 
 def _parts_of(name: str) -> list[Part]:
-    """Return the splits in a name, one per word of a split."""
+    """Return the splits that a name contains, one per split word."""
     parts = (WORDS.get(word) or WORDS.get(NOUN.sub("", word)) for word in _words(name))
     return [part for part in parts if part]

@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 16
 
 
 class ParquetLabels(NamedTuple):
-    """The content of a file except the images."""
+    """Everything in a Parquet file except the images."""
 
     values: np.ndarray  # [rows], of the integer type in the file
     class_names: tuple[str, ...]  # by label; empty if the file has none
@@ -35,13 +35,13 @@ class ParquetLabels(NamedTuple):
 
 @dataclass(frozen=True)
 class ParquetSource(EncodedSource):
-    """The Parquet files at or below ``root``. Without a ``label_column`` all images are of one class."""
+    """The Parquet files at or below ``root``. Without a ``label_column``, all images belong to one class."""
 
     image_column: str
     label_column: str | None
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Yield every Parquet file."""
+        """Yield the stamps of all Parquet files."""
         return (stamp for stamp in files.walk(self.root) if not stamp.path or stamp.path.endswith(".parquet"))
 
     def contents(self) -> Contents:
@@ -58,7 +58,7 @@ class ParquetSource(EncodedSource):
         units = [Unit(rows, (path, i)) for path, labels in read.items() for i, rows in enumerate(labels.groups)]
         first = next((unit.content for unit in units if unit.images), None)
         if first is None:
-            raise DistillKacError(f"{self.root} has Parquet files, but no rows in them. Give files with images.")
+            raise DistillKacError(f"{self.root} has Parquet files, but no rows in these files. Give files with images.")
         num_classes = count_classes({self.name(path): labels.values for path, labels in read.items()})
         counts = [len(labels.values) for labels in read.values()]
         return Contents(
@@ -97,8 +97,8 @@ class ParquetSource(EncodedSource):
         column = f"the column {self.label_column!r}"
         if other is not None:
             raise DistillKacError(
-                f"{self.root}: {column} has other class names in {other} than in {first}, so a label means different "
-                "classes. Write both files with the same features."
+                f"{self.root}: {column} has different class names in {other} and in {first}, so the same label means "
+                "different classes. Write both files with the same features."
             )
         if num_classes > len(names):
             problem = f"only {len(names)} class names for {column}, but there is a label {num_classes - 1}"
@@ -147,7 +147,7 @@ class ParquetSource(EncodedSource):
 
 
 def _checked_groups(name: str, file: "pq.ParquetFile", size: int) -> list[int]:
-    """Return the number of rows of each row group, after checking that a file of ``size`` bytes can hold them."""
+    """Return the number of rows of each row group, after checking that they can fit into a file of ``size`` bytes."""
     rows = int(file.metadata.num_rows)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     if rows > size or rows != sum(groups) or min(groups, default=0) < 0:
@@ -159,7 +159,7 @@ def _checked_groups(name: str, file: "pq.ParquetFile", size: int) -> list[int]:
 
 
 def _read_class_names(name: str, schema: Any, column: str) -> tuple[str, ...]:
-    """Return the class names of a column that is a ``ClassLabel`` of Hugging Face; else an empty tuple."""
+    """Return the class names of a Hugging Face ``ClassLabel`` column, or an empty tuple for any other column."""
     try:
         values = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = values["info"]["features"][column]["names"]
@@ -167,8 +167,8 @@ def _read_class_names(name: str, schema: Any, column: str) -> tuple[str, ...]:
         return ()
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
         raise DistillKacError(
-            f"{name}: the class names of the column {column!r} are not distinct texts ({one_line(names, 100)}). Write "
-            "a valid ClassLabel feature."
+            f"{name}: the class names of the column {column!r} are not distinct strings ({one_line(names, 100)}). "
+            "Write a valid ClassLabel feature."
         )
     return tuple(names)
 

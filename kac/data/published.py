@@ -1,10 +1,10 @@
-"""Arrays of images as their authors publish them. No code in the files is run.
+"""Read MNIST-like datasets and CIFAR-10 in the formats that their authors publish. No code in the files is run.
 
-IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist), have a header, then bytes. The files
-are ``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each with or without gzip (``.gz``). The t10k part is held
-out. Some copies have a dot before ``idx``.
+IDX files, the format of MNIST and its variants (http://yann.lecun.com/exdb/mnist), have a header followed by bytes. The
+files are ``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each with or without gzip (``.gz``). Some copies have a
+dot before ``idx``. The t10k files are held out.
 
-CIFAR-10 is the Python archive ``cifar-10-python.tar.gz`` (https://www.cs.toronto.edu/~kriz/cifar.html), or its
+CIFAR-10 is read from the Python archive ``cifar-10-python.tar.gz`` (https://www.cs.toronto.edu/~kriz/cifar.html) or its
 extracted folder. The test batch is held out.
 """
 
@@ -34,7 +34,7 @@ NAMES = {
     for kind, size in DIMENSIONS.items()
     for part in PARTS
 }
-"""The possible names of each of the four files. The first that exists is read."""
+"""The possible names of each of the four files. The first existing file is read."""
 
 SHA256 = {
     "MNIST": {
@@ -62,7 +62,7 @@ MD5_EXTRACTED = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-"""Checksums of the published files of CIFAR-10. Extracted files have no checksum inside them."""
+"""MD5 checksums of the extracted files of CIFAR-10, which contain no checksums themselves."""
 
 FOLDER = "cifar-10-batches-py"
 BATCHES = tuple(MD5_EXTRACTED)
@@ -70,10 +70,10 @@ META = "batches.meta"
 """The file with the names of the classes."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""The published names, for folders without ``META``."""
+"""The published class names, for folders without ``META``."""
 
 MOST_BYTES = 2**30
-"""The largest valid size of the uncompressed archive. The published archive has 186 MB."""
+"""The largest valid size of the uncompressed archive, in bytes. The published archive has 186 MB."""
 
 ADVICE = f"Download {ARCHIVE} again; its md5 is {MD5}."
 
@@ -84,7 +84,7 @@ Loaded = tuple[Contents, dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class PublishedSource(Source):
-    """Files that are read as a whole."""
+    """Published files, which are read completely into memory."""
 
     @cached_property
     @abstractmethod
@@ -105,7 +105,7 @@ class PublishedSource(Source):
 
 
 def _load(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], num_classes: int, **facts: Any) -> Loaded:
-    """Put parts together. The last part is held out."""
+    """Combine parts into a dataset. The last part is held out."""
     *_, test = images
     contents = Contents(
         shape=images[test].shape[1:],
@@ -119,7 +119,7 @@ def _load(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], num_clas
 
 
 class IdxFile(NamedTuple):
-    """The content of a file."""
+    """The content of an IDX file."""
 
     path: str
     values: np.ndarray  # uint8
@@ -128,16 +128,16 @@ class IdxFile(NamedTuple):
 
 @dataclass(frozen=True)
 class IdxSource(PublishedSource):
-    """The four files in the folder ``root``."""
+    """The four IDX files in the folder ``root``."""
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Yield the files that exist."""
+        """Yield the stamps of the files that exist."""
         names = {name for variants in NAMES.values() for name in variants}
         return (stamp for stamp in files.walk(self.root) if stamp.path in names)
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The four files."""
+        """The content of the four files."""
         found = {file: self._read_file(file) for file in NAMES}
         labels, images = ({part: found[f"{part}-{kind}"].values for part in PARTS} for kind in DIMENSIONS)
         for part in PARTS:
@@ -188,7 +188,7 @@ class IdxSource(PublishedSource):
 
 
 def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
-    """Return a warning per file that differs from a published set, if the set includes others of the four files."""
+    """If some of the four files belong to a published set, return a warning for each file that does not."""
     for name, published in SHA256.items():
         others = [file for file in published if found[file].sha256 != published[file]]
         if len(others) < len(published):
@@ -205,7 +205,7 @@ class Cifar10Source(PublishedSource):
     """The archive ``root``, or a folder that contains the archive or its extracted files."""
 
     def stamps(self) -> Iterator[files.Stamp]:
-        """Return the archive, or the six batches and the file with class names."""
+        """Return the stamp of the archive, or the stamps of the six batches and the file with class names."""
         found = {stamp.path: stamp for stamp in files.walk(self.root)}
         for below in ("", f"{FOLDER}/"):
             if all(below + name in found for name in BATCHES):
@@ -219,7 +219,7 @@ class Cifar10Source(PublishedSource):
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The archive or the extracted files."""
+        """The content of the archive or of the extracted files."""
         paths = {stamp.path.rpartition("/")[2]: self.name(stamp.path) for stamp in self.stamps()}
         content = {name: files.read_bytes(path) for name, path in paths.items()}
         published = MD5_EXTRACTED if len(paths) > 1 else dict.fromkeys(paths, MD5)
@@ -251,7 +251,7 @@ class Cifar10Source(PublishedSource):
 
 
 def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
-    """Return the files of the archive that are needed, by name."""
+    """Return the needed files of the archive, by name."""
     content, found = gunzip(path, packed, lambda _: MOST_BYTES, ADVICE), {}
     tar = io.BytesIO(content)
     with reading(path, f"a complete {ARCHIVE}", ADVICE), tarfile.open(fileobj=tar, mode="r:") as archive:
@@ -278,7 +278,7 @@ class _Unpickler(pickle.Unpickler):
         return _STAND_INS[name]
 
 
-class _Bytes:  # numpy's array of uint8
+class _Bytes:  # stands in for a numpy array of uint8
     def __init__(self, *_: Any) -> None:
         self.values = np.empty(0, np.uint8)
 
@@ -287,22 +287,22 @@ class _Bytes:  # numpy's array of uint8
         self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
-class _Uint8:  # numpy's dtype
+class _Uint8:  # stands in for numpy.dtype
     def __init__(self, name: str | bytes, *_: Any) -> None:
         if name not in ("u1", b"u1"):
             raise ValueError(f"the type of the values is {name!r}, not bytes")
 
     def __setstate__(self, state: Any) -> None:
-        pass  # the byte order, which bytes do not have
+        pass  # the state is the byte order, which single bytes do not need
 
 
-def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # of numpy, for protocol 5
+def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # numpy's, in protocol 5
     array = _Bytes()
     array.__setstate__((1, shape, None, order == "F", data))
     return array
 
 
-def _encode(text: str, encoding: str) -> bytes:  # of bytes, for protocol 2
+def _encode(text: str, encoding: str) -> bytes:  # stands in for _codecs.encode in pickles of protocol 2
     if encoding != "latin1":
         raise ValueError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")

@@ -10,7 +10,7 @@ from kac.path import Path
 def flow_matching_loss(
     network: VelocityNetwork, path: Path, x_0: Tensor, t: Tensor, label: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """E || u_theta(x_t, t, label) - u_t ||^2 per coordinate; a scalar.
+    """Return E || u_theta(x_t, t, label) - u_t ||^2 per coordinate, a scalar.
 
     Example:
         >>> from kac import KacPath
@@ -24,7 +24,7 @@ def flow_matching_loss(
     Args:
         x_0: [batch, *sample] in [-1, 1].
         t: [batch], uniform in [0, 1].
-        label: [batch], some of them null labels.
+        label: [batch]; may contain null labels.
         generator: source of the path's noise, on the device of ``x_0``.
     """
     point = path.sample(x_0, t, generator)
@@ -32,16 +32,16 @@ def flow_matching_loss(
 
 
 def stratified_times(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform times, one in each interval of length 1 / ``count``, in random order: [count]. This reduces variance."""
+    """Return uniform times [count], one per interval of length 1 / ``count``, in random order, to reduce variance."""
     strata = torch.randperm(count, generator=generator)
     return (strata + torch.rand(count, generator=generator)) / count
 
 
 def drop_labels(label: Tensor, is_dropped: Tensor, null_label: int) -> Tensor:
-    """``label`` [batch] with the null label where ``is_dropped`` [batch] is true. Guidance needs this training."""
+    """Replace ``label`` [batch] with the null label where ``is_dropped`` [batch] is true, as guidance requires."""
     return torch.where(is_dropped, torch.full_like(label, null_label), label)
 
 
 def flip(images: Tensor, is_flipped: Tensor) -> Tensor:
-    """Images [batch, channels, height, width], mirrored horizontally where ``is_flipped`` [batch] is true."""
+    """Mirror images [batch, channels, height, width] horizontally where ``is_flipped`` [batch] is true."""
     return torch.where(is_flipped[:, None, None, None], images.flip(-1), images)

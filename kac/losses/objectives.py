@@ -1,4 +1,4 @@
-"""Objectives of students: the knots to read, the intervals to draw, the losses and the diagnostics.
+"""Training objectives of students. Each chooses the knots to read and the intervals to draw, and computes the losses.
 
 To add an objective, write its config and its ``Objective`` here, and add the config to ``OBJECTIVES``.
 """
@@ -21,12 +21,12 @@ LossName = Literal["mse", "huber"]
 PairLaw = Literal["grids", "any", "length", "long"]
 
 GRID_SHARE = 0.75
-"""Fraction of pairs drawn from the step counts ``grids``. The other pairs train the map between these grids."""
+"""Fraction of knot pairs that are student steps of ``grids``. The other pairs train the map between these grids."""
 
 HUBER_SCALE = 0.03
-"""c / sqrt(d) of the pseudo-Huber loss, whose norm covers the d coordinates of a sample.
+"""c / sqrt(d) of the pseudo-Huber loss, for samples with d coordinates.
 
-It is far smaller than a velocity, whose coordinates are about 1, so most samples have gradients of equal norm.
+It is far smaller than the coordinates of a velocity (about 1), so most samples have gradients of equal norm.
 arXiv 2310.14189 uses c = 0.00054 sqrt(d) for errors that are about a hundred times smaller.
 """
 
@@ -44,11 +44,11 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalars of a batch by name. Every pass of an update has the same names. Logged as means over passes and workers.
+    """Scalars of a batch by name, the same names in every pass of an update. Their means over passes are logged.
 
     Attributes:
-        losses: parts of the training loss, logged as ``loss/NAME``. Training minimises their sum.
-        diagnostics: only logged, as ``diagnostic/NAME``. They need no declaration and have no effect on training.
+        losses: parts of the training loss, logged as ``loss/NAME``. Training minimises the sum of all parts.
+        diagnostics: values that are only logged, as ``diagnostic/NAME``. They have no effect on training.
     """
 
     losses: dict[str, Tensor]
@@ -56,11 +56,11 @@ class LossTerms:
 
 
 class VelocityErrorOptions(Kinded):
-    """Options of the loss of a velocity error."""
+    """Options of losses that measure the velocity error."""
 
-    loss: LossName = Field("mse", description="mse: mean squared error; huber: grows linearly for large errors")
+    loss: LossName = Field("mse", description="mse: mean squared error; huber: pseudo-Huber, linear for large errors")
     scales: PositiveInt = Field(
-        1, description="number of image sizes, each half the previous one, over which the loss is averaged"
+        1, description="number of image sizes over which the loss is averaged; each size is half the previous size"
     )
 
 
@@ -70,38 +70,38 @@ class EndpointConfig(VelocityErrorOptions):
     kind: Literal["endpoint"] = Field("endpoint", description="endpoint: match the teacher at the end of each step")
 
     def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "EndpointObjective":
-        """The objective of a student with ``steps`` steps whose network has the inputs ``takes``."""
+        """Return the objective of a student with ``steps`` steps whose network takes the conditions ``takes``."""
         return EndpointObjective(steps, conditions=takes, loss=self.loss, scales=self.scales)
 
 
 class FlowMapConfig(VelocityErrorOptions):
     """Options of flow-map distillation."""
 
-    kind: Literal["flow-map"] = Field("flow-map", description="flow-map: one student for every number of steps")
+    kind: Literal["flow-map"] = Field("flow-map", description="flow-map: one student for any number of steps")
     pairs: PairLaw = Field(
         "grids",
-        description="distribution of knot pairs; grids: 3/4 are student steps of `grids`, 1/4 uniform; "
-        "any: uniform over pairs; length: uniform over lengths; long: proportional to length",
+        description="distribution of knot pairs; grids: 3/4 are student steps of `grids`, 1/4 are uniform; "
+        "any: uniform over pairs; length: uniform over lengths; long: probability proportional to length",
     )
     grids: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4, 20), min_length=1, description="step counts to favour; each divides the number of stored knots"
+        (1, 2, 4, 20), min_length=1, description="step counts to favour; each must divide the number of stored knots"
     )
 
     def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "FlowMapObjective":
-        """The objective of a student whose network takes the end time and ``takes``; independent of ``steps``."""
+        """Return the objective of a student whose network takes the end time and ``takes``. ``steps`` has no effect."""
         conditions = ("end_time", *takes)
         return FlowMapObjective(self.pairs, self.grids, conditions=conditions, loss=self.loss, scales=self.scales)
 
 
 OBJECTIVES = EndpointConfig | FlowMapConfig
-"""The configs of all objectives. The method ``build`` of a config returns the ``Objective``."""
+"""The configs of all objectives. The method ``build`` of a config returns its ``Objective``."""
 
 ObjectiveConfig = Annotated[
     OBJECTIVES,
     Field(discriminator="kind", description="training objective of the student"),
     BeforeValidator(expand_kind),
 ]
-"""The config of any objective. The string "flow-map" is short for its default config."""
+"""The config of any objective. The string "flow-map" is short for a ``FlowMapConfig`` with default values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,26 +113,26 @@ class Objective(ABC):
         loss, scales: as in ``endpoint_loss``.
     """
 
-    name: ClassVar[str]  # of its part of the loss
+    name: ClassVar[str]  # name of the objective's part of the loss
     conditions: tuple[Condition, ...] = ()
     loss: LossName = "mse"
     scales: int = 1
 
     @abstractmethod
     def knots(self, stored: int) -> range:
-        """The knots to read from a store with the knots 0 .. ``stored``. Raises ``ArgumentError`` if it lacks them."""
+        """Return the knots to read, from 0 .. ``stored``. Raises ``ArgumentError`` if the store lacks some of them."""
 
     @abstractmethod
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """Random intervals: their start and end as positions in ``knots``, [batch] each, int64.
+        """Draw random intervals. Return their starts and ends as positions in ``knots``, [batch] each, int64.
 
         Args:
             uniforms: [batch, 2] in (0, 1), float64.
-            stored: last knot of the store.
+            stored: number of the store's last knot.
         """
 
     def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
-        """The losses of a batch, and diagnostics to log."""
+        """Return the losses of a batch, and the diagnostics to log."""
         return LossTerms({self.name: endpoint_loss(network, interval, self.loss, self.scales, self.conditions)})
 
 
@@ -144,23 +144,23 @@ class EndpointObjective(Objective):
     steps: int
 
     def knots(self, stored: int) -> range:
-        """Every ``stored / steps``-th knot."""
+        """Return every ``stored / steps``-th knot."""
         _check_divides_knots("steps", self.steps, stored)
         return range(0, stored + 1, stored // self.steps)
 
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """One of the ``steps`` intervals with equal probability: [batch, 2] -> k and k + 1."""
+        """Draw one of the ``steps`` intervals with equal probability: [batch, 2] -> k and k + 1."""
         k = (uniforms[:, 0] * self.steps).long()
         return k, k + 1
 
 
 @dataclass(frozen=True)
 class FlowMapObjective(Objective):
-    """From any knot of a trajectory, step to any later knot: one student for every number of steps.
+    """Learn to step from any knot of a trajectory to any later knot, so that one student works in any number of steps.
 
-    The student's u(x_s, s, r) is the mean velocity from time s to time r, so one step is x_r = x_s - (s - r) u. It is
-    trained on pairs of stored knots of the same trajectory. The target is the chord (x_s - x_r) / (s - r), which needs
-    no network call and obeys any speed limit that the trajectory obeys. At r = s the map equals the teacher's velocity,
+    The student's u(x_s, s, r) is the mean velocity from time s to time r, so one step is x_r = x_s - (s - r) u. The
+    training pairs are stored knots of one trajectory. The target is the chord (x_s - x_r) / (s - r), which needs no
+    network call and obeys any speed limit that the trajectory obeys. At r = s the map equals the teacher's velocity,
     so the student starts from the teacher's weights and initially ignores the end time. Related methods learn such maps
     without stored trajectories (flow maps, arXiv 2505.18825; TCD, 2402.19159; CMT, 2509.24526).
     """
@@ -171,13 +171,13 @@ class FlowMapObjective(Objective):
     conditions: tuple[Condition, ...] = field(default=("end_time",), kw_only=True)
 
     def knots(self, stored: int) -> range:
-        """All stored knots."""
+        """Return all stored knots."""
         for steps in self.grids if self.pairs == "grids" else ():
             _check_divides_knots("objective.grids", steps, stored)
         return range(stored + 1)
 
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """Two knots with the distribution ``pairs``: [batch, 2] -> i and j > i."""
+        """Draw two knots from the distribution ``pairs``: [batch, 2] -> i and j > i."""
         i, j = torch.triu_indices(stored + 1, stored + 1, offset=1)
         cumulative = pair_probabilities(self.pairs, self.grids, stored)[i, j].cumsum(0)
         pair = torch.searchsorted(cumulative, uniforms[:, 0].contiguous() * cumulative[-1], right=True)
@@ -192,9 +192,9 @@ def endpoint_loss(
     scales: int = 1,
     conditions: Sequence[Condition] = (),
 ) -> Tensor:
-    """|| x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
+    """Return || x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
 
-    Division by the squared step length makes it a velocity error, comparable across intervals and step counts.
+    Division by h^2 turns the endpoint error into a velocity error, comparable across intervals and step counts.
 
     Example:
         >>> import torch
@@ -208,8 +208,8 @@ def endpoint_loss(
 
     Args:
         loss: ``mse`` is the mean square of the velocity error; ``huber`` is sqrt(mean square + c^2) - c per sample.
-        scales: average the losses of the error pooled over 1x1, 2x2, 4x4, ... pixels.
-        conditions: further inputs of the network.
+        scales: number of losses to average, of the error pooled over 1x1, 2x2, 4x4, ... pixels.
+        conditions: inputs of the network besides time and label.
 
     Raises:
         ArgumentError: the images are too small for ``scales``.
@@ -240,7 +240,7 @@ VELOCITY_LOSSES: dict[LossName, Callable[[Tensor], Tensor]] = {
 
 
 def pair_probabilities(law: PairLaw, grids: tuple[int, ...], stored: int) -> Tensor:
-    """Probabilities of knot pairs: [stored + 1, stored + 1], float64, zero on and below the diagonal, with sum 1."""
+    """Return the probability of each knot pair: [stored + 1, stored + 1], float64, zero on and below the diagonal."""
     knot = torch.arange(stored + 1, dtype=torch.float64)
     length = (knot[None, :] - knot[:, None]).clamp(min=0)
     is_pair = (length > 0).double()
@@ -259,7 +259,7 @@ def pair_probabilities(law: PairLaw, grids: tuple[int, ...], stored: int) -> Ten
 
 
 def _check_divides_knots(argument: str, steps: int, stored: int) -> None:
-    """Raise ``ArgumentError`` unless ``steps`` student steps start and end on knots of a store."""
+    """Raise ``ArgumentError`` unless all of ``steps`` student steps start and end on stored knots."""
     if steps < 1 or stored % steps:
         divisors = ", ".join(str(m) for m in range(1, stored + 1) if stored % m == 0)
         raise ArgumentError(f"`{argument}` {steps} does not divide the store's {stored} knots. Choose {divisors}.")

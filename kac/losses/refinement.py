@@ -1,12 +1,12 @@
 """Refinement: training that moves a student's images towards the training images of the same class.
 
 A student that only imitates its teacher cannot become better than the teacher. Refinement generates student images in a
-few steps, clips and rounds them, and compares them with training images by a distance in one or several feature
+few steps, clips and rounds them, and compares them with training images by a distance in one or more feature
 spaces. The compared points include the classes, so images are compared class by class. The student's objective remains
 in the loss as an anchor, because precision drops without it.
 
-Evaluation must not use the features of training. The classifier therefore differs in seed and width from the evaluation
-classifier. Random features come from a new network in each update, so a student cannot overfit to them.
+Evaluation must not use the features that trained a student. The refinement classifier therefore differs in seed and
+width from the evaluation classifier. Random features come from a new network in each update, to prevent overfitting.
 
 To add a distance, write it here, and add it to ``DISTANCES`` and ``DistanceName``. Its name is the value of
 ``refine.distance`` and the name of its part of the loss. To add a space, add it to ``SPACES`` and ``SpaceName``.
@@ -30,17 +30,17 @@ DistanceName = Literal["energy"]
 SpaceName = Literal["pixels", "pooled", "classifier", "random"]
 
 RefinementSpace = Callable[[Tensor, int], list[Tensor]]
-"""(samples [batch, *sample], number of the update) -> one or several sets of features, each [batch, width]."""
+"""(samples [batch, *sample], number of the update) -> one or more sets of features, each [batch, width]."""
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
-"""Its width and seed differ from the evaluation classifier."""
+"""The refinement classifier. Its width and seed differ from those of the evaluation classifier."""
 
 RANDOM_WIDTHS = (32, 64, 128)
 MAP_SIDE = 4
 """Feature maps are averaged down to this height and width."""
 
 TINY = 1e-12
-"""Lower limit of squared distances, because the slope of their square root is infinite at 0."""
+"""Lower limit of squared distances, because the slope of the square root is infinite at 0."""
 
 
 class NoRefinementConfig(Kinded):
@@ -53,12 +53,12 @@ class DataRefinementConfig(Kinded):
     """Refinement on the training images."""
 
     kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
-    anchor: NonNegativeFloat = Field(0.05, description="weight of the objective relative to the distance")
+    anchor: NonNegativeFloat = Field(0.05, description="weight of the student's objective relative to the distance")
     distance: DistanceName = Field("energy", description="distance between student and training images")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,
-        description="step counts for sampling an any-step student, in turn; other students use their own",
+        description="step counts for sampling an any-step student, used in turn; other students use their own count",
     )
     spaces: tuple[SpaceName, ...] = Field(
         ("pixels",),
@@ -81,11 +81,11 @@ RefinementConfig = Annotated[
     Field(discriminator="kind", description="training beyond the teacher"),
     BeforeValidator(expand_kind),
 ]
-"""The config of any refinement. The string "data" is short for its default config."""
+"""The config of any refinement. The string "data" is short for a ``DataRefinementConfig`` with default values."""
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The energy distance (G. J. Szekely and M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) of two sets of points.
+    """Estimate the energy distance (G. J. Szekely, M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) of two point sets.
 
         D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only if X and Y have the same distribution.
 
@@ -108,7 +108,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor, int], Tensor]] = {
     "energy": lambda x, y, update: energy_distance(x, y)
 }
-"""(samples [n, width], real points [m, width], update as seed of random distances) -> distance, a scalar."""
+"""(samples [n, width], real points [m, width], update as the seed of random distances) -> distance, a scalar."""
 
 
 def refinement_loss(
@@ -122,7 +122,7 @@ def refinement_loss(
     update: int = 0,
     distance: DistanceName = "energy",
 ) -> Tensor:
-    """The distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
+    """Return the distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
 
     Features are divided by the mean distance between real images, so all spaces have equal weight and the energy
     distance is about 1 for samples unrelated to the data.
@@ -131,7 +131,7 @@ def refinement_loss(
         samples, real: [batch, *sample].
         label, real_label: [batch]. If ``label`` is None, classes are ignored.
         class_weight: distance between images of different classes, in the same unit.
-        update: seed of random spaces and distances.
+        update: number of the update, used as the seed of random spaces and distances.
         distance: key of ``DISTANCES``.
     """
 
@@ -153,7 +153,7 @@ def refinement_loss(
 
 
 def straight_through(samples: Tensor) -> Tensor:
-    """Delivered samples, whose gradient ignores the clipping and rounding."""
+    """Return the samples, clipped and rounded as delivered. The gradient ignores the clipping and rounding."""
     return samples + (delivered(samples) - samples).detach()
 
 
@@ -167,7 +167,7 @@ def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_
 
 
 def open_spaces(names: Sequence[SpaceName], data: Dataset, device: torch.device) -> list[RefinementSpace]:
-    """The named spaces, checked by ``check_spaces``. Trains the classifier if the cache has none for these data."""
+    """Open the named spaces, which must pass ``check_spaces``. Trains the classifier if it is not in the cache."""
     return [SPACES[name](data, device) for name in names]
 
 
@@ -192,11 +192,11 @@ SPACES: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = {
     "classifier": _open_classifier,
     "random": _open_random,
 }
-"""Functions that open the spaces."""
+"""Functions that open the spaces, by name."""
 
 
 def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
-    """Randomly initialised layers on the CPU: convolutions of stride 1, 2, 2 for images, linear layers for points."""
+    """Create random layers on the CPU: convolutions with strides 1, 2, 2 for images, linear layers for points."""
     layers: list[nn.Module] = [] if is_image(shape) else [nn.Flatten()]
     width = shape[0] if is_image(shape) else torch.Size(shape).numel()
     for number, out in enumerate(RANDOM_WIDTHS):
@@ -208,7 +208,7 @@ def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
-    """The output of every activation, [batch, width] each. Feature maps are averaged down."""
+    """Return the output of every activation layer, [batch, width] each. Feature maps are averaged down."""
     features, values = [], samples
     for layer in layers:
         values = layer(values)
@@ -218,16 +218,16 @@ def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
 
 
 def _mean_distance(x: Tensor) -> Tensor:
-    """Mean distance between different points of x [n, width]; a scalar."""
+    """Return the mean distance between different points of x [n, width], a scalar."""
     n = len(x)
     return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Distances between the points x [n, width] and y [m, width]: [n, m].
+    """Return the distances between the points x [n, width] and y [m, width]: [n, m].
 
-    A matrix product makes the gradient many times faster than that of torch.cdist. The differences of large squares
-    need float64.
+    The matrix product has a gradient that is many times faster than that of torch.cdist. Subtracting large squares
+    requires float64.
     """
     dtype, x, y = x.dtype, x.double(), y.double()
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T

@@ -38,7 +38,7 @@ class ResidualMLP(NetworkModule):
         nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
-        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch] in 0 .. null_label."""
+        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch], 0 .. null_label."""
         embedding = self.time(t.to(x.dtype).reshape(-1)) + self.label(label)
         condition = nn.functional.silu(self.conditions(embedding, conditions))
         hidden = self.enter(x.flatten(1))

@@ -59,7 +59,7 @@ class Outside(NetworkModule):
             raise ArgumentError(f"{OPTION} {config.module} has no parameters. Give a module with weights.")
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch] in 0 .. null_label."""
+        """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch], 0 .. null_label."""
         is_reversed = self.time == "data_at_1"
         times = (self.time_scale * (1 - t if is_reversed else t).float()).expand(len(x))  # [batch]
         inputs = (x, times) if self.labels == "none" else (x, times, label)

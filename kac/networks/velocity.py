@@ -108,7 +108,7 @@ class ConditionEmbedding(nn.Module):
             self.add_module(name, nn.Sequential(features, nn.Linear(width, width), nn.SiLU(), last))
 
     def forward(self, embedding: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """Return ``embedding`` [batch, width] plus the embeddings of the ``given`` conditions, each scalar or [batch]."""
+        """Return ``embedding`` [batch, width] plus the embeddings of ``given``, each a scalar or [batch]."""
         if sorted(given) != sorted(self.names):
             raise ValueError(f"The network takes the conditions {sorted(self.names)}, but got {sorted(given)}.")
         for name in self.names:
