@@ -100,7 +100,7 @@ def test_a_module_with_shape_guards_or_without_weights_is_refused(name: str, dig
 def test_a_network_is_tried_on_points_too():
     moons = open_dataset(DataConfig(kind="moons"))
     try_space("torch.nn:Flatten", moons)
-    with pytest.raises(ArgumentError, match=r"failed on \[16, 2\] samples"):
+    with pytest.raises(ArgumentError, match=r"failed on samples of shape \[16, 2\]"):
         try_space("tests.feature_networks:ThreeChannels", moons)
 
 
