@@ -67,7 +67,7 @@ class ModelConfig(Options):
     guidance: float | None = Field(
         None, description="guidance scale of a student (the default if it takes several); None for a teacher"
     )
-    guidance_scales: tuple[float, ...] = Field((), description="guidance scales of a student that takes several")
+    guidance_scales: tuple[float, ...] = Field((), description="guidance scales used in training, if several")
     refined_in: tuple[str, ...] = Field((), description="feature spaces used to refine a student on the data")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
@@ -262,7 +262,7 @@ def _weights_file(network: NetworkModule) -> str:
 
 def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
     """Return the path and the content of the weights file."""
-    # Older versions wrote no diffusers subfolder, but all weights to WEIGHTS_FILE, named as in this project.
+    # Older versions wrote no diffusers subfolder. They wrote all weights to WEIGHTS_FILE, named as in this project.
     for name in (_weights_file(network), WEIGHTS_FILE):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             return files.join(path, name), files.read_bytes(files.join(path, name))

@@ -34,13 +34,13 @@ class Sampling(NamedTuple):
 def teacher_sampling(
     config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
 ) -> Sampling:
-    """Return how to sample a teacher. Raises ``ArgumentError`` for guidance of a teacher that cannot be guided."""
+    """Return the options for sampling a teacher. Raises ``ArgumentError`` for guidance that it does not support."""
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
-    """Return how to sample a student: with one Euler step per interval of its grid.
+    """Return the options for sampling a student with one Euler step per interval of its grid.
 
     The guidance scale is built into the weights, unless the network takes the scale as an input.
 
@@ -126,7 +126,7 @@ generate = torch.inference_mode()(integrate)
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:
-    """Return the guided velocity that ``integrate`` solves. It must be evaluated on the time grid of ``sampling``.
+    """Return the guided velocity that ``integrate`` uses. It must be evaluated on the time grid of ``sampling``.
 
     Args:
         x_1: [batch, *sample]. Later states must have its dtype and device.

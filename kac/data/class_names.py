@@ -13,7 +13,7 @@ LISTED, FIRST, LENGTH = 20, 3, 400
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sort class names as people do: numbers by value, and text with numbers in it by the value of these numbers.
+    """Sort class names as people do: numbers by value, and text that contains numbers by the values of these numbers.
 
     ``["10", "9"]`` becomes 9, 10, and ``["a10", "a9"]`` becomes a9, a10.
     """
@@ -28,7 +28,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
-    """Return the label of a class that is given by name or by label.
+    """Find a class by its name or label, and return its label.
 
     If the names are integers, an integer is read as a name: ``1`` means the class named 1, not the class with label 1.
 

@@ -111,7 +111,7 @@ def reading(name: str, kind: str, advice: str = "Download it again.") -> Iterato
         yield
     except DistillKacError:
         raise
-    except Exception as error:  # a decoder may raise anything on a damaged file
+    except Exception as error:  # a decoder may raise any error for a damaged file
         if isinstance(error, OSError) and error.errno is not None:  # from the disk or S3; decoders set no errno
             raise
         raise DistillKacError(f"{name} is not {kind} ({one_line(error).rstrip('.')}). {advice}") from None
@@ -136,7 +136,7 @@ def count_classes(labels: Mapping[str, np.ndarray]) -> int:
 
 
 def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.ndarray) -> None:
-    """Raise ``DistillKacError`` if labels are out of range, a class has no training images, or none are held out."""
+    """Raise ``DistillKacError`` if a label is out of range, a class lacks training images, or no image is held out."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         problem = f"the label {wrong[0]}, but labels must be in 0 .. {num_classes - 1}. Correct the labels"

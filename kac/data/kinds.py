@@ -41,7 +41,7 @@ class DataConfig(Kinded):
         "digits",
         description=f"{in_memory.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
         "folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face "
-        "datasets; outside: arrays that your own function returns, by its import path",
+        "datasets; outside: arrays from a function of your own, given by its import path",
     )
     root: str | None = input_path(None, "path or s3:// URI of the files, for kinds that read files", kind="any")
     factory: ImportPath | None = unhashed(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 16
-"""The number of encoded images that are read from a file at once."""
+"""Number of encoded images to read from a file at once."""
 
 
 class ParquetLabels(NamedTuple):

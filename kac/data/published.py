@@ -193,8 +193,8 @@ def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
         others = [file for file in published if found[file].sha256 != published[file]]
         if len(others) < len(published):
             return tuple(
-                f"{found[file].path} is not the published file of {name}, but other files of the set are. Its sha256 "
-                f"is {found[file].sha256}, and that of the published file is {published[file]} (both uncompressed)."
+                f"{found[file].path} is not the published file of {name}, but other files of the set are. The sha256 "
+                f"of its uncompressed content is {found[file].sha256} instead of {published[file]}."
                 for file in others
             )
     return ()

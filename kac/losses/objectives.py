@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalars of a batch by name, the same names in every pass of an update. Their means over passes are logged.
+    """Named scalars of a batch. All passes of an update have the same names; means over passes and workers are logged.
 
     Attributes:
         losses: parts of the training loss, logged as ``loss/NAME``. Training minimises the sum of all parts.
@@ -88,7 +88,7 @@ class FlowMapConfig(VelocityErrorOptions):
     )
 
     def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "FlowMapObjective":
-        """Return the objective of a student whose network takes the end time and ``takes``. ``steps`` has no effect."""
+        """Return the objective of a student whose network takes the end time and ``takes``, for any ``steps``."""
         conditions = ("end_time", *takes)
         return FlowMapObjective(self.pairs, self.grids, conditions=conditions, loss=self.loss, scales=self.scales)
 

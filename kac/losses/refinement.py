@@ -64,7 +64,7 @@ class DataRefinementConfig(Kinded):
         ("pixels",),
         min_length=1,
         description="feature spaces for comparing images: pixels; pooled: averages of 4x4 pixels; "
-        "classifier: layers of a classifier not used in evaluation; random: layers of a random network, new per update",
+        "classifier: layers of a classifier not used in evaluation; random: layers of a new random network per update",
     )
     real_images: PositiveInt = Field(
         512, description="training images per update, over all workers; a larger set costs little and reduces noise"

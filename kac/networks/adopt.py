@@ -60,7 +60,7 @@ def adopt(
 
     Args:
         network: freshly built from ``config`` for samples of ``sample_shape``.
-        key: the prefix of the weights, or its first part; default: the only weights that fit, averaged ones preferred.
+        key: prefix of the weights, or its first part; default: the only weights, or averaged weights, that fit.
 
     Raises:
         ArgumentError: the options contradict the weights.
@@ -127,7 +127,7 @@ def _misfit(
     sample_shape: tuple[int, ...],
     expected: Weights,
 ) -> DistillKacError:
-    """Return the error for the most similar weights. It names the options that differ, or else the tensors."""
+    """Return the error for the most similar weights. It names the options or tensors that differ."""
     if isinstance(failure, ArgumentError):
         return failure
     where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, outline_network
 
-TRAINING_CALLS = 3  # cost of training per sample, in forward calls: a backward pass costs about two
+TRAINING_CALLS = 3  # training cost per sample, in forward calls; a backward pass costs about two of them
 
 
 class NetworkCost(NamedTuple):

@@ -26,7 +26,7 @@ class ConditionedLabels(nn.Embedding):
 
 
 class DiffusersNetwork(NetworkModule):
-    """Wraps a diffusers model, its submodule ``diffusers_name``, as a velocity network."""
+    """Wraps a diffusers model as a velocity network. The model is the submodule ``diffusers_name``."""
 
     diffusers_name: str
     conditions: ConditionEmbedding

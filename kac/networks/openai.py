@@ -111,7 +111,7 @@ def _layers(weights: Mapping[str, Tensor]) -> dict[str, str]:
 def _split(value: Tensor, head_channels: int | None) -> list[Tensor]:
     """Split [3 channels, ...], ordered by head, query/key/value and channel, into three tensors [channels, ...]."""
     channels = len(value) // 3
-    if not head_channels or channels % head_channels:  # shapes that do not fit the config fail later
+    if not head_channels or channels % head_channels:  # if shapes do not fit, loading fails later
         head_channels = channels
     by_head = value.reshape(-1, 3, head_channels, *value.shape[1:])
     return [part.flatten(0, 1) for part in by_head.unbind(1)]

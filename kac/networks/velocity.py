@@ -56,7 +56,7 @@ class NetworkModule(nn.Module):
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights, which may lack embeddings of conditions, because these have no effect before training.
+    """Load weights. They may lack the embeddings of conditions, which have no effect before training.
 
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of a different shape.
