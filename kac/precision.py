@@ -37,7 +37,7 @@ class Precision(Options):
         return self.model_copy(update={"dtype": dtype})
 
     def resolved(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """Return a copy in which all automatic values are replaced, given the device and the type of the network."""
+        """Return a copy without automatic values, for a network on a GPU or CPU, with or without convolutions."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,
@@ -55,7 +55,7 @@ class Precision(Options):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
-        """Return a callable that runs the network in this precision, with its signature, null label and gradients."""
+        """Return a callable that computes in this precision and has the network's signature and null label."""
         self.set_memory_format(network)
         resolved = self._resolved_for(network)
         is_plain = resolved == Precision(compile=False, memory_format="contiguous") and hasattr(network, "null_label")

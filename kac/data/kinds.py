@@ -35,7 +35,7 @@ FILE_KINDS: dict[DataKind, type[Source]] = {
 
 
 class DataConfig(Kinded):
-    """Options that select and read a dataset."""
+    """Options that select a dataset and control how it is read."""
 
     kind: DataKind = Field(
         "digits",

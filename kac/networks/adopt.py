@@ -60,7 +60,7 @@ def adopt(
 
     Args:
         network: freshly built from ``config`` for samples of ``sample_shape``.
-        key: prefix of the weights, or its first part; default: the only weights, or averaged weights, that fit.
+        key: prefix of the weights, or its first part; default: the only weights that fit, or the only averages.
 
     Raises:
         ArgumentError: the options contradict the weights.

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, outline_network
 
-TRAINING_CALLS = 3  # training cost per sample, in forward calls; a backward pass costs about two of them
+TRAINING_CALLS = 3  # training cost per sample, in forward calls; the backward pass costs about two calls
 
 
 class NetworkCost(NamedTuple):
@@ -21,8 +21,8 @@ class NetworkCost(NamedTuple):
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
     """Return the cost of a network for samples of ``sample_shape``.
 
-    Only a network of kind ``outside`` is really built, and called on one sample. Matrix products, convolutions and
-    attention are counted; element-wise operations are not. Raises ``ArgumentError`` if the config does not fit.
+    Nothing is computed or allocated, except that an ``outside`` network is built and called on one sample. Only matrix
+    products, convolutions and attention are counted. Raises ``ArgumentError`` if the config does not fit the samples.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):

@@ -18,7 +18,7 @@ class OutsideConfig(NetworkOptions):
     kind: Literal["outside"] = Field(
         "outside", description="outside: your own module, given by its import path, called as module(x, t, label)"
     )
-    conditions: tuple[Condition, ...] = Field((), max_length=0, description="must be empty for modules from outside")
+    conditions: tuple[Condition, ...] = Field((), max_length=0, description="must be empty for an outside network")
     module: ImportPath = Field(
         description="package.module:factory; factory: an nn.Module class, or a function annotated to return a module"
     )
@@ -71,7 +71,7 @@ class Outside(NetworkModule):
 
 
 def _find_tensor(output: Any) -> Any:
-    """Return the first item of a tuple, a tensor itself, or the attribute ``sample`` of an output of diffusers."""
+    """Return the tensor in an output: the output itself, the first item of a tuple, or ``sample`` (in diffusers)."""
     if isinstance(output, tuple):
         return output[0] if output else None
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)

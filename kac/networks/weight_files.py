@@ -24,7 +24,7 @@ MOST_SHOWN = 6  # maximum number of entries listed in a message
 
 
 class WeightsFile(NamedTuple):
-    """All tensors in a file. The name of a nested tensor is the keys that lead to it, joined by dots."""
+    """All tensors in a file. Nested tensors are named by the keys that lead to them, joined by dots."""
 
     named: dict[str, Tensor]
     unnamed: dict[str, list[Tensor]]  # lists of tensors without names, by entry
@@ -64,10 +64,10 @@ def read_weights(path: str) -> WeightsFile:
     except IsADirectoryError:
         endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
         inside = sorted(name for name in files.list_sizes(path) if name.endswith(endings))
-        advice = f"one of its files: {shorten(inside, MOST_SHOWN)}" if inside else "a file of weights"
+        advice = f"one of its files: {shorten(inside, MOST_SHOWN)}" if inside else "a weights file"
         raise CheckpointError(f"{path} is a folder. Give {advice}.") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} does not exist. Give a file of weights.") from None
+        raise CheckpointError(f"{path} does not exist. Give a weights file.") from None
     content = _load(path, data)
     found = {WRAPPERS.sub("", name): value for name, value in _flatten(content, "")}
     named = {name: value for name, value in found.items() if isinstance(value, Tensor)}
@@ -88,7 +88,7 @@ def _load(path: str, data: bytes) -> Any:
                 f"{path} contains the Python object {forbidden[1]}, which cannot be loaded without running code. Save "
                 "only the weights: torch.save(model.state_dict(), FILE)."
             ) from None
-        raise CheckpointError(f"{path} is not a readable file of weights ({one_line(error, 120)}).") from None
+        raise CheckpointError(f"{path} is not a readable weights file ({one_line(error, 120)}).") from None
 
 
 def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
