@@ -163,12 +163,13 @@ class CheckpointSchedule:
         now = self.clock()
         per_update = max(now - self._decided_at, 1e-9) / (done - self._decided)
         wait = self._pause if done % self.updates == 0 else max(self._pause, self.seconds)
-        message = torch.tensor([now - self._saved_at >= wait, min(LOG_UPDATES, max(1, DECISION_SECONDS // per_update))])
+        until_next = min(LOG_UPDATES, max(1, int(DECISION_SECONDS / per_update)))
+        message = torch.tensor([int(now - self._saved_at >= wait), until_next])
         if dist.is_initialized():
             message = message.to(self.device)
             dist.broadcast(message, src=0)
         is_due, until_next = message.tolist()
-        self._next, self._decided, self._decided_at = done + int(until_next), done, now
+        self._next, self._decided, self._decided_at = done + until_next, done, now
         return bool(is_due)
 
     def saved(self, began: float) -> None:
