@@ -1,1 +1,1 @@
-"""Evaluate a teacher and its students: sample all from the same noise, and compare with held-out images."""
+"""Evaluate: compare samples of a teacher and its students, drawn from the same noise, with held-out images."""

@@ -24,7 +24,7 @@ from pipeline.evaluate.samples import Chunk
 from pipeline.progress import ProgressBar
 
 MAX_LOSSES = 3
-"""Actors that may be lost per item. Between two results, a pool of N actors may also lose N times as many at start."""
+"""Maximum number of actors lost per item. A pool of N actors may also lose N times as many while actors start."""
 
 
 def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
@@ -159,7 +159,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Ge
                 ray.kill(actor)
                 begin()
                 continue
-            del running[ended]  # only now: if ray.get raises, the actor must be killed below
+            del running[ended]  # not before ray.get: if that raises, the actor is killed below
             if number is not None:
                 done += 1
                 losses[None] = 0

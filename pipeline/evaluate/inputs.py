@@ -47,7 +47,7 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
 
 
 def _read_answer(sweep: str) -> dict[str, Any]:
-    """Return the answer of a sweep. If the sweep was moved, the paths of its front lead to the new folder."""
+    """Return the answer of a sweep. If the sweep was moved, its front has the paths in the new folder."""
     path = files.join(sweep, ANSWER_FILE)
     try:
         answer: dict[str, Any] = json.loads(files.read_bytes(path))
@@ -118,7 +118,7 @@ class Candidate(NamedTuple):
     name: str
     path: str
     config: ModelConfig
-    guidance: float  # the scale of the samples
+    guidance: float  # scale at which the model is sampled
     sampling: Sampling
 
 

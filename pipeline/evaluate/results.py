@@ -18,7 +18,7 @@ from pipeline.report import pictures
 TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
 SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
 SAMPLES_FILE = "samples.npz"
-"""For each row of the table, the samples in the picture. Keys are row numbers."""
+"""The samples in the picture, by row of the table. The keys are row numbers."""
 
 SHOWN_SAMPLES = 12
 """Images per row of the picture."""

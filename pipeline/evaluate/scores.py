@@ -45,7 +45,7 @@ class Record(Options):
     facts: dict[str, dict[str, float]]  # facts of each feature space, such as its classifier's accuracy
     real: dict[str, Any]  # the data: kind, train, held_out, sha256
     floor_count: int | None  # number of held-out images if smaller than `samples`
-    kept_rows: int  # limit of rows per set in metrics of nearest neighbours, kernels and slices
+    kept_rows: int  # maximum rows per set in nearest-neighbour, kernel and slice metrics
     scores: tuple[Score, ...]
     shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the picture of samples")
 

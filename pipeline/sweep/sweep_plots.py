@@ -20,7 +20,7 @@ LEAST_TRIALS = 4
 """Minimum number of finished trials for parallel coordinates and importances."""
 
 MOST_CATEGORIES = 6
-"""Parallel coordinates show a field with at most this many values by one tick per value, at equal distances."""
+"""In parallel coordinates, a field with at most this many values has one tick per value, at equal distances."""
 
 
 class Plot(NamedTuple):
