@@ -19,7 +19,7 @@ from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
-"""Maximum size of a group of shards, which is read at once. A larger shard forms its own group."""
+"""Maximum size of the group of shards that one task reads at a time. A larger shard forms its own group."""
 
 READERS = 2
 """Concurrent Ray Data tasks per reader. Each task reads the shards of its group in parallel."""

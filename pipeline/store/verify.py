@@ -47,7 +47,7 @@ class FileCheck(NamedTuple):
     name: str
     kind: str  # empty if nothing is wrong
     detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
-    belongs_to: str = ""  # the name in the footer, if it is a shard of this store
+    belongs_to: str = ""  # the shard that the footer names, if it is of this store
     sha256: str = ""
     rows: int = 0  # of an intact shard
     bytes: int = 0

@@ -28,7 +28,7 @@ DIGEST_LENGTH = 16
 """Hexadecimal digits of a dataset's digest. MLflow's databases accept at most 36."""
 
 LOCAL = "local-"
-"""Prefix of a local id, which identifies a run until a server that does not answer can create the run."""
+"""Prefix of the local id of a run that its server has not created yet, because the server did not answer."""
 
 LOCAL_ID_TAG, PARENT_TAG, RERUN_TAG = "distillkac.local_id", "mlflow.parentRunId", "distillkac.rerun."
 
@@ -105,7 +105,7 @@ class Sender:
         first = batch[0]
         if first.kind == "create":
             try:
-                self.id_of(first.run_id)  # it exists if only the answer to an earlier attempt was lost
+                self.id_of(first.run_id)  # an earlier attempt may have created it, if the answer was lost
             except RunNotCreatedYet:
                 self._known[first.run_id] = self.create({**first.content, LOCAL_ID_TAG: first.run_id}, first.time)
             return

@@ -263,6 +263,6 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(Exception):  # any error, if there is no GPU or no NVIDIA library
+    with contextlib.suppress(Exception):  # without a GPU or NVIDIA's library, MLflow raises any error
         monitors.append(GPUMonitor())
     return monitors

@@ -30,7 +30,7 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST",
 """MLflow's error codes for a request that will never succeed."""
 
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-"""Error codes that also end a job, but only at its start. Later, entries wait until the token or proxy is repaired."""
+"""Further error codes that end a job at its start. Later, entries wait until the token or the proxy is repaired."""
 
 _is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
 
@@ -85,7 +85,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
         client, name = client_of(uri), experiment_name()
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            # By default, MLflow would put the artifacts into the working directory of the process that comes first.
+            # By default, MLflow would put the artifacts into the working directory of the first process.
             file = database_file(uri)
             location = file.with_name("mlartifacts").as_uri() if file else None
             try:
