@@ -83,8 +83,8 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     check_guidance(teacher, [w for _, _, config in students if (w := config.guidance) is not None])
     if opened is not None and opened.identity.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...), not to {spec.teacher} "
-            f"({teacher.weights_sha256[:12]}...). Give the teacher of the store."
+            f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...), not to "
+            f"{spec.teacher} ({teacher.weights_sha256[:12]}...). Give the teacher of the store."
         )
     rival = None if spec.rival is None else StudyModel("rival", spec.rival, load_teacher_config(spec.rival))
     if rival is not None:
