@@ -1,8 +1,8 @@
 """`python -m jobs.runs --help`"""
 
 from jobs.command import Command, main_of
-from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.delivery import SyncSpec, sync
+from pipeline.tracking.killed_runs import CloseDeadSpec, close_dead
 
 COMMANDS: dict[str, Command] = {"close-dead": (CloseDeadSpec, close_dead), "sync": (SyncSpec, sync)}
 

@@ -12,7 +12,7 @@ from kac.guidance import GuidedVelocity, check_guidance, guide
 from kac.model import Model, ModelConfig
 from kac.networks import VelocityNetwork
 from kac.precision import Precision
-from kac.solvers import KnotGrid, Method, Solution, knot_times, solve
+from kac.solvers import KnotGrid, Solution, SolverName, knot_times, solve
 from kac.util.errors import ArgumentError, DivergedError
 from kac.util.images import delivered
 
@@ -27,12 +27,12 @@ class Sampling(NamedTuple):
 
     guidance: float
     steps: int
-    solver: Method
+    solver: SolverName
     knot_grid: KnotGrid = "uniform"
 
 
 def teacher_sampling(
-    config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: Method = "ab2"
+    config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: SolverName = "ab2"
 ) -> Sampling:
     """Return the options for sampling a teacher. Raises ``ArgumentError`` for guidance that it does not support."""
     check_guidance(config, [guidance or 0.0])

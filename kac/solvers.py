@@ -15,7 +15,7 @@ from kac.util.errors import check_known
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [batch, *sample], t scalar) -> velocity [batch, *sample]; attribute ``nfe_per_call``: evaluations (default 1)."""
 
-Method = Literal["euler", "heun", "ab2"]
+SolverName = Literal["euler", "heun", "ab2"]
 
 KnotGrid = Literal["uniform"]
 
@@ -50,7 +50,9 @@ def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
     return GRIDS[grid](torch.arange(knots, -1, -1, dtype=torch.float64) / knots)
 
 
-def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", keep: Sequence[int] = ()) -> Solution:
+def solve(
+    velocity: Velocity, x: Tensor, times: Tensor, method: SolverName = "ab2", keep: Sequence[int] = ()
+) -> Solution:
     """Integrate from times[0] down to times[-1] with one solver step per interval of the grid.
 
     euler: x += h u_n.  heun: x += h (u_n + u(x + h u_n, t_{n+1})) / 2.
@@ -70,7 +72,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
     Raises:
         ValueError: ``method`` is unknown, ``times`` does not decrease, or ``keep`` has an index outside ``times``.
     """
-    check_known("solver", method, STEPPERS)
+    check_known("solver", method, SOLVERS)
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError("`times` must be a strictly decreasing vector with at least 2 entries.")
     if not all(0 <= k < len(times) for k in keep):
@@ -87,7 +89,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: Method = "ab2", 
 
     for n, (t, t_next) in enumerate(itertools.pairwise(times.tolist()), start=1):
         now, h = evaluate(x, t), t_next - t
-        mean = STEPPERS[method](_Step(evaluate, x, t_next, h, now, last))
+        mean = SOLVERS[method](_Step(evaluate, x, t_next, h, now, last))
         x, energy, last = x + h * mean.u, energy - h * mean.power, (now, h)
         if n in keep:
             kept[n] = x
@@ -123,5 +125,5 @@ def _ab2(step: _Step) -> _Slope:
     return step.now.plus(1 + half_ratio, slope, -half_ratio)
 
 
-STEPPERS: dict[Method, Callable[[_Step], _Slope]] = {"euler": lambda step: step.now, "heun": _heun, "ab2": _ab2}
+SOLVERS: dict[SolverName, Callable[[_Step], _Slope]] = {"euler": lambda step: step.now, "heun": _heun, "ab2": _ab2}
 """Functions that return the slope with which a solver steps from x to x + h u."""

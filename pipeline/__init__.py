@@ -32,10 +32,10 @@ from pipeline import store as endpoint_store
 from pipeline.cluster import connection
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
 from pipeline.distill import distill as _distill
+from pipeline.evaluate.evaluate_stage import evaluate as _evaluate
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.evaluate.scores import Score
-from pipeline.evaluate.stage import evaluate as _evaluate
-from pipeline.rollout.stage import rollout as _rollout
+from pipeline.rollout.rollout_stage import rollout as _rollout
 from pipeline.store.manifest import Manifest
 from pipeline.sweep.ledger import TrialRecord
 from pipeline.sweep.sweep_stage import sweep as _sweep

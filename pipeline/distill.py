@@ -110,7 +110,7 @@ def start_student_run(
         parent=parent,
         # A trial's folder name contains the values of the sweep's axes.
         name=spec.out.rsplit("/", 1)[-1] if parent else f"distill-steps-{spec.steps}-guidance-{spec.guidance}",
-        datasets=[tracking.Dataset("store", plan.content["store"], spec.store)],
+        datasets=[tracking.LoggedDataset("store", plan.content["store"], spec.store)],
     )
 
 

@@ -23,7 +23,7 @@ from kac.util.log import log
 from kac.util.options import flatten
 from pipeline import claims, decode
 from pipeline.config import ConvertSpec, Spec, TeachSpec
-from pipeline.tracking import RUN_FILE, Dataset, TrackedRun, run_of_output, start_run
+from pipeline.tracking import RUN_FILE, LoggedDataset, TrackedRun, run_of_output, start_run
 
 SPEC_FILE = "spec.json"
 TRAINING_FOLDER, STATE_FILE = "training", "state.pt"
@@ -81,7 +81,7 @@ def teacher_run(
         output=spec.out,
         parent=parent,
         name=f"{spec.stage}-{spec.data.kind}",
-        datasets=[Dataset(spec.data.kind, data.sha256, spec.data.origin)],
+        datasets=[LoggedDataset(spec.data.kind, data.sha256, spec.data.origin)],
     ) as run:
         decode.log_data(run, data)
         yield run

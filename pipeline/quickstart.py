@@ -8,7 +8,7 @@ from pipeline import tracking
 from pipeline.cluster import connection as cluster
 from pipeline.config import DistillSpec, EvaluateSpec, OptimizerConfig, QuickstartSpec, RolloutSpec, TeachSpec
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.outputs import SPEC_FILE
 from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.report.page import mlflow_command

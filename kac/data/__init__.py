@@ -1,8 +1,8 @@
 """Datasets: images in [-1, 1] with integer labels, in a training split and a held-out split."""
 
 from kac.data.dataset import DataDescription, Dataset, LabelledImages, all_rows
+from kac.data.dataset_kinds import DataConfig, begin_decoding, open_dataset
 from kac.data.in_memory import ArrayData
-from kac.data.kinds import DataConfig, begin_decoding, open_dataset
 
 __all__ = [
     "ArrayData",

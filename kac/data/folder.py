@@ -1,4 +1,4 @@
-"""Image folders, ``ROOT/CLASS/IMAGE`` or ``ROOT/SPLIT/CLASS/IMAGE``. ``kac/data/layout.py`` finds the splits.
+"""Image folders, ``ROOT/CLASS/IMAGE`` or ``ROOT/SPLIT/CLASS/IMAGE``. ``kac/data/split_layouts.py`` finds the splits.
 
 Classes are numbered in the natural order of their folder names. Hidden files and files that operating systems add are
 ignored. Any other file that is not an image raises an error.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kac.data import layout
+from kac.data import split_layouts
 from kac.data.class_names import in_order
 from kac.data.dataset import Contents, Unit
 from kac.data.encoded import EncodedSource
@@ -42,11 +42,11 @@ class FolderSource(EncodedSource):
             raise DistillKacError(f"{self.root} is empty. Add images in folders named after their class.")
         unique: dict[str, str] = {}  # keeps one copy of each folder's name, not one per image
         folders = [unique.setdefault(folder, folder) for folder in (path.rpartition("/")[0] for path in paths)]
-        roles = layout.split_folders(self.root, unique)
+        roles = split_layouts.split_folders(self.root, unique)
         splits = [roles[folder].split for folder in folders]
         if not any(splits):
-            splits = layout.split_images(paths) or splits
-        division = layout.divide(self.root, splits, folders, "images")
+            splits = split_layouts.split_images(paths) or splits
+        division = split_layouts.divide(self.root, splits, folders, "images")
         paths = [paths[i] for i in division.used]
         classes = [roles[folders[i]].class_name for i in division.used]
         train = ~division.held_out if division.held_out is not None else np.ones(len(paths), bool)

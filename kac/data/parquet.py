@@ -1,6 +1,6 @@
 """Parquet files with a column of encoded images, as in Hugging Face datasets: one file, or a folder of files.
 
-``kac/data/layout.py`` finds the training files and the held-out files.
+``kac/data/split_layouts.py`` finds the training files and the held-out files.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kac.data import layout
+from kac.data import split_layouts
 from kac.data.dataset import Contents, Unit, count_classes, reading
 from kac.data.encoded import EncodedSource
 from kac.util import files
@@ -52,8 +52,8 @@ class ParquetSource(EncodedSource):
             found = f"only {shorten(names, 5)}" if names else "it is empty"
             advice = "Convert Arrow files of datasets.save_to_disk with dataset.to_parquet(FILE)."
             raise DistillKacError(f"{self.root} has no Parquet files, {found}. {advice}")
-        splits = [layout.split_file(self.root, stamp.path) if stamp.path else None for stamp in stamps]
-        division = layout.divide(self.root, splits, [stamp.path for stamp in stamps], "files")
+        splits = [split_layouts.split_file(self.root, stamp.path) if stamp.path else None for stamp in stamps]
+        division = split_layouts.divide(self.root, splits, [stamp.path for stamp in stamps], "files")
         read = {stamps[i].path: self._read_labels(stamps[i]) for i in division.used}
         units = [Unit(rows, (path, i)) for path, labels in read.items() for i, rows in enumerate(labels.groups)]
         first = next((unit.content for unit in units if unit.images), None)

@@ -8,8 +8,9 @@ in the loss as an anchor, because precision drops without it.
 Evaluation must not use the features that trained a student. The refinement classifier therefore differs in seed and
 width from the evaluation classifier. Random features come from a new network in each update, to prevent overfitting.
 
-To add a distance, write it here, and add it to ``DISTANCES`` and ``DistanceName``. Its name is the value of
-``refine.distance`` and the name of its part of the loss. To add a space, add it to ``SPACES`` and ``SpaceName``.
+To add a distance, write it here, and add it to ``REFINEMENT_DISTANCES`` and ``RefinementDistance``. Its name is the
+value of ``refine.distance`` and the name of its part of the loss. To add a space, add it to ``SPACES`` and
+``SpaceName``.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
 from kac.util.options import Kinded, expand_kind
 
-DistanceName = Literal["energy"]
+RefinementDistance = Literal["energy"]
 SpaceName = Literal["pixels", "pooled", "classifier", "random"]
 
 RefinementSpace = Callable[[Tensor, int], list[Tensor]]
@@ -54,7 +55,7 @@ class DataRefinementConfig(Kinded):
 
     kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
     anchor: NonNegativeFloat = Field(0.05, description="weight of the student's objective relative to the distance")
-    distance: DistanceName = Field("energy", description="distance between student and training images")
+    distance: RefinementDistance = Field("energy", description="distance between student and training images")
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,
@@ -105,7 +106,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * _distances(x, y).mean() - _mean_distance(x) - _mean_distance(y)
 
 
-DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor, int], Tensor]] = {
+REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, int], Tensor]] = {
     "energy": lambda x, y, update: energy_distance(x, y)
 }
 """(samples [n, width], real points [m, width], update as the seed of random distances) -> distance, a scalar."""
@@ -120,7 +121,7 @@ def refinement_loss(
     class_weight: float,
     num_classes: int,
     update: int = 0,
-    distance: DistanceName = "energy",
+    distance: RefinementDistance = "energy",
 ) -> Tensor:
     """Return the distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
 
@@ -132,7 +133,7 @@ def refinement_loss(
         label, real_label: [batch]. If ``label`` is None, classes are ignored.
         class_weight: distance between images of different classes, in the same unit.
         update: number of the update, used as the seed of random spaces and distances.
-        distance: key of ``DISTANCES``.
+        distance: key of ``REFINEMENT_DISTANCES``.
     """
 
     def one_hot(classes: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def refinement_loss(
     def compare(x: Tensor, y: Tensor) -> Tensor:
         unit = _mean_distance(y).detach().clamp(min=1e-6)
         x, y = torch.cat([x / unit, *classes], 1), torch.cat([y / unit, *real_classes], 1)
-        return DISTANCES[distance](x, y, update)
+        return REFINEMENT_DISTANCES[distance](x, y, update)
 
     means = [
         torch.stack([compare(*pair) for pair in zip(space(samples, update), space(real, update), strict=True)]).mean()

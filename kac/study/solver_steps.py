@@ -13,7 +13,7 @@ from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
 from kac.metrics.statistics import Moments, Statistics
 from kac.sampling import generate
-from kac.solvers import STEPPERS, Method
+from kac.solvers import SOLVERS, SolverName
 from kac.study.subject import ClaimResult, Inputs, Subject, panels, png
 from kac.util.images import delivered
 
@@ -24,7 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 class SolverPoint(NamedTuple):
     """The quality of samples for one solver and one number of steps."""
 
-    method: Method
+    method: SolverName
     steps: int
     nfe: int
     distances: dict[str, float]  # Frechet distances by feature space
@@ -38,7 +38,7 @@ def quality_by_solver(
     Args:
         train: the moments of the training images, by feature space.
     """
-    for method in STEPPERS:
+    for method in SOLVERS:
         for count in steps:
             sampling = subject.sampling._replace(solver=method, steps=count)
             solutions = [generate(subject.network, x_1, label, sampling) for x_1, label in subject.starts()]
@@ -61,7 +61,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     lines: list[str] = []
     metrics: dict[str, float] = {}
     for name, points in found.items():
-        for method in STEPPERS:
+        for method in SOLVERS:
             lines.append(" ".join([name, method, *(f"{p.distances[shown]:.4f}" for p in points if p.method == method)]))
         for point in points:
             key = f"{point.method}_{point.steps}/{name}"
@@ -79,7 +79,7 @@ def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping
     for axis, (space, distance) in zip(axes, floor.items(), strict=True):
         axis.axhline(distance, color="black", linewidth=0.8, label=f"real images ({count:,})")
         for line, (name, points) in zip(("-", "--"), found.items(), strict=False):
-            for number, method in enumerate(STEPPERS):
+            for number, method in enumerate(SOLVERS):
                 own = [(point.nfe, point.distances[space]) for point in points if point.method == method]
                 style = f"{MARKERS[number]}{line}"
                 axis.plot(*zip(*own, strict=True), style, color=f"C{number}", label=f"{name}, {method}")

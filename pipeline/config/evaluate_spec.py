@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from kac.precision import Precision
 from kac.sampling import TEACHER_STEPS
-from kac.solvers import Method
+from kac.solvers import SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
 from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
@@ -31,7 +31,7 @@ class EvaluateSpec(ActorOptions, Spec):
     guidance: tuple[float, ...] = Field(
         (), description="guidance scales for students that take any scale; default: the scales that they learned"
     )
-    solver: Method = Field("ab2", description="the teacher's solver")
+    solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")
     precision: Precision = Precision()
     seed: int = NOISE_SEED
@@ -112,7 +112,7 @@ class SampleSpec(Spec):
     steps: PositiveInt | None = Field(
         None, description="a teacher's solver steps (default: 100), or an any-step student's steps (default: its own)"
     )
-    solver: Method = Field("ab2", description="a teacher's solver")
+    solver: SolverName = Field("ab2", description="a teacher's solver")
     precision: Precision = Precision()
     seed: int = SEED
 

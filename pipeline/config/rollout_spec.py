@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from kac.precision import Precision
-from kac.solvers import KnotGrid, Method
+from kac.solvers import KnotGrid, SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.options import Options
 from kac.util.path_options import input_path, output_path
@@ -25,7 +25,7 @@ class RolloutRecipe(Options):
     )
     knots: PositiveInt = Field(20, description="intervals per trajectory; knot 0 is the noise, the last knot the image")
     knot_grid: KnotGrid = Field("uniform", description="spacing of the knots from t = 1 to t = 0")
-    solver: Method = Field("ab2", description="the teacher's solver")
+    solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
     precision: Precision = Precision()
     seed: int = SEED

@@ -9,7 +9,7 @@ written last and lists only receipts.
 """
 
 from pipeline.rollout.plan import Plan, make_plan, seal
+from pipeline.rollout.rollout_stage import compute_shards, rollout
 from pipeline.rollout.shard_maker import RolloutError, ShardOutcome
-from pipeline.rollout.stage import compute_shards, rollout
 
 __all__ = ["Plan", "RolloutError", "ShardOutcome", "compute_shards", "make_plan", "rollout", "seal"]

@@ -18,9 +18,9 @@ from pipeline.distill import (
     start_student_run,
 )
 from pipeline.evaluate.compute import try_features
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.outputs import SPEC_FILE
-from pipeline.rollout.stage import rollout
+from pipeline.rollout.rollout_stage import rollout
 from pipeline.sweep import checks
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.planned_trials import PlannedTrial, grid_trials, identity, plan_trial
@@ -28,6 +28,7 @@ from pipeline.sweep.proposers import edge_trials
 from pipeline.sweep.sweep_report import write_report
 from pipeline.sweep.sweep_results import Row
 from pipeline.tracking import logged_models
+from pipeline.tracking.killed_runs import mark_killed
 
 RESULT_FILE = "trials.json"
 
@@ -78,7 +79,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         inputs={"rollout": content["store"]},
         output=spec.out,
         parent=parent,
-        datasets=[tracking.Dataset("store", content["store"], spec.store)],
+        datasets=[tracking.LoggedDataset("store", content["store"], spec.store)],
     ) as run:
         if missing:
             _add_scales(spec, source, missing)
@@ -172,7 +173,7 @@ def _end_runs(ledger: Ledger, *statuses: str) -> None:
         if run is not None:
             if record.status == "stopped":
                 run.tags({"distillkac.stopped_early": f"after {record.updates} updates"})
-            run.end_killed()
+            mark_killed(run)
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:

@@ -2,7 +2,7 @@
 
 runs.py             start or resume the run of a stage, measure the machine, end the run, and find runs
 tracked_run.py      a handle of a run; any process can log to it
-dead_runs.py        close the runs of dead processes
+killed_runs.py      mark runs as KILLED
 process_tags.py     tags for the process, command and commit behind a run
 metrics.py          the table of metric names
 delivery.py         the thread that sends log entries, and the file that keeps a copy of waiting entries
@@ -16,7 +16,7 @@ from kac.util.errors import without_keys as without_password
 from pipeline.tracking.metrics import DIAGNOSTIC_PREFIX, METRICS, PART_PREFIX, declare, declared
 from pipeline.tracking.runs import FINGERPRINT_TAG, INPUT_TAG, STAGE_TAG, find_runs, run_of_output, start_run
 from pipeline.tracking.server import RUN_FILE, connect, experiment_name, is_refusal, tracking_off, tracking_uri
-from pipeline.tracking.tracked_run import Dataset, TrackedRun
+from pipeline.tracking.tracked_run import LoggedDataset, TrackedRun
 
 __all__ = [
     "DIAGNOSTIC_PREFIX",
@@ -26,7 +26,7 @@ __all__ = [
     "PART_PREFIX",
     "RUN_FILE",
     "STAGE_TAG",
-    "Dataset",
+    "LoggedDataset",
     "TrackedRun",
     "connect",
     "declare",

@@ -16,12 +16,12 @@ from kac.util.options import flatten
 from pipeline import claims
 from pipeline.config import Spec
 from pipeline.tracking import process_tags
-from pipeline.tracking.dead_runs import dead_below
 from pipeline.tracking.delivery import Delivery, delivery_to
 from pipeline.tracking.entries import LOCAL, PARENT_TAG, Entry, RunNotCreatedYet, now
+from pipeline.tracking.killed_runs import dead_below, mark_killed
 from pipeline.tracking.metrics import SYSTEM_PREFIX
 from pipeline.tracking.server import EXPERIMENT_VARIABLE, RUN_FILE, connect, is_refusal, tracking_uri
-from pipeline.tracking.tracked_run import Dataset, TrackedRun
+from pipeline.tracking.tracked_run import LoggedDataset, TrackedRun
 
 STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerprint", "distillkac.input."
 CONTINUES_TAG = "distillkac.continues"
@@ -46,7 +46,7 @@ def start_run(
     parent: TrackedRun | None = None,
     name: str | None = None,
     stage: str | None = None,
-    datasets: Sequence[Dataset] = (),
+    datasets: Sequence[LoggedDataset] = (),
 ) -> Iterator[TrackedRun]:
     """Start or resume the run of a stage, and end it when the block ends.
 
@@ -87,7 +87,7 @@ def start_run(
         with _system_metrics(run) if uri and not stage else contextlib.nullcontext():
             yield run
     except (KeyboardInterrupt, SystemExit):
-        run.end_killed()
+        mark_killed(run)
         run.flush(KILLED_SECONDS)
         raise
     except BaseException:
@@ -191,7 +191,7 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
         # If the server fails here, the next start closes these runs.
         with contextlib.suppress(Exception):
             for run_id in dead_below(*delivery.sender.connected(), delivery.sender.id_of(run.run_id)):
-                TrackedRun(run.tracking_uri, run_id).end_killed()
+                mark_killed(TrackedRun(run.tracking_uri, run_id))
             run.flush()
     return run
 

@@ -21,7 +21,7 @@ THUMBNAIL = 256
 """Maximum width and height, in pixels, of the small copies of pictures on MLflow's pages."""
 
 
-class Dataset(NamedTuple):
+class LoggedDataset(NamedTuple):
     """Data that a run reads: a dataset or a store."""
 
     name: str
@@ -73,7 +73,7 @@ class TrackedRun:
         self.artifact(f"{path}+compressed.webp", small.getvalue())
         self.tags({"mlflow.loggedImages": "True"})
 
-    def datasets(self, datasets: Sequence[Dataset]) -> None:
+    def datasets(self, datasets: Sequence[LoggedDataset]) -> None:
         """Log the data that the run reads."""
         if datasets:
             self._put("datasets", {"datasets": [dataset._asdict() for dataset in datasets]})
@@ -91,13 +91,9 @@ class TrackedRun:
         """The run's status on the server: RUNNING, FINISHED, FAILED or KILLED; empty if the server does not answer."""
         return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
 
-    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run. ``start_run`` ends its own runs."""
         self._put("status", {"status": status})
-
-    def end_killed(self) -> None:
-        """End the run as KILLED: it was stopped from outside, or its process has ended."""
-        self._put("status", {"status": "KILLED"})
 
     def nest(self, parent: "TrackedRun") -> None:
         """Nest the run under ``parent``."""

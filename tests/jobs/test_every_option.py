@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 import jobs
 from jobs.parsing import parse
-from kac.data.kinds import FILE_KINDS
+from kac.data.dataset_kinds import FILE_KINDS
 from kac.networks.outside import OutsideConfig
 from kac.util.options import Range, nested_models
 from pipeline.config import CLAIMS, Spec

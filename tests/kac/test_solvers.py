@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kac.guidance import guide
-from kac.solvers import GRIDS, STEPPERS, knot_times, solve
+from kac.solvers import GRIDS, SOLVERS, knot_times, solve
 
-METHODS = sorted(STEPPERS)
+METHODS = sorted(SOLVERS)
 ORDER = {"euler": 1, "heun": 2, "ab2": 2}
 CALLS = {"euler": 1, "heun": 2, "ab2": 1}
 

@@ -17,7 +17,7 @@ from kac.util.errors import ArgumentError
 from pipeline.benchmark import BenchmarkSpec, benchmark
 from pipeline.config import EvaluateSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.study import study
 from pipeline.sweep import sweep

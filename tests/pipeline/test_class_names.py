@@ -15,8 +15,8 @@ from kac.model import load_config
 from kac.util.errors import DistillKacError
 from pipeline.config import EvaluateSpec, RolloutSpec, SampleSpec
 from pipeline.distill import distill
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.evaluate.scores import read_record
-from pipeline.evaluate.stage import evaluate
 from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.rollout import rollout
 from pipeline.sample import sample

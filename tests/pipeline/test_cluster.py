@@ -18,7 +18,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement, storage
 from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
 from pipeline.teach import teach

@@ -25,7 +25,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import ConvertSpec, EvaluateSpec, OptimizerConfig, SampleSpec
 from pipeline.convert import convert
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from tests.kac.openai_unet import OpenAIUNet, randomised

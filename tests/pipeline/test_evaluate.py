@@ -25,9 +25,9 @@ from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.evaluate import compute, samples
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.evaluate.results import plotted
 from pipeline.evaluate.scores import Score, mean_score, read_record, table
-from pipeline.evaluate.stage import evaluate
 from pipeline.report.evaluation_page import write_evaluation_page
 from pipeline.sample import sample
 from tests.pipeline.stages import distill_spec, runs_of

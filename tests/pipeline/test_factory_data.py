@@ -10,7 +10,7 @@ from kac.data import DataConfig, open_dataset
 from kac.model import load_config
 from kac.util.errors import ArgumentError
 from pipeline.config import EvaluateSpec, SampleSpec
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.sample import sample
 from pipeline.teach import teach
 from tests.pipeline.stages import run_of, teach_spec

@@ -9,7 +9,7 @@ import torch
 from kac.util.errors import ArgumentError
 from pipeline.config import EvaluateSpec, SweepSpec
 from pipeline.evaluate import compute
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.sweep import sweep
 from tests import feature_networks
 from tests.pipeline.stages import runs_of

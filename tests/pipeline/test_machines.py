@@ -9,7 +9,7 @@ import pytest
 from jobs.parsing import parse
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, TeachSpec
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.teach import teach
 from tests.pipeline.machines.cluster import cluster_of_machines

@@ -12,10 +12,10 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import tracking
 from pipeline.config import EvaluateSpec
 from pipeline.distill import distill
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.evaluate.inputs import unique_names
 from pipeline.evaluate.results import read_shown
 from pipeline.evaluate.scores import read_record, table
-from pipeline.evaluate.stage import evaluate
 from pipeline.teach import teach
 from tests.pipeline.stages import FEW, distill_spec, run_of, runs_of, teach_spec
 from tests.pipeline.stores import make_store, make_teacher

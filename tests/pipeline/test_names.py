@@ -8,7 +8,7 @@ import pytest
 from kac.util import files
 from pipeline.config import EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.store.merge import MergeSpec, merge

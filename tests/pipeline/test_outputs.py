@@ -13,6 +13,7 @@ from kac.util.errors import DistillKacError
 from pipeline import outputs, tracking
 from pipeline.distill import distill
 from pipeline.teach import teach
+from pipeline.tracking.killed_runs import mark_killed
 from tests.pipeline.stages import DIVERGING, FEW, distill_spec, teach_spec, weights
 
 
@@ -43,7 +44,7 @@ def test_a_rerun_finishes_the_run_of_a_job_that_was_stopped_after_its_model(
     config = make()
     run, client = tracking.run_of_output(str(out)), MlflowClient()
     assert config is not None and run is not None and run.status() == "FINISHED"
-    run.end_killed()
+    mark_killed(run)
     run.flush()
     for name in ("distillkac.weights_sha256", "distillkac.path"):
         client.delete_tag(run.run_id, name)

@@ -19,7 +19,7 @@ from pipeline.cluster import placement, ray_internals
 from pipeline.cluster.placement import Node, Resources, wait_for_capacity
 from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, SweepSpec, TeachSpec
 from pipeline.distill import DistillTask, distill, resolve_spec
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sweep import sweep
 from pipeline.teach import TeachTask, teach

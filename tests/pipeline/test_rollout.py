@@ -22,7 +22,7 @@ from pipeline import store
 from pipeline.cluster.connection import ClusterResources
 from pipeline.cluster.placement import ActorGroup, Node, Resources, choose_actors
 from pipeline.config import RolloutSpec
-from pipeline.rollout import make_plan, rollout, stage
+from pipeline.rollout import make_plan, rollout, rollout_stage
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stages import wait_for_free_cpus
@@ -312,8 +312,8 @@ def test_a_rollout_that_fails_in_the_driver_frees_its_cpus(
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(stage, "SHARDS_PER_RECEIPT_FILE", 1)
-    monkeypatch.setattr(stage, "write_receipts", full)
+    monkeypatch.setattr(rollout_stage, "SHARDS_PER_RECEIPT_FILE", 1)
+    monkeypatch.setattr(rollout_stage, "write_receipts", full)
     with pytest.raises(OSError, match="No space") as kept:  # keeps the frames, as a notebook does
         rollout(spec(teacher, tmp_path / "store", actors=2))
     assert wait_for_free_cpus()

@@ -28,7 +28,7 @@ from pipeline.config import (
     TeachSpec,
 )
 from pipeline.distill import distill
-from pipeline.evaluate.stage import evaluate
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import RolloutError, actors, make_plan, rollout
 from pipeline.rollout.shard_maker import ShardMaker
 from pipeline.sample import sample

@@ -22,6 +22,7 @@ from pipeline.sweep import Ledger, TrialRecord, sweep, sweep_stage
 from pipeline.sweep.planned_trials import grid_trials
 from pipeline.sweep.proposers import Optuna
 from pipeline.sweep.trials import LedgerASHA, LedgerSearch
+from pipeline.tracking.killed_runs import mark_killed
 from tests.pipeline.stages import FEW, distill_spec, runs_of, weights
 from tests.pipeline.stores import make_store
 
@@ -257,7 +258,7 @@ def test_reruns_keep_a_student_and_its_one_run(
     sweep(spec)
     # This is the state after an interrupt between the end of the student and the end of the trial.
     Ledger(spec.out).change(first.name, status="running")
-    tracking.run_of_output(first.out).end_killed()
+    mark_killed(tracking.run_of_output(first.out))
     result.unlink()
     sweep(spec)
     (record,) = Ledger(spec.out).records

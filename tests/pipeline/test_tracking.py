@@ -19,9 +19,9 @@ from kac.util.errors import DistillKacError
 from pipeline import tracking
 from pipeline.config import SampleSpec
 from pipeline.tracking import delivery, process_tags, runs
-from pipeline.tracking.dead_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.delivery import Journal, leftovers
 from pipeline.tracking.entries import Entry, Sender, first_batch
+from pipeline.tracking.killed_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.server import file_name_of, local_folder
 
 SPEC = SampleSpec(model="m", out="o.png")
@@ -99,7 +99,7 @@ def test_undeclared_metrics_are_refused(name: str):
 
 
 def test_loss_parts_system_metrics_and_prefixed_names_are_logged(uri: str, tmp_path: Path):
-    importlib.import_module("pipeline.evaluate.stage")
+    importlib.import_module("pipeline.evaluate.evaluate_stage")
     importlib.import_module("pipeline.training")
     values = {"loss": 3.0, "loss/endpoint": 1.0, "system/free": 2.0, "steps_4/guidance_1/frechet_distance_pixels": 0.5}
     with start(tmp_path) as run:
@@ -110,7 +110,7 @@ def test_loss_parts_system_metrics_and_prefixed_names_are_logged(uri: str, tmp_p
 def test_the_metrics_of_every_stage_are_declared():
     importlib.import_module("pipeline.training")
     importlib.import_module("pipeline.rollout")
-    importlib.import_module("pipeline.evaluate.stage")
+    importlib.import_module("pipeline.evaluate.evaluate_stage")
     assert {
         "frechet_distance_pixels",
         "label_agreement",
@@ -170,7 +170,7 @@ def test_a_stopped_run_is_marked_as_killed(stop: BaseException, uri: str, tmp_pa
 
 
 def test_a_run_has_its_command_commit_and_data(uri: str, tmp_path: Path):
-    data = tracking.Dataset("moons", "0123456789abcdef" * 4, "/data/moons")
+    data = tracking.LoggedDataset("moons", "0123456789abcdef" * 4, "/data/moons")
     with start(tmp_path, datasets=[data]) as run, start(tmp_path, datasets=[data]):
         pass
     found = stored(run)

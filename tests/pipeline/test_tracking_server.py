@@ -45,7 +45,7 @@ def test_a_run_and_its_nested_run_reach_the_server(line: Line, tmp_path: Path):
     importlib.import_module("pipeline.training")
     outer_run = {"spec": SPEC, "output": str(tmp_path), "fingerprint": "f1", "inputs": {}, "name": "outer"}
     inner_run = {**outer_run, "fingerprint": "f2", "inputs": {"rollout": "f0"}, "name": "inner", "stage": "distill"}
-    data = tracking.Dataset("store", "0123456789abcdef" * 4, "s3://bucket/store")
+    data = tracking.LoggedDataset("store", "0123456789abcdef" * 4, "s3://bucket/store")
     with start_run(**outer_run) as outer:
         assert outer.tracking_uri == line.uri
         with start_run(**inner_run, parent=outer, datasets=[data]) as inner:

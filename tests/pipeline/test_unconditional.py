@@ -24,8 +24,8 @@ from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from pipeline import store
 from pipeline.config import CLAIMS, EvaluateSpec, SampleSpec, StudySpec, SweepSpec
 from pipeline.distill import distill
+from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.evaluate.samples import ModelSamples
-from pipeline.evaluate.stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.study import study

@@ -9,9 +9,9 @@ import torch
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.losses.refinement import (
     CLASSIFIER,
-    DISTANCES,
+    REFINEMENT_DISTANCES,
     DataRefinementConfig,
-    DistanceName,
+    RefinementDistance,
     SpaceName,
     check_spaces,
     energy_distance,
@@ -62,13 +62,13 @@ def test_the_loss_uses_the_named_distance(monkeypatch: pytest.MonkeyPatch):
     def gap(x: torch.Tensor, y: torch.Tensor, update: int) -> torch.Tensor:
         return (x.mean() - y.mean()).abs() + update
 
-    monkeypatch.setitem(DISTANCES, "gap", gap)
+    monkeypatch.setitem(REFINEMENT_DISTANCES, "gap", gap)
     samples, real = torch.tensor([[5.0], [7.0]]), torch.tensor([[0.0], [2.0]])  # mean distance between real points: 2
     assert refinement_loss(samples, None, real, torch.zeros(2), [pixels], 0.5, 2, 10, "gap").item() == 12.5
 
 
 def test_every_distance_has_a_name_for_the_option_whose_default_changes_no_fingerprint():
-    assert tuple(DISTANCES) == get_args(DistanceName)
+    assert tuple(REFINEMENT_DISTANCES) == get_args(RefinementDistance)
     assert hashed_values(DataRefinementConfig()) == {"kind": "data"}
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rollout import make_plan, rollout
-from pipeline.rollout import stage as rollout_stage
+from pipeline.rollout import make_plan, rollout, rollout_stage
 from pipeline.store.manifest import is_receipt_file, read_manifest, read_receipts, write_receipts
 from tests.pipeline.stores import make_spec, plan_store, publish_shards, shard_file
 

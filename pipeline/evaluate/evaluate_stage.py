@@ -75,7 +75,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         wait_for_capacity("evaluate", "`actors`", 1, choose_actors(spec).resources)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
-    datasets = [tracking.Dataset(config.data.kind, config.data_sha256, config.data.origin, "evaluation")]
+    datasets = [tracking.LoggedDataset(config.data.kind, config.data_sha256, config.data.origin, "evaluation")]
     with tracking.start_run(
         spec=spec, fingerprint=fingerprint, inputs=inputs, output=spec.out, parent=parent, datasets=datasets
     ) as run:

@@ -1,4 +1,4 @@
-"""Close the runs of dead processes, which MLflow would otherwise show as RUNNING forever."""
+"""Mark runs as KILLED: those stopped from outside, and those of dead processes, which MLflow shows as RUNNING."""
 
 import time
 from typing import Any
@@ -35,7 +35,7 @@ def close_dead(spec: CloseDeadSpec) -> list[str]:
         running = _search(*connect(uri))
         ids = [str(run.info.run_id) for run in running if _is_dead(run) or _is_silent(run, spec.older_than)]
         for run_id in ids:
-            TrackedRun(uri, run_id).end_killed()
+            mark_killed(TrackedRun(uri, run_id))
         if ids and not TrackedRun(uri, ids[0]).flush():
             raise TimeoutError("the changes wait on this disk")
     except Exception as error:
@@ -47,6 +47,11 @@ def close_dead(spec: CloseDeadSpec) -> list[str]:
         log.info(f"close-dead: marked run {run_id} as KILLED")
     log.info(f"close-dead: closed {len(ids)} runs of {without_keys(uri)}")
     return ids
+
+
+def mark_killed(run: TrackedRun) -> None:
+    """End a run that was stopped from outside, or whose process has ended."""
+    run.end("KILLED")
 
 
 def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:

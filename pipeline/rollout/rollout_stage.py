@@ -73,7 +73,7 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         inputs={"teacher": teacher.weights_sha256},
         output=spec.store,
         parent=parent,
-        datasets=[tracking.Dataset("teacher", teacher.weights_sha256, spec.teacher, context="teacher")],
+        datasets=[tracking.LoggedDataset("teacher", teacher.weights_sha256, spec.teacher, context="teacher")],
     ) as run:
         started = time.perf_counter()
         rounding = _compare_with_float32(spec, plan)
