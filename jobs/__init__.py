@@ -3,7 +3,7 @@
 import os
 
 # Set this before torch loads OpenMP, whose threads spin by default while they wait. On a busy machine, spinning made a
-# training update take 800 ms instead of 25 ms. With sleeping threads, it takes 32 ms.
+# training update take 800 ms instead of 25 ms. With sleeping threads, an update takes 32 ms.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# By default, Ray deduplicates similar log lines of workers, and prints them late, in colour, often after the result.
+# By default, Ray deduplicates workers' similar log lines, and prints them late, in colour, often after the result.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -18,16 +18,16 @@ from pipeline.cluster import environment, storage
 from pipeline.config import Spec
 
 SYNC = "--sync-tracking"
-"""An option of every job: first deliver log entries that earlier jobs could not. On its own, it does only that."""
+"""An option of every job: first deliver the log entries that earlier jobs could not deliver."""
 
 TERMINATED = 128 + signal.SIGTERM
-Command = tuple[type[Spec], Callable[[Any], object]]  # the type of its spec, and the function that runs it
+Command = tuple[type[Spec], Callable[[Any], object]]  # the command's spec type, and the function that runs the command
 
 
 def main(
     spec_type: type[SpecType], stage: Callable[[SpecType], object], prog: str = "", arguments: list[str] | None = None
 ) -> None:
-    """Parse the spec of a job and run its stage. Exit with 1 if the stage fails, with 2 if an option is invalid."""
+    """Parse the spec of a job and run its stage. Exit with 1 if the stage fails, or with 2 if an option is invalid."""
     show()
     prog = prog or f"python -m jobs.{spec_type.stage}"
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -47,13 +47,13 @@ def main(
             storage.check_answers(spec)
         stage(spec)
     except (DistillKacError, OSError, BotoCoreError) as error:
-        # Users can fix errors of the disk and S3. Any other exception is a bug and keeps its traceback.
+        # Users can fix disk and S3 errors. Any other exception is a bug and keeps its traceback.
         fail(prog, error, 1)
     except KeyboardInterrupt:
         fail(prog, "interrupted. Run the same command again to resume.", 130)
     except SystemExit as stop:
         # While the job waits for Ray, Ray turns our SystemExit into SystemExit(1). Ray's own handler exits with the
-        # number of the signal.
+        # signal's number.
         was_terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if not was_terminated and stop.code not in {signal.SIGTERM, TERMINATED}:
             raise
@@ -61,7 +61,7 @@ def main(
 
 
 def main_of(commands: Mapping[str, Command], prog: str, description: str) -> None:
-    """Run one command of a job that has several, in the same way as ``main``."""
+    """Run one of a job's several commands, as ``main`` does."""
     name, *arguments = sys.argv[1:] or [""]
     if name in {"-h", "--help"}:
         with _quiet_if_stdout_closes():
@@ -111,6 +111,6 @@ def _quiet_if_stdout_closes() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout again when it exits.
+        # Redirect stdout, because Python flushes it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -1,6 +1,6 @@
 """Read the argument of ``--config``: a YAML file of options, or the name of a recipe in ``recipes/``.
 
-A file has the options of one stage, or a section of options for each stage:
+A file contains the options of one stage, or one section of options per stage:
 
     teach:
       network: {kind: unet, channels: [64, 128]}
@@ -39,7 +39,7 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
     values = _read_yaml(name)
     if not isinstance(values, dict):
         raise ArgumentError(f"`config` {name} contains a {type(values).__name__}. Write lines of OPTION: VALUE.")
-    # A stage's name with a plain value is an option, such as --rollout of the sweep. An empty section is None in YAML.
+    # A stage's name with a plain value is an option, such as the sweep's --rollout. An empty section is None in YAML.
     sections = {key: value or {} for key, value in values.items() if value is None or isinstance(value, dict)}
     if not any(key in STAGES for key in sections):
         return _as_fields([spec_type], values)
@@ -68,7 +68,7 @@ def _read_yaml(name: str) -> Any:
 
 
 def _as_fields(models: list[type[BaseModel]], values: Values) -> Values:
-    """Replace - with _ in option names. If the value of an option is a mapping, its keys stay unchanged."""
+    """Replace - with _ in option names. If an option's value is a mapping, the mapping's keys stay unchanged."""
     named: Values = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}  # noqa: RUF012
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return a mapping. Raise ``MarkedYAMLError`` if it has a key twice."""
+        """Return a mapping. Raise ``MarkedYAMLError`` if a key occurs twice."""
         node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         if duplicate := next((name for name in names if names.count(name) > 1), None):

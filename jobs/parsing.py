@@ -1,7 +1,7 @@
-"""Parse a command line and a file of options into a spec.
+"""Parse a command line and an options file into a spec.
 
-argparse splits the command line and formats the help. Values stay text until pydantic validates the values of the
-command line and of the file together. An invalid option therefore gives the same error in both.
+argparse splits the command line and formats the help. Values stay text until pydantic validates the command
+line and the file together. An invalid value therefore gives the same error in either place.
 """
 
 import argparse
@@ -32,15 +32,15 @@ CONFIG.annotation, CONFIG.metadata = str, [OptionStyle(metavar="RECIPE|FILE.yaml
 
 
 class Option(NamedTuple):
-    """A field of a spec, as a command-line option. A positional field has no names."""
+    """A spec's field, shown as a command-line option. A positional field has no names."""
 
     names: tuple[str, ...]
-    path: tuple[str, ...]  # fields that lead to the value
+    path: tuple[str, ...]  # names of the nested fields that lead to the value
     can_be_none: bool
     nargs: Literal["0", "1", "?", "*", "+"]  # number of words, as in argparse
     metavar: str
     help: str
-    section: str  # of the help; empty for the first section
+    section: str  # section of the help; empty for the first section
 
 
 def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecType:
@@ -51,7 +51,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
     Raises:
         ArgumentError: an option of the command line or the file is unknown, missing or invalid.
     """
-    # The first pass finds only the file and the kinds. They determine which options the second pass knows.
+    # The first pass finds only the file and the kinds. They determine which options the second pass accepts.
     first, _ = _read(_options([spec_type], _with_defaults(spec_type, {})), arguments)
     configs = first.get("config", [])
     if len(configs) > 1:
@@ -72,7 +72,7 @@ def parse(spec_type: type[SpecType], arguments: list[str], prog: str) -> SpecTyp
             raise ArgumentError(f"{option.path[0].upper()} is required. See --help.")
     try:
         return spec_type(**values)
-    except UnknownArgument as error:  # only the file can still have unknown options
+    except UnknownArgument as error:  # the unknown option is in the file, because the command line was checked
         raise ArgumentError(f"`config` {path}: {error}") from None
 
 
@@ -114,7 +114,7 @@ def _put(values: Values, path: tuple[str, ...], value: Any) -> None:
 
 
 def _override(lower: Any, upper: Any) -> Any:
-    """Merge nested values; ``upper`` wins. Values of a different kind replace the lower values completely."""
+    """Merge nested values, preferring ``upper``. If the kinds differ, ``upper`` replaces ``lower`` completely."""
     if isinstance(lower, dict):
         upper = expand_kind(upper)
     if not isinstance(upper, dict):
@@ -175,7 +175,7 @@ def _options(models: list[type[BaseModel]], values: Values, path: tuple[str, ...
             names, kind = (option.removesuffix(".kind"), option), literal[_kind_names(*models)]
             text = "; ".join(other.model_fields["kind"].description or "" for other in models)
         nargs = _nargs(kind)
-        if positional and nargs == "?":  # a word after a bool could be the positional argument
+        if positional and nargs == "?":  # a word after a bool option could be the positional argument
             nargs = "0"
         extra: Any = field.json_schema_extra or {}
         yield Option(
@@ -219,7 +219,7 @@ def _parser(options: list[Option], spec_type: type[Spec] = Spec, prog: str = "")
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser._negative_number_matcher = re.compile(r"-[\d.]")  # before Python 3.14, argparse takes -1e-3 for an option
+    parser._negative_number_matcher = re.compile(r"-[\d.]")  # before Python 3.14, argparse treats -1e-3 as an option
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     sections: dict[str, Any] = {"": parser}
     for option in options:
@@ -235,14 +235,14 @@ def _parser(options: list[Option], spec_type: type[Spec] = Spec, prog: str = "")
             takes["action"] = "append"
         text = option.help.replace("%", "%%")
         if not option.names:
-            add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # ``parse`` raises if it is missing
+            add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # ``parse`` reports a missing value
         for name in option.names:
             add(name, dest=dest, help=text if name == option.names[0] else argparse.SUPPRESS, **takes)
     return parser
 
 
 def _help_text(description: str, default: Any) -> str:
-    """Return the help with the default. A description can end with "; default: X", where X applies without a value."""
+    """Return the help with the default. A description can end with "; default: X", which describes a missing value."""
     text, _, without_value = as_options(description).partition("; default: ")
     if default is PydanticUndefined:
         return f"{text} (required)"

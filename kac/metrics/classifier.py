@@ -1,7 +1,7 @@
-"""A small classifier trained on the data set's labels. It provides features, and the label agreement of samples.
+"""A small classifier trained on the data set's labels. It provides features, and measures label agreement.
 
-It is trained only on training images, and cached by the hash of the data. Images larger than 32 x 32 are averaged down
-first. The pretrained feature spaces resolve finer detail.
+It is trained only on training images, and cached by the hash of the data. It first averages larger images down to
+32 x 32. The pretrained feature spaces resolve finer detail.
 """
 
 import hashlib
@@ -28,27 +28,27 @@ MIN_UPDATES, MAX_UPDATES, TEST_BATCH = 500, 1500, 1000
 
 
 class ClassifierRecipe(NamedTuple):
-    """Settings that distinguish several classifiers of the same data set."""
+    """Settings that distinguish classifiers trained on the same data set."""
 
     width: int = 32  # channels of the first layer
     seed: int = 0
 
     def identity(self, data_sha256: str) -> str:
-        """Return the fingerprint of the data's classifier. It omits a seed of 0, as older versions had no seed."""
+        """Return the classifier's fingerprint. A seed of 0 is left out, because older versions had no seed."""
         return fingerprint(
             {**RECIPE, "width": self.width, "data": data_sha256, **({"seed": self.seed} if self.seed else {})}
         )
 
 
 EVALUATION_CLASSIFIER = ClassifierRecipe()
-"""The classifier that evaluations use. No model is ever trained with it."""
+"""The classifier that evaluations use. No model is trained with this classifier."""
 
 
 class Classifier(nn.Module):
     """A network that maps samples to features, and features to classes.
 
     Args:
-        sample_shape: images [channels, height, width] use convolutions; points use two linear layers.
+        sample_shape: if it is [channels, height, width], the network uses convolutions, otherwise two linear layers.
         width: channels of the first convolution.
     """
 
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
 
 def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
-    """Return layers that halve the sides and double the channels, down to sides of 4. The first keeps sides up to 8."""
+    """Return layers that halve the sides, to at most 4, and double the channels. The first keeps sides up to 8."""
     channels, height, width = shape
     layers: list[nn.Module] = []
     stride = 1 if max(height, width) <= 8 else 2
@@ -89,7 +89,7 @@ def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
 def open_classifier(
     data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER
 ) -> tuple[Classifier, dict[str, float], str]:
-    """Load the data's classifier, or train it. Return it, its held-out accuracy and the sha256 of its weights."""
+    """Load the data's classifier, or train it. Return the network, its held-out accuracy and its weights' sha256."""
     description = data.description
     stem = files.join(cache_folder("classifiers"), recipe.identity(description.sha256))
     weights_path, record_path = f"{stem}.safetensors", f"{stem}.json"
@@ -110,7 +110,7 @@ def open_classifier(
 
 
 def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER) -> Classifier:
-    """Train with AdamW on delivered training images. The result is deterministic for a fixed number of threads."""
+    """Train a classifier with AdamW on delivered training images. The result depends only on the number of threads."""
     description, split = data.description, data.train
     updates = max(MIN_UPDATES, min(MAX_UPDATES, int(RECIPE["epochs"] * len(split) / RECIPE["batch_size"])))
     with torch.random.fork_rng(devices=[]):
@@ -129,7 +129,7 @@ def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSI
 
 
 def _batches(count: int, seed: int) -> itertools.chain[Tensor]:
-    """Yield endless batches of row numbers, reshuffled each epoch. The incomplete last batch of an epoch is dropped."""
+    """Yield batches of row numbers endlessly, reshuffled each epoch. Drop an epoch's last batch if it is incomplete."""
     generator, size = torch.Generator().manual_seed(seed), min(count, int(RECIPE["batch_size"]))
     epochs = (torch.randperm(count, generator=generator) for _ in itertools.count())
     return itertools.chain.from_iterable(epoch[: count - count % size].reshape(-1, size).unbind() for epoch in epochs)

@@ -33,7 +33,7 @@ def frechet_distance(real: Moments, fake: Moments) -> float:
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """Return the KID (arXiv 1801.01401): the unbiased squared MMD with the kernel (x.y / width + 1)^3.
 
-    This function uses all pairs. The usual mean over random subsets has the same expectation, but more noise.
+    This function uses all pairs of rows. The usual mean over random subsets has the same expectation, but more noise.
 
     Example:
         >>> kernel_distance(torch.zeros(3, 2), torch.zeros(4, 2))
@@ -94,7 +94,7 @@ def neighbour_radii(rows: Tensor, k: int = 3) -> Tensor:
 def coverage(rows: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the fraction of ``rows`` within the radius of at least one centre (arXiv 1904.06991).
 
-    With samples as rows and real data as centres, this is precision. With the two swapped, it is recall.
+    This is precision if the rows are samples and the centres are real data, and recall if the two are swapped.
     """
     inside = [(torch.cdist(part, centres) <= radii).any(1) for part in torch.split(rows, ROWS_PER_BLOCK)]
     return float(torch.cat(inside).double().mean())

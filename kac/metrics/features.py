@@ -22,29 +22,29 @@ BATCH_SIZE, TRAINING_ROWS, TRIAL_ROWS = 250, 1000, 16
 """Samples per network call, training images per part, and training images on which a network is tried."""
 
 WIDEST = 32
-"""Larger images are averaged down to this many pixels per side for ``pixels`` and ``classifier``."""
+"""The spaces ``pixels`` and ``classifier`` average larger images down to this many pixels per side."""
 
 TORCHSCRIPT = (".pt", ".ts")
 OWN = ("pixels", "pooled", "classifier")
-"""This project's own spaces. Networks of other spaces are tried on training images before an evaluation starts."""
+"""This project's own spaces. All other spaces' networks are tried on training images before an evaluation starts."""
 
 KINDS = (*OWN, "lite0", "inception")
 MAX_WIDTH, MAX_VALUE = 16_384, 1e6
 """Limits of features: a covariance matrix of this width takes 2 GiB, and the cube of this value fits in float32."""
 
 SAME = 0.02
-"""The largest relative difference that half precision or a different batch size may cause."""
+"""The largest relative difference that half precision or a different batch size may cause in features."""
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
     """A network that maps delivered samples to features."""
 
-    name: str  # part of the names of metrics
-    fingerprint: str  # of the network; part of the names of cached features
+    name: str  # part of metric names
+    fingerprint: str  # identifies the network; part of the names of cached features
     network: nn.Module  # [batch, *sample] float32 in [-1, 1] -> [batch, width]
-    facts: dict[str, float]  # printed and stored, such as the classifier's held-out accuracy
-    given: str  # the value of the option
+    facts: dict[str, float]  # numbers to print and store, such as the classifier's held-out accuracy
+    given: str  # the option's value
 
     @property
     def is_cheap(self) -> bool:
@@ -69,7 +69,7 @@ class FeatureSpace:
         return torch.cat(parts)
 
     def of_training_images(self, data: Dataset) -> Iterator[Tensor]:
-        """Yield the features of all training images in the order of the data set, in parts [rows, width]."""
+        """Yield the features of all training images in parts [rows, width], in the data set's order."""
         for ids in torch.split(torch.arange(len(data.train)), TRAINING_ROWS):
             yield self(delivered(data.train.rows(ids).images))
 
@@ -80,7 +80,7 @@ class FeatureSpace:
         except DistillKacError:
             raise
         except Exception as error:
-            # TorchScript raises a RuntimeError. Its text has the network's error on one line, among tracebacks.
+            # TorchScript raises a RuntimeError whose text has the network's error on one line, between tracebacks.
             lines = re.findall(r"^[\w.]*Error: .*", str(error), re.MULTILINE)
             reason = one_line(lines[0]) if lines else describe_exception(error)
             raise ArgumentError(
@@ -144,8 +144,8 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     """Open a space, and try its network on a batch of training images and on a single image.
 
     Raises:
-        ArgumentError: ``open_space`` raises it, the network fails or returns invalid features, or the features of a
-            sample depend on the rest of its batch.
+        ArgumentError: the space cannot be opened, the network fails or returns invalid features, or a sample's
+            features depend on the other samples in its batch.
     """
     space = open_space(given, data, device)
     ids = torch.linspace(0, len(data.train) - 1, min(TRIAL_ROWS, len(data.train))).long()
@@ -155,7 +155,7 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     space.check_widths(together, single)
     if float((single - together[:1]).norm()) > SAME * float(together[:1].norm()):
         raise ArgumentError(
-            f"{space.option}: the features of a sample are random or depend on the rest of its batch. Call "
+            f"{space.option}: a sample's features are random or depend on the other samples in its batch. Call "
             "network.eval() before saving the network."
         )
     is_constant = torch.allclose(together, together[:1].expand_as(together), rtol=1e-6, atol=0)
@@ -197,10 +197,10 @@ def check_features(option: str, output: object, count: int) -> Tensor:
 
 
 def check_fits(given: str, data: Dataset) -> None:
-    """Check that a space fits the data, without opening it.
+    """Check that a space fits the data, without opening the space.
 
     Raises:
-        ArgumentError: the space needs images, larger images, or several classes.
+        ArgumentError: the space needs images, larger images or several classes, which the data lacks.
     """
     shape = data.description.sample_shape
     if given in {"pooled", "lite0", "inception"} and not is_image(shape):
@@ -214,7 +214,7 @@ def check_fits(given: str, data: Dataset) -> None:
 
 
 def space_identity(given: str, data: Dataset) -> dict[str, str]:
-    """Return a space's identity without opening it: its name, with the hash of its file or training data."""
+    """Return a space's identity without opening the space: its name, and the hash of any file or training data."""
     if not given.endswith(TORCHSCRIPT):
         return {"space": given, **({"data": data.description.sha256} if given == "classifier" else {})}
     try:
@@ -247,7 +247,7 @@ def check_names(features: Sequence[str]) -> None:
         if name in {"", "pixels"} and given != "pixels":
             raise ValueError(f"`features` has {given!r}, so its metrics would be named {name!r}. Rename the network.")
     if len(set(names)) < len(names):
-        raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one.")
+        raise ValueError(f"`features` has spaces with the same name: {', '.join(names)}. Rename or remove one of them.")
 
 
 def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
@@ -259,7 +259,7 @@ def averaged_down(samples: Tensor, widest: int = WIDEST) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """The flattened sample. Images larger than 32 x 32 are averaged down first, to keep the covariance small."""
+    """The flattened sample. Images larger than 32 x 32 are averaged down first, to keep the covariance matrix small."""
 
     def forward(self, samples: Tensor) -> Tensor:
         """[batch, *sample] -> [batch, width]."""

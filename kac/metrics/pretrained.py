@@ -26,7 +26,7 @@ class _Adapted(nn.Module):
 
 
 def lite0() -> nn.Module:
-    """Return EfficientNet-Lite0 with its package's ImageNet weights: 1,280 features of images resized to 64 x 64.
+    """Return EfficientNet-Lite0 with ImageNet weights. It computes 1,280 features of images resized to 64 x 64.
 
     Raises:
         ArgumentError: the extra ``lite0`` is not installed.
@@ -41,7 +41,7 @@ def lite0() -> nn.Module:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def call(network: nn.Module, rgb: Tensor) -> Tensor:
-        # The network expects (byte - 127) / 128, which is close to our range of [-1, 1].
+        # The network expects values of (byte - 127) / 128, whose range is close to our [-1, 1].
         resized = nn.functional.interpolate(rgb, (LITE0_SIDE, LITE0_SIDE), mode="bilinear", antialias=True)
         return network.extract_features(resized).mean((2, 3))  # type: ignore[operator,no-any-return]
 
@@ -49,7 +49,7 @@ def lite0() -> nn.Module:
 
 
 def inception() -> nn.Module:
-    """Return the Inception network of FID, with 2,048 features. torch-fidelity keeps its weights in torch's hub cache.
+    """Return the Inception network of FID, with 2,048 features. torch-fidelity stores its weights in torch's hub cache.
 
     Raises:
         ArgumentError: torch-fidelity is not installed, or its weights cannot be downloaded.
@@ -71,8 +71,8 @@ def inception() -> nn.Module:
 def torchscript(path: str) -> nn.Module:
     """Load a TorchScript file (local or s3://) that maps float32 images NCHW in [-1, 1] to features [batch, width].
 
-    If its ``forward`` has an argument ``return_features``, as in NVIDIA's ``inception-2015-12-05.pt``, it is called
-    with ``return_features=True`` and images with values from 0 to 255.
+    If ``forward`` has an argument ``return_features``, as in NVIDIA's ``inception-2015-12-05.pt``, the network is
+    called with ``return_features=True`` and images with values from 0 to 255.
 
     Raises:
         ArgumentError: the file does not exist or is not TorchScript.

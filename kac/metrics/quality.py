@@ -22,22 +22,22 @@ MEMORISATION_ROWS = 2000
 class Metric:
     """A metric that is logged, and how it is displayed."""
 
-    name: str  # in MLflow and in stored records
+    name: str  # the name in MLflow and in stored records
     meaning: str
-    heading: str = ""  # of its column in the table; empty: no column
+    heading: str = ""  # the heading of the metric's column in the table; empty if it has no column
     format: str = ".4f"
     better: Literal["lower", "higher", ""] = ""
-    is_plotted: bool = False  # plotted over network evaluations; only for metrics that teachers and students share
+    is_plotted: bool = False  # whether to plot it against NFE; only for metrics that teachers and students share
 
 
 @dataclass
 class Reference:
     """The real data that samples are compared with."""
 
-    train: dict[str, Statistics]  # of the training images, by feature space
+    train: dict[str, Statistics]  # statistics of the training images, by feature space
     held_out: Tensor  # pixel features [rows, width] of the first MEMORISATION_ROWS held-out images
     train_pixels: Callable[[], Iterator[Tensor]]  # returns the pixel features of the training images in parts
-    floor_count: int | None = None  # number of held-out images, if smaller than the number of samples
+    floor_count: int | None = None  # number of held-out images, if there are fewer than samples
 
     def distance_to_train(self, pixels: Tensor) -> float:
         """Return the mean distance from the first rows of ``pixels`` [rows, width] to their nearest training images."""
@@ -81,11 +81,11 @@ class QualityMetric(Metric):
     """
 
     compute: Callable[..., float | None] = field(kw_only=True)
-    last_space_only: bool = field(default=False, kw_only=True)  # only the last space has a column; all are logged
+    last_space_only: bool = field(default=False, kw_only=True)  # if set, only the last space has a column
 
 
 def at_floor_count(name: str) -> str:
-    """Return the name of the metric ``name`` when it uses only as many samples as there are held-out images."""
+    """Return the name of the metric ``name`` if it uses only as many samples as there are held-out images."""
     return f"{name}_at_floor_count"
 
 
@@ -139,11 +139,11 @@ PRECISION = "fraction of the samples that are near training images (3 nearest ne
 RECALL = "fraction of the training images that are near samples (3 nearest neighbours), in {space} features"
 SLICED = "squared sliced 2-Wasserstein distance between the pixels of the samples and of the training images"
 MEMORISATION = (
-    "mean distance from the samples to their nearest training images, divided by that of held-out images; a value well "
-    "below 1 means memorisation"
+    "mean distance from the samples to their nearest training images, divided by the same mean for held-out images; a "
+    "value well below 1 means memorisation"
 )
 AGREEMENT = "fraction of the samples that the classifier assigns to the label they were generated for"
-ERROR = "root mean square difference per coordinate from the teacher's images; a diagnostic"
+ERROR = "root mean square difference per coordinate from the teacher's images; only a diagnostic"
 NFE = "network evaluations per image"
 SPEED = "sampling speed of one process, the median over chunks of samples"
 

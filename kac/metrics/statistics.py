@@ -1,4 +1,4 @@
-"""Statistics of streamed features, in memory that does not grow with the number of samples."""
+"""Statistics of streamed features. Their memory use does not grow with the number of samples."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -11,7 +11,7 @@ KEPT_ROWS = 10_000
 """The number of rows kept for metrics that need the features themselves: precision, recall, KID and sliced W2."""
 
 NEIGHBOURS = 3
-"""Precision and recall use the distance to this neighbour."""
+"""Precision and recall use the distance to the nearest neighbour of this rank."""
 
 MAX_BLOCKS = 10
 """A Frechet distance at a smaller sample count is averaged over at most this many disjoint blocks of samples."""
@@ -48,7 +48,7 @@ class Moments:
 
     @cached_property
     def root(self) -> Tensor:
-        """The symmetric root of the covariance. Read it only after all rows are added."""
+        """The symmetric square root of the covariance. Read it only after all rows are added."""
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         return root
@@ -59,7 +59,7 @@ class Statistics:
 
     Args:
         width: features per row.
-        block: rows per block; 0: no blocks.
+        block: rows per block, or 0 for no blocks.
     """
 
     def __init__(self, width: int, block: int = 0) -> None:

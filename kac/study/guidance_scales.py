@@ -22,7 +22,7 @@ class GuidancePoint(NamedTuple):
 
     guidance: float
     out_of_range: float  # fraction of the network's output values outside [-1, 1]
-    kinetic_energy: float  # integral of |u_w|^2 |dt|, the mean over samples
+    kinetic_energy: float  # mean over samples of the integral of |u_w|^2 |dt|
     agreement: float | None  # fraction of delivered samples that the classifier assigns to their label
 
 
@@ -32,7 +32,7 @@ def effect_of_guidance(
     """Yield the effect of each guidance scale on a network with a null label.
 
     Args:
-        classifier: the feature space of the classifier; None: label agreement is not measured.
+        classifier: the classifier's feature space. If it is None, label agreement is not measured.
     """
     for w in scales:
         outside, values, energy, correct = 0, 0, 0.0, 0
@@ -58,7 +58,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     first, last = found[0], found[-1]
     text = (
         f"w = {first.guidance:g} to {last.guidance:g}: kinetic energy {first.kinetic_energy:.4g} to "
-        f"{last.kinetic_energy:.4g}, out of range {first.out_of_range:.2%} to {last.out_of_range:.2%}"
+        f"{last.kinetic_energy:.4g}, share of values out of range {first.out_of_range:.2%} to {last.out_of_range:.2%}"
     )
     if first.agreement is not None and last.agreement is not None:
         text += f", label agreement {first.agreement:.2%} to {last.agreement:.2%}"
@@ -74,7 +74,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 
 def _plot(found: Sequence[GuidancePoint]) -> bytes:
     labels = {
-        "kinetic_energy": "kinetic energy, mean",
+        "kinetic_energy": "mean kinetic energy",
         "out_of_range": "fraction of raw values outside [-1, 1]",
         **({} if found[0].agreement is None else {"agreement": "label agreement"}),
     }

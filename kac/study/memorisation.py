@@ -15,17 +15,17 @@ from kac.util.images import delivered
 
 MOST_ENERGETIC = 0.05
 MIN_CLASS_SAMPLES = 5
-"""Classes with fewer samples are left out of the correlation within classes."""
+"""Classes with fewer samples than this are left out of the correlation within classes."""
 
 
 class EnergyAndNearness(NamedTuple):
     """The relation between kinetic energies and distances to the training images."""
 
-    correlation: float  # Spearman's, over all samples; NaN if energy or distance is constant
+    correlation: float  # Spearman's correlation over all samples; NaN if energy or distance is constant
     p_value: float
-    within_classes: float  # mean over classes of Spearman's within each class; classes differ in energy and distance
+    within_classes: float  # mean of Spearman's correlations within each class, because classes differ
     classes: int  # number of classes with enough samples
-    energetic_ratio: float  # mean distance of the MOST_ENERGETIC fraction over the mean distance of all; << 1: copies
+    energetic_ratio: float  # mean distance of the MOST_ENERGETIC fraction / of all samples; far below 1 for copies
 
 
 def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor) -> EnergyAndNearness:
@@ -43,7 +43,7 @@ def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor)
 
 
 def spearman(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return Spearman's rank correlation of two tensors [rows] and its two-sided p-value; NaN if one is constant."""
+    """Return Spearman's rank correlation of two tensors [rows] and its two-sided p-value. Constants give NaN."""
     from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):

@@ -16,7 +16,7 @@ from kac.sampling import generate
 from kac.study.subject import TIME, ClaimResult, Inputs, Subject, Watched, panels, png
 
 EDGE, CELLS = 1.25, 100
-"""Densities are counts of points on a grid from -EDGE to EDGE, with this number of cells per side."""
+"""Densities are counts of points on a grid from -EDGE to EDGE, with CELLS cells per side."""
 
 SHOWN_TRAJECTORIES = 60
 
@@ -30,7 +30,7 @@ class Travelled(NamedTuple):
 
 
 def travel(subject: Subject) -> Travelled:
-    """Follow all points of a subject, which has no guidance and a solver with one network evaluation per step."""
+    """Follow all points of a subject that has no guidance and whose solver evaluates the network once per step."""
     parts = []
     for x_1, label in subject.starts():
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -43,7 +43,7 @@ def travel(subject: Subject) -> Travelled:
 
 
 def density(points: Tensor) -> np.ndarray:
-    """Count the points [points, 2] in each cell: [CELLS, CELLS], with the bottom row first."""
+    """Return the number of points [points, 2] in each cell, as [CELLS, CELLS] with the bottom row first."""
     edges = np.linspace(-EDGE, EDGE, CELLS + 1)
     counts: np.ndarray = np.histogram2d(points[:, 1].numpy(), points[:, 0].numpy(), bins=(edges, edges))[0]
     return counts

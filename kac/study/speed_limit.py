@@ -1,7 +1,7 @@
 """Claim: a Kac flow obeys a speed limit, and Gaussian flow matching has none (arXiv 2509.21513, 2506.20641).
 
 For data in [-1, 1], no component of the true velocity exceeds sup|f'| + c sup g' (``Path.speed_limit``). A network only
-approximates this field. This module measures how many of its velocities exceed the limit during sampling.
+approximates the true velocity. This module measures how many of the network's velocities exceed the limit.
 """
 
 import math
@@ -60,7 +60,7 @@ def speeds(subject: Subject, limit: float) -> Speeds:
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:
-    """Count the speeds of the teacher, its students without guidance, and the rival."""
+    """Measure the speeds of the teacher, its students without guidance, and the rival."""
     limit = inputs.teacher.config.path.build().speed_limit()
     if not math.isfinite(limit):
         return "the teacher's path has no speed limit"
@@ -81,7 +81,7 @@ def _plot(found: Mapping[str, Speeds], limit: float) -> bytes:
     figure, (axis,) = panels(1, 1, width=8)
     for name, measured in found.items():
         edges, heights = measured.density()
-        # The last bin counts all larger speeds and would be a spike, so it is not drawn. The legend has the share.
+        # The last bin counts all larger speeds and would be a spike, so it is not drawn. The legend gives its share.
         label = f"{name}: {100 * measured.share_beyond:.2g} % beyond, at most {measured.largest:.2f}"
         axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
     axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")

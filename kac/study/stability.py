@@ -1,14 +1,14 @@
 """Claim: a student that is close to its teacher at the end of each single step is close along the whole trajectory.
 
 arXiv 2509.21513 proves this for endpoint distillation by Groenwall's inequality. This module measures the discrete
-form. Let e_k be the distance between the two states at the student's knot k. Then
+form. Let e_k be the distance between the student's and the teacher's states at the student's knot k. Then
 
     e_{k+1} <= lambda_k e_k + delta_k,
 
-where lambda_k is the factor by which the teacher's flow separates two states on this interval, and delta_k is the error
-of the student's step. If delta_k is measured from the student's state, this is the triangle inequality, which always
-holds (``certain``). Distillation only reduces delta_k measured from the teacher's state. The claim is that the
-inequality also holds with this delta_k (``one_step``; ``bound`` accumulates it over all steps so far).
+where lambda_k is the factor by which the teacher's flow separates two states from knot k to k + 1, and delta_k is the
+error of the student's step. If delta_k is measured from the student's state, this is the triangle inequality, which
+always holds (``certain``). Distillation only reduces the delta_k measured from the teacher's state. The claim is that
+the inequality also holds with that delta_k (``one_step``). ``bound`` accumulates it over all steps so far.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,15 @@ class StabilityKnot(NamedTuple):
 
     t: float
     error: float  # e_k, the distance between the student's and the teacher's state
-    one_step: float  # lambda e + delta for the step that ends here
-    bound: float  # lambda e + delta, with the bound of the previous knot as e
+    one_step: float  # lambda e + delta for the step that ends at this knot
+    bound: float  # lambda e + delta, with the previous knot's bound as e
     certain: float  # like ``bound``, but with delta from the student's states
-    step_error: float  # delta of the step that ends here, from the teacher's state; 0 at the first knot
-    stretch: float  # lambda of the step that ends here: its maximum over samples; 1 at the first knot
+    step_error: float  # delta of the step that ends at this knot, from the teacher's state; 0 at the first knot
+    stretch: float  # lambda of the step that ends at this knot, the maximum over samples; 1 at the first knot
 
     @property
     def holds(self) -> bool:
-        """Whether the inequality holds for the step that ends here, up to rounding."""
+        """Whether the inequality holds, up to rounding, for the step that ends at this knot."""
         return self.error <= self.one_step * (1 + 1e-4) + 1e-6
 
 
@@ -52,7 +52,7 @@ def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
     fine = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
     factor = teacher.sampling.steps // steps
     coarse = fine[::factor]
-    # Sums of squares: error, step from the teacher's state, step from the student's state, restart of the solver.
+    # Sums of squares: error, step errors from the teacher's and the student's states, error of the solver's restart.
     squares = torch.zeros(4, steps + 1, dtype=torch.float64)
     stretch, values = [0.0] * (steps + 1), 0
     for x_1, label in student.starts():
@@ -75,7 +75,7 @@ def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
                 stepped - states[k + 1],
                 solve(step, states[k], ends, "euler").x - states[k + 1],
                 stepped - from_student,
-                restarted - states[k + 1],  # not zero: a multistep solver differs slightly after a restart
+                restarted - states[k + 1],  # not zero, because restarting a multistep solver changes the result
             )
             squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
             x = stepped
@@ -83,7 +83,7 @@ def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
 
 
 def _knots(times: list[float], stretch: list[float], distances: Tensor) -> list[StabilityKnot]:
-    """Accumulate the bounds from distances [4, knots]: error, two errors of each step, restart of the solver."""
+    """Accumulate the bounds from distances [4, knots]: errors, both kinds of step errors, solver restart errors."""
     bound, certain = 0.0, 0.0
     knots = [StabilityKnot(times[0], 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)]
     error, from_teacher, from_student, restart = distances.tolist()
@@ -140,7 +140,7 @@ def _plot(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
         "certain": (":", "grey", "triangle inequality"),
     }
     for axis, (name, knots) in zip(axes, found.items(), strict=False):
-        later = knots[1:]  # the error at the noise is 0, which has no logarithm
+        later = knots[1:]  # at the first knot (pure noise) the error is 0, which has no logarithm
         for field, (style, colour, label) in lines.items():
             values = [getattr(knot, field) for knot in later]
             axis.plot([knot.t for knot in later], values, style, color=colour, label=label)
@@ -148,5 +148,5 @@ def _plot(found: Mapping[str, Sequence[StabilityKnot]]) -> bytes:
         axis.legend(fontsize=8)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    figure.suptitle("Stability: distance of a student to its teacher's trajectory, and its bound")
+    figure.suptitle("Stability: distance from a student to its teacher's trajectory, and its bound")
     return png(figure)

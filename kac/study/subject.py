@@ -1,4 +1,4 @@
-"""The inputs of a study, the models that it samples, and the result of a claim with its picture."""
+"""A study's inputs, the models that it samples, and the result and picture of a claim."""
 
 import functools
 import io
@@ -42,7 +42,7 @@ class Subject:
 
 
 class Watched:
-    """A wrapper that passes each velocity of a network, before guidance, to a callback."""
+    """A wrapper that passes each of a network's velocities, before guidance, to a callback."""
 
     def __init__(self, network: VelocityNetwork, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         self.network, self.see = network, see
@@ -83,7 +83,7 @@ class Inputs:
     rival: StudyModel | None
     trajectories: Trajectories | None
     data: Dataset
-    samples: int  # per model
+    samples: int  # number of samples per model
     steps: Sequence[int]  # step counts of any-step students
     precision: Precision
     seed: int
@@ -101,11 +101,11 @@ class Inputs:
         return [self.pixels, *([open_space("classifier", self.data, default_device())] if has_classes else [])]
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
-        """Return the teacher. Its number of solver steps is a multiple of ``steps``, unless the store fixes it."""
+        """Return the teacher. Its number of solver steps is a multiple of ``steps``, unless the store sets it."""
         return self._subject(self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
-        """Return the teacher and the rival, with the same sampling and without guidance."""
+        """Return the teacher and the rival, with the same sampling settings and no guidance."""
         models = (self.teacher, self.rival)
         return [self._subject(model, self._teacher_sampling(0.0, 1)) for model in models if model]
 
@@ -113,7 +113,7 @@ class Inputs:
         """Return the students. An any-step student occurs once per step count.
 
         Args:
-            guidance: keep only students that can be sampled at this scale. None keeps all, each at its own scale.
+            guidance: keep only students that can be sampled at this scale. If None, keep all, each at its own scale.
         """
         knots = self.trajectories.knots if self.trajectories else TEACHER_STEPS
         dividing = [steps for steps in sorted(set(self.steps)) if knots % steps == 0]
@@ -148,7 +148,7 @@ class ClaimResult:
     """The measurements of a claim."""
 
     text: str  # the result in one line
-    values: dict[str, Any]  # as JSON; keyed by model if there are several
+    values: dict[str, Any]  # the measured values for JSON, keyed by model if there are several models
     metrics: dict[str, float]  # named MEASURE/MODEL or MEASURE
     picture: bytes = field(repr=False)  # PNG
 

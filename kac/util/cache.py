@@ -1,4 +1,4 @@
-"""The cache of results that can be recomputed: decoded data sets, classifiers, reference statistics, samples."""
+"""A cache for results that can be recomputed: decoded data sets, classifiers, reference statistics, samples."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ VARIABLE = "DISTILLKAC_CACHE"
 
 
 def cache_folder(*names: str) -> str:
-    """Return a folder in the cache: ``DISTILLKAC_CACHE`` (a path or s3:// URI), by default ``~/.cache/distillkac``.
+    """Return the path of a folder in the cache, which is at ``$DISTILLKAC_CACHE`` or in ``~/.cache/distillkac``.
 
-    The name of a cached file identifies its inputs, so the file never goes stale. It can be deleted at any time.
+    A cached file's name identifies its inputs, so the file never goes stale. You can delete it at any time.
     """
     folder = files.normal(os.environ.get(VARIABLE) or str(Path.home() / ".cache" / "distillkac"))
     for name in names:

@@ -18,7 +18,7 @@ USER = re.compile(r"(?<=//)[^/\s'\"]*@")  # http://user:password@host
 KEY = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|signature|sig|(?:\w*_)?(?:token|password|secret|key))=)[^&\s'\"]+",
     re.I,
-)  # in the query string of a URI, such as a presigned URL
+)  # keys in a URI's query string, as in a presigned URL
 ARGUMENT = re.compile(r"`([a-z_][a-z0-9_.]*)`")
 
 
@@ -41,7 +41,7 @@ class ArgumentError(DistillKacError, ValueError):
 
 
 class UnknownArgument(ArgumentError):
-    """An argument that does not exist in this version. A newer version may have it."""
+    """An argument that does not exist in this version. A newer version may accept it."""
 
 
 class CheckpointError(DistillKacError):
@@ -63,7 +63,7 @@ def one_line(error: object, most: int = 300) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Remove the values of ``SECRET_VARIABLES``, and passwords and keys in URIs, from a text."""
+    """Remove from ``text`` the values of ``SECRET_VARIABLES`` and any passwords and keys in URIs."""
     for name in SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= 8:  # a shorter value could be part of an ordinary word
@@ -72,7 +72,7 @@ def without_secrets(text: str) -> str:
 
 
 def without_keys(uri: str) -> str:
-    """Remove passwords and keys from a URI, or from a text with URIs."""
+    """Remove passwords and keys from a URI, or from a text that contains URIs."""
     return KEY.sub(r"\1...", USER.sub("", uri))
 
 
@@ -82,6 +82,6 @@ def has_secret(path: str) -> bool:
 
 
 def check_known(argument: str, value: str, known: Collection[str]) -> None:
-    """Raise ``ValueError`` unless the argument has one of the known values."""
+    """Raise ``ValueError`` if ``value`` is not one of the known values."""
     if value not in known:
         raise ValueError(f"`{argument}` is {value!r}. Choose one of {', '.join(sorted(known))}.")

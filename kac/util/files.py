@@ -1,7 +1,7 @@
 """One interface to local folders and ``s3://`` prefixes, with atomic writes.
 
 The S3 endpoint and keys come from the standard AWS_* variables, or from another source that botocore knows, such as a
-node's IAM role. No option contains a key, and this module never prints keys.
+node's IAM role. No option takes a key, and this module never prints keys.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ S3_OPTIONS: dict[str, Any] = {
     # Readers request exact ranges (Parquet footers and column chunks). Read-ahead would also fetch unneeded columns.
     "default_cache_type": "none",
     # botocore retries 503 SlowDown, connection resets and timeouts with backoff, then raises an error. s3fs repeats a
-    # failed call up to 5 times, so 4 attempts here can become 20 attempts, in about 20 seconds.
+    # failed call up to 5 times, so botocore's 4 attempts can become 20 attempts, which take about 20 seconds.
     "config_kwargs": {
         "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "4"))},
         "connect_timeout": 10,
@@ -38,7 +38,7 @@ S3_OPTIONS: dict[str, Any] = {
 
 TEMPORARY_SUFFIX = ".tmp"
 STALE_SECONDS = 3600.0
-"""A temporary file from another host counts as an orphan once it is older than this."""
+"""The age at which a temporary file from another host counts as an orphan."""
 
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
@@ -59,7 +59,7 @@ class Location(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """The path, size and version of a file. If the content changes, the size or the version changes."""
+    """A file's path, size and version. If the file's content changes, its size or version changes too."""
 
     path: str  # relative to the path given to ``walk``; empty if that path is a file
     size: int  # in bytes
@@ -67,7 +67,7 @@ class Stamp(NamedTuple):
 
 
 def normal(path: str) -> str:
-    """Return the normal form of a path or URI. All functions here and all stages use this form.
+    """Return the normal form of a path or URI. All functions in this module and all stages use this form.
 
     Empty parts, ``.`` and a trailing slash are dropped, both on S3 and on a local disk. ``file://`` becomes a local
     path, and ``s3a://`` becomes ``s3://``. All other characters are literal, including ``%`` and wildcards.
@@ -94,13 +94,13 @@ def normal(path: str) -> str:
 
 
 def is_uri(path: str) -> bool:
-    """Return whether a path is a URI, other than ``file://`` or ``local://``."""
+    """Return whether a path is a URI with a scheme other than ``file`` and ``local``."""
     match = SCHEME.match(path)
     return match is not None and match[1] not in {"file", "local"}
 
 
 def locate(path: str) -> Location:
-    """Return the filesystem of a path or URI, and the path on it. Raises ``DistillKacError`` if the path is invalid."""
+    """Return a path's filesystem and its path on that filesystem. Raises ``DistillKacError`` if the path is invalid."""
     name = normal(path)
     if name.startswith("s3://"):
         from kac.util.s3 import ExactS3
@@ -144,7 +144,7 @@ def exists(path: str) -> bool:
 
 
 def list_sizes(folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files below a folder, sorted by path; empty if the folder does not exist."""
+    """Return the sizes in bytes of all files below a folder, sorted by path. A folder that does not exist has none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         infos = location.fs.find(location.path, detail=True)
         return {name: int(infos[path]["size"]) for path, name in sorted(_names_below(folder, location, infos))}
@@ -152,7 +152,7 @@ def list_sizes(folder: str) -> dict[str, int]:
 
 
 def names_in(folder: str) -> list[str]:
-    """Return the sorted names of the files and folders in a folder; empty if the folder does not exist."""
+    """Return the sorted names of the files and folders in a folder. A folder that does not exist has none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), errors_naming(folder) as location:
         paths = location.fs.ls(location.path, detail=False)
         return sorted(name for _, name in _names_below(folder, location, paths) if name)
@@ -177,7 +177,7 @@ def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Itera
 
 
 def walk(path: str) -> Iterator[Stamp]:
-    """Yield a file, or all non-hidden files below a folder, sorted by the parts of their paths.
+    """Yield the stamp of a file, or of all non-hidden files below a folder, sorted by the parts of their paths.
 
     A local subfolder without non-hidden entries is also yielded, with a slash at the end of its path. Raises
     ``DistillKacError`` if the path does not exist.
@@ -223,8 +223,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     """Write a file atomically: readers see all of ``data`` or nothing. Returns whether the file was written.
 
-    On a local disk, the data go to a temporary file, which is synced and renamed. On S3, they are sent by one PUT or
-    one multipart upload. With ``if_absent``, an existing file stays unchanged.
+    On a local disk, the data go to a temporary file, which is synced and renamed. On S3, one PUT or
+    one multipart upload sends them. With ``if_absent``, an existing file stays unchanged.
     """
     with errors_naming(path) as location:
         if isinstance(location.fs, LocalFileSystem):
@@ -256,7 +256,7 @@ def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
                 return True
             except FileExistsError:
                 return False
-            except OSError:  # no hard links: a rename is also atomic, but the last of several writers wins
+            except OSError:  # without hard links, rename: also atomic, but the last of several writers wins
                 if os.path.exists(path):
                     return False
         os.replace(temporary, path)
@@ -287,19 +287,19 @@ def remove_tree(path: str) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """Return a hidden path in the folder of ``path``. Its name contains this process's host and ID."""
+    """Return a hidden path in the same folder as ``path``. Its name contains this process's host name and ID."""
     folder, name = os.path.split(path)
     writer = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     return os.path.join(folder, f".{name}.{writer}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file name has the form of the names that ``temporary_name`` makes."""
+    """Return whether a file name has the form that ``temporary_name`` produces."""
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def remove_orphans(folder: str) -> int:
-    """Remove temporary files of dead processes from a local folder, and return their number. Ignore S3."""
+    """Remove dead processes' temporary files from a local folder, and return their number. Do nothing on S3."""
     location = locate(folder)
     if not isinstance(location.fs, LocalFileSystem) or not os.path.isdir(location.path):
         return 0
@@ -321,7 +321,7 @@ def _is_orphan(entry: "os.DirEntry[str]") -> bool:
         if not pid.isdigit() or not writer.endswith(f".{socket.gethostname()}"):
             return time.time() - entry.stat().st_mtime > STALE_SECONDS
         os.kill(int(pid), 0)
-    except (FileNotFoundError, PermissionError):  # the file no longer exists, or the process has another user
+    except (FileNotFoundError, PermissionError):  # the file no longer exists, or another user owns the process
         return False
     except ProcessLookupError:
         return True

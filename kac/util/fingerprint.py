@@ -1,7 +1,7 @@
 """Fingerprints identify results by the options that determine them. New options do not change old fingerprints.
 
-A field with its neutral value is left out of the fingerprint. The neutral value is the default, unless the field
-declares another one. Fields without a default and fields named ``kind`` are always included. A new field therefore
+A field that has its neutral value is left out of the fingerprint. The neutral value is the default, unless the field
+declares a different one. Fields without a default and fields named ``kind`` are always included. A new field therefore
 changes no fingerprint until it is set. If you change a default, declare the old default as the neutral value:
 ``Field(new, json_schema_extra={"neutral": old})``.
 """
@@ -47,7 +47,7 @@ def hashed_values(model: BaseModel) -> dict[str, Any]:
 
 
 def with_neutral_values(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in neutral values for the fields that are missing from values stored by an older version."""
+    """Fill in the neutral values of fields that are missing from ``values``, which an older version stored."""
     filled = dict(values)
     for name, field in model.model_fields.items():
         if name not in values and "neutral" in _extra(field):

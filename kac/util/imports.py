@@ -31,9 +31,9 @@ def build(
 
     Args:
         option: the argument in backquotes, for error messages.
-        wanted: the type of the object.
-        arguments: keyword arguments of the factory.
-        needs_annotation: refuse a factory that is neither a class of this type nor a function annotated to return it.
+        wanted: the type of the object to build.
+        arguments: the factory's keyword arguments.
+        needs_annotation: refuse a factory that is neither a ``wanted`` class nor a function annotated to return one.
             This keeps the config.json of an untrusted model folder from calling arbitrary functions.
 
     Raises:
@@ -110,9 +110,9 @@ def _as_plain(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 ImportPath = Annotated[str, AfterValidator(_check_import_path)]
-"""The type of a field for the import path of a factory."""
+"""The type of a field that holds a factory's import path."""
 
 FactoryArguments = Annotated[dict[str, Any], BeforeValidator(_parse_words), AfterValidator(_as_plain)]
-"""The type of a field for a factory's keyword arguments: a mapping, or words of the form NAME=VALUE."""
+"""The type of a field that holds a factory's keyword arguments: a mapping, or words of the form NAME=VALUE."""
 
-ARGUMENTS_HELP = "keyword arguments of the factory as NAME=VALUE: width=64 levels=[1,2] name=abc flag=true"
+ARGUMENTS_HELP = "the factory's keyword arguments as NAME=VALUE: width=64 levels=[1,2] name=abc flag=true"

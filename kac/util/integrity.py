@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kac.util.errors import DistillKacError, one_line
 
 BLOCK, HEAD = 2**20, 64
-"""Bytes to decompress per step, and bytes to decompress first in order to find the size of the content."""
+"""Bytes to decompress per step, and bytes to decompress first in order to find the content's size."""
 
 
 def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: str = "Download it again.") -> bytes:
@@ -17,8 +17,8 @@ def gunzip(path: str, packed: bytes, size_of: Callable[[bytes], int], advice: st
 
     Args:
         path: the file's path, for error messages.
-        size_of: returns the largest valid size of the content, in bytes, given its first bytes. It may raise an error.
-        advice: the sentence at the end of error messages, which says what to do.
+        size_of: returns the content's largest valid size in bytes, given its first bytes. It may raise an error.
+        advice: the sentence that ends error messages and says what to do.
 
     Raises:
         DistillKacError: the file is not in gzip format, is damaged or truncated, or is larger than its valid size.

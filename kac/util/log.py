@@ -1,6 +1,6 @@
 """The project's logger, ``distillkac``.
 
-In your own code, ``logging.basicConfig(level="INFO")`` shows its messages. Jobs and their Ray workers call ``show``.
+In your own code, ``logging.basicConfig(level="INFO")`` shows the messages. Jobs and their Ray workers call ``show``.
 """
 
 import logging
@@ -11,7 +11,7 @@ from kac.util.errors import as_options
 log = logging.getLogger("distillkac")
 log.addHandler(logging.NullHandler())
 progress_log = log.getChild("progress")
-"""For progress lines, which go to stderr."""
+"""The logger for progress lines, which go to stderr."""
 
 
 class _Printed(logging.Handler):
@@ -19,7 +19,7 @@ class _Printed(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_result = record.levelno < logging.WARNING and record.name != progress_log.name
-        stream = sys.stdout if is_result else sys.stderr  # looked up for each record, because tests replace them
+        stream = sys.stdout if is_result else sys.stderr  # looked up for each record, because tests replace both
         print(as_options(self.format(record)), file=stream, flush=True)
 
 

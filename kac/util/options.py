@@ -1,4 +1,4 @@
-"""Frozen option models with one-line errors for users."""
+"""Frozen option models, whose errors are one line for the user."""
 
 import functools
 import re
@@ -24,9 +24,9 @@ else:
 
 
 class _Metaclass(ModelMetaclass):
-    """Allows fields named ``register``. Otherwise, pydantic would use the method ``ABCMeta.register`` as a default."""
+    """Allows fields named ``register``. Otherwise, their default would be the method ``ABCMeta.register``."""
 
-    @functools.cached_property  # unlike a property, a field's default can override it
+    @functools.cached_property  # a field's default can override this, but not a plain property
     def register(self) -> Any:
         raise AttributeError("register")
 
@@ -98,7 +98,7 @@ class OptionStyle(NamedTuple):
 
 @dataclass(frozen=True)
 class Range:
-    """The integers from ``least`` to ``most``, inclusive. The text form is ``least:most``."""
+    """The integers from ``least`` to ``most``, inclusive, written as ``least:most``."""
 
     metavar: ClassVar[str] = "MIN:MAX"
     least: int
@@ -129,12 +129,12 @@ Count = Annotated[
 
 
 def least(count: int | Range) -> int:
-    """Return a number itself, or the minimum of a range."""
+    """Return ``count`` if it is a number, or its minimum if it is a range."""
     return count.least if isinstance(count, Range) else count
 
 
 def most(count: int | Range) -> int:
-    """Return a number itself, or the maximum of a range."""
+    """Return ``count`` if it is a number, or its maximum if it is a range."""
     return count.most if isinstance(count, Range) else count
 
 
@@ -167,14 +167,14 @@ def _sentence(model: type[BaseModel], entries: list[dict[str, Any]]) -> str:
     context: dict[str, Any] = entry.get("ctx", {})
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         where, found = f"{where}.kind", context.get("tag")
-    shown = one_line(repr(found), 100)  # the repr of an array, given by mistake, has many lines
+    shown = one_line(repr(found), 100)  # if the value is an array, its repr has many lines
     if kind == "extra_forbidden":
         return f"`{where}` is unknown. Check the spelling."
     if kind in {"missing", "union_tag_not_found"}:
         return f"`{where}` is required."
     if kind in {"value_error", "assertion_error"}:
         message = str(context.get("error", entry["msg"]))
-        if message.startswith("`"):  # a validator of ours names the argument, but does not know the outer names
+        if message.startswith("`"):  # our validators name the argument, but do not know the outer names
             outer = names if is_nested else names[:-1]
             return f"`{'.'.join([*outer, message[1:]])}"
         return f"`{where}` is {shown}: {message}" if where else message
@@ -195,7 +195,7 @@ def _problem(entry: dict[str, Any]) -> str:
 
 
 def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], bool]:
-    """Return the argument names in an error's location, without indices and types, and whether the last is a model."""
+    """Return the argument names in an error's location, without indices and types, and whether the last is a model's."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)

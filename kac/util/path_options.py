@@ -14,7 +14,7 @@ from kac.util.fingerprint import unhashed
 from kac.util.options import OptionStyle
 
 Paths = Mapping[str, str | Iterable[str] | None]
-"""Paths by argument name, in backquotes, or by a description."""
+"""Paths, keyed by an argument name in backquotes or by a description."""
 
 PathKind = Literal["file", "folder", "any"]
 
@@ -24,7 +24,7 @@ def input_path(
 ) -> Any:
     """Return a field for one or several paths of files or folders to read.
 
-    A value is a path only if all of it matches the regular expression ``pattern``.
+    A value counts as a path only if the whole value matches the regular expression ``pattern``.
     """
     return unhashed(default, description, marks=reads(kind, pattern), **constraints)
 
@@ -35,12 +35,12 @@ def output_path(default: Any, description: str, kind: PathKind = "folder") -> An
 
 
 def reads(kind: PathKind = "folder", pattern: str = ".+") -> dict[str, Any]:
-    """Return the marks that ``input_path`` sets, for a field that is part of the fingerprint."""
+    """Return the marks that ``input_path`` sets. Use them for a path that is part of the fingerprint."""
     return {"reads": pattern, "path_kind": kind}
 
 
 def check_kinds(options: BaseModel) -> None:
-    """Raise ``ArgumentError`` if a local path is a file instead of a folder, or a folder instead of a file."""
+    """Raise ``ArgumentError`` if a local path is a file where a folder is required, or the reverse."""
     for option, path, kind in (*_marked(options, "reads"), *_marked(options, "writes")):
         name = files.normal(path)
         if files.is_uri(name):
@@ -57,14 +57,14 @@ def check_kinds(options: BaseModel) -> None:
 def check_apart(options: BaseModel, derived: Paths | None = None) -> None:
     """Raise ``ArgumentError`` if an output is an input, is inside an input or contains an input.
 
-    Writing such an output would damage the input. ``derived`` has inputs that are not options, such as the data.
+    Writing such an output would damage the input. ``derived`` holds inputs that are not options, such as the data.
     """
     for option, path, _ in _marked(options, "writes"):
         check_output(option, path, options, derived)
 
 
 def check_output(option: str, path: str, options: BaseModel, derived: Paths | None = None) -> None:
-    """Check one output in the same way as ``check_apart``."""
+    """Check one output as ``check_apart`` does."""
     inputs = [(other, read) for other, read, _ in _marked(options, "reads")]
     inputs += [(other, read) for other, value in (derived or {}).items() for read in _paths(value)]
     for other, read in inputs:
@@ -94,7 +94,7 @@ def _paths(value: str | Iterable[str] | None) -> list[str]:
 
 
 def _resolve(option: str, path: str) -> set[PurePath]:
-    """Return a path with its links resolved, once including and once excluding a link at its end."""
+    """Return two forms of a path: with all links resolved, and with all but a link at its end resolved."""
     try:
         name = files.normal(path)
     except DistillKacError as error:

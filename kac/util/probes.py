@@ -1,6 +1,6 @@
 """Check that a path can be read or written, before a job starts hours of work.
 
-The S3 client here gives up early. The client in ``files``, which the work itself uses, retries for minutes.
+This module's S3 client gives up early. The client in ``files``, which does the actual work, can retry for minutes.
 """
 
 import os
@@ -14,7 +14,7 @@ from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_secrets
 
 PROBE_SECONDS = 20.0
-"""Seconds after which S3 counts as unavailable."""
+"""Seconds without an answer after which S3 counts as unavailable."""
 
 PROBE_OPTIONS: dict[str, Any] = {
     **files.S3_OPTIONS,
@@ -25,14 +25,14 @@ PROBE_BYTES = bytes(64 * 2**10)  # not empty, because an empty file fits on a fu
 
 
 def check_answers(path: str) -> None:
-    """Raise ``DistillKacError`` if S3 does not list an s3:// path within ``PROBE_SECONDS``. Accept any other path."""
+    """Raise ``DistillKacError`` if S3 does not list an s3:// path within ``PROBE_SECONDS``. Skip other paths."""
     if path.startswith("s3://"):
         bucket, _, prefix = files.locate(path).path.partition("/")
         _request(path, "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
 
 
 def check_writable(path: str) -> None:
-    """Raise ``DistillKacError`` if files cannot be written below ``path``. Each S3 request has ``PROBE_SECONDS``."""
+    """Raise ``DistillKacError`` if files cannot be written below ``path``. An S3 request may take ``PROBE_SECONDS``."""
     files.locate(path)  # raises its own error for an unknown scheme
     probe = files.join(path, files.temporary_name("probe"))
     if path.startswith("s3://"):
@@ -57,7 +57,7 @@ def _request(path: str, call: str, **request: Any) -> None:
     fs.retries = 1  # otherwise s3fs retries after botocore has given up
     try:
         fs.call_s3(call, timeout=PROBE_SECONDS, **request)
-    except Exception as error:  # noqa: BLE001 - s3fs, botocore, aiohttp and asyncio raise their own types
+    except Exception as error:  # noqa: BLE001 - s3fs, botocore, aiohttp and asyncio raise errors of their own types
         raise DistillKacError(f"{path}: S3 {_describe_s3_error(path, error)}.") from None
 
 

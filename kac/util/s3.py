@@ -12,12 +12,12 @@ KEYS_PER_REQUEST = 1000
 class ExactS3(S3FileSystem):  # type: ignore[misc]
     """s3fs with literal names.
 
-    When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It also cuts a key at ``?versionId=``, and
-    lists the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of the three.
+    When s3fs removes or copies a tree, it expands ``[ ] ? *`` in the path. It also truncates a key at ``?versionId=``,
+    and lists the empty keys ending in ``/`` that S3 consoles create for folders. This class does none of these.
     """
 
     def split_path(self, path: str) -> tuple[str, str, None]:
-        """Return the bucket, the key and no version."""
+        """Return the bucket, the key, and None as the version."""
         stripped = self._strip_protocol(path).lstrip("/")
         if "/" not in stripped:
             return stripped, "", None
