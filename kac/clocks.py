@@ -10,7 +10,7 @@ from torch import Tensor
 class Schedule(NamedTuple):
     """A scalar function of t in [0, 1], its derivative, and the supremum of its absolute slope."""
 
-    value: Callable[[Tensor], Tensor]  # t of any shape -> the same shape
+    value: Callable[[Tensor], Tensor]  # maps t of any shape to values of that shape
     derivative: Callable[[Tensor], Tensor]
     slope_bound: float
 

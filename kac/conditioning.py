@@ -1,7 +1,7 @@
-"""The conditioning of a model and the labels passed to its network.
+"""A model's conditioning, and the labels that are passed to its network.
 
-``ModelConfig.conditioning`` records which labels the network saw in training. Every stage that calls a network maps
-the labels of samples with ``network_labels``, and checks ``guidance_problem`` before it applies guidance.
+``ModelConfig.conditioning`` records which labels the network saw in training. Every stage that calls a network
+converts sample labels with ``network_labels``, and calls ``guidance_problem`` before it applies guidance.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ NO_NULL_LABEL = "this network has no null label (it was trained only with class 
 
 
 def learned_conditioning(network: NetworkConfig, label_dropout: float) -> Conditioning:
-    """Return the conditioning of a teacher that is trained with this fraction of its labels dropped."""
+    """Return the conditioning of a teacher trained with the fraction ``label_dropout`` of its labels dropped."""
     if network.conditioning == "none" or label_dropout == 1:
         return "none"
     return "classes" if label_dropout == 0 else network.conditioning
@@ -29,7 +29,7 @@ def network_labels(model: ModelConfig, label: Tensor) -> Tensor:
 
 
 def known_classes(model: ModelConfig) -> tuple[int, ...]:
-    """Return the classes that the network saw in training; no classes for an unconditional model."""
+    """Return the classes that the network saw in training, or an empty tuple if the model is unconditional."""
     if model.conditioning == "none":
         return ()
     return tuple(label for label, frequency in enumerate(model.class_frequencies) if frequency > 0)
@@ -38,11 +38,11 @@ def known_classes(model: ModelConfig) -> tuple[int, ...]:
 def check_labels(
     model: ModelConfig, labels: Sequence[int], option: str = "`labels`", any_class: str | None = None
 ) -> None:
-    """Raise ``ArgumentError`` if ``labels`` is empty or contains unknown classes, or the model is unconditional.
+    """Raise ``ArgumentError`` if ``labels`` is empty or contains unknown classes, or if the model is unconditional.
 
     Args:
         option: name of the labels in the error message.
-        any_class: value of the option that means any class; None: the option has no such value.
+        any_class: option value that stands for any class; None if the option has no such value.
     """
     known = known_classes(model)
     if not known:
@@ -57,18 +57,18 @@ def check_labels(
 
 
 def guidance_problem(model: ModelConfig) -> str:
-    """Return the reason why a teacher cannot be guided; an empty string if it can be guided."""
+    """Return the reason why a teacher cannot be guided, or an empty string if guidance is possible."""
     if model.conditioning == "none":
         return "this teacher is unconditional (trained without class labels)"
     if not model.network.has_null_label:
         return NO_NULL_LABEL
     if model.conditioning == "classes":
         return "this teacher has never seen the null label (trained without label dropout)"
-    return "the training data of this teacher have only one class" if len(known_classes(model)) == 1 else ""
+    return "this teacher's training data have only one class" if len(known_classes(model)) == 1 else ""
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """Format ascending numbers as ranges, such as "0 .. 3, 7"; at most eight ranges, then an ellipsis."""
+    """Format ascending numbers as ranges, such as "0 .. 3, 7". After eight ranges, write an ellipsis."""
     present = set(numbers)
     starts = [number for number in numbers if number - 1 not in present]
     ends = [number for number in numbers if number + 1 not in present]

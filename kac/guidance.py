@@ -25,13 +25,13 @@ class GuidedVelocity:
 
     Args:
         label: [batch].
-        conditions: function from t to the values of the network's other inputs, scalars by name.
+        conditions: function that maps t to the network's other inputs, a dictionary of scalars by name.
 
     Attributes:
-        nfe_per_call: network evaluations per call: 1 for w = 0, else 2 (in one pass on a doubled batch).
+        nfe_per_call: network evaluations per call: 1 if w = 0, otherwise 2 (in one pass over a doubled batch).
 
     Raises:
-        ArgumentError: w is not 0 and the network has no null label.
+        ArgumentError: w is not 0, but the network has no null label.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class GuidedVelocity:
 
 
 guide = GuidedVelocity
-"""``guide(network, w, label)`` returns the guided velocity of a network."""
+"""``guide(network, w, label)`` returns a network's guided velocity."""
 
 
 def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
     """Check that a teacher supports these guidance scales.
 
     Raises:
-        ArgumentError: a scale is not 0 and the teacher cannot be guided.
+        ArgumentError: a scale is not 0, but the teacher cannot be guided.
     """
     _check(guidance_problem(model), scales)
 

@@ -1,13 +1,13 @@
-"""Model folders: the EMA weights in float32 and ``config.json``, which is written last.
+"""Model folders. A folder contains the EMA weights in float32 and ``config.json``, which is written last.
 
 MODEL/config.json         everything needed to build, sample and trace the model
 MODEL/model.safetensors   the weights
 
-For networks from diffusers, a subfolder replaces ``model.safetensors``. diffusers itself can load the subfolder with
+For a network from diffusers, a subfolder replaces ``model.safetensors``. diffusers can load this subfolder with
 ``from_pretrained(MODEL, subfolder="unet")`` or ``"transformer"``:
 
 MODEL/unet/diffusion_pytorch_model.safetensors   the weights, named as in diffusers
-MODEL/unet/config.json                           the config of diffusers
+MODEL/unet/config.json                           diffusers' own config
 """
 
 import contextlib
@@ -41,38 +41,38 @@ DATA_CHANGED = (
     "The dataset has changed, or an older version of distillkac read it: older versions sorted numbered class "
     "folders as 1, 10, 2 and did not rotate photographs upright. Train the teacher again on these data."
 )
-"""Error text for data that differ from the training data of a model."""
+"""Error text for data that differ from a model's training data."""
 
 
 class ModelConfig(Options):
-    """The description and origin of a model."""
+    """A model's properties and origin."""
 
     schema_version: int = Field(SCHEMA_VERSION, strict=True)
     kind: Literal["teacher", "student"]
     network: NetworkConfig
     path: PathConfig
-    data: DataConfig = Field(description="training data of the teacher and their location")
+    data: DataConfig = Field(description="the teacher's training data, and where they are stored")
     data_sha256: str
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
-    class_frequencies: tuple[float, ...] = Field(description="fraction of each class in the data")
-    class_names: tuple[str, ...] = Field((), description="names of the classes, in order; empty if unnamed")
+    class_frequencies: tuple[float, ...] = Field(description="fraction of the training images in each class")
+    class_names: tuple[str, ...] = Field((), description="class names, by label; empty if the classes are unnamed")
     conditioning: Conditioning = Field(
-        "classes_and_null", description="labels seen in training; none: only the null label"
+        "classes_and_null", description="labels that the network saw in training; none: only the null label"
     )
     steps: int | None = Field(
-        None, description="student steps (the default number for an any-step student); None for a teacher"
+        None, description="number of student steps (an any-step student's default number); None for a teacher"
     )
     knot_grid: KnotGrid = Field("uniform", description="time grid of the student steps")
     guidance: float | None = Field(
-        None, description="guidance scale of a student (the default if it takes several); None for a teacher"
+        None, description="a student's guidance scale (its default, if the student accepts several); None for a teacher"
     )
-    guidance_scales: tuple[float, ...] = Field((), description="guidance scales used in training, if several")
-    refined_in: tuple[str, ...] = Field((), description="feature spaces used to refine a student on the data")
+    guidance_scales: tuple[float, ...] = Field((), description="guidance scales in training, if there were several")
+    refined_in: tuple[str, ...] = Field((), description="feature spaces in which a student was refined")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
-    teacher_sha256: str | None = Field(None, description="sha256 of the weights of a student's teacher")
-    store_fingerprint: str | None = Field(None, description="fingerprint of the store that trained a student")
+    teacher_sha256: str | None = Field(None, description="sha256 of the teacher's weights; None for a teacher")
+    store_fingerprint: str | None = Field(None, description="fingerprint of the store that a student was trained on")
 
     @model_validator(mode="after")
     def _names_every_class(self) -> Self:
@@ -82,12 +82,12 @@ class ModelConfig(Options):
 
     @property
     def is_any_step(self) -> bool:
-        """Whether this is a student for any number of steps, whose network takes the end time of a step."""
+        """Whether this is a student for any number of steps: its network takes a step's end time as an input."""
         return self.kind == "student" and "end_time" in self.network.conditions
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether this is a student for several guidance scales, whose network takes the scale."""
+        """Whether this is a student for several guidance scales: its network takes the scale as an input."""
         return self.kind == "student" and "guidance" in self.network.conditions
 
 
@@ -98,7 +98,7 @@ def teacher_config(
     fingerprint: str = "",
     conditioning: Conditioning = "classes_and_null",
 ) -> ModelConfig:
-    """Return the config of a teacher, with the properties of its dataset. Raises the errors of ``open_dataset``."""
+    """Return a teacher's config, including its dataset's properties. Raises the same errors as ``open_dataset``."""
     dataset = open_dataset(data).description
     return ModelConfig(
         kind="teacher",
@@ -113,7 +113,7 @@ def teacher_config(
 
 
 def learned_data(path: str, model: ModelConfig) -> Dataset:
-    """Return the training data of the model in the folder ``path``, or of its teacher.
+    """Return the training data of the model in the folder ``path``; for a student, its teacher's training data.
 
     Raises:
         DistillKacError: the data have changed since training, or ``open_dataset`` fails.
@@ -142,14 +142,14 @@ class Model(NamedTuple):
         seed: int = 0,
         guidance: float | None = None,
     ) -> "Samples":
-        """Draw the images that ``jobs.sample`` draws with the same options.
+        """Draw images. ``jobs.sample`` draws the same images if its options are the same.
 
         Args:
             count: number of images.
-            steps: student steps, or solver steps of a teacher; default: the student's own number, 100 for a teacher.
+            steps: student steps or teacher solver steps; default: the student's own number, or 100 for a teacher.
             labels: classes, repeated in turn; default: drawn with the class frequencies of the data.
             seed: seed of the noise and the classes.
-            guidance: guidance scale; default: the student's own scale, 0 for a teacher.
+            guidance: guidance scale; default: the student's own scale, or 0 for a teacher.
 
         Returns:
             ``images`` [count, *sample_shape] in [-1, 1], and their ``label`` [count].
@@ -163,7 +163,7 @@ class Model(NamedTuple):
             >>> student.sample(16, steps=1).images.shape  # doctest: +SKIP
             torch.Size([16, 1, 8, 8])
         """
-        from kac import sampling  # imported late, because it imports this module
+        from kac import sampling  # imported here, because kac.sampling imports this module
         from kac.precision import Precision
 
         is_teacher, classes = self.config.kind == "teacher", None if labels is None else tuple(labels)
@@ -173,10 +173,10 @@ class Model(NamedTuple):
 
 
 def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor]) -> ModelConfig:
-    """Write a model with the EMA ``weights`` to the folder ``path``. Return its config with the sha256 of the weights.
+    """Write a model with the EMA ``weights`` to the folder ``path``. Return the config with the weights' sha256.
 
     Raises:
-        CheckpointError: the weights do not match the network of the config.
+        CheckpointError: the weights do not match the config's network.
     """
     network = outline_network(config.network, config.sample_shape, config.num_classes)
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in network.state_dict().items()}:
@@ -185,7 +185,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
     tensors = {}
     for name, weight in weights.items():
         value = weight.detach().float() if weight.is_floating_point() else weight.detach()
-        # safetensors rejects tensors that share memory, so each tensor is copied.
+        # safetensors rejects tensors that share memory, so copy each tensor.
         tensors[name.removeprefix(prefix)] = value.cpu().clone(memory_format=torch.contiguous_format)
     data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
@@ -199,7 +199,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
 
 
 def load_config(path: str) -> ModelConfig:
-    """Return the config of the model folder ``path``. Raises ``CheckpointError`` if it is missing or not valid."""
+    """Return a model folder's config. Raises ``CheckpointError`` if the config is missing or invalid."""
     try:
         raw = files.read_bytes(files.join(path, CONFIG_FILE))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -220,7 +220,7 @@ def load_config(path: str) -> ModelConfig:
 
 
 def load_teacher_config(path: str) -> ModelConfig:
-    """Return the config of the teacher in ``path``. Raises ``CheckpointError`` if it is a student or cannot be read."""
+    """Return the config of the teacher in ``path``. Raises ``CheckpointError`` for students and unreadable configs."""
     config = load_config(path)
     if config.kind != "teacher":
         raise CheckpointError(f"{path} is a {config.kind}, not a teacher. Use the folder of its teacher.")
@@ -231,7 +231,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     """Load the model folder ``path``, with the network in evaluation mode and without gradients.
 
     Raises:
-        CheckpointError: a file is missing, damaged or invalid. The message names it.
+        CheckpointError: a file is missing, damaged or invalid. The message names the file.
     """
     config = load_config(path)
     try:
@@ -242,7 +242,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != config.weights_sha256:
         raise CheckpointError(
-            f"{weights_path} is damaged or belongs to another model: its sha256 is {sha256[:12]}, but {CONFIG_FILE} "
+            f"{weights_path} is damaged or is from a different model: its sha256 is {sha256[:12]}, but {CONFIG_FILE} "
             f"expects {config.weights_sha256[:12]}. Copy the folder again."
         )
     own = network.state_dict()
@@ -262,7 +262,7 @@ def _weights_file(network: NetworkModule) -> str:
 
 def _read_weights(path: str, network: NetworkModule) -> tuple[str, bytes]:
     """Return the path and the content of the weights file."""
-    # Older versions wrote no diffusers subfolder. They wrote all weights to WEIGHTS_FILE, named as in this project.
+    # Older versions wrote no diffusers subfolder. They wrote all weights to WEIGHTS_FILE, under this project's names.
     for name in (_weights_file(network), WEIGHTS_FILE):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             return files.join(path, name), files.read_bytes(files.join(path, name))

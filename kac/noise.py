@@ -1,8 +1,8 @@
 """Counter-based noise and labels: the noise and the label of sample i depend only on (seed, i).
 
-Each sample has its own section of the random stream of NumPy's Philox generator, which is stable across versions and
-platforms. The result is therefore independent of batches, shards, processes and machines. All numbers are drawn on the
-CPU in float64 and rounded once at the end.
+Each sample has its own section of the random stream of NumPy's Philox generator. This stream is the same in all NumPy
+versions and on all platforms, so a sample does not depend on batches, shards, processes or machines. All numbers are
+drawn on the CPU in float64, and rounded once at the end.
 """
 
 import math
@@ -41,12 +41,12 @@ def noise_uniforms(path: Path, seed: int, ids: range, sample_shape: Sequence[int
 
 
 def labels(seed: int, ids: range, class_frequencies: Sequence[float]) -> Tensor:
-    """Return the labels of the samples ``ids``, drawn with the class frequencies: [len(ids)], int64."""
+    """Draw the labels of the samples ``ids`` with the probabilities ``class_frequencies``: [len(ids)], int64."""
     edges = torch.tensor(class_frequencies, dtype=torch.float64).cumsum(0)[:-1]
     return torch.searchsorted(edges, uniforms(seed, LABEL_STREAM, ids, 1)[:, 0].contiguous(), right=True)
 
 
 def data_points(seed: int, ids: range, count: int, intervals: int) -> tuple[Tensor, Tensor]:
-    """Return a data point (below ``count``) and an interval (below ``intervals``) for each id of a forward rollout."""
+    """Draw a data index below ``count`` and an interval below ``intervals`` for each id of a forward rollout."""
     draws = uniforms(seed, DATA_STREAM, ids, 2)
     return (draws[:, 0] * count).long(), (draws[:, 1] * intervals).long()

@@ -30,11 +30,11 @@ class KacPath:
         >>> point = path.sample(torch.zeros(4, 1, 8, 8), t=torch.rand(4))
         >>> point.x_t.shape, point.target.shape
         (torch.Size([4, 1, 8, 8]), torch.Size([4, 1, 8, 8]))
-        >>> path.speed_limit()  # of data in [-1, 1]
+        >>> path.speed_limit()  # for data in [-1, 1]
         7.0
 
     Raises:
-        ValueError: an unknown signal or clock.
+        ValueError: the signal or clock is unknown.
     """
 
     process: KacProcess = field(default_factory=KacProcess)
@@ -65,7 +65,7 @@ class KacPath:
         return SIGNALS[self.signal].value(time) * x_0 + self.process.from_uniforms(uniforms, elapsed)
 
     def speed_limit(self, data_bound: float = 1.0) -> float:
-        """Bound each component of the true velocity, for data in +-data_bound, by sup|f'| data_bound + c sup g'."""
+        """Return sup|f'| data_bound + c sup g', which bounds each velocity component for data within +-data_bound."""
         return SIGNALS[self.signal].slope_bound * data_bound + self.process.c * CLOCKS[self.clock].slope_bound
 
 
@@ -96,11 +96,11 @@ class GaussianPath:
 
 
 Path = KacPath | GaussianPath
-"""Any path. A new path needs ``sample``, ``point``, ``speed_limit`` and ``uniforms_per_coordinate``."""
+"""Any path. A new path class needs ``sample``, ``point``, ``speed_limit`` and ``uniforms_per_coordinate``."""
 
 
 class PathConfig(Kinded):
-    """A path as plain values, stored in specs and model folders."""
+    """The options of a path: plain values that specs and model folders contain."""
 
     kind: Literal["kac", "gaussian"] = Field("kac", description="kac, or gaussian (ordinary flow matching)")
     a: PositiveFloat = Field(9.0, description="reversal rate of the Kac process, 1/time")

@@ -13,7 +13,7 @@ from kac.util.options import Options
 
 
 class Precision(Options):
-    """How a network computes. Its weights, inputs and outputs stay float32."""
+    """How a network computes. The weights, inputs and outputs are always float32."""
 
     dtype: Literal["float32", "tf32", "bfloat16", "auto"] = Field(
         "float32",
@@ -26,10 +26,10 @@ class Precision(Options):
     )
 
     def settled(self, on_gpu: bool) -> "Precision":
-        """Return a copy in which the dtype ``auto`` is replaced by bfloat16 or float32, for fingerprints.
+        """Return a copy with the dtype ``auto`` replaced by bfloat16 or float32. Fingerprints use this copy.
 
         Raises:
-            ArgumentError: ``tf32`` without a GPU.
+            ArgumentError: the dtype is ``tf32``, but there is no GPU.
         """
         if self.dtype == "tf32" and not on_gpu:
             raise ArgumentError("`precision.dtype` tf32 needs a GPU. Choose float32, bfloat16 or auto.")
@@ -37,7 +37,7 @@ class Precision(Options):
         return self.model_copy(update={"dtype": dtype})
 
     def resolved(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """Return a copy without automatic values, for a network on a GPU or CPU, with or without convolutions."""
+        """Return a copy with every automatic value chosen for the device, and for whether there are convolutions."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,
@@ -55,7 +55,7 @@ class Precision(Options):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def wrap(self, network: nn.Module) -> VelocityNetwork:
-        """Return a callable that computes in this precision and has the network's signature and null label."""
+        """Return a callable with the network's signature and null label that computes in this precision."""
         self.set_memory_format(network)
         resolved = self._resolved_for(network)
         is_plain = resolved == Precision(compile=False, memory_format="contiguous") and hasattr(network, "null_label")
@@ -83,7 +83,7 @@ class _Wrapped:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         if x.is_cuda:
-            # Set this on every call, because networks may differ. Do not reset it: the backward pass uses it too.
+            # Set the flags at every call, because networks differ. Do not reset them: the backward pass needs them too.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 SERIES_LIMIT = 0.25
-"""Below this z^2, ratios of Bessel functions use their power series, because the closed form divides by z."""
+"""Below this z^2, ratios of Bessel functions are computed from power series, because the closed form divides by z."""
 
 CDF_NODES, CDF_REACH = 96, 12.0
-"""Number of quadrature nodes for the cdf, and their reach in standard deviations. The mass beyond is below 1e-30."""
+"""Number of quadrature nodes for the cdf, and their range in standard deviations. The mass outside is below 1e-30."""
 
 
 class KacNoise(NamedTuple):
-    """A draw of the process: the displacement of a particle and whether it has never reversed."""
+    """One draw of the process: a particle's displacement, and whether the particle has made no reversal yet."""
 
     displacement: Tensor  # K_t, same shape as t, |K_t| <= c t
     is_atom: Tensor  # bool, same shape as t; True: no reversal yet, so |K_t| = c t
@@ -36,7 +36,7 @@ class KacProcess:
         True
 
     Raises:
-        ValueError: a or c is not positive and finite.
+        ValueError: ``a`` or ``c`` is not a positive finite number.
     """
 
     a: float = 9.0
@@ -52,14 +52,14 @@ class KacProcess:
 
         With N ~ Poisson(a t) reversals, the particle moves in its first direction for a fraction
         B ~ Beta(floor(N/2) + 1, ceil(N/2)) of the time, so K = +-ct (2B - 1). Because both signs are equally likely,
-        Beta(k + 1, k) and Beta(k, k) with k = ceil(N/2) give the same distribution of K. A symmetric beta variable is a
-        closed form of two uniforms (G. Ulrich, Appl. Statist. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
+        Beta(k + 1, k) and Beta(k, k) with k = ceil(N/2) give the same distribution of K. A symmetric beta variable
+        is a function of two uniforms (G. Ulrich, Appl. Stat. 33, 1984): 2B - 1 = sqrt(1 - U^(2/(2k - 1))) cos(2 pi V).
 
         Args:
-            generator: source of all randomness, on the device of ``t``.
+            generator: generator of all random numbers, on the same device as ``t``.
 
         Raises:
-            ValueError: a time is negative or not finite. Not checked on a GPU, to avoid a synchronisation.
+            ValueError: a time is negative or not finite. Times on a GPU are not checked, to avoid a synchronisation.
         """
         t = _as_times(t)
         if not t.is_cuda and not bool(((t >= 0) & (t < math.inf)).all()):
@@ -94,11 +94,11 @@ class KacProcess:
         return self.c * t * torch.where(reversals == 0, coin, inside)
 
     def velocity(self, x: Tensor, t: Tensor | float, is_atom: Tensor | None = None) -> Tensor:
-        """Return the conditional velocity E[dK_t/dt | K_t = x], broadcast over x and t, with absolute value at most c.
+        """Return the conditional velocity v = E[dK_t/dt | K_t = x], broadcast over x and t, where |v| <= c.
 
-        Inside the cone v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z); on an atom v = sign(x) c. Outside the cone
-        |x| <= ct, where the density is 0, the velocity keeps its value at the edge, so rounding errors in x or ct
-        cannot raise it above c. Gradients are finite everywhere.
+        In the cone |x| <= ct, v = a x / (a t + h(z)) with h(z) = z I0(z) / I1(z). On an atom, v = sign(x) c. Outside
+        the cone, where the density is 0, v keeps its value at the edge, so rounding errors in x or ct cannot raise v
+        above c. Gradients are finite everywhere.
 
         Args:
             is_atom: bool, true for particles that have never reversed; None: no particle is an atom.
@@ -111,7 +111,7 @@ class KacProcess:
         return v if is_atom is None else torch.where(is_atom, torch.sign(x) * self.c, v)
 
     def density(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Return the density of the continuous part, whose mass is 1 - exp(-a t). It is 0 outside the cone.
+        """Return the density of the continuous part, whose mass is 1 - exp(-a t). The density is 0 outside the cone.
 
         p = a exp(-a t) / (2 c) (I0(z) + (c t / r) I1(z)), evaluated with scaled Bessel functions.
         """
@@ -123,7 +123,7 @@ class KacProcess:
         i1_over_z = 0.5 * (1 + q / 8 * (1 + q / 24 * (1 + q / 48 * (1 + q / 80))))
         near_edge = torch.exp(-at) * (i0 + at * i1_over_z)
         z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
-        # exp(z - a t) with z - a t = -(a x / c)^2 / (a t + z), because the plain difference would cancel.
+        # Compute exp(z - a t) from z - a t = -(a x / c)^2 / (a t + z), because the plain difference would cancel.
         scale = torch.exp(-((self.a * x / self.c) ** 2) / (at + z))
         inside = scale * (torch.special.i0e(z) + at * torch.special.i1e(z) / z)
         density = self.a / (2 * self.c) * torch.where(z_squared < SERIES_LIMIT, near_edge, inside)
@@ -149,7 +149,7 @@ class KacProcess:
         return self.c**2 / (2 * self.a**2) * torch.where(u < SERIES_LIMIT, series, u + torch.expm1(-u))
 
     def _z_squared(self, x: Tensor, t: Tensor) -> Tensor:
-        # Use float64: near the cone's edge ct - x cancels, and rounding ct to float32 would lose the last digits.
+        # Use float64, because near the cone's edge ct - x cancels, and a float32 ct would lose the last digits.
         edge, x_wide = self.c * t.double(), x.double()
         return ((self.a / self.c) ** 2 * ((edge - x_wide) * (edge + x_wide))).to(x.dtype)
 
@@ -164,7 +164,7 @@ def _h(z_squared: Tensor) -> Tensor:
     """Return h(z) = z I0(z) / I1(z) = 2 + z^2/4 - z^4/96 + z^6/1536 - ... for z^2 >= 0."""
     q = z_squared.clamp(max=SERIES_LIMIT)
     series = 2 + q / 4 * (1 - q / 24 * (1 - q / 16 * (1 - q / 15 * (1 - q * 13 / 192))))
-    # The slope of sqrt is infinite at 0, which makes the gradient NaN even in the branch that is not selected.
+    # The slope of sqrt is infinite at 0, which would make the gradient NaN even in the branch that is not selected.
     z = z_squared.clamp(min=SERIES_LIMIT).sqrt()
     return torch.where(z_squared < SERIES_LIMIT, series, z * torch.special.i0e(z) / torch.special.i1e(z))
 

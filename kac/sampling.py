@@ -19,7 +19,7 @@ from kac.util.images import delivered
 TEACHER_STEPS = 100
 
 BATCH_SIZE = 500
-"""Default number of samples per network call. A different number changes the last digits of the images."""
+"""Default number of samples per network call. A different batch size changes the last digits of the images."""
 
 
 class Sampling(NamedTuple):
@@ -34,13 +34,13 @@ class Sampling(NamedTuple):
 def teacher_sampling(
     config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: SolverName = "ab2"
 ) -> Sampling:
-    """Return the options for sampling a teacher. Raises ``ArgumentError`` for guidance that it does not support."""
+    """Return the options for sampling a teacher. Raises ``ArgumentError`` if it does not support ``guidance``."""
     check_guidance(config, [guidance or 0.0])
     return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
-    """Return the options for sampling a student with one Euler step per interval of its grid.
+    """Return the options for sampling a student with one Euler step per interval of the student's time grid.
 
     The guidance scale is built into the weights, unless the network takes the scale as an input.
 
@@ -57,8 +57,8 @@ def student_sampling(config: ModelConfig, steps: int | None = None, guidance: fl
     scales = config.guidance_scales or (config.guidance,)
     if guidance is not None and not min(scales) <= guidance <= max(scales):
         raise ArgumentError(
-            f"`guidance` is {guidance}, but this student was trained on {list(scales)}. Leave it out or choose a "
-            f"value from {min(scales)} to {max(scales)}."
+            f"`guidance` is {guidance}, but this student was trained on {list(scales)}. Leave `guidance` out or "
+            f"choose a value from {min(scales)} to {max(scales)}."
         )
     w = config.guidance if guidance is None else guidance
     return Sampling(w if config.takes_guidance else 0.0, steps or config.steps, "euler", config.knot_grid)
@@ -85,12 +85,12 @@ def draw(
     first: int = 0,
     raw: bool = False,
 ) -> Samples:
-    """Generate the samples first .. first + count - 1 of a seed, clipped and rounded as delivered.
+    """Generate the samples ``first`` to ``first + count - 1`` of a seed, and pass them through ``delivered``.
 
     Args:
         batch_size: samples per network call.
         labels: as in ``initial_noise``.
-        raw: return the network outputs without clipping and rounding.
+        raw: return the unrounded images, without passing them through ``delivered``.
 
     Raises:
         DivergedError: the model generates NaN or infinity.
@@ -126,10 +126,10 @@ generate = torch.inference_mode()(integrate)
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:
-    """Return the guided velocity that ``integrate`` uses. It must be evaluated on the time grid of ``sampling``.
+    """Return the guided velocity that ``integrate`` uses. Evaluate the velocity only on the time grid of ``sampling``.
 
     Args:
-        x_1: [batch, *sample]. Later states must have its dtype and device.
+        x_1: [batch, *sample]. All later states must have the dtype and device of ``x_1``.
     """
     times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
     rounded = times.to(x_1.dtype)

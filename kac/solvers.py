@@ -13,14 +13,14 @@ from torch import Tensor
 from kac.util.errors import check_known
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [batch, *sample], t scalar) -> velocity [batch, *sample]; attribute ``nfe_per_call``: evaluations (default 1)."""
+"""Maps x [batch, *sample] and a scalar t to a velocity [batch, *sample]. The attribute ``nfe_per_call`` is optional."""
 
 SolverName = Literal["euler", "heun", "ab2"]
 
 KnotGrid = Literal["uniform"]
 
 GRIDS: dict[KnotGrid, Callable[[Tensor], Tensor]] = {"uniform": lambda share: share}
-"""Increasing functions from the fraction of remaining knots (1: noise, 0: image) to time, with f(0) = 0, f(1) = 1."""
+"""Increasing functions that map the fraction of remaining knots (noise 1, image 0) to time: f(0) = 0 and f(1) = 1."""
 
 
 class Solution(NamedTuple):
@@ -62,7 +62,7 @@ def solve(
     Args:
         x: [batch, *sample], the state at times[0].
         times: [steps + 1], strictly decreasing.
-        keep: indices into ``times`` of the states to return, in this order. Other states are freed.
+        keep: indices into ``times`` of the states to return, in the order given. All other states are freed.
 
     Example:
         >>> solution = solve(lambda x, t: x, torch.ones(1, 1), knot_times(100), method="ab2")
@@ -126,4 +126,4 @@ def _ab2(step: _Step) -> _Slope:
 
 
 SOLVERS: dict[SolverName, Callable[[_Step], _Slope]] = {"euler": lambda step: step.now, "heun": _heun, "ab2": _ab2}
-"""Functions that return the slope with which a solver steps from x to x + h u."""
+"""Each function returns the slope u of a solver's step from x to x + h u."""

@@ -1,4 +1,4 @@
-"""The names of classes: sort them, find the label of a name, and list them on one line."""
+"""Class names: sort the names, find a name's label, and list the names on one line."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 LISTED, FIRST, LENGTH = 20, 3, 400
-"""Up to 20 classes and 400 characters are listed in full. Longer lists show the first three classes and the last."""
+"""Lists of up to 20 classes and 400 characters are complete. Longer lists show the first three classes and the last."""
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -19,7 +19,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     """
 
     def natural_key(name: str) -> list[tuple[int, int]]:
-        """A sort key that compares runs of digits by value, and other characters one by one."""
+        """Return a sort key that compares runs of digits by value, and other characters one by one."""
         parts = re.findall(r"[0-9]+|[^0-9]", name)
         return [(ord("0"), int(part)) if part[0] in "0123456789" else (ord(part), 0) for part in parts]
 
@@ -33,7 +33,7 @@ def label_of(word: str, names: Sequence[str], num_classes: int) -> int:
     If the names are integers, an integer is read as a name: ``1`` means the class named 1, not the class with label 1.
 
     Raises:
-        ArgumentError: there is no such class.
+        ArgumentError: ``word`` is neither the name nor the label of a class.
     """
     if word in names:
         return names.index(word)

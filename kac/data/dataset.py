@@ -1,4 +1,4 @@
-"""Datasets with two splits, and the interface of sources: files whose images can be decoded into a dataset."""
+"""Datasets with two splits, and the interface of sources. A source is a set of files that contain labelled images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ class DataDescription(Options):
     sha256: str  # hash of the content of both splits
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
     split: str = ""  # which images are held out, and why
-    warnings: tuple[str, ...] = ()  # messages for the user about the files
+    warnings: tuple[str, ...] = ()  # warnings for the user about the files
 
 
 class LabelledImages(NamedTuple):
@@ -44,7 +44,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, ids: Tensor) -> LabelledImages:
-        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order, on the CPU."""
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given, on the CPU."""
         ...
 
 
@@ -58,7 +58,7 @@ class Dataset:
 
 
 class Unit(NamedTuple):
-    """Images that one task decodes."""
+    """The images that one task decodes."""
 
     images: int  # number of images
     content: Any  # argument of ``Source.decode``
@@ -71,17 +71,17 @@ class Contents(NamedTuple):
     num_classes: int
     labels: np.ndarray  # [count], int64 in 0 .. num_classes - 1
     held_out: np.ndarray | None  # [count] bool; None: hold out every fifth image of each class
-    units: list[Unit]  # all images, in order
+    units: list[Unit]  # units of all images, in the order of ``labels``
     split: str  # which images are held out, and why
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
-    warnings: tuple[str, ...] = ()  # messages for the user about the files
+    warnings: tuple[str, ...] = ()  # warnings for the user about the files
 
 
 @dataclass(frozen=True)
 class Source(ABC):
     """Labelled images in files. A source is pickled and sent to the processes that decode its images.
 
-    A subclass may add fields. They are options of ``DataConfig`` with the same names.
+    A subclass may add fields. Each field is set from the option of ``DataConfig`` that has the field's name.
     All methods raise ``DistillKacError`` if a file is missing, damaged or inconsistent. The message names the file.
     """
 
@@ -100,7 +100,7 @@ class Source(ABC):
         """Yield the images of one unit, uint8, in blocks [rows, *shape]."""
 
     def name(self, path: str) -> str:
-        """Return the full path of ``path`` below the root; an empty path is the root."""
+        """Return the full path of ``path``, which is relative to the root. An empty path means the root."""
         return files.join(self.root, path) if path else self.root
 
 
@@ -118,7 +118,7 @@ def reading(name: str, kind: str, advice: str = "Download it again.") -> Iterato
 
 
 def count_classes(labels: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes n, given the labels 0 .. n - 1 of each file: [images], of any integer type.
+    """Return the number of classes n. ``labels`` has each file's labels 0 .. n - 1: [images], of any integer type.
 
     Raises:
         DistillKacError: a label is negative, or so large that a class has no image.
@@ -151,7 +151,7 @@ def check_labels(root: str, labels: np.ndarray, num_classes: int, held_out: np.n
 
 
 def every_nth_of_each_class(labels: Tensor, n: int = 5) -> Tensor:
-    """Return a mask [count] bool that selects every n-th image of each class. It is the same on every machine."""
+    """Return a mask [count] bool that selects every n-th image of each class. The mask is the same on every machine."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():  # type: ignore[no-untyped-call]
         chosen[torch.nonzero(labels == label)[n - 1 :: n]] = True
@@ -159,5 +159,5 @@ def every_nth_of_each_class(labels: Tensor, n: int = 5) -> Tensor:
 
 
 def all_rows(split: Split) -> LabelledImages:
-    """Return every row of a split that fits into memory."""
+    """Return all rows of a split. They must fit into memory."""
     return split.rows(torch.arange(len(split)))

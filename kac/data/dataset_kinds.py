@@ -1,7 +1,7 @@
-"""The kinds of datasets.
+"""The dataset kinds, and the options that select a dataset.
 
-To add a kind without files, see ``kac/data/in_memory.py``. To add a kind of files, write a ``Source``, register it in
-``FILE_KINDS``, and add it to ``DataKind``.
+To add a kind that reads no files, see ``kac/data/in_memory.py``. To add a kind that reads files, write a ``Source``,
+register it in ``FILE_KINDS``, and add its name to ``DataKind``.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ FILE_KINDS: dict[DataKind, type[Source]] = {
     "folder": FolderSource,
     "parquet": ParquetSource,
 }
-"""Kinds that are read from files. Their images are decoded once, into the cache."""
+"""The kinds that read files. Their images are decoded once, into the cache."""
 
 
 class DataConfig(Kinded):
@@ -39,9 +39,9 @@ class DataConfig(Kinded):
 
     kind: DataKind = Field(
         "digits",
-        description=f"{in_memory.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: its Python archive; "
+        description=f"{in_memory.HELP}; idx: the four files of MNIST or Fashion-MNIST; cifar10: the Python archive; "
         "folder: ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE; parquet: a column of images, as in Hugging Face "
-        "datasets; outside: arrays from a function of your own, given by its import path",
+        "datasets; outside: arrays from your own function, given by its import path",
     )
     root: str | None = input_path(None, "path or s3:// URI of the files, for kinds that read files", kind="any")
     factory: ImportPath | None = unhashed(
@@ -49,17 +49,17 @@ class DataConfig(Kinded):
     )
     arguments: FactoryArguments = unhashed({}, ARGUMENTS_HELP)
     size: PositiveInt | None = Field(
-        None, description="crop images to their central square and resize it to SIZE pixels; default: keep their size"
+        None, description="crop each image to its central square, and resize to SIZE pixels; default: keep the size"
     )
     channels: Annotated[Literal[1, 3] | None, BeforeValidator(number_of_text)] = Field(
-        None, description="convert images to greyscale (1) or RGB (3); default: keep their channels"
+        None, description="convert images to greyscale (1) or RGB (3); default: keep the channels"
     )
     image_column: str = Field("image", description="column of encoded images")
     label_column: str | None = Field("label", description="column of integer labels; None: one class for all images")
     horizontal_flip: bool = Field(False, description="mirror training images left to right with probability 1/2")
 
     def __hash__(self) -> int:
-        """Hash the JSON text, for the cache of opened datasets: lists and mappings in ``arguments`` are unhashable."""
+        """Return a hash for the cache of opened datasets. ``arguments`` may contain unhashable lists and mappings."""
         return hash(self.model_dump_json())
 
     @property
@@ -94,7 +94,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """Return the dataset, opened once per process. A dataset that is not in the cache is decoded in this process.
 
     Raises:
-        DistillKacError: files are missing, damaged or inconsistent, or a factory or its data are not valid.
+        DistillKacError: files are missing, damaged or inconsistent, or a factory or its data is invalid.
     """
     if config.kind in BUNDLED:
         return BUNDLED[config.kind]()
@@ -105,9 +105,9 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decoding] | None:
-    """Begin the decoding that ``open_dataset`` would do, for callers that distribute it over many processes.
+    """Begin to decode the dataset, for callers that distribute the decoding over many processes.
 
-    Returns None if the dataset has no files or is in the cache.
+    Returns None if the dataset has no files or is already in the cache.
     """
     if config.kind not in FILE_KINDS:
         return None

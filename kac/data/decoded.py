@@ -1,9 +1,9 @@
-"""The cache of decoded images. Each split is a .npy file of bytes; only the rows in use are read into memory.
+"""The cache of decoded images. Each split is a .npy file of bytes, from which only the rows in use are read.
 
     CACHE/data/KEY/{train,held_out}-{images,labels}.npy, dataset.json
 
-KEY is a hash of the options and of the stamps of the files, so changed files are decoded again. The folder is written
-under a temporary name: readers see the complete folder or nothing. If two processes decode at once, one result is kept.
+KEY is a hash of the options and the file stamps, so changed files are decoded again. The folder is written under a
+temporary name, so readers see a complete folder or none. If two processes decode at once, one result is kept.
 
 A cache on ``s3://`` stores the images as blocks, ``KEY/<split>-images/<first row>``, which any machine can write in any
 order, and dataset.json, which is written last. Each machine copies the cache once to a folder below TMPDIR.
@@ -59,11 +59,11 @@ class CachePaths(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A unit of a source, and the rows of its images in the cache."""
+    """A unit of a source, and the cache rows of the unit's images."""
 
     content: Any
     held_out: np.ndarray  # [count] bool
-    first_rows: tuple[int, int]  # rows of its first training image and its first held-out image in their splits
+    first_rows: tuple[int, int]  # row in ``train`` of its first training image, and row in ``held_out``
 
 
 class Writer(NamedTuple):
@@ -74,7 +74,7 @@ class Writer(NamedTuple):
     folder: str  # a local folder with files of their final size, or an s3:// prefix for blocks
 
     def write(self, piece: Piece) -> int:
-        """Decode a piece, write its images to their rows, and return their number."""
+        """Decode a piece, write its images to the cache, and return the number of images."""
         if not self.folder.startswith("s3://"):
             try:
                 os.utime(self.folder)  # marks the folder as in use
@@ -103,7 +103,7 @@ class Writer(NamedTuple):
         if self.folder.startswith("s3://"):
             files.write_bytes(files.join(path, f"{row:012d}"), images.tobytes())
             return
-        with open(f"{path}.npy", "r+b") as file:  # on NFS, machines would overwrite each other's memory maps
+        with open(f"{path}.npy", "r+b") as file:  # memory maps on NFS would overwrite other machines' rows
             _read_header(file)
             file.seek(row * images[0].nbytes, os.SEEK_CUR)
             file.write(np.ascontiguousarray(images).data)
@@ -122,8 +122,8 @@ class DecodedSplit:
 
     def __init__(self, folder: str, split: str) -> None:
         self.labels = torch.from_numpy(np.load(f"{folder}/{split}-labels.npy"))
-        # The file stays open, so that the split is readable even if the cache is deleted. A memory map would count as
-        # memory of the process.
+        # Keep the file open, so that the split is readable even if the cache is deleted. Do not use a memory map,
+        # because its pages would count as the process's memory.
         self._file = open(f"{folder}/{split}-images.npy", "rb", buffering=0)  # noqa: SIM115
         self._shape = _read_header(self._file)
         self._start = self._file.tell()
@@ -137,7 +137,7 @@ class DecodedSplit:
         return len(self.labels)
 
     def rows(self, ids: Tensor) -> LabelledImages:
-        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order."""
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given."""
         images = np.empty((len(ids), *self._shape[1:]), np.uint8)
         labels = self.labels[ids]  # raises IndexError if an id is out of range
         for image, i in zip(images, ids.tolist(), strict=True):
@@ -157,7 +157,7 @@ def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
 
 
 def find(paths: CachePaths) -> Dataset | None:
-    """Return the dataset from the cache, or None if it has not been decoded yet."""
+    """Return the dataset from the cache, or None if the cache does not contain it."""
     if os.path.exists(f"{paths.local}/{DESCRIPTION_FILE}"):
         return _open(paths.local)
     if paths.shared == paths.local or not files.exists(files.join(paths.shared, DESCRIPTION_FILE)):
@@ -237,7 +237,7 @@ def _allocate(folder: str, split: str, shape: tuple[int, ...]) -> None:
 
 
 def _read_header(file: Any) -> tuple[int, ...]:
-    """Return the shape of the array in a .npy file. The file is then positioned at the first value."""
+    """Return the shape of the array in a .npy file, and move the file position to the first value."""
     np.lib.format.read_magic(file)
     shape, _, _ = np.lib.format.read_array_header_1_0(file)
     return shape
@@ -245,7 +245,7 @@ def _read_header(file: Any) -> tuple[int, ...]:
 
 @contextmanager
 def _local_folder(path: str) -> Iterator[str]:
-    """Make a temporary folder next to ``path``. The folder is removed at the end unless it was renamed."""
+    """Create a temporary folder next to ``path``. Remove it at the end of the block unless it has been renamed."""
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     files.remove_orphans(parent)
@@ -258,7 +258,7 @@ def _local_folder(path: str) -> Iterator[str]:
 
 
 def _publish(folder: str, path: str, description: DataDescription) -> Dataset:
-    """Rename a complete folder to ``path``. If another process already created ``path``, use its folder instead."""
+    """Rename a complete folder to ``path``. If another process has created ``path``, open that folder instead."""
     for entry in os.scandir(folder):
         with open(entry.path, "rb") as file:
             os.fsync(file.fileno())

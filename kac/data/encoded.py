@@ -23,10 +23,10 @@ MODES = {1: "L", 3: "RGB"}
 CHANNEL_NAMES = {1: "greyscale", 3: "RGB"}
 
 MOST_PIXELS = 178_956_970
-"""Pillow rejects images with more pixels before it allocates memory. Its error message contains this number."""
+"""Pillow rejects images with more pixels than this before it allocates memory. Its error contains this number."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that contains the orientation of the camera."""
+"""The EXIF tag that contains the camera's orientation."""
 
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 """Pillow's names of the operations that turn an image upright, for orientations 2 to 8. Orientation 1 is upright."""
@@ -38,8 +38,8 @@ BLOCK_BYTES = 2**24
 class Decoder(NamedTuple):
     """Decodes images, and converts them to one size and one number of channels."""
 
-    size: int | None = None  # crop each image to its central square and resize it to this side; None: keep its size
-    channels: int | None = None  # convert each image to this number of channels, 1 or 3; None: keep its channels
+    size: int | None = None  # crop each image to its central square and resize the square to this width; None: do not
+    channels: int | None = None  # convert each image to this number of channels, 1 or 3; None: do not
 
     def shape_of(self, data: bytes, name: str) -> tuple[int, ...]:
         """Return the shape [channels, height, width] of the decoded image."""
@@ -67,8 +67,8 @@ class Decoder(NamedTuple):
             long, short = max(image.size), min(image.size)
             if self.size * self.size * long > MOST_PIXELS * short:
                 raise DistillKacError(
-                    f"{name} ({image.width}x{image.height} pixels) is too long and narrow to resize its short side to "
-                    f"`data.size` {self.size}. Crop or remove it."
+                    f"{name} ({image.width}x{image.height} pixels) is too long and narrow for its short side to be "
+                    f"resized to `data.size` {self.size}. Crop or remove the image."
                 )
             image = _square(image, self.size)
         pixels = np.asarray(image)
@@ -77,7 +77,7 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedSource(Source):
-    """Files of encoded images. ``size`` and ``channels`` are options of ``Decoder``."""
+    """Files of encoded images. ``size`` and ``channels`` are passed to ``Decoder``."""
 
     size: int | None
     channels: int | None

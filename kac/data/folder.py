@@ -20,7 +20,7 @@ from kac.util.errors import DistillKacError
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 IGNORED = {"Thumbs.db", "desktop.ini", "__MACOSX"}
-"""Files and folders that Windows and macOS add."""
+"""Names of files and folders that Windows and macOS add."""
 
 IMAGES_PER_UNIT = 1000
 REMOTE_READS = 16
@@ -40,7 +40,7 @@ class FolderSource(EncodedSource):
         paths = [self._check_image(stamp.path) for stamp in self.stamps()]
         if not paths:
             raise DistillKacError(f"{self.root} is empty. Add images in folders named after their class.")
-        unique: dict[str, str] = {}  # keeps one copy of each folder's name, not one per image
+        unique: dict[str, str] = {}  # keeps one copy of each folder's name, instead of one copy per image
         folders = [unique.setdefault(folder, folder) for folder in (path.rpartition("/")[0] for path in paths)]
         roles = split_layouts.split_folders(self.root, unique)
         splits = [roles[folder].split for folder in folders]
@@ -79,7 +79,7 @@ class FolderSource(EncodedSource):
                 yield from zip(part, readers.map(files.read_bytes, part), strict=True)
 
     def _check_image(self, path: str) -> str:
-        """Return ``path``; raise ``DistillKacError`` unless it is an image in a class folder."""
+        """Return ``path``. Raises ``DistillKacError`` unless ``path`` is an image in a class folder."""
         folder, _, base = path.rpartition("/")
         if path and not base:
             problem = "has no images. Remove this folder or add images."

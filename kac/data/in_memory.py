@@ -1,4 +1,4 @@
-"""Datasets in memory: from scikit-learn, generated here, or returned by a function that is given by its import path.
+"""Datasets in memory. They come from scikit-learn, are generated in this module, or are returned by a user's function.
 
 To add a dataset without files, write a function that returns a ``Dataset``, and add it to ``BundledKind``, ``BUNDLED``
 and ``HELP`` below.
@@ -38,7 +38,7 @@ class InMemorySplit(NamedTuple):
         return len(self.data.labels)
 
     def rows(self, ids: Tensor) -> LabelledImages:
-        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in this order."""
+        """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given."""
         return LabelledImages(self.data.images[ids], self.data.labels[ids])
 
 
@@ -94,7 +94,7 @@ def moons() -> Dataset:
 
 
 def gaussians() -> Dataset:
-    """Return eight narrow Gaussians on a circle in the plane, one class each: the mixture of arXiv 2506.20641."""
+    """Return the mixture of arXiv 2506.20641: eight narrow Gaussians on a circle in the plane, one per class."""
     labels = np.arange(4096) % 8
     angle = 2 * np.pi * labels / 8
     centres = 0.75 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -117,11 +117,11 @@ HELP = "digits: 8x8 handwritten digits; moons, gaussians: points in the plane"
 
 
 class ArrayData(NamedTuple):
-    """Labelled images or points, as numpy arrays or tensors. A data factory is a function annotated to return it.
+    """Labelled images or points, in arrays or tensors. A data factory is a function annotated to return ``ArrayData``.
 
-    The options of a dataset name the data factory, because neither a model folder nor a task for a worker contains the
-    data. Workers and later stages import the factory and call it again. The factory must therefore be in a module that
-    all of them can import, and must return the same values at every call.
+    Model folders and worker tasks do not contain the data. They contain the data factory's import path, and workers and
+    later stages call the factory again. The factory must therefore be in a module that all these processes can import,
+    and must return the same values at every call.
 
     Example:
         >>> def make(count: int = 100) -> ArrayData:  # in mydata.py; used as --data outside --data.factory mydata:make
@@ -140,7 +140,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
     """Call the data factory at the import path ``given``, and return its data as a dataset.
 
     Raises:
-        DistillKacError: the factory fails, its data are not valid, or ``flips`` is true and the data are points.
+        DistillKacError: the factory fails, its data are invalid, or ``flips`` is true but the data are points.
     """
     data, name = build(OPTION, given, ArrayData, arguments), f"{OPTION} {given}"
     held_out = None
@@ -151,7 +151,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
             others = _check_split("held_out_", data.held_out_images, data.held_out_labels)
             if others.images.shape[1:] != images.shape[1:]:
                 shapes = f"images of shape {list(images.shape)}, but held_out_images of {list(others.images.shape)}"
-                raise ValueError(f"{shapes}. Only their number may differ")
+                raise ValueError(f"{shapes}. Only the number of images may differ")
             held_out = torch.arange(len(labels) + len(others.labels)) >= len(labels)
             images, labels = torch.cat([images, others.images]), torch.cat([labels, others.labels])
     except (ValueError, TypeError) as error:
@@ -165,7 +165,7 @@ def open_arrays(given: str, arguments: Mapping[str, Any], flips: bool) -> Datase
 
 
 def _check_split(prefix: str, images: Any, labels: Any) -> LabelledImages:
-    """Return a split as float32 images or points in [-1, 1] and int64 labels. Raises ``ValueError`` if not valid."""
+    """Return float32 images or points in [-1, 1] and int64 labels. Raises ``ValueError`` if the values are invalid."""
     images, labels = _as_tensor(f"{prefix}images", images), _as_tensor(f"{prefix}labels", labels)
     shape = list(images.shape)
     if not images.numel():

@@ -29,13 +29,13 @@ class ParquetLabels(NamedTuple):
     """Everything in a Parquet file except the images."""
 
     values: np.ndarray  # [rows], of the integer type in the file
-    class_names: tuple[str, ...]  # by label; empty if the file has none
+    class_names: tuple[str, ...]  # by label; empty if the file has no class names
     groups: list[int]  # number of rows of each row group
 
 
 @dataclass(frozen=True)
 class ParquetSource(EncodedSource):
-    """The Parquet files at or below ``root``. Without a ``label_column``, all images belong to one class."""
+    """The Parquet files at or below ``root``. If ``label_column`` is None, all images belong to one class."""
 
     image_column: str
     label_column: str | None
@@ -49,16 +49,16 @@ class ParquetSource(EncodedSource):
         stamps = list(self.stamps())
         if not stamps:
             names = [stamp.path for stamp in files.walk(self.root) if not stamp.path.endswith("/")]
-            found = f"only {shorten(names, 5)}" if names else "it is empty"
-            advice = "Convert Arrow files of datasets.save_to_disk with dataset.to_parquet(FILE)."
-            raise DistillKacError(f"{self.root} has no Parquet files, {found}. {advice}")
+            found = f"it contains only {shorten(names, 5)}" if names else "it is empty"
+            advice = "Convert Arrow files from datasets.save_to_disk with dataset.to_parquet(FILE)."
+            raise DistillKacError(f"{self.root} has no Parquet files: {found}. {advice}")
         splits = [split_layouts.split_file(self.root, stamp.path) if stamp.path else None for stamp in stamps]
         division = split_layouts.divide(self.root, splits, [stamp.path for stamp in stamps], "files")
         read = {stamps[i].path: self._read_labels(stamps[i]) for i in division.used}
         units = [Unit(rows, (path, i)) for path, labels in read.items() for i, rows in enumerate(labels.groups)]
         first = next((unit.content for unit in units if unit.images), None)
         if first is None:
-            raise DistillKacError(f"{self.root} has Parquet files, but no rows in these files. Give files with images.")
+            raise DistillKacError(f"{self.root} has Parquet files, but the files have no rows. Give files with images.")
         num_classes = count_classes({self.name(path): labels.values for path, labels in read.items()})
         counts = [len(labels.values) for labels in read.values()]
         return Contents(
@@ -72,7 +72,7 @@ class ParquetSource(EncodedSource):
         )
 
     def encoded(self, content: tuple[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Yield the images of a row group. ``content`` is a file and the number of the row group."""
+        """Yield the images of a row group. ``content`` is the path of a file and the number of a row group."""
         import pyarrow as pa
 
         path, group = content
@@ -152,7 +152,7 @@ def _checked_groups(name: str, file: "pq.ParquetFile", size: int) -> list[int]:
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     if rows > size or rows != sum(groups) or min(groups, default=0) < 0:
         raise DistillKacError(
-            f"{name} is damaged: its footer announces {rows:,} rows, in groups of {one_line(groups, 60)}, which do not "
+            f"{name} is damaged: its footer claims {rows:,} rows, in groups of {one_line(groups, 60)}, which do not "
             f"fit into {size:,} bytes. Download it again."
         )
     return groups

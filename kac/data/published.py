@@ -2,7 +2,7 @@
 
 IDX files, the format of MNIST and its variants (http://yann.lecun.com/exdb/mnist), have a header followed by bytes. The
 files are ``ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte``, each with or without gzip (``.gz``). Some copies have a
-dot before ``idx``. The t10k files are held out.
+dot instead of the hyphen before ``idx``. The t10k files are held out.
 
 CIFAR-10 is read from the Python archive ``cifar-10-python.tar.gz`` (https://www.cs.toronto.edu/~kriz/cifar.html) or its
 extracted folder. The test batch is held out.
@@ -50,7 +50,7 @@ SHA256 = {
         "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
 }
-"""Checksums of the published IDX files, uncompressed."""
+"""SHA-256 checksums of the published IDX files after decompression."""
 
 ARCHIVE = "cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -67,13 +67,13 @@ MD5_EXTRACTED = {
 FOLDER = "cifar-10-batches-py"
 BATCHES = tuple(MD5_EXTRACTED)
 META = "batches.meta"
-"""The file with the names of the classes."""
+"""The file that contains the class names."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """The published class names, for folders without ``META``."""
 
 MOST_BYTES = 2**30
-"""The largest valid size of the uncompressed archive, in bytes. The published archive has 186 MB."""
+"""The largest valid size of the uncompressed archive, in bytes. The published archive is 186 MB."""
 
 ADVICE = f"Download {ARCHIVE} again; its md5 is {MD5}."
 
@@ -100,7 +100,7 @@ class PublishedSource(Source):
         return self.loaded[0]
 
     def decode(self, content: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the images of the part ``content`` in one block."""
+        """Yield all images of the unit ``content`` in one block."""
         yield self.loaded[1][content]
 
 
@@ -146,7 +146,7 @@ class IdxSource(PublishedSource):
                 raise DistillKacError(f"{self.root}: {problem}. Give files with a label for each image.")
         train_size, test_size = (images[part].shape[1:] for part in PARTS)
         if train_size != test_size:
-            problem = f"the train images have the size {train_size}, but the t10k images have {test_size}"
+            problem = f"the train images have size {train_size}, but the t10k images have size {test_size}"
             raise DistillKacError(f"{self.root}: {problem}. Give files with images of one size.")
         train, test = (found[f"{part}-images"].path.rpartition("/")[2] for part in PARTS)
         return _load(
@@ -162,7 +162,7 @@ class IdxSource(PublishedSource):
         found = [stamp.path for stamp in files.walk(self.root)]
         name = next((name for name in NAMES[file] if name in found), None)
         if name is None:
-            others = f"only {shorten(found, 8)}" if found else "no files"
+            others = f"only {shorten(found, 8)}" if found else "and no other files"
             raise DistillKacError(
                 f"{self.root} has no {NAMES[file][0]} or {NAMES[file][1]}, {others}. Rename the file, or give the "
                 "folder that contains it."
@@ -182,19 +182,19 @@ class IdxSource(PublishedSource):
             shape = read_shape(data)
             if len(data) != start + math.prod(shape):
                 sides = " x ".join(f"{side:,}" for side in shape)
-                raise ValueError(f"it has {len(data):,} bytes, but its header announces {sides} values")
+                raise ValueError(f"it has {len(data):,} bytes, but its header claims {sides} values")
         values = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
         return IdxFile(path, values, hashlib.sha256(data).hexdigest())
 
 
 def _unlike_published(found: dict[str, IdxFile]) -> tuple[str, ...]:
-    """If some of the four files belong to a published set, return a warning for each file that does not."""
+    """If some of the four files match a published data set, return a warning for each of the other files."""
     for name, published in SHA256.items():
         others = [file for file in published if found[file].sha256 != published[file]]
         if len(others) < len(published):
             return tuple(
-                f"{found[file].path} is not the published file of {name}, but other files of the set are. The sha256 "
-                f"of its uncompressed content is {found[file].sha256} instead of {published[file]}."
+                f"{found[file].path} differs from the file published for {name}, although other files match that data "
+                f"set. The sha256 of its uncompressed content is {found[file].sha256} instead of {published[file]}."
                 for file in others
             )
     return ()
@@ -225,7 +225,7 @@ class Cifar10Source(PublishedSource):
         published = MD5_EXTRACTED if len(paths) > 1 else dict.fromkeys(paths, MD5)
         md5s = {name: hashlib.md5(content[name], usedforsecurity=False).hexdigest() for name in published}
         warnings = tuple(
-            f"{paths[name]} is not the published file of CIFAR-10. Its md5 is {md5} instead of {published[name]}."
+            f"{paths[name]} differs from the published file of CIFAR-10. Its md5 is {md5} instead of {published[name]}."
             for name, md5 in md5s.items()
             if md5 != published[name]
         )
@@ -245,13 +245,13 @@ class Cifar10Source(PublishedSource):
                 meta = _Unpickler(io.BytesIO(content[META]), encoding="bytes").load()
                 names = tuple(name.decode("utf-8", "replace") for name in meta[b"label_names"])
                 if len(names) != len(CLASSES):
-                    raise ValueError(f"it has {len(names)}")
+                    raise ValueError(f"it has {len(names)} names")
         split = f"training images from {BATCHES[0]} .. {BATCHES[-2]}, held-out images from {BATCHES[-1]}"
         return _load(images, labels, len(CLASSES), split=split, class_names=names, warnings=warnings)
 
 
 def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
-    """Return the needed files of the archive, by name."""
+    """Return the contents of the archive's batches and ``META`` file, by name."""
     content, found = gunzip(path, packed, lambda _: MOST_BYTES, ADVICE), {}
     tar = io.BytesIO(content)
     with reading(path, f"a complete {ARCHIVE}", ADVICE), tarfile.open(fileobj=tar, mode="r:") as archive:
@@ -259,7 +259,7 @@ def _unpack(path: str, packed: bytes) -> dict[str, bytes]:
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             if folder == FOLDER and name in (*BATCHES, META) and (file := archive.extractfile(member)):
                 if member.size > len(content):
-                    raise ValueError(f"{member.name} announces {member.size:,} bytes, more than the archive")
+                    raise ValueError(f"{member.name} claims a size of {member.size:,} bytes, larger than the archive")
                 found[name] = file.read()
         for name in BATCHES:
             if name not in found:
@@ -271,10 +271,10 @@ class _Unpickler(pickle.Unpickler):
     """Reads numbers, text, lists, dictionaries and arrays of bytes. It calls only the functions in this module."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a global name in a pickle."""
+        """Return this module's replacement for a global name in a pickle."""
         known = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy._core.numeric", "_codecs"}
         if module not in known or name not in _STAND_INS:
-            raise ValueError(f"it asks for {module}.{name}, which may run code; nothing was run")
+            raise ValueError(f"it refers to {module}.{name}, which could run code; no code was run")
         return _STAND_INS[name]
 
 
@@ -296,7 +296,7 @@ class _Uint8:  # stands in for numpy.dtype
         pass  # the state is the byte order, which single bytes do not need
 
 
-def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # numpy's, in protocol 5
+def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _Bytes:  # for pickles of protocol 5
     array = _Bytes()
     array.__setstate__((1, shape, None, order == "F", data))
     return array
@@ -304,7 +304,7 @@ def _from_buffer(data: bytes, _: Any, shape: tuple[int, ...], order: str) -> _By
 
 def _encode(text: str, encoding: str) -> bytes:  # stands in for _codecs.encode in pickles of protocol 2
     if encoding != "latin1":
-        raise ValueError(f"bytes in the encoding {encoding!r}")
+        raise ValueError(f"the encoding of its bytes is {encoding!r}, not latin1")
     return text.encode("latin1")
 
 

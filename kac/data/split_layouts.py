@@ -1,7 +1,7 @@
 """Decide which files are for training and which are held out, for image folders and Parquet files.
 
-A name belongs to a split if it contains a word of the split: ``train2017``, ``my-test-set``, ``trainA``. Hugging Face
-uses the same words. The held-out images are the test split, or the validation split if there is no test split.
+A name belongs to a split if it contains one of the split's words: ``train2017``, ``my-test-set``, ``trainA``. Hugging
+Face uses the same words. The held-out images are the test split, or the validation split if there is no test split.
 Ambiguous names raise an error, so that no file is used for training because its name was misread.
 """
 
@@ -43,7 +43,7 @@ class SplitName(NamedTuple):
     """A split, and the name that indicates it."""
 
     part: Part
-    name: str  # name of a file, or of a folder with a slash at the end
+    name: str  # name of a file, or name of a folder followed by a slash
 
 
 class FolderRole(NamedTuple):
@@ -62,10 +62,10 @@ class Division(NamedTuple):
 
 
 def split_file(root: str, path: str) -> SplitName | None:
-    """Return the split of a data file, from its name or its folders below ``root``; None if no name contains a split.
+    """Return the split that a data file or its folders below ``root`` name, or None if they name no split.
 
     Raises:
-        DistillKacError: the names contain several splits.
+        DistillKacError: the file and its folders name several splits.
     """
     *folders, base = path.split("/")
     stem = base.rpartition(".")[0]
@@ -79,7 +79,7 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
     """Return the role of each of ``folders``, which are paths below ``root``.
 
     The layouts are ``CLASS``, ``SPLIT/CLASS`` and ``CLASS/SPLIT``. ``SPLIT/CLASS`` may be inside folders that all
-    images share. The name of a class may contain the word of a split, but must contain another word too.
+    images share. A class name may contain a split word, but must also contain a different word.
 
     Raises:
         DistillKacError: a split has no classes, classes are nested, or names are ambiguous.
@@ -106,7 +106,7 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
         roles = {path: FolderRole(None, path) for path in parts}
     if odd:
         others = [path for path in parts if path not in odd]
-        contrast = f", unlike those in {shorten(others, 1)}" if others else ""
+        contrast = f", although it is clear in {shorten(others, 1)}" if others else ""
         raise DistillKacError(
             f"{root}: the split or the class of the images in {shorten(odd, MOST_SHOWN)} is unclear{contrast}. Use "
             "ROOT/CLASS/IMAGE or ROOT/{train,test}/CLASS/IMAGE for all images. Images without classes need one class "
@@ -116,7 +116,7 @@ def split_folders(root: str, folders: Iterable[str]) -> dict[str, FolderRole]:
 
 
 def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
-    """Return the splits of images from the first words of their own names, as in ``cat/train_001.png``.
+    """Return each image's split from the first word of the image's name, as in ``cat/train_001.png``.
 
     Returns None unless every name begins with a split and at least one split is not training. If all names begin with
     ``train``, the images may simply show trains.
@@ -129,7 +129,7 @@ def split_images(paths: Iterable[str]) -> list[SplitName | None] | None:
 
 
 def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], unit: str) -> Division:
-    """Choose the files or images to read, and those to hold out.
+    """Choose which files or images to read, and which of them to hold out.
 
     Args:
         splits: the split of each file or image.
@@ -137,7 +137,7 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
         unit: "files" or "images", for messages.
 
     Raises:
-        DistillKacError: some files or images belong to a split and others do not, or no split is for training.
+        DistillKacError: only some files or images belong to a split, or there is no training split.
     """
     known = [split for split in splits if split]
     everything = list(range(len(splits)))
@@ -147,8 +147,8 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
     if None in splits:
         plain = paths[splits.index(None)] or files.join(root, "")
         raise DistillKacError(
-            f"{root}: {known[0].name} names the {known[0].part} split, but {plain} names no split. Move one of them "
-            "away, or use the words train, validation and test in the names of all splits."
+            f"{root}: {known[0].name} names the {known[0].part} split, but {plain} names no split. Move one of the "
+            "two away, or use the words train, validation and test in the names of all splits."
         )
     described: dict[Part, str] = {}
     for part in dict.fromkeys(split.part for split in known):
@@ -158,8 +158,8 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
             described[part] += f" ({len(names):,} {unit if len(names) > 1 else unit.removesuffix('s')})"
     if "train" not in described:
         raise DistillKacError(
-            f"{root}: there is only the {' and '.join(described)} split ({'; '.join(described.values())}), and nothing "
-            "to train on. Add a folder or file with the word train in its name, or rename the training images."
+            f"{root}: there is only the {' and '.join(described)} split ({'; '.join(described.values())}), with "
+            "nothing to train on. Add a folder or file with the word train in its name, or rename the training images."
         )
     chosen = next((part for part in ("test", "validation") if part in described), None)
     if chosen is None:
@@ -181,11 +181,11 @@ def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
 
 
 def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName | None:
-    """Return the only split of ``path``, or None; raise ``DistillKacError`` if there are several."""
+    """Return the only split of ``path``, or None. Raises ``DistillKacError`` if there are several splits."""
     parts = list(dict.fromkeys(split.part for split in splits))
     if len(parts) > 1:
         raise DistillKacError(
-            f"{root}: {path} names several splits, {' and '.join(parts)}. Rename it so that it names one."
+            f"{root}: {path} names several splits, {' and '.join(parts)}. Rename it so that it names only one."
         )
     return splits[0] if splits else None
 

@@ -25,20 +25,20 @@ def flow_matching_loss(
         x_0: [batch, *sample] in [-1, 1].
         t: [batch], uniform in [0, 1].
         label: [batch]; may contain null labels.
-        generator: source of the path's noise, on the device of ``x_0``.
+        generator: generator of the path's noise, on the same device as ``x_0``.
     """
     point = path.sample(x_0, t, generator)
     return (network(point.x_t, t, label) - point.target).square().mean()
 
 
 def stratified_times(count: int, generator: torch.Generator) -> Tensor:
-    """Return uniform times [count], one per interval of length 1 / ``count``, in random order, to reduce variance."""
+    """Draw one uniform time from each of ``count`` equal intervals, in random order: [count]. This reduces variance."""
     strata = torch.randperm(count, generator=generator)
     return (strata + torch.rand(count, generator=generator)) / count
 
 
 def drop_labels(label: Tensor, is_dropped: Tensor, null_label: int) -> Tensor:
-    """Replace ``label`` [batch] with the null label where ``is_dropped`` [batch] is true, as guidance requires."""
+    """Replace ``label`` [batch] with the null label where ``is_dropped`` [batch] is true, to train for guidance."""
     return torch.where(is_dropped, torch.full_like(label, null_label), label)
 
 

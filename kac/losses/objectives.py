@@ -1,6 +1,6 @@
-"""Training objectives of students. Each chooses the knots to read and the intervals to draw, and computes the losses.
+"""Training objectives of students. An objective chooses the knots to read, draws intervals, and computes losses.
 
-To add an objective, write its config and its ``Objective`` here, and add the config to ``OBJECTIVES``.
+To add an objective, write its config and its ``Objective`` in this module, and add the config to ``OBJECTIVES``.
 """
 
 from abc import ABC, abstractmethod
@@ -24,9 +24,9 @@ GRID_SHARE = 0.75
 """Fraction of knot pairs that are student steps of ``grids``. The other pairs train the map between these grids."""
 
 HUBER_SCALE = 0.03
-"""c / sqrt(d) of the pseudo-Huber loss, for samples with d coordinates.
+"""c / sqrt(d) in the pseudo-Huber loss, where d is a sample's number of coordinates.
 
-It is far smaller than the coordinates of a velocity (about 1), so most samples have gradients of equal norm.
+This value is far smaller than a velocity's coordinates (about 1), so most samples have gradients of equal norm.
 arXiv 2310.14189 uses c = 0.00054 sqrt(d) for errors that are about a hundred times smaller.
 """
 
@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Named scalars of a batch. All passes of an update have the same names; means over passes and workers are logged.
+    """Named scalars of a batch. All passes of an update have the same names. Means over passes and workers are logged.
 
     Attributes:
         losses: parts of the training loss, logged as ``loss/NAME``. Training minimises the sum of all parts.
@@ -60,7 +60,7 @@ class VelocityErrorOptions(Kinded):
 
     loss: LossName = Field("mse", description="mse: mean squared error; huber: pseudo-Huber, linear for large errors")
     scales: PositiveInt = Field(
-        1, description="number of image sizes over which the loss is averaged; each size is half the previous size"
+        1, description="number of image sizes over which the loss is averaged; each size is half of the previous size"
     )
 
 
@@ -88,13 +88,13 @@ class FlowMapConfig(VelocityErrorOptions):
     )
 
     def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "FlowMapObjective":
-        """Return the objective of a student whose network takes the end time and ``takes``, for any ``steps``."""
+        """Return the objective of a student whose network takes the end time and ``takes``. ``steps`` has no effect."""
         conditions = ("end_time", *takes)
         return FlowMapObjective(self.pairs, self.grids, conditions=conditions, loss=self.loss, scales=self.scales)
 
 
 OBJECTIVES = EndpointConfig | FlowMapConfig
-"""The configs of all objectives. The method ``build`` of a config returns its ``Objective``."""
+"""The configs of all objectives. A config's ``build`` method returns its ``Objective``."""
 
 ObjectiveConfig = Annotated[
     OBJECTIVES,
@@ -113,22 +113,22 @@ class Objective(ABC):
         loss, scales: as in ``endpoint_loss``.
     """
 
-    name: ClassVar[str]  # name of the objective's part of the loss
+    name: ClassVar[str]  # name of the objective's loss
     conditions: tuple[Condition, ...] = ()
     loss: LossName = "mse"
     scales: int = 1
 
     @abstractmethod
     def knots(self, stored: int) -> range:
-        """Return the knots to read, from 0 .. ``stored``. Raises ``ArgumentError`` if the store lacks some of them."""
+        """Return the knots to read, from 0 .. ``stored``. Raises ``ArgumentError`` if the store lacks some knots."""
 
     @abstractmethod
     def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
-        """Draw random intervals. Return their starts and ends as positions in ``knots``, [batch] each, int64.
+        """Draw random intervals. Return their starts and their ends as positions in ``knots``: [batch] each, int64.
 
         Args:
             uniforms: [batch, 2] in (0, 1), float64.
-            stored: number of the store's last knot.
+            stored: index of the store's last knot.
         """
 
     def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
@@ -138,7 +138,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class EndpointObjective(Objective):
-    """Match the teacher at the end of each of the ``steps`` Euler steps of the student (arXiv 2509.21513)."""
+    """Match the teacher at the end of each of the student's ``steps`` Euler steps (arXiv 2509.21513)."""
 
     name = "endpoint"
     steps: int
@@ -156,13 +156,13 @@ class EndpointObjective(Objective):
 
 @dataclass(frozen=True)
 class FlowMapObjective(Objective):
-    """Learn to step from any knot of a trajectory to any later knot, so that one student works in any number of steps.
+    """Learn to step from any knot of a trajectory to any later knot. One student then works with any number of steps.
 
-    The student's u(x_s, s, r) is the mean velocity from time s to time r, so one step is x_r = x_s - (s - r) u. The
-    training pairs are stored knots of one trajectory. The target is the chord (x_s - x_r) / (s - r), which needs no
-    network call and obeys any speed limit that the trajectory obeys. At r = s the map equals the teacher's velocity,
-    so the student starts from the teacher's weights and initially ignores the end time. Related methods learn such maps
-    without stored trajectories (flow maps, arXiv 2505.18825; TCD, 2402.19159; CMT, 2509.24526).
+    The student's u(x_s, s, r) is the mean velocity from time s to time r, so one step is x_r = x_s - (s - r) u. A
+    training pair is two stored knots of one trajectory. The target is the chord (x_s - x_r) / (s - r), which needs no
+    network call and obeys any speed limit that the trajectory obeys. At r = s, u equals the teacher's velocity, so
+    the student starts from the teacher's weights and initially ignores the end time. Related methods learn flow maps
+    without stored trajectories (arXiv 2505.18825; TCD, 2402.19159; CMT, 2509.24526).
     """
 
     name = "flow_map"
@@ -194,7 +194,7 @@ def endpoint_loss(
 ) -> Tensor:
     """Return || x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
 
-    Division by h^2 turns the endpoint error into a velocity error, comparable across intervals and step counts.
+    Division by h^2 turns the endpoint error into a velocity error, which is comparable across intervals.
 
     Example:
         >>> import torch
@@ -208,7 +208,7 @@ def endpoint_loss(
 
     Args:
         loss: ``mse`` is the mean square of the velocity error; ``huber`` is sqrt(mean square + c^2) - c per sample.
-        scales: number of losses to average, of the error pooled over 1x1, 2x2, 4x4, ... pixels.
+        scales: number of losses to average. They use the error pooled over 1x1, 2x2, 4x4, ... pixels.
         conditions: inputs of the network besides time and label.
 
     Raises:
@@ -259,7 +259,7 @@ def pair_probabilities(law: PairLaw, grids: tuple[int, ...], stored: int) -> Ten
 
 
 def _check_divides_knots(argument: str, steps: int, stored: int) -> None:
-    """Raise ``ArgumentError`` unless all of ``steps`` student steps start and end on stored knots."""
+    """Raise ``ArgumentError`` unless all of the ``steps`` student steps start and end on stored knots."""
     if steps < 1 or stored % steps:
         divisors = ", ".join(str(m) for m in range(1, stored + 1) if stored % m == 0)
         raise ArgumentError(f"`{argument}` {steps} does not divide the store's {stored} knots. Choose {divisors}.")

@@ -3,14 +3,14 @@
 A student that only imitates its teacher cannot become better than the teacher. Refinement generates student images in a
 few steps, clips and rounds them, and compares them with training images by a distance in one or more feature
 spaces. The compared points include the classes, so images are compared class by class. The student's objective remains
-in the loss as an anchor, because precision drops without it.
+in the loss as an anchor, because without an anchor precision drops.
 
 Evaluation must not use the features that trained a student. The refinement classifier therefore differs in seed and
 width from the evaluation classifier. Random features come from a new network in each update, to prevent overfitting.
 
-To add a distance, write it here, and add it to ``REFINEMENT_DISTANCES`` and ``RefinementDistance``. Its name is the
-value of ``refine.distance`` and the name of its part of the loss. To add a space, add it to ``SPACES`` and
-``SpaceName``.
+To add a distance, write its function in this module, and add it to ``REFINEMENT_DISTANCES`` and ``RefinementDistance``.
+The distance's name is the value of ``refine.distance`` and the name of its loss. To add a space, add it to ``SPACES``
+and ``SpaceName``.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ RefinementDistance = Literal["energy"]
 SpaceName = Literal["pixels", "pooled", "classifier", "random"]
 
 RefinementSpace = Callable[[Tensor, int], list[Tensor]]
-"""(samples [batch, *sample], number of the update) -> one or more sets of features, each [batch, width]."""
+"""Maps samples [batch, *sample] and the update number to one or more sets of features, each [batch, width]."""
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
 """The refinement classifier. Its width and seed differ from those of the evaluation classifier."""
@@ -41,7 +41,7 @@ MAP_SIDE = 4
 """Feature maps are averaged down to this height and width."""
 
 TINY = 1e-12
-"""Lower limit of squared distances, because the slope of the square root is infinite at 0."""
+"""Lower limit for squared distances, because the slope of the square root is infinite at 0."""
 
 
 class NoRefinementConfig(Kinded):
@@ -79,7 +79,7 @@ class DataRefinementConfig(Kinded):
 
 RefinementConfig = Annotated[
     NoRefinementConfig | DataRefinementConfig,
-    Field(discriminator="kind", description="training beyond the teacher"),
+    Field(discriminator="kind", description="how to improve the student beyond its teacher"),
     BeforeValidator(expand_kind),
 ]
 """The config of any refinement. The string "data" is short for a ``DataRefinementConfig`` with default values."""
@@ -98,7 +98,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
         True
 
     Args:
-        x, y: independent points [n, width] and [m, width], n, m >= 2.
+        x, y: independent points [n, width] and [m, width], where n >= 2 and m >= 2.
 
     Returns:
         The unbiased estimate of D, a scalar.
@@ -109,7 +109,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, int], Tensor]] = {
     "energy": lambda x, y, update: energy_distance(x, y)
 }
-"""(samples [n, width], real points [m, width], update as the seed of random distances) -> distance, a scalar."""
+"""Map samples [n, width], real points [m, width] and the update (a seed for random distances) to a scalar."""
 
 
 def refinement_loss(
@@ -123,16 +123,16 @@ def refinement_loss(
     update: int = 0,
     distance: RefinementDistance = "energy",
 ) -> Tensor:
-    """Return the distance between samples and real images of the same class, averaged over ``spaces``; a scalar.
+    """Return the scalar distance between samples and real images of the same class, averaged over ``spaces``.
 
-    Features are divided by the mean distance between real images, so all spaces have equal weight and the energy
+    Features are in units of the mean distance between real images, so all spaces have equal weight, and the energy
     distance is about 1 for samples unrelated to the data.
 
     Args:
         samples, real: [batch, *sample].
         label, real_label: [batch]. If ``label`` is None, classes are ignored.
-        class_weight: distance between images of different classes, in the same unit.
-        update: number of the update, used as the seed of random spaces and distances.
+        class_weight: distance between images of different classes, in units of the mean distance between real images.
+        update: update number, the seed of random spaces and distances.
         distance: key of ``REFINEMENT_DISTANCES``.
     """
 
@@ -154,12 +154,12 @@ def refinement_loss(
 
 
 def straight_through(samples: Tensor) -> Tensor:
-    """Return the samples, clipped and rounded as delivered. The gradient ignores the clipping and rounding."""
+    """Return ``delivered(samples)``. The gradient ignores the clipping and rounding."""
     return samples + (delivered(samples) - samples).detach()
 
 
 def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise ``ArgumentError`` for ``pooled`` with points or small images, or ``classifier`` with only one class."""
+    """Raise ``ArgumentError`` if ``pooled`` gets points or small images, or ``classifier`` has only one class."""
     if "pooled" in names and not (is_image(sample_shape) and min(sample_shape[1:]) >= Pooled.SIDE):
         needs = f"images of at least {Pooled.SIDE}x{Pooled.SIDE} pixels, not samples of shape {list(sample_shape)}"
         raise ArgumentError(f"`refine.spaces` pooled needs {needs}. Choose other spaces.")
@@ -193,7 +193,7 @@ SPACES: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = {
     "classifier": _open_classifier,
     "random": _open_random,
 }
-"""Functions that open the spaces, by name."""
+"""The function that opens each space, by the space's name."""
 
 
 def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
@@ -209,7 +209,7 @@ def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
-    """Return the output of every activation layer, [batch, width] each. Feature maps are averaged down."""
+    """Return the outputs of the activation layers, [batch, width] each. Feature maps are averaged to ``MAP_SIDE``."""
     features, values = [], samples
     for layer in layers:
         values = layer(values)
@@ -219,7 +219,7 @@ def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
 
 
 def _mean_distance(x: Tensor) -> Tensor:
-    """Return the mean distance between different points of x [n, width], a scalar."""
+    """Return the mean distance between distinct points of x [n, width], a scalar."""
     n = len(x)
     return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))
 
@@ -227,8 +227,8 @@ def _mean_distance(x: Tensor) -> Tensor:
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     """Return the distances between the points x [n, width] and y [m, width]: [n, m].
 
-    The matrix product has a gradient that is many times faster than that of torch.cdist. Subtracting large squares
-    requires float64.
+    The gradient of the matrix product is many times faster than the gradient of torch.cdist. The computation uses
+    float64, because it subtracts large squares.
     """
     dtype, x, y = x.dtype, x.double(), y.double()
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T

@@ -60,11 +60,11 @@ def adopt(
 
     Args:
         network: freshly built from ``config`` for samples of ``sample_shape``.
-        key: prefix of the weights, or its first part; default: the only weights that fit, or the only averages.
+        key: prefix of the weights, or its first part; default: the only weights that fit, or the only averaged weights.
 
     Raises:
         ArgumentError: the options contradict the weights.
-        CheckpointError: no weights fit, or several sets of weights do.
+        CheckpointError: no weights fit, or several sets of weights fit.
     """
     target = network.inner if isinstance(network, Outside) else network.get_submodule(network.diffusers_name or "")
     expected = target.state_dict()
@@ -74,7 +74,7 @@ def adopt(
     def is_below_key(prefix: str) -> bool:
         return key is None or f"{prefix.rstrip('.')}.".startswith(f"{key}.")
 
-    # Try prefixes below the key first. The other prefixes can provide the names for an unnamed list of averages.
+    # Try prefixes below the key first. Other prefixes are tried only to supply names for an unnamed list of averages.
     prefixes = sorted(find_prefixes(file.named, known), key=lambda prefix: not is_below_key(prefix))[:MOST_PREFIXES]
     fits: dict[str, _Fit] = {}
     failures: dict[str, DistillKacError] = {}
@@ -85,7 +85,7 @@ def adopt(
         except (CheckpointError, ArgumentError) as error:
             failures[prefix] = error
 
-    # Try longer prefixes first: weights that fit below a prefix are a separate model, not part of an enclosing model.
+    # Try longer prefixes first: weights that form a complete model do not belong to the model that encloses them.
     for prefix in sorted(prefixes, key=len, reverse=True):
         others = tuple(other for other in fits if other.startswith(prefix))
         own = (name for name in file.named if name.startswith(prefix) and not name.startswith(others))
@@ -156,7 +156,7 @@ def _kind(config: NetworkConfig) -> str:
 
 
 def try_out(network: NetworkModule, config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise ``CheckpointError`` if ``network`` returns no velocities, or different ones when it is rebuilt."""
+    """Raise ``CheckpointError`` if ``network`` returns no velocities, or different velocities when it is rebuilt."""
     velocity = _velocity(network, sample_shape, num_classes)
     if not isinstance(network, Outside):
         return
@@ -193,7 +193,7 @@ def _velocity(network: NetworkModule, sample_shape: tuple[int, ...], num_classes
 
 
 def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) -> _Fit:
-    """Return the weights, renamed as in the network. Raises an error if the options or the weights do not fit."""
+    """Return the weights, under the network's names. Raises an error if the options or the weights do not fit."""
     weights, description, conditioning = source, f"weights of {_kind(config)}", config.conditioning
     if isinstance(config, UNetConfig):
         origin = ""
@@ -225,7 +225,7 @@ def _fit(source: dict[str, Tensor], config: NetworkConfig, expected: Weights) ->
 def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: nn.Module) -> dict[str, Tensor] | None:
     """Name a list of averaged parameters as in the first source whose parameters have the same shapes.
 
-    Buffers come from this source. Without sources, ``target`` provides the names. Returns None if no source matches.
+    Buffers come from this source. If ``sources`` is empty, ``target`` provides the names. Returns None if none matches.
     """
     own: dict[str, Tensor] = dict(target.named_parameters())
     first_name = {id(value): name for name, value in own.items()}
@@ -243,7 +243,7 @@ def _name_list(tensors: list[Tensor], sources: list[dict[str, Tensor]], target: 
 def _infer_options(
     config: NetworkConfig, weights: Weights, sample_shape: tuple[int, ...], expected: Weights
 ) -> list[tuple[str, Any, Any]]:
-    """Return the options that weights reveal, each with its value in the weights and its value in the config."""
+    """Return the options that can be inferred from weights, each with its value in the weights and in the config."""
 
     def count(pattern: str) -> int:
         return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))

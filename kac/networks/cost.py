@@ -1,4 +1,4 @@
-"""The cost of a network: its number of parameters, and of floating-point operations per call."""
+"""The cost of a network: the number of parameters, and the number of floating-point operations per call."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ TRAINING_CALLS = 3  # training cost per sample, in forward calls; the backward p
 
 
 class NetworkCost(NamedTuple):
-    """The number of parameters of a network, and of floating-point operations per call."""
+    """A network's number of parameters, and its number of floating-point operations per call."""
 
     parameters: int
-    flops_per_call: int  # of the forward pass, per sample; a multiply-add counts as two
+    flops_per_call: int  # in the forward pass, per sample; a multiply-add counts as two operations
 
 
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
     """Return the cost of a network for samples of ``sample_shape``.
 
-    Nothing is computed or allocated, except that an ``outside`` network is built and called on one sample. Only matrix
+    An ``outside`` network is built and called on one sample; other networks are not computed or allocated. Only matrix
     products, convolutions and attention are counted. Raises ``ArgumentError`` if the config does not fit the samples.
     """
     network = outline_network(config, sample_shape, num_classes)
@@ -35,7 +35,7 @@ def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_class
 
 
 def duration(seconds: float) -> str:
-    """Format a duration for people, such as "2.5 hours", "12 minutes" or "40 seconds"."""
+    """Format a duration in readable units, such as "2.5 hours", "12 minutes" or "40 seconds"."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float, unit: str = "") -> str:
-    """Format a large number for people, such as "1.05 M", or "1.05 MFLOP" with the unit FLOP."""
+    """Format a large number briefly, such as "1.05 M", or "1.05 MFLOP" if ``unit`` is FLOP."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}{unit}"

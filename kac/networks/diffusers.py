@@ -12,9 +12,9 @@ from kac.util.errors import ArgumentError
 class ConditionedLabels(nn.Embedding):
     """The class embedding of a diffusers model, plus the embedding of the conditions.
 
-    A diffusers model passes its ``class_labels`` to this module unchanged. The networks here pass
-    ``(label [batch], condition [batch or 1, width])``; users of diffusers pass plain labels. This module replaces the
-    embedding that diffusers creates, and its weight has the same name.
+    A diffusers model passes its ``class_labels`` to this module unchanged. This project's networks
+    pass ``(label [batch], condition [batch or 1, width])``. Users of diffusers pass plain labels. This module replaces
+    the embedding that diffusers creates, and keeps the name of the embedding's weight.
     """
 
     def forward(self, labels: tuple[Tensor, Tensor] | Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class DiTConfig(NetworkOptions):
     heads: PositiveInt = Field(6, description="attention heads")
     head_channels: PositiveInt = Field(64, description="channels per attention head")
     depth: PositiveInt = Field(12, description="transformer blocks")
-    patch: PositiveInt = Field(2, description="width and height of the image patch per token, in pixels")
+    patch: PositiveInt = Field(2, description="width and height of each token's image patch, in pixels")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the blocks")
     time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
@@ -51,10 +51,10 @@ class DiT(DiffusersNetwork):
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         for block in self.transformer.transformer_blocks:
             labels = block.norm1.emb.class_embedder
-            labels.dropout_prob = 0.0  # for networks of all kinds, the teacher's loss drops labels instead
+            labels.dropout_prob = 0.0  # the teacher's loss drops labels instead, for every kind of network
             labels.embedding_table = ConditionedLabels(num_classes + 1, self.width)
             nn.init.normal_(labels.embedding_table.weight, std=0.02)
-        # As in adaLN-Zero, every block starts as the identity and the velocity starts at 0. diffusers omits this.
+        # As in adaLN-Zero, blocks start as the identity and the velocity starts at 0. diffusers does not do this.
         gates = [block.norm1.linear for block in self.transformer.transformer_blocks]
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)

@@ -1,4 +1,4 @@
-"""A residual MLP for small samples."""
+"""A residual MLP for small images and points."""
 
 import math
 from typing import Literal
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from kac.networks.velocity import ConditionEmbedding, FourierFeatures, NetworkModule, NetworkOptions
 
 CONDITION_WIDTH = 64
-"""Width of the embedding of time and class. Using the residual width costs a quarter more and is no better."""
+"""Width of the embedding of time and class. Using ``width`` instead costs a quarter more and is no better."""
 
 
 class MLPConfig(NetworkOptions):
-    """Options of a residual MLP over the flattened sample, for small samples."""
+    """Options of a residual MLP over the flattened sample, for small images and points."""
 
-    kind: Literal["mlp"] = Field("mlp", description="mlp: residual MLP over the flattened sample, for small samples")
+    kind: Literal["mlp"] = Field("mlp", description="mlp: residual MLP, for small images and points")
     width: PositiveInt = Field(192, description="width of the residual stream")
     depth: PositiveInt = Field(3, description="number of residual blocks")
 

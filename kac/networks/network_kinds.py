@@ -1,6 +1,6 @@
-"""Velocity networks by kind.
+"""The kinds of velocity networks.
 
-To add a kind, write a module with its config and its ``NetworkModule``, and register both here.
+To add a kind, write a module with its config and its ``NetworkModule``, and register both in this module.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ def is_openai(weights: Mapping[str, Tensor]) -> bool:
 
 
 def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Return the weights, renamed as in diffusers. Weights that OpenAI's U-Net does not have keep their names.
+    """Return the weights, under diffusers' names. Weights that OpenAI's U-Net does not have keep their names.
 
     Raises ``ArgumentError`` or ``CheckpointError`` if one of the two U-Nets uses an option that the other lacks.
     """
@@ -58,8 +58,8 @@ def from_openai(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, 
     # Only resblock_updown puts two residual blocks into one output block.
     if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights):
         raise CheckpointError(
-            "this U-Net was built with resblock_updown=True, which diffusers does not support. Use `network` outside "
-            "with the code that built it."
+            "this U-Net was built with resblock_updown=True, which diffusers does not support. Set `network` to "
+            "outside, and `network.module` to the code that built this U-Net."
         )
     layers = _layers(weights)
     translated: dict[str, Tensor] = {}

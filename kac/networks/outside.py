@@ -32,7 +32,7 @@ class OutsideConfig(NetworkOptions):
     labels: Literal["with_null", "without_null", "none"] = Field(
         "with_null",
         description="labels that the module accepts; with_null: classes, and a null label ('no class') after the last "
-        "class; without_null: only classes, so guidance is impossible; none: it is called as module(x, t)",
+        "class; without_null: only classes, so guidance is impossible; none: no labels, called as module(x, t)",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The U-Net of diffusers. With ``patch`` > 1 it works on smaller images and is several times faster."""
+"""diffusers' U-Net. If ``patch`` is above 1, the U-Net works on smaller images and is several times faster."""
 
 from typing import Any, Literal, Self
 
@@ -11,26 +11,26 @@ from kac.util.errors import ArgumentError
 
 
 class UNetConfig(NetworkOptions):
-    """Options of diffusers' UNet2DModel, used with class labels."""
+    """Options of diffusers' UNet2DModel, which this project uses with class labels."""
 
     kind: Literal["unet"] = Field("unet", description="unet: diffusers' UNet2DModel, for images")
     channels: tuple[PositiveInt, ...] = Field((64, 128), description="channels per level", min_length=1)
     blocks: PositiveInt = Field(2, description="residual blocks per level")
-    attention: tuple[PositiveInt, ...] = Field((), description="levels with attention, by image width in pixels")
+    attention: tuple[PositiveInt, ...] = Field((), description="widths of the levels with attention, in pixels")
     head_channels: PositiveInt | None = Field(None, description="channels per attention head; default: one head")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in the residual blocks")
     scale_shift: bool = Field(
         False, description="scale and shift the normalised features by time and class instead of adding an embedding"
     )
     patch: PositiveInt = Field(1, description="fold patches of PATCH x PATCH pixels into channels (space to depth)")
-    groups: PositiveInt = Field(32, description="groups in each group norm; must divide the channels of every level")
+    groups: PositiveInt = Field(32, description="groups in each group norm; must divide each level's channel count")
     time_scale: PositiveFloat = Field(1000.0, description="factor that multiplies t before it is embedded")
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:
         if any(width % self.groups for width in self.channels):
             raise ValueError(
-                f"`groups` {self.groups} does not divide the channels {list(self.channels)}. Choose a common divisor."
+                f"`groups` {self.groups} does not divide all of {list(self.channels)}. Choose a common divisor."
             )
         return self
 
@@ -64,7 +64,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         most = 1 + (size & -size).bit_length() - 1
         raise ArgumentError(
             f"`network.channels` has {len(config.channels)} levels, but images {size} pixels wide allow at most "
-            f"{most}, because each level after the first halves the width. Give fewer channels."
+            f"{most} levels, because each level after the first halves the width. Give fewer channel counts."
         )
     if unknown := [width for width in config.attention if width not in widths]:
         raise ArgumentError(
@@ -75,8 +75,8 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
     with_heads = {width for width, here in attending if here}
     if any(width % (config.head_channels or width) for width in with_heads):
         raise ArgumentError(
-            f"`network.head_channels` {config.head_channels} does not divide {sorted(with_heads)}, the channels of the "
-            "levels with attention (always including the last level). Choose a common divisor."
+            f"`network.head_channels` {config.head_channels} does not divide all of {sorted(with_heads)}, the channel "
+            "counts of the levels with attention (the last level always has attention). Choose a common divisor."
         )
     return {
         "sample_size": size,
@@ -89,7 +89,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         "attention_head_dim": config.head_channels,
         "dropout": config.dropout,
         "norm_num_groups": config.groups,
-        "attn_norm_num_groups": config.groups,  # otherwise scale_shift removes the norm of the middle attention
+        "attn_norm_num_groups": config.groups,  # otherwise scale_shift would remove the middle block's norm
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "num_class_embeds": num_classes + 1,
     }

@@ -50,16 +50,16 @@ class VelocityNetwork(Protocol):
 class NetworkModule(nn.Module):
     """A trainable ``VelocityNetwork``."""
 
-    null_label: int | None  # num_classes; None if the network accepts only classes
-    takes: tuple[Condition, ...]  # the conditions named in its config
-    diffusers_name: str | None = None  # name of the submodule from diffusers, and of its folder
+    null_label: int | None  # equal to num_classes; None if the network has no null label
+    takes: tuple[Condition, ...]  # the conditions in the network's config
+    diffusers_name: str | None = None  # name of the diffusers submodule, and of its folder
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights. They may lack the embeddings of conditions, which have no effect before training.
+    """Load weights. Embeddings of conditions may be missing, because they have no effect before training.
 
     Raises:
-        CheckpointError: any other tensor is missing, unexpected or of a different shape.
+        CheckpointError: any other tensor is missing, is unexpected, or has a different shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith("conditions.")]
@@ -67,7 +67,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if missing or unfit:
         names = ", ".join((missing + unfit)[:3])
         raise CheckpointError(
-            f"The weights do not fit this network. These are missing, unexpected or of a different shape: {names}."
+            f"The weights do not fit this network. Tensors are missing, unexpected or of a different shape: {names}."
         )
     network.load_state_dict(weights, strict=False)
 
@@ -90,7 +90,7 @@ class FourierFeatures(nn.Module):
         return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, self.width % 2))
 
 
-# Students are trained on few guidance scales. Low frequencies interpolate smoothly between these scales.
+# Students are trained on only a few guidance scales. Low frequencies interpolate smoothly between these scales.
 CONDITION_CYCLES: dict[Condition, tuple[float, float]] = {"end_time": (1 / 4, 64), "guidance": (1 / 64, 1 / 4)}
 
 

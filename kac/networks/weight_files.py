@@ -19,7 +19,7 @@ from kac.util.text import shorten
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts that torch.compile, FSDP and activation checkpointing insert into tensor names, at any depth."""
 
-AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)  # averaged weights
+AVERAGED = re.compile(r"(^|_)(ema|shadow|average|averaged|swa)(_|$)", re.IGNORECASE)  # names of averaged weights
 MOST_SHOWN = 6  # maximum number of entries listed in a message
 
 
@@ -104,7 +104,7 @@ def _flatten(content: Any, name: str) -> Iterator[tuple[str, Tensor | list[Tenso
 
 
 def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
-    """Return the prefixes of ``names`` before ``expected`` names, by frequency. Each is empty or ends in a dot."""
+    """Return the prefixes of ``expected`` names in ``names``, most frequent first. Each is empty or ends in a dot."""
     counts: Counter[str] = Counter()
     for name in names:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
@@ -113,7 +113,7 @@ def find_prefixes(names: Iterable[str], expected: Collection[str]) -> list[str]:
 
 
 def choose_key(keys: Sequence[str]) -> str:
-    """Return the only key, or the only key of averaged weights. Raises ``CheckpointError`` if several keys remain."""
+    """Return the only key, or the only key of averaged weights. Raises ``CheckpointError`` if neither is unique."""
     last = [key for key in keys if AVERAGED.search(key.rpartition(".")[2])]
     anywhere = [key for key in keys if any(map(AVERAGED.search, key.split(".")))]
     for candidates in (keys, last, anywhere):
