@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(FAULTS:%=--ignore=%)
 
-# Kill drivers, actors, nodes and machines, and fill a disk. Takes another twenty minutes.
+# Kill drivers, actors, nodes and machines, and fill a disk. This takes another twenty minutes.
 faults: setup
 	$(BIN)/python -m pytest --numprocesses=0 $(FAULTS)
 

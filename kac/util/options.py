@@ -195,7 +195,7 @@ def _problem(entry: dict[str, Any]) -> str:
 
 
 def _argument_names(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], bool]:
-    """Return the argument names in an error's location, without indices and types, and whether the last is a model's."""
+    """Return the argument names in an error's location, without indices and types, and whether the last is a model."""
     names, models, parts = [], [model], iter(location)
     for name in (part for part in parts if isinstance(part, str)):
         names.append(name)
