@@ -62,7 +62,7 @@ guide = GuidedVelocity
 
 
 def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
-    """Check that a teacher supports these guidance scales.
+    """Check that a teacher supports the guidance ``scales``.
 
     Raises:
         ArgumentError: a scale is not 0, but the teacher cannot be guided.

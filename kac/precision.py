@@ -37,7 +37,7 @@ class Precision(Options):
         return self.model_copy(update={"dtype": dtype})
 
     def resolved(self, gpu: bool, convolutions: bool = True) -> "Precision":
-        """Return a copy with every automatic value chosen for the device, and for whether there are convolutions."""
+        """Return a copy with automatic values chosen for the device and for a network with or without convolutions."""
         automatic = "channels_last" if gpu and convolutions else "contiguous"
         return Precision(
             dtype=self.settled(gpu).dtype,

@@ -1,7 +1,7 @@
 """The Kac process of one coordinate: a particle of speed c that reverses at the events of a Poisson process of rate a.
 
 Its density solves the damped wave equation p_tt + 2 a p_t = c^2 p_xx (arXiv 2506.20641, section 2).
-In this module, r = sqrt((ct - x)(ct + x)) and z = a r / c.
+This module uses r = sqrt((ct - x)(ct + x)) and z = a r / c.
 """
 
 import math
@@ -77,7 +77,7 @@ class KacProcess:
     def from_uniforms(self, uniforms: Tensor, t: float) -> Tensor:
         """Return K_t at a common time ``t``, computed from three uniforms per particle: [*shape], float64.
 
-        The result for a particle depends only on its own uniforms, so a counter-based generator can reproduce it.
+        A particle's result depends only on the particle's own uniforms, so a counter-based generator can reproduce it.
 
         Args:
             uniforms: [3, *shape] in (0, 1), float64. They determine the number of reversals, the radius and the angle.
@@ -101,7 +101,7 @@ class KacProcess:
         above c. Gradients are finite everywhere.
 
         Args:
-            is_atom: bool, true for particles that have never reversed; None: no particle is an atom.
+            is_atom: bool, true for particles that have never reversed; None if no particle is an atom.
         """
         t = _as_times(t, like=x)
         edge = self.c * t

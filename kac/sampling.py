@@ -107,7 +107,7 @@ def draw(
         classes.append(label)
         nfe = solution.nfe
     if not all(torch.isfinite(batch).all() for batch in batches):
-        raise DivergedError("The model generates NaN or infinity: it has diverged. Train it with different options.")
+        raise DivergedError("The model has diverged: it generates NaN or infinity. Train it with different options.")
     outputs = torch.cat(batches)
     return Samples(outputs if raw else delivered(outputs), torch.cat(classes), nfe, seconds)
 
@@ -115,7 +115,7 @@ def draw(
 def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
     """Integrate from noise ``x_1`` [batch, *sample] to images [batch, *sample], with gradients.
 
-    The network also receives ``end_time`` and ``guidance`` if it takes these inputs.
+    The network also receives ``end_time`` and ``guidance`` if the network takes these inputs.
     """
     velocity = velocity_of(network, x_1, label, sampling)
     return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kac.util.errors import check_known
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""Maps x [batch, *sample] and a scalar t to a velocity [batch, *sample]. The attribute ``nfe_per_call`` is optional."""
+"""Maps x [batch, *sample] and a scalar t to a velocity [batch, *sample]. Attribute ``nfe_per_call``: default 1."""
 
 SolverName = Literal["euler", "heun", "ab2"]
 
@@ -57,7 +57,7 @@ def solve(
 
     euler: x += h u_n.  heun: x += h (u_n + u(x + h u_n, t_{n+1})) / 2.
     ab2: x += h ((1 + ratio/2) u_n - (ratio/2) u_{n-1}), ratio = h / h_prev; the first step is an Euler step.
-    The same rule integrates the kinetic energy. The orders of convergence are 1, 2 and 2.
+    The kinetic energy is integrated by the same rule. The orders of convergence are 1, 2 and 2.
 
     Args:
         x: [batch, *sample], the state at times[0].

@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 LISTED, FIRST, LENGTH = 20, 3, 400
-"""Lists of up to 20 classes and 400 characters are complete. Longer lists show the first three classes and the last."""
+"""Lists of up to 20 classes and 400 characters are complete. Longer lists show the first three and the last class."""
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ class DataConfig(Kinded):
     )
     arguments: FactoryArguments = unhashed({}, ARGUMENTS_HELP)
     size: PositiveInt | None = Field(
-        None, description="crop each image to its central square, and resize to SIZE pixels; default: keep the size"
+        None, description="crop each image to its central square, resized to SIZE pixels; default: no cropping"
     )
     channels: Annotated[Literal[1, 3] | None, BeforeValidator(number_of_text)] = Field(
         None, description="convert images to greyscale (1) or RGB (3); default: keep the channels"

@@ -1,4 +1,4 @@
-"""The cache of decoded images. Each split is a .npy file of bytes, from which only the rows in use are read.
+"""The cache of decoded images. Each split's images are in a .npy file, from which only the rows in use are read.
 
     CACHE/data/KEY/{train,held_out}-{images,labels}.npy, dataset.json
 
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 
     content: Any
     held_out: np.ndarray  # [count] bool
-    first_rows: tuple[int, int]  # row in ``train`` of its first training image, and row in ``held_out``
+    first_rows: tuple[int, int]  # in each split, the row of the unit's first image of that split
 
 
 class Writer(NamedTuple):
@@ -118,7 +118,7 @@ class Decoding(NamedTuple):
 
 
 class DecodedSplit:
-    """A split in the cache. Only its labels and the rows in use are in memory."""
+    """A split in the cache. Only the labels and the rows in use are in memory."""
 
     def __init__(self, folder: str, split: str) -> None:
         self.labels = torch.from_numpy(np.load(f"{folder}/{split}-labels.npy"))
@@ -146,7 +146,7 @@ class DecodedSplit:
 
 
 def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
-    """Return where the cache stores the images of a source, decoded with these options."""
+    """Return where the cache stores a source's images that are decoded with ``options``."""
     stamps = hashlib.sha256()
     for stamp in source.stamps():
         stamps.update(f"{stamp.path}\0{stamp.size}\0{stamp.version}\n".encode())

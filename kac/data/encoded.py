@@ -23,7 +23,7 @@ MODES = {1: "L", 3: "RGB"}
 CHANNEL_NAMES = {1: "greyscale", 3: "RGB"}
 
 MOST_PIXELS = 178_956_970
-"""Pillow rejects images with more pixels than this before it allocates memory. Its error contains this number."""
+"""Pillow rejects images above this number of pixels before it allocates memory. Its message contains the number."""
 
 ORIENTATION = 0x0112
 """The EXIF tag that contains the camera's orientation."""
@@ -38,8 +38,8 @@ BLOCK_BYTES = 2**24
 class Decoder(NamedTuple):
     """Decodes images, and converts them to one size and one number of channels."""
 
-    size: int | None = None  # crop each image to its central square and resize the square to this width; None: do not
-    channels: int | None = None  # convert each image to this number of channels, 1 or 3; None: do not
+    size: int | None = None  # crop each image to its central square and resize it to this width; None: no change
+    channels: int | None = None  # convert each image to this number of channels, 1 or 3; None: no change
 
     def shape_of(self, data: bytes, name: str) -> tuple[int, ...]:
         """Return the shape [channels, height, width] of the decoded image."""
@@ -134,7 +134,7 @@ def _open(data: bytes, name: str) -> "Image":
 
 
 def _upright(image: "Image") -> "Image":
-    """Return the image turned according to its EXIF orientation, or unchanged if it has no readable orientation."""
+    """Return the image turned according to its EXIF orientation, or unchanged if the orientation is not readable."""
     from PIL.Image import Transpose
 
     orientation: Any = None
@@ -151,7 +151,7 @@ def _convert(image: "Image", name: str, channels: int | None) -> "Image":
         own = None
     if image.mode == "F" or image.mode.startswith("I"):
         raise DistillKacError(
-            f"{name} does not have 8 bits per channel (its mode in Pillow is {image.mode}). Convert it to 8 bits."
+            f"{name} does not have 8 bits per channel (Pillow's mode is {image.mode}). Convert the image to 8 bits."
         )
     if not own and not channels:
         raise DistillKacError(

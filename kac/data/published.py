@@ -92,7 +92,7 @@ class PublishedSource(Source):
         """The content of all files, read once per process: 184 MB for CIFAR-10."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle only the fields, because the content is large."""
+        """Pickle only ``root``, because the content is large."""
         return {"root": self.root}
 
     def contents(self) -> Contents:
@@ -158,7 +158,7 @@ class IdxSource(PublishedSource):
         )
 
     def _read_file(self, file: str) -> IdxFile:
-        """Read one of the four files, a key of ``NAMES``."""
+        """Read one of the four files. ``file`` is a key of ``NAMES``."""
         found = [stamp.path for stamp in files.walk(self.root)]
         name = next((name for name in NAMES[file] if name in found), None)
         if name is None:

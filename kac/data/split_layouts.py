@@ -2,7 +2,7 @@
 
 A name belongs to a split if it contains one of the split's words: ``train2017``, ``my-test-set``, ``trainA``. Hugging
 Face uses the same words. The held-out images are the test split, or the validation split if there is no test split.
-Ambiguous names raise an error, so that no file is used for training because its name was misread.
+Ambiguous names raise an error, so that a misread name never adds a file to the training images.
 """
 
 import re
@@ -181,7 +181,7 @@ def _splits_of_folders(folders: Sequence[str]) -> list[SplitName]:
 
 
 def _only_split(root: str, path: str, splits: Sequence[SplitName]) -> SplitName | None:
-    """Return the only split of ``path``, or None. Raises ``DistillKacError`` if there are several splits."""
+    """Return the only split in ``splits``, or None if it is empty. Raises ``DistillKacError`` if there are several."""
     parts = list(dict.fromkeys(split.part for split in splits))
     if len(parts) > 1:
         raise DistillKacError(
@@ -196,6 +196,6 @@ def _words(name: str) -> list[str]:
 
 
 def _parts_of(name: str) -> list[Part]:
-    """Return the splits that a name contains, one per split word."""
+    """Return the splits that a name refers to, one per split word."""
     parts = (WORDS.get(word) or WORDS.get(NOUN.sub("", word)) for word in _words(name))
     return [part for part in parts if part]

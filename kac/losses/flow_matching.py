@@ -32,7 +32,7 @@ def flow_matching_loss(
 
 
 def stratified_times(count: int, generator: torch.Generator) -> Tensor:
-    """Draw one uniform time from each of ``count`` equal intervals, in random order: [count]. This reduces variance."""
+    """Draw a uniform time from each of ``count`` equal intervals, in random order: [count]. Strata reduce variance."""
     strata = torch.randperm(count, generator=generator)
     return (strata + torch.rand(count, generator=generator)) / count
 

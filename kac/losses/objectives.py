@@ -48,7 +48,7 @@ class LossTerms:
 
     Attributes:
         losses: parts of the training loss, logged as ``loss/NAME``. Training minimises the sum of all parts.
-        diagnostics: values that are only logged, as ``diagnostic/NAME``. They have no effect on training.
+        diagnostics: values that are only logged, as ``diagnostic/NAME``. Diagnostics have no effect on training.
     """
 
     losses: dict[str, Tensor]
@@ -194,7 +194,7 @@ def endpoint_loss(
 ) -> Tensor:
     """Return || x_start - h u_student(x_start, t_start, label) - x_end ||^2 / h^2 per coordinate, h = t_start - t_end.
 
-    Division by h^2 turns the endpoint error into a velocity error, which is comparable across intervals.
+    Division by h^2 gives a velocity error, which is comparable across intervals and step counts.
 
     Example:
         >>> import torch
@@ -208,7 +208,7 @@ def endpoint_loss(
 
     Args:
         loss: ``mse`` is the mean square of the velocity error; ``huber`` is sqrt(mean square + c^2) - c per sample.
-        scales: number of losses to average. They use the error pooled over 1x1, 2x2, 4x4, ... pixels.
+        scales: number of losses to average. The losses use the error pooled over 1x1, 2x2, 4x4, ... pixels.
         conditions: inputs of the network besides time and label.
 
     Raises:

@@ -1,9 +1,9 @@
 """Refinement: training that moves a student's images towards the training images of the same class.
 
 A student that only imitates its teacher cannot become better than the teacher. Refinement generates student images in a
-few steps, clips and rounds them, and compares them with training images by a distance in one or more feature
-spaces. The compared points include the classes, so images are compared class by class. The student's objective remains
-in the loss as an anchor, because without an anchor precision drops.
+few steps, clips and rounds them, and compares them with training images, using a distance in one or more
+feature spaces. The compared points include the classes, so images are compared class by class. The student's objective
+remains in the loss as an anchor, because without an anchor precision drops.
 
 Evaluation must not use the features that trained a student. The refinement classifier therefore differs in seed and
 width from the evaluation classifier. Random features come from a new network in each update, to prevent overfitting.
@@ -159,7 +159,7 @@ def straight_through(samples: Tensor) -> Tensor:
 
 
 def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raise ``ArgumentError`` if ``pooled`` gets points or small images, or ``classifier`` has only one class."""
+    """Raise ``ArgumentError`` if ``pooled`` gets points or small images, or ``classifier`` gets only one class."""
     if "pooled" in names and not (is_image(sample_shape) and min(sample_shape[1:]) >= Pooled.SIDE):
         needs = f"images of at least {Pooled.SIDE}x{Pooled.SIDE} pixels, not samples of shape {list(sample_shape)}"
         raise ArgumentError(f"`refine.spaces` pooled needs {needs}. Choose other spaces.")

@@ -127,7 +127,7 @@ def _misfit(
     sample_shape: tuple[int, ...],
     expected: Weights,
 ) -> DistillKacError:
-    """Return the error for the most similar weights. It names the options or tensors that differ."""
+    """Return the error for the most similar weights. The error names the options or tensors that differ."""
     if isinstance(failure, ArgumentError):
         return failure
     where = f"the weights under {prefix.rstrip('.')}" if prefix else "the weights"

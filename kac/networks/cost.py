@@ -21,8 +21,8 @@ class NetworkCost(NamedTuple):
 def network_cost(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkCost:
     """Return the cost of a network for samples of ``sample_shape``.
 
-    An ``outside`` network is built and called on one sample; other networks are not computed or allocated. Only matrix
-    products, convolutions and attention are counted. Raises ``ArgumentError`` if the config does not fit the samples.
+    An ``outside`` network is built and called on one sample. For other kinds, nothing is computed or allocated. Only
+    matrix products, convolutions and attention count. Raises ``ArgumentError`` if the config does not fit the samples.
     """
     network = outline_network(config, sample_shape, num_classes)
     with torch.device(next(network.parameters()).device):

@@ -41,7 +41,7 @@ def build_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_clas
 
 
 def outline_network(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> NetworkModule:
-    """Return the network on the meta device: its weights have shapes but no values, and take no memory.
+    """Return a network on the meta device. Its weights have shapes but no values, and take no memory.
 
     A network of kind ``outside`` is built on the CPU, because its factory may need the values of tensors.
     """

@@ -1,4 +1,4 @@
-"""Networks of kind ``outside``: any PyTorch module, given by its import path, as a velocity field."""
+"""Networks of kind ``outside``: a PyTorch module, given by its import path, is the velocity field."""
 
 from typing import Any, Literal
 

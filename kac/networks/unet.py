@@ -68,7 +68,7 @@ def _arguments(config: UNetConfig, sample_shape: tuple[int, ...], num_classes: i
         )
     if unknown := [width for width in config.attention if width not in widths]:
         raise ArgumentError(
-            f"`network.attention` contains {unknown}, but the levels are {widths} pixels wide. Choose among these."
+            f"`network.attention` contains {unknown}, but the levels are {widths} pixels wide. Choose from these."
         )
     has_attention = [width in config.attention for width in widths]
     attending = zip(config.channels, [*has_attention[:-1], True], strict=True)

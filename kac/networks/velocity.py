@@ -52,7 +52,7 @@ class NetworkModule(nn.Module):
 
     null_label: int | None  # equal to num_classes; None if the network has no null label
     takes: tuple[Condition, ...]  # the conditions in the network's config
-    diffusers_name: str | None = None  # name of the diffusers submodule, and of its folder
+    diffusers_name: str | None = None  # name of the diffusers submodule and of its folder
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
