@@ -110,7 +110,7 @@ def open_classifier(
 
 
 def train_classifier(data: Dataset, recipe: ClassifierRecipe = EVALUATION_CLASSIFIER) -> Classifier:
-    """Train a classifier with AdamW on delivered training images. The result depends only on the number of threads."""
+    """Train a classifier on delivered training images. The result is deterministic for a fixed number of threads."""
     description, split = data.description, data.train
     updates = max(MIN_UPDATES, min(MAX_UPDATES, int(RECIPE["epochs"] * len(split) / RECIPE["batch_size"])))
     with torch.random.fork_rng(devices=[]):

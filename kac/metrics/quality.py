@@ -85,7 +85,7 @@ class QualityMetric(Metric):
 
 
 def at_floor_count(name: str) -> str:
-    """Return the name of the metric ``name`` if it uses only as many samples as there are held-out images."""
+    """Return the name of the metric ``name`` for only as many samples as there are held-out images."""
     return f"{name}_at_floor_count"
 
 

@@ -18,6 +18,6 @@ MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "marginals": marginals.measure,
     "plane": plane.measure,
 }
-"""Functions that measure the claims. Each returns a result, or the reason why the claim is left out."""
+"""Functions that measure the claims. Each function returns a result, or the reason why the claim is left out."""
 
 __all__ = ["MEASURES", "ClaimResult", "Inputs", "StudyModel", "Trajectories"]

@@ -23,9 +23,9 @@ class EnergyAndNearness(NamedTuple):
 
     correlation: float  # Spearman's correlation over all samples; NaN if energy or distance is constant
     p_value: float
-    within_classes: float  # mean of Spearman's correlations within each class, because classes differ
+    within_classes: float  # mean of Spearman's correlation within each class; classes differ in both values
     classes: int  # number of classes with enough samples
-    energetic_ratio: float  # mean distance of the MOST_ENERGETIC fraction / of all samples; far below 1 for copies
+    energetic_ratio: float  # mean distance of the MOST_ENERGETIC samples / of all samples; far below 1 for copies
 
 
 def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor) -> EnergyAndNearness:
@@ -43,7 +43,7 @@ def energy_and_nearness(kinetic_energy: Tensor, distance: Tensor, label: Tensor)
 
 
 def spearman(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return Spearman's rank correlation of two tensors [rows] and its two-sided p-value. Constants give NaN."""
+    """Return Spearman's rank correlation of two tensors [rows] and its two-sided p-value. Constants yield NaN."""
     from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):

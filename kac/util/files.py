@@ -223,8 +223,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes, if_absent: bool = False) -> bool:
     """Write a file atomically: readers see all of ``data`` or nothing. Returns whether the file was written.
 
-    On a local disk, the data go to a temporary file, which is synced and renamed. On S3, one PUT or
-    one multipart upload sends them. With ``if_absent``, an existing file stays unchanged.
+    On a local disk, the data go to a temporary file, which is synced and renamed. On S3, one PUT or one
+    multipart upload sends them. With ``if_absent``, an existing file stays unchanged.
     """
     with errors_naming(path) as location:
         if isinstance(location.fs, LocalFileSystem):
@@ -256,7 +256,7 @@ def _write_local(path: str, data: bytes, if_absent: bool) -> bool:
                 return True
             except FileExistsError:
                 return False
-            except OSError:  # without hard links, rename: also atomic, but the last of several writers wins
+            except OSError:  # without hard links, a rename is also atomic, but the last writer wins
                 if os.path.exists(path):
                     return False
         os.replace(temporary, path)
