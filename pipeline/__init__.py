@@ -1,6 +1,6 @@
-"""The stages as Python functions, the endpoint store, and tracking. A function hides the module of the same name.
+"""The stages as Python functions, the endpoint store, and tracking. Each function shadows the module of the same name.
 
-Each function takes either its spec, or the fields of the spec as keyword arguments.
+Each function takes either a spec or the spec's fields as keyword arguments.
 
     from pipeline import teach, rollout, distill, evaluate
 
@@ -90,7 +90,7 @@ class EvaluationResult:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """The metrics of each row, by row name."""
+        """The metrics of each table row, by row name."""
         return {score.name: score.metrics for score in self.scores}
 
 
@@ -153,7 +153,7 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
 def _stage(
     spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
 ) -> Iterator[AnySpec]:
-    """Yield the given spec, or build one from the fields. ``in_process`` holds defaults for use without RAY_ADDRESS."""
+    """Yield the given spec, or a spec built from ``fields`` (and from ``in_process`` if RAY_ADDRESS is not set)."""
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
@@ -164,7 +164,7 @@ def _stage(
 
 def _made(result: Result | None) -> Result:
     if result is None:
-        raise ArgumentError("A `dry_run` has no result to return here. Leave it out, or run this stage as a job.")
+        raise ArgumentError("A dry run returns no result. Leave out `dry_run`, or run this stage as a job.")
     return result
 
 

@@ -17,7 +17,7 @@ from pipeline.tracking import process_tags
 CLAIM_FILE = "claim.json"
 
 WAIT_SECONDS = 10.0
-"""Ray ends the workers of a killed driver within this time. Until then, they look like another job."""
+"""Ray ends a killed driver's workers within this time. Until then, they look like another job."""
 
 POLL_SECONDS = 0.5
 
@@ -26,7 +26,7 @@ _held: dict[str, str] = {}
 
 
 def take(out: str) -> None:
-    """Claim the folder for this process, until ``release``.
+    """Claim the folder for this process until ``release`` is called.
 
     Raises:
         DistillKacError: another process on this machine has claimed the folder.
@@ -49,7 +49,7 @@ def take(out: str) -> None:
 
 
 def token_of(out: str) -> str:
-    """The token of this process's claim on the folder, or an empty string without a claim."""
+    """The token of this process's claim on the folder, or an empty string if there is no claim."""
     return _held.get(out, "")
 
 
@@ -72,7 +72,7 @@ def release(out: str) -> None:
 
 
 def _read(out: str) -> dict[str, str] | None:
-    """The claim on the folder, or None. The fields of a damaged claim are empty."""
+    """The claim on the folder, or None if there is no claim. The fields of a damaged claim are empty."""
     names = ("token", *process_tags.tags())
     try:
         record = json.loads(files.read_bytes(files.join(out, CLAIM_FILE)))

@@ -1,7 +1,7 @@
-"""Decode a dataset into the cache with Ray Data, on all CPUs of the cluster. ``open_dataset`` decodes in one process.
+"""Decode a dataset into the cache with Ray Data, on all of the cluster's CPUs. ``open_dataset`` uses one process.
 
-The unit of work is a piece: some encoded images and their rows in the cache. Each task writes its images directly into
-the cache, and returns only their number.
+Each task decodes one piece: a group of encoded images, with their row numbers in the cache. The task writes the images
+directly into the cache, and returns only their number.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ from pipeline.progress import ProgressBar
 from pipeline.tracking import TrackedRun
 
 FROM_IMAGES = 20_000
-"""Smaller datasets are decoded by this process, because Ray and its workers take ten seconds to start."""
+"""This process decodes datasets with fewer images, because Ray and its workers take ten seconds to start."""
 
 PAUSE_SECONDS = 0.1
 
 DATA_FILE = "data.json"
-"""The artifact of a run that describes its training data."""
+"""Name of the artifact that describes a run's training data."""
 
 
 def open_described(stage: str, config: DataConfig) -> DataDescription:
     """Decode a dataset if necessary, log its split and its classes, and return its description.
 
     Raises:
-        DistillKacError: files are missing or damaged, or do not fit together.
+        DistillKacError: files are missing, damaged or inconsistent.
     """
     prepare(config)
     data = open_dataset(config).description
@@ -44,17 +44,17 @@ def open_described(stage: str, config: DataConfig) -> DataDescription:
 
 
 def log_data(run: TrackedRun, data: DataDescription) -> None:
-    """Log a dataset's description to the run that trains on it: all of it as an artifact, the main facts as tags."""
+    """Log a dataset's description to the run that trains on it: in full as an artifact, and its main facts as tags."""
     run.artifact(DATA_FILE, data.model_dump_json(indent=1).encode())
     tags = {"split": data.split, "classes": list_classes(data.class_names)}
     run.tags({f"distillkac.data.{name}": text for name, text in tags.items() if text})
 
 
 def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
-    """Decode a dataset into the cache, unless it is there. Ray decodes datasets of at least ``from_images`` images.
+    """Decode a dataset into the cache, if necessary. Ray decodes datasets of at least ``from_images`` images.
 
     Raises:
-        DistillKacError: files are missing or damaged, or do not fit together.
+        DistillKacError: files are missing, damaged or inconsistent.
     """
     decoding = begin_decoding(config)
     if decoding is None:
@@ -71,7 +71,7 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
 
 
 def _is_shared(config: DataConfig) -> bool:
-    """Return whether every machine of the cluster can use the files and the cache."""
+    """Whether every machine in the cluster can access the data files and the cache."""
     try:
         storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
     except ArgumentError as error:
@@ -85,7 +85,7 @@ def _decode_on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
     import ray
 
     cluster.connect()
-    # Each task fetches only its own piece, because all file names together can be large.
+    # Each task fetches only its own part of the file list, because the whole list can be large.
     references = [ray.put(piece) for piece in pieces]
 
     def write(batch: dict[str, Any]) -> dict[str, Any]:

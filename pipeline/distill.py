@@ -40,7 +40,7 @@ def distill(
     Args:
         parent: the run of the sweep or demo that this student is part of.
         on_report: called with the metrics of validations and checkpoints.
-        is_trial: log no lines, because the sweep logs its own.
+        is_trial: whether a sweep trains this student. If so, log no lines, because the sweep logs its own lines.
 
     Returns:
         The student's config, or None after a dry run.
@@ -83,15 +83,15 @@ def distill(
 
 
 def finish_stopped_student(spec: DistillSpec) -> bool:
-    """Finish the run of a complete student if its job stopped too early. Return whether this was necessary."""
+    """Finish a complete student's run if its job left the run unfinished. Return whether this was necessary."""
     return outputs.finish_run(spec.out, lambda run, config: logged_models.log_finished(run, spec, config))
 
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """A student to train, with checked inputs."""
+    """A student to train, whose inputs have been checked."""
 
-    content: dict[str, str]  # fingerprints of the inputs, which enter the student's fingerprint
+    content: dict[str, str]  # fingerprints of the inputs, which are part of the student's fingerprint
     init: str  # model folder of the initial weights
     student: ModelConfig  # the config to write
     rows: int  # number of training rows
@@ -127,7 +127,7 @@ def check_paths(spec: StudentSpec, is_spread: Callable[[], bool]) -> StudentSpec
     """Check that all machines can use the paths. Return the spec with absolute paths.
 
     Raises:
-        DistillKacError: a path is local to one of several machines.
+        DistillKacError: the cluster has several machines, but a path is local to this machine.
     """
     spec = _absolute(spec)
     init = None if spec.init == "teacher" else spec.init
@@ -143,10 +143,10 @@ def _absolute(spec: StudentSpec) -> StudentSpec:
 
 
 def plan_student(spec: DistillSpec) -> DistillPlan:
-    """Check the inputs before any work, and return the plan.
+    """Check the inputs before any work starts, and return the plan.
 
     Raises:
-        DistillKacError: an input is missing or does not fit.
+        DistillKacError: an input is missing or does not fit the spec.
     """
     source = store.open(spec.store)
     identity, manifest, objective = source.identity, source.manifest, objective_of(spec)
@@ -170,7 +170,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         learned_data(init, first)
     elif spec.validation_updates != 0 and not cluster.is_worker():
         # Decode the validation images now, so that no worker waits for another worker to decode them. Training does not
-        # need the images; if they are missing, the validation reports it.
+        # need the images; if they are missing, validation reports that.
         with contextlib.suppress(DistillKacError, OSError):
             decode.prepare(first.data)
     sample_ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
@@ -220,15 +220,15 @@ def _check_init(
     if teacher_sha256 != identity.teacher_sha256:
         raise CheckpointError(
             f"{init} belongs to the teacher {str(teacher_sha256)[:12]}..., but the store was rolled out with the "
-            f"teacher {identity.teacher_sha256[:12]}.... Give another `init` or `teacher`, or roll this teacher out "
-            "into another store."
+            f"teacher {identity.teacher_sha256[:12]}.... Give a different `init` or `teacher`, or roll this teacher "
+            "out into a different store."
         )
     is_conditional = bool(known_classes(first))
     if is_conditional != (identity.labels == "classes"):
         its, stores = ("with", "without") if is_conditional else ("without", "with")
         raise CheckpointError(
             f"{init}: this {first.kind} was trained {its} class labels, but the store was rolled out {stores} them. "
-            "Give another `init` or `teacher`, or roll the teacher out again."
+            "Give a different `init` or `teacher`, or roll the teacher out again."
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(
@@ -248,7 +248,7 @@ class DistillTask:
 
     Attributes:
         init: model folder of the initial weights: a teacher or another student.
-        batch: returns a worker's intervals for an update, on its device; by default, reads them from the store.
+        batch: returns a worker's intervals for an update, on its device. By default, they are read from the store.
     """
 
     spec: DistillSpec
@@ -264,7 +264,7 @@ class DistillTask:
         network = build_network(config, first.config.sample_shape, first.config.num_classes)
         load_weights(network, first.network.state_dict())
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
-        # Each pass of a seat takes a part of the seat's batch, so the whole batch is read once and cached.
+        # Each of a seat's passes uses a part of the seat's batch, so the whole batch is read once and cached.
         batch = functools.lru_cache(maxsize=1)(read)
         refine = None
         if spec.refine.kind == "data":
@@ -283,15 +283,15 @@ class DistillTask:
 def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Worker) -> Callable[[int, int], Interval]:
     """Return a function (update, seat) that reads the seat's next batch onto the worker's device.
 
-    A worker with several seats must read each seat's batches in the same order as a worker with only that seat. The
-    order depends on the memory limit, so every seat gets the full limit. Streamed columns can take this memory once per
-    seat; loaded columns take it only once.
+    A worker with several seats must read each seat's batches in the same order as a worker that has only that seat. The
+    order depends on the memory limit, so every seat gets the full limit. Streamed columns can use this much memory for
+    each seat, but loaded columns use it only once per worker.
     """
     source = store.open(spec.store).without_last(spec.held_out_rows)
     readers: dict[int, Iterator[Interval]] = {}  # by seat
 
     def read(update: int, seat: int) -> Interval:
-        if seat not in readers:  # a resumed run starts in the middle
+        if seat not in readers:  # a resumed run does not start at update 0
             readers[seat] = source.interval_batches(
                 spec.optimizer.batch_size // worker.seats,
                 objective,

@@ -1,10 +1,10 @@
-"""Output folders. A folder belongs to one spec, so a stage can be rerun: it resumes, or finds its result complete.
+"""Output folders. Each folder belongs to one spec, so a rerun of a stage resumes its work or finds it complete.
 
 OUT/spec.json      the resolved spec and its fingerprint, written before the work starts
-OUT/claim.json     the process that is writing the folder (``claims``)
+OUT/claim.json     the process that is writing to the folder (``claims``)
 OUT/training/      checkpoints of unfinished training
 OUT/run.json       the MLflow run of this output
-OUT/<result>       written last; if it has the fingerprint of the spec, the work is done
+OUT/<result>       written last; if it has the spec's fingerprint, the work is done
 """
 
 import json
@@ -36,7 +36,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
     if they include neither a result nor a checkpoint.
 
     Raises:
-        DistillKacError: the folder belongs to another spec, another job is writing it, or it cannot be written.
+        DistillKacError: the folder belongs to another spec, another job is writing to it, or it is not writable.
     """
     identity, fingerprint = {**hashed_fields(spec), **content}, spec.fingerprint(**content)
     finished, started = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
@@ -51,7 +51,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         return False
     probes.check_writable(out)
     claims.take(out)
-    if is_of_another_spec:  # Ray Train also records runs without checkpoints, and would resume such a run
+    if is_of_another_spec:  # Ray Train also records runs without checkpoints, and would resume them
         files.remove_tree(files.join(out, TRAINING_FOLDER))
     options = spec.model_dump(mode="json")
     record = {"stage": spec.stage, "fingerprint": fingerprint, "identity": identity, "options": options}
@@ -70,9 +70,9 @@ def check_owner(out: str, fingerprint: str) -> None:
 def teacher_run(
     spec: TeachSpec | ConvertSpec, data: DataDescription, content: dict[str, str], parent: TrackedRun | None
 ) -> Iterator[TrackedRun]:
-    """Start or resume the run of a stage that makes a teacher, and log the data.
+    """Start or resume the MLflow run of a stage that makes a teacher, and log the data.
 
-    ``content`` holds the hashes of the inputs, by NAME_sha256.
+    ``content`` maps NAME_sha256 to the hash of each input.
     """
     with start_run(
         spec=spec,
@@ -88,7 +88,7 @@ def teacher_run(
 
 
 def write_model(out: str, config: ModelConfig, weights: dict[str, Tensor], run: TrackedRun) -> ModelConfig:
-    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. First calls ``check_owner``."""
+    """Write the model into the folder ``out``, tag its run, and remove the checkpoints. Calls ``check_owner`` first."""
     check_owner(out, config.fingerprint)
     config = save_model(out, config, weights)
     _tag_and_clean(out, config, run)
@@ -103,7 +103,7 @@ def complete_model(stage: str, out: str) -> ModelConfig:
 
 
 def finish_run(out: str, before_end: Callable[[TrackedRun, ModelConfig], Any] | None = None) -> bool:
-    """Finish the run of a complete model folder if its job stopped too early. Return whether this was necessary."""
+    """Finish a complete model folder's run if its job left the run unfinished. Return whether this was necessary."""
     run = run_of_output(out)
     if run is None or run.status() in {"", "FINISHED"}:
         return False

@@ -1,4 +1,4 @@
-"""Show progress as a bar on a terminal, or as a line every ``LINE_SECONDS`` in files and in the logs of jobs."""
+"""Show progress as a bar on a terminal, or as a line every ``LINE_SECONDS`` in files and job logs."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from pipeline.cluster import ray_internals
 
 LINE_SECONDS = 20.0
 TERMINAL_VARIABLE = "DISTILLKAC_TERMINAL"
-"""A job on a terminal sets this variable for the workers of its embedded Ray, which write to the same terminal."""
+"""A job on a terminal sets this variable for the workers of its embedded Ray cluster, which write to that terminal."""
 
 
 def on_terminal() -> bool:
@@ -20,14 +20,14 @@ def on_terminal() -> bool:
 
 
 class ProgressBar:
-    """Shows the progress of some work: a tqdm bar on a terminal (Ray's tqdm in a worker), lines elsewhere.
+    """Shows the progress of some work: as a tqdm bar on a terminal (Ray's tqdm in a worker), or as lines elsewhere.
 
     Args:
         title: the name of the work.
         total: the amount of work, in units.
         unit: the plural name of the unit.
         done: the amount of work already done.
-        is_shown: whether to show the progress; only one of several workers should.
+        is_shown: whether to show the progress. If there are several workers, only one should show it.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, is_shown: bool = True) -> None:
@@ -38,7 +38,7 @@ class ProgressBar:
         self._bar = _terminal_bar(title, total, unit, done) if is_shown and on_terminal() else None
 
     def update(self, count: int, note: str = "") -> None:
-        """Add ``count`` units of finished work, and a note for the next lines, such as the loss."""
+        """Add ``count`` finished units. The following lines end with ``note``, such as the loss."""
         self.done += count
         self._note = note or self._note
         if self._bar is not None:

@@ -20,9 +20,9 @@ from pipeline.report.pictures import sheet
 def sample(spec: SampleSpec) -> None:
     """Write ``spec.count`` images to a .png or .npz file.
 
-    A .png file holds a sheet of all images. A .npz file holds ``images`` (float32 in [-1, 1]), ``labels`` (the labels
-    given to the network; for an unconditional model, the null label, whose number is the class count) and, if the
-    classes have names, ``class_names``. Images are rounded to 8 bits; with ``spec.raw`` they are the network's outputs.
+    A .png file holds one sheet of all images. A .npz file holds ``images`` (float32 in [-1, 1]), ``labels`` and, if the
+    classes have names, ``class_names``. An unconditional model's samples have the null label, whose number is the class
+    count. Images are rounded to 8 bits, unless ``spec.raw`` requests the network's raw outputs.
 
     Raises:
         DistillKacError: the model does not exist, does not know a label or does not support the steps or the guidance,
@@ -32,7 +32,7 @@ def sample(spec: SampleSpec) -> None:
     if not out.endswith((".png", ".npz")):
         raise ArgumentError(f"`out` {spec.out} is neither a .png nor an .npz file. Choose one of these extensions.")
     if spec.raw and out.endswith(".png"):
-        raise ArgumentError(f"`raw` needs an .npz file, because a .png has only 8 bits. `out` is {spec.out}.")
+        raise ArgumentError(f"`raw` needs an .npz file, because a .png file has only 8 bits. `out` is {spec.out}.")
     spec = spec.settled(torch.cuda.is_available)
     model = load_model(cluster.absolute(spec.model), default_device())
     config, names = model.config, model.config.class_names

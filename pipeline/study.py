@@ -1,6 +1,6 @@
 """Study: test the claims of the Kac-flow papers on a teacher, its store, its students and a Gaussian rival.
 
-The modules of ``kac/study/`` measure the claims. A claim whose inputs are missing is left out, and its line says why.
+The modules in ``kac/study/`` measure the claims. A claim whose inputs are missing is left out, and its line says why.
 """
 
 import json
@@ -34,7 +34,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     """Measure every claim, print one line per claim, and write ``study.json`` and the pictures.
 
     Returns:
-        The printed lines by claim.
+        The printed lines, by claim.
 
     Raises:
         DistillKacError: a model or the store is missing or belongs to another teacher, or the rival is not comparable.
@@ -114,12 +114,12 @@ def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
     if differences:
         raise ArgumentError(
             f"`rival` {rival.path} was not trained like the teacher: {', '.join(differences)}. Train a rival with the "
-            "same values."
+            "teacher's values."
         )
 
 
 def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
-    """The data, the network and, unless the model was converted, the updates and batch size of its training."""
+    """The model's data and network and, unless it was converted, the updates and batch size of its training."""
     choices: dict[str, Any] = {"data": config.data_sha256[:12], "conditional": bool(known_classes(config))}
     choices |= flatten({"network": config.network.model_dump(mode="json")})
     try:
@@ -131,7 +131,7 @@ def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _content(inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:
-    """The inputs that enter the fingerprint of a study."""
+    """The inputs that are part of a study's fingerprint."""
     students = {model.name: model.config.weights_sha256 for model in inputs.students}
     content: dict[str, Any] = {"teacher": inputs.teacher.config.weights_sha256, "students": students}
     content |= {"rival": inputs.rival.config.weights_sha256} if inputs.rival else {}

@@ -1,7 +1,7 @@
 """Benchmark: the cost of distribution and of the store, as ratios that can be compared between machines.
 
 Both sides of a ratio run alternately (A B A B ...), in the same process or in identical processes, so that other load
-on the machine affects both. ``parts`` contains the measurements.
+on the machine affects both sides. ``parts`` contains the measurements.
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ class BenchmarkSpec(Spec):
     only: tuple[Part, ...] = unhashed(get_args(Part), "parts to measure", min_length=1)
     repeats: PositiveInt = unhashed(5, "number of times to measure both sides of each ratio")
     trajectories: PositiveInt = unhashed(
-        8192, "trajectories per actor in rollout-speed; the store for the other parts has three times as many"
+        8192, "trajectories per actor in rollout-speed; the other parts use a store with three times as many"
     )
     batch_size: PositiveInt = unhashed(256, "trajectories per network call, and samples per update")
-    teacher: str | None = input_path(None, "model folder of a teacher; default: untrained, from `network` and `data`")
+    teacher: str | None = input_path(None, "model folder of a teacher; default: untrained, with `network` and `data`")
     network: NetworkConfig = MLPConfig()
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes can access; default: a local temporary folder")
@@ -83,12 +83,12 @@ class Measurement:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """One ratio per turn; empty without a reference."""
+        """One ratio per turn, or an empty tuple if there is no reference."""
         return tuple(a / b for a, b in zip(self.values, self.against, strict=True)) if self.against else ()
 
     @property
     def holds(self) -> bool | None:
-        """Whether the median ratio meets the bar; None without a bar."""
+        """Whether the median ratio meets the bar, or None if there is no bar."""
         if self.bar is None:
             return None
         ratio, (sign, limit) = statistics.median(self.ratios), self.bar.split()
@@ -186,7 +186,7 @@ class Setting:
         return RolloutSpec(teacher=self.teacher, store=files.join(self.folder, name), **{**defaults, **options})
 
     def store(self) -> store.Store:
-        """The store of the reading and training parts, made once, in shards of the default size."""
+        """The store that the reading and training parts use. It is made once, with shards of the default size."""
         shard_size = RolloutSpec.model_fields["shard_size"].default
         size = {"trajectories": STORE_FACTOR * self.spec.trajectories, "shard_size": shard_size}
         # One solver step per knot is enough, because the values do not affect the reading speed.
@@ -198,7 +198,7 @@ class Setting:
 
 
 def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
-    """Check the teacher, or write an untrained teacher, which is as fast as a trained one.
+    """Check the given teacher, or write an untrained teacher, which is as fast as a trained teacher.
 
     Raises:
         CheckpointError: ``spec.teacher`` is not a model folder.
@@ -209,7 +209,7 @@ def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
     config = teacher_config(spec.network, PathConfig(), spec.data)
     torch.manual_seed(0)
     network = build_network(config.network, config.sample_shape, config.num_classes)
-    # All-zero parameters, such as the last layer, get random values. Otherwise all knots would be equal.
+    # All-zero parameters, such as the last layer's, get random values. Otherwise all knots would be equal.
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,4 +1,4 @@
-"""The parts of the benchmark: the speed and memory of rollouts, and the store as training uses it."""
+"""The benchmark's parts, which measure the speed and memory of rollouts, and the store's size and reading speed."""
 
 import functools
 import math
@@ -53,8 +53,8 @@ Batches = Callable[[int], Interval]  # returns the batch of an update
 def measure_rollout_speed(setting: Setting) -> list[Measurement]:
     """Compare one actor with a bare loop, with two actors, and with the maximum number of actors.
 
-    Without a GPU, also compare two concurrent bare loops with one. Two cores share memory bandwidth and clock speed, so
-    this ratio is an upper limit for two actors.
+    Without a GPU, also compare two concurrent bare loops with one loop. Two cores share memory bandwidth and clock
+    speed, so this ratio is an upper limit for two actors.
     """
     resources, unit = cluster.connect(), "trajectories/s"
     max_actors = resources.gpus or resources.cpus
@@ -82,7 +82,7 @@ def bare_speed(setting: Setting, loops: int = 1) -> float:
 
 
 def loop_speed(spec: RolloutSpec) -> float:
-    """Trajectories per second of the teacher on the batches of a rollout, without Ray Data or a store."""
+    """Trajectories per second of the teacher on a rollout's batches, without Ray Data or a store."""
     model = load_model(spec.teacher, default_device())
     sampling = Sampling(spec.guidance[0], spec.solver_steps, spec.solver, spec.knot_grid)
     loop = functools.partial(draw, model, sampling, spec.precision, spec.seed, first=spec.first_sample, raw=True)
@@ -97,7 +97,7 @@ def actor_speed(setting: Setting, actors: int) -> float:
 
 
 def run_and_remove(spec: RolloutSpec) -> list[ShardOutcome]:
-    """Run a rollout, starting when all actors are ready. Return the outcomes in order of completion."""
+    """Run a rollout when all actors are ready, and remove its store. Return the outcomes in order of completion."""
     context = ray.data.DataContext.get_current().copy()
     context.wait_for_min_actors_s = 600
     with ray.data.DataContext.current(context):
@@ -110,14 +110,14 @@ def steady_rate(finished: Sequence[float], actors: int) -> float:
     """Shards per second while all actors are warm and busy, from the ascending times at which shards were published.
 
     The clock starts when every actor has finished its first, slow shards. It stops when ``actors`` shards are left,
-    because actors may be idle after that. In between, all actors finish the same number of shards.
+    because actors may be idle after that. Between these times, all actors finish the same number of shards.
     """
     first, last = SHARDS_IN_FLIGHT * actors - 1, len(finished) - 1 - actors
     return (last - first) / (finished[last] - finished[first])
 
 
 def measure_peak_memory(setting: Setting) -> list[Measurement]:
-    """Compare the peak memory of a plain rollout, of ten times the trajectories, and of shards four times as large."""
+    """Measure how ten times the trajectories, or shards four times as large, change a rollout's peak memory."""
     if not os.access(RESET_FILE, os.W_OK):
         log.warning(f"benchmark: skipping peak-memory, because this machine has no writable {RESET_FILE}.")
         return []
@@ -141,7 +141,7 @@ def measure_peak_memory(setting: Setting) -> list[Measurement]:
 def rollout_peaks(setting: Setting, **options: Any) -> tuple[float, float]:
     """The peak resident memory of the actor and of the driver during a rollout on one actor, in MiB."""
     RESET_FILE.write_text("5")  # resets the peak of this process, see proc_pid_clear_refs(5)
-    # One solver step per knot needs as much memory as five steps, and a fifth of the time.
+    # One solver step per knot needs as much memory as five steps, but only a fifth of the time.
     outcomes = run_and_remove(setting.rollout_spec("memory", actors=1, solver_steps=20, **options))
     return max(outcome.peak_memory or 0 for outcome in outcomes) / 1024, (peak_memory() or 0) / 1024
 
@@ -156,7 +156,7 @@ def measure_distill_speed(setting: Setting) -> list[Measurement]:
         setting.spec.repeats,
         lambda: speed(setting, batch=batch),
         lambda: speed(setting),
-        lambda: speed(setting, memory_gib=whole.knots.nbytes / 4 / 2**30),  # a quarter fits
+        lambda: speed(setting, memory_gib=whole.knots.nbytes / 4 / 2**30),  # a quarter of the knots fits
     )
     return [
         Measurement("store, loaded once / tensors in memory", "samples/s", loaded, tensors, ">= 0.95"),
@@ -165,7 +165,7 @@ def measure_distill_speed(setting: Setting) -> list[Measurement]:
 
 
 def measure_online_speed(setting: Setting) -> list[Measurement]:
-    """Compare training from the store with a teacher in the training loop."""
+    """Compare training on the store with training that runs the teacher in the training loop."""
     setting.store()
     sides = (
         functools.partial(speed, setting),
@@ -176,7 +176,7 @@ def measure_online_speed(setting: Setting) -> list[Measurement]:
 
 
 def speed(setting: Setting, updates: int = 0, batch: Batches | None = None, memory_gib: float = 4.0) -> float:
-    """Samples per second of the training loop on one thread, without the first window, which loads the rows.
+    """Samples per second of the training loop on one thread, excluding the first window, which loads the rows.
 
     By default, the loop trains on the store for at least one epoch after the first window.
     """
@@ -187,7 +187,7 @@ def speed(setting: Setting, updates: int = 0, batch: Batches | None = None, memo
     spec = DistillSpec(**place, steps=STUDENT_STEPS, optimizer=optimizer, memory_gib=memory_gib)
     task, run, threads = DistillTask(spec, setting.teacher, batch), SpeedRecorder("", ""), torch.get_num_threads()
     job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
-    torch.set_num_threads(1)  # as in a worker with one CPU
+    torch.set_num_threads(1)  # like a worker with one CPU
     try:
         run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
     finally:
@@ -219,7 +219,7 @@ def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Batches:
 
 
 def online_batches(setting: Setting) -> Batches:
-    """Return a function that adds noise to data up to the start of an interval and runs the teacher to its end.
+    """Return a function that adds noise to data up to an interval's start and runs the teacher to its end.
 
     This is Algorithm 1 of arXiv 2509.21513 with one interval per batch.
     """
@@ -243,7 +243,7 @@ def online_batches(setting: Setting) -> Batches:
 
 
 def measure_bytes_read(setting: Setting) -> list[Measurement]:
-    """Compare the bytes that students with 1, a few and all steps read with the size of the store."""
+    """Compare the store's size with the bytes read to train students with 1, a few and all steps."""
     source, measurements = setting.store(), []
     fsspec.register_implementation(CountingFileSystem.protocol, CountingFileSystem, clobber=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +268,7 @@ class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
     """Local files under ``counted://``. Counts the bytes of each read, which on S3 would be a range request."""
 
     protocol = "counted"
-    reads: ClassVar[list[int]] = []  # of the class, because fsspec makes one instance per thread
+    reads: ClassVar[list[int]] = []  # on the class, because fsspec makes one instance per thread
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> LocalFileOpener:
         file = super()._open(path, mode, **options)
@@ -284,7 +284,7 @@ class CountingFileSystem(LocalFileSystem):  # type: ignore[misc]
 
 
 def measure_bytes_stored(setting: Setting) -> list[Measurement]:
-    """Measure one shard of the default size with every compression. Speeds count the bytes of the tensors."""
+    """Measure one shard of the default size with every compression. Speeds refer to the tensors' uncompressed bytes."""
     source = setting.store()
     identity, shard = source.identity, source.shards[0]
     table = adopt(source.path, shard, identity)[1]
@@ -307,7 +307,7 @@ def measure_bytes_stored(setting: Setting) -> list[Measurement]:
     return measurements
 
 
-PARTS: dict[str, Callable[[Setting], list[Measurement]]] = {  # in order; the first part measures this process
+PARTS: dict[str, Callable[[Setting], list[Measurement]]] = {  # in running order; the first part measures this process
     "peak-memory": measure_peak_memory,
     "rollout-speed": measure_rollout_speed,
     "distill-speed": measure_distill_speed,

@@ -23,7 +23,7 @@ REQUEST_SECONDS = 10.0
 """Time limit of an HTTP request. The limit for S3 is ``probes.PROBE_SECONDS``."""
 
 MAX_SECONDS = 30.0
-"""Time limit of all checks, which run at the same time."""
+"""Time limit for all checks together. They run at the same time."""
 
 DEFAULT_ADDRESS = f"http://127.0.0.1:{cluster.JOB_PORT}"
 
@@ -36,7 +36,7 @@ class CheckSpec(Spec):
     address: str | None = unhashed(
         None, f"job server, as for ray job submit; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or {DEFAULT_ADDRESS}"
     )
-    paths: tuple[str, ...] = unhashed((), "paths or s3:// URIs that the job will read and write; checked from here")
+    paths: tuple[str, ...] = unhashed((), "paths or s3:// URIs that the job will use; checked from this machine")
     gpus: int = unhashed(0, "GPUs that the job will need", ge=0)
 
 
@@ -85,7 +85,7 @@ def _as_http(address: str) -> str:
     scheme, _, rest = address.rstrip("/").rpartition("://")
     if scheme in {"http", "https"}:
         return f"{scheme}://{rest}"
-    # This is an address of a cluster or of Ray Client. The job server has a different port on the same machine.
+    # This address belongs to a cluster or to Ray Client. The job server listens on a different port of that machine.
     return f"http://{rest.rpartition(':')[0] or rest}:{cluster.JOB_PORT}"
 
 
@@ -105,7 +105,7 @@ def _check_cluster(address: str, gpus: int) -> str:
 
 
 def _get(address: str, path: str) -> Any:
-    """The data in the job server's answer to a request with the headers of ``ray job submit``."""
+    """Send a request with the headers that ``ray job submit`` sends. Return the data in the job server's answer."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -120,7 +120,7 @@ def _get(address: str, path: str) -> Any:
         raise DistillKacError(
             f"no Ray job server answers at {without_secrets(address)} ({type(error).__name__}). Start the cluster, or "
             "correct the address; the usual port is 8265. By default, Ray's dashboard listens only on the head node: "
-            "ssh -L 8265:127.0.0.1:8265 HEAD makes it available here."
+            "ssh -L 8265:127.0.0.1:8265 HEAD forwards its port to this machine."
         ) from None
 
 
@@ -136,7 +136,7 @@ def _check_path(path: str) -> str:
 def _check_tracking() -> str:
     uri = environment.mlflow_address()
     if not uri or environment.database_file(uri):
-        return "no server (MLFLOW_TRACKING_URI is not set to one); a SQLite file works only with one machine"
+        return "no server (MLFLOW_TRACKING_URI does not name a server); a SQLite file works only on one machine"
     where = tracking.without_password(uri)
     try:
         client_of(uri).search_experiments(max_results=1)

@@ -1,4 +1,4 @@
-"""Connect to Ray: the cluster at RAY_ADDRESS, or an embedded Ray on this machine.
+"""Connect to Ray: the cluster at RAY_ADDRESS, or an embedded Ray cluster on this machine.
 
 Ray waits for minutes if nothing answers at an address or this machine is not a node of the cluster, aborts the process
 if the token is wrong, and reports errors as long tracebacks. ``check_address`` finds these problems before Ray starts.
@@ -31,8 +31,9 @@ JOB_PORT = 8265
 """Default port of a cluster's job server (``ray job submit``)."""
 
 TOKEN_ADVICE = (
-    "the token is missing or wrong. Set RAY_AUTH_MODE=token, and put the token that ray get-auth-token prints on the "
-    "cluster's head in ~/.ray/auth_token, in a file that RAY_AUTH_TOKEN_PATH names, or in RAY_AUTH_TOKEN."
+    "the token is missing or wrong. Set RAY_AUTH_MODE=token. Run `ray get-auth-token` on the cluster's head node, and "
+    "save the token that it prints in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
+    "RAY_AUTH_TOKEN itself."
 )
 
 
@@ -50,18 +51,18 @@ def is_connected() -> bool:
 
 
 def is_worker() -> bool:
-    """Whether this process is a Ray worker, and not a driver."""
+    """Whether this process is a Ray worker rather than a driver."""
     return is_connected() and ray_internals.is_worker()
 
 
 def connect() -> ClusterResources:
-    """Connect to Ray, unless already connected. Start an embedded Ray if RAY_ADDRESS is not set.
+    """Connect to Ray if necessary. If RAY_ADDRESS is not set, start an embedded Ray cluster.
 
     Raises:
         DistillKacError: this process cannot join the cluster at RAY_ADDRESS (see ``check_address``), or the path of the
             temporary folder is too long for Ray.
     """
-    from pipeline.cluster import environment  # imported here, because it imports this module
+    from pipeline.cluster import environment  # imported here, because ``environment`` imports this module
 
     environment.make_absolute()
     address = os.environ.get(RAY_ADDRESS, "")
@@ -87,7 +88,7 @@ def _start(address: str) -> None:
     # By default, Ray keeps one idle worker per CPU and ends other idle workers after a second. But a new worker takes
     # four seconds to start, and workers that prefetch for a training loop are idle most of the time.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # Otherwise Ray Train also logs each line that its workers print.
+    # Without this setting, Ray Train also logs each line that its workers print.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if progress.on_terminal():
         os.environ[progress.TERMINAL_VARIABLE] = "1"
@@ -114,8 +115,8 @@ def _start(address: str) -> None:
             "jobs.cluster check."
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # Ray's handler prints a stack and stops Ray before anything else. Restore the earlier handler. If there was
-        # none, reinstall Ray's Python handler in front of the C++ handler that prints the stack.
+        # Ray's handler prints a stack trace and stops Ray before anything else. Restore the earlier handler. If there
+        # was none, reinstall Ray's Python handler in front of the C++ handler that prints the stack trace.
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
 
 
@@ -133,8 +134,8 @@ def check_address(address: str) -> None:
     submit = f"ray job submit --address http://{host or authority}:{JOB_PORT} --working-dir . -- python -m jobs..."
     if "/" in address or not host or not port.isdigit():
         raise DistillKacError(
-            f"{RAY_ADDRESS} is {one_line(address)}, but must be HOST:PORT of a cluster on this machine; the usual port "
-            f"is 6379. To run a job on a different machine, unset the variable and run {submit}."
+            f"{RAY_ADDRESS} is {one_line(address)}, but must be the HOST:PORT of a cluster on this machine (the usual "
+            f"port is 6379). To run a job on a different machine, unset the variable and run {submit}."
         )
     from ray.exceptions import AuthenticationError
 
@@ -160,9 +161,9 @@ def check_address(address: str) -> None:
 
 
 def check_versions(where: str, ray_version: str, python_version: str) -> str:
-    """Describe the versions of a cluster. Raise ``DistillKacError`` unless this process has the same versions.
+    """Describe a cluster's versions. Raise ``DistillKacError`` unless this process has the same versions.
 
-    Ray's protocols and pickles need equal versions of Ray and of Python, including the patch level.
+    Ray's protocols and pickles require the same versions of Ray and Python, including the patch level.
     """
     import ray
 
@@ -171,7 +172,7 @@ def check_versions(where: str, ray_version: str, python_version: str) -> str:
     if there != here:
         raise DistillKacError(
             f"{where} has {there}, but this process has {here}. Install the same versions on both (requirements.lock "
-            "pins Ray's)."
+            "pins Ray's version)."
         )
     return there
 

@@ -1,6 +1,6 @@
 """Make addresses and paths in the environment absolute, before the driver starts Ray.
 
-The workers of an embedded Ray inherit the driver's environment. But trials and training workers run in different
+The workers of an embedded Ray cluster inherit the driver's environment. But trials and training workers run in other
 working directories, where a relative path refers to a different file.
 """
 
@@ -28,10 +28,10 @@ PATHS = (
     "TMPDIR",
     "TORCH_HOME",
 )
-"""Variables with a path or URI that this project or its libraries read."""
+"""The variables with paths or URIs that this project or its libraries read."""
 
 SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]*)(\?.*)?", re.S)
-"""Driver, path and options in the address of a SQLite database."""
+"""Matches the driver, path and options in the address of a SQLite database."""
 
 
 def make_absolute() -> None:
@@ -42,7 +42,7 @@ def make_absolute() -> None:
         match = SQLITE.fullmatch(given)
         if name in PATHS:
             before, path = "", given
-        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself reads these
+        elif match and not match[2].startswith((":memory:", "file:")):  # SQLite itself resolves these
             before, path, after = match.groups("")
         try:
             path = path and cluster.absolute(path)
@@ -53,7 +53,7 @@ def make_absolute() -> None:
 
 
 def mlflow_address() -> str:
-    """The absolute form of ``MLFLOW_TRACKING_URI``; empty if it is not set.
+    """The absolute form of ``MLFLOW_TRACKING_URI``, or an empty string if it is not set.
 
     Raises:
         ArgumentError: MLflow cannot use ``MLFLOW_TRACKING_URI`` or ``MLFLOW_REGISTRY_URI``.
@@ -67,13 +67,13 @@ def mlflow_address() -> str:
 
 
 def database_file(address: str) -> Path | None:
-    """The file of a SQLite database; None for other addresses, and for file: URIs, which SQLite itself reads."""
+    """The file of a SQLite database, or None for other addresses and for file: URIs, which SQLite itself resolves."""
     match = SQLITE.fullmatch(address)
     return Path(match[2]) if match and match[2].startswith("/") else None
 
 
 def _address_problem(address: str) -> str | None:
-    """What is wrong with an absolute address, and what to write instead; None if MLflow can use it."""
+    """What is wrong with an absolute address, and what to write instead, or None if MLflow can use it."""
     if address.lower().startswith("sqlite"):
         match = SQLITE.fullmatch(address)
         path = match[2].removeprefix("file:") if match else ""

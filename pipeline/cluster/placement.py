@@ -1,9 +1,9 @@
 """The resources that workers, actors and trials need, and whether the cluster has or can get them.
 
 Ray waits silently for resources that no node can provide, so stages call ``wait_for_capacity`` first. It returns at
-once if the live nodes have the resources, even if other jobs use them now, because Ray queues the work. Otherwise it
+once if the live nodes have the resources, even if other jobs are using them, because Ray queues the work. Otherwise it
 waits for nodes that may still join (``JOIN_SECONDS``) or that an autoscaler may start (``START_SECONDS``), and then
-raises an error. While it waits, a pending placement group shows the autoscaler which resources are missing.
+raises an error. During the wait, a pending placement group shows the autoscaler which resources are missing.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Resources(NamedTuple):
 
     @property
     def remote_options(self) -> dict[str, Any]:
-        """Options for a task or an actor of Ray."""
+        """Options for a Ray task or actor."""
         labels = {"label_selector": dict(self.label_selector)} if self.label_selector else {}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **labels}
 
@@ -67,7 +67,7 @@ class Node(NamedTuple):
     address: str = ""
 
     def capacity(self, resources: Resources) -> float:
-        """How many workers with these resources fit on the node; infinity if they need no resources."""
+        """The number of workers with these resources that fit on the node, or infinity if they need no resources."""
         if not all(_matches(self.labels.get(key), wanted) for key, wanted in resources.label_selector.items()):
             return 0
         counts = [int(self.resources.get(name, 0) / needed + 1e-9) for name, needed in resources.by_ray_name.items()]
@@ -82,14 +82,14 @@ class Node(NamedTuple):
 
 
 def _matches(value: str | None, wanted: str) -> bool:
-    """Whether a node's label matches a selector of Ray: V, !V, in(V, W) or !in(V, W)."""
+    """Whether a node's label matches a Ray label selector: V, !V, in(V, W) or !in(V, W)."""
     inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
     values = [part.strip() for part in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
     return (value in values) != wanted.startswith("!")
 
 
 class ActorGroup(NamedTuple):
-    """The actors of a rollout or an evaluation, and the resources of each."""
+    """The actors of a rollout or an evaluation, and the resources that each actor needs."""
 
     actors: int | Range  # 0: in this process, without Ray
     resources: Resources = Resources(1.0)
@@ -106,21 +106,21 @@ class ActorGroup(NamedTuple):
         return f"on {number} actor{'s' * (self.actors != 1)} with {self.resources} each"
 
     def for_work(self, parts: int) -> "ActorGroup":
-        """The group with at most one actor per part of the work."""
+        """Return the group, limited to one actor per part of the work."""
         if isinstance(self.actors, Range) and self.actors.least < parts:
             return self._replace(actors=Range(self.actors.least, min(self.actors.most, parts)))
         return self._replace(actors=min(most(self.actors), parts))
 
 
 def choose_actors(options: ActorOptions) -> ActorGroup:
-    """Choose the actors by the options. The default is the number that fits on the nodes, on GPUs if there are any.
+    """Choose the actors from the options. By default, fill the nodes with actors, on GPUs if there are any.
 
     Raises:
-        ArgumentError: ``actors`` is 0, but labels or a GPU that this machine does not have are requested.
+        ArgumentError: ``actors`` is 0, but the options request labels, or a GPU that this machine does not have.
     """
     if options.actors == 0:
         if options.label_selector:
-            raise ArgumentError("`label_selector` needs actors, but `actors` is 0. Leave out one of them.")
+            raise ArgumentError("`label_selector` needs actors, but `actors` is 0. Leave out one of the two.")
         if options.gpu and not ActorGroup(0).on_gpu:
             raise ArgumentError("`gpu` with `actors` 0 needs a GPU in this machine, which has none. Leave out `gpu`.")
         return ActorGroup(0)
@@ -153,7 +153,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
             log.info(f"{stage}: waiting until other work on the cluster releases {wanted} x ({resources})")
         return
     join_seconds, start_seconds = _seconds(JOIN_VARIABLE, JOIN_SECONDS), _seconds(START_VARIABLE, START_SECONDS)
-    reason = "An embedded Ray uses only this machine. Request less, or set RAY_ADDRESS."
+    reason = "An embedded Ray cluster uses only this machine. Request fewer resources, or set RAY_ADDRESS."
     if not ray_internals.is_embedded():
         log.info(
             f"{stage}: waiting for nodes that can fit {wanted} x ({resources}): at most {duration(join_seconds)}, or "
@@ -169,7 +169,7 @@ def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Re
                 if waited >= (start_seconds if may_grow else join_seconds):
                     break
                 time.sleep(POLL_SECONDS)
-        reason = f"{state}. Waited {duration(waited)}. Start nodes, or request less."
+        reason = f"{state}. Waited {duration(waited)}. Start nodes, or request fewer resources."
     raise ArgumentError(
         f"{option}: the nodes cannot fit {wanted} x ({resources}). They have {describe_nodes(live_nodes())}, enough "
         f"for {capacity(resources):g}. {reason}"
@@ -198,7 +198,7 @@ def requested_from_autoscaler(wanted: int, resources: Resources) -> Iterator[str
 
 
 def _autoscaler_state(resources: Resources, request: str) -> tuple[bool, str]:
-    """Whether an autoscaler may still add the requested nodes, and a description of its state."""
+    """Whether an autoscaler may still add the requested nodes, and a description of the autoscaler's state."""
     if not has_autoscaler(live_nodes()):
         return False, "There is no autoscaler to add nodes"
     state = ray_internals.autoscaling_state()
@@ -211,12 +211,12 @@ def _autoscaler_state(resources: Resources, request: str) -> tuple[bool, str]:
 
 
 def capacity(resources: Resources) -> float:
-    """How many workers with these resources fit on the live nodes."""
+    """The number of workers with these resources that fit on the live nodes."""
     return sum(node.capacity(resources) for node in live_nodes())
 
 
 def free_capacity(resources: Resources) -> float:
-    """How many workers with these resources fit on the live nodes alongside the work that runs there now."""
+    """The number of workers with these resources that fit on the live nodes alongside the work running there now."""
     return sum(node.capacity(resources) for node in free_resources())
 
 
@@ -229,7 +229,7 @@ def live_nodes() -> list[Node]:
 
 
 def free_resources() -> list[Node]:
-    """The live nodes of the cluster, with their unused resources, which Ray reports with a delay of a second."""
+    """The live nodes of the cluster, with their unused resources. Ray's figures lag by about a second."""
     import ray
 
     left = ray_internals.available_resources_per_node()
@@ -248,7 +248,7 @@ def describe_nodes(nodes: Iterable[Node]) -> str:
 
 
 def several_machines() -> str:
-    """Describe the cluster's machines; empty for a single machine without an autoscaler. Connects to Ray."""
+    """Describe the cluster's machines; return "" if there is one machine and no autoscaler. Connects to Ray."""
     cluster.connect()
     nodes = live_nodes()
     number = len({node.address for node in nodes})

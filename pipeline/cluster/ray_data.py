@@ -1,4 +1,4 @@
-"""Process items with Ray Data, with settings for decoding, rollouts, prefetching and the verification of stores."""
+"""Process items with Ray Data, with settings for decoding, rollouts, prefetching and store verification."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ def each(
             to is sent to every actor, and unpickled for every task.
         work: a function, or a class for actors. Each call gets one item, as ``batch["item"][0]``.
         pause_seconds: pause after each round of Ray Data's scheduling loop, in the process that consumes the rows. The
-            loop only waits for running tasks, for at most 0.1 s. When enough rows are prefetched and no task runs, it
-            spins, and slows a training loop in the same process to a fifth of its speed. During long tasks, its ten
-            rounds per second cost 4 % of a core (Ray 2.60).
+            loop waits only for running tasks, for at most 0.1 s. When enough rows are prefetched and no task is
+            running, it spins, and slows a training loop in the same process to a fifth of its speed. During long
+            tasks, its ten rounds per second cost 4 % of a core (Ray 2.60).
         blocks: number of blocks of items; default: one per item, at most ``MAX_BLOCKS``.
         map_options: options of ``ray.data.Dataset.map_batches``.
     """
@@ -44,7 +44,7 @@ def each(
     results.context.max_errored_blocks = 0  # a larger value would silently drop blocks
 
     class Pause(ray_internals.execution_callback()):  # type: ignore[misc]
-        """Pauses the loop. Ray Data creates it without arguments."""
+        """Pauses the scheduling loop. Ray Data creates a callback without arguments."""
 
         def on_execution_step(self, executor: Any) -> None:
             """Pause after each round."""

@@ -1,4 +1,4 @@
-"""All uses of private modules of Ray (2.60). A comment at each use says which public function is missing."""
+"""All uses of Ray's private modules (Ray 2.60). A comment at each use says which public function is missing."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_worker() -> bool:
-    """Whether this process is a Ray worker, and not a driver. Ray must be initialized."""
+    """Whether this process is a Ray worker rather than a driver. Ray must be initialized."""
     import ray
 
     # The runtime context has no public attribute for the mode of a process.
@@ -17,7 +17,7 @@ def is_worker() -> bool:
 
 
 def is_embedded() -> bool:
-    """Whether this process has started its own Ray."""
+    """Whether this process has started its own Ray cluster."""
     import ray
 
     # There is no public function that says whether ray.init() started a cluster or joined one.
@@ -26,18 +26,18 @@ def is_embedded() -> bool:
 
 
 def keep_to_this_machine() -> None:
-    """Make an embedded Ray listen only on 127.0.0.1, where other machines cannot reach it.
+    """Make an embedded Ray cluster listen only on 127.0.0.1, where other machines cannot reach it.
 
-    It does not affect a Ray that other processes started.
+    Clusters that other processes started are not affected.
     """
-    # ray.init() replaces a given address with the public one, unless Ray's switch for Windows and macOS is off.
+    # ray.init() replaces a given address with the machine's public address if Ray's switch for Windows and macOS is on.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
 
 
 def quiet_token_warnings() -> None:
-    """Hide the warning that Ray prints at every start if tokens are on. Token errors are still reported."""
+    """Hide the warning that Ray prints at every start if tokens are enabled. Token errors are still reported."""
     # ray.init() has no option that hides this warning.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
@@ -52,7 +52,7 @@ def available_resources_per_node() -> dict[str, dict[str, float]]:
 
 
 def autoscaling_state() -> Any:
-    """The last state that the autoscaler reported (version 2, which ``ray up`` and KubeRay use)."""
+    """The last state that the autoscaler reported (autoscaler version 2, which ``ray up`` and KubeRay use)."""
     import ray
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -64,7 +64,7 @@ def autoscaling_state() -> Any:
 
 
 def label_selector_error(selector: Mapping[str, str]) -> str | None:
-    """Ray's error message about a label selector; None if Ray accepts it."""
+    """Ray's error message if it rejects a label selector, otherwise None."""
     # Public functions check a selector only when they submit work.
     from ray._private.label_utils import validate_label_selector
 
@@ -73,7 +73,7 @@ def label_selector_error(selector: Mapping[str, str]) -> str | None:
 
 
 def ask_cluster(address: str, seconds: float) -> tuple[str, str, set[str]]:
-    """The versions of Ray and Python of the cluster at an address, and the ids of its live nodes.
+    """Return the Ray and Python versions of the cluster at an address, and the ids of its live nodes.
 
     Raises:
         ray.exceptions.AuthenticationError: the token is missing or wrong.

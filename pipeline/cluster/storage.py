@@ -36,19 +36,19 @@ def check_answers(options: BaseModel) -> None:
 def check_shared(
     paths: Mapping[str, str | Iterable[str] | None], is_spread: Callable[[], bool], writes_to_mlflow: str | None = None
 ) -> None:
-    """Check that all machines of the cluster can use the paths. An embedded Ray has only one machine.
+    """Check that all machines of the cluster can use the paths. An embedded Ray cluster has only one machine.
 
     Args:
-        paths: paths by the name of their argument or variable; None for unused arguments.
+        paths: maps the name of each argument or variable to its path, or to None if it is unused.
         is_spread: returns whether Ray workers do the work, and not only this process.
-        writes_to_mlflow: output of a stage whose workers log to MLflow; None if the workers do not log.
+        writes_to_mlflow: the output of a stage whose workers log to MLflow, or None if they do not.
 
     Raises:
         DistillKacError: a path is local to this machine, or this process cannot join the cluster.
     """
     if not os.environ.get(cluster.RAY_ADDRESS) and not cluster.is_connected():
         return
-    # A worker's driver has already checked. Only the driver's environment names the shared folders.
+    # A worker's driver has already checked the paths. Only the driver's environment names the shared folders.
     if cluster.is_worker() or not is_spread():
         return
     machines = placement.several_machines()
@@ -71,7 +71,7 @@ def check_shared(
 
 
 def cache_of(is_used: bool = True) -> dict[str, str]:
-    """The cache folder as a path for ``check_shared``; empty unless machines read cached files of other machines."""
+    """The cache folder as a path for ``check_shared``, or no path if machines do not share cached files."""
     return {cache.VARIABLE: cache.cache_folder()} if is_used else {}
 
 
@@ -79,7 +79,7 @@ def is_shared(path: str) -> bool:
     """Whether all machines can use the path: it is a URI, or in a folder of ``DISTILLKAC_SHARED_FOLDERS``.
 
     Raises:
-        ArgumentError: a folder of the variable is not absolute.
+        ArgumentError: a folder in the variable is not absolute.
     """
     if files.is_uri(path):
         return True

@@ -52,10 +52,10 @@ class DistillSpec(WorkerOptions, StudentOptions, Spec):
     common = ("steps", "guidance", "init", "seed", "register", "dry_run")
     out: str = output_path(..., "model folder to write: path or s3:// URI")
     guidance: float | Literal["all"] = Field(
-        0.0, description="guidance scale to learn; all: every scale in the store, as a network input"
+        0.0, description="guidance scale to learn; all: every scale in the store, which the network takes as an input"
     )
     steps: PositiveInt = Field(
-        4, description="student steps, a divisor of the store's knots; an any-step student can also take other counts"
+        4, description="student steps, a divisor of the store's knots; an any-step student also supports other counts"
     )
     register: RegisteredName | None = unhashed(None, "register the student in MLflow under this name")
     dry_run: bool = DRY_RUN

@@ -11,7 +11,7 @@ from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
 from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
 
-NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="random seed of the noise; should differ from the store's")
+NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise; should differ from the store's seed")
 
 
 class EvaluateSpec(ActorOptions, Spec):
@@ -36,13 +36,13 @@ class EvaluateSpec(ActorOptions, Spec):
     precision: Precision = Precision()
     seed: int = NOISE_SEED
     seeds: PositiveInt = Field(
-        1, description="number of consecutive noise seeds, from `seed`; if several, the table shows means +- 95 %"
+        1, description="number of consecutive noise seeds, starting at `seed`; several seeds give means +- 95 %"
     )
     features: Features = Field(
         ("pixels", "classifier"),
         min_length=1,
         description="feature spaces: pixels; classifier (trained on the data's labels, cached); lite0, inception "
-        "(trained on ImageNet; each needs an extra of this package); FILE.pt (TorchScript); package.module:factory",
+        "(trained on ImageNet; each needs one of this package's extras); FILE.pt (TorchScript); package.module:factory",
         json_schema_extra=reads("file", FEATURE_FILE),
     )
     batch_size: PositiveInt = Field(500, description="samples per network call")
@@ -76,7 +76,7 @@ class StudySpec(Spec):
     )
     samples: int = Field(2000, ge=2, description="samples per model, and rows read from the store")
     steps: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4, 20), min_length=1, description="step counts for any-step students, if they divide the store's knots"
+        (1, 2, 4, 20), min_length=1, description="any-step students' step counts; used if they divide the store's knots"
     )
     precision: Precision = Precision()
     seed: int = NOISE_SEED
@@ -104,7 +104,7 @@ class SampleSpec(Spec):
     labels: tuple[ClassName, ...] | None = Field(
         None,
         description="classes by name or number, used in rotation: cat dog, or 3 5; if the classes have numeric names, "
-        "a number is a name; default: the data's class frequencies",
+        "a number is taken as a name; default: the data's class frequencies",
     )
     guidance: float | None = Field(
         None, description="guidance scale of a teacher (default: 0), or of a student that takes any scale"

@@ -13,15 +13,15 @@ from pipeline.config.spec import DRY_RUN, SEED, ActorOptions, Spec
 
 
 class RolloutRecipe(Options):
-    """The options that determine the rows of a rollout and their division into shards.
+    """The options that determine a rollout's rows, and how the rows are split into shards.
 
-    These options and the teacher identify a store.
+    Together with the teacher, these options identify a store.
     """
 
     source: Literal["trajectory", "forward"] = Field(
         "trajectory",
         description="trajectory: integrate the teacher from noise and store every knot; forward: add noise to an image "
-        "up to the start of a random interval, and integrate the teacher to its end (arXiv 2509.21513, Alg. 1)",
+        "up to the start of a random interval, and integrate the teacher to its end time (arXiv 2509.21513, Alg. 1)",
     )
     knots: PositiveInt = Field(20, description="intervals per trajectory; knot 0 is the noise, the last knot the image")
     knot_grid: KnotGrid = Field("uniform", description="spacing of the knots from t = 1 to t = 0")
@@ -51,7 +51,7 @@ class RolloutSpec(ActorOptions, RolloutRecipe, Spec):
     store: str = output_path(..., "store to write: path or s3:// URI")
     trajectories: PositiveInt = unhashed(12000, "trajectories per guidance scale; a rerun can add more")
     first_sample: NonNegativeInt = unhashed(
-        0, "id of the first trajectory, a multiple of `shard_size`; to make stores that can be merged"
+        0, "id of the first trajectory, a multiple of `shard_size`; set it to make stores that can be merged"
     )
     guidance: tuple[float, ...] = unhashed(
         (0.0,), "guidance scales w, such as 0 1 2 (0: no guidance); a rerun can add more", min_length=1

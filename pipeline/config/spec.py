@@ -1,8 +1,8 @@
 """The base class of specs, and the options that several stages share. A spec holds the options of one stage.
 
-A spec defines a job's command line, the layout of its YAML file, and a fingerprint. Fields that change the result enter
-the fingerprint. ``unhashed`` fields do not: they set only where the work is done, how fast, and how much of it. Inputs
-enter a fingerprint by their content, not by their path (``Spec.fingerprint``). If you change the default of a hashed
+A spec defines a job's command line, the layout of its YAML file, and a fingerprint. Fields that change the result are
+part of the fingerprint. ``unhashed`` fields are not: they set only where, how fast and how much work is done. Inputs
+are hashed by their content, not by their path (``Spec.fingerprint``). If you change the default of a hashed
 field, keep the old default as its neutral value (``kac.util.fingerprint``).
 """
 
@@ -24,7 +24,7 @@ class Spec(Options):
 
     stage: ClassVar[str]
     is_probed: ClassVar[bool] = True
-    """Whether a job checks that S3 answers for the paths of this spec before the stage starts."""
+    """Whether a job checks, before the stage starts, that S3 answers for this spec's paths."""
     common: ClassVar[tuple[str, ...]] = ()
     """Fields that ``--help`` lists first, after the required ones."""
 
@@ -46,9 +46,9 @@ class Spec(Options):
         return fingerprint({"stage": self.stage, **hashed_values(self), **content})
 
     def settled(self, on_gpu: Callable[[], bool]) -> Self:
-        """Replace a ``precision.dtype`` of auto by an actual type. Stages call this first.
+        """Replace a ``precision.dtype`` of auto with an actual type. Stages call this first.
 
-        ``on_gpu`` returns whether the work runs on GPUs. It may start Ray, so it is called only for auto.
+        ``on_gpu`` returns whether the work runs on GPUs. It may start Ray, so it is called only if the type is auto.
         """
         precision: Precision = self.precision  # type: ignore[attr-defined]
         if precision.dtype != "auto":
@@ -96,7 +96,7 @@ FEATURE_FILE = r".+\.(pt|ts)"
 """Matches the name of a feature space that is a TorchScript file."""
 
 SEED = Field(0, ge=0, lt=2**31, description="random seed")
-DRY_RUN = unhashed(False, "print the cost of the work and stop; writes nothing except decoded data to the cache")
+DRY_RUN = unhashed(False, "print the cost of the work and stop; only decoded data is written, to the cache")
 
 
 class TrainingOptions(Options):
@@ -111,8 +111,8 @@ class TrainingOptions(Options):
     )
     validation_updates: int | None = unhashed(
         None,
-        "updates between validations of the averaged weights; 0: no validation; default: a tenth of all updates, at "
-        "least 50, or no validation if it would take longer than the training",
+        "updates between validations of the averaged weights; 0: no validation; default: a tenth of all updates, but "
+        "at least 50, or no validation if it would take longer than training",
         DURING_TRAINING,
         ge=0,
     )
@@ -147,12 +147,12 @@ class WorkerOptions(Options):
     workers: Count | None = unhashed(
         None,
         "number of Ray Train workers, or a range MIN:MAX such as 2:8 that adapts to the cluster; 0: train in this "
-        "process; default: one per GPU, or 0 without GPUs",
+        "process; default: one per GPU, or 0 if there is no GPU",
         RESOURCES,
     )
     gpu: bool | None = unhashed(None, "whether workers use GPUs; default: True if the cluster has GPUs now", RESOURCES)
     cpus_per_worker: float = unhashed(1.0, "CPUs per worker", RESOURCES, gt=0)
-    gpus_per_worker: float = unhashed(1.0, "GPUs per worker, at most 1, if workers use GPUs", RESOURCES, gt=0, le=1)
+    gpus_per_worker: float = unhashed(1.0, "GPUs per worker if workers use GPUs, at most 1", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
 
 
@@ -162,12 +162,12 @@ class ActorOptions(Options):
     actors: Count | None = unhashed(
         None,
         "number of actors, or a range MIN:MAX such as 2:8 that adapts to the cluster; 0: work in this process "
-        "without Ray; default: one per GPU, or per CPU without GPUs",
+        "without Ray; default: one per GPU, or one per CPU if there is no GPU",
         RESOURCES,
     )
     gpu: bool | None = unhashed(None, "whether actors use GPUs; default: True if the cluster has GPUs now", RESOURCES)
-    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 1, or 0 with a GPU", RESOURCES, ge=0)
-    gpus_per_actor: float = unhashed(1.0, "GPUs per actor, at most 1, if actors use GPUs", RESOURCES, gt=0, le=1)
+    cpus_per_actor: float | None = unhashed(None, "CPUs per actor; default: 0 with GPUs, otherwise 1", RESOURCES, ge=0)
+    gpus_per_actor: float = unhashed(1.0, "GPUs per actor if actors use GPUs, at most 1", RESOURCES, gt=0, le=1)
     label_selector: LabelSelector = LABEL_SELECTOR
 
 

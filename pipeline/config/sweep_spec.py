@@ -32,7 +32,7 @@ class SweepSpec(StudentOptions, Spec):
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
         "student steps, shorthand for `grid` steps=1,2; a flow map is trained once for all counts; default: 1 2 4 20, "
-        "or the counts of `chain`, or 4 with `search`",
+        "or the counts in `chain`, or 4 if `search` is set",
         min_length=1,
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(
@@ -44,12 +44,12 @@ class SweepSpec(StudentOptions, Spec):
         {}, "axes of the grid: options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
     )
     chain: tuple[PositiveInt, ...] = unhashed(
-        (), "step counts of a chain of students, each starting from the one before, such as 20 4 2 1; added to the grid"
+        (), "step counts of a chain of students, such as 20 4 2 1; each starts from the previous one; added to the grid"
     )
     search: dict[str, str] = unhashed(
         {},
-        "distributions of options, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, choice and "
-        "randint (both ends included); trials also draw from the grid's axes",
+        "distributions to draw options from, such as 'optimizer.learning-rate=loguniform(1e-4,3e-3)'; also uniform, "
+        "choice and randint (both ends included); trials also draw from the grid's axes",
     )
     trials: NonNegativeInt = unhashed(0, "number of trials of `search`; a rerun can add more")
     searcher: Literal["random", "optuna"] = unhashed("optuna", "search algorithm for `search`")
@@ -60,9 +60,9 @@ class SweepSpec(StudentOptions, Spec):
     asha_factor: float = unhashed(3.0, "keep one of every N trials at each rung", gt=1)
     grace_updates: PositiveInt = unhashed(500, "updates before ASHA can stop a trial")
     metric: str | None = unhashed(
-        None, "metric that selects the best student; default: the Frechet distance in the last of `features`"
+        None, "metric that selects the best student; default: the Frechet distance in the last space in `features`"
     )
-    samples: NonNegativeInt = unhashed(2000, "samples per evaluated student; 0: no evaluation")
+    samples: NonNegativeInt = unhashed(2000, "samples per evaluated student; 0: students are not evaluated")
     features: Features = input_path(
         ("pixels", "classifier"),
         "feature spaces of the evaluation, as in jobs.evaluate",
@@ -75,10 +75,10 @@ class SweepSpec(StudentOptions, Spec):
     workers: int | None = unhashed(
         None, "Ray Train workers per trial; default: train in the trial's process", RESOURCES, ge=0
     )
-    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs per trial, or per worker with `workers`", RESOURCES)
+    cpus_per_trial: PositiveFloat = unhashed(1.0, "CPUs per trial, or per worker if `workers` is set", RESOURCES)
     gpus_per_trial: float | None = unhashed(
         None,
-        "GPUs per trial, or per worker with `workers`, such as 0.5; default: 1 if the cluster has GPUs, else 0",
+        "GPUs per trial, or per worker if `workers` is set, such as 0.5; default: 1 if the cluster has GPUs, else 0",
         RESOURCES,
         ge=0,
     )

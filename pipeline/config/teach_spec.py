@@ -24,7 +24,10 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
     label_dropout: float = Field(
-        0.1, ge=0, le=1, description="fraction of labels to drop, as guidance requires; 1: unconditional teacher"
+        0.1,
+        ge=0,
+        le=1,
+        description="share of labels to drop; guidance needs 0 < share < 1; 1: unconditional teacher",
     )
     seed: int = SEED
     dry_run: bool = DRY_RUN
@@ -54,8 +57,8 @@ class ConvertSpec(Spec):
     )
     key: str | None = Field(
         None,
-        description="prefix of the weights in the file, such as ema_model; default: the only weights that fit, or "
-        "their averaged version",
+        description="prefix of the weights' names in the file, such as ema_model; default: the only weights that fit, "
+        "or their averaged version",
     )
 
     @model_validator(mode="after")

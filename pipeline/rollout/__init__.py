@@ -1,11 +1,11 @@
-"""Rollout: compute the trajectories of the frozen teacher and publish them as the shards of an endpoint store.
+"""Rollout: compute the frozen teacher's trajectories and publish them as the shards of an endpoint store.
 
-``stage`` runs the steps. ``plan`` plans and seals the store, ``shard_maker`` computes and publishes a shard, and
-``actors`` makes shards on Ray.
+``rollout_stage`` runs the steps, ``plan`` plans and seals the store, ``shard_maker`` computes and publishes a shard,
+and ``actors`` makes shards on Ray.
 
-Each shard is computed exactly once. The plan fixes its name. The process that computes a shard also publishes it
-atomically, and only then returns its receipt. An existing shard is checked in full and reused. The manifest is
-written last and lists only receipts.
+Each shard is computed exactly once. The plan determines the shard's name. The process that computes a shard also
+publishes it atomically, and only then returns its receipt. An existing shard is checked in full and reused. The
+manifest is written last and lists only receipts.
 """
 
 from pipeline.rollout.plan import Plan, make_plan, seal

@@ -1,19 +1,19 @@
-"""Make the shards of a rollout on an actor pool of Ray Data.
+"""Make the shards of a rollout on a Ray Data actor pool.
 
 Defaults of Ray 2.60, and what this module does instead:
 
-- Actors of a pool restart and retry indefinitely (map_batches deprecates other values of max_restarts). This handles a
+- A pool's actors restart and retry indefinitely (map_batches deprecates other values of max_restarts). This handles a
   lost node, but not a shard that kills its process. The ``AttemptLedger`` counts attempts outside the dying processes,
   and ends the job with an error that names the shard.
-- ``write_parquet`` names files by a new UUID in each run, so a second run would write all rows again. Also, a write
+- ``write_parquet`` uses a new UUID in file names in each run, so a second run would write all rows again. Also, a write
   stage behind a pool that uses every CPU starves. Therefore the actors publish their own shards. An actor takes two
   shards at a time: it uploads one while it computes the other.
 - ``CheckpointConfig`` adds a second actor pool and hangs on two CPUs. Instead, published shards record the progress.
 - A pool of ``min_size`` to ``max_size`` actors with two shards each never grows, because it cannot reach its threshold
-  of 1.75 tasks per call. A range of actors is therefore a pool of the largest size. Actors without resources stay
+  of 1.75 tasks per call. For a range of actors, the pool therefore has the maximum size. Actors without resources stay
   pending, which triggers the autoscaler. (Measured: a node that joined after 18 seconds had an actor 8 seconds later.)
 - An actor on a lost node keeps its slot in the pool and its shards (ray-project/ray #62746). These shards come last:
-  when no shard is unassigned, idle actors end, which frees resources to restart the lost actor.
+  when all shards are assigned, idle actors end, which frees resources to restart the lost actor.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ class AttemptLedger:
         return None
 
     def begin(self, shard: str) -> bool:
-        """Count the start of a shard. Return whether the shard is suspect: a process died while making it."""
+        """Count the start of a shard. Return whether it is suspect, because a process died while making it."""
         is_suspect = shard in self.begun
         self.begun.add(shard)
         return is_suspect
@@ -129,7 +129,7 @@ class AttemptLedger:
         return None
 
     def finish(self, shard: str) -> None:
-        """Record that a shard is published."""
+        """Record that a shard has been published."""
         self.begun.discard(shard)
         self.attempts.pop(shard, None)
         self.starts_since_progress = 0

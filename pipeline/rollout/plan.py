@@ -1,4 +1,4 @@
-"""The plan of a rollout (the content of the finished store, and the shards that it lacks), and its final manifest."""
+"""The plan of a rollout (the finished store's content, and the missing shards), and the final manifest."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ def make_plan(spec: RolloutSpec) -> Plan:
     Raises:
         DistillKacError: the teacher does not exist or cannot be guided, or a forward rollout would start from data that
             changed since the teacher was trained.
-        StoreError: the store has another identity, or a newer version wrote it.
+        StoreError: the store has a different identity, or a newer version of this package wrote it.
     """
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
@@ -86,7 +86,7 @@ def make_plan(spec: RolloutSpec) -> Plan:
 
 
 def _check_store(store: str, expected: StoreIdentity, manifest: Manifest | None, shards: Iterable[str] = ()) -> None:
-    """Raise ``StoreError`` if the manifest of the store, or its first intact shard, has another identity."""
+    """Raise ``StoreError`` if the store's manifest, or its first intact shard, has a different identity."""
     of_shards = (identity_or_none(store, name) for name in itertools.islice(shards, 8))
     found = manifest.identity if manifest else next(filter(None, of_shards), None)
     if found is not None:
@@ -101,7 +101,7 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], roundi
     manifest, and read again after it is written.
 
     Args:
-        rounding: the ``endpoint_rms`` of the rollout, unless its precision is float32.
+        rounding: the rollout's ``endpoint_rms``, or None if it was not computed.
 
     Raises:
         RolloutError: a planned shard has no receipt.

@@ -1,4 +1,4 @@
-"""The rollout stage: plan the shards, compute and publish the missing ones, seal the store, and log the results."""
+"""The rollout stage: plan the shards, compute and publish missing shards, seal the store, and log the results."""
 
 import contextlib
 import math
@@ -110,7 +110,7 @@ def _compare_with_float32(spec: RolloutSpec, plan: Plan) -> float | None:
 
 
 def compute_shards(spec: RolloutSpec, plan: Plan) -> list[ShardOutcome]:
-    """Publish every shard of ``plan.todo``. Raise ``RolloutError`` with the name of a shard that failed."""
+    """Publish every shard of ``plan.todo``. If a shard fails, raise a ``RolloutError`` that names it."""
     if not plan.todo:
         return []
     outcomes: list[ShardOutcome] = []

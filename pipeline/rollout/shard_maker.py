@@ -52,7 +52,7 @@ class ShardOutcome(Options):
     computed_rows: int  # 0 if the shard was reused
     compute_seconds: float  # spent in the teacher
     finished: float  # time, in seconds since the epoch
-    peak_memory: int | None  # KiB, of the process that made the shard
+    peak_memory: int | None  # of the process that made the shard, in KiB
 
 
 class ShardMaker:
@@ -84,7 +84,7 @@ class ShardMaker:
         )
 
     def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int, float]:
-        """The receipt, the number of computed rows, and the computing time in seconds."""
+        """Return the receipt, the number of computed rows, and the computing time in seconds."""
         existing, is_damaged = None, False
         try:
             receipt, existing = adopt(self.spec.store, shard, self.identity)
@@ -134,7 +134,7 @@ class FrozenTeacher:
         self.steps_per_interval = identity.solver_steps // identity.knots
 
     def follow(self, guidance: float, ids: range) -> Rows:
-        """Compute the rows of the samples ``ids``. A batch is copied to memory while the next batch is computed."""
+        """Compute the rows of the samples ``ids``. Each batch is copied to host memory while the next is computed."""
         size = self.batch_size
         batches = [range(start, min(start + size, ids.stop)) for start in range(ids.start, ids.stop, size)]
         compute = {"trajectory": self._trajectories, "forward": self._forward}[self.identity.source]
@@ -157,7 +157,7 @@ class FrozenTeacher:
 
     @torch.inference_mode()
     def _forward(self, guidance: float, ids: range) -> Callable[[], Rows]:
-        """Add noise to images up to the start of an interval, and run the teacher to its end (2509.21513, Alg. 1)."""
+        """Add noise to images up to an interval's start, and run the teacher to its end (2509.21513, Alg. 1)."""
         identity, data = self.identity, open_dataset(self.config.data).train
         point, interval = noise.data_points(identity.seed, ids, len(data), identity.knots)
         images, classes = data.rows(point)
@@ -177,11 +177,11 @@ class FrozenTeacher:
         return self._transfer({INTERVAL: interval, LABEL: label, KINETIC_ENERGY: energy}, [start, end])
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy to the device asynchronously."""
+        """Copy values to the device asynchronously."""
         return values.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else values
 
     def _transfer(self, columns: dict[str, torch.Tensor], knots: Sequence[torch.Tensor]) -> Callable[[], Rows]:
-        """Begin to copy the columns from the device to memory. Return a function that waits for the rows."""
+        """Start copying the columns to host memory. Return a function that waits for them and returns the rows."""
         dtype = getattr(torch, self.identity.dtype)
         named = {name: knot.to(dtype) for name, knot in zip(self.identity.knot_columns, knots, strict=True)}
         # PyTorch copies asynchronously to pinned memory.
@@ -197,14 +197,14 @@ class FrozenTeacher:
 
 
 def join(parts: Sequence[Rows]) -> Rows:
-    """Concatenate the parts."""
+    """Concatenate the rows of the parts."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def endpoint_rms(spec: RolloutSpec, identity: StoreIdentity) -> float:
     """Return the root mean square difference between endpoints in the rollout's precision and in float32.
 
-    Uses the first samples of the seed at the largest guidance scale.
+    Uses the seed's first samples, at the largest guidance scale.
     """
     ids, w = range(min(CHECKED_TRAJECTORIES, spec.trajectories)), max(spec.guidance, key=abs)
     unrounded = identity.model_copy(update={"dtype": "float32"})

@@ -1,4 +1,4 @@
-"""The training code that all stages share: a task builds a learner, the loop updates it, and a host runs the loop."""
+"""The training code that all stages share: a task builds a learner, ``loop`` trains it, and ``hosts`` runs the loop."""
 
 from pipeline.training.batches import MicroBatch, Worker
 from pipeline.training.hosts import (

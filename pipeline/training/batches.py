@@ -1,4 +1,4 @@
-"""The batches of training: how workers split them, their order, their random numbers, and prefetching."""
+"""Training batches: how workers split them, their order, their random numbers, and prefetching."""
 
 import functools
 from collections import deque
@@ -19,24 +19,24 @@ class Worker(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    max_workers: int | None = None  # maximum number of workers, if their number may change
+    max_workers: int | None = None  # maximum number of workers, if their number can change
 
     @property
     def seats(self) -> int:
-        """The number of workers for which batches are split. In a smaller group, a worker may have several seats."""
+        """The number of workers that a batch is split for. If fewer are running, a worker may fill several seats."""
         return self.max_workers or self.world_size
 
 
 class MicroBatch(NamedTuple):
     """One part of an update's batch, which a worker processes in one pass.
 
-    The batch has a fixed number of slots: ``accumulation`` per seat of a group of full size, ordered by seat. A smaller
-    group distributes the slots as evenly as possible. Random numbers depend on the slot and not on the worker, so one
-    worker with two micro-batches per update gets the same result as two workers with one micro-batch each.
+    The batch has a fixed number of slots: ``accumulation`` slots per seat, ordered by seat. If there are fewer workers
+    than seats, the workers share the slots as evenly as possible. Random numbers depend on the slot and not on the
+    worker, so one worker with two micro-batches per update gives the same result as two workers with one each.
     """
 
     update: int
-    number: int  # 0 .. passes - 1 on its worker
+    number: int  # index among its worker's passes, from 0 to passes - 1
     accumulation: int
     worker: Worker
 
@@ -52,7 +52,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def seat(self) -> int:
-        """The rank of the worker that would process this part in a group of full size."""
+        """The rank of the worker that would process this part if each seat had its own worker."""
         return self.slot // self.accumulation
 
     @property
@@ -71,7 +71,7 @@ class MicroBatch(NamedTuple):
         return self._replace(update=self.update + update, number=number)
 
     def share(self, rows: Tensor) -> Tensor:
-        """The rows of a whole batch that belong to this part: [batch, ...] to [batch / slots, ...]."""
+        """Return this part's rows of a whole batch: [batch, ...] to [batch / slots, ...]."""
         return rows[self.slot :: self.slots]
 
 
@@ -102,7 +102,7 @@ def update_generator(seed: int, update: int) -> torch.Generator:
 
 
 def slot_generator(seed: int, micro: MicroBatch) -> torch.Generator:
-    """A generator for one micro-batch, on the device of its worker."""
+    """A generator for one micro-batch, on its worker's device."""
     number = _seeded(SLOT_STREAM, seed, micro.update, micro.slot).initial_seed()
     return torch.Generator(micro.worker.device).manual_seed(number)
 
@@ -113,32 +113,33 @@ def seed_dropout(seed: int, micro: MicroBatch) -> None:
 
 
 def _seeded(*key: int) -> torch.Generator:
-    """A CPU generator seeded by all numbers of ``key``. The first number is one of the streams above."""
+    """A CPU generator seeded with all the numbers in ``key``. The first is one of the stream numbers above."""
     word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Return CPU tensors on ``device``. Copies to a GPU are asynchronous."""
+    """Copy CPU tensors to ``device``. Copies to a GPU are asynchronous."""
     if device.type != "cuda":
         return tuple(batch)
     return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
 
 
 MakeBatch = Callable[[MicroBatch], tuple[Tensor, ...]]
-"""Returns the tensors of a micro-batch."""
+"""A function that returns a micro-batch's tensors."""
 
 
 def prefetched(make: MakeBatch, device: torch.device) -> MakeBatch:
     """Return ``make``, with prefetching if ``device`` is a GPU.
 
-    On a CPU, the thread would compete with training for cores. It halved the training speed of a small network.
+    On a CPU, the thread would compete with training for cores. In a measurement, prefetching halved the training speed
+    of a small network.
     """
     return Prefetcher(make) if device.type == "cuda" else make
 
 
 class Prefetcher:
-    """Makes a worker's micro-batches in order on a thread, starting with the first one requested.
+    """Makes a worker's micro-batches on a thread, in order, starting with the first micro-batch requested.
 
     An error in ``make`` is raised when its batch is requested. The thread ends when the prefetcher is deleted.
     """

@@ -1,8 +1,8 @@
-"""Where the training loop runs: in this process (which may be a trial of Ray Tune) or on workers of Ray Train.
+"""Run the training loop in this process (which may be a Ray Tune trial) or on Ray Train workers.
 
-A range of workers is an elastic worker group of Ray Train (2.60). Ray Train checks once a minute whether the group can
-grow. It counts all resources of the nodes, including resources that other jobs use. If a group does not fit, its start
-fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recovery`` starts a smaller group.
+A range of workers runs as an elastic worker group (Ray Train 2.60). Ray Train checks once a minute whether the group
+can grow. It counts all of the nodes' resources, including resources that other jobs use. If a group does not fit, its
+start fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recovery`` starts a smaller group.
 """
 
 import tempfile
@@ -35,14 +35,14 @@ OnReport = Callable[[dict[str, float]], None]
 
 
 class WorkerGroup(NamedTuple):
-    """The workers of a training run, and the resources of each."""
+    """The workers of a training run, and the resources that each worker needs."""
 
-    workers: int | Range  # of Ray Train; 0 means this process
+    workers: int | Range  # number of Ray Train workers; 0 means this process
     resources: Resources = Resources(1.0)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the training runs on GPUs."""
+        """Whether training runs on GPUs."""
         return self.resources.gpus > 0 if self.workers else torch.cuda.is_available()
 
     def __str__(self) -> str:
@@ -53,10 +53,10 @@ class WorkerGroup(NamedTuple):
 
 
 def choose_workers(options: WorkerOptions) -> WorkerGroup:
-    """Choose the workers of a training run, and the resources of each.
+    """Choose the workers of a training run, and the resources that each worker needs.
 
     The default is one worker per GPU, or this process if there is no GPU. A cluster that scales up from zero nodes has
-    no GPU yet, so on such a cluster ``workers`` and ``gpu`` must be set.
+    no GPU yet, so ``workers`` and ``gpu`` must be set on such a cluster.
 
     Raises:
         ArgumentError: the options cannot be combined.
@@ -74,12 +74,12 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
     if options.label_selector and not group.workers:
         raise ArgumentError("`label_selector` selects nodes for workers, but there are no workers. Set `workers`.")
     if options.label_selector and isinstance(group.workers, Range):
-        # An elastic group of Ray Train counts nodes with any labels, and then waits for workers that cannot start.
+        # Ray Train ignores labels when it sizes an elastic group, and then waits for workers that cannot start.
         raise ArgumentError(f"`label_selector` requires a fixed number of `workers`, not the range {group.workers}.")
     if 0 < group.resources.gpus < 1 and most(group.workers) > 1:
         raise ArgumentError(  # because NCCL refuses two ranks on one GPU
-            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but each of several workers needs a whole GPU. Leave "
-            "it out, or use one worker."
+            f"`gpus_per_worker` is {options.gpus_per_worker:g}, but with more than one worker, each needs a whole GPU. "
+            "Leave out `gpus_per_worker`, or use one worker."
         )
     return group
 
@@ -96,7 +96,9 @@ def check_batch_split(optimizer: OptimizerConfig, workers: int | Range) -> None:
 
 
 def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) -> None:
-    """Wait until the nodes can fit the workers. A trial does not wait: its sweep already has, and ``recovery`` will.
+    """Wait until the nodes can fit the workers.
+
+    A trial does not wait here: its sweep has already waited, and ``recovery`` waits if nodes are lost later.
 
     Raises:
         ArgumentError: the workers cannot split a batch, or no nodes can provide the resources.
@@ -107,7 +109,7 @@ def await_workers(stage: str, optimizer: OptimizerConfig, group: WorkerGroup) ->
 
 
 def describe_cost(optimizer: OptimizerConfig, network: NetworkCost, rows: int, calls: float = 1.0) -> str:
-    """Describe the updates, samples and operations of training on ``rows`` samples, in one line.
+    """Describe in one line the updates, samples and FLOPs of training on ``rows`` samples.
 
     ``calls`` is the number of network calls per sample of an update.
     """
@@ -143,7 +145,7 @@ def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> di
     """Run the training loop and return the averaged weights.
 
     Ray Train workers are data-parallel. Any number of workers within a range gives the same result. When the number
-    changes, they resume from the last checkpoint. With workers, ``on_report`` is called only once, at the end.
+    changes, training resumes from the last checkpoint. If there are workers, ``on_report`` is called once, at the end.
 
     Raises:
         DistillKacError: the loss is not finite, or the workers fail repeatedly.
@@ -173,13 +175,13 @@ def _train_on_ray(job: Job, group: WorkerGroup, on_report: OnReport | None) -> b
     location = files.locate(job.out)
     max_workers = group.workers.most if isinstance(group.workers, Range) else None
     run_config = RunConfig(
-        # Ray Train resumes a run of the same name in the same folder. A folder belongs to one spec.
+        # Ray Train resumes the run of this name if the folder has one. Each folder belongs to one spec.
         name=TRAINING_FOLDER,
         storage_path=location.path,
         storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(location.fs)),
         # Only recovery.fit restarts failed runs.
         failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-        logging_config=LoggingConfig(log_level="CRITICAL"),  # Ray's log files stay complete
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # Ray's log files still contain all lines
         checkpoint_config=CheckpointConfig(num_to_keep=2),
     )
 
@@ -224,6 +226,6 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
 
 def _state_in(checkpoint: Any) -> bytes:
-    """The training state in a checkpoint of Ray Train."""
+    """The training state in a Ray Train checkpoint."""
     with checkpoint.as_directory() as folder:
         return Path(folder, STATE_FILE).read_bytes()

@@ -24,9 +24,9 @@ AVERAGE = "average"
 
 
 class Learner:
-    """Trains a network: data-parallel, with AdamW and an exponential moving average of the weights.
+    """Trains a network on data-parallel workers, with AdamW and an exponential moving average of the weights.
 
-    To train several networks, a subclass calls one more learner for each additional network.
+    To train several networks, a subclass uses an additional learner for each additional network.
 
     Args:
         network: the network, with initial weights.
@@ -62,7 +62,7 @@ class Learner:
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def update(self, number: int) -> LossTerms:
-        """Do update ``number`` on the mean loss of its micro-batches. Returns diagnostics under prefixed names."""
+        """Perform update ``number``. Return its micro-batches' mean losses, and diagnostics under prefixed names."""
         self.optimizer.zero_grad(set_to_none=True)
         first = MicroBatch(number, 0, self.options.accumulation, self.worker)
         passes = [self._add_gradient(first._replace(number=n)) for n in range(first.passes)]
@@ -85,12 +85,12 @@ class Learner:
         is_local = micro.number < micro.passes - 1 and isinstance(self.parallel, nn.parallel.DistributedDataParallel)
         with self.parallel.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
             terms = self.losses(self.forward, micro)
-            # DistributedDataParallel averages over workers, regardless of their number of passes.
+            # DistributedDataParallel gives all workers the same weight, even if their numbers of passes differ.
             loss = torch.stack(list(terms.losses.values())).sum() / (micro.slots / micro.worker.world_size)
             loss.backward()  # type: ignore[no-untyped-call]
         return LossTerms(
             {name: value.detach() for name, value in terms.losses.items()},
-            # A diagnostic may be an integer, or on the CPU.
+            # A diagnostic may be an integer tensor, or a tensor on the CPU.
             {name: value.detach().to(self.worker.device, torch.float32) for name, value in terms.diagnostics.items()},
         )
 
@@ -99,7 +99,7 @@ class Learner:
         return self.average.module  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from. The weights of the model are under ``AVERAGE``."""
+        """The state to resume from. The model's weights are under the key ``AVERAGE``."""
         return {
             "network": self.network.state_dict(),
             AVERAGE: self.average.module.state_dict(),
@@ -121,7 +121,7 @@ class Learner:
 
 
 def learning_rate(update: int, options: OptimizerConfig) -> float:
-    """The learning rate of an update: a linear warm-up, then either half a cosine down to 0 or a constant."""
+    """The learning rate of an update: a linear warm-up, then either half a cosine period down to 0 or a constant."""
     if update < options.warmup_updates:
         return options.learning_rate * ((update + 1) / options.warmup_updates)
     if options.schedule == "constant":

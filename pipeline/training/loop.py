@@ -1,7 +1,7 @@
-"""The training loop: updates, metrics, checkpoints and a progress bar, independent of where it runs.
+"""The training loop: updates, metrics, checkpoints and a progress bar. It does not depend on where it runs.
 
 An update depends only on (task, update, rank, world size), so a resumed run gives the same result as an
-uninterrupted one. Logged metrics are means over all workers.
+uninterrupted run. Logged metrics are means over all workers.
 """
 
 import functools
@@ -35,12 +35,12 @@ MAX_SAVING_SHARE = 0.05
 FREE_SECONDS = 1.0
 
 DECISION_SECONDS = 1.0
-"""Time between two decisions whether to save a checkpoint; longer if one update takes longer."""
+"""Time between two decisions whether to save a checkpoint. It is longer if a single update takes longer."""
 
 declare(
-    Metric("loss", "training loss, averaged over the updates since the last point", better="lower"),
+    Metric("loss", "training loss, averaged over the updates since the previous point", better="lower"),
     Metric("learning_rate", "learning rate of the last update"),
-    Metric("gradient_norm", "norm of the gradient before clipping, averaged over the updates since the last point"),
+    Metric("gradient_norm", "gradient norm before clipping, averaged over the updates since the previous point"),
     Metric("samples_per_second", "training samples per second", better="higher"),
     Metric("peak_memory_bytes", "peak memory so far: of tensors on a GPU, or of the process on a CPU", better="lower"),
 )
@@ -57,7 +57,7 @@ class Task(Protocol):
     """What to train. A task is pickled and sent to the workers."""
 
     def build(self, worker: Worker) -> Learner:
-        """Return the learner of one worker, with its initial weights."""
+        """Return one worker's learner, with initial weights."""
         ...
 
 
@@ -90,7 +90,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
         learner.load_state_dict(saved["learner"])
         first, validated = int(saved["update"]), saved.get("validated", {})
     bar = ProgressBar(job.title, total, "updates", first, is_shown=is_main)
-    # A resumed run repeats the updates since its checkpoint. Metrics of repeated updates are already logged.
+    # A resumed run repeats the updates since its checkpoint. The metrics of these updates are already logged.
     last_logged = functools.cache(job.run.last_step)
     checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker.device, first)
     state, since_log, started = resume, list[LossTerms](), time.perf_counter()
@@ -113,7 +113,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
                 validated = validation.measure(learner.averaged())
                 if new := {name: value for name, value in validated.items() if done > last_logged(name)}:
                     job.run.metrics(new, step=done)
-            started += time.perf_counter() - began  # the training speed excludes sheets and validation
+            started += time.perf_counter() - began  # the training speed excludes sheets and validations
         is_saved = checkpoints.is_due(done) or is_last
         if is_saved or is_validated:
             loss, began = sum(_losses(job, [latest], done).values()), checkpoints.clock()
@@ -133,15 +133,16 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
-    """The averaged weights in a training state. They become the weights of the model."""
+    """The averaged weights in a training state. They become the model's weights."""
     return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
 
 
 class CheckpointSchedule:
     """Decides when a checkpoint is due: every ``updates`` updates, and ``seconds`` after the last checkpoint.
 
-    All workers make the same calls. They must save after the same update, but their clocks differ. The worker of rank 0
-    therefore decides for all. It broadcasts only about once per second, because workers wait for every broadcast.
+    All workers make the same calls and must save after the same update, but their clocks differ. Rank 0 therefore
+    decides for all workers. It broadcasts its decision only about once per second, because each broadcast makes the
+    workers wait.
     """
 
     def __init__(
@@ -173,14 +174,14 @@ class CheckpointSchedule:
         return bool(is_due)
 
     def saved(self, began: float) -> None:
-        """Record that a checkpoint has been saved; saving began at time ``began``."""
+        """Record that a checkpoint has been saved, and that saving began at time ``began``."""
         self._saved_at = self._decided_at = self.clock()
         seconds = self._saved_at - began
         self._pause = seconds / MAX_SAVING_SHARE if seconds >= FREE_SECONDS else 0.0
 
 
 def _metrics(job: Job, learner: Learner, updates: list[LossTerms], done: int, seconds: float) -> dict[str, float]:
-    """The metrics of the updates since metrics were last logged. These updates took ``seconds``."""
+    """The metrics of ``updates``, the updates since metrics were last logged, which took ``seconds``."""
     losses, options = _losses(job, updates, done), learner.options
     return {
         "loss": sum(losses.values()),

@@ -1,11 +1,11 @@
-"""Restarts training on Ray Train workers from the last checkpoint, as long as training makes progress.
+"""Restart Ray Train workers from the last checkpoint after a failure, as long as training makes progress.
 
-Ray Train (2.60) can restart a worker group itself. Here each failure ends ``fit``, and a new trainer starts, because:
-- Ray Train counts failures over the whole run, so days on unreliable nodes exceed any limit. Here the count
-  restarts at every new checkpoint.
-- Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. Here the wait is limited.
-- Ray Train fails if an elastic group requests resources that other jobs use. Here a smaller group starts.
-- Ray Train prints two hundred lines of tracebacks for a lost worker. Here only a bug shows a traceback.
+Ray Train (2.60) can restart a worker group itself. Instead, ``fit`` starts a new trainer after each failure, because:
+- Ray Train counts failures over the whole run, so days on unreliable nodes exceed any limit. ``fit`` counts only the
+  failures since the last new checkpoint.
+- Ray Train waits silently and forever if an elastic group loses more nodes than it can spare. ``fit`` limits the wait.
+- Ray Train fails if an elastic group requests resources that other jobs use. ``fit`` starts a smaller group.
+- Ray Train prints two hundred lines of tracebacks for a lost worker. ``fit`` shows a traceback only for a bug.
 """
 
 import time
@@ -35,7 +35,7 @@ DETECTION_SECONDS = 30.0
 def fit(
     make_trainer: Callable[[int | Range], Any], title: str, out: str, workers: int | Range, resources: Resources
 ) -> Any:
-    """Fit a Ray Train trainer. After each failure, fit a new trainer. Return the result of the last one.
+    """Fit a Ray Train trainer. After each failure, fit a new trainer. Return the last trainer's result.
 
     Args:
         make_trainer: makes a trainer for a number of workers. The trainer resumes from the last checkpoint below
@@ -43,7 +43,7 @@ def fit(
         resources: resources per worker.
 
     Raises:
-        DistillKacError: the workers fail repeatedly without a new checkpoint, or the cluster cannot fit them.
+        DistillKacError: the workers fail repeatedly without a new checkpoint, or the cluster cannot fit the workers.
     """
     from ray.train import TrainingFailedError
 
@@ -61,7 +61,7 @@ def fit(
                 free = placement.free_capacity(resources)
                 if isinstance(workers, Range):  # leave out the workers that do not fit alongside other jobs
                     group = Range(workers.least, int(max(workers.least, min(workers.most, free))))
-                if free < least(workers) and not ray_internals.is_embedded():  # an embedded Ray has no other jobs
+                if free < least(workers) and not ray_internals.is_embedded():  # an embedded cluster runs no other jobs
                     log.info(f"{title}: waiting until other jobs release {least(workers)} x ({resources})")
                     continue
             failures += 1
@@ -77,7 +77,7 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
     """Log the failure of a group in one line, and return the ranks of lost workers.
 
     Raises:
-        DistillKacError: there are no tries left, or another try would fail in the same way. For a bug, the whole
+        DistillKacError: there are no tries left, or the next try would fail in the same way. For a bug, the whole
             traceback is logged first.
     """
     failed: dict[int, Exception] = getattr(error, "worker_failures", {})
@@ -88,7 +88,7 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
             log.warning(error)
         kind = DivergedError if any(isinstance(each, DivergedError) for each in refusals) else DistillKacError
         raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
-    # The other workers fail only because they cannot reach the lost ones.
+    # The other workers fail only because they cannot reach the lost workers.
     lost = sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
     if lost:
         what = f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
@@ -104,7 +104,7 @@ def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> Non
     """Wait until the nodes can fit the workers. Ray Train itself waits until other jobs release resources.
 
     Raises:
-        DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray is too small.
+        DistillKacError: there were too few nodes for ``WAIT_SECONDS``, or an embedded Ray cluster is too small.
     """
     if placement.capacity(resources) >= wanted:
         return

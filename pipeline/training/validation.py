@@ -28,10 +28,10 @@ MIN_SAMPLES, MAX_SAMPLES, REAL_IMAGES, SHEET_SAMPLES = 64, 512, 2048, 40
 SEED = 1_000_003
 
 TEACHER_STEPS = 20
-"""Solver steps of a teacher, enough to show what the teacher has learned."""
+"""Number of solver steps used to sample a teacher. This many are enough to show what it has learned."""
 
 MAX_CALLS_SHARE = 0.05
-"""Maximum share of the network calls that validations take. It limits the number of samples that they draw."""
+"""Maximum share of the network calls that validation may use. It limits the number of samples per validation."""
 
 MIN_UPDATES = 50
 """Minimum number of updates between two validations, by default."""
@@ -64,7 +64,7 @@ class Validation:
     Attributes:
         every: updates between two validations; 0 means never. None means a tenth of all updates, but at least
             ``MIN_UPDATES``, or never if one validation takes more network calls than training itself.
-        config: the config of the model in training.
+        config: the config of the model being trained.
         held_out: the held-out rows of a student's store.
         sheet_updates: updates between two sheets of samples; None means never.
     """
@@ -104,7 +104,7 @@ class Validation:
         return student_sampling(self.config) if is_student else teacher_sampling(self.config, steps=TEACHER_STEPS)
 
     def draw_sheet(self, network: NetworkModule) -> bytes:
-        """Return a PNG sheet of samples, cycling through the classes. Raises ``DistillKacError`` after divergence."""
+        """Return a PNG sheet of samples, class by class. Raises ``DistillKacError`` if the network has diverged."""
         from pipeline.report.pictures import sheet
 
         model, labels = Model(network, self.config), known_classes(self.config)[:SHEET_SAMPLES] or None
@@ -125,7 +125,7 @@ class Validation:
         return metrics
 
     def _energy_distance(self, network: NetworkModule, real: LabelledImages) -> float:
-        """The energy distance between delivered samples and images, in units of the mean distance between images."""
+        """The energy distance between samples and real images, in units of the mean distance between real images."""
         config, count = self.config, self.samples
         samples = draw(Model(network, config), self._sampling, self.precision, SEED, count, count)
         spaces = open_spaces(("pixels",), open_dataset(config.data), torch.device("cpu"))
@@ -155,7 +155,7 @@ def _rows(held_out: HeldOut, most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 @lru_cache(maxsize=1)
 def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
-    """Held-out images; None if the data is missing or has changed, because a student can be trained without them."""
+    """Held-out images, or None if the data is missing or has changed, because training a student does not need it."""
     try:
         data = open_dataset(config)
         if data.description.sha256 != sha256:
