@@ -9,7 +9,7 @@ VARIABLE = "DISTILLKAC_CACHE"
 
 
 def cache_folder(*names: str) -> str:
-    """Return a folder in the cache, whose path or s3:// URI is ``$DISTILLKAC_CACHE`` (default: ``~/.cache/distillkac``).
+    """Return a folder in the cache. The cache is at ``$DISTILLKAC_CACHE`` (default: ``~/.cache/distillkac``).
 
     A cached file's name identifies its inputs, so the file never goes stale. You can delete it at any time.
     """
