@@ -1,4 +1,4 @@
-"""Computes chunks of samples and features in this process or on Ray actors, after a test of the feature networks.
+"""Tests the feature networks, and computes chunks of samples and features in this process or on Ray actors.
 
 Chunks are small and are stored in the cache, where a rerun finds them. If an actor is lost, the next free actor
 computes its chunk, and a new actor starts when a node has the resources.
@@ -24,14 +24,14 @@ from pipeline.evaluate.samples import Chunk
 from pipeline.progress import ProgressBar
 
 MAX_LOSSES = 3
-"""Maximum number of actors lost per item. A pool of N actors may also lose N times as many while actors start."""
+"""Maximum number of lost actors per item. A pool of N actors may also lose N times this number while actors start."""
 
 
 def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
     """Check that the feature spaces of an evaluation fit its data, and run the user's networks on a few images.
 
-    The networks run where the evaluation will run them: in this process, or in a Ray task with the resources of an
-    actor.
+    The networks run where the evaluation will run them: in this process, or in a Ray task with an actor's
+    resources.
 
     Raises:
         DistillKacError: a space does not fit the data, or a network does not return valid features.
@@ -103,7 +103,7 @@ class ChunkActor:
 
 
 def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
-    """Open the feature spaces on this process's device."""
+    """Load the feature spaces onto this process's device."""
     return [open_space(name, open_dataset(data), default_device()) for name in names]
 
 
@@ -135,7 +135,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Ge
     import ray
 
     left, losses, done = deque(range(len(items))), Counter[int | None](), 0
-    running: dict[Any, tuple[Any, int | None]] = {}  # call -> actor, and its item or None while it starts
+    running: dict[Any, tuple[Any, int | None]] = {}  # by call: an actor, and its item or None while it starts
 
     def begin() -> None:
         actor = start()
@@ -159,7 +159,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Ge
                 ray.kill(actor)
                 begin()
                 continue
-            del running[ended]  # not before ray.get: if that raises, the actor is killed below
+            del running[ended]  # after ray.get: if ray.get raises, `finally` kills the actor
             if number is not None:
                 done += 1
                 losses[None] = 0

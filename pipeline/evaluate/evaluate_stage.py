@@ -1,4 +1,4 @@
-"""The stage: score held-out images, and samples of the teacher and its students from the same noise."""
+"""The evaluation stage: scores held-out images, and samples of the teacher and its students from the same noise."""
 
 import itertools
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.evaluate.samples import (
 from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
 
 REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
-"""Fields of the data's description that a record contains."""
+"""The fields of the data's description that are copied into a record."""
 
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
@@ -40,12 +40,12 @@ tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default)
 def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
     """Score held-out images and every model, print the table, and write ``evaluation.json`` and the pictures.
 
-    Each student is compared with the teacher at the student's guidance scale. The scores of a model are added to the
-    run that produced the model; the evaluation's run has the comparison. Samples stay in the cache, so a stopped
-    evaluation resumes, and the next evaluation with the same teacher draws only its students.
+    Each student is compared with the teacher at the student's guidance scale. A model's scores are added to the run
+    that produced the model, and the evaluation's run has the comparison. Samples stay in the cache. A stopped
+    evaluation can therefore resume, and the next evaluation of the same teacher draws only its students' samples.
 
     Raises:
-        DistillKacError: a model is missing, a student has a different teacher, the data are not the teacher's, or a
+        DistillKacError: a model is missing, a student has a different teacher, the data do not match the teacher, or a
             feature space is missing or does not work with the data.
     """
     spec = resolve(spec)
@@ -71,7 +71,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         log.info(table(record))
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
-        # Wait for one actor; it is not yet known how many the work needs.
+        # Wait until one actor can start. The number of actors that the work needs is not known yet.
         wait_for_capacity("evaluate", "`actors`", 1, choose_actors(spec).resources)
     fingerprint = spec.fingerprint(**content)
     inputs = {f"{c.config.kind}.{c.name}": c.config.fingerprint for c in candidates}
@@ -87,7 +87,7 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
-    """Inputs for the fingerprint of an evaluation: hashes of the models' weights and of feature files."""
+    """Inputs for an evaluation's fingerprint: hashes of the models' weights and of the feature files."""
     data = learned_data(candidates[0].path, candidates[0].config)
     identities = [space_identity(given, data) for given in spec.features]
     hashes = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
@@ -96,7 +96,7 @@ def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
 
 
 def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
-    """Compute all samples and features into the cache, including the features of real images."""
+    """Compute all samples and features, including the features of real images, and store them in the cache."""
     data = candidates[0].config.data
     spaces = open_spaces(spec.features, data)
     for space in spaces:
@@ -116,7 +116,7 @@ def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
 
 
 def _score_all(comparison: Comparison, fingerprint: str) -> Record:
-    """The scores of real images, the teachers and the students. One set of samples is in memory at a time."""
+    """Score real images, the teachers and the students, with only one set of samples in memory at a time."""
     spec, _, of_spec, train, held_out = comparison
     data = open_dataset(train.data)
     pixels = open_space(PIXELS, data)

@@ -1,4 +1,4 @@
-"""Finds the models to compare: folders of models, the front of a sweep, or the models of runs in MLflow."""
+"""Finds the models to compare: in model folders, on a sweep's front, or in MLflow runs."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ PATH_TAG, WEIGHTS_TAG = "distillkac.path", "distillkac.weights_sha256"
 
 
 def resolve(spec: EvaluateSpec) -> EvaluateSpec:
-    """Return the spec with the teacher and all students as absolute paths of folders.
+    """Return the spec with the absolute folder paths of the teacher and all students.
 
     Raises:
         DistillKacError: the sweep is not finished, a run or a model is missing, or the teacher is unknown.
@@ -47,7 +47,7 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
 
 
 def _read_answer(sweep: str) -> dict[str, Any]:
-    """Return the answer of a sweep. If the sweep was moved, its front has the paths in the new folder."""
+    """Return a sweep's answer. If the sweep was moved, the front's paths are in the new folder."""
     path = files.join(sweep, ANSWER_FILE)
     try:
         answer: dict[str, Any] = json.loads(files.read_bytes(path))
@@ -83,14 +83,14 @@ def _model_of_run(uri: str, run_id: str) -> str:
         raise ArgumentError(f"`runs` {run_id} is not the id of a run in {server}.") from None
     if PATH_TAG not in tags or not _is_model(tags[PATH_TAG]):
         raise ArgumentError(
-            f"`runs` {run_id} is a run of the stage {tags.get(tracking.STAGE_TAG, 'unknown')} without a model in "
+            f"`runs` {run_id}: this run of the stage {tags.get(tracking.STAGE_TAG, 'unknown')} has no model in "
             f"{tags.get(PATH_TAG, 'any folder')}. Give finished runs of distill."
         )
     return str(tags[PATH_TAG])
 
 
 def _teacher_of_runs(spec: EvaluateSpec, students: list[str]) -> str | None:
-    """The teacher of the first student: found in MLflow by its weights, or in the manifest of the student's store."""
+    """The first student's teacher: found in MLflow by its weights, or in the manifest of the student's store."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking.tracking_uri(spec.out))
@@ -123,12 +123,12 @@ class Candidate(NamedTuple):
 
 
 def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
-    """Every model of a resolved spec with its sampling: teachers first, then students, sorted by guidance.
+    """The models of a resolved spec, with their sampling: teachers first, then students, both sorted by guidance.
 
     Raises:
         DistillKacError: a model is missing, a student has a different teacher, or ``guidance`` does not apply.
     """
-    assert spec.teacher is not None  # resolve found it
+    assert spec.teacher is not None  # set by `resolve`
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
     names = unique_names(path for given in spec.students for path in student_folders(given))
@@ -177,7 +177,7 @@ def load_student_config(path: str, teacher_path: str, teacher: ModelConfig) -> M
         raise DistillKacError(f"{path} is a {config.kind}, not a student. Choose the folder of a student.")
     if config.teacher_sha256 != teacher.weights_sha256:
         raise DistillKacError(
-            f"{path} belongs to another teacher ({str(config.teacher_sha256)[:12]}...) than {teacher_path} "
+            f"{path} belongs to another teacher ({str(config.teacher_sha256)[:12]}...), not to {teacher_path} "
             f"({teacher.weights_sha256[:12]}...). Give the student's own teacher."
         )
     return config

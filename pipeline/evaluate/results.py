@@ -1,4 +1,4 @@
-"""Writes the results of an evaluation to its folder, to its run, and to the runs of the evaluated models."""
+"""Writes an evaluation's results to its folder, to its MLflow run, and to the evaluated models' runs."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from pipeline.report import pictures
 TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
 SAMPLES_PICTURE, CURVE_PICTURE = "samples.png", "quality_by_nfe.png"
 SAMPLES_FILE = "samples.npz"
-"""The samples in the picture, by row of the table. The keys are row numbers."""
+"""The samples in the picture. The keys are the row numbers of the table."""
 
 SHOWN_SAMPLES = 12
 """Images per row of the picture."""
@@ -35,7 +35,7 @@ def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Reco
     spec = comparison.spec
     tracking.declare(*record.metrics().values())
     images, labels = _shown(comparison)
-    if max(labels) < comparison.candidates[0].config.num_classes:  # not the null labels of an unconditional model
+    if max(labels) < comparison.candidates[0].config.num_classes:  # false for the null labels of an unconditional model
         record = record.model_copy(update={"shown_labels": labels})
     names = [score.name for score in record.scores]
     sink = io.BytesIO()
@@ -47,7 +47,7 @@ def write_results(comparison: Comparison, run: tracking.TrackedRun, record: Reco
     }
     for name, data in {**contents, SAMPLES_FILE: sink.getvalue()}.items():
         files.write_bytes(files.join(spec.out, name), data)
-    # The file has the format of mlflow.log_table. The tag makes MLflow's pages show it as a table.
+    # The file has the format of mlflow.log_table. The tag below makes MLflow's pages show it as a table.
     logged_table = dict(zip(("columns", "data"), cells(record), strict=True))
     for name, data in {**contents, TABLE_JSON: json.dumps(logged_table).encode()}.items():
         run.artifact(name, data)
@@ -69,7 +69,7 @@ def read_shown(out: str) -> list[np.ndarray] | None:
 
 
 def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """The first samples of each row of the table, and their labels. Real images have the same labels if possible."""
+    """The first samples of each table row, and their labels. Real images have the same labels if possible."""
     sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
     samples = [source.rows(chunks(source)[0].ids) for source in sources]
     real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
@@ -83,7 +83,7 @@ def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
 
 
 def plotted(record: Record) -> list[QualityMetric]:
-    """The metrics in the plot. Frechet distances depend on the count, so all rows use the count of the real images."""
+    """The metrics in the plot. Frechet distances depend on the sample count, so all rows use the real images' count."""
     metrics = record.metrics()
     shown = [metrics.get(at_floor_count(metric.name), metric) for metric in metrics.values() if metric.is_plotted]
     return [metric for metric in shown if all(metric.name in score.metrics for score in record.scores[1:])]
@@ -94,14 +94,14 @@ def _track_models(
 ) -> None:
     """Add metrics, pictures and the table to the run of each model.
 
-    Real images, and models without a run on the server of the evaluation's ``run``, get nested runs.
+    Real images get nested runs. So do models that have no run on the server of the evaluation's ``run``.
     """
     details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
     tags = {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": text for name, text in details.items()}}
     rows = list(zip(record.scores, images, strict=True))
     for folder in dict.fromkeys(score.folder for score in record.scores):
         own = [(score, shown) for score, shown in rows if score.folder == folder]
-        # Use the newest run that made the model, on the server of the evaluation.
+        # Use the newest run on the evaluation's server that made the model.
         stages = STAGES.get(own[0][0].kind, ())
         runs = [r for stage in stages for r in tracking.find_runs(own[0][0].fingerprint, stage, run.tracking_uri)]
         if not runs:

@@ -1,4 +1,4 @@
-"""Samples of models, real images and their features, in chunks with a cache.
+"""Samples of models, real images, and the features of both, computed in chunks and cached.
 
 CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one noise seed: images (uint8) or
                                                     points (float32), labels, nfe, seconds
@@ -7,7 +7,7 @@ CACHE/reference/<fingerprint>.safetensors           statistics of the features o
 
 A fingerprint covers everything that determines the content (weights, sampling, noise; data; feature network), so cached
 files are never stale. Actors draw the chunks and compute their features, because the driver may lack the GPU or the
-package of a feature network. With several nodes, the cache must be a folder that all nodes share, or an s3:// prefix.
+package that a feature network needs. On several nodes, the cache must be a folder that all nodes share, or on S3.
 """
 
 import functools
@@ -48,7 +48,7 @@ CHUNK_ROWS = 1000
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """Samples 0 to ``count`` - 1 of a model from one noise seed."""
+    """A model's samples 0 to ``count`` - 1 from one noise seed."""
 
     path: str
     config: ModelConfig
@@ -76,18 +76,18 @@ class ModelSamples:
         )
 
     def file(self, ids: range) -> str:
-        """The file of a chunk in the cache."""
+        """A chunk's file in the cache."""
         return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
 
     def rows(self, ids: range) -> Samples:
-        """Read the samples of a chunk from the cache. Raises ``DistillKacError`` for a missing or damaged file."""
+        """Read a chunk's samples from the cache. Raises ``DistillKacError`` if the file is missing or damaged."""
         with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
             images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
             nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
         return Samples(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
 
     def make(self, ids: range) -> None:
-        """Draw the samples of a chunk and write them to the cache.
+        """Draw a chunk's samples and write them to the cache.
 
         Raises ``DistillKacError`` if the model has changed or returns values that are not finite.
         """
@@ -104,7 +104,7 @@ class RealImages:
     """The first ``count`` images of a split, in a fixed random order."""
 
     data: DataConfig
-    sha256: str  # of the data
+    sha256: str  # hash of the data
     split: Literal["train", "held_out"]
     count: int
 
@@ -114,7 +114,7 @@ class RealImages:
         return fingerprint({"data": self.sha256, "split": self.split, "order": "permutation 0"})
 
     def rows(self, ids: range) -> Samples:
-        """Return the images at positions ``ids`` of the order, clipped and rounded like delivered samples."""
+        """Return the images at positions ``ids`` of the random order, clipped and rounded like delivered samples."""
         split = getattr(open_dataset(self.data), self.split)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         images, label = split.rows(order[ids.start : ids.stop])
@@ -134,7 +134,7 @@ class Comparison(NamedTuple):
     held_out: RealImages
 
     def source(self, candidate: Candidate, seed: int) -> ModelSamples:
-        """The samples of a candidate from one noise seed."""
+        """A candidate's samples from one noise seed."""
         _, path, config, _, sampling = candidate
         return ModelSamples(path, config, sampling, self.spec.precision, seed, self.spec.samples, self.spec.batch_size)
 
@@ -151,7 +151,7 @@ class Chunk(NamedTuple):
     ids: range
 
     def make(self, spaces: Iterable[FeatureSpace]) -> None:
-        """Compute the samples and features that are not in the cache, and write them there."""
+        """Compute the samples and features that are missing from the cache, and write them to it."""
         source, ids = self
         if isinstance(source, ModelSamples) and not files.exists(source.file(ids)):
             source.make(ids)
@@ -163,7 +163,7 @@ class Chunk(NamedTuple):
                 files.write_bytes(path, sink.getvalue())
 
     def features(self, space: FeatureSpace, images: Tensor) -> Tensor:
-        """The features [rows, width] of the chunk's ``images``: computed if that is cheap, else from the cache."""
+        """The features [rows, width] of the chunk's ``images``, computed if the space is cheap, otherwise cached."""
         if space.is_cheap:
             return space(images)
         path = self._features_file(space)
@@ -199,7 +199,7 @@ def gather(
     """Read the chunks of a source from the cache, and return what the metrics need.
 
     Args:
-        spaces: must include pixels.
+        spaces: feature spaces, which must include pixels.
         teacher: for a student, the samples of its teacher from the same noise.
         teacher_metrics: the metrics of the teacher's samples.
     """
@@ -224,13 +224,13 @@ def gather(
         label_agreement=None if right is None else right / source.count,
         endpoint_error=(squares / values) ** 0.5 if values else None,
         nfe=nfe if is_model else None,
-        speed=median(speeds) if is_model else None,  # the first chunk may include compilation
+        speed=median(speeds) if is_model else None,  # the first chunk's time may include compilation
         teacher=teacher_metrics,
     )
 
 
 def training_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
-    """The statistics of all training images, from the cache or from cached features."""
+    """The statistics of all training images, read from the cache or computed from cached features."""
     path = statistics_file(train, space)
     try:
         return Statistics.from_bytes(files.read_bytes(path), train.count)
@@ -242,7 +242,7 @@ def training_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
 
 
 def statistics_file(train: RealImages, space: FeatureSpace) -> str:
-    """The file of ``training_statistics`` in the cache."""
+    """The cache file of ``training_statistics``."""
     name = fingerprint({"images": train.fingerprint, "space": space.fingerprint, "kept": KEPT_ROWS})
     return cache_folder("reference", f"{name}.safetensors")
 
@@ -269,7 +269,7 @@ def _read_cached(path: str) -> Iterator[io.BytesIO]:
 
 @functools.lru_cache(maxsize=1)
 def _model(path: str, weights_sha256: str) -> Model:
-    torch.compiler.reset()  # PyTorch limits compiled variants, and those of the last model would still count
+    torch.compiler.reset()  # PyTorch limits compiled variants, and the previous model's would still count
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
         raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")

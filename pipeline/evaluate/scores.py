@@ -26,13 +26,13 @@ class Score(Options):
     steps: int | None  # None for real images
     guidance: float | None  # None for real images
     count: int  # samples per noise seed
-    metrics: dict[str, float]  # metrics that apply; means, if there are several noise seeds
+    metrics: dict[str, float]  # applicable metrics; means if there are several noise seeds
     half_widths: dict[str, float] = Field({}, description="half widths of the 95 % intervals over noise seeds")
     fingerprint: str
     refined_in: tuple[str, ...] = Field((), description="feature spaces in the model's refinement loss")
     any_step: str = Field("", description="folder name of the any-step student of this row")
     folder: str = Field("", description="folder of the model")
-    prefix: str = Field("", description="prefix of the metrics in the run of the model")
+    prefix: str = Field("", description="prefix of this row's metric names in the model's MLflow run")
 
 
 class Record(Options):
@@ -44,10 +44,10 @@ class Record(Options):
     features: tuple[str, ...]  # names of the feature spaces
     facts: dict[str, dict[str, float]]  # facts of each feature space, such as its classifier's accuracy
     real: dict[str, Any]  # the data: kind, train, held_out, sha256
-    floor_count: int | None  # number of held-out images if smaller than `samples`
-    kept_rows: int  # maximum rows per set in nearest-neighbour, kernel and slice metrics
+    floor_count: int | None  # number of held-out images if it is below `samples`, otherwise None
+    kept_rows: int  # maximum number of rows per set in nearest-neighbour, kernel and slice metrics
     scores: tuple[Score, ...]
-    shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the picture of samples")
+    shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the sample picture")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Record(Options):
         return tuple(self.real.get("class_names", ()))
 
     def metrics(self) -> dict[str, QualityMetric]:
-        """The metrics of this evaluation by name."""
+        """This evaluation's metrics, by name."""
         return quality_metrics(self.features, self.floor_count)
 
 
@@ -63,7 +63,7 @@ def read_record(out: str) -> Record:
     """Read the record in an evaluation's folder.
 
     Raises:
-        DistillKacError: an older version wrote the record, with scores of raw network outputs.
+        DistillKacError: an older version, which scored raw network outputs, wrote the record.
     """
     path = files.join(out, EVALUATION_FILE)
     values = json.loads(files.read_bytes(path))
@@ -75,7 +75,7 @@ def read_record(out: str) -> Record:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean score of one model over several noise seeds, with half widths of the 95 % interval."""
+    """One model's mean score over several noise seeds, with the half widths of the 95 % intervals."""
     first, count = scores[0], len(scores)
     if count == 1:
         return first
@@ -121,7 +121,7 @@ def table(record: Record) -> str:
 
 
 def aligned(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a text table: names aligned left, numbers right, headings in two lines after their first word."""
+    """The lines of a text table. Names are aligned left, numbers right. Headings are split after their first word."""
     tops, _, belows = zip(*(heading.partition(" ") for heading in headings), strict=True)
     rows = [tops, belows, *body]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -137,7 +137,7 @@ def provenance(record: Record) -> list[str]:
     for name in record.features:
         facts = [f"{fact.replace('_', ' ')} {value:.4f}" for fact, value in record.facts.get(name, {}).items()]
         spaces.append(f"{name} ({', '.join(facts)})" if facts else name)
-        # Pixels and pooled pixels count as the same space. Refinement cannot use the other spaces of an evaluation.
+        # Pixels and pooled pixels count as the same space. Refinement cannot use an evaluation's other spaces.
         models = [
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]

@@ -17,7 +17,7 @@ def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str
     """Write the page ``out`` from the results in the folder ``evaluation``.
 
     Args:
-        specs: heading -> JSON file with the options of a stage.
+        specs: JSON files with the options of each stage, by heading.
         tracking_uri: address of the MLflow server or database that has the runs.
     """
     record = read_record(evaluation)
@@ -34,7 +34,7 @@ def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str
         page.table(*cells(record)),
         page.paragraph(*provenance(record), kind="note"),
         page.heading("Samples"),
-        page.paragraph("Each column has one noise and one label. The top row shows real images of that label."),
+        page.paragraph("Each column has one noise and one label for all models. The top row shows real images."),
         page.picture(samples, "samples of every model", caption, is_wide=True),
         page.heading("Quality against cost"),
         page.picture(curve, "quality by network evaluations", is_wide=True),

@@ -1,6 +1,6 @@
-"""Building blocks of HTML reports. A page is one self-contained file: it embeds its pictures and loads nothing.
+"""Building blocks of HTML reports. A page is one self-contained file: it embeds its pictures and loads no other files.
 
-On a phone, tables and listings scroll inside their own box. In print they shrink, and no picture is split.
+On a phone, tables and listings scroll inside their own boxes. In print, they shrink, and no picture is split.
 """
 
 import base64
@@ -50,14 +50,14 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85rem }
 """
 
 LONG_TEXT = 48
-"""The text of a cell with more characters may wrap."""
+"""Maximum number of characters in a table cell whose text does not wrap."""
 
 
 def page(title: str, parts: Sequence[str]) -> bytes:
     """The content of the HTML file.
 
     Args:
-        parts: HTML, from top to bottom.
+        parts: HTML elements from top to bottom.
     """
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -78,7 +78,7 @@ def paragraph(*lines: str, kind: str = "") -> str:
 
 
 def mlflow_command(uri: str) -> str:
-    """A command, or a hint, to view the runs."""
+    """A command to view the runs in a database, or a hint to view the runs on a server."""
     if uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {uri}"
     return f"open {tracking.without_password(uri)} in a browser"
@@ -100,8 +100,8 @@ def table(
     """A table that scrolls inside its own box.
 
     Args:
-        texts: columns of text, aligned left; the other columns are numbers, aligned right.
-        marked: highlighted rows.
+        texts: indices of text columns, which are aligned left. The other columns have numbers, aligned right.
+        marked: indices of highlighted rows.
     """
 
     def line(kind: str, cells: Sequence[str], classes: str = "") -> str:
@@ -124,7 +124,7 @@ def picture(png: bytes, alt: str, caption: str = "", is_wide: bool = False) -> s
 
 
 def pictures(parts: Sequence[str]) -> str:
-    """A grid of pictures, with as many columns as fit."""
+    """A grid of pictures, with as many columns as the page's width allows."""
     return _element("div", "".join(parts), "pictures")
 
 

@@ -43,15 +43,15 @@ TITLE_WIDTH = 80
 """Characters per line of a panel's title."""
 
 MARKERS, LINES = "osv^D", ("-", "--", "-.")
-"""Styles that distinguish curves of one guidance scale, which share a colour."""
+"""Styles that distinguish the curves of one guidance scale, which have the same colour."""
 
 
 def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> bytes:
     """Plot each metric against network evaluations.
 
     Args:
-        metrics: the metrics to plot, one per panel. All models must have them.
-        scores: the score of real images, then the scores of the models.
+        metrics: the metrics to plot, one per panel. Every model must have all of these metrics.
+        scores: the score of real images, then the models' scores.
     """
     from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> byte
 
 
 def _draw_curves(axis: Any, metric: str, models: Sequence["Score"]) -> None:
-    """Per guidance scale, draw a line per any-step student and one for all other students, in the scale's colour."""
+    """For each guidance scale, draw one line per any-step student and one for all other students, in one colour."""
     curves = sorted({score.any_step or "students" for score in models if score.kind == "student"})
     for number, w in enumerate(sorted({score.guidance or 0.0 for score in models})):
         colour, own = f"C{number}", [score for score in models if score.guidance == w]

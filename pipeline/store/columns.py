@@ -19,7 +19,7 @@ from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
-"""Maximum size of the group of shards that one task reads at a time. A larger shard forms its own group."""
+"""Maximum size of a group of shards, which one task reads at a time. A larger shard forms its own group."""
 
 READERS = 2
 """Concurrent Ray Data tasks per reader. Each task reads the shards of its group in parallel."""
@@ -34,7 +34,7 @@ class Selection:
     store: str
     identity: StoreIdentity
     shards: tuple[Shard, ...]
-    knots: tuple[str, ...]  # columns
+    knots: tuple[str, ...]  # names of columns
 
     @property
     def scalars(self) -> list[str]:
@@ -56,7 +56,7 @@ class Selection:
         return group_shards(shards, GROUP_BYTES // self.row_bytes)
 
     def read(self, shards: Sequence[Shard]) -> pa.Table:
-        """Read the columns of ``shards`` in parallel, and join them in order. Raises the errors of ``read_rows``."""
+        """Read the selected columns of ``shards`` in parallel, and join them. Raises the errors of ``read_rows``."""
         names = [*self.scalars, *self.knots]
         tables = map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
         return pa.concat_tables(tables)
@@ -64,14 +64,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Columns:
-    """Loaded columns. Processes on a node can share them through Ray's object store; then the arrays are read-only."""
+    """Loaded columns. Processes on a node can share columns through Ray's object store. Shared arrays are read-only."""
 
     selection: Selection
     sample_id: np.ndarray  # [rows]
     label: np.ndarray  # [rows]
     guidance: np.ndarray  # [rows], float32
     knots: np.ndarray  # [rows, knots, *sample]
-    interval: np.ndarray | None  # [rows]; only in forward stores
+    interval: np.ndarray | None  # [rows]; None for a trajectory store
     selected: np.ndarray  # [selected knots], indices into ``knots``
 
 
@@ -81,11 +81,11 @@ class Batch(NamedTuple):
     sample_id: Tensor  # [batch], int64
     label: Tensor  # [batch], int64
     knots: Tensor  # [batch, len(knots), *sample], float32
-    interval: Tensor | None  # [batch], int64: the interval of each row; only in forward stores
+    interval: Tensor | None  # [batch], int64: each row's interval; None for a trajectory store
 
 
 Piece = tuple[Columns, Tensor]
-"""Loaded columns, and the indices of the rows to use, in order."""
+"""Loaded columns, and the indices of the rows to use, in the order of use."""
 
 AnyBatch = TypeVar("AnyBatch", Batch, Interval)
 
@@ -93,7 +93,7 @@ _shared: list[Columns] = []
 
 
 def load(selection: Selection) -> Columns:
-    """Return the selected columns, from ``use_shared`` if they are there. Raises the errors of ``Selection.read``."""
+    """Return the selected columns, which ``use_shared`` may already have. Raises the errors of ``Selection.read``."""
     for shared in _shared:
         knots = shared.selection.knots
         if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
@@ -156,8 +156,8 @@ def gather_intervals(pieces: Sequence[Piece], times: Tensor, drawn: tuple[Tensor
     """Gather one interval per row.
 
     Args:
-        times: [knots], the times of the selected knots. In a forward store, the times of all knots.
-        drawn: the start and end of each interval, as indices of selected knots, [batch] each; None in a forward store.
+        times: [knots], the times of the selected knots, or of all knots if the store is a forward store.
+        drawn: each interval's start and end, as indices of selected knots: [batch] each. None for a forward store.
     """
     parts, done = [], 0
     for columns, order in pieces:
@@ -184,12 +184,12 @@ def _concatenate(parts: Sequence[AnyBatch]) -> AnyBatch:
 
 
 def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_bytes: int) -> Iterator[pa.Table]:
-    """Yield the selected columns of each group of shards, in order. Ray Data prefetches about ``ahead_bytes``.
+    """Yield the selected columns of one group of shards after another. Ray Data prefetches about ``ahead_bytes``.
 
     Raises the errors of ``Selection.read``.
     """
     if not groups or torch.utils.data.get_worker_info() is not None:
-        # A DataLoader worker already prefetches. As a fork of its parent, it has no connection to Ray.
+        # A DataLoader worker already prefetches. Because the worker is a forked process, it has no connection to Ray.
         yield from map(selection.read, groups)
         return
     import ray
@@ -202,15 +202,15 @@ def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_by
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         try:
             return columns.read([Shard.from_json(text) for text in json.loads(batch["item"][0])])
-        except StoreError as error:  # Ray would wrap an error raised here in its own, with two tracebacks
+        except StoreError as error:  # Ray would wrap a raised error in a Ray error with two tracebacks
             return pa.table({"error": [str(error)]})
 
     items = [json.dumps([shard.to_json() for shard in group]) for group in groups]
-    # The tasks reserve no CPU, because they mostly wait for the disk or the network. If they needed a CPU, they would
-    # wait indefinitely when trainers use all CPUs.
+    # The tasks reserve no CPU, because they mostly wait for the disk or the network. If they reserved a CPU, they
+    # would wait indefinitely while trainers use all CPUs.
     pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
     tables = each(items, read, compute=pool, blocks=len(items), pause_seconds=PAUSE_SECONDS, num_cpus=0)
-    # By default Ray Data splits blocks of more than 128 MiB, but here each block must be a complete group.
+    # By default, Ray Data splits blocks of more than 128 MiB, but each of these blocks must be a complete group.
     tables.context.target_max_block_size = None
     options = tables.context.execution_options
     options.preserve_order = True

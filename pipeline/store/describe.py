@@ -1,4 +1,4 @@
-"""Describe a store from its manifest, the footers of its shards and one column."""
+"""Describe a store from its manifest, its shards' footers and its column of kinetic energies."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def run(spec: DescribeSpec) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Return a description of a store that can be written as JSON. It reads only one column, the kinetic energy.
+    """Return a description of a store that can be written as JSON. Reads only one column, the kinetic energy.
 
     Raises:
         StoreError: the store does not exist, a newer version wrote it, or a shard is missing or damaged.

@@ -1,4 +1,4 @@
-"""The layout of a store: its identity, the names of its shards, their schema, and the versions of its files.
+"""The layout of a store: its identity, its shards' names and schema, and the versions of its files.
 
 STORE/manifest.json                               describes the finished store; written last
 STORE/run.json                                    the MLflow run that made the store
@@ -52,7 +52,7 @@ class StoreIdentity(RolloutRecipe):
     sample_shape: tuple[PositiveInt, ...]
     class_frequencies: tuple[float, ...]
     data_sha256: str | None = None
-    labels: Literal["classes", "null"] = "classes"  # what the network gets: drawn classes, or always the null label
+    labels: Literal["classes", "null"] = "classes"  # the network's labels: drawn classes, or always the null label
 
     @classmethod
     def of(cls, recipe: RolloutRecipe, teacher: ModelConfig) -> Self:
@@ -77,7 +77,7 @@ class StoreIdentity(RolloutRecipe):
         return hashed_fields(self)
 
     def difference(self, found: "StoreIdentity") -> str:
-        """List the fields in which ``found`` differs from this identity: "seed is 0, expected 5"."""
+        """List the fields in which ``found`` differs from this identity, such as "seed is 0, expected 5"."""
 
         def short(value: Any) -> str:
             text = str(value)
@@ -94,7 +94,7 @@ class StoreIdentity(RolloutRecipe):
 
     @property
     def knot_columns(self) -> list[str]:
-        """The columns that store states: one per knot, or the start and end of a forward interval."""
+        """The columns that store states: one per knot, or a forward interval's start and end."""
         return [START, END] if self.is_forward else [knot_column(k, self.knots) for k in range(self.knots + 1)]
 
     @property
@@ -112,13 +112,13 @@ class StoreIdentity(RolloutRecipe):
 def check_identity(
     found: StoreIdentity, expected: StoreIdentity, problem: str, advice: str, error: type[StoreError] = StoreError
 ) -> None:
-    """Raise ``error`` if the identities differ. Its message is ``problem``, the fields that differ, and ``advice``."""
+    """Raise ``error`` if the identities differ. The message has ``problem``, the differing fields and ``advice``."""
     if found.fingerprint() != expected.fingerprint():
         raise error(f"{problem}: {expected.difference(found)}. {advice}")
 
 
 def knot_column(k: int, knots: int) -> str:
-    """Return the name of the column of knot k. ``knot_00`` is noise, and the last knot is the image."""
+    """Return the name of knot k's column. ``knot_00`` is the noise, and the last knot is the image."""
     return f"knot_{k:0{max(2, len(str(knots)))}d}"
 
 
@@ -142,17 +142,17 @@ class Shard:
         return range(self.start, self.start + self.rows)
 
     def to_json(self) -> str:
-        """Return the shard as JSON text, to send it to a Ray Data task."""
+        """Return the shard as JSON text that can be sent to a Ray Data task."""
         return json.dumps([self.guidance, self.index, self.start, self.rows])
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return the shard from the text of ``to_json``."""
+        """Rebuild a shard from the text that ``to_json`` returned."""
         return cls(*json.loads(text))
 
 
 def guidance_folder(w: float) -> str:
-    """Return the folder of a guidance scale, relative to the store: a Hive partition."""
+    """Return a guidance scale's folder, a Hive partition, as a path relative to the store."""
     return f"{DATA}/guidance={float(w)!r}"
 
 
@@ -163,7 +163,7 @@ def parse_shard_name(name: str, shard_size: int = 1) -> Shard | None:
         shard = Shard(float(w), int(index), int(index) * shard_size, shard_size)
     except ValueError:
         return None
-    # Accept only the canonical spelling: otherwise guidance=0 and guidance=0.0 would name the same shard.
+    # Accept only the canonical spelling. Otherwise, guidance=0 and guidance=0.0 would name the same shard.
     return shard if index.isdigit() and shard.name == name else None
 
 
@@ -192,8 +192,8 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     try:
         return model(**with_neutral_values(model, values))
     except ArgumentError as error:
-        # A newer version also writes all fields in `always_written`. If one of them is missing, the unknown field is
-        # more likely that field with a damaged name.
+        # A newer version also writes all fields in `always_written`. If one of these is missing, the unknown field
+        # is more likely the missing field with a damaged name.
         always_written = {name for name, field in model.model_fields.items() if field.default is not None}
         if isinstance(error, UnknownArgument) and always_written <= values.keys():
             problem = f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}"

@@ -1,7 +1,7 @@
 """The manifest of a finished store, and the receipts of an unfinished store.
 
-The manifest is written last, so a store without a manifest is unfinished. Until then, the rollout writes receipt files
-at intervals. Losing a receipt costs only time: a rerun must read the complete shard before it accepts the shard.
+The manifest is written last, so a store without a manifest is unfinished. A running rollout writes receipt files at
+intervals. A lost receipt costs only time: a rerun must read the complete shard before it accepts the shard.
 """
 
 import json
@@ -18,12 +18,12 @@ from pipeline.store.shards import Receipt, map_in_threads
 ADVICE = "Delete it and run the rollout again, which keeps all intact shards."
 
 SHARDS_PER_RECEIPT_FILE = 500
-"""A rerun reads at most this many shards again, plus shards whose receipts never reached the driver."""
+"""A rerun reads at most this many shards again, plus the shards whose receipts never reached the driver."""
 
 _RECEIPT_FILE = re.compile(r"receipts-[0-9a-f]{12}\.json")
 
 IdRange = tuple[int, int]
-"""A half-open range of sample ids: start, stop."""
+"""A half-open range of sample ids: (start, stop)."""
 
 
 class Extent(Options):
@@ -59,7 +59,7 @@ class Manifest(Options):
 
 
 def read_manifest(store: str) -> Manifest | None:
-    """Return the manifest, or None if there is none. Raises ``StoreError`` if it is damaged or from a newer version."""
+    """Return the manifest, or None if it is missing. Raises ``StoreError`` if it is damaged or from a newer version."""
     where = files.join(store, MANIFEST)
     try:
         manifest = parse(where, Manifest, files.read_bytes(where))
@@ -107,7 +107,7 @@ def write_receipts(store: str, identity: StoreIdentity, receipts: Sequence[Recei
 
 
 def read_receipts(store: str, identity: StoreIdentity, names: Iterable[str]) -> dict[str, Receipt]:
-    """Return the receipts in the receipt files among ``names``, by shard name.
+    """Read the receipt files among ``names``, and return their receipts by shard name.
 
     Ignores files that are damaged, missing or from another store, and shards whose receipts contradict each other.
     """
@@ -134,7 +134,7 @@ def remove_receipts(store: str) -> None:
 
 
 def list_shards(store: str) -> dict[str, int]:
-    """Return the size of every file that is named like a shard, sorted by name."""
+    """Return the sizes of all files that are named like shards, by name in sorted order."""
     return {name: size for name, size in files.list_sizes(store).items() if parse_shard_name(name)}
 
 
@@ -157,7 +157,7 @@ def plan_shards(guidance: float, ids: range, shard_size: int) -> list[Shard]:
 
 
 def merge_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """Merge extents into one per guidance scale, in ascending order."""
+    """Merge all extents of a guidance scale into one. The scales are in ascending order."""
     ids: dict[float, list[IdRange]] = defaultdict(list)
     for extent in extents:
         ids[extent.guidance] += extent.ids
@@ -165,7 +165,7 @@ def merge_extents(extents: Iterable[Extent]) -> tuple[Extent, ...]:
 
 
 def merge_ranges(ranges: Iterable[IdRange]) -> tuple[IdRange, ...]:
-    """Return the union of id ranges, sorted; ranges that touch or overlap are joined."""
+    """Return the union of id ranges in ascending order. Ranges that touch or overlap are joined."""
     merged: list[IdRange] = []
     for start, stop in sorted(ranges):
         if merged and start <= merged[-1][1]:

@@ -1,7 +1,7 @@
 """Merge stores with the same identity into one store.
 
-The merge copies all shard files, checks each against its receipt, and writes the manifest last. If it is stopped, the
-same command resumes it.
+The merge copies all shard files, checks each file against its receipt, and writes the manifest last. If the merge is
+stopped, the same command resumes it.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def merge(spec: MergeSpec) -> Manifest:
     """Copy the missing shards of all ``spec.stores`` to ``spec.into``, and write its manifest.
 
     Raises:
-        StoreError: a store is unfinished or damaged, or has a different identity; two stores have the same sample
-            ids; or the target has other shards.
+        StoreError: a store is unfinished or damaged, or has a different identity; two stores share sample ids; or
+            the target has shards that none of the stores has.
         DistillKacError: the target is not writable.
     """
     into = cluster.absolute(spec.into)
@@ -53,7 +53,7 @@ def merge(spec: MergeSpec) -> Manifest:
             if shard.name in copies:  # each id range starts with a new shard, so shards with equal ids have equal names
                 samples = f"samples from {shard.start} at guidance {shard.guidance:g}"
                 problem = f"{path} and {copies[shard.name][0]} both have {samples}"
-                raise StoreError(f"{problem}. Roll one of them out again with a different `first_sample`.")
+                raise StoreError(f"{problem}. Roll out one of the two stores again with a different `first_sample`.")
             copies[shard.name] = path, shard, receipts[shard.name]
     extents = merge_extents(extent for manifest in manifests for extent in manifest.extents)
     _check_target(into, first.identity, extents, copies)
@@ -68,7 +68,7 @@ def merge(spec: MergeSpec) -> Manifest:
 
 
 def _check_target(into: str, identity: StoreIdentity, extents: tuple[Extent, ...], names: Collection[str]) -> None:
-    """Check that the target is new, or comes from an earlier attempt at this merge."""
+    """Check that the target is new or comes from an earlier attempt at this merge."""
     manifest, found = read_manifest(into), list_shards(into)
     if manifest is not None:
         identities = [manifest.identity]
@@ -93,7 +93,7 @@ def _copy(into: str, identity: StoreIdentity, source: str, shard: Shard, listed:
             if sha256_of(files.read_bytes(target)) == listed.sha256:
                 return listed, True
         data = files.read_bytes(files.join(source, shard.name))
-        # A growing store may already have replaced the listed shard by a longer one.
+        # A growing store may already have replaced the listed shard with a longer shard.
         receipt = listed if sha256_of(data) == listed.sha256 else confirm(source, shard, identity, data, listed)
         files.write_bytes(target, data)
     except StoreError as error:

@@ -19,7 +19,7 @@ Rows = TypeVar("Rows")
 
 @dataclass(frozen=True)
 class Order:
-    """The rank that reads, and the seed of its shuffle. Without a seed, it reads in the order of sample ids."""
+    """The rank that reads, and its shuffle seed. Without a seed, the rank reads rows in the order of sample ids."""
 
     rank: int
     world_size: int
@@ -45,8 +45,8 @@ class Order:
 def check_position(name: str, value: int) -> None:
     """Check that a seed, epoch or start is in [0, 2^63 - 1].
 
-    A negative start would silently read other rows. numpy converts a Philox key of 2^63 or more to float64, which would
-    give different seeds the same shuffle.
+    A negative start would silently read the wrong rows. numpy converts a Philox key of 2^63 or more to float64, so
+    different seeds would give the same shuffle.
     """
     if not 0 <= value < 2**63:
         raise ArgumentError(f"`{name}` is {value}. Give a number from 0 to 2^63 - 1.")
@@ -55,16 +55,16 @@ def check_position(name: str, value: int) -> None:
 def windows(shards: Sequence[Shard], order: Order, epoch: int, most_rows: int) -> list[list[Shard]]:
     """Return a rank's shards for one epoch, shuffled and grouped into windows of up to ``most_rows`` rows.
 
-    The reader shuffles the rows within a window, and reads the next window while the current one is in use.
+    The reader shuffles the rows within a window, and reads the next window while the current window is in use.
     """
-    # A rank reads the same shards in every epoch. Otherwise, the short last shard could move between ranks. Rows per
-    # epoch would then vary, and a resumed run could not compute its current epoch.
+    # A rank reads the same shards in every epoch. Otherwise, the short last shard could move between ranks. The number
+    # of rows per epoch would then vary, and a resumed run could not compute its current epoch.
     own = order.share(shards)
     return group_shards((own[i] for i in order.permutation(len(own), epoch).tolist()), most_rows)
 
 
 def group_shards(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
-    """Group consecutive shards. A group has at most ``most_rows`` rows, or is a single shard."""
+    """Group consecutive shards. A group has at most ``most_rows`` rows, unless a single shard has more."""
     groups: list[list[Shard]] = []
     rows = 0
     for shard in shards:
@@ -77,7 +77,7 @@ def group_shards(shards: Iterable[Shard], most_rows: int) -> list[list[Shard]]:
 
 
 def rows_of(shards: Iterable[Shard]) -> int:
-    """Return the number of rows in some shards."""
+    """Return the total number of rows in ``shards``."""
     return sum(shard.rows for shard in shards)
 
 

@@ -36,7 +36,7 @@ from pipeline.store.shards import column_array, identity_of_shard, map_in_thread
 
 MEMORY_BYTES = 4 << 30
 PIPELINE_SHARDS = 1000
-"""Shards that an endless reader streams through one Ray Data pipeline, which covers at least one epoch."""
+"""Number of shards that an endless reader streams through one Ray Data pipeline, or one epoch if that is more."""
 
 INTERVAL_STREAM = 4
 
@@ -45,7 +45,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
     """Open a store for reading.
 
     Args:
-        allow_unfinished: also open a store without a manifest, with the shards that exist.
+        allow_unfinished: also open an unfinished store, with the shards that exist so far.
 
     Raises:
         StoreError: the store does not exist, is unfinished or lacks a shard, or its manifest is damaged or too new.
@@ -56,7 +56,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
         missing = [shard.name for shard in plan if shard.name not in found]
         if missing:
             problem = f"{path} lacks {len(missing)} of its {len(plan)} shards, such as {missing[0]}"
-            raise StoreError(f"{problem}. Run the rollout again to recompute them.")
+            raise StoreError(f"{problem}. Run the rollout again to recompute the missing shards.")
         return Store(path, manifest.identity, plan, manifest)
     if not found:
         raise StoreError(f"{path} is not an endpoint store. Create one with `python -m jobs.rollout`.")
@@ -67,7 +67,7 @@ def open_store(path: str, allow_unfinished: bool = False) -> "Store":
 
     def shard_at(name: str) -> Shard:
         shard = parse_shard_name(name, identity.shard_size)
-        assert shard is not None  # `found` holds only names of shards
+        assert shard is not None  # `found` contains only names of shards
         with open_shard(path, identity, shard) as file:
             return replace(shard, rows=file.metadata.num_rows)
 
@@ -109,13 +109,13 @@ class Store:
         """Yield each row of this rank once, in batches. The last batch may be short.
 
         Args:
-            guidance: one or several guidance scales, whose rows are mixed; None if the store has only one scale.
-            knots: indices of the knots to read, from 0 (noise) to ``identity.knots`` (image); None reads all. Must be
-                None for a forward store, whose two columns are the start and the end of an interval.
+            guidance: one or several guidance scales, whose rows are mixed. May be None if the store has only one scale.
+            knots: indices of the knots to read, from 0 (noise) to ``identity.knots`` (image). None reads all knots.
+                Must be None for a forward store, whose two columns are the start and the end of an interval.
             seed: shuffle seed; every epoch is shuffled differently. None reads in the order of sample ids.
-            start_batch: first batch to yield, to resume an epoch. All batches equal those of an uninterrupted epoch.
+            start_batch: first batch to yield when an epoch resumes. All batches equal those of an uninterrupted epoch.
             memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed. The budget is
-                per process: every rank and every DataLoader worker has its own.
+                per process: every rank and every DataLoader worker has its own budget.
 
         Raises:
             ArgumentError: the store does not have the guidance scale or a knot, or a number is out of range.
@@ -139,14 +139,14 @@ class Store:
         start_batch: int = 0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> Iterator[Interval]:
-        """Yield full batches of intervals for an objective, endlessly. Each epoch uses each row once.
+        """Endlessly yield full batches of intervals for an objective. Each epoch uses each row once.
 
         The objective draws one interval per row, except in a forward store, where each row is an interval. Only the
         knots that the objective needs are read.
 
         Args:
             guidance: as for ``batches``.
-            start_batch: first batch to yield, to resume a run. All batches equal those of an uninterrupted run.
+            start_batch: first batch to yield when a run resumes. All batches equal those of an uninterrupted run.
 
         Raises:
             DistillKacError: an error of ``check_objective`` or ``batches``.
@@ -159,43 +159,43 @@ class Store:
         for n, pieces in enumerate(rebatch(reading.endless(epoch, skip), batch_size), start=start_batch):
             drawn = None
             if not identity.is_forward:
-                # The draws are numbered over all ranks, so several workers draw the same intervals as one worker.
+                # The draws are numbered over all ranks, so the intervals do not depend on the number of workers.
                 positions = range(n * batch_size * world_size, (n + 1) * batch_size * world_size)
                 uniforms = noise.uniforms(seed, INTERVAL_STREAM, positions, 2)[rank::world_size]
                 drawn = objective.draw(uniforms, identity.knots)
             yield gather_intervals(pieces, times, drawn)
 
     def dataset(self, batch_size: int, **options: Any) -> "EndpointDataset":
-        """Return a PyTorch dataset with the options of ``batches``: ``DataLoader(dataset, batch_size=None)``."""
+        """Return a dataset for ``DataLoader(dataset, batch_size=None)``. ``options`` are arguments of ``batches``."""
         return EndpointDataset(self.batches, {"batch_size": batch_size, **options})
 
     def first(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read columns of the first ``count`` rows of a guidance scale, in the order of sample ids: [rows, ...] each.
+        """Read columns of a guidance scale's first ``count`` rows, in the order of sample ids: [rows, ...] each.
 
-        Returns fewer rows if the store has fewer. Raises the errors of ``batches``.
+        Returns fewer rows if the store has fewer rows of this scale. Raises the errors of ``batches``.
         """
         return self._read(range(count), guidance, names)
 
     def last(self, count: int, guidance: float, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read columns of the last ``count`` rows of a guidance scale, like ``first``."""
+        """Read columns of a guidance scale's last ``count`` rows, like ``first``."""
         rows = self.rows(guidance)
         return self._read(range(max(0, rows - count), rows), guidance, names)
 
     def without_last(self, count: int) -> "Store":
-        """Return the store without the last ``count`` rows of each guidance scale, which are held out.
+        """Return the store without each guidance scale's last ``count`` rows, which are held out.
 
-        Raises ``StoreError`` if a guidance scale has no other rows.
+        Raises ``StoreError`` if no rows of a guidance scale would be left.
         """
         shards: list[Shard] = []
         for w in self.guidance:
             rows = self.rows(w)
             if rows <= count:
-                raise StoreError(f"{self.path} has {rows:,} rows of guidance {w:g}. Hold out fewer rows than that.")
+                raise StoreError(f"{self.path} has {rows:,} rows of guidance {w:g}. Hold out fewer rows.")
             shards += [replace(shard, rows=len(own)) for shard, own in self._rows_at(range(rows - count), w)]
         return Store(self.path, self.identity, shards, self.manifest)
 
     def check_objective(self, objective: Objective) -> list[int]:
-        """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if they are missing."""
+        """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if a knot is missing."""
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.is_forward and "end_time" in objective.conditions:
             problem = f"{self.path} is a forward store, but a flow map learns from trajectories"
@@ -217,7 +217,7 @@ class Store:
         raise ArgumentError(f"{problem}. {advice}")
 
     def selection(self, objective: Objective, guidance: float | Sequence[float] | None) -> Selection:
-        """Return the selection that ``interval_batches`` reads for an objective. Raises the same errors."""
+        """Return the selection that ``interval_batches`` reads for an objective. Raises the errors of that method."""
         knots = self.check_objective(objective)
         return self._select(guidance, None if self.identity.is_forward else knots)
 
@@ -261,7 +261,7 @@ class Store:
         return {name: torch.from_numpy(column_array(table[name]).copy()) for name in names}
 
     def _rows_at(self, positions: range, guidance: float) -> Iterator[tuple[Shard, range]]:
-        """Yield each shard with some of these rows, and their range in the shard. Positions count rows by sample id."""
+        """Yield each shard that has rows at ``positions`` in the order of sample ids, and their range in the shard."""
         start = 0
         for shard in sorted(self._shards_of(guidance)):
             rows = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))
@@ -271,13 +271,13 @@ class Store:
 
 
 class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
-    """Batches of a store for a PyTorch ``DataLoader``. Its worker processes split the rows of this rank."""
+    """Batches of a store for a PyTorch ``DataLoader``. The loader's worker processes split this rank's rows."""
 
     def __init__(self, batches: Callable[..., Iterator[Batch]], options: dict[str, Any]) -> None:
         self.batches, self.options, self.epoch = batches, options, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration, which determines its shuffle."""
+        """Set the epoch, which determines the shuffle of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -291,7 +291,7 @@ class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
 
 @dataclass(frozen=True)
 class _Reading:
-    """Reads a selection in an order, from memory or by streaming."""
+    """Reads a selection in a given order, from memory or as a stream."""
 
     store: Store
     selection: Selection
@@ -304,8 +304,8 @@ class _Reading:
         return self.selection.bytes <= self.memory_bytes
 
     def rows_per_epoch(self) -> int:
-        """Return the number of this rank's rows."""
-        # If one rank would have no rows, every rank must raise. Otherwise, the other ranks would wait indefinitely.
+        """Return the number of rows that this rank reads per epoch."""
+        # If one rank has no rows, every rank must raise an error. Otherwise, the other ranks would wait indefinitely.
         shards = self.selection.shards
         count, unit = (rows_of(shards), "rows") if self.is_in_memory else (len(shards), "shards to stream")
         if count < self.order.world_size:

@@ -1,7 +1,7 @@
 """Encode, publish, read and check one shard.
 
-Every page has a CRC, the footer has a digest of all values, and the manifest stores the sha256 of the file. So every
-flipped bit is detected.
+Every page has a CRC, the footer has a digest of all values, and the manifest stores the file's sha256. Therefore,
+every flipped bit is detected.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from pipeline.store.layout import (
 CONTENT_SHA256 = "content_sha256"
 
 UNREADABLE = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
-"""The exceptions that reading a damaged file can raise."""
+"""The exceptions that can occur while a damaged file is read."""
 
 THREADS = 8
 
@@ -64,13 +64,13 @@ class NotFiniteShard(DamagedShard):
 
 
 class ForeignShard(StoreError):
-    """An intact shard belongs elsewhere in this store or to another store. It must not be overwritten."""
+    """An intact shard belongs to a different position or a different store. It must not be overwritten."""
 
 
 def make_table(identity: StoreIdentity, shard: Shard, columns: Mapping[str, np.ndarray]) -> pa.Table:
     """Return an Arrow table whose metadata describes the shard completely.
 
-    ``columns`` are all columns except the sample ids: [rows], or [rows, *sample_shape] for a knot.
+    ``columns`` has all columns except the sample ids: [rows], or [rows, *sample_shape] for a knot.
     """
     schema = identity.arrow_schema()
     columns = {**columns, SAMPLE_ID: np.asarray(shard.ids)}
@@ -95,7 +95,7 @@ def _to_arrow(values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
 
 
 def _content_sha256(table: pa.Table, metadata: dict[str, str]) -> str:
-    # The CRC of a page does not cover the footer, where a flipped bit can make a reader decode a page wrongly.
+    # A page's CRC does not cover the footer, and a flipped bit in the footer can make a reader decode a page wrongly.
     hashed = {key: value for key, value in metadata.items() if key != CONTENT_SHA256}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
     for column in table.columns:
@@ -122,9 +122,9 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
         sink,
         row_group_size=max(1, table.num_rows),
         compression=compression,
-        # Values of knots do not repeat, so a dictionary would be built and then dropped for every page.
+        # Knot values do not repeat, so a dictionary would be built and then dropped for every page.
         use_dictionary=[LABEL],
-        # DuckDB can read a byte-stream-split column only if it is float32.
+        # DuckDB can read a byte-stream-split column only if the column is float32.
         use_byte_stream_split=knots if compression != "none" and is_float32 else False,
         write_statistics=scalars,
         write_page_checksum=True,
@@ -136,8 +136,8 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
 def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, replace: bool = False) -> Receipt:
     """Write the encoded shard atomically, and return its receipt.
 
-    An existing shard is kept, and its receipt is returned: a concurrent job published the same rows and may already
-    have listed their hash. With ``replace``, a damaged or shorter shard is overwritten.
+    If the shard exists, keep it and return its receipt: a concurrent job published the same rows and may already have
+    listed the file's hash. With ``replace``, overwrite a damaged or shorter shard.
     """
     if not files.write_bytes(files.join(store, shard.name), data, if_absent=not replace):
         return adopt(store, shard, identity)[0]
@@ -155,7 +155,7 @@ def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, p
 
 
 def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, listed: Receipt | None) -> Receipt:
-    """Check the bytes of a shard against its receipt in the manifest, if any; return the receipt of the bytes.
+    """Check a shard's bytes against ``listed``, the manifest's receipt for it or None. Return the receipt of the bytes.
 
     More rows than listed are valid: a growing store replaces its short last shard before it updates the manifest.
     Raises the errors of ``check``.
@@ -179,12 +179,12 @@ def _receipt(shard: Shard, data: bytes, rows: int) -> Receipt:
 
 
 def sha256_of(data: bytes) -> str:
-    """Return the sha256 of some bytes in hex."""
+    """Return the sha256 of ``data`` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.Table:
-    """Decode the bytes of a shard, and check its metadata, schema, ids and values.
+    """Decode a shard's bytes, and check its metadata, schema, ids and values.
 
     Raises:
         DamagedShard: the file is unreadable, or a CRC, the schema or an id is wrong.
@@ -199,14 +199,14 @@ def check(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> pa.
         _check_types(file.schema_arrow)
         table = file.read()
         if _content_sha256(table, metadata) != metadata[CONTENT_SHA256]:
-            raise ValueError(f"the values do not have the sha256 {metadata[CONTENT_SHA256][:12]}... of the footer")
+            raise ValueError(f"the values do not match the sha256 {metadata[CONTENT_SHA256][:12]}... in the footer")
         _check_footer(where, shard, identity, file.schema_arrow)
     check_rows(where, shard, identity, table)
     return table
 
 
 def _check_types(schema: pa.Schema) -> None:
-    # Ray registers an Arrow type whose values are pickles, which a file could use.
+    # Ray registers an Arrow type whose values are pickles, and a malicious file could use that type.
     for field in schema:
         if isinstance(field.type, pa.BaseExtensionType) and not isinstance(field.type, pa.FixedShapeTensorType):
             raise ValueError(f"the column {field.name} has the unknown type {field.type.extension_name}")
@@ -242,19 +242,19 @@ def _some(items: Sequence[object] | np.ndarray, most: int) -> str:
 
 
 def read_rows(store: str, identity: StoreIdentity, shard: Shard, names: Sequence[str]) -> pa.Table:
-    """Read the named columns of the first ``shard.rows`` rows of a shard. Raises the errors of ``open_shard``."""
+    """Read the named columns of a shard's first ``shard.rows`` rows. Raises the errors of ``open_shard``."""
     with open_shard(store, identity, shard) as file:
         table = file.read(list(names))
     if table.num_rows < shard.rows:
         problem = f"has {table.num_rows} rows instead of {shard.rows}"
         raise StoreError(f"{store}/{shard.name} {problem}. Run the rollout again to recompute it.")
-    # A growing store replaces a short shard by a longer one before the manifest counts the new rows.
+    # A growing store replaces a short shard with a longer shard before the manifest counts the new rows.
     return table.select(list(names)).slice(0, shard.rows)
 
 
 @contextmanager
 def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq.ParquetFile]:
-    """Open the Parquet file of a shard and check its footer. Read errors inside the block also name the shard.
+    """Open a shard's Parquet file and check its footer. Read errors inside the block also name the shard.
 
     Raises ``StoreError`` if the shard is missing, damaged, from another store or position, or from a newer version.
     """
@@ -267,14 +267,14 @@ def open_shard(store: str, identity: StoreIdentity, shard: Shard) -> Iterator[pq
 
 
 def identity_of_shard(store: str, name: str) -> StoreIdentity:
-    """Return the identity in the footer of a shard. Raises ``DamagedShard`` or ``NewerVersion``."""
+    """Return the identity in a shard's footer. Raises ``DamagedShard`` or ``NewerVersion``."""
     where, location = f"{store}/{name}", files.locate(files.join(store, name))
     with _damage_named(where, " Delete it and run the rollout again."), location.fs.open(location.path, "rb") as file:
         return read_footer(where, pq.read_schema(file))[0]
 
 
 def identity_or_none(store: str, name: str) -> StoreIdentity | None:
-    """Return the identity in the footer of a shard, or None if the shard is missing or damaged."""
+    """Return the identity in a shard's footer, or None if the shard is missing or damaged."""
     try:
         return identity_of_shard(store, name)
     except DamagedShard:
@@ -297,7 +297,7 @@ def _metadata(where: str, schema: pa.Schema) -> dict[str, str]:
 
 @contextmanager
 def _damage_named(where: str, advice: str = "") -> Iterator[None]:
-    """Convert errors from reading a damaged file to ``DamagedShard``."""
+    """Convert the errors of reading a damaged file to ``DamagedShard``."""
     try:
         yield
     except FileNotFoundError:
@@ -308,9 +308,9 @@ def _damage_named(where: str, advice: str = "") -> Iterator[None]:
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], title: str = "") -> list[Result]:
-    """Return ``work`` of each item, in order. The first error cancels the remaining items.
+    """Return the result of ``work`` for each item, in the order of the items. The first error cancels the other calls.
 
-    ``title`` is the title of a progress bar that counts shards; without a title there is no bar.
+    ``title`` is the title of a progress bar that counts shards. Without a title, there is no progress bar.
     """
     from tqdm import tqdm
 

@@ -1,8 +1,8 @@
 """Verify a store: read every byte, report the problems of each file, and remove shards that must be recomputed.
 
-A shard that the manifest lists must have the sha256 of its receipt, so every flipped bit is detected. The exception is
-a short last shard that a growing store has replaced by a longer one. If there is no manifest, the check covers the CRC
-of every page, the digest, the sample ids and the values.
+The sha256 of each shard listed in the manifest must match the one in its receipt, so every flipped bit is detected. The
+exception is a short last shard that a growing store has replaced with a longer shard. If there is no manifest, the
+check covers the CRC of every page, the digest, the sample ids and the values.
 """
 
 import json
@@ -38,7 +38,7 @@ KIND_OF = {NotFiniteShard: "not finite", DamagedShard: "damaged", ForeignShard: 
 INTACT = ("", "unplanned")
 HARMLESS = ("leftover", "extra")
 REMOVED = ("damaged", "not finite", "foreign", "duplicated")
-"""Kinds of files that `repair` removes. It keeps foreign shards in an unfinished store."""
+"""Kinds of files that `repair` removes. In an unfinished store, `repair` keeps foreign shards."""
 
 
 class FileCheck(NamedTuple):
@@ -47,9 +47,9 @@ class FileCheck(NamedTuple):
     name: str
     kind: str  # empty if nothing is wrong
     detail: str  # the rest of a sentence that starts with the name: "has 8 rows instead of 32."
-    belongs_to: str = ""  # the shard that the footer names, if it is of this store
+    belongs_to: str = ""  # the shard that the footer names; empty if the shard is from a different store
     sha256: str = ""
-    rows: int = 0  # of an intact shard
+    rows: int = 0  # rows of an intact shard
     bytes: int = 0
 
 
@@ -67,10 +67,10 @@ class VerifyReport:
 
     store: str
     shards: int  # intact shards
-    rows: int  # in intact shards
-    bytes: int  # read
+    rows: int  # rows in intact shards
+    bytes: int  # bytes read
     problems: tuple[FileCheck, ...]  # sorted by file name
-    removed: tuple[str, ...]  # by `repair`
+    removed: tuple[str, ...]  # names of the files that `repair` removed
 
     @property
     def is_whole(self) -> bool:
@@ -129,7 +129,7 @@ def verify(spec: VerifySpec) -> VerifyReport:
 
 
 def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
-    """Return the most common identity of the shards in an unfinished store."""
+    """Return the most common identity among the shards of an unfinished store."""
 
     def identity_or_error(name: str) -> StoreIdentity | StoreError:
         try:
@@ -146,7 +146,7 @@ def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
 
 
 def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[FileCheck]:
-    """Yield problems that are visible in the file names."""
+    """Yield the problems that the file names show."""
     if manifest is None:
         yield FileCheck(MANIFEST, "unfinished", "does not exist, so the store is unfinished.")
     for shard in manifest.plan() if manifest else ():
@@ -187,7 +187,7 @@ def examine_all(
 
 
 def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | None) -> FileCheck:
-    """Examine one Parquet file. ``receipt`` is its entry in the manifest, or None."""
+    """Examine one Parquet file. ``receipt`` is the manifest's receipt for the file, or None."""
     try:
         data = files.read_bytes(files.join(store, name))
     except FileNotFoundError:
@@ -206,12 +206,12 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
     if kind == "foreign" and belongs_to:
         kind = "duplicated"
     if kind == "newer" and receipt:
-        kind = "damaged"  # the manifest is not from a newer version, so its shards are not either
+        kind = "damaged"  # this version's manifest lists no shards of a newer version
     return FileCheck(name, kind, detail, belongs_to, shards.sha256_of(data), rows, len(data))
 
 
 def _name_in_footer(identity: StoreIdentity, data: bytes) -> str:
-    """Return the name of the shard that the footer describes, or an empty string if it is not of this store."""
+    """Return the name of the shard that the footer describes, or "" if the shard is from a different store."""
     try:
         found, shard = shards.read_footer("", pq.read_schema(pa.BufferReader(data)))
     except (*shards.UNREADABLE, NewerVersion):
@@ -227,11 +227,11 @@ def _repair(store: str, is_finished: bool, checks: Sequence[FileCheck]) -> tuple
         if not parse_shard_name(check.name):
             # A user chose this name. Remove the file only if it is an exact copy of an intact shard.
             return check.kind == "duplicated" and (check.belongs_to, check.sha256) in intact
-        # Without a manifest, a shard with a rare identity may be the right one.
+        # Without a manifest, the shards with a rare identity may be the correct shards.
         return check.kind in REMOVED and (check.kind != "foreign" or is_finished)
 
     def remove(check: FileCheck) -> bool:
-        """Remove a file unless it has changed since it was read: a running rollout may have repaired it."""
+        """Remove a file unless it has changed since it was read: a running rollout may have replaced it."""
         path = files.join(store, check.name)
         try:
             is_same = shards.sha256_of(files.read_bytes(path)) == check.sha256

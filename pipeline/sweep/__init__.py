@@ -1,14 +1,14 @@
-"""Sweep: many students of one store, as trials of Ray Tune.
+"""Sweep: train many students from one store, as trials of Ray Tune.
 
-sweep_stage.py     the stage: check, add missing guidance scales, run, evaluate, write the report
-checks.py          checks before the sweep begins
-planned_trials.py  the trials of a grid and its chains: names, specs, values
-proposers.py       the distributions of a search, and the search algorithms: random, Optuna
-trials.py          the trials under Ray Tune: the process of a trial, Tune's searcher, ASHA
-ledger.py          the record of each trial, one file each in OUT/trials
-sweep_results.py   the trials with their metrics, the fronts of quality against cost, and the table
-sweep_plots.py     the plots of the report
-sweep_report.py    the report: its files and its page
+sweep_stage.py     runs the stage: checks, missing guidance scales, trials, evaluation, report
+checks.py          checks the options, the store and the resources before the sweep begins
+planned_trials.py  plans the students of grids, chains and searches: their names, specs and values
+proposers.py       parses a search's distributions, and defines the search algorithms: random, Optuna
+trials.py          runs the trials under Tune, with a searcher and an ASHA scheduler that read and write the ledger
+ledger.py          keeps each trial's record in a file in OUT/trials
+sweep_results.py   ranks the trials, and computes the fronts of quality against cost and the table
+sweep_plots.py     draws the report's plots
+sweep_report.py    writes the report's files and page
 """
 
 from pipeline.sweep.ledger import Ledger, TrialRecord

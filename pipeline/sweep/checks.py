@@ -18,7 +18,7 @@ from pipeline.sweep.planned_trials import PlannedTrial
 from pipeline.sweep.proposers import PROPOSERS, is_choice, search_space
 
 REPORTED = ("validation/energy_distance", "validation/endpoint_error", "loss")
-"""Metrics that a trial reports during training. Lower is better for each of them."""
+"""Metrics that a trial reports during training. Lower is better for all of these metrics."""
 
 
 def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
@@ -32,7 +32,7 @@ def ranking_metric(spec: SweepSpec) -> tuple[str, str]:
     metric = spec.metric or default
     for option, name, allowed in (("`metric`", metric, known), ("`asha_metric`", spec.asha_metric, REPORTED)):
         if name not in allowed:
-            reason = "" if spec.samples else " With `samples` 0 the students are not evaluated."
+            reason = "" if spec.samples else " With `samples` 0, students are not evaluated."
             raise ArgumentError(
                 f"{option} is {name}, which this sweep does not report.{reason} Choose one of: {', '.join(allowed)}."
             )
@@ -72,7 +72,7 @@ def check_reported(spec: SweepSpec, ledger: Ledger) -> None:
 
 
 def _user_of_reports(spec: SweepSpec) -> str:
-    """The option that makes the sweep use ``asha_metric``; empty if there is none."""
+    """The option that makes the sweep use ``asha_metric``; empty if no option does."""
     if spec.asha:
         return "`asha`"
     return f"`searcher` {spec.searcher}" if spec.search and PROPOSERS[spec.searcher].uses_reports else ""
@@ -81,7 +81,7 @@ def _user_of_reports(spec: SweepSpec) -> str:
 def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.Store, list[float]]:
     """Check every student against the store; return the store, and the guidance scales that it lacks.
 
-    A student of a missing scale is checked when its trial starts.
+    A student at a missing scale is checked when its trial starts.
     """
     source = store.open(spec.store)
     shortest = min(trial.spec.optimizer.updates for trial in trials)
@@ -107,7 +107,7 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
     checked: list[Any] = []
     for trial in trials:
         training.check_batch_split(trial.spec.optimizer, trial.spec.workers or 0)
-        # In a chain, the previous student does not exist yet. It is checked when the trial starts.
+        # The previous student of a chain does not exist yet. It is checked when the trial starts.
         init = spec.init if trial.after else trial.spec.init
         student = resolve_spec(trial.spec.model_copy(update={"init": init}))
         key = (student.objective, student.steps, student.guidance, student.refine, student.init)
@@ -118,7 +118,7 @@ def check_store(spec: SweepSpec, trials: Sequence[PlannedTrial]) -> tuple[store.
 
 
 def resources_per_trial(spec: SweepSpec) -> placement.Resources:
-    """The resources of one trial, or of each of its workers. Connects to Ray. GPUs may be fractional."""
+    """The resources of one trial, or of each worker if `workers` is set. Connects to Ray. GPUs may be fractional."""
     available = cluster.connect().gpus
     gpus = min(1, available) if spec.gpus_per_trial is None else spec.gpus_per_trial
     return placement.Resources(spec.cpus_per_trial, gpus, spec.label_selector)

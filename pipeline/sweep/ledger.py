@@ -1,4 +1,4 @@
-"""The ledger: one record per trial of a sweep, in OUT/trials/NAME.json, local or on S3.
+"""The ledger: one record per trial of a sweep, stored in OUT/trials/NAME.json, locally or on S3.
 
 Only the driver writes records, before a trial starts and while it runs. After a crash, the same command reads the
 trials with their values, progress and reports from these records.
@@ -22,12 +22,12 @@ class TrialRecord(Options):
     out: str  # folder of the student
     values: dict[str, Any]  # varied fields by dotted name; "chain": "20-4" for a student of a chain
     status: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
-    updates: int = 0  # completed
-    seconds: float = 0.0  # of training, summed over all starts
+    updates: int = 0  # completed updates
+    seconds: float = 0.0  # training time, summed over all starts
     metrics: dict[str, float] = Field({}, description="latest value of each metric")
     error: str = ""
-    has_diverged: bool = False  # the student, or its predecessor in a chain
-    reports: tuple[dict[str, float], ...] = ()  # every report, each with its "update"
+    has_diverged: bool = False  # whether the student, or its predecessor in a chain, has diverged
+    reports: tuple[dict[str, float], ...] = ()  # all reports, each with its "update"
 
     @property
     def is_open(self) -> bool:
@@ -59,7 +59,7 @@ class Ledger:
         return sorted(self._records.values(), key=lambda record: record.number)
 
     def get(self, name: str) -> TrialRecord | None:
-        """The record of a trial, or None."""
+        """A trial's record, or None if the ledger has no record of the trial."""
         return self._records.get(name)
 
     def next_number(self) -> int:
@@ -73,7 +73,7 @@ class Ledger:
         return record
 
     def add(self, trial: PlannedTrial) -> TrialRecord:
-        """The record of a planned trial. Writes a new record if the trial has none."""
+        """Return a planned trial's record. If the trial has no record, write a new one."""
         if trial.name in self._records:
             return self._records[trial.name]
         return self.put(
@@ -85,7 +85,7 @@ class Ledger:
         return self.put(self._records[name].model_copy(update=changes))
 
     def report(self, name: str, report: dict[str, float], base_seconds: float = 0.0) -> TrialRecord:
-        """Add a report to the record of a running trial: metrics, "update", and the "seconds" since this start."""
+        """Add a report (metrics, "update", and "seconds" since this start) to a running trial's record."""
         metrics = {key: value for key, value in report.items() if key not in {"update", "seconds"}}
         updates, record = int(report.get("update", 0)), self._records[name]
         # A trial that resumed from a checkpoint reports some updates again.

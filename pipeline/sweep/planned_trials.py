@@ -1,4 +1,4 @@
-"""Plans the trials of a sweep, one student each: of a grid, of chains of step counts, and of a search."""
+"""Plans a sweep's trials, one per student, for grids, for chains of step counts, and for searches."""
 
 import difflib
 import functools
@@ -22,10 +22,10 @@ VARIED = (*hashed_fields(DistillSpec(store="", out="")), "init")
 class PlannedTrial:
     """A student that the sweep trains."""
 
-    name: str  # of its folder below `out`
+    name: str  # name of the student's folder below `out`
     spec: DistillSpec
     values: dict[str, Any]  # varied fields by dotted name
-    after: str | None = None  # predecessor in a chain; training starts from its student
+    after: str | None = None  # predecessor in a chain; training starts from the predecessor's student
 
 
 def axes_of(spec: SweepSpec) -> dict[str, tuple[Any, ...]]:
@@ -81,7 +81,7 @@ def _products(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _chain(spec: SweepSpec, values: Mapping[str, Any]) -> Iterator[PlannedTrial]:
-    """The trials of a chain without the first one, which is in the grid."""
+    """The trials of a chain except the first trial, which is in the grid."""
     before = plan_trial(spec, {**values, "steps": spec.chain[0]}).name
     for length in range(2, len(spec.chain) + 1):
         chain = "-".join(map(str, spec.chain[:length]))
@@ -138,7 +138,7 @@ def identity(spec: SweepSpec) -> dict[str, Any]:
 
 
 def normal_text(value: Any) -> str:
-    """The value as text. Equal numbers, such as 1 and 1.0, give the same text."""
+    """The value as text. Equal numbers, such as 1 and 1.0, give equal texts."""
     text = str(value)
     return f"{float(text):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
 
@@ -151,7 +151,7 @@ def _set(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[s
     nested = options.get(head, {})
     values = nested if isinstance(nested, dict) else hashed_fields(nested)
     if rest == ["kind"] and values.get("kind") != value:
-        values = {}  # the other fields belong to another kind
+        values = {}  # the other fields belong to a different kind
     return {**options, head: _set(values, rest, value)}
 
 

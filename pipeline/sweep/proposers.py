@@ -1,6 +1,6 @@
 """Search: distributions of the options that a search varies, and algorithms that propose values for new trials.
 
-To add an algorithm, write a class here, add it to ``PROPOSERS``, and add its name to ``SweepSpec.searcher``.
+To add an algorithm, write a class in this module, add it to ``PROPOSERS``, and add its name to ``SweepSpec.searcher``.
 """
 
 import math
@@ -29,7 +29,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of trial ``number`` by field."""
+        """Return the values of trial ``number``, by field."""
 
     def observe(self, record: TrialRecord) -> None:  # noqa: B027 - optional
         """Learn from a trial that has ended."""
@@ -41,13 +41,13 @@ class RandomSearch(Proposer):
     uses_reports = False
 
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of trial ``number`` by field."""
+        """Return the values of trial ``number``, by field."""
         generator = random.Random(f"{self.spec.seed}-{number}")
         return {name: _sample(distribution, generator) for name, distribution in self.space.items()}
 
 
 class Optuna(Proposer):
-    """Optuna's TPE (tree-structured Parzen estimator), with the trials of the ledger as its history."""
+    """Optuna's TPE (tree-structured Parzen estimator), with the ledger's trials as its history."""
 
     def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
         import optuna
@@ -64,12 +64,12 @@ class Optuna(Proposer):
                 self.observe(record)
 
     def propose(self, number: int) -> dict[str, Any]:
-        """The values of trial ``number`` by field."""
+        """Return the values of trial ``number``, by field."""
         self.proposed[number] = self.study.ask(self.space)
         return dict(self.proposed[number].params)
 
     def observe(self, record: TrialRecord) -> None:
-        """Add a trial that has ended to the study. A trial that stopped early counts with its last value."""
+        """Add a finished trial to the study. A trial that stopped early counts with its last value."""
         from optuna.trial import TrialState, create_trial
 
         value = record.metrics.get(self.spec.asha_metric, math.nan)
@@ -98,7 +98,7 @@ def _sample(distribution: Any, generator: random.Random) -> Any:
 
 
 def _as_given(distribution: Any, value: Any) -> Any:
-    """The value as the user wrote it: records have typed values, but choices have text. None if no choice matches."""
+    """The value as the user wrote it, or None. Trial records hold typed values, but a search's choices are strings."""
     if not is_choice(distribution):
         return value
     return next((one for one in distribution.choices if normal_text(one) == normal_text(value)), None)
@@ -110,7 +110,7 @@ def is_choice(distribution: Any) -> bool:
 
 
 def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
-    """Trials to check a search: each field in turn takes its bounds or choices; the others keep their first value."""
+    """Trials that check a search: each field in turn takes its bounds or choices; others keep their first value."""
     tested: dict[str, Any] = {
         name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
     }

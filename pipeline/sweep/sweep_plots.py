@@ -24,7 +24,7 @@ MOST_CATEGORIES = 6
 
 
 class Plot(NamedTuple):
-    """A picture of the page."""
+    """A picture on the page."""
 
     png: bytes
     alt: str  # describes the picture to screen readers
@@ -32,9 +32,9 @@ class Plot(NamedTuple):
 
 
 def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tuple[dict[str, Plot], str]:
-    """Return the plots of the page by file name, and a note that explains missing plots of parameters.
+    """Return the page's plots by file name, and a note that explains why plots of parameters are missing.
 
-    ``images`` has the samples [shown, *sample] of each row of the evaluation.
+    ``images`` has the samples [shown, *sample] of each evaluation row.
     """
     heading, plots = results.metric.heading, {}
     for cost, rows in results.fronts.items():
@@ -52,7 +52,7 @@ def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tu
 
 
 def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequence[np.ndarray]) -> bytes:
-    """A picture of held-out images, samples of the front, and samples of the teachers at its guidance scales."""
+    """A picture of held-out images, the front's samples, and the teachers' samples at the front's guidance scales."""
     scales = {row.values.get("guidance") for row in on_front}
     real = [(score.name, score) for score in scores if score.kind == REAL]
     students = [(f"#{row.trial.number}  {row.name}", row.score) for row in on_front if row.score]
@@ -61,7 +61,7 @@ def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequ
 
 
 def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
-    """Plot the best value per step count and guidance scale; None with fewer than two step counts or scales."""
+    """Plot the best value per step count and scale. Return None if there are fewer than two step counts or scales."""
     import pandas
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -89,7 +89,7 @@ def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
 
 
 def _colours(metric: Metric, darkest: float) -> Any:
-    """A colour map in which darker is better and the worst value is visible on white; white if neither is better."""
+    """A colour map: darker is better, and the worst value is visible on white. White if the metric has no direction."""
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
 
@@ -147,7 +147,7 @@ def front_plot(results: SweepResults, cost: Cost) -> bytes:
 
 
 def _log_if_wide(axis: Any, name: str) -> None:
-    """Make the x or y axis logarithmic if the plotted values span a large factor."""
+    """Make the x or y axis logarithmic if the plotted values span a wide range."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     if _is_wide(*getattr(axis.dataLim, f"interval{name}")):
@@ -164,7 +164,7 @@ def _is_wide(low: float, high: float) -> bool:
 
 
 def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
-    """Return Optuna's plots of the varied fields, parallel coordinates and importances, and a note on missing plots."""
+    """Return Optuna's plots (parallel coordinates, importances) of the varied fields, and a note on missing plots."""
     import optuna
     from matplotlib import pyplot as plt
     from optuna.importance import FanovaImportanceEvaluator
@@ -193,7 +193,7 @@ def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
         axis = plot_parallel_coordinate(**options)
         for lines in axis.collections:
             lines.set_cmap(_colours(metric, darkest=1.0))
-            if lines.colorbar is not None:  # move it away from the tick labels of the last axis
+            if lines.colorbar is not None:  # move the bar away from the last axis's tick labels
                 bar = lines.colorbar.ax
                 bar.set_position(bar.get_position().translated(0.07, 0))
         axis.set_title(f"{metric.heading}{direction(metric)}: one line per trial", fontsize=10, pad=14)
@@ -202,7 +202,7 @@ def parameter_plots(results: SweepResults) -> tuple[dict[str, Plot], str]:
         plots["parallel-coordinates"] = Plot(_png(axis.figure, size), caption, caption)
         plt.close(axis.figure)
         if len(columns) == 1 or len({row.metrics[metric.name] for row in rows}) == 1:
-            return plots, "Importances are left out: they need two parameters, and trials with different values."
+            return plots, "Importances are left out: they need two parameters, and different values of the metric."
         axis = plot_param_importances(**options, evaluator=FanovaImportanceEvaluator(seed=0))
         axis.set_title("", loc="left")
         axis.set(xlabel="importance (fANOVA, shares of 1)", ylabel="")
@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sort_key(value: Any) -> Any:
-    """Sorts numbers before text."""
+    """A sort key that puts numbers before text."""
     return isinstance(value, str), value
 
 

@@ -1,4 +1,4 @@
-"""Writes the files and the page of a sweep's report, logs them to MLflow, and prints the table.
+"""Writes a sweep's report (its files and page), logs the files to MLflow, and prints the table.
 
 OUT/answer.json                      the best trial, and the folders of the students on the front
 OUT/trials.parquet, trials.csv       every trial: its values, its state and its metrics
@@ -77,7 +77,7 @@ def write_report(
 
 
 def _trial_tables(results: SweepResults) -> dict[str, bytes]:
-    """All values of the report's rows, as the contents of a Parquet and a CSV file by name."""
+    """All values of the report's rows: the contents of a Parquet file and a CSV file, by file name."""
     frame = pandas.DataFrame([_values(results, row) for row in results.rows], dtype=object)
     columns = {}
     for name in frame:
@@ -91,7 +91,7 @@ def _trial_tables(results: SweepResults) -> dict[str, bytes]:
 
 
 def _values(results: SweepResults, row: Row) -> dict[str, Any]:
-    """The columns of these files. To add a column, add a line here."""
+    """The columns of the Parquet and CSV files. To add a column, add a line here."""
     trial, score = row.trial, row.score
     return {
         "number": trial.number,
@@ -124,14 +124,14 @@ def _answer(spec: SweepSpec, results: SweepResults, evaluation: str | None) -> d
 
 
 FRONT = (
-    "A trial is on the front if no trial of the same or lower cost is better. Measured speeds within 10 % count as "
-    "equal. The pictures and the tables use the same numbers for trials."
+    "A trial is on the front if no trial of the same or lower cost is better. Speeds that differ by up to 10 % count "
+    "as equal. Trials have the same numbers in the pictures and the tables."
 )
 SAMPLES = (
-    "Each column has one noise and one label. The top row shows real images of that label; the last rows show the "
+    "A column has one noise and one label for all models. The top row shows real images; the last rows show the "
     "teachers."
 )
-HEAT_MAPS = "Each cell shows its best trial. Darker is better; the best cell has a frame."
+HEAT_MAPS = "Each cell shows the best trial for its steps and guidance. Darker is better; the best cell has a frame."
 NO_HEAT_MAPS = "Heat maps are left out: they need finished trials of two step counts and two guidance scales."
 
 PORTRAIT_COLUMNS = 14
@@ -139,7 +139,7 @@ PORTRAIT_COLUMNS = 14
 
 
 def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot], note: str, tracking_uri: str) -> bytes:
-    """Return the HTML page. ``plots`` are by file name, and ``note`` explains missing plots of parameters."""
+    """Return the HTML page. ``plots`` have file names, and ``note`` explains why plots are missing."""
 
     def drawn(prefix: str, is_wide: bool = False) -> list[str]:
         return [page.picture(*plot, is_wide) for name, plot in plots.items() if name.startswith(prefix)]
@@ -161,7 +161,7 @@ def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot],
     is_wide = len(table(results, results.rows[:1], results.columns)[0]) > PORTRAIT_COLUMNS
     parts += [page.landscape(all_trials)] if is_wide else all_trials
     parts += [page.paragraph(*provenance(results.record), kind="note")] if results.record else []
-    out = spec.out.rstrip("/")  # the command below writes its own folder next to this one
+    out = spec.out.rstrip("/")  # the command below writes a folder next to the sweep's folder
     command = f"python -m jobs.evaluate --from-sweep {spec.out} --samples 10000 --seeds 5 --out {out}-evaluation"
     parts += [
         page.heading("Next steps"),

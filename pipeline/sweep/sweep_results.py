@@ -1,4 +1,4 @@
-"""The results of a sweep: trials with metrics, their ranking, fronts of quality against cost, and the table.
+"""A sweep's results: trials with their metrics and ranking, fronts of quality against cost, and the table.
 
 An any-step student, or a student of all guidance scales, has one row per evaluated step count and scale.
 """
@@ -20,9 +20,9 @@ NFE = "nfe"
 
 
 class Cost(NamedTuple):
-    """A cost per image. The report shows quality against each cost: a front, a plot, and a mark in the tables."""
+    """A cost per image. For each cost, the report has a front, a plot of quality against cost, and a mark in tables."""
 
-    name: str  # of its metric
+    name: str  # name of the metric
     label: str
     mark: str
     better: Literal["lower", "higher"]
@@ -38,10 +38,10 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A trial, with one score of its student if there is any."""
+    """A trial, with one score of its student if the student was evaluated."""
 
     trial: TrialRecord
-    values: Mapping[str, Any]  # of the trial, with the evaluated "steps" and "guidance"
+    values: Mapping[str, Any]  # the trial's values, with the evaluated "steps" and "guidance"
     metrics: Mapping[str, float]  # from training and from the evaluation
     score: Score | None = None
 
@@ -56,7 +56,7 @@ class Row:
 
 
 class SweepResults:
-    """The trials of a sweep, with the evaluation of their students if there is one."""
+    """The trials of a sweep, with the evaluation of their students if they were evaluated."""
 
     def __init__(self, trials: Iterable[TrialRecord], record: Record | None, metric: str, better: str) -> None:
         if record:
@@ -74,7 +74,7 @@ class SweepResults:
         self.columns = self._columns()
 
     def _columns(self) -> list[Metric]:
-        """The metrics with a column: those of the evaluation's table, the ranking metric, and validation metrics."""
+        """The metrics that have a column: the evaluation's metrics, the ranking metric and validation metrics."""
         reported = sorted({name for row in self.rows for name in row.trial.metrics if name.startswith("validation/")})
         evaluated = [metric.name for metric in columns(self.record)] if self.record else []
         names = dict.fromkeys([*evaluated, self.metric.name, *reported])
@@ -108,7 +108,7 @@ def ranked(rows: Iterable[Row], metric: Metric) -> list[Row]:
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
-    """The Pareto front of ranked rows, cheapest first: each row that no row of the same or lower cost beats."""
+    """The Pareto front of ranked rows, cheapest first: the rows that no row of equal or lower cost beats."""
 
     def is_cheaper(value: float, other: float) -> bool:
         return value > cost.equal_factor * other if cost.better == "higher" else cost.equal_factor * value < other
@@ -141,7 +141,7 @@ def text_table(results: SweepResults) -> str:
 
 
 def ordered_rows(results: SweepResults) -> list[Row]:
-    """The ranked rows, then the others by state."""
+    """The ranked rows, then the other rows, sorted by state."""
     others = [row for row in results.rows if row not in results.ranked]
     return [*results.ranked, *sorted(others, key=lambda row: (row.trial.status == "failed", row.trial.status))]
 
@@ -206,7 +206,10 @@ def _teacher_for_comparison(results: SweepResults, best: Row) -> str:
     name = results.metric.name
     for score in results.record.scores if results.record else ():
         if score.kind == "teacher" and score.guidance == best.values.get("guidance") and name in score.metrics:
-            return f"; its teacher has {score.metrics[name]:{results.metric.format}} in {score.metrics['nfe']:g}"
+            return (
+                f"; its teacher has {score.metrics[name]:{results.metric.format}} in {score.metrics['nfe']:g} "
+                "network evaluations"
+            )
     return ""
 
 
@@ -223,7 +226,7 @@ def text(value: Any) -> str:
 
 
 def _value(row: Row, metric: Metric) -> str:
-    """The value of a metric as a table cell, with the half width of its 95 % interval if known."""
+    """The value of a metric as a table cell, with the half width of its 95 % interval if that is known."""
     if metric.name not in row.metrics:
         return ""
     width = row.score.half_widths.get(metric.name) if row.score else None

@@ -1,4 +1,4 @@
-"""The stage: check everything, add missing guidance scales, run the trials, evaluate the students, write the report."""
+"""The sweep stage: checks, adds missing guidance scales, runs trials, evaluates students and writes the report."""
 
 import json
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ RESULT_FILE = "trials.json"
 def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[TrialRecord]:
     """Distill every student of the sweep, evaluate the students and write the report.
 
-    A rerun keeps finished trials and resumes unfinished ones with the same values.
+    A rerun keeps finished trials, and resumes unfinished trials with unchanged values.
 
     Returns:
         One record per trial.
 
     Raises:
-        DistillKacError: before any trial starts, if the options, the store, the cluster or the folder are unsuitable;
+        DistillKacError: before any trial starts, if the options, the store, the cluster or the folder is unsuitable;
             after all trials have ended, if some failed.
     """
     spec = check_paths(spec, lambda: True)
@@ -50,7 +50,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
     source, missing = checks.check_store(spec, planned)
-    # Use the resources of the trials, not those of this process, so that any process can resume the sweep.
+    # Use the trials' resources instead of this process's, so that any process can resume the sweep.
     spec = spec.settled(lambda: checks.resources_per_trial(spec).gpus > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
@@ -61,7 +61,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
         try_features(evaluation_spec, load_teacher_config(str(evaluation_spec.teacher)).data)
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
-    # Plan again: the settled spec may give different students.
+    # Plan the trials again, because the settled spec may give different students.
     planned = [plan_trial(spec, r.values, r.name) for r in ledger.records] if spec.search else grid_trials(spec)
     total = max(len(planned), spec.trials) if spec.search else len(planned)
     judged = {"metric": metric, "samples": spec.samples, "features": list(spec.features), "register": spec.register}
@@ -111,7 +111,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
 def _add_scales(spec: SweepSpec, source: store.Store, missing: Sequence[float]) -> None:
     """Add guidance scales to the store, with the store's recipe and sample ids.
 
-    The rollout's run is not a child of the sweep's run, so a chart of the children compares only students.
+    The rollout's run is not a child of the sweep's run, so a chart of the child runs compares only students.
     """
     manifest = source.manifest
     assert manifest is not None
@@ -138,7 +138,7 @@ def _is_complete(record: TrialRecord) -> bool:
 def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> bool:
     """Whether a trial needs training. If its student is already complete, its record becomes "finished".
 
-    The run of a complete student becomes a child of the sweep's run.
+    A complete student's run becomes a child of the sweep's run.
     """
     record = ledger.get(trial.name)
     if record is not None and record.status == "stopped":
@@ -148,7 +148,7 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
         return True
     plan = plan_student(student)
     if outputs.begin(student.out, student, CONFIG_FILE, **plan.content):
-        claims.release(student.out)  # the process of the trial will claim the folder
+        claims.release(student.out)  # the trial's own process will claim the folder
         return True
     metrics: dict[str, float] = {}
     own = tracking.run_of_output(student.out)
@@ -157,7 +157,7 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
             new.tags({"distillkac.path": student.out})
     else:
         own.nest(run)
-        # If the sweep was stopped after the student was written and before its trial ended, the run ended as killed.
+        # If the sweep was stopped after the student was written but before its trial ended, the run ended as KILLED.
         if record is not None and record.status != "finished":
             finish_stopped_student(student)
         metrics = {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
@@ -167,7 +167,7 @@ def _is_open(ledger: Ledger, trial: PlannedTrial, run: tracking.TrackedRun) -> b
 
 
 def _end_runs(ledger: Ledger, *statuses: str) -> None:
-    """End the runs of trials with these statuses as killed. Trials that were stopped early get a tag."""
+    """Mark the runs of trials with these statuses as KILLED. The runs of trials that were stopped early get a tag."""
     for record in ledger.records:
         run = tracking.run_of_output(record.out) if record.status in statuses else None
         if run is not None:
@@ -177,7 +177,7 @@ def _end_runs(ledger: Ledger, *statuses: str) -> None:
 
 
 def _evaluate(spec: SweepSpec, ledger: Ledger, source: store.Store, run: tracking.TrackedRun) -> str | None:
-    """Evaluate the finished students in a separate run; return the evaluation's folder, or None if there is none."""
+    """Evaluate the finished students in a separate run; return its folder, or None if nothing was evaluated."""
     students = tuple(sorted(record.out for record in ledger.records if record.status == "finished"))
     if not spec.samples or not students:
         return None
@@ -203,7 +203,7 @@ def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, 
 
 
 def _remove_outdated(planned: EvaluateSpec) -> None:
-    """Remove an evaluation of different students, such as from before a retry. Its samples stay in the cache."""
+    """Remove an earlier evaluation if its students or settings differ. Its samples stay in the cache."""
     try:
         options = json.loads(files.read_bytes(files.join(planned.out, SPEC_FILE)))["options"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):

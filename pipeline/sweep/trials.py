@@ -29,17 +29,17 @@ from pipeline.sweep.proposers import PROPOSERS, edge_trials
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 WAITING_BYTES = 2**20
-"""Memory that Ray Tune reserves for a trial that only waits for its workers; Tune requires some resource."""
+"""Bytes of memory that Ray Tune reserves for a trial that only waits for its workers. Tune requires a resource."""
 
 PROCESS_FAILURES = 2
-"""Restarts of a trial whose process died. Each restart resumes from the trial's checkpoint."""
+"""Number of restarts of a trial whose process died. Each restart resumes from the trial's checkpoint."""
 
 
 def run_trials(
     spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
 ) -> None:
-    """Run the trials of ``todo``, then new trials of a search up to ``total`` trials. The ledger keeps the results."""
-    # Tune's tables would hide our progress lines. verbose=0 silences only Tune's older reporter, so select it.
+    """Run the trials in ``todo``, then new trials of a search until there are ``total``. The ledger keeps results."""
+    # Tune's tables would hide our progress lines. verbose=0 silences only Tune's older reporter, so select that.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     students = [trial.spec for trial in todo or edge_trials(spec)]
@@ -51,7 +51,7 @@ def run_trials(
     bundles = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [selector]} if selector else {}))
     trainable = tune.with_parameters(_trial, shared=_share_columns(spec, students), run=run)
     most_updates = max(student.optimizer.updates for student in students)
-    # Tune's own files are not needed to resume: checkpoints are in the students' folders, all else is in the ledger.
+    # Tune's own files are not needed to resume: checkpoints are in the students' folders, other state is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, bundles),
@@ -60,7 +60,7 @@ def run_trials(
                 scheduler=LedgerASHA(spec, ledger, most_updates) if spec.asha else None,
                 num_samples=max(1, len(todo) + max(0, total - len(ledger.records))),
                 max_concurrent_trials=concurrent,
-                reuse_actors=not spec.workers,  # later trials need not import and read the store again
+                reuse_actors=not spec.workers,  # so later trials need not import modules and read the store again
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
@@ -70,8 +70,8 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=PROCESS_FAILURES),
             ),
         )
-        # Tune would copy these keys into the runtime environment of the trials (tune/execution/class_cache.py), which
-        # Ray's agent writes into its log. Trials get their keys from their node.
+        # Tune would copy these keys into the trials' runtime environment (tune/execution/class_cache.py), which Ray's
+        # agent writes into its log. Trials get their keys from their nodes.
         hidden = {name: os.environ.pop(name) for name in AWS_KEYS if name in os.environ}
         try:
             tuner.fit()
@@ -82,7 +82,8 @@ def run_trials(
 def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray.ObjectRef]:
     """Put the columns that the students read into Ray's object store, which shares them between the trials of a node.
 
-    Returns an empty list if the columns do not fit ``memory_gib`` or the object store. Each trial then reads the store.
+    Returns an empty list if trials have workers, or if the columns exceed ``memory_gib`` or the object store. In that
+    case, each trial reads the store.
     """
     source = store.open(spec.store)
     wanted = [
@@ -114,7 +115,7 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
     try:
         with use_shared(ray.get(list(shared))):
             distill(spec, run, on_report=report, is_trial=True)
-    except Exception as error:  # noqa: BLE001 - Tune would restart a trial that raises, and it would fail again
+    except Exception as error:  # noqa: BLE001 - Tune would restart the trial, which would fail again
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return
     report({"update": float(spec.optimizer.updates)}, is_done=True)
@@ -123,18 +124,18 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
 class LedgerSearch(Searcher):  # type: ignore[misc]
     """A searcher for Tune. It starts the planned trials in order, then trials with values from the search algorithm.
 
-    It writes each report, and the end of each trial, to the ledger. ``total`` is the number of trials in the sweep.
+    The searcher writes each report and the end of each trial to the ledger. ``total`` is the sweep's number of trials.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:
         super().__init__()
         self.spec, self.ledger, self.waiting, self.total = spec, ledger, list(planned), total
         self.proposer = PROPOSERS[spec.searcher](spec, ledger) if spec.search else None
-        self.running: dict[str, tuple[str, float]] = {}  # by Tune's id: name, seconds of earlier starts
+        self.running: dict[str, tuple[str, float]] = {}  # by Tune's id: name, and seconds of earlier starts
         self.started, self.ended_here = time.perf_counter(), 0
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial, None while all remaining trials wait for other trials, or FINISHED."""
+        """Return the next trial, None if all remaining trials are waiting for other trials, or FINISHED."""
         trial = self._next()
         if trial is None:
             return None if self.waiting else Searcher.FINISHED
@@ -164,7 +165,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         """Add a report to the ledger."""
         name, base_seconds = self.running[trial_id]
         if "update" in result and not result.get("error"):
-            # Keep only what the trial reported; Ray Tune adds other entries.
+            # Keep only the entries that the trial reported. Ray Tune adds other entries.
             own = ("update", "seconds", *str(result.get("reported", "")).split())
             self.ledger.report(name, {key: float(result[key]) for key in own if key in result}, base_seconds)
 
@@ -205,7 +206,7 @@ class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
     """Tune's ASHA (asynchronous successive halving). Its rungs also count trials from earlier starts of the sweep.
 
     A trial at its last update always continues, because it has to write its student. The last rung is below
-    ``most_updates``, the updates of the longest trial.
+    ``most_updates``, the number of updates of the longest trial.
     """
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, most_updates: int) -> None:

@@ -1,15 +1,15 @@
 """MLflow tracking: one experiment, one run per output; fingerprint tags link teacher, store, student and evaluation.
 
-runs.py             start or resume the run of a stage, measure the machine, end the run, and find runs
-tracked_run.py      a handle of a run; any process can log to it
-killed_runs.py      mark runs as KILLED
-process_tags.py     tags for the process, command and commit behind a run
-metrics.py          the table of metric names
-delivery.py         the thread that sends log entries, and the file that keeps a copy of waiting entries
-entries.py          log entries, and the requests to MLflow that deliver them
-server.py           the address of the server, and its experiment
-logged_models.py    students as logged models, which can be loaded, served and registered
-student_pyfunc.py   the code of a logged model
+runs.py             starts or resumes a stage's run, measures the machine, ends the run, and finds runs
+tracked_run.py      defines the handle of a run, through which any process can log to the run
+killed_runs.py      marks runs as KILLED
+process_tags.py     creates the tags for a run's process, command and commit
+metrics.py          defines the table of metrics
+delivery.py         sends log entries in a thread, and keeps a copy of waiting entries in a file
+entries.py          defines log entries, and the MLflow requests that deliver them
+server.py           finds the server's address, and connects to the experiment
+logged_models.py    logs students as models, which can be loaded, served and registered
+student_pyfunc.py   loads a logged model and draws its samples; MLflow runs this code
 """
 
 from kac.util.errors import without_keys as without_password

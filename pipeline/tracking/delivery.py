@@ -1,8 +1,8 @@
-"""Deliver log entries to a tracking server: one thread sends the entries of this process in order.
+"""Deliver log entries to a tracking server: one thread sends this process's entries in order.
 
 A failing server never stops the work. A file keeps a copy of all waiting entries, so a killed process loses none of
-them. A process locks its file until the process ends. If entries are left, the next run on the same server delivers
-them, and so does ``python -m jobs.runs sync``.
+them. A process locks its file until the process ends. If entries are left in the file, they are delivered by the next
+run on the same server, or by ``python -m jobs.runs sync``.
 """
 
 import atexit
@@ -28,16 +28,16 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 """First and longest pause between two attempts, in seconds. The pause doubles with each failure."""
 
 END_SECONDS = 10.0
-"""How long a process that ends waits for a server that does not answer, in seconds."""
+"""How long a process waits at its end for a server that does not answer, in seconds."""
 
 FILE_ATTEMPTS = 3
-"""Attempts to store a file on a server that answers. The file is then set aside, so that other entries are sent."""
+"""Attempts to store a file on a server that answers. After them, the file is set aside and other entries are sent."""
 
 SYNC_COMMAND = "python -m jobs.runs sync"
 
 
 class Journal:
-    """A file with a copy of the waiting entries of this process for one server."""
+    """A file with a copy of this process's waiting entries for one server."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self._size = uri, 0
@@ -45,14 +45,14 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add entries at the end. A full disk raises an ``OSError``."""
+        """Append entries to the file. Raises ``OSError`` if the disk is full."""
         if self._file is None:
             self.path = local_folder() / f"{file_name_of(self.uri)}-{time.time_ns()}-{uuid.uuid4().hex}.jsonl"
             self._file = self.path.open("x+b")
             fcntl.flock(self._file, fcntl.LOCK_EX)
         header = b"" if self._size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
         data = header + b"".join(entry.line() for entry in entries)
-        # If a full disk accepts only a part, the next attempt overwrites the part.
+        # If a full disk accepts only part of the data, the next attempt overwrites that part.
         if os.pwrite(self._file.fileno(), data, self._size) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(data)
@@ -65,7 +65,7 @@ class Journal:
                 os.ftruncate(self._file.fileno(), 0)
 
     def close(self) -> None:
-        """Release the lock of the file, and remove the file if it has no entries."""
+        """Release the file's lock, and remove the file if it has no entries."""
         if self._file is not None and self.path is not None:
             if not self._size:
                 self.path.unlink(missing_ok=True)
@@ -74,11 +74,11 @@ class Journal:
 
 
 def leftovers(uri: str) -> Iterator[tuple[Path, list[Entry]]]:
-    """Yield the files of ended processes, oldest first, with their entries. A file is locked while it is in use."""
+    """Yield the files that ended processes left, oldest first, with their entries. Files in use are locked."""
     for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl")):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is still running
-            if path.exists():  # otherwise, another process has delivered it meanwhile
+            if path.exists():  # otherwise, another process has just delivered its entries
                 entries = []
                 for line in file:  # the header and damaged lines are skipped
                     with contextlib.suppress(TypeError, ValueError):
@@ -87,7 +87,7 @@ def leftovers(uri: str) -> Iterator[tuple[Path, list[Entry]]]:
 
 
 class Delivery:
-    """The waiting entries of this process for one server, and the thread that sends them."""
+    """This process's waiting entries for one server, and the thread that sends them."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.sender, self.is_failing = uri, Sender(uri), False
@@ -105,12 +105,12 @@ class Delivery:
                 self._journal.append(entries)
             except OSError as error:
                 if self._is_on_disk:
-                    self.warn(f"has entries waiting that this disk cannot store ({one_line(error)})")
+                    self.warn(f"has not received some log entries, and this disk cannot store them ({one_line(error)})")
                 self._is_on_disk = False
             self._changed.notify_all()
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
-        """Wait up to ``seconds`` until all entries are delivered; return whether they are.
+        """Wait up to ``seconds`` for the delivery of all entries. Return whether all entries are delivered.
 
         With ``on_disk_is_enough``, do not wait for a failing server if all entries are in the file.
         """
@@ -124,7 +124,7 @@ class Delivery:
         return True
 
     def close(self) -> None:
-        """Close the journal. If entries still wait, log the path of their file."""
+        """Close the journal. If entries are still waiting, log the path of their file."""
         with self._changed:
             if not self._is_on_disk:
                 with contextlib.suppress(OSError):
@@ -132,11 +132,11 @@ class Delivery:
                     self._journal.append(self._waiting)
             if self._waiting:
                 path = self._journal.path
-                self.warn(f"has entries waiting in {path}. The next run delivers them, and so does {SYNC_COMMAND}")
+                self.warn(f"has not received the entries in {path}. The next run or {SYNC_COMMAND} delivers them")
             self._journal.close()
 
     def deliver_leftovers(self) -> tuple[int, bool]:
-        """Deliver the entries of ended processes; return how many were delivered, and whether others still wait."""
+        """Deliver the entries of ended processes; return their number, and whether other entries are still waiting."""
         delivered, is_waiting = 0, False
         for path, entries in leftovers(self.uri):
             try:
@@ -177,7 +177,7 @@ class Delivery:
                 self.warn("answers again")
 
     def _send(self, batch: list[Entry]) -> None:
-        """Deliver a batch. If the server refuses it, send its entries one by one and drop the refused ones."""
+        """Deliver a batch. If the server refuses the batch, send the entries one by one and drop the refused ones."""
         try:
             self.sender.send(batch)
         except Exception as error:
@@ -209,7 +209,7 @@ class Delivery:
             was_failing, self.is_failing = self.is_failing, True
             self._changed.notify_all()
         if not was_failing:
-            self.warn(f"does not answer ({one_line(error)}). The work continues; log entries wait on this disk")
+            self.warn(f"does not answer ({one_line(error)}). The work continues, and log entries are kept on this disk")
         time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures, 10)))
 
 
@@ -218,7 +218,7 @@ _lock = threading.Lock()
 
 
 def delivery_to(uri: str) -> Delivery:
-    """The ``Delivery`` of this process for a server. A forked process gets its own."""
+    """This process's ``Delivery`` for a server. A forked process gets a new ``Delivery``."""
     key = os.getpid(), uri
     with _lock:
         if key not in _deliveries:
@@ -228,7 +228,7 @@ def delivery_to(uri: str) -> Delivery:
 
 @atexit.register
 def finish(seconds: float = END_SECONDS) -> None:
-    """When the process ends, wait for its deliveries, and log which entries still wait."""
+    """When the process ends, wait for its deliveries to finish, and log which entries are still undelivered."""
     deadline = time.monotonic() + seconds
     for (pid, _), delivery in list(_deliveries.items()):
         if pid == os.getpid():
@@ -243,7 +243,7 @@ class SyncSpec(Spec):
 
 
 def sync(spec: SyncSpec | None = None) -> int:
-    """Deliver all log entries that wait on this machine, for any server; return the number delivered.
+    """Deliver all log entries that are waiting on this machine, for any server. Return the number delivered.
 
     Raises:
         DistillKacError: some entries could not be delivered.
@@ -253,12 +253,12 @@ def sync(spec: SyncSpec | None = None) -> int:
     results = {without_keys(server): delivery_to(server).deliver_leftovers() for server in servers}
     log.info(f"sync: delivered {sum([count for count, _ in results.values()]):,} entries")
     if failed := [server for server, (_, is_waiting) in results.items() if is_waiting]:
-        raise DistillKacError(f"Log entries still wait, because {', '.join(failed)} does not answer. Try again later.")
+        raise DistillKacError(f"Log entries are still waiting: {', '.join(failed)} does not answer. Try again later.")
     return sum([count for count, _ in results.values()])
 
 
 def waiting_servers() -> set[str]:
-    """The addresses, without passwords, of all servers for which entries wait on this machine."""
+    """The addresses, without passwords, of all servers for which entries are waiting on this machine."""
     servers = set()
     for path in local_folder().glob("*.jsonl"):
         with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as file:

@@ -1,7 +1,7 @@
 """Log entries, and the requests to MLflow that deliver them.
 
 Delivering an entry twice is harmless. MLflow stores two metrics with the same name, step, value and time as one point,
-and a file with the same name as one file. All other entries set values.
+and a file with the same name as one file. Every other entry sets a value.
 """
 
 import base64
@@ -25,10 +25,10 @@ REQUEST_LIMITS = {"metrics": 1000, "params": 100, "tags": 100}
 """The maximum number of values in one MLflow request. Each entry of any other kind needs its own request."""
 
 DIGEST_LENGTH = 16
-"""Hexadecimal digits of a dataset's digest. MLflow's databases accept at most 36."""
+"""Number of hexadecimal digits in a dataset's digest. MLflow's databases accept at most 36 characters."""
 
 LOCAL = "local-"
-"""Prefix of the local id of a run that its server has not created yet, because the server did not answer."""
+"""Prefix of a run's local id, which the run has until the server answers and creates the run."""
 
 LOCAL_ID_TAG, PARENT_TAG, RERUN_TAG = "distillkac.local_id", "mlflow.parentRunId", "distillkac.rerun."
 
@@ -46,7 +46,7 @@ class Entry:
 
     run_id: str
     kind: Kind
-    content: dict[str, Any]  # for metrics, params and tags, a single value
+    content: dict[str, Any]  # a single value if the kind is metrics, params or tags
     time: int = field(default_factory=now)
     step: int = 0
 
@@ -71,18 +71,18 @@ class Sender:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._known: dict[str, str] = {}  # the server's ids by local ids
-        self._connected: dict[str, tuple[MlflowClient, str]] = {}  # by name of the experiment
+        self._known: dict[str, str] = {}  # the server's run ids, by local id
+        self._connected: dict[str, tuple[MlflowClient, str]] = {}  # by experiment name
 
     def connected(self) -> tuple["MlflowClient", str]:
-        """A client, and the id of the experiment."""
+        """A client, and the experiment's id."""
         name = experiment_name()
         if name not in self._connected:
             self._connected[name] = connect(self.uri)
         return self._connected[name]
 
     def id_of(self, run_id: str) -> str:
-        """The server's id of a run. Raises ``RunNotCreatedYet`` if the server does not have the run."""
+        """The server's id for a run. Raises ``RunNotCreatedYet`` if the server does not have the run."""
         if not run_id.startswith(LOCAL):
             return run_id
         if run_id not in self._known:
@@ -105,7 +105,7 @@ class Sender:
         first = batch[0]
         if first.kind == "create":
             try:
-                self.id_of(first.run_id)  # an earlier attempt may have created it, if the answer was lost
+                self.id_of(first.run_id)  # an earlier attempt may have created the run, although its answer was lost
             except RunNotCreatedYet:
                 self._known[first.run_id] = self.create({**first.content, LOCAL_ID_TAG: first.run_id}, first.time)
             return

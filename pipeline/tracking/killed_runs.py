@@ -1,4 +1,4 @@
-"""Mark runs as KILLED: those stopped from outside, and those of dead processes, which MLflow shows as RUNNING."""
+"""Mark runs as KILLED: runs stopped from outside, and runs of dead processes, which MLflow shows as RUNNING."""
 
 import time
 from typing import Any
@@ -37,7 +37,7 @@ def close_dead(spec: CloseDeadSpec) -> list[str]:
         for run_id in ids:
             mark_killed(TrackedRun(uri, run_id))
         if ids and not TrackedRun(uri, ids[0]).flush():
-            raise TimeoutError("the changes wait on this disk")
+            raise TimeoutError("the changes are waiting on this disk")
     except Exception as error:
         raise DistillKacError(
             f"The tracking server {without_keys(uri)} does not answer ({one_line(error)}). "
@@ -55,7 +55,7 @@ def mark_killed(run: TrackedRun) -> None:
 
 
 def dead_below(client: Any, experiment: str, run_id: str) -> list[str]:
-    """The ids of runs nested under a run that are RUNNING although their process on this host has ended."""
+    """The ids of a run's nested runs that are RUNNING although their processes on this host have ended."""
     nested = _search(client, experiment, f" and tags.mlflow.parentRunId = '{run_id}'")
     return [str(run.info.run_id) for run in nested if _is_dead(run)]
 

@@ -1,4 +1,4 @@
-"""Students as logged models of MLflow, which can be loaded, served, and registered under a name.
+"""Students as MLflow logged models, which can be loaded, served, and registered under a name.
 
 The artifact of a logged model contains the model folder and the code that loads it, but no pickles:
 
@@ -8,8 +8,8 @@ code/kac/             the package that this code imports, so that no other copy 
 artifacts/model/      the model folder: config.json and the weights as safetensors
 input_example.json, serving_input_example.json, requirements.txt, ...
 
-All calls go through clients of the run's own server. Unlike ``mlflow.pyfunc.log_model``, they are thread-safe and do
-not change the tracking URI or the active run of the process.
+All calls go through clients of the run's own server. Unlike ``mlflow.pyfunc.log_model``, they are thread-safe and
+change neither the process's tracking URI nor its active run.
 """
 
 import json
@@ -43,22 +43,22 @@ MODEL_FOLDER = "artifacts/model"
 CODE_FILE = Path(__file__).with_name("student_pyfunc.py")
 TAG = "distillkac."
 MODEL_ID_TAG = f"{TAG}model_id"
-"""The tag of a run that contains the id of its logged model."""
+"""The run's tag that contains the id of its logged model."""
 
 VERSIONS_TAG = "mlflow.modelVersions"
-"""The tag of a logged model that lists its registered versions. MLflow's pages read it."""
+"""The logged model's tag that lists its registered versions. MLflow's pages read this tag."""
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pydantic", "safetensors", "fsspec", "botocore")
 """The packages that ``kac`` needs for sampling and MLflow needs for serving."""
 
 _save_lock = threading.Lock()
-"""Serialises MLflow's ``save_model``: in two threads at once, it would leave a fake module ``dbutils`` behind."""
+"""Serialises MLflow's ``save_model``, which leaves a fake module ``dbutils`` behind if two threads run it at once."""
 
 
 def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> None:
     """Log a trained student to its run, and register it if ``spec.register`` is set.
 
-    A failure of MLflow causes only a warning: the student is complete on disk.
+    If MLflow fails, only log a warning, because the student is complete on disk.
     """
     if not run.tracking_uri:
         return
@@ -77,7 +77,7 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
 
 
 def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
-    """Log the student in ``folder`` to its run, and return the logged model. A model is not logged twice.
+    """Log the student in ``folder`` to its run, and return the logged model. A student is logged only once.
 
     Args:
         run: the run that made the student.
@@ -126,8 +126,8 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
 def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
     """Register the student of a run as the newest version of the model ``name``, and return the version.
 
-    A student that already has a version under this name keeps it. ``alias`` makes ``models:/NAME@ALIAS`` refer to this
-    version.
+    A student that already has a version under this name keeps that version. ``alias`` makes ``models:/NAME@ALIAS``
+    refer to the version.
 
     Raises:
         DistillKacError: the run has no logged model, or MLflow refuses the name or the alias, or does not answer.
@@ -156,16 +156,16 @@ def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
 
 
 def register_folder(folder: str, name: str) -> str:
-    """Register the student in a folder. If its run in MLflow has no logged model, the student is logged first.
+    """Register the student in a folder. If the student's MLflow run has no logged model, log the student first.
 
     Raises:
-        DistillKacError: MLflow has no run of this student, or an error of ``register``.
+        DistillKacError: MLflow has no run for this student, or ``register`` fails.
     """
     uri, config = tracking_uri(folder), load_config(folder)
     runs = find_runs(config.fingerprint, "distill", uri)
     if not runs:
         raise DistillKacError(
-            f"{folder}: MLflow ({without_keys(uri)}) has no run of this student, or does not answer. Set "
+            f"{folder}: MLflow ({without_keys(uri)}) has no run for this student, or does not answer. Set "
             "MLFLOW_TRACKING_URI to the server that recorded its training."
         )
     with _mlflow_errors(uri):
@@ -176,7 +176,7 @@ def register_folder(folder: str, name: str) -> str:
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":
-    """The newest complete logged model of a run, or None. ``weights_sha256`` limits the search to these weights."""
+    """The newest complete logged model of a run, or None. ``weights_sha256`` limits the search to this hash."""
     client = client_of(run.tracking_uri)
     query = f"source_run_id = '{run.run_id}'"
     if weights_sha256:
@@ -202,7 +202,7 @@ def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
     """Link the model to its run, and copy the run's last metrics, which MLflow uses to compare models."""
     from mlflow.entities import LoggedModelOutput, Metric, RunTag
 
-    # Copies keep their times and steps; otherwise, the server would add new points to the run.
+    # The copies keep the original times and steps. Otherwise, the server would add new points to the run.
     run_id = info.info.run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     metrics = [
@@ -215,7 +215,7 @@ def _link(client: "MlflowClient", info: Any, model_id: str) -> None:
 
 def _new_version(client: "MlflowClient", name: str, model: "LoggedModel") -> str:
     tags = {key: value for key, value in model.tags.items() if key.startswith(TAG)}
-    # Pass the artifact's folder as source: MLflow would look up models:/ID on the process's own tracking server.
+    # Pass the artifact's folder as the source, because MLflow would look up models:/ID on the process's own server.
     created = client.create_model_version(
         name, model.artifact_location, run_id=model.source_run_id, tags=tags, model_id=model.model_id
     )
@@ -275,7 +275,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
             copy = path / MODEL_FOLDER / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(files.read_bytes(files.join(folder, name)))
-    # MLflow would copy the artifact with a progress bar, and record the temporary path of its source.
+    # If MLflow copied the artifact, it would show a progress bar and record the source's temporary path.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": MODEL_FOLDER, "uri": folder}}
     flavor["model_code_path"] = CODE_FILE.name
@@ -285,7 +285,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide MLflow's log lines below warnings."""
+    """Hide MLflow's log lines below the level of warnings."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.WARNING)

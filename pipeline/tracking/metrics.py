@@ -8,13 +8,13 @@ METRICS: dict[str, Metric] = {}
 """Every metric that is logged to MLflow, by name. The modules that compute metrics add them with ``declare``."""
 
 PART_PREFIX = "loss/"
-"""Prefix of the parts of a loss, ``loss/<part>``. They need no declaration."""
+"""Prefix for the parts of a loss, ``loss/<part>``, which need no declaration."""
 
 DIAGNOSTIC_PREFIX = "diagnostic/"
-"""Prefix of the diagnostics of an objective, ``diagnostic/<name>``. They need no declaration."""
+"""Prefix for an objective's diagnostics, ``diagnostic/<name>``, which need no declaration."""
 
 SYSTEM_PREFIX = "system/"
-"""Prefix of the measurements of MLflow's monitors, ``system/<name>``."""
+"""Prefix for the measurements of MLflow's monitors, ``system/<name>``."""
 
 
 def declare(*metrics: Metric) -> None:
@@ -23,7 +23,7 @@ def declare(*metrics: Metric) -> None:
 
 
 def declared(name: str) -> Metric | None:
-    """The declaration of a metric, or None. The name may have prefixes, as in ``steps_4/guidance_1/<name>``."""
+    """A metric's declaration, or None. The metric's name may have prefixes, as in ``steps_4/guidance_1/<name>``."""
     while name not in METRICS and "/" in name:
         name = name.partition("/")[2]
     return METRICS.get(name)

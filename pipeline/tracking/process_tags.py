@@ -1,4 +1,4 @@
-"""Tags for the origin of a run: the process, so that its end can be detected, and the command, commit and user."""
+"""Tags for a run's origin: the process (so that the process's end can be detected), command, commit and user."""
 
 import functools
 import getpass
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def tags() -> dict[str, str]:
-    """Tags that identify this process. They include its start time, because process ids are reused."""
+    """Tags that identify this process. They include the process's start time, because process ids are reused."""
     return {HOST_TAG: socket.gethostname(), PID_TAG: str(os.getpid()), STARTED_TAG: _started(os.getpid())}
 
 
 def is_here(tags: Mapping[str, str]) -> bool:
-    """Whether the process with these ``tags`` is or was on this host."""
+    """Whether the process with these ``tags`` runs or ran on this host."""
     return tags.get(HOST_TAG) == socket.gethostname()
 
 
@@ -28,7 +28,7 @@ def is_alive(tags: Mapping[str, str]) -> bool:
 
 
 def has_ended(tags: Mapping[str, str]) -> bool:
-    """Whether the process of this host with these ``tags`` has ended; False if that is unknown."""
+    """Whether this host's process with these ``tags`` has ended; False if its state is unknown."""
     import psutil
 
     try:
@@ -42,7 +42,7 @@ def has_ended(tags: Mapping[str, str]) -> bool:
 
 
 def source_tags(stage: str) -> dict[str, str]:
-    """MLflow's own tags for the source of a run, which its pages show."""
+    """MLflow's own tags for a run's source, which MLflow's pages show."""
     tags = {
         "mlflow.source.name": f"python -m jobs.{stage}",
         "mlflow.source.type": "LOCAL",

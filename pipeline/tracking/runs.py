@@ -1,4 +1,4 @@
-"""One MLflow run per output. A rerun resumes it, any process can log to it, and it is always closed."""
+"""One MLflow run per output. A rerun resumes the run, any process can log to it, and it is always closed."""
 
 import contextlib
 import json
@@ -27,13 +27,13 @@ STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerpr
 CONTINUES_TAG = "distillkac.continues"
 
 START_SECONDS, NESTED_SECONDS = 60.0, 10.0
-"""How long a run, or a nested run, waits at its start for a server that does not answer, in seconds."""
+"""How long a run, and a nested run, wait at the start for a server that does not answer, in seconds."""
 
 KILLED_SECONDS = 2.0
 """How long a stopped job waits for the server, in seconds. Ray kills a job three seconds after asking it to stop."""
 
 FIRST_SECONDS, EVERY_SECONDS = 2.0, 10.0
-"""Seconds to the first measurement of the machine, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
+"""Seconds until the first measurement of the machine, and the default of MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL."""
 
 
 @contextmanager
@@ -48,13 +48,13 @@ def start_run(
     stage: str | None = None,
     datasets: Sequence[LoggedDataset] = (),
 ) -> Iterator[TrackedRun]:
-    """Start or resume the run of a stage, and end it when the block ends.
+    """Start or resume a stage's run, and end the run when the block ends.
 
-    The run ends as FINISHED, as KILLED if the process is asked to stop, or as FAILED after any other error. Then the
-    job's claim on ``output`` is released.
+    The run ends as FINISHED, as KILLED if the process is asked to stop, or as FAILED after any other error. Then, the
+    job releases its claim on ``output``.
 
-    A rerun resumes the run that ``OUTPUT/run.json`` names. If that run was deleted or is on another server, a new run
-    starts, with the tag ``distillkac.continues``.
+    A rerun resumes the run that ``OUTPUT/run.json`` names. If that run was deleted or is on a different server, a new
+    run starts, with the tag ``distillkac.continues``.
 
     Args:
         spec: the options of the stage.
@@ -63,11 +63,11 @@ def start_run(
         output: folder or URI that the stage writes.
         parent: run to nest this run under.
         name: name of the run in MLflow; default: the stage.
-        stage: name of the stage to log instead of the spec's. The run is then always new and writes no ``run.json``.
+        stage: name of the stage to log instead of the spec's stage. The run is then always new and has no ``run.json``.
         datasets: data that the stage reads.
 
     Raises:
-        DistillKacError: the server refuses the run. A server that does not answer is not an error.
+        DistillKacError: the server refuses the run. If the server does not answer, no error is raised.
     """
     run = TrackedRun("", "")
     try:
@@ -111,7 +111,7 @@ def run_of_output(out: str) -> TrackedRun | None:
 
 
 def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None) -> list[TrackedRun]:
-    """The runs whose output has this fingerprint, newest first; none if the server does not answer.
+    """The runs whose output has this fingerprint, newest first; an empty list if the server does not answer.
 
     The default ``uri`` is the ``tracking_uri`` of the current directory.
     """
@@ -128,7 +128,7 @@ def find_runs(fingerprint: str, stage: str | None = None, uri: str | None = None
 
 
 def _open_run(uri: str, tags: dict[str, str], output: str | None, seconds: float) -> TrackedRun:
-    """Resume the run of an output, or create a run. Without an output, always create a run."""
+    """Resume an output's run, or create a run. Without an output, always create a run."""
     delivery = delivery_to(uri)
     is_up = not delivery.is_failing and _wait_for_server(delivery, seconds)
     if is_up:
@@ -188,7 +188,7 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
     delivery.put(Entry(run.run_id, "status", {"status": "RUNNING"}))
     run.tags(tags)
     if is_up:
-        # If the server fails here, the next start closes these runs.
+        # If the server fails now, the next start closes these nested runs.
         with contextlib.suppress(Exception):
             for run_id in dead_below(*delivery.sender.connected(), delivery.sender.id_of(run.run_id)):
                 mark_killed(TrackedRun(run.tracking_uri, run_id))
@@ -197,7 +197,7 @@ def _resume(run: TrackedRun, tags: dict[str, str], is_up: bool) -> TrackedRun:
 
 
 def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun:
-    """Create a run now, or later if the server does not answer or does not have the parent's run yet."""
+    """Create a run now, or later if the server does not answer or has not created the parent's run yet."""
     if is_up and not tags.get(PARENT_TAG, "").startswith(LOCAL):
         try:
             return TrackedRun(delivery.uri, delivery.sender.create(tags, now()))
@@ -215,7 +215,7 @@ def _deliver(run: TrackedRun) -> None:
 
 
 def _read_record(out: str) -> dict[str, str] | None:
-    """The content of ``run.json``; None if it is missing or damaged, since tracking must not stop the work."""
+    """The content of ``run.json``; None if the file is missing or damaged, because tracking must not stop the work."""
     try:
         record = json.loads(files.read_bytes(files.join(out, RUN_FILE)))
         return {name: str(record[name]) for name in ("tracking_uri", "run_id", "fingerprint")}
@@ -242,9 +242,9 @@ def _measure(run: TrackedRun, ended: threading.Event) -> None:
         return
     import psutil
 
-    psutil.cpu_percent()  # measures since the previous call; the first call returns 0
+    psutil.cpu_percent()  # each call measures the time since the previous call; the first call returns 0
     monitors = _monitors()
-    # A resumed run continues its numbering of steps.
+    # A resumed run continues its step numbers.
     step, wait = run.last_step(f"{SYSTEM_PREFIX}cpu_utilization_percentage"), min(1.0, every)
     while not ended.wait(wait):
         values: dict[str, float] = {}
@@ -263,6 +263,6 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(Exception):  # without a GPU or NVIDIA's library, MLflow raises any error
+    with contextlib.suppress(Exception):  # if there is no GPU or no NVIDIA library, MLflow may raise any error
         monitors.append(GPUMonitor())
     return monitors

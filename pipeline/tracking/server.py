@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT, EXPERIMENT_VARIABLE = "distillkac", "MLFLOW_EXPERIMENT_NAME"
-"""The experiment of all runs, unless MLflow's own variable names a different one."""
+"""The experiment for all runs, unless this variable of MLflow names a different experiment."""
 
 RUN_FILE = "run.json"
 """A file in an output's folder that names the run that made the output."""
 
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""Settings that turn off MLflow's retries: they take minutes and print a line each. ``delivery.py`` retries instead."""
+"""Settings that turn off MLflow's retries, which take minutes and print a line each. ``delivery.py`` has its own."""
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 """MLflow's error codes for a request that will never succeed."""
 
 START_REFUSALS = {"CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"}
-"""Further error codes that end a job at its start. Later, entries wait until the token or the proxy is repaired."""
+"""Further error codes, which end a job only at its start. Later, entries wait until the token or proxy is fixed."""
 
 _is_off: ContextVar[bool] = ContextVar("_is_off", default=False)
 
@@ -68,16 +68,16 @@ def tracking_uri(output: str) -> str:
 
 
 def experiment_name() -> str:
-    """The name of the experiment of new runs."""
+    """The name of the experiment for new runs."""
     return os.environ.get(EXPERIMENT_VARIABLE, "").strip() or EXPERIMENT
 
 
 def connect(uri: str) -> tuple["MlflowClient", str]:
-    """A client of the server, and the id of the experiment, which is created if it does not exist.
+    """A client for the server, and the experiment's id. The experiment is created if it does not exist.
 
     Raises:
         DeletedExperimentError: the experiment was deleted.
-        Exception: any error of MLflow, for example if the server does not answer; see ``is_refusal``.
+        Exception: any MLflow error, for example if the server does not answer; see ``is_refusal``.
     """
     from mlflow.exceptions import MlflowException
 
@@ -90,33 +90,33 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
             location = file.with_name("mlartifacts").as_uri() if file else None
             try:
                 return client, str(client.create_experiment(name, artifact_location=location))
-            except MlflowException:  # another host may have created it meanwhile
+            except MlflowException:  # another host may have just created the experiment
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
     if experiment.lifecycle_stage != "active":
         raise DeletedExperimentError(
             f"The MLflow experiment {name!r} at {without_keys(uri)} was deleted. Restore it (mlflow experiments "
-            f"restore --experiment-id {experiment.experiment_id}), or choose another one with {EXPERIMENT_VARIABLE}."
+            f"restore --experiment-id {experiment.experiment_id}), or choose another with {EXPERIMENT_VARIABLE}."
         )
     return client, str(experiment.experiment_id)
 
 
 def client_of(uri: str) -> "MlflowClient":
-    """A client of the server. Only ``connect`` may create a local database."""
+    """A client for the server. Only ``connect`` may create a local database."""
     from mlflow import MlflowClient
 
     for name, value in REQUEST.items():
         os.environ.setdefault(name, value)
-    if without_keys(uri) != uri:  # MLflow prints the address when a run ends
+    if without_keys(uri) != uri:  # otherwise, MLflow prints the address with its password when a run ends
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     return MlflowClient(uri)
 
 
 def is_refusal(error: Exception, *, at_start: bool = False) -> bool:
-    """Whether the server refuses the request for good, so that a retry is pointless.
+    """Whether the server will always refuse the request, so that a retry is pointless.
 
-    ``at_start`` includes ``START_REFUSALS``.
+    With ``at_start``, ``START_REFUSALS`` also count as refusals.
     """
     from mlflow.exceptions import MlflowException
 
@@ -143,7 +143,7 @@ def file_name_of(uri: str) -> str:
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Lock a SQLite database, and create it if it does not exist: MLflow fails if two processes create it at once."""
+    """Lock a SQLite database, and create it if it does not exist. MLflow fails if two processes create it at once."""
     if not uri.startswith("sqlite:"):
         yield
         return

@@ -1,6 +1,6 @@
-"""The code of a logged student. MLflow executes a copy of this file, stored with the weights and a copy of ``kac``.
+"""The code of a logged student. MLflow runs a copy of this file, stored next to the weights and a copy of ``kac``.
 
-It imports only ``kac`` from this project, so that a logged model needs neither Ray, nor a dataset, nor this checkout.
+From this project, it imports only ``kac``. A logged model therefore needs neither Ray, a dataset nor this checkout.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class Student(PythonModel):  # type: ignore[misc]
     """Draws the same images as ``jobs.sample`` for the same seed, labels and steps."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model folder, onto the GPU if the machine has one."""
+        """Load the model onto the GPU if the machine has one, otherwise onto the CPU."""
         self.model = load_model(context.artifacts["model"], default_device())
 
     def predict(
@@ -46,7 +46,7 @@ class Student(PythonModel):  # type: ignore[misc]
         try:
             return self._images(torch.tensor(model_input["label"].to_numpy(np.int64)), params or {})
         except DistillKacError as error:
-            # For this exception, MLflow's server answers with the message; for any other, with a traceback.
+            # MLflow's server answers this exception with its message, and any other exception with a traceback.
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _images(self, label: torch.Tensor, given: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -1,4 +1,4 @@
-"""A handle of an MLflow run that any process can log to."""
+"""A handle of an MLflow run, through which any process can log to the run."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARAM_LENGTH = 500
-"""Maximum length of a parameter's logged value. A longer value is cut and ends in an ellipsis."""
+"""Maximum length of a parameter's logged value. A longer value is truncated and ends in an ellipsis."""
 
 THUMBNAIL = 256
 """Maximum width and height, in pixels, of the small copies of pictures on MLflow's pages."""
@@ -32,17 +32,17 @@ class LoggedDataset(NamedTuple):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """An MLflow run that any process can log to. It consists of two strings, so it can be sent to workers.
+    """An MLflow run that any process can log to. The handle consists of two strings, so it can be sent to workers.
 
-    Logged values wait in a file (``delivery.py``), so a server can neither delay logging nor make it fail. A run
-    with an empty URI drops all values.
+    Logged values wait in a file (``delivery.py``), so a failing server can neither delay logging nor make it fail. A
+    run with an empty URI drops all values.
     """
 
     tracking_uri: str
     run_id: str
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics. Raises ``KeyError`` if ``check_declared`` does not know a name."""
+        """Log metrics. Raises ``KeyError`` if a metric is not declared."""
         check_declared(values)
         self._put("metrics", *({name: float(value)} for name, value in values.items()), step=step)
 
@@ -67,7 +67,7 @@ class TrackedRun:
         picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         picture.convert("RGB").save(small, "webp")
-        # MLflow's pages find the pictures of a series by these names, which MLflow's client creates.
+        # MLflow's pages find a series' pictures by file names of this form, which MLflow's own client also uses.
         path = f"images/{name.replace('/', '~')}+step+{step}+timestamp+{now()}+{uuid.uuid4()}"
         self.artifact(f"{path}.png", png)
         self.artifact(f"{path}+compressed.webp", small.getvalue())
@@ -79,7 +79,7 @@ class TrackedRun:
             self._put("datasets", {"datasets": [dataset._asdict() for dataset in datasets]})
 
     def last_step(self, name: str) -> int:
-        """The last step of a metric on the server; 0 if the server has no step or does not answer."""
+        """A metric's last step on the server; 0 if the server has no value of the metric or does not answer."""
         history = self._query(lambda client, run_id: client.get_metric_history(run_id, name), [])
         return max((int(point.step) for point in history), default=0)
 
@@ -92,7 +92,7 @@ class TrackedRun:
         return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the run. ``start_run`` ends its own runs."""
+        """End the run. Runs of ``start_run`` need no call of this method."""
         self._put("status", {"status": status})
 
     def nest(self, parent: "TrackedRun") -> None:
@@ -100,11 +100,11 @@ class TrackedRun:
         self.tags({PARENT_TAG: parent.run_id})
 
     def flush(self, seconds: float = END_SECONDS) -> bool:
-        """Wait until the server has all log entries of this process, or fails; return whether it has them all."""
+        """Wait until the server has all log entries of this process, or fails. Return whether it has all entries."""
         return not self.tracking_uri or delivery_to(self.tracking_uri).flush(seconds, on_disk_is_enough=True)
 
     def _query(self, query: Callable[["MlflowClient", str], Any], default: Any) -> Any:
-        """The server's answer; ``default`` if the server fails, so that the work continues."""
+        """The server's answer, or ``default`` if the server fails, so that the work continues."""
         if not self.tracking_uri:
             return default
         sender = delivery_to(self.tracking_uri).sender
