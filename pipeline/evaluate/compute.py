@@ -135,7 +135,7 @@ def each_once(start: Callable[[], Any], actors: int, items: Sequence[Any]) -> Ge
     import ray
 
     left, losses, done = deque(range(len(items))), Counter[int | None](), 0
-    running: dict[Any, tuple[Any, int | None]] = {}  # by call: an actor, and its item or None while it starts
+    running: dict[Any, tuple[Any, int | None]] = {}  # by call: an actor, and its item (None while it starts)
 
     def begin() -> None:
         actor = start()

@@ -101,7 +101,7 @@ def _track_models(
     rows = list(zip(record.scores, images, strict=True))
     for folder in dict.fromkeys(score.folder for score in record.scores):
         own = [(score, shown) for score, shown in rows if score.folder == folder]
-        # Use the newest run on the evaluation's server that made the model.
+        # Of the runs that made the model, use the newest run on the evaluation's server.
         stages = STAGES.get(own[0][0].kind, ())
         runs = [r for stage in stages for r in tracking.find_runs(own[0][0].fingerprint, stage, run.tracking_uri)]
         if not runs:

@@ -269,7 +269,7 @@ def _read_cached(path: str) -> Iterator[io.BytesIO]:
 
 @functools.lru_cache(maxsize=1)
 def _model(path: str, weights_sha256: str) -> Model:
-    torch.compiler.reset()  # PyTorch limits compiled variants, and the previous model's would still count
+    torch.compiler.reset()  # PyTorch limits compiled variants, and the previous model's variants would still count
     model = load_model(path, default_device())
     if model.config.weights_sha256 != weights_sha256:
         raise DistillKacError(f"{path}: the weights changed during the evaluation. Run the same command again.")

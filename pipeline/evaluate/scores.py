@@ -91,7 +91,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 
 def columns(record: Record) -> list[QualityMetric]:
-    """The metrics with a column in the table: those that have a heading and at least one value."""
+    """The metrics with a column in the table: the metrics that have a heading and at least one value."""
     metrics = record.metrics().values()
     return [m for m in metrics if m.heading and any(m.name in score.metrics for score in record.scores)]
 

@@ -34,7 +34,7 @@ def write_evaluation_page(out: str, title: str, evaluation: str, specs: dict[str
         page.table(*cells(record)),
         page.paragraph(*provenance(record), kind="note"),
         page.heading("Samples"),
-        page.paragraph("Each column has one noise and one label for all models. The top row shows real images."),
+        page.paragraph("In each column, noise and label are the same. The top row shows real images of that label."),
         page.picture(samples, "samples of every model", caption, is_wide=True),
         page.heading("Quality against cost"),
         page.picture(curve, "quality by network evaluations", is_wide=True),

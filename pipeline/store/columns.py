@@ -93,7 +93,7 @@ _shared: list[Columns] = []
 
 
 def load(selection: Selection) -> Columns:
-    """Return the selected columns, which ``use_shared`` may already have. Raises the errors of ``Selection.read``."""
+    """Return the selected columns, from ``use_shared`` if it has them. Raises the errors of ``Selection.read``."""
     for shared in _shared:
         knots = shared.selection.knots
         if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):

@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=Options)
 
 
 class StoreError(DistillKacError):
-    """A store or a shard is missing, unfinished, damaged, or not the expected one."""
+    """A store or a shard is missing, unfinished or damaged, or has an unexpected identity."""
 
 
 class NewerVersion(StoreError):
@@ -192,8 +192,8 @@ def parse(where: str, model: type[Model], text: str | bytes) -> Model:
     try:
         return model(**with_neutral_values(model, values))
     except ArgumentError as error:
-        # A newer version also writes all fields in `always_written`. If one of these is missing, the unknown field
-        # is more likely the missing field with a damaged name.
+        # A newer version also writes all fields in `always_written`. If one of these fields is missing, the unknown
+        # field is more likely the missing field with a damaged name.
         always_written = {name for name, field in model.model_fields.items() if field.default is not None}
         if isinstance(error, UnknownArgument) and always_written <= values.keys():
             problem = f"{where} was written by a newer version of distillkac: it has the unknown field {error.name}"

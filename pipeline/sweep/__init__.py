@@ -1,6 +1,6 @@
 """Sweep: train many students from one store, as trials of Ray Tune.
 
-sweep_stage.py     runs the stage: checks, missing guidance scales, trials, evaluation, report
+sweep_stage.py     checks the sweep, adds guidance scales to the store, runs and evaluates trials, and writes the report
 checks.py          checks the options, the store and the resources before the sweep begins
 planned_trials.py  plans the students of grids, chains and searches: their names, specs and values
 proposers.py       parses a search's distributions, and defines the search algorithms: random, Optuna

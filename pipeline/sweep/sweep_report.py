@@ -128,7 +128,7 @@ FRONT = (
     "as equal. Trials have the same numbers in the pictures and the tables."
 )
 SAMPLES = (
-    "A column has one noise and one label for all models. The top row shows real images; the last rows show the "
+    "In each column, noise and label are the same. The top row shows real images of that label; the last rows show the "
     "teachers."
 )
 HEAT_MAPS = "Each cell shows the best trial for its steps and guidance. Darker is better; the best cell has a frame."

@@ -50,7 +50,7 @@ def sweep(spec: SweepSpec, parent: tracking.TrackedRun | None = None) -> list[Tr
     metric, better = checks.ranking_metric(spec)
     checks.check_options(spec)
     source, missing = checks.check_store(spec, planned)
-    # Use the trials' resources instead of this process's, so that any process can resume the sweep.
+    # Use the trials' resources instead of this process's resources, so that any process can resume the sweep.
     spec = spec.settled(lambda: checks.resources_per_trial(spec).gpus > 0)
     assert source.manifest is not None
     storage.check_shared({"`teacher`": spec.teacher or source.manifest.teacher}, lambda: True)
@@ -203,7 +203,7 @@ def _evaluation_spec(spec: SweepSpec, source: store.Store, students: tuple[str, 
 
 
 def _remove_outdated(planned: EvaluateSpec) -> None:
-    """Remove an earlier evaluation if its students or settings differ. Its samples stay in the cache."""
+    """Remove an earlier evaluation if its students or settings differ. The samples stay in the cache."""
     try:
         options = json.loads(files.read_bytes(files.join(planned.out, SPEC_FILE)))["options"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):

@@ -39,7 +39,7 @@ def run_trials(
     spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
 ) -> None:
     """Run the trials in ``todo``, then new trials of a search until there are ``total``. The ledger keeps results."""
-    # Tune's tables would hide our progress lines. verbose=0 silences only Tune's older reporter, so select that.
+    # Tune's tables would hide our progress lines. verbose=0 silences only the older reporter, so select that reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     students = [trial.spec for trial in todo or edge_trials(spec)]
@@ -101,7 +101,7 @@ def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray
 
 
 def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
-    """Run one trial in a process of Ray Tune. It trains in this process, or on its own Ray Train workers."""
+    """Run one trial in a process of Ray Tune. The trial trains in this process, or on its own Ray Train workers."""
     spec = DistillSpec(**json.loads(config["spec"]))
     started = time.perf_counter()
     metrics: dict[str, float] = {}

@@ -177,7 +177,7 @@ class Delivery:
                 self.warn("answers again")
 
     def _send(self, batch: list[Entry]) -> None:
-        """Deliver a batch. If the server refuses the batch, send the entries one by one and drop the refused ones."""
+        """Deliver a batch. If the server refuses the batch, send each entry separately and drop refused entries."""
         try:
             self.sender.send(batch)
         except Exception as error:

@@ -30,7 +30,7 @@ def declared(name: str) -> Metric | None:
 
 
 def check_declared(names: Iterable[str]) -> None:
-    """Raise a ``KeyError`` that lists the undeclared metrics, if there are any."""
+    """Raise a ``KeyError`` that lists the undeclared metrics, if any metric is undeclared."""
     undeclared = (PART_PREFIX, DIAGNOSTIC_PREFIX, SYSTEM_PREFIX)
     unknown = {name for name in names if not name.startswith(undeclared) and declared(name) is None}
     if unknown:

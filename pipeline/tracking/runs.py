@@ -1,4 +1,4 @@
-"""One MLflow run per output. A rerun resumes the run, any process can log to it, and it is always closed."""
+"""One MLflow run per output. A rerun resumes the run, any process can log to it, and the run is always closed."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ STAGE_TAG, FINGERPRINT_TAG, INPUT_TAG = "distillkac.stage", "distillkac.fingerpr
 CONTINUES_TAG = "distillkac.continues"
 
 START_SECONDS, NESTED_SECONDS = 60.0, 10.0
-"""How long a run, and a nested run, wait at the start for a server that does not answer, in seconds."""
+"""How long a run and a nested run wait at their start for a server that does not answer, in seconds."""
 
 KILLED_SECONDS = 2.0
 """How long a stopped job waits for the server, in seconds. Ray kills a job three seconds after asking it to stop."""
@@ -209,7 +209,7 @@ def _create(delivery: Delivery, tags: dict[str, str], is_up: bool) -> TrackedRun
 
 
 def _deliver(run: TrackedRun) -> None:
-    """Wait for the server. If it answers, also deliver the entries of dead processes, such as workers of this run."""
+    """Wait for the server. If it answers, also deliver the entries of dead processes, such as this run's workers."""
     if run.tracking_uri and run.flush():
         delivery_to(run.tracking_uri).deliver_leftovers()
 

@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 """A file in an output's folder that names the run that made the output."""
 
 REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""Settings that turn off MLflow's retries, which take minutes and print a line each. ``delivery.py`` has its own."""
+"""Settings that turn off MLflow's retries, which take minutes and print a line each. ``delivery.py`` retries."""
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 """MLflow's error codes for a request that will never succeed."""
@@ -97,7 +97,7 @@ def connect(uri: str) -> tuple["MlflowClient", str]:
     if experiment.lifecycle_stage != "active":
         raise DeletedExperimentError(
             f"The MLflow experiment {name!r} at {without_keys(uri)} was deleted. Restore it (mlflow experiments "
-            f"restore --experiment-id {experiment.experiment_id}), or choose another with {EXPERIMENT_VARIABLE}."
+            f"restore --experiment-id {experiment.experiment_id}), or set {EXPERIMENT_VARIABLE} to a different name."
         )
     return client, str(experiment.experiment_id)
 

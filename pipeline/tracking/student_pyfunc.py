@@ -1,6 +1,6 @@
 """The code of a logged student. MLflow runs a copy of this file, stored next to the weights and a copy of ``kac``.
 
-From this project, it imports only ``kac``. A logged model therefore needs neither Ray, a dataset nor this checkout.
+This file imports only ``kac`` from this project, so a logged model needs neither Ray, a dataset nor this checkout.
 """
 
 from typing import Any

@@ -92,7 +92,7 @@ class TrackedRun:
         return str(self._query(lambda client, run_id: client.get_run(run_id).info.status, ""))
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the run. Runs of ``start_run`` need no call of this method."""
+        """End the run. ``start_run`` ends the runs that it starts."""
         self._put("status", {"status": status})
 
     def nest(self, parent: "TrackedRun") -> None:
