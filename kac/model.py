@@ -155,7 +155,7 @@ class Model(NamedTuple):
             ``images`` [count, *sample_shape] in [-1, 1], and their ``label`` [count].
 
         Raises:
-            ArgumentError: the model does not support the steps, classes or guidance.
+            ArgumentError: the model does not support the steps, classes or guidance, or a number is below 1.
             DivergedError: the model generates NaN or infinity.
 
         Example:
@@ -166,6 +166,9 @@ class Model(NamedTuple):
         from kac import sampling  # imported here, because kac.sampling imports this module
         from kac.precision import Precision
 
+        for name, number in (("count", count), ("steps", steps)):
+            if number is not None and number < 1:
+                raise ArgumentError(f"`{name}` is {number}, but should be at least 1.")
         is_teacher, classes = self.config.kind == "teacher", None if labels is None else tuple(labels)
         choose = sampling.teacher_sampling if is_teacher else sampling.student_sampling
         how = choose(self.config, steps=steps, guidance=guidance)

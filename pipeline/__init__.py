@@ -1,6 +1,7 @@
 """The stages as Python functions, the endpoint store, and tracking. Each function shadows the module of the same name.
 
-Each function takes either a spec or the spec's fields as keyword arguments.
+Each function takes either a spec or the spec's fields as keyword arguments. The fields are the options of the command
+(``python -m jobs.teach --help``); a dictionary has the options with dots, such as ``--optimizer.updates``.
 
     from pipeline import teach, rollout, distill, evaluate
 

@@ -18,7 +18,11 @@ PROBE_SECONDS = 20.0
 
 PROBE_OPTIONS: dict[str, Any] = {
     **files.S3_OPTIONS,
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 3}, "connect_timeout": 5, "read_timeout": 10},
+    "config_kwargs": {
+        "retries": {"mode": "standard", "total_max_attempts": 4},
+        "connect_timeout": 5,
+        "read_timeout": 10,
+    },
 }
 
 PROBE_BYTES = bytes(64 * 2**10)  # not empty, because an empty file fits on a full disk

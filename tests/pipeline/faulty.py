@@ -122,7 +122,7 @@ class ImpatientActor(actors.ShardActor):
     def __init__(self, *options: Any, **others: Any) -> None:
         import s3fs
 
-        files.S3_OPTIONS["config_kwargs"]["retries"]["max_attempts"] = S3_ATTEMPTS
+        files.S3_OPTIONS["config_kwargs"]["retries"]["total_max_attempts"] = S3_ATTEMPTS
         s3fs.S3FileSystem.retries = S3_ATTEMPTS
         super().__init__(*options, **others)
 

@@ -274,7 +274,7 @@ def test_incompatible_options_are_refused(tmp_path: Path, ray_cluster: None):
         ({"label_selector": {"a": "b"}}, "workers"),
         ({"label_selector": {"a": "b"}, "workers": "1:2"}, "`workers`"),
         ({"label_selector": {"a": "b c"}, "workers": 1}, "a=b c"),
-        ({"gpus_per_worker": 0.5, "workers": 2, "gpu": True}, "GPUs"),
+        ({"gpus_per_worker": 0.5, "workers": 2, "gpu": True}, "GPU"),
     ):
         with pytest.raises(ArgumentError, match=message) as refused:
             teach(teach_spec(tmp_path / "t", **options))

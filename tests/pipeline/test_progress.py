@@ -20,7 +20,7 @@ def test_without_a_terminal_there_is_a_line_every_20_seconds_and_at_the_end(cloc
             clock[0] = 100 + second
             bar.update(20, "loss 0.5" if second < 30 else "loss 0.25")
     assert capsys.readouterr() == (
-        "",
+        "teach: resuming after 200 of 1,000 updates\n",
         "teach: 600 of 1,000 updates, 20 per second, about 20 seconds left, loss 0.5\n"
         "teach: 1,000 of 1,000 updates, 20 per second, loss 0.25\n",
     )
