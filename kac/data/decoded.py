@@ -146,7 +146,7 @@ class DecodedSplit:
 
 
 def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
-    """Return where the cache stores a source's images that are decoded with ``options``."""
+    """Return the paths where the cache stores a source's images, decoded with ``options``."""
     stamps = hashlib.sha256()
     for stamp in source.stamps():
         stamps.update(f"{stamp.path}\0{stamp.size}\0{stamp.version}\n".encode())

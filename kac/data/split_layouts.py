@@ -133,7 +133,7 @@ def divide(root: str, splits: Sequence[SplitName | None], paths: Sequence[str], 
 
     Args:
         splits: the split of each file or image.
-        paths: the path of each file, or of the folder of each image, below the root.
+        paths: for each file, its path below the root; for each image, the path of its folder below the root.
         unit: "files" or "images", for messages.
 
     Raises:

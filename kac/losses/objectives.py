@@ -21,7 +21,7 @@ LossName = Literal["mse", "huber"]
 PairLaw = Literal["grids", "any", "length", "long"]
 
 GRID_SHARE = 0.75
-"""Fraction of knot pairs that are student steps of ``grids``. The other pairs train the map between these grids."""
+"""Fraction of knot pairs drawn from the student's steps in ``grids``. The others train the map between these grids."""
 
 HUBER_SCALE = 0.03
 """c / sqrt(d) in the pseudo-Huber loss, where d is a sample's number of coordinates.

@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
 
 def _convolutions(shape: tuple[int, ...], out: int) -> list[nn.Module]:
-    """Return layers that halve the sides, to at most 4, and double the channels. The first keeps sides up to 8."""
+    """Return layers that halve the sides and double the channels until the sides are at most 4."""
     channels, height, width = shape
     layers: list[nn.Module] = []
     stride = 1 if max(height, width) <= 8 else 2

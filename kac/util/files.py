@@ -179,8 +179,8 @@ def _names_below(folder: str, location: Location, paths: Iterable[str]) -> Itera
 def walk(path: str) -> Iterator[Stamp]:
     """Yield the stamp of a file, or of all non-hidden files below a folder, sorted by the parts of their paths.
 
-    A local subfolder without non-hidden entries is also yielded, with a slash at the end of its path. Raises
-    ``DistillKacError`` if the path does not exist.
+    A local subfolder that is empty or has only hidden entries is also yielded, with a slash at the end of its path.
+    Raises ``DistillKacError`` if the path does not exist.
     """
     with errors_naming(path) as location:
         is_local = isinstance(location.fs, LocalFileSystem)

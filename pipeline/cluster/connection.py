@@ -31,9 +31,9 @@ JOB_PORT = 8265
 """Default port of a cluster's job server (``ray job submit``)."""
 
 TOKEN_ADVICE = (
-    "the token is missing or wrong. Set RAY_AUTH_MODE=token. Run `ray get-auth-token` on the cluster's head node, and "
-    "save the token that it prints in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH names, or in "
-    "RAY_AUTH_TOKEN itself."
+    "the token is missing or wrong. Set RAY_AUTH_MODE=token. Run `ray get-auth-token` on the cluster's head node. "
+    "Save the printed token to ~/.ray/auth_token or to the file that RAY_AUTH_TOKEN_PATH names, or set RAY_AUTH_TOKEN "
+    "to the token."
 )
 
 

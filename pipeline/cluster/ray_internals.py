@@ -80,7 +80,7 @@ def ask_cluster(address: str, seconds: float) -> tuple[str, str, set[str]]:
         TimeoutError: a request took longer than ``seconds``.
         ConnectionError: the server is not a Ray cluster.
     """
-    # The only public function is ray.init(), which joins the cluster and retries for minutes after an error.
+    # The only public way to ask is ray.init(), which joins the cluster and retries for minutes after an error.
     import grpc
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated import gcs_service_pb2 as messages

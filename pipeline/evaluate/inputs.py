@@ -47,7 +47,7 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
 
 
 def _read_answer(sweep: str) -> dict[str, Any]:
-    """Return a sweep's answer. If the sweep was moved, the front's paths are in the new folder."""
+    """Return a sweep's answer. If the sweep was moved, the paths of its front are changed to the new folder."""
     path = files.join(sweep, ANSWER_FILE)
     try:
         answer: dict[str, Any] = json.loads(files.read_bytes(path))
@@ -104,7 +104,7 @@ def _teacher_of_runs(spec: EvaluateSpec, students: list[str]) -> str | None:
 
 
 def _teacher_of_store(path: str | None) -> str | None:
-    """The folder of the teacher that a store's manifest names; None if the store or the teacher does not exist."""
+    """The teacher folder named in a store's manifest; None if there is no such folder."""
     try:
         manifest = store.open(path).manifest if path else None
     except DistillKacError:

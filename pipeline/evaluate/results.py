@@ -94,7 +94,7 @@ def _track_models(
 ) -> None:
     """Add metrics, pictures and the table to the run of each model.
 
-    Real images get nested runs. So do models that have no run on the server of the evaluation's ``run``.
+    Real images get nested runs, and so does a model that has no run on the server where ``run`` is.
     """
     details = {"samples": str(record.samples), "seeds": " ".join(map(str, record.seeds)), "run": run.run_id}
     tags = {EVALUATION_TAG: record.fingerprint, **{f"{EVALUATION_TAG}.{name}": text for name, text in details.items()}}

@@ -160,7 +160,7 @@ class ShardActor:
         if self.failure:
             raise RolloutError(self.failure)
         is_suspect = ray.get(self.ledger.begin.remote(shard.name))
-        # A dead process was making up to two shards. Making suspect shards one at a time shows which shard kills it.
+        # A dead process may have been making two shards. Making them one at a time shows which shard kills processes.
         with self.suspect_lock if is_suspect else contextlib.nullcontext():
             failure = ray.get(self.ledger.begin_suspect.remote(shard.name)) if is_suspect else None
             if failure:

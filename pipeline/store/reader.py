@@ -261,7 +261,7 @@ class Store:
         return {name: torch.from_numpy(column_array(table[name]).copy()) for name in names}
 
     def _rows_at(self, positions: range, guidance: float) -> Iterator[tuple[Shard, range]]:
-        """Yield each shard that has rows at ``positions`` in the order of sample ids, and their range in the shard."""
+        """In the order of sample ids, yield each shard that has rows at ``positions``, and their range in it."""
         start = 0
         for shard in sorted(self._shards_of(guidance)):
             rows = range(max(positions.start - start, 0), min(positions.stop - start, shard.rows))

@@ -155,7 +155,7 @@ def adopt(store: str, shard: Shard, identity: StoreIdentity) -> tuple[Receipt, p
 
 
 def confirm(store: str, shard: Shard, identity: StoreIdentity, data: bytes, listed: Receipt | None) -> Receipt:
-    """Check a shard's bytes against ``listed``, the manifest's receipt for it or None. Return the receipt of the bytes.
+    """Check a shard's bytes against ``listed``, its receipt in the manifest (None without one). Return their receipt.
 
     More rows than listed are valid: a growing store replaces its short last shard before it updates the manifest.
     Raises the errors of ``check``.

@@ -132,7 +132,7 @@ SAMPLES = (
     "teachers."
 )
 HEAT_MAPS = "Each cell shows the best trial for its steps and guidance. Darker is better; the best cell has a frame."
-NO_HEAT_MAPS = "Heat maps are left out: they need finished trials of two step counts and two guidance scales."
+NO_HEAT_MAPS = "Heat maps are left out: they need finished trials with two or more step counts and guidance scales."
 
 PORTRAIT_COLUMNS = 14
 """A table with more columns is printed in landscape format."""

@@ -41,8 +41,8 @@ ENERGY_DISTANCE, ENDPOINT_ERROR = "validation/energy_distance", "validation/endp
 declare(
     Metric(
         ENERGY_DISTANCE,
-        "energy distance between a few samples and held-out images, in pixels and class (only pixels for an "
-        "unconditional model); an unbiased estimate, so 0 or below means no detectable difference",
+        "energy distance between a few samples and held-out images, over pixels and class labels (only pixels "
+        "for an unconditional model); an unbiased estimate, so 0 or below means no detectable difference",
         better="lower",
     ),
     Metric(ENDPOINT_ERROR, "root mean square distance to the teacher's images from held-out noise", better="lower"),
