@@ -116,7 +116,7 @@ def test_a_search_without_an_evaluation_is_ranked_by_reported_metrics(tmp_path: 
     assert run.data.metrics["best/validation/energy_distance"] == best
     page = (tmp_path / "report.html").read_text()
     assert "32 trials: 22 finished, 10 stopped early" in page
-    assert "two step counts and two guidance scales" in page
+    assert "Heat maps are left out" in page
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"parallel-coordinates", "importances"}
 
 
