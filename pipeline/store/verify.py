@@ -32,7 +32,7 @@ from pipeline.tracking.server import RUN_FILE
 
 PAUSE_SECONDS = 0.1
 OWN_FILES = (MANIFEST, RUN_FILE)
-UNRELATED = "does not belong to this store and was left alone."
+UNRELATED = "does not belong to this store. It was not changed."
 
 KIND_OF = {NotFiniteShard: "not finite", DamagedShard: "damaged", ForeignShard: "foreign", NewerVersion: "newer"}
 INTACT = ("", "unplanned")
@@ -154,7 +154,7 @@ def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[
             yield FileCheck(shard.name, "missing", f"does not exist (samples {shard.start} to {shard.ids.stop - 1}).")
     for name in names:
         if files.is_temporary(name.rsplit("/", 1)[-1]):
-            yield FileCheck(name, "leftover", "is a temporary file of a stopped or running writer. It was left alone.")
+            yield FileCheck(name, "leftover", "is a temporary file of a stopped or running writer. It was not changed.")
         elif not name.endswith(".parquet"):
             yield FileCheck(name, "extra", UNRELATED)
 

@@ -159,6 +159,15 @@ def test_refuses_to_sample_without_steps(steps):
         sample(lambda x, t, label: x, torch.zeros(1, 2), torch.zeros(1), steps)
 
 
+@pytest.mark.parametrize("options", [{"count": 0}, {"count": 4, "steps": 0}, {"count": 4, "steps": -3}])
+@pytest.mark.parametrize("changes", [{}, {"kind": "teacher", "steps": None, "guidance": None}])
+def test_a_model_refuses_numbers_below_one(options, changes):
+    model_config = config(**changes)
+    model = Model(model_config, build_network(model_config.network, (1, 3, 3), 4))
+    with pytest.raises(ArgumentError, match=f"`{[*options][-1]}` is {[*options.values()][-1]}"):
+        model.sample(**options)
+
+
 def test_a_network_receives_the_end_time_and_guidance_that_it_takes():
     seen = []
 
