@@ -9,6 +9,7 @@ A file contains the options of one stage, or one section of options per stage:
 """
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
 
 def _read_yaml(name: str) -> Any:
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
-    if not name or path.is_dir():
+    if not name or os.path.isdir(path):  # unlike Path.is_dir, it never raises
         found = f"{name} is a folder" if name else "is empty"
         raise ArgumentError(f"`config` {found}. Give a YAML file, or the name of a recipe.")
     try:

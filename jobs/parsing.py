@@ -83,7 +83,8 @@ def _read(options: Iterable[Option], arguments: list[str]) -> tuple[Values, list
     try:
         namespace, unknown = _parser(options).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
-        raise ArgumentError(f"{error.argument_name} needs a value. See --help.") from None
+        problem = "takes no value" if "explicit argument" in error.message else "needs a value"
+        raise ArgumentError(f"{error.argument_name} {problem}. See --help.") from None
     given = vars(namespace)
     values: Values = {"help": True} if given.get("help") else {}
     for option in options:

@@ -121,8 +121,10 @@ def integrate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sa
     return solve(velocity, x_1, knot_times(sampling.steps, sampling.knot_grid), sampling.solver)
 
 
-generate = torch.inference_mode()(integrate)
-"""``integrate`` without gradients."""
+@torch.inference_mode()
+def generate(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> Solution:
+    """``integrate`` without gradients."""
+    return integrate(network, x_1, label, sampling)
 
 
 def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: Sampling) -> GuidedVelocity:

@@ -35,9 +35,9 @@ class ProgressBar:
         self._first, self._note = done, ""
         self._started = self._last_line = time.perf_counter()
         self._writes_lines = is_shown and not on_terminal()
-        self._bar = _terminal_bar(title, total, unit, done) if is_shown and on_terminal() else None
         if done and is_shown:
             log.info(f"{title}: resuming after {done:,} of {total:,} {unit}")
+        self._bar = _terminal_bar(title, total, unit, done) if is_shown and on_terminal() else None
 
     def update(self, count: int, note: str = "") -> None:
         """Add ``count`` finished units. The following lines end with ``note``, such as the loss."""

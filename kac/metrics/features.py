@@ -65,7 +65,7 @@ class FeatureSpace:
         """
         call = self._run if self.given in OWN else self.checked
         parts = [call(batch).float().cpu() for batch in torch.split(samples, BATCH_SIZE)]
-        self.check_widths(*parts)
+        self.check_widths(*(part.shape[1] for part in parts))
         return torch.cat(parts)
 
     def of_training_images(self, data: Dataset) -> Iterator[Tensor]:
@@ -88,13 +88,13 @@ class FeatureSpace:
                 "take float32 samples in [-1, 1] in batches of any size. Call network.eval() before saving it."
             ) from error
 
-    def check_widths(self, *parts: Tensor) -> None:
+    def check_widths(self, *widths: int) -> None:
         """Raise ``ArgumentError`` if the features of several batches have different widths."""
-        widths = sorted({part.shape[1] for part in parts})
-        if len(widths) > 1:
+        if len(set(widths)) > 1:
+            different = " and ".join(map(str, sorted(set(widths))))
             raise ArgumentError(
-                f"{self.option}: the network returned {' and '.join(map(str, widths))} features per sample in "
-                "different batches. Return the same width for every batch."
+                f"{self.option}: the network returned {different} features per sample in different batches. "
+                "Return the same width for every batch."
             )
 
     def _run(self, samples: Tensor) -> Any:
@@ -134,6 +134,8 @@ def open_space(given: str, data: Dataset, device: torch.device | str = "cpu") ->
             network.eval()
         return FeatureSpace(space_name(given), identity, network.to(device), facts, given)
     except Exception as error:
+        if given in OWN:
+            raise
         raise ArgumentError(
             f"`features` {given}: the network cannot be moved to the {torch.device(device).type}: "
             f"{describe_exception(error)}. Save it on the CPU, with all its weights."
@@ -152,7 +154,7 @@ def try_space(given: str, data: Dataset, device: torch.device | str = "cpu") -> 
     samples = delivered(data.train.rows(ids).images)
     with torch.inference_mode():
         together, single = space.checked(samples), space.checked(samples[:1])
-    space.check_widths(together, single)
+    space.check_widths(together.shape[1], single.shape[1])
     if float((single - together[:1]).norm()) > SAME * float(together[:1].norm()):
         raise ArgumentError(
             f"{space.option}: a sample's features are random or depend on the other samples in its batch. Call "

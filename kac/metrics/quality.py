@@ -1,6 +1,7 @@
 """The table of sample metrics, ``QUALITY``. Each metric is one function and one entry."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kac.metrics import distances
-from kac.metrics.statistics import NEIGHBOURS, Statistics
+from kac.metrics.statistics import NEIGHBOURS, Moments, Statistics
+from kac.util.errors import ArgumentError, one_line
 
 PIXELS = "pixels"
 MEMORISATION_ROWS = 2000
@@ -38,6 +40,23 @@ class Reference:
     held_out: Tensor  # pixel features [rows, width] of the first MEMORISATION_ROWS held-out images
     train_pixels: Callable[[], Iterator[Tensor]]  # returns the pixel features of the training images in parts
     floor_count: int | None = None  # number of held-out images, if there are fewer than samples
+
+    def frechet_distance(self, space: str, moments: Moments) -> float:
+        """Return the Frechet distance between the training images and samples with these moments.
+
+        Raises:
+            ArgumentError: the distance cannot be computed, for example from the moments of one sample.
+        """
+        try:
+            distance, problem = distances.frechet_distance(self.train[space].moments, moments), "it is not finite"
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            distance, problem = math.nan, one_line(error, 120).rstrip(".")
+        if not math.isfinite(distance):
+            raise ArgumentError(
+                f"`features` {space}: the Frechet distance of {moments.count:,} samples cannot be computed from these "
+                f"features ({problem}). Use more samples, or a network with fewer features, scaled to about 1."
+            )
+        return distance
 
     def distance_to_train(self, pixels: Tensor) -> float:
         """Return the mean distance from the first rows of ``pixels`` [rows, width] to their nearest training images."""
@@ -67,8 +86,7 @@ class Evaluated:
     def frechet_distance(self, space: str) -> float:
         """Return the Frechet distance to the training images. It is computed once per feature space."""
         if space not in self._distances:
-            real, own = self.reference.train[space].moments, self.statistics[space].moments
-            self._distances[space] = distances.frechet_distance(real, own)
+            self._distances[space] = self.reference.frechet_distance(space, self.statistics[space].moments)
         return self._distances[space]
 
 
@@ -93,8 +111,7 @@ def _at_floor_count(samples: Evaluated, space: str) -> float | None:
     statistics = samples.statistics[space]
     if statistics.moments.count == samples.reference.floor_count:
         return samples.frechet_distance(space)
-    real = samples.reference.train[space].moments
-    values = [distances.frechet_distance(real, block) for block in statistics.full_blocks()]
+    values = [samples.reference.frechet_distance(space, block) for block in statistics.full_blocks()]
     return sum(values) / len(values) if values else None
 
 

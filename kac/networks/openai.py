@@ -95,7 +95,8 @@ def _layers(weights: Mapping[str, Tensor]) -> dict[str, str]:
         ("output_blocks", "up_blocks", "upsamplers.0.conv"),
     ):
         level = block = 0
-        numbers = {int(name.split(".")[1]) for name in weights if name.startswith(f"{part}.")}
+        words = {name.split(".")[1] for name in weights if name.startswith(f"{part}.")}
+        numbers = {int(word) for word in words if word.isdecimal()}
         for number in sorted(numbers - {0} if part == "input_blocks" else numbers):
             theirs = f"{part}.{number}"
             add(f"{theirs}.0", f"{ours}.{level}.resnets.{block}", RESIDUAL_BLOCK)

@@ -41,11 +41,13 @@ def quality_by_solver(
     for method in SOLVERS:
         for count in steps:
             sampling = subject.sampling._replace(solver=method, steps=count)
-            solutions = [generate(subject.network, x_1, label, sampling) for x_1, label in subject.starts()]
-            parts = [delivered(solution.x.cpu()) for solution in solutions]
+            parts = []
+            for x_1, label in subject.starts():
+                solution = generate(subject.network, x_1, label, sampling)
+                parts.append(delivered(solution.x.cpu()))
             own = {space.name: Statistics.of(map(space, parts)).moments for space in spaces}
             distances = {name: frechet_distance(train[name], moments) for name, moments in own.items()}
-            yield SolverPoint(method, count, solutions[-1].nfe, distances)
+            yield SolverPoint(method, count, solution.nfe, distances)
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:

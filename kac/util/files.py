@@ -30,7 +30,7 @@ S3_OPTIONS: dict[str, Any] = {
     # botocore retries 503 SlowDown, connection resets and timeouts with backoff, then raises an error. s3fs repeats a
     # failed call up to 5 times, so botocore's 4 attempts can become 20 attempts, which take about 20 seconds.
     "config_kwargs": {
-        "retries": {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "4"))},
+        "retries": {"mode": "standard", "total_max_attempts": max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", "4")))},
         "connect_timeout": 10,
         "read_timeout": 60,
     },

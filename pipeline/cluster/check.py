@@ -2,9 +2,10 @@
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import requests
@@ -52,20 +53,32 @@ def check(spec: CheckSpec) -> None:
         **{path: functools.partial(_check_path, path) for path in spec.paths},
         "mlflow": _check_tracking,
     }
-    threads = ThreadPoolExecutor(len(checks))
-    results = {name: threads.submit(run_check) for name, run_check in checks.items()}
-    threads.shutdown(wait=False)
+    results = {name: _run_in_thread(run_check) for name, run_check in checks.items()}
     deadline = time.monotonic() + MAX_SECONDS
     failed = 0
     for name, result in results.items():
         try:
             log.info(f"ok     {name}: {result.result(timeout=max(0.0, deadline - time.monotonic()))}")
         except Exception as error:  # noqa: BLE001 - reported as the result of this check
-            problem = str(error) or f"no answer in {MAX_SECONDS:.0f} s."
+            problem = f"no answer in {MAX_SECONDS:.0f} s." if isinstance(error, TimeoutError) else str(error)
             log.info(f"error  {one_line(problem if problem.startswith(name) else f'{name}: {problem}', most=1000)}")
             failed += 1
     if failed:
         raise DistillKacError(f"{failed} of {len(checks)} checks failed. See the lines above.")
+
+
+def _run_in_thread(run_check: Callable[[], str]) -> "Future[str]":
+    """Run a check in a thread that does not keep the process alive, unlike the threads of an executor."""
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(run_check())
+        except Exception as error:  # noqa: BLE001 - reported as the result of this check
+            result.set_exception(DistillKacError(one_line(error)))
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
 
 
 def job_server(given: str | None) -> str:

@@ -99,6 +99,14 @@ class SweepSpec(StudentOptions, Spec):
                 raise ValueError(f"`grid` has no value for {name}. Give {name}=VALUE,VALUE.")
         return axes
 
+    @field_validator("chain", mode="before")
+    @classmethod
+    def _split_commas(cls, given: Any) -> Any:
+        """Accept 20,4,2,1 for 20 4 2 1."""
+        if isinstance(given, list | tuple) and len(given) == 1 and "," in str(given[0]):
+            return given[0].split(",")
+        return given
+
     @field_validator("chain")
     @classmethod
     def _check_chain(cls, chain: tuple[int, ...]) -> tuple[int, ...]:

@@ -93,14 +93,19 @@ def _teacher_of_runs(spec: EvaluateSpec, students: list[str]) -> str | None:
     """The first student's teacher: found in MLflow by its weights, or in the manifest of the student's store."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking.tracking_uri(spec.out))
+    uri = tracking.tracking_uri(spec.out)
+    if not uri:  # MlflowClient would use its default address
+        return None
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(tracking.experiment_name())
     if experiment is None:
         return None
     query = f"tags.`{WEIGHTS_TAG}` = '{load_config(students[0]).teacher_sha256}'"
     folders = [run.data.tags.get(PATH_TAG) for run in client.search_runs([experiment.experiment_id], query)]
     existing = (folder for folder in folders if folder and _is_model(folder))
-    return next(existing, None) or _teacher_of_store(client.get_run(spec.runs[0]).data.params.get("store"))
+    runs = [client.get_run(run_id) for run_id in spec.runs]
+    stores = [run.data.params.get("store") for run in runs if run.data.tags.get(PATH_TAG) == students[0]]
+    return next(existing, None) or next(filter(None, map(_teacher_of_store, stores)), None)
 
 
 def _teacher_of_store(path: str | None) -> str | None:

@@ -212,6 +212,8 @@ def gather(
         speeds += [len(label) / seconds] if seconds else []
         for space in spaces:
             vectors = chunk.features(space, images)
+            # The cache may have features of an earlier version of a network from an import path.
+            space.check_widths(vectors.shape[1], len(reference.train[space.name].moments.mean))
             statistics.setdefault(space.name, Statistics(vectors.shape[1], reference.floor_count or 0)).add(vectors)
             if isinstance(space.network, Classifier) and has_classes:
                 right = (right or 0) + int((space.network.labels(vectors) == label).sum())
@@ -235,7 +237,8 @@ def training_statistics(train: RealImages, space: FeatureSpace) -> Statistics:
     try:
         return Statistics.from_bytes(files.read_bytes(path), train.count)
     except FileNotFoundError:
-        parts = (chunk.features(space, train.rows(chunk.ids).images) for chunk in chunks(train))
+        parts = [chunk.features(space, train.rows(chunk.ids).images) for chunk in chunks(train)]
+        space.check_widths(*(part.shape[1] for part in parts))
         statistics = Statistics.of(parts)
     files.write_bytes(path, statistics.to_bytes())
     return statistics

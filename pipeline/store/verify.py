@@ -141,8 +141,9 @@ def _identity_by_majority(store: str, names: Iterable[str]) -> StoreIdentity:
     identities = Counter(result for result in results if isinstance(result, StoreIdentity))
     if identities:
         return identities.most_common(1)[0][0]
-    error = StoreError(f"{store} is not an endpoint store. Create one with `python -m jobs.rollout`.")
-    raise next((result for result in results if isinstance(result, StoreError)), error)
+    errors = [result for result in results if isinstance(result, StoreError)]
+    missing = StoreError(f"{store} is not an endpoint store. Create one with `python -m jobs.rollout`.")
+    raise min(errors, key=lambda error: not isinstance(error, NewerVersion), default=missing)
 
 
 def _check_names(manifest: Manifest | None, names: Collection[str]) -> Iterator[FileCheck]:

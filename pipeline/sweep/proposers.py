@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kac.util.errors import ArgumentError
 from pipeline.config import SweepSpec
 from pipeline.sweep.ledger import Ledger, TrialRecord
-from pipeline.sweep.planned_trials import PlannedTrial, axes_of, field_named, normal_text, plan_trial
+from pipeline.sweep.planned_trials import PlannedTrial, axes_of, field_named, plan_trial
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -101,7 +101,14 @@ def _as_given(distribution: Any, value: Any) -> Any:
     """The value as the user wrote it, or None. Trial records hold typed values, but a search's choices are strings."""
     if not is_choice(distribution):
         return value
-    return next((one for one in distribution.choices if normal_text(one) == normal_text(value)), None)
+    return next((choice for choice in distribution.choices if _is_same(choice, value)), None)
+
+
+def _is_same(choice: Any, value: Any) -> bool:
+    try:
+        return float(choice) == float(value)
+    except (TypeError, ValueError):
+        return str(choice) == str(value)
 
 
 def is_choice(distribution: Any) -> bool:

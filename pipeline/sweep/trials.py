@@ -112,8 +112,9 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
         names = " ".join(name for name in metrics if name != "update")
         tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, "reported": names, **state})
 
+    columns = ray.get(list(shared))  # Tune restarts the trial if a node with the columns is lost
     try:
-        with use_shared(ray.get(list(shared))):
+        with use_shared(columns):
             distill(spec, run, on_report=report, is_trial=True)
     except Exception as error:  # noqa: BLE001 - Tune would restart the trial, which would fail again
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import threading
@@ -16,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kac.util.errors import DistillKacError, one_line, without_keys
 from kac.util.log import log
@@ -33,57 +34,84 @@ END_SECONDS = 10.0
 FILE_ATTEMPTS = 3
 """Attempts to store a file on a server that answers. After them, the file is set aside and other entries are sent."""
 
+DELIVERED = "delivered_entries"
+"""Key of the number of delivered entries in a journal's first line."""
+
 SYNC_COMMAND = "python -m jobs.runs sync"
 
 
 class Journal:
-    """A file with a copy of this process's waiting entries for one server."""
+    """A file of entries that wait for one server. Its first line says how many of them are delivered.
+
+    The line has a fixed length and is rewritten in place.
+    """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self._size = uri, 0
+        self.uri, self._size, self.delivered = uri, 0, 0
         self.path: Path | None = None
         self._file: IO[bytes] | None = None
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Append entries to the file. Raises ``OSError`` if the disk is full."""
+        """Add entries at the end. A full disk raises an ``OSError``."""
         if self._file is None:
             self.path = local_folder() / f"{file_name_of(self.uri)}-{time.time_ns()}-{uuid.uuid4().hex}.jsonl"
             self._file = self.path.open("x+b")
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        header = b"" if self._size else json.dumps({"tracking_uri": without_keys(self.uri)}).encode() + b"\n"
+        header = b"" if self._size else self._header()
         data = header + b"".join(entry.line() for entry in entries)
-        # If a full disk accepts only part of the data, the next attempt overwrites that part.
+        # If a full disk accepts only a part, the next attempt overwrites the part.
         if os.pwrite(self._file.fileno(), data, self._size) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(data)
 
+    def drop(self, count: int) -> None:
+        """Record that the next ``count`` entries are delivered."""
+        self.delivered += count
+        if self._file is not None and self._size:
+            os.pwrite(self._file.fileno(), self._header(), 0)
+
     def clear(self) -> None:
         """Remove all entries."""
-        self._size = 0
+        self._size = self.delivered = 0
         if self._file is not None:
-            with contextlib.suppress(OSError):  # delivering entries twice is harmless
+            with contextlib.suppress(OSError):  # delivering the newest entries twice is harmless
                 os.ftruncate(self._file.fileno(), 0)
 
     def close(self) -> None:
-        """Release the file's lock, and remove the file if it has no entries."""
+        """Release the lock of the file, and remove the file if it has no entries."""
         if self._file is not None and self.path is not None:
             if not self._size:
                 self.path.unlink(missing_ok=True)
             self._file.close()
-            self._file = None
+            self._file, self._size, self.delivered = None, 0, 0
+
+    def read(self, path: Path, file: IO[bytes]) -> list[Entry]:
+        """Open the locked file of an ended process. Return its entries that are not delivered."""
+        self.path, self._file = path, file
+        header: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            header = json.loads(file.readline())
+        self.delivered = header.get(DELIVERED, 0)
+        entries: list[Entry] = []
+        for line in itertools.islice(file, self.delivered, None):
+            with contextlib.suppress(TypeError, ValueError):  # a damaged line is skipped
+                entries.append(Entry(**json.loads(line)))
+        self._size = file.tell() if DELIVERED in header else 0  # a header of an older version is not rewritten
+        return entries
+
+    def _header(self) -> bytes:
+        uri = json.dumps(without_keys(self.uri))
+        return f'{{"{DELIVERED}": {self.delivered:12d}, "tracking_uri": {uri}}}\n'.encode()
 
 
-def leftovers(uri: str) -> Iterator[tuple[Path, list[Entry]]]:
-    """Yield the files that ended processes left, oldest first, with their entries. Files in use are locked."""
+def leftovers(uri: str) -> Iterator[tuple[Journal, list[Entry]]]:
+    """Yield the files of ended processes, oldest first, with their entries. A file is locked while it is in use."""
     for path in sorted(local_folder().glob(f"{file_name_of(uri)}-*.jsonl")):
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is still running
-            if path.exists():  # otherwise, another process has just delivered its entries
-                entries = []
-                for line in file:  # the header and damaged lines are skipped
-                    with contextlib.suppress(TypeError, ValueError):
-                        entries.append(Entry(**json.loads(line)))
-                yield path, entries
+            if path.exists():  # otherwise, another process has delivered it meanwhile
+                journal = Journal(uri)
+                yield journal, journal.read(path, file)
 
 
 class Delivery:
@@ -93,8 +121,8 @@ class Delivery:
         self.uri, self.sender, self.is_failing = uri, Sender(uri), False
         self._changed = threading.Condition()
         self._waiting: list[Entry] = []
-        self._journal, self._is_on_disk = Journal(uri), True
-        self._failures = 0
+        self._journal, self._stored = Journal(uri), 0  # the journal has the first ``_stored`` waiting entries
+        self._failures, self._is_disk_reported = 0, False
         threading.Thread(target=self._work, daemon=True, name="tracking").start()
 
     def put(self, *entries: Entry) -> None:
@@ -102,11 +130,11 @@ class Delivery:
         with self._changed:
             self._waiting.extend(entries)
             try:
-                self._journal.append(entries)
+                self._store()
             except OSError as error:
-                if self._is_on_disk:
-                    self.warn(f"has not received some log entries, and this disk cannot store them ({one_line(error)})")
-                self._is_on_disk = False
+                if not self._is_disk_reported:
+                    self.warn(f"has entries waiting that this disk cannot store ({one_line(error)})")
+                self._is_disk_reported = True
             self._changed.notify_all()
 
     def flush(self, seconds: float, on_disk_is_enough: bool = False) -> bool:
@@ -124,31 +152,42 @@ class Delivery:
         return True
 
     def close(self) -> None:
-        """Close the journal. If entries are still waiting, log the path of their file."""
+        """Close the journal. If entries are still waiting, log the path of their file, and keep the file locked."""
         with self._changed:
-            if not self._is_on_disk:
-                with contextlib.suppress(OSError):
-                    self._journal.clear()
-                    self._journal.append(self._waiting)
-            if self._waiting:
+            with contextlib.suppress(OSError):
+                self._store()
+            if not self._waiting:
+                self._journal.close()
+            elif self._stored:
                 path = self._journal.path
-                self.warn(f"has not received the entries in {path}. The next run or {SYNC_COMMAND} delivers them")
-            self._journal.close()
+                self.warn(f"has entries waiting in {path}. The next run delivers them, and so does {SYNC_COMMAND}")
 
     def deliver_leftovers(self) -> tuple[int, bool]:
         """Deliver the entries of ended processes; return their number, and whether other entries are still waiting."""
         delivered, is_waiting = 0, False
-        for path, entries in leftovers(self.uri):
+        for journal, entries in leftovers(self.uri):
             try:
                 while entries:
                     batch = first_batch(entries)
                     self._send(batch)
                     del entries[: len(batch)]
+                    journal.drop(len(batch))
                     delivered += len(batch)
-                path.unlink()
+                journal.clear()
+                journal.close()
             except Exception:  # noqa: BLE001 - MLflow's stores raise errors of any type
                 is_waiting = True
         return delivered, is_waiting
+
+    @property
+    def _is_on_disk(self) -> bool:
+        return self._stored == len(self._waiting)
+
+    def _store(self) -> None:
+        """Write the waiting entries that are not yet in the journal. A full disk raises an ``OSError``."""
+        if not self._is_on_disk:
+            self._journal.append(self._waiting[self._stored :])
+            self._stored = len(self._waiting)
 
     def warn(self, text: str) -> None:
         """Log a warning about the server."""
@@ -169,9 +208,13 @@ class Delivery:
             with self._changed:
                 was_failing, self.is_failing, self._failures = self.is_failing, False, 0
                 del self._waiting[: len(batch)]
+                stored, self._stored = self._stored, max(0, self._stored - len(batch))
                 if not self._waiting:
                     self._journal.clear()
-                    self._is_on_disk = True
+                    self._is_disk_reported = False
+                else:
+                    with contextlib.suppress(OSError):
+                        self._journal.drop(stored - self._stored)
                 self._changed.notify_all()
             if was_failing:
                 self.warn("answers again")

@@ -66,9 +66,9 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
     try:
         manifest = store.read_manifest(spec.store)
         teacher = spec.teacher or (manifest.teacher if manifest else "")
-        log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
+        model = log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
         if spec.register:
-            register(run, spec.register)
+            register(run, spec.register, model=model)
     except Exception as error:  # noqa: BLE001 - MLflow, its server and its disk raise errors of any type
         log.warning(
             f"distill: warning: {spec.out} is complete, but MLflow ({without_keys(run.tracking_uri)}) did not store it "
@@ -123,8 +123,8 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
     return created
 
 
-def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
-    """Register the student of a run as the newest version of the model ``name``, and return the version.
+def register(run: TrackedRun, name: str, alias: str | None = None, model: "LoggedModel | None" = None) -> str:
+    """Register a run's ``model`` (default: its newest) as the newest version of the model ``name``; return the version.
 
     A student that already has a version under this name keeps that version. ``alias`` makes ``models:/NAME@ALIAS``
     refer to the version.
@@ -135,7 +135,7 @@ def register(run: TrackedRun, name: str, alias: str | None = None) -> str:
     from mlflow.exceptions import MlflowException
 
     with _mlflow_errors(run.tracking_uri):
-        model = model_of_run(run)
+        model = model or model_of_run(run)
         if model is None:
             raise DistillKacError(
                 f"The MLflow run {run.run_id} has no logged model to register. Remove the student and distill it again."
@@ -171,8 +171,7 @@ def register_folder(folder: str, name: str) -> str:
     with _mlflow_errors(uri):
         params = client_of(uri).get_run(runs[0].run_id).data.params
         links = {name: params[name] for name in ("store", "teacher") if name in params}
-        log_student(runs[0], folder, config, links)
-        return register(runs[0], name)
+        return register(runs[0], name, model=log_student(runs[0], folder, config, links))
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":

@@ -8,6 +8,8 @@ from torch import nn
 
 from kac.data import DataConfig, Dataset, open_dataset
 from kac.metrics.features import check_names, open_space, try_space
+from kac.metrics.quality import Reference
+from kac.metrics.statistics import Statistics
 from kac.util.errors import ArgumentError
 from tests import feature_networks
 
@@ -117,6 +119,17 @@ def test_a_network_that_fails_after_its_trial_is_refused(name: str, problem: str
 def test_widths_that_change_between_batches_are_refused(digits: Dataset):
     with pytest.raises(ArgumentError, match="1 and 2"):
         open_space("tests.feature_networks:LaterWider", digits)(digits.train.rows(torch.arange(251)).images)
+
+
+def test_a_distance_that_cannot_be_computed_is_refused():
+    """One sample has no covariance; a damaged cache of statistics can contain NaN."""
+    good, bad, one = Statistics(2), Statistics(2), Statistics(2)
+    good.add(torch.rand(10, 2))
+    bad.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]))
+    one.add(torch.rand(1, 2))
+    for train, samples in ((good, bad), (bad, good), (good, one)):
+        with pytest.raises(ArgumentError, match="`features` net"):
+            Reference({"net": train}, torch.zeros(1, 1), lambda: iter(())).frechet_distance("net", samples.moments)
 
 
 @pytest.mark.parametrize("given", ["folder/pixels.pt", "some.module:pixels", "folder/---.pt"])

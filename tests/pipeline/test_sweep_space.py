@@ -63,7 +63,7 @@ def test_shared_options_reach_every_student():
 
 
 def test_a_chain_starts_from_the_grid_and_each_student_from_its_predecessor():
-    trials = grid_trials(spec_of(chain=(4, 2, 1), steps=(1,), guidance=(0.0, 1.0)))
+    trials = grid_trials(spec_of(chain=["4,2,1"], steps=(1,), guidance=(0.0, 1.0)))
     assert [p.name for p in trials if p.spec.guidance == 0.0] == [
         "steps-1-guidance-0.0",
         "steps-4-guidance-0.0",

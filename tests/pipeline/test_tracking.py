@@ -19,7 +19,7 @@ from kac.util.errors import DistillKacError
 from pipeline import tracking
 from pipeline.config import SampleSpec
 from pipeline.tracking import delivery, process_tags, runs
-from pipeline.tracking.delivery import Journal, leftovers
+from pipeline.tracking.delivery import Delivery, Journal, leftovers
 from pipeline.tracking.entries import Entry, Sender, first_batch
 from pipeline.tracking.killed_runs import CloseDeadSpec, close_dead
 from pipeline.tracking.server import file_name_of, local_folder
@@ -280,8 +280,8 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(
             if step % 40 == 0:
                 time.sleep(0.1)
         server.is_off = False
-    assert sorted(history(run, "loss")) == [(step, 1 / step) for step in range(1, 301)]
     assert stored(run).info.status == "FINISHED"
+    assert sorted(history(run, "loss")) == [(step, 1 / step) for step in range(1, 301)]
 
 
 def failing_write(failures: list[bool]) -> Any:
@@ -340,6 +340,90 @@ def test_the_next_run_delivers_the_entries_of_a_killed_process(uri: str, server:
     assert not lost.path.exists()
 
 
+def numbered(*steps: int) -> list[Entry]:
+    return [Entry("run", "tags", {"a": "b"}, step=step) for step in steps]
+
+
+def test_only_undelivered_entries_are_left_over(tmp_path: Path):
+    """A second delivery of an old status would replace a newer one."""
+    uri = f"sqlite:///{tmp_path}/a.db"
+    journal = Journal(uri)
+    journal.append(numbered(1, 2, 3, 4))
+    journal.drop(2)
+    assert list(leftovers(uri)) == [], "its process is alive"
+    journal.close()
+    for left, entries in leftovers(uri):
+        assert [entry.step for entry in entries] == [3, 4]
+        left.drop(1)
+    for left, entries in leftovers(uri):
+        assert [entry.step for entry in entries] == [4]
+        left.clear()
+        left.close()
+    assert list(leftovers(uri)) == []
+
+
+def test_a_delivery_that_stops_midway_does_not_repeat_what_it_delivered(
+    uri: str, server: SwitchableServer, monkeypatch: pytest.MonkeyPatch
+):
+    left = Journal(uri)
+    left.append(numbered(1))
+    left.append([Entry("run", "status", {"status": "RUNNING"}), *numbered(2)])
+    left.close()
+    sent, failures = [], iter([False, True])
+
+    def send(batch: list[Entry]) -> None:
+        if next(failures, False):
+            raise ConnectionError("no server")
+        sent.extend(entry.kind for entry in batch)
+
+    later = Delivery(uri)
+    monkeypatch.setattr(later, "_send", send)
+    assert later.deliver_leftovers() == (1, True)
+    assert later.deliver_leftovers() == (2, False)
+    assert sent == ["tags", "status", "tags"]
+
+
+def test_entries_keep_their_order_while_the_disk_fails_and_recovers(
+    uri: str, server: SwitchableServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A killed process leaves all entries, in order, if the disk accepted the last one."""
+    waiting = Delivery(uri)
+    monkeypatch.setattr(waiting, "_send", unreachable)
+    for step in (1, 2, 3, 4):
+        with monkeypatch.context() as patch:
+            if step in (2, 3):
+                patch.setattr(os, "pwrite", failing_write([True]))
+            waiting.put(*numbered(step))
+    waiting.close()
+    waiting.put(*numbered(5))
+    journal = waiting._journal
+    assert journal.path is not None
+    with journal.path.open("rb") as file:
+        assert [entry.step for entry in Journal(uri).read(journal.path, file)] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("cannot store") == 1
+    journal.path.unlink()
+
+
+def test_a_full_disk_at_the_end_loses_no_stored_entry(
+    uri: str, server: SwitchableServer, monkeypatch: pytest.MonkeyPatch
+):
+    waiting = Delivery(uri)
+    monkeypatch.setattr(waiting, "_send", unreachable)
+    waiting.put(*numbered(1, 2))
+    monkeypatch.setattr(os, "pwrite", failing_write([True] * 3))
+    waiting.put(*numbered(3))
+    waiting.close()
+    path = waiting._journal.path
+    assert path is not None
+    with path.open("rb") as file:
+        assert [entry.step for entry in Journal(uri).read(path, file)] == [1, 2]
+    path.unlink()
+
+
+def unreachable(batch: object) -> None:
+    raise ConnectionError("no server")
+
+
 def test_a_journal_overwrites_entries_that_a_full_disk_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = f"sqlite:///{tmp_path}/a.db"
     journal, entries = Journal(uri), [Entry("run", "tags", {"a": "x" * 100}, step=step) for step in range(4)]
@@ -350,9 +434,10 @@ def test_a_journal_overwrites_entries_that_a_full_disk_truncated(tmp_path: Path,
     journal.append(entries[3:])
     assert list(leftovers(uri)) == [], "its process is alive"
     journal.close()
-    ((path, left),) = leftovers(uri)
+    ((journal, left),) = leftovers(uri)
     assert left == [*entries[:2], entries[3]]
-    path.unlink()
+    assert journal.path is not None
+    journal.path.unlink()
 
 
 def test_a_file_that_the_server_cannot_store_does_not_block_other_entries(
