@@ -219,6 +219,7 @@ def test_the_last_value_wins_and_an_equals_sign_takes_any_text():
         ("--out o --network grid --network.width 3", "--network.width", "unknown"),
         ("--out o --network tree", "--network.kind", "'tree'"),
         ("--out o --data sun", "--data.kind", "'sun'"),
+        ("--out o --help=x", "-h/--help", "takes no value"),
         ("--out o --solver rk4", "--solver", "'rk4'"),
         ("--out o --gpu maybe", "--gpu", "'maybe'"),
         ("--out o --optimizer.updates 0", "--optimizer.updates", "'0', but should be greater than 0"),
@@ -314,6 +315,7 @@ def test_a_bad_value_of_the_file_is_not_hidden_by_an_option(write):
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
     assert refusal(f"--out o --config {tmp_path}").startswith(f"--config {tmp_path} is a folder")
     assert refusal("--out o --config=").startswith("--config is empty")
+    assert "File name too long" in refusal(f"--out o --config {'a' * 300}")
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff")
     assert "'utf-8' codec" in refusal(f"--out o --config {tmp_path}/image.yaml")
 

@@ -108,3 +108,16 @@ def test_the_address_is_found_as_by_ray_job_submit(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ArgumentError, match="RAY_ADDRESS") as refused:
         job_server("http://other:8265")
     assert refused.value.name == "address"
+
+
+def test_a_check_without_an_answer_does_not_keep_the_process_alive(monkeypatch: pytest.MonkeyPatch):
+    """A mount that hangs would otherwise delay the end of the process without limit."""
+    is_over = threading.Event()
+    monkeypatch.setattr("pipeline.cluster.check.MAX_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.cluster.check._check_tracking", is_over.wait)
+    before = set(threading.enumerate())
+    with pytest.raises(DistillKacError, match="checks failed"):
+        check(CheckSpec(address="http://127.0.0.1:1"))
+    alive = set(threading.enumerate()) - before
+    assert alive and all(thread.daemon for thread in alive)
+    is_over.set()
