@@ -1,7 +1,7 @@
 """Paths between data (t = 0) and noise (t = 1): the point at time t and the target velocity."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -26,7 +26,7 @@ class KacPath:
     """x_t = f(t) x_0 + K_{g(t)} with an independent Kac process per coordinate (arXiv 2509.21513).
 
     Example:
-        >>> path = KacPath(KacProcess(a=9, c=3), clock="quadratic")
+        >>> path = KacPath(KacProcess(a=9, c=3))
         >>> point = path.sample(torch.zeros(4, 1, 8, 8), t=torch.rand(4))
         >>> point.x_t.shape, point.target.shape
         (torch.Size([4, 1, 8, 8]), torch.Size([4, 1, 8, 8]))
@@ -39,7 +39,7 @@ class KacPath:
 
     process: KacProcess = field(default_factory=KacProcess)
     signal: SignalName = "linear"
-    clock: ClockName = "linear"
+    clock: ClockName = "quadratic"
     uniforms_per_coordinate: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
@@ -99,14 +99,22 @@ Path = KacPath | GaussianPath
 """Any path. A new path class needs ``sample``, ``point``, ``speed_limit`` and ``uniforms_per_coordinate``."""
 
 
+FORMER_DEFAULTS = {"a": 9.0, "c": 3.0, "clock": "linear"}
+"""The defaults of older versions, as in arXiv 2509.21513. Their teachers are worse (kac/RESULTS.md)."""
+
+
+def _option(default: Any, name: str, description: str) -> Any:
+    return Field(default, description=description, json_schema_extra={"neutral": FORMER_DEFAULTS[name]})
+
+
 class PathConfig(Kinded):
     """The options of a path: plain values that specs and model folders contain."""
 
     kind: Literal["kac", "gaussian"] = Field("kac", description="kac, or gaussian (ordinary flow matching)")
-    a: PositiveFloat = Field(9.0, description="reversal rate of the Kac process, 1/time")
-    c: PositiveFloat = Field(3.0, description="speed of the Kac process, length/time")
+    a: PositiveFloat = _option(25.0, "a", "reversal rate of the Kac process, 1/time")
+    c: PositiveFloat = _option(5.0, "c", "speed of the Kac process, length/time")
     signal: SignalName = Field("linear", description="f(t), the weight of the data: linear is 1 - t")
-    clock: ClockName = Field("linear", description="g(t), the time of the Kac process: linear is t, quadratic is t^2")
+    clock: ClockName = _option("quadratic", "clock", "g(t), the time of the Kac process: linear is t, quadratic is t^2")
 
     def build(self) -> Path:
         """Return the path that these values describe."""

@@ -39,8 +39,8 @@ class KacProcess:
         ValueError: ``a`` or ``c`` is not a positive finite number.
     """
 
-    a: float = 9.0
-    c: float = 3.0
+    a: float = 25.0
+    c: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in (("a", self.a), ("c", self.c)):

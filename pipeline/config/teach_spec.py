@@ -6,10 +6,12 @@ from pydantic import Field, model_validator
 
 from kac.data import DataConfig
 from kac.networks import MLPConfig, NetworkConfig, UNetConfig
-from kac.path import PathConfig
+from kac.path import FORMER_DEFAULTS, PathConfig
 from kac.precision import Precision
 from kac.util.path_options import input_path, output_path
 from pipeline.config.spec import DRY_RUN, SEED, OptimizerConfig, Spec, TrainingOptions, WorkerOptions
+
+PATH = Field(PathConfig(), json_schema_extra={"neutral": {**PathConfig().model_dump(), **FORMER_DEFAULTS}})
 
 
 class TeachSpec(TrainingOptions, WorkerOptions, Spec):
@@ -19,7 +21,7 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
     common = ("label_dropout", "seed", "dry_run")
     data: DataConfig = DataConfig()
     out: str = output_path(..., "model folder to write: path or s3:// URI")
-    path: PathConfig = PathConfig()
+    path: PathConfig = PATH
     network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
@@ -51,7 +53,7 @@ class ConvertSpec(Spec):
     checkpoint: str = input_path(..., "weights: a .safetensors or torch.save file; path or s3:// URI", kind="any")
     out: str = output_path(..., "model folder to write: path or s3:// URI")
     data: DataConfig
-    path: PathConfig = PathConfig()
+    path: PathConfig = PATH
     network: NetworkConfig = UNetConfig(
         channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
     )

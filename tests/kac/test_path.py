@@ -14,8 +14,8 @@ from kac.util.errors import ArgumentError
 
 PATHS = [
     KacPath(),
-    KacPath(KacProcess(25.0, 5.0), clock="quadratic"),
-    KacPath(KacProcess(0.7, 4.0)),
+    KacPath(KacProcess(9.0, 3.0), clock="linear"),
+    KacPath(KacProcess(0.7, 4.0), clock="linear"),
     GaussianPath(),
 ]
 SIGMAS = 6.0
@@ -100,9 +100,9 @@ def test_speed_limit_is_reached(clock):
 
 
 def test_speed_limits():
-    assert KacPath(KacProcess(9, 3)).speed_limit() == 4
+    assert KacPath(KacProcess(9, 3), clock="linear").speed_limit() == 4
     assert KacPath(KacProcess(9, 3), clock="quadratic").speed_limit() == 7
-    assert KacPath(KacProcess(9, 3)).speed_limit(data_bound=2.0) == 5
+    assert KacPath(KacProcess(9, 3), clock="linear").speed_limit(data_bound=2.0) == 5
     assert GaussianPath().speed_limit() == math.inf
 
 
@@ -208,8 +208,8 @@ def test_refuses_unknown_schedules():
 
 
 def test_config_builds_the_path_it_describes():
-    assert PathConfig().build() == KacPath(KacProcess(9, 3), "linear", "linear")
-    assert PathConfig(a=25, c=5, clock="quadratic").build() == KacPath(KacProcess(25, 5), clock="quadratic")
+    assert PathConfig().build() == KacPath() == KacPath(KacProcess(25, 5), "linear", "quadratic")
+    assert PathConfig(a=9, c=3, clock="linear").build() == KacPath(KacProcess(9, 3), "linear", "linear")
     assert PathConfig(kind="gaussian").build() == GaussianPath()
 
 

@@ -16,7 +16,7 @@ from pipeline.store import StoreIdentity
 
 IDENTITY: dict[str, Any] = {
     "teacher_sha256": "t" * 64,
-    "path": PathConfig(),
+    "path": PathConfig(a=9, c=3, clock="linear"),
     "sample_shape": (1, 8, 8),
     "class_frequencies": (0.5, 0.5),
 }
@@ -57,7 +57,7 @@ WRITTEN: dict[str, tuple[Any, str]] = {
     "store": (StoreIdentity(**IDENTITY), "3976d4d3a9ecff3dc2c33fc6bf72784c192ecc917762132bbcd13d69d5e301db"),
     "store, other options": (
         StoreIdentity(
-            **{**IDENTITY, "path": PathConfig(kind="gaussian")},
+            **{**IDENTITY, "path": PathConfig(kind="gaussian", a=9, c=3, clock="linear")},
             source="forward",
             knots=4,
             solver="heun",

@@ -20,7 +20,7 @@ from tests.pipeline.stores import make_teacher
 IDENTITY = {
     "source": "trajectory",
     "teacher_sha256": "ab" * 32,
-    "path": PathConfig(),
+    "path": PathConfig(a=9, c=3, clock="linear"),
     "precision": Precision(),
     "solver": "ab2",
     "solver_steps": 100,
@@ -34,7 +34,7 @@ IDENTITY = {
 OTHERS = {
     "source": "forward",
     "teacher_sha256": "cd" * 32,
-    "path": PathConfig(a=10.0),
+    "path": PathConfig(a=10, c=3, clock="linear"),
     "precision": Precision(dtype="bfloat16"),
     "solver": "euler",
     "solver_steps": 200,
