@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 
-from kac.path import PathConfig
+from kac.path import FORMER_DEFAULTS, PathConfig
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields, hashed_values
 from kac.util.options import Options, nested_models
@@ -22,7 +22,10 @@ IDENTITY: dict[str, Any] = {
 }
 
 WRITTEN: dict[str, tuple[Any, str]] = {
-    "teach": (TeachSpec(out="o"), "6489defee6af942208d7fb384f04d68b280ea99dffafd4bd485def9c1dca9efa"),
+    "teach": (
+        TeachSpec(out="o", path=FORMER_DEFAULTS),
+        "6489defee6af942208d7fb384f04d68b280ea99dffafd4bd485def9c1dca9efa",
+    ),
     "teach, other options": (
         TeachSpec(
             out="o",
@@ -40,6 +43,7 @@ WRITTEN: dict[str, tuple[Any, str]] = {
             checkpoint="c",
             out="o",
             data="digits",
+            path=FORMER_DEFAULTS,
             network={"kind": "outside", "module": "a:b", "arguments": {"width": 8}},
             key="ema",
         ),
