@@ -238,7 +238,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     """
     config = load_config(path)
     try:
-        network = build_network(config.network, config.sample_shape, config.num_classes)
+        network = build_network(config.network, config.sample_shape, config.num_classes, config.path.build())
     except ArgumentError as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE} describes an impossible network. {error}") from None
     weights_path, data = _read_weights(path, network)

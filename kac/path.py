@@ -68,6 +68,10 @@ class KacPath:
         """Return sup|f'| data_bound + c sup g', which bounds each velocity component for data within +-data_bound."""
         return SIGNALS[self.signal].slope_bound * data_bound + self.process.c * CLOCKS[self.clock].slope_bound
 
+    def speed_limit_at(self, t: Tensor) -> Tensor:
+        """Return |f'(t)| + c g'(t), which bounds each velocity component at the times ``t`` for data in [-1, 1]."""
+        return SIGNALS[self.signal].derivative(t).abs() + self.process.c * CLOCKS[self.clock].derivative(t)
+
 
 @dataclass(frozen=True)
 class GaussianPath:
@@ -99,7 +103,7 @@ Path = KacPath | GaussianPath
 """Any path. A new path class needs ``sample``, ``point``, ``speed_limit`` and ``uniforms_per_coordinate``."""
 
 
-FORMER_DEFAULTS = {"a": 9.0, "c": 3.0, "clock": "linear"}
+FORMER_DEFAULTS: dict[str, Any] = {"a": 9.0, "c": 3.0, "clock": "linear"}
 """The defaults of older versions, as in arXiv 2509.21513. Their teachers are worse (kac/RESULTS.md)."""
 
 

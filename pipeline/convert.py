@@ -22,10 +22,11 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root")
     data = decode.open_described("convert", spec.data)
     samples = (data.sample_shape, data.num_classes)
-    checkpoint, network = read_weights(spec.checkpoint), build_network(spec.network, *samples)
+    unclamped = spec.network.model_copy(update={"bounded": False})
+    checkpoint, network = read_weights(spec.checkpoint), build_network(unclamped, *samples)
     try:
-        adopted = adopt(network, spec.network, data.sample_shape, checkpoint, spec.key)
-        try_out(network, spec.network, *samples)
+        adopted = adopt(network, unclamped, data.sample_shape, checkpoint, spec.key)
+        try_out(network, unclamped, *samples)
     except CheckpointError as error:
         raise CheckpointError(f"{spec.checkpoint}: {error}") from error
     content = {"data_sha256": data.sha256, "checkpoint_sha256": checkpoint.sha256}

@@ -261,7 +261,7 @@ class DistillTask:
         objective = objective_of(spec)
         torch.manual_seed(spec.seed)
         config = first.config.network.model_copy(update={"conditions": objective.conditions})
-        network = build_network(config, first.config.sample_shape, first.config.num_classes)
+        network = build_network(config, first.config.sample_shape, first.config.num_classes, first.config.path.build())
         load_weights(network, first.network.state_dict())
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
         # Each of a seat's passes uses a part of the seat's batch, so the whole batch is read once and cached.

@@ -76,8 +76,9 @@ class TeachTask:
         """Return a learner for a teacher with initial weights."""
         spec, data = self.spec, open_dataset(self.spec.data)
         torch.manual_seed(spec.seed)
-        network = build_network(spec.network, data.description.sample_shape, data.description.num_classes)
-        path, batch = spec.path.build(), prefetched(_batches(spec, data), worker.device)
+        path, samples = spec.path.build(), (data.description.sample_shape, data.description.num_classes)
+        network = build_network(spec.network, *samples, path)
+        batch = prefetched(_batches(spec, data), worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:
             seed_dropout(spec.seed, micro)

@@ -21,6 +21,9 @@ class NetworkOptions(Kinded):
     """Options that networks of every kind share."""
 
     conditions: tuple[Condition, ...] = Field((), description="inputs besides time and label: end_time, guidance")
+    bounded: bool = Field(
+        False, description="clamp sampled velocities to the speed limit of the Kac path at their time; not in training"
+    )
 
     @property
     def conditioning(self) -> Conditioning:

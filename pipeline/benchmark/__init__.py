@@ -208,7 +208,7 @@ def make_setting(spec: BenchmarkSpec, folder: str) -> Setting:
         return Setting(spec, folder, cluster.absolute(spec.teacher))
     config = teacher_config(spec.network, PathConfig(), spec.data)
     torch.manual_seed(0)
-    network = build_network(config.network, config.sample_shape, config.num_classes)
+    network = build_network(config.network, config.sample_shape, config.num_classes, config.path.build())
     # All-zero parameters, such as the last layer's, get random values. Otherwise all knots would be equal.
     for parameter in network.parameters():
         if not parameter.any():

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from kac.data import DataConfig
 from kac.networks import MLPConfig, NetworkConfig, UNetConfig
+from kac.networks.network_kinds import path_with_limit
 from kac.path import FORMER_DEFAULTS, PathConfig
 from kac.precision import Precision
 from kac.util.path_options import input_path, output_path
@@ -36,7 +37,7 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        _check_conditions(self.network)
+        _check_options(self.network, self.path)
         if self.label_dropout and not self.network.has_null_label:
             raise ValueError(
                 f"`label_dropout` is {self.label_dropout}, but this network has no null label. "
@@ -65,10 +66,12 @@ class ConvertSpec(Spec):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        _check_conditions(self.network)
+        _check_options(self.network, self.path)
         return self
 
 
-def _check_conditions(network: NetworkConfig) -> None:
+def _check_options(network: NetworkConfig, path: PathConfig) -> None:
+    if network.bounded:
+        path_with_limit(path.build())
     if network.conditions:
         raise ValueError("`network.conditions` must be empty, because a teacher takes only a time and a label.")

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from jobs.parsing import parse
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, build_network, load_weights
 from kac.networks.velocity import FourierFeatures, NetworkModule
+from kac.path import GaussianPath, KacPath
+from kac.process import KacProcess
 from kac.util.errors import ArgumentError, CheckpointError, as_options
 from pipeline.config import TeachSpec
 
@@ -100,6 +102,30 @@ def test_every_parameter_gets_a_gradient():
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert bool((parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]).any(1).all()), name
+
+
+@pytest.mark.parametrize("kind", [MLPConfig(width=8, depth=1), UNetConfig(channels=(8,), blocks=1, groups=4)])
+@pytest.mark.parametrize("clock", ["linear", "quadratic"])
+def test_a_bounded_network_obeys_the_speed_limit_except_in_training(kind, clock):
+    path = KacPath(KacProcess(9, 3), clock=clock)
+    network = build_network(kind.model_copy(update={"bounded": True}), (1, 8, 8), 3, path)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    inputs = 20 * torch.randn(6, 1, 8, 8), torch.linspace(0, 1, 6), torch.arange(6) % 4
+    limit = path.speed_limit_at(inputs[1])[:, None, None, None]
+    free, u = network.train()(*inputs), network.eval()(*inputs)
+    assert bool((free.abs() > path.speed_limit()).any())
+    assert bool((u.abs() <= limit).all())
+    torch.testing.assert_close(u, torch.clamp(free, -limit, limit))
+    assert network(inputs[0], torch.tensor(0.0), inputs[2]).abs().max() <= path.speed_limit_at(torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("path", [None, GaussianPath()])
+def test_a_bounded_network_needs_a_path_with_a_speed_limit(path):
+    with pytest.raises(ArgumentError, match=r"`network\.bounded`"):
+        build_network(MLPConfig(bounded=True), (2,), 3, path)
+    with pytest.raises(ArgumentError, match=r"`network\.bounded`"):
+        TeachSpec(out="o", network={"kind": "mlp", "bounded": True}, path="gaussian")
 
 
 @pytest.mark.parametrize("bad", [{"width": 0}, {"depth": -1}, {"kind": "resnet"}, {"heads": 4}])
