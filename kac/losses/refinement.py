@@ -103,7 +103,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         The unbiased estimate of D, a scalar.
     """
-    return 2 * _distances(x, y).mean() - _mean_distance(x) - _mean_distance(y)
+    return 2 * _distances(x, y).mean() - mean_distance(x) - mean_distance(y)
 
 
 REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -142,7 +142,7 @@ def refinement_loss(
     classes, real_classes = ([], []) if label is None else ([one_hot(label)], [one_hot(real_label)])
 
     def compare(x: Tensor, y: Tensor) -> Tensor:
-        unit = _mean_distance(y).detach().clamp(min=1e-6)
+        unit = mean_distance(y).detach().clamp(min=1e-6)
         x, y = torch.cat([x / unit, *classes], 1), torch.cat([y / unit, *real_classes], 1)
         return REFINEMENT_DISTANCES[distance](x, y, update)
 
@@ -218,7 +218,7 @@ def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
     return features
 
 
-def _mean_distance(x: Tensor) -> Tensor:
+def mean_distance(x: Tensor) -> Tensor:
     """Return the mean distance between distinct points of x [n, width], a scalar."""
     n = len(x)
     return _distances(x, x).masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum() / (n * (n - 1))

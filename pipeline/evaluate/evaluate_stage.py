@@ -125,6 +125,8 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
     floor_count = held_out.count if held_out.count < spec.samples else None
     statistics = {space.name: training_statistics(train, space) for space in spaces}
     reference = Reference(statistics, shown, lambda: pixels.of_training_images(data), floor_count)
+    real_images = gather(held_out, spaces, reference)
+    reference.held_out_statistics = real_images.statistics
     record = Record(
         fingerprint=fingerprint,
         samples=spec.samples,
@@ -142,7 +144,7 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
         steps=None,
         guidance=None,
         count=held_out.count,
-        metrics=_metrics(record, gather(held_out, spaces, reference)),
+        metrics=_metrics(record, real_images),
         fingerprint=train.sha256,
     )
     by_name: dict[str, list[Score]] = {candidate.name: [] for candidate in comparison.candidates}

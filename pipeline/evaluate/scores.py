@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kac.data.class_names import list_classes
 from kac.metrics import Metric, QualityMetric, quality_metrics
+from kac.metrics.quality import COPIES_BELOW
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.options import Options
@@ -142,11 +143,17 @@ def provenance(record: Record) -> list[str]:
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]
         seen += [f"{name} ({', '.join(dict.fromkeys(models))})"] if models else []
+    copying = [
+        f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
+        for score in record.scores
+        if score.metrics.get("memorisation", 1.0) < COPIES_BELOW
+    ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
         f"{record.kept_rows:,} rows",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),
+        *([f"nearer to the training images than held-out images are: {', '.join(copying)}"] if copying else []),
         *([f"not comparable in feature spaces used to train a model: {'; '.join(seen)}"] if seen else []),
     ]

@@ -144,7 +144,9 @@ def test_the_number_of_blocks_is_limited():
 
 
 def reference(train: torch.Tensor, held_out: torch.Tensor, floor_count: int | None = None) -> Reference:
-    return Reference({"pixels": statistics_of(train)}, held_out, lambda: iter(torch.split(train, 7)), floor_count)
+    collected = Reference({"pixels": statistics_of(train)}, held_out, lambda: iter(torch.split(train, 7)), floor_count)
+    collected.held_out_statistics = {"pixels": statistics_of(held_out)}
+    return collected
 
 
 def statistics_of(rows: torch.Tensor, block: int = 0) -> Statistics:
@@ -166,6 +168,8 @@ def test_every_metric_has_its_value():
         "frechet_distance_pixels": frechet(train, fake),
         "frechet_ratio_pixels": frechet(train, fake) / 2.0,
         "kid_pixels": distances.kernel_distance(train, fake),
+        "frechet_distance_pixels_to_held_out": frechet(held_out, fake),
+        "kid_pixels_to_held_out": distances.kernel_distance(held_out, fake),
         "precision_pixels": distances.coverage(fake, train, radii(train)),
         "recall_pixels": distances.coverage(train, fake, radii(fake)),
         "sliced_wasserstein": distances.sliced_wasserstein(train, fake),
@@ -180,8 +184,10 @@ def test_every_metric_has_its_value():
     teacher = {"frechet_distance_pixels": 2.0}
     found = scores(Evaluated({"pixels": statistics_of(fake)}, ref, 0.75, 0.1, 2, 500.0, teacher))
     assert found == pytest.approx(expected, rel=1e-4)
-    real = scores(Evaluated({"pixels": statistics_of(held_out)}, ref, 0.9))
+    real = scores(Evaluated(ref.held_out_statistics, ref, 0.9))
     assert real["memorisation"] == 1
+    assert real["frechet_distance_pixels_to_held_out"] == pytest.approx(frechet(held_out, train))
+    assert real["kid_pixels_to_held_out"] == pytest.approx(distances.kernel_distance(held_out, train))
     missing = {"frechet_ratio_pixels", "endpoint_error", "nfe", "images_per_second"}
     assert {name for name, value in real.items() if value is None} == missing
 
@@ -206,8 +212,10 @@ def test_distances_are_computed_at_the_count_of_a_smaller_floor():
 def test_columns_are_grouped_by_space_and_only_the_last_space_shows_precision():
     metrics = quality_metrics(["pixels", "classifier"], 355)
     headings = [metric.heading for metric in metrics.values() if metric.heading]
-    assert headings[:9] == [
-        *("FD pixels", "FD @355", "ratio", "FD classifier", "FD @355", "ratio", "precision", "recall", "sliced W2")
-    ]
+    grouped = "FD pixels,FD @355,ratio,FD classifier,FD @355,ratio,precision,recall,KID held-out,memory ratio,sliced W2"
+    assert headings[:11] == grouped.split(",")
+    many_held_out = [metric.heading for metric in quality_metrics(["pixels", "classifier"]).values() if metric.heading]
+    assert "FD held-out" in many_held_out
+    assert "KID held-out" not in many_held_out
     assert "kid_classifier" in metrics
     assert not any("{" in metric.name + metric.meaning + metric.heading for metric in metrics.values())

@@ -85,6 +85,18 @@ def test_the_first_row_is_held_out_images_and_the_table_describes_its_data(evalu
     assert len(text.splitlines()[0]) < 160
 
 
+def test_the_table_names_models_that_copy_training_images(evaluation: Path):
+    record = read_record(str(evaluation))
+    real, *models = record.scores
+    copying = [score.model_copy(update={"metrics": {**score.metrics, "memorisation": 0.8}}) for score in models[:1]]
+    others = [score.model_copy(update={"metrics": {**score.metrics, "memorisation": 0.99}}) for score in models[1:]]
+    text = table(record.model_copy(update={"scores": (real, *copying, *others)}))
+    (line,) = [line for line in text.splitlines() if line.startswith("nearer to the training images")]
+    assert f"{models[0].name} (memory ratio 0.800)" in line
+    assert "0.990" not in line
+    assert "nearer to the training" not in table(record.model_copy(update={"scores": (real, *others)}))
+
+
 def test_endpoint_error_is_the_root_mean_square_per_coordinate(evaluation: Path, teacher: str, student: str):
     difference = _samples(teacher, 8, "ab2") - _samples(student, 2, "euler")
     error = float(difference.square().mean().sqrt())

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from kac.data import DataConfig
+from kac.data import DataConfig, open_dataset
 from kac.model import load_config, load_model
-from kac.sampling import generate, student_sampling
+from kac.sampling import Samples, generate, student_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from pipeline import decode, store
@@ -36,7 +36,7 @@ def test_validation_intervals(every: int | None, updates: int, due: list[int], t
 
 def test_validation_costs_a_small_part_of_training(teacher: str):
     config = load_config(teacher)  # a teacher is sampled in 20 steps
-    for updates, batch_size, samples in ((10_000, 256, 512), (1000, 128, 96), (100, 64, 64)):
+    for updates, batch_size, samples in ((10_000, 256, 1920), (4000, 128, 384), (1000, 64, 256)):
         validation = Validation(None, config, OptimizerConfig(updates=updates, batch_size=batch_size))
         assert validation.samples == samples
         assert validation.is_due(updates)
@@ -136,3 +136,18 @@ def test_a_teacher_is_validated(tmp_path: Path):
     values = [point.value for point in metrics_of("teach", config.fingerprint, ENERGY_DISTANCE)]
     assert len(values) == FEW.updates // 5
     assert values[-1] < 0.5 * values[0]
+
+
+def test_real_images_have_an_energy_distance_of_one(teacher: str, monkeypatch: pytest.MonkeyPatch):
+    config = load_config(teacher)
+    rows, count = open_dataset(config.data).train, 800
+
+    def distance(shift: float) -> float:
+        real = rows.rows(torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[:count])
+        drawn = Samples(delivered(real.images + shift), real.labels, 1, 1.0)
+        monkeypatch.setattr(validation, "draw", lambda *args: drawn)
+        return Validation(1, config, OptimizerConfig()).measure(load_model(teacher).network)[ENERGY_DISTANCE]
+
+    assert distance(0) == pytest.approx(1, abs=0.5)
+    assert distance(0.1) > 2
+    assert distance(0.3) > 4 * distance(0.1)
