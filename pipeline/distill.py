@@ -13,7 +13,7 @@ from kac.conditioning import known_classes, network_labels
 from kac.losses import Interval, LossTerms, Objective
 from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
-from kac.networks import VelocityNetwork, build_network, load_weights
+from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost
 from kac.sampling import Sampling, integrate
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
@@ -183,7 +183,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
     student = first.model_copy(
         update={
             "kind": "student",
-            "network": first.network.model_copy(update={"conditions": objective.conditions}),
+            "network": student_network(spec, first),
             "steps": spec.steps,
             "knot_grid": identity.knot_grid,
             "guidance": scales[0],
@@ -211,6 +211,12 @@ def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
 def objective_of(spec: DistillSpec) -> Objective:
     """Return the objective of a student."""
     return spec.objective.build(spec.steps, ("guidance",) if spec.guidance == "all" else ())
+
+
+def student_network(spec: DistillSpec, first: ModelConfig) -> NetworkConfig:
+    """Return the config of a student's network. A guided teacher exceeds the speed limit, so its student may, too."""
+    options = {"conditions": objective_of(spec).conditions, "bounded": first.network.bounded and spec.guidance == 0}
+    return first.network.model_copy(update=options)
 
 
 def _check_init(
@@ -260,7 +266,7 @@ class DistillTask:
         spec, first, given = self.spec, load_model(self.init), self.batch
         objective = objective_of(spec)
         torch.manual_seed(spec.seed)
-        config = first.config.network.model_copy(update={"conditions": objective.conditions})
+        config = student_network(spec, first.config)
         network = build_network(config, first.config.sample_shape, first.config.num_classes, first.config.path.build())
         load_weights(network, first.network.state_dict())
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)

@@ -15,13 +15,15 @@ from kac.data.in_memory import in_memory
 from kac.losses import EndpointConfig, EndpointObjective, LossTerms
 from kac.losses.refinement import energy_distance
 from kac.model import load_config, load_model
-from kac.sampling import Sampling, generate, initial_noise, student_sampling
+from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+from kac.study.subject import Watched
 from kac.util.errors import DistillKacError
 from pipeline import store, tracking
 from pipeline.config import DistillSpec, SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
-from tests.pipeline.stages import FEW, distill_spec, run_of
+from pipeline.teach import teach
+from tests.pipeline.stages import FEW, SMALL, distill_spec, run_of, teach_spec
 from tests.pipeline.stores import make_store, make_teacher
 
 
@@ -301,3 +303,25 @@ def test_diagnostics_of_an_objective_are_logged_and_not_minimised(
     assert metrics["diagnostic/double"] == pytest.approx(2 * metrics["loss/endpoint"] / anchor)
     assert metrics["diagnostic/rows"] == FEW.batch_size / 2
     assert metrics["loss"] == pytest.approx(sum(v for name, v in metrics.items() if name.startswith("loss/")))
+
+
+def test_models_of_a_bounded_network_obey_the_speed_limit(tmp_path: Path):
+    """The network's velocities are far beyond the limit, so every trajectory would exceed it without the clamp."""
+    network = {**SMALL.model_dump(), "bounded": True}
+    path = str(tmp_path / "teacher")
+    teach(teach_spec(Path(path), network=network, path={"kind": "kac", "a": 1, "c": 0.2}))
+    make_store(tmp_path / "store", path, trajectories=64)
+    make_store(tmp_path / "store", path, trajectories=64, guidance=(0.0, 1.0))
+    for name, guidance in (("plain", 0.0), ("guided", 1.0)):
+        distill(distill_spec(str(tmp_path / "store"), tmp_path / name, guidance=guidance))
+    assert load_config(str(tmp_path / "plain")).network.bounded
+    assert not load_config(str(tmp_path / "guided")).network.bounded  # its teacher may be faster than the limit
+    for name in ("teacher", "plain"):
+        model, speeds = load_model(str(tmp_path / name)), []
+        for parameter in model.network.parameters():
+            parameter.data.mul_(20)
+        network = Watched(model.network, lambda x, t, u, speeds=speeds: speeds.append(u.abs().max()))
+        sampling = teacher_sampling(model.config) if name == "teacher" else student_sampling(model.config)
+        generate(network, *initial_noise(model.config, 0, range(500)), sampling)
+        assert max(speeds) == pytest.approx(model.config.path.build().speed_limit(), rel=0.2)
+        assert max(speeds) <= model.config.path.build().speed_limit()
