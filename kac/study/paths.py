@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kac.metrics.distances import kernel_distance
 from kac.metrics.quality import Reference
@@ -33,7 +34,7 @@ KNOTS = (*range(0, TEACHER_STEPS, 5), TEACHER_STEPS - 1)
 JACOBIANS = 128
 """Number of trajectories along which Jacobians are measured."""
 
-POWER_ITERATIONS = 10
+POWER_ITERATIONS = 20
 
 
 class Spread(NamedTuple):
@@ -49,9 +50,9 @@ class Spread(NamedTuple):
         return Spread(fmean(values), min(values), max(values))
 
     def __str__(self) -> str:
-        """Return MEAN (LOWEST-HIGHEST), or only the mean if all values are equal."""
-        extent = "" if self.lowest == self.highest else f" ({self.lowest:.3g}-{self.highest:.3g})"
-        return f"{self.mean:.3g}{extent}"
+        """Return MEAN (LOWEST to HIGHEST), or only the mean if all values round to the same."""
+        mean, lowest, highest = (f"{value:.3g}" for value in self)
+        return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 class Stretch(NamedTuple):
@@ -138,19 +139,25 @@ def lipschitz(subject: Subject, network: VelocityNetwork) -> list[Stretch]:
 
 
 def spectral_norms(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the spectral norm [batch] of the Jacobian of each sample's velocity, by power iteration on J^T J.
+    """Return the spectral norm [batch] of the Jacobian J of each sample's velocity, by power iteration on J^T J.
 
     The result approaches the norm from below. ``u`` maps x [batch, *sample] to velocities that do not depend on the
     other samples in the batch.
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    transposed, image = torch.func.vjp(u, x)[1], x
-    for _ in range(POWER_ITERATIONS):
-        lengths = v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)
-        image = torch.func.jvp(u, (x,), (v / lengths.reshape(-1, *[1] * (x.ndim - 1)),))[1]
-        (v,) = transposed(image)
+    x, w = x.clone().requires_grad_(), torch.zeros_like(x, requires_grad=True)
+    image: Tensor = v
+    # J v is the gradient of (J^T w) v in w. Networks have second derivatives, but not always forward derivatives.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        velocity = u(x)
+        (transposed,) = torch.autograd.grad(velocity, x, w, create_graph=True)
+        for _ in range(POWER_ITERATIONS):
+            lengths = v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)
+            direction = v / lengths.reshape(-1, *[1] * (x.ndim - 1))
+            (image,) = torch.autograd.grad(transposed, w, direction, retain_graph=True)
+            (v,) = torch.autograd.grad(velocity, x, image, retain_graph=True)
     norms: Tensor = image.flatten(1).norm(dim=1)
-    return norms.detach()
+    return norms
 
 
 def _spreads(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:

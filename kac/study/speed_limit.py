@@ -73,7 +73,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
         for name, s in found.items()
     }
     metrics = {f"{field}/{name}": values[name][field] for field in ("largest", "share_beyond") for name in found}
-    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(lines)}"
+    text = f"limit {limit:g} of the teacher's |u| per coordinate: {'; '.join(lines)}"
     return ClaimResult(text, {"limit": limit, "models": values}, metrics, _plot(found, limit))
 
 
