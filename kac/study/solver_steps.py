@@ -6,7 +6,7 @@ of steps.
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,11 +104,16 @@ def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping
                 own = [(point.nfe, point.distances[space]) for point in points if point.method == method]
                 style = f"{MARKERS[number]}{line}"
                 axis.plot(*zip(*own, strict=True), style, color=f"C{number}", label=f"{name}, {method}")
-        axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE) per sample", title=f"features: {space}")
-        axis.set_xticks(sorted({point.nfe for points in found.values() for point in points}))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
-        axis.set_ylabel("Frechet distance to training images")
+        set_nfe_axes(axis, space, sorted({point.nfe for points in found.values() for point in points}))
         axis.legend(fontsize=8)
     figure.suptitle("Solvers: quality of delivered samples, w = 0")
     return png(figure)
+
+
+def set_nfe_axes(axis: Any, space: str, nfe: Sequence[int]) -> None:
+    """Label a plot of Frechet distances in a feature space against these numbers of network evaluations."""
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE) per sample", title=f"features: {space}")
+    axis.set_xticks(nfe)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_ylabel("Frechet distance to training images")
