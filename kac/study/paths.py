@@ -108,7 +108,7 @@ def follow(subject: Subject) -> tuple[Tensor, dict[str, float]]:
         energies.append(solution.kinetic_energy.cpu())
     values = {"kinetic_energy": torch.cat(energies).double().mean().item()}
     if math.isfinite(limit):
-        values |= {"largest_of_limit": counted.largest / limit, "share_beyond": counted.share_beyond}
+        values |= {"largest_of_limit": counted.largest / limit, "percent_beyond": 100 * counted.share_beyond}
     return torch.cat(images), values
 
 
@@ -162,7 +162,7 @@ def _table(spreads: Mapping[str, Mapping[str, Spread]], quality: TeacherQuality)
     }
     rest = {f"FD {space}": f"frechet_distance_{space}_ab2_{STEPS[-1]}" for space in others}
     rest |= {f"KID {shown}": f"kid_{shown}_to_held_out", "memory ratio": "memorisation"}
-    rest |= {"beyond the limit": "share_beyond", "largest speed / limit": "largest_of_limit"}
+    rest |= {"beyond the limit, %": "percent_beyond", "largest speed / limit": "largest_of_limit"}
     rest |= {"energy": "kinetic_energy", "Lipschitz, largest": "lipschitz", "Lipschitz, mean": "lipschitz_mean"}
     tables = []
     for columns in (distances, rest):

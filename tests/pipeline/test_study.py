@@ -80,8 +80,8 @@ def test_paths_are_compared_by_mean_and_range_over_repeats(whole: StudySpec):
         values = first[name], second[name]
         expected = {"mean": sum(values) / 2, "lowest": min(values), "highest": max(values), "repeats": 2}
         assert found["paths"]["gaussian"][name] == pytest.approx(expected)
-    assert "share_beyond" not in {*first, *found["paths"]["gaussian"]}
-    assert "share_beyond" in found["paths"]["kac a=9 c=3 linear"]
+    assert "percent_beyond" not in {*first, *found["paths"]["gaussian"]}
+    assert "percent_beyond" in found["paths"]["kac a=9 c=3 linear"]
     solver = claims_of(whole)["solver"]["values"]["gaussian (rival)"]
     distances = {f"{point['method']}_{point['steps']}": point["distances"]["pixels"] for point in solver}
     assert {name: first[f"frechet_distance_pixels_{name}"] for name in distances} == distances

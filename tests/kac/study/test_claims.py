@@ -213,10 +213,10 @@ def test_speeds_are_relative_to_the_limit_of_the_subjects_own_path():
     field = Field(lambda x, t: torch.tensor([1.0, -3.0]).expand_as(x))
     images, within = follow(subject(field, EULER))  # the limit is 4
     assert images.shape == (50, 2)
-    assert (within["share_beyond"], within["largest_of_limit"]) == (0, 0.75)
+    assert (within["percent_beyond"], within["largest_of_limit"]) == (0, 0.75)
     assert within["kinetic_energy"] == pytest.approx(10)
     slow = follow(subject(field, EULER, config=config(path=PathConfig(a=4, c=1))))[1]  # the limit is 2
-    assert (slow["share_beyond"], slow["largest_of_limit"]) == (0.5, 1.5)
+    assert (slow["percent_beyond"], slow["largest_of_limit"]) == (50, 1.5)
     free = follow(subject(field, EULER, config=config(path=PathConfig(kind="gaussian"))))[1]
     assert free == {"kinetic_energy": pytest.approx(10)}
 
