@@ -120,6 +120,11 @@ class PathConfig(Kinded):
     signal: SignalName = Field("linear", description="f(t), the weight of the data: linear is 1 - t")
     clock: ClockName = _option("quadratic", "clock", "g(t), the time of the Kac process: linear is t, quadratic is t^2")
 
+    def __str__(self) -> str:
+        """Describe the path briefly, such as "kac a=9 c=3 linear". Different paths have different descriptions."""
+        signal = "" if self.signal == "linear" else f" {self.signal} signal,"
+        return "gaussian" if self.kind == "gaussian" else f"kac a={self.a:g} c={self.c:g}{signal} {self.clock}"
+
     def build(self) -> Path:
         """Return the path that these values describe."""
         if self.kind == "gaussian":

@@ -1,4 +1,4 @@
-"""Study: test the claims of the Kac-flow papers on a teacher, its store, its students and a Gaussian rival.
+"""Study: test the claims of the Kac-flow papers on a teacher, its store, its students and its rivals.
 
 The modules in ``kac/study/`` measure the claims. A claim whose inputs are missing is left out, and its line says why.
 """
@@ -6,6 +6,7 @@ The modules in ``kac/study/`` measure the claims. A claim whose inputs are missi
 import json
 import math
 import re
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -37,21 +38,21 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
         The printed lines, by claim.
 
     Raises:
-        DistillKacError: a model or the store is missing or belongs to another teacher, or the rival is not comparable.
+        DistillKacError: a model or the store is missing or belongs to another teacher, or a rival is not comparable.
     """
     spec = spec.settled(torch.cuda.is_available)
-    spec = cluster.absolute_paths(spec, "teacher", "store", "students", "rival", "out")
+    spec = cluster.absolute_paths(spec, "teacher", "store", "students", "rivals", "out")
     opened = None if spec.store is None else store.open(spec.store)
     inputs = _open(spec, opened)
     check_apart(spec, {"`data.root` of the teacher": inputs.teacher.config.data.root})
-    content = _content(inputs, opened)
+    content = _content(spec, inputs, opened)
     if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
         log.info(f"study: {spec.out} is complete: nothing to do")
         return _log_table(json.loads(files.read_bytes(files.join(spec.out, STUDY_FILE)))["claims"])
     fingerprint = spec.fingerprint(**content)
     sources = {f"student.{model.name}": model.config.fingerprint for model in inputs.students}
     sources["teacher"] = inputs.teacher.config.weights_sha256
-    sources |= {"rival": inputs.rival.config.fingerprint} if inputs.rival else {}
+    sources |= {f"rival.{number}": model.config.fingerprint for number, model in enumerate(inputs.rivals, 1)}
     sources |= {"rollout": opened.identity.fingerprint()} if opened is not None else {}
     claims: dict[str, dict[str, Any]] = {}
     with tracking.start_run(spec=spec, fingerprint=fingerprint, inputs=sources, output=spec.out, parent=parent) as run:
@@ -67,6 +68,8 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
             tracking.declare(*(Metric(name, f"measures the claim {claim}; see {STUDY_FILE}") for name in finite))
             run.metrics(finite)
             _write(spec, run, fingerprint, f"{claim}.png", outcome.picture)
+            if outcome.table:
+                _write(spec, run, fingerprint, f"{claim}.md", outcome.table.encode())
         record = {"fingerprint": fingerprint, "samples": spec.samples, "seed": spec.seed, "claims": claims}
         finite_record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # None instead of NaN
         _write(spec, run, fingerprint, STUDY_FILE, json.dumps(finite_record, indent=2).encode())
@@ -86,9 +89,9 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
             f"{spec.store} belongs to another teacher ({opened.identity.teacher_sha256[:12]}...), not to "
             f"{spec.teacher} ({teacher.weights_sha256[:12]}...). Give the teacher of the store."
         )
-    rival = None if spec.rival is None else StudyModel("rival", spec.rival, load_teacher_config(spec.rival))
-    if rival is not None:
-        _check_rival(rival, own)
+    rivals = _open_rivals(spec.rivals)
+    for number, rival in enumerate(rivals):
+        _check_rival(rival, own, rivals[:number])
     trajectories = None
     if opened is not None:
         identity, w = opened.identity, min(opened.guidance)
@@ -97,14 +100,25 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
         is_forward = identity.source == "forward"
         trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read)
     options = (spec.samples, spec.steps, spec.precision, spec.seed, spec.batch_size)
-    return Inputs(own, students, rival, trajectories, data, *options)
+    return Inputs(own, students, rivals, trajectories, data, *options)
 
 
-def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
-    """Raise ``ArgumentError`` unless the rival differs from the teacher only in its Gaussian path."""
-    kind = rival.config.path.kind
-    if kind != "gaussian":
-        raise ArgumentError(f"`rival` {rival.path} has a {kind} path. Choose a rival with a gaussian path.")
+def _open_rivals(folders: tuple[str, ...]) -> list[StudyModel]:
+    """Open the rivals. Each is named after its path. If several have the same path, the name includes the folder."""
+    names = unique_names(folders)
+    configs = {path: load_teacher_config(path) for path in names}
+    counts = Counter(str(config.path) for config in configs.values())
+    return [
+        StudyModel(f"{config.path}" + (f" ({names[path]})" if counts[str(config.path)] > 1 else ""), path, config)
+        for path, config in configs.items()
+    ]
+
+
+def _check_rival(rival: StudyModel, teacher: StudyModel, others: list[StudyModel]) -> None:
+    """Raise ``ArgumentError`` unless the rival is another model that differs from the teacher only in path and seed."""
+    for other in (teacher, *others):
+        if (rival.config.weights_sha256, rival.config.path) == (other.config.weights_sha256, other.config.path):
+            raise ArgumentError(f"`rivals` {rival.path} is the same model as {other.path}. Leave it out.")
     ours, theirs = (_training_choices(model.path, model.config) for model in (teacher, rival))
     differences = [
         f"{name} is {theirs[name]} instead of {value}"
@@ -113,7 +127,7 @@ def _check_rival(rival: StudyModel, teacher: StudyModel) -> None:
     ]
     if differences:
         raise ArgumentError(
-            f"`rival` {rival.path} was not trained like the teacher: {', '.join(differences)}. Train a rival with the "
+            f"`rivals` {rival.path} was not trained like the teacher: {', '.join(differences)}. Train a rival with the "
             "teacher's values."
         )
 
@@ -130,11 +144,15 @@ def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
     return {**choices, **{name: optimizer[name] for name in ("updates", "batch_size") if name in optimizer}}
 
 
-def _content(inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:
+def _content(spec: StudySpec, inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:
     """The inputs that are part of a study's fingerprint."""
     students = {model.name: model.config.weights_sha256 for model in inputs.students}
     content: dict[str, Any] = {"teacher": inputs.teacher.config.weights_sha256, "students": students}
-    content |= {"rival": inputs.rival.config.weights_sha256} if inputs.rival else {}
+    rivals = {model.name: model.config.weights_sha256 for model in inputs.rivals}
+    if list(rivals) == ["gaussian"] and "paths" not in spec.claims:
+        content["rival"] = rivals["gaussian"]  # the form of earlier studies, which had no other rivals
+    elif rivals:
+        content["rivals"] = rivals
     if opened is not None:
         w = min(opened.guidance)
         rows = min(inputs.samples, opened.rows(w))

@@ -6,7 +6,7 @@ on delivered images. Velocities and energies are measured on the network's raw o
 
 from collections.abc import Callable
 
-from kac.study import guidance_scales, marginals, memorisation, plane, solver_steps, speed_limit, stability
+from kac.study import guidance_scales, marginals, memorisation, paths, plane, solver_steps, speed_limit, stability
 from kac.study.subject import ClaimResult, Inputs, StudyModel, Trajectories
 
 MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
@@ -17,6 +17,7 @@ MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "memorisation": memorisation.measure,
     "marginals": marginals.measure,
     "plane": plane.measure,
+    "paths": paths.measure,
 }
 """Functions that measure the claims. Each function returns a result, or the reason why the claim is left out."""
 

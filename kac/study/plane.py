@@ -50,7 +50,7 @@ def density(points: Tensor) -> np.ndarray:
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:
-    """Follow the points of the teacher and the rival."""
+    """Follow the points of the teacher and the rivals."""
     if inputs.teacher.config.sample_shape != (2,):
         return "the samples are not points of the plane"
     # AB-2 evaluates the network once per step, so every evaluated state is on the trajectory.

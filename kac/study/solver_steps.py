@@ -4,10 +4,12 @@ This module measures the Frechet distance between delivered samples and the trai
 of steps.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
@@ -50,8 +52,17 @@ def quality_by_solver(
             yield SolverPoint(method, count, solution.nfe, distances)
 
 
-def measure(inputs: Inputs) -> ClaimResult | str:
-    """Sample the teacher and the rival with every solver. Held-out images give the floor."""
+class TeacherQuality(NamedTuple):
+    """The quality of the teacher's and the rivals' samples, and of held-out images."""
+
+    found: dict[str, list[SolverPoint]]  # by model
+    real: Tensor  # held-out images [rows, *sample], as many as samples if there are enough
+    floor: dict[str, float]  # Frechet distances of the held-out images, by feature space
+
+
+@functools.lru_cache(maxsize=1)
+def quality_of_teachers(inputs: Inputs) -> TeacherQuality:
+    """Sample the teacher and the rivals with every solver. Held-out images give the floor."""
     spaces, held_out = inputs.spaces, inputs.data.held_out
     train = {space.name: Statistics.of(space.of_training_images(inputs.data)).moments for space in spaces}
     count = min(inputs.samples, len(held_out))
@@ -59,11 +70,19 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     real = delivered(held_out.rows(chosen).images)
     floor = {s.name: frechet_distance(train[s.name], Statistics.of([s(real)]).moments) for s in spaces}
     found = {subject.name: list(quality_by_solver(subject, spaces, train)) for subject in inputs.teachers()}
-    shown = spaces[-1].name
+    return TeacherQuality(found, real, floor)
+
+
+def measure(inputs: Inputs) -> ClaimResult | str:
+    """Compare the solvers. If there are several rivals, the text and picture include only the first Gaussian rival."""
+    found, real, floor = quality_of_teachers(inputs)
+    count, shown = len(real), inputs.spaces[-1].name
+    gaussian = [rival.name for rival in inputs.rivals if rival.config.path.kind == "gaussian"]
+    drawn = {name: found[name] for name in (found if len(found) <= 2 else ("teacher", *gaussian[:1]))}
     lines: list[str] = []
     metrics: dict[str, float] = {}
     for name, points in found.items():
-        for method in SOLVERS:
+        for method in SOLVERS if name in drawn else ():
             lines.append(" ".join([name, method, *(f"{p.distances[shown]:.4f}" for p in points if p.method == method)]))
         for point in points:
             key = f"{point.method}_{point.steps}/{name}"
@@ -72,7 +91,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     text = f"FD {shown} in {', '.join(map(str, STEPS))} steps: {'; '.join(lines)}"
     values = {name: [point._asdict() for point in points] for name, points in found.items()}
     held_out_values = {"count": count, "distances": floor}
-    return ClaimResult(text, {"held_out": held_out_values, **values}, metrics, _plot(found, count, floor))
+    return ClaimResult(text, {"held_out": held_out_values, **values}, metrics, _plot(drawn, count, floor))
 
 
 def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping[str, float]) -> bytes:
@@ -85,11 +104,16 @@ def _plot(found: Mapping[str, Sequence[SolverPoint]], count: int, floor: Mapping
                 own = [(point.nfe, point.distances[space]) for point in points if point.method == method]
                 style = f"{MARKERS[number]}{line}"
                 axis.plot(*zip(*own, strict=True), style, color=f"C{number}", label=f"{name}, {method}")
-        axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE) per sample", title=f"features: {space}")
-        axis.set_xticks(sorted({point.nfe for points in found.values() for point in points}))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
-        axis.set_ylabel("Frechet distance to training images")
+        set_nfe_axes(axis, space, sorted({point.nfe for points in found.values() for point in points}))
         axis.legend(fontsize=8)
     figure.suptitle("Solvers: quality of delivered samples, w = 0")
     return png(figure)
+
+
+def set_nfe_axes(axis: Any, space: str, nfe: Sequence[int]) -> None:
+    """Label a plot of Frechet distances in a feature space against these numbers of network evaluations."""
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE) per sample", title=f"features: {space}")
+    axis.set_xticks(nfe)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_ylabel("Frechet distance to training images")

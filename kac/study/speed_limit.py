@@ -60,20 +60,20 @@ def speeds(subject: Subject, limit: float) -> Speeds:
 
 
 def measure(inputs: Inputs) -> ClaimResult | str:
-    """Measure the speeds of the teacher, its students without guidance, and the rival."""
+    """Measure the speeds of the teacher, its students without guidance, and the rivals."""
     limit = inputs.teacher.config.path.build().speed_limit()
     if not math.isfinite(limit):
         return "the teacher's path has no speed limit"
     # Guided velocities have a different limit, so students that were distilled with guidance are not measured.
-    teacher, *rival = inputs.teachers()
-    found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rival)}
+    teacher, *rivals = inputs.teachers()
+    found = {s.name: speeds(s, limit) for s in (teacher, *inputs.student_subjects(0.0), *rivals)}
     lines = [f"{name} at most {s.largest:.2f}, {100 * s.share_beyond:.2g} % beyond" for name, s in found.items()]
     values: dict[str, dict[str, Any]] = {
         name: {"largest": s.largest, "share_beyond": s.share_beyond, "density": s.density()[1]}
         for name, s in found.items()
     }
     metrics = {f"{field}/{name}": values[name][field] for field in ("largest", "share_beyond") for name in found}
-    text = f"limit {limit:g} of |u| per coordinate: {'; '.join(lines)}"
+    text = f"limit {limit:g} of the teacher's |u| per coordinate: {'; '.join(lines)}"
     return ClaimResult(text, {"limit": limit, "models": values}, metrics, _plot(found, limit))
 
 
@@ -84,7 +84,7 @@ def _plot(found: Mapping[str, Speeds], limit: float) -> bytes:
         # The last bin counts all larger speeds and would be a spike, so it is not drawn. The legend gives its share.
         label = f"{name}: {100 * measured.share_beyond:.2g} % beyond, at most {measured.largest:.2f}"
         axis.stairs(heights[:-1], edges[:-1], label=label, linewidth=1.4)
-    axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the Kac path, {limit:g}")
+    axis.axvline(limit, color="black", linewidth=1, label=f"speed limit of the teacher's path, {limit:g}")
     axis.set(xlabel="|u| per coordinate", ylabel="density", yscale="log", title="Speeds during sampling, w = 0")
     axis.legend(fontsize=8)
     return png(figure)

@@ -74,13 +74,13 @@ class Trajectories(NamedTuple):
     read: Callable[[Sequence[str]], dict[str, Tensor]]  # reads columns by name: label, kinetic_energy or a knot column
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that functions of the inputs can be cached
 class Inputs:
     """The models, trajectories and data of a study. Networks are loaded on first use."""
 
     teacher: StudyModel
     students: Sequence[StudyModel]
-    rival: StudyModel | None
+    rivals: Sequence[StudyModel]  # teachers that differ from the teacher only in path and seed
     trajectories: Trajectories | None
     data: Dataset
     samples: int  # number of samples per model
@@ -105,9 +105,8 @@ class Inputs:
         return self._subject(self.teacher, self._teacher_sampling(guidance, steps))
 
     def teachers(self) -> list[Subject]:
-        """Return the teacher and the rival, with the same sampling settings and no guidance."""
-        models = (self.teacher, self.rival)
-        return [self._subject(model, self._teacher_sampling(0.0, 1)) for model in models if model]
+        """Return the teacher and the rivals, with the same sampling settings and no guidance."""
+        return [self._subject(model, self._teacher_sampling(0.0, 1)) for model in (self.teacher, *self.rivals)]
 
     def student_subjects(self, guidance: float | None = None) -> list[Subject]:
         """Return the students. An any-step student occurs once per step count.
@@ -151,6 +150,7 @@ class ClaimResult:
     values: dict[str, Any]  # the measured values for JSON, keyed by model if there are several models
     metrics: dict[str, float]  # named MEASURE/MODEL or MEASURE
     picture: bytes = field(repr=False)  # PNG
+    table: str = ""  # Markdown
 
 
 def panels(rows: int, columns: int, width: float = 5.5) -> tuple[Any, list[Any]]:

@@ -54,23 +54,23 @@ class EvaluateSpec(ActorOptions, Spec):
         return self
 
 
-Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "all"]
+Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "paths", "all"]
 
-CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane")
+CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "paths")
 
 
 class StudySpec(Spec):
     """Test the claims of the Kac-flow papers on a teacher, its store and its students."""
 
     stage = "study"
-    common = ("store", "students", "rival", "claims", "samples")
+    common = ("store", "students", "rivals", "claims", "samples")
     teacher: str = input_path(..., "the teacher's model folder")
     store: str | None = input_path(None, "the teacher's endpoint store, which also sets the solver")
     students: tuple[str, ...] = input_path((), "model folders of students, or folders of sweeps")
-    rival: str | None = input_path(
-        None, "model folder of a Gaussian-path teacher with the same data, network and training budget"
+    rivals: tuple[str, ...] = input_path(
+        (), "model folders of teachers with another path or seed, and the same data, network and training budget"
     )
-    out: str = output_path(..., "folder to write: study.json, one picture per claim")
+    out: str = output_path(..., "folder to write: study.json, one picture per claim, paths.md")
     claims: tuple[Claim, ...] = Field(
         CLAIMS, min_length=1, description="claims to test; all: every claim whose inputs are given"
     )

@@ -2,14 +2,17 @@
 
 import json
 import math
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from kac.model import load_config
+from kac.model import load_config, save_model
+from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
@@ -21,6 +24,7 @@ from tests.pipeline.stages import runs_of
 from tests.pipeline.stores import make_teacher
 
 GAUSSIAN = PathConfig(kind="gaussian")
+RIVALS = ("gaussian (rival)", "gaussian (repeat)")
 
 
 def small(teacher: str, out: Path, **options: Any) -> StudySpec:
@@ -34,9 +38,10 @@ def rival(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def whole(teacher: str, small_store: str, student: str, rival: str, tmp_path_factory: pytest.TempPathFactory):
-    """The spec of a finished study of all claims on the moons."""
-    out = tmp_path_factory.mktemp("studies") / "study"
-    spec = small(teacher, out, store=small_store, students=(student,), rival=rival)
+    """The spec of a finished study of all claims on the moons. Both rivals have the same path."""
+    out, folder = tmp_path_factory.mktemp("studies") / "study", tmp_path_factory.mktemp("others")
+    repeat = make_teacher(folder / "repeat", seed=2, path_config=GAUSSIAN)
+    spec = small(teacher, out, store=small_store, students=(student,), rivals=(rival, repeat))
     study(spec)
     return spec
 
@@ -49,18 +54,54 @@ def test_a_study_measures_every_claim(whole: StudySpec):
     found = claims_of(whole)
     assert tuple(found) == CLAIMS
     assert not [claim for claim in found if found[claim]["found"].startswith("left out")]
+    assert (Path(whole.out) / "paths.md").read_text().count("| gaussian | 2 |") == 2
     for claim in CLAIMS:
         assert (Path(whole.out) / f"{claim}.png").read_bytes().startswith(b"\x89PNG")
     knots = found["stability"]["values"]["two"]
     assert [knot["t"] for knot in knots] == [1, 0.5, 0]
     assert all(knot["error"] <= knot["certain"] + 1e-6 for knot in knots)
     assert found["speed"]["values"]["limit"] == 4
-    assert set(found["speed"]["values"]["models"]) == {"teacher", "two", "rival"}
-    assert set(found["solver"]["values"]) == {"held_out", "teacher", "rival"}
-    assert set(found["plane"]["values"]) == {"teacher", "rival"}
+    assert set(found["speed"]["values"]["models"]) == {"teacher", "two", *RIVALS}
+    assert set(found["solver"]["values"]) == {"held_out", "teacher", *RIVALS}
+    assert set(found["plane"]["values"]) == {"teacher", *RIVALS}
     assert [point["guidance"] for point in found["guidance"]["values"]["teacher"]] == [0, 0.5, 1, 2, 4, 7, 10]
     assert [knot["t"] for knot in found["marginals"]["values"]["knots"]] == [1, 0.75, 0.5, 0.25, 0]
     assert len(found["plane"]["values"]["teacher"]["t"]) == 8  # one per solver step of the store
+
+
+def test_paths_are_compared_by_mean_and_range_over_repeats(whole: StudySpec):
+    found = claims_of(whole)["paths"]["values"]
+    assert {path: len(repeats) for path, repeats in found["models"].items()} == {
+        "kac a=9 c=3 linear": 1,
+        "gaussian": 2,
+    }
+    first, second = found["models"]["gaussian"].values()
+    for name in ("frechet_distance_pixels_heun_20", "kid_classifier_to_held_out", "memorisation", "lipschitz"):
+        values = first[name], second[name]
+        expected = {"mean": sum(values) / 2, "lowest": min(values), "highest": max(values), "repeats": 2}
+        assert found["paths"]["gaussian"][name] == pytest.approx(expected)
+    assert "percent_beyond" not in {*first, *found["paths"]["gaussian"]}
+    assert "percent_beyond" in found["paths"]["kac a=9 c=3 linear"]
+    solver = claims_of(whole)["solver"]["values"]["gaussian (rival)"]
+    distances = {f"{point['method']}_{point['steps']}": point["distances"]["pixels"] for point in solver}
+    assert {name: first[f"frechet_distance_pixels_{name}"] for name in distances} == distances
+
+
+def test_the_command_takes_two_rivals(teacher: str, rival: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = make_teacher(tmp_path / "other", path_config=PathConfig(a=25, c=5, clock="quadratic"))
+    command = f"study --teacher {teacher} --rivals {rival} {other} --claims speed --samples 40 --out {tmp_path / 'out'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_module("jobs.study", run_name="__main__")
+    found = json.loads((tmp_path / "out" / "study.json").read_text())["claims"]
+    assert list(found["speed"]["values"]["models"]) == ["teacher", "gaussian", "kac a=25 c=5 quadratic"]
+
+
+def test_a_study_of_one_gaussian_rival_keeps_its_earlier_fingerprint(teacher: str, rival: str, tmp_path: Path):
+    spec = small(teacher, tmp_path / "out", rivals=(rival,), claims=("speed",))
+    study(spec)
+    ours, theirs = (load_config(path).weights_sha256 for path in (teacher, rival))
+    earlier = spec.fingerprint(teacher=ours, students={}, rival=theirs)
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["fingerprint"] == earlier
 
 
 def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: str, student: str):
@@ -68,13 +109,14 @@ def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: st
     assert run.data.tags[f"{tracking.INPUT_TAG}student.two"] == load_config(student).fingerprint
     assert run.data.tags[f"{tracking.INPUT_TAG}teacher"] == load_config(teacher).weights_sha256
     found, logged = claims_of(whole), run.data.metrics
-    assert logged["speed/share_beyond/rival"] == found["speed"]["values"]["models"]["rival"]["share_beyond"]
+    speed = found["speed"]["values"]["models"]["gaussian (rival)"]
+    assert logged["speed/share_beyond/gaussian _rival_"] == speed["share_beyond"]
     assert logged["stability/image_error/two"] == found["stability"]["values"]["two"][-1]["error"]
     assert all(math.isfinite(value) for value in logged.values())
     of_claims = {name for name in logged if not name.startswith(SYSTEM_PREFIX)}
     assert {name.partition("/")[0] for name in of_claims} == set(CLAIMS)
     artifacts = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
-    assert artifacts == {"study.json", *(f"{claim}.png" for claim in CLAIMS)}
+    assert artifacts == {"study.json", *(f"{claim}.png" for claim in CLAIMS), "paths.md"}
 
 
 def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.CaptureFixture[str], monkeypatch):
@@ -88,7 +130,7 @@ def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.Captu
 
 def test_a_claim_without_its_inputs_is_left_out_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     gaussian = make_teacher(tmp_path / "digits", "digits", path_config=GAUSSIAN)
-    claims = ("plane", "speed", "stability", "memorisation", "marginals")
+    claims = ("paths", "plane", "speed", "stability", "memorisation", "marginals")
     lines = study(small(gaussian, tmp_path / "out", claims=claims))
     assert lines == {
         "stability": "left out: no `students`",
@@ -96,24 +138,33 @@ def test_a_claim_without_its_inputs_is_left_out_with_a_reason(tmp_path: Path, ca
         "memorisation": "left out: no `store`",
         "marginals": "left out: no `store`",
         "plane": "left out: the samples are not points of the plane",
+        "paths": "left out: no `rivals`",
     }
     assert f"{'speed'.ljust(12)}  {lines['speed']}" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
+    copy, wide = tmp_path / "copy", tmp_path / "wide"
+    shutil.copytree(rival, copy)
+    config = load_config(rival)
+    wide_network = MLPConfig(width=16, depth=1)
+    network = build_network(wide_network, config.sample_shape, config.num_classes)
+    save_model(str(wide), config.model_copy(update={"network": wide_network}), network.state_dict())
     for wrong, message in (
-        (teacher, "`rival` .*kac path"),
-        (make_teacher(tmp_path / "gaussians", "gaussians", path_config=GAUSSIAN), "`rival` .*data is"),
+        (teacher, "`rivals` .* is the same model"),
+        (str(copy), "`rivals` .*copy is the same model"),
+        (make_teacher(tmp_path / "gaussians", "gaussians", path_config=GAUSSIAN), "`rivals` .*data is"),
+        (str(wide), r"`rivals` .*wide .*network\.width is 16 instead of 8"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            study(small(teacher, tmp_path / "out", rival=wrong))
+            study(small(teacher, tmp_path / "out", rivals=(rival, wrong)))
     for name, updates in (("a", 100), ("b", 200)):
         folder = tmp_path / name
         make_teacher(folder, path_config=GAUSSIAN if name == "b" else None)
         (folder / "spec.json").write_text(json.dumps({"options": {"optimizer": {"updates": updates, "batch_size": 8}}}))
-    with pytest.raises(ArgumentError, match=r"`rival` .*updates is 200 instead of 100"):
-        study(small(str(tmp_path / "a"), tmp_path / "out", rival=str(tmp_path / "b")))
+    with pytest.raises(ArgumentError, match=r"`rivals` .*updates is 200 instead of 100"):
+        study(small(str(tmp_path / "a"), tmp_path / "out", rivals=(str(tmp_path / "b"),)))
 
 
 def test_students_and_stores_of_a_different_teacher_are_refused(student: str, small_store: str, tmp_path: Path):

@@ -196,15 +196,15 @@ def test_a_study_leaves_out_guidance_and_tests_the_other_claims(
         StudySpec(teacher=unconditional, store=its_store, students=(its_student,), out=str(tmp_path), samples=60)
     )
     left_out = {claim: line for claim, line in lines.items() if line.startswith("left out")}
-    assert left_out.keys() == {"guidance"}
+    assert left_out.keys() == {"guidance", "paths"}  # it has no rivals
     assert "unconditional" in left_out["guidance"]
     assert lines.keys() == set(CLAIMS)
 
 
 def test_a_study_refuses_a_conditional_rival(unconditional: str, tmp_path: Path):
     rival = make_teacher(tmp_path / "rival", path_config=PathConfig(kind="gaussian"))
-    with pytest.raises(DistillKacError, match=r"`rival` .*conditional is True"):
-        study(StudySpec(teacher=unconditional, rival=rival, out=str(tmp_path / "study"), samples=60))
+    with pytest.raises(DistillKacError, match=r"`rivals` .*conditional is True"):
+        study(StudySpec(teacher=unconditional, rivals=(rival,), out=str(tmp_path / "study"), samples=60))
 
 
 def test_the_logged_model_takes_no_class(its_student: str):

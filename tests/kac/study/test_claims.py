@@ -11,17 +11,19 @@ from kac.guidance import guide
 from kac.metrics import Statistics
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import open_space
-from kac.path import KacPath
+from kac.networks import DiTConfig, NetworkConfig, UNetConfig, build_network
+from kac.path import KacPath, PathConfig
 from kac.sampling import Sampling
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal, noised
 from kac.study.memorisation import energy_and_nearness, spearman
+from kac.study.paths import KNOTS, Spread, follow, lipschitz, spectral_norms
 from kac.study.plane import CELLS, density, travel
 from kac.study.solver_steps import quality_by_solver
 from kac.study.speed_limit import BINS, speeds
 from kac.study.stability import stability
 from kac.util.errors import DivergedError
-from tests.kac.study.fields import Field, subject
+from tests.kac.study.fields import Field, config, subject
 
 EULER = Sampling(0.0, 8, "euler")
 
@@ -167,3 +169,59 @@ def test_the_density_has_its_bottom_row_first():
     assert counts.shape == (CELLS, CELLS)
     assert counts.sum() == 3
     assert np.argwhere(counts == 2).tolist() == [[2, 2]]
+
+
+def test_the_lipschitz_norm_of_a_linear_field_is_the_spectral_norm_of_its_matrix():
+    matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    expected = torch.linalg.matrix_norm(matrix, 2).item()
+    norms = spectral_norms(lambda x: (x.flatten(1) @ matrix.T).reshape(x.shape), torch.randn(5, 3, 2, 2))
+    assert norms.tolist() == pytest.approx([expected] * 5, rel=1e-2)
+    assert spectral_norms(lambda x: 0 * x + 1, torch.randn(2, 4)).tolist() == [0, 0]  # a constant field
+    # Each sample has its own norm: the derivative of x^2 / 2 is x.
+    x = torch.tensor([[1.0, -3.0], [0.5, 0.25]])
+    assert spectral_norms(lambda x: x**2 / 2, x).tolist() == pytest.approx([3, 0.5])
+
+
+@pytest.mark.parametrize(
+    "network", [UNetConfig(channels=(8, 16), attention=(4,), groups=8), DiTConfig(depth=1, heads=1, head_channels=16)]
+)
+def test_the_lipschitz_norm_of_a_network_with_attention_is_that_of_its_jacobian(network: NetworkConfig):
+    built = build_network(network, (1, 8, 8), 2)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, label = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1])
+    jacobian = torch.autograd.functional.jacobian(lambda x: built(x, torch.tensor(0.5), label), x)
+    expected = torch.linalg.matrix_norm(jacobian.reshape(64, 64), 2).item()
+    found = spectral_norms(lambda x: built(x, torch.tensor(0.5), label), x).item()
+    assert 0.9 * expected < found < 1.001 * expected
+
+
+def test_lipschitz_norms_are_measured_along_trajectories():
+    """The field has the Jacobian t cos(x) on its diagonal, and moves all points by less than 0.01 in the first step."""
+    field = Field(lambda x, t: t * torch.sin(x))
+    studied = subject(field, Sampling(0.0, 100, "ab2"), batch_size=50)
+    found = lipschitz(studied, field)
+    at_noise = noise_of(studied).cos().abs().amax(1)
+    assert found["lipschitz"] == found["lipschitz_t=1"] == pytest.approx(at_noise.max().item(), rel=1e-2)
+    assert found["lipschitz_mean_t=1"] == pytest.approx(at_noise.mean().item(), rel=1e-2)
+    # Points go towards 0, where the norm of the Jacobian is t.
+    assert 0.9 * 0.5 < found["lipschitz_mean_t=0.5"] <= found["lipschitz_t=0.5"] <= 0.5
+    assert len(found) == 2 + 2 * len(KNOTS)
+
+
+def test_speeds_are_relative_to_the_limit_of_the_subjects_own_path():
+    field = Field(lambda x, t: torch.tensor([1.0, -3.0]).expand_as(x))
+    images, within = follow(subject(field, EULER))  # the limit is 4
+    assert images.shape == (50, 2)
+    assert (within["percent_beyond"], within["largest_of_limit"]) == (0, 0.75)
+    assert within["kinetic_energy"] == pytest.approx(10)
+    slow = follow(subject(field, EULER, config=config(path=PathConfig(a=4, c=1))))[1]  # the limit is 2
+    assert (slow["percent_beyond"], slow["largest_of_limit"]) == (50, 1.5)
+    free = follow(subject(field, EULER, config=config(path=PathConfig(kind="gaussian"))))[1]
+    assert free == {"kinetic_energy": pytest.approx(10)}
+
+
+def test_repeats_are_summarised_by_mean_and_range():
+    assert Spread.of([1.0, 4.0, 1.0]) == (2, 1, 4, 3)
+    assert str(Spread.of([1.0, 4.0, 1.0])) == "2 (1 to 4)"
+    assert str(Spread.of([1.23456])) == str(Spread.of([1.23456, 1.23457])) == "1.23"
