@@ -60,7 +60,7 @@ def test_a_study_measures_every_claim(whole: StudySpec):
     knots = found["stability"]["values"]["two"]
     assert [knot["t"] for knot in knots] == [1, 0.5, 0]
     assert all(knot["error"] <= knot["certain"] + 1e-6 for knot in knots)
-    assert found["speed"]["values"]["limit"] == 4
+    assert found["speed"]["values"]["limit"] == 11
     assert set(found["speed"]["values"]["models"]) == {"teacher", "two", *RIVALS}
     assert set(found["solver"]["values"]) == {"held_out", "teacher", *RIVALS}
     assert set(found["plane"]["values"]) == {"teacher", *RIVALS}
@@ -72,7 +72,7 @@ def test_a_study_measures_every_claim(whole: StudySpec):
 def test_paths_are_compared_by_mean_and_range_over_repeats(whole: StudySpec):
     found = claims_of(whole)["paths"]["values"]
     assert {path: len(repeats) for path, repeats in found["models"].items()} == {
-        "kac a=9 c=3 linear": 1,
+        "kac a=25 c=5 quadratic": 1,
         "gaussian": 2,
     }
     first, second = found["models"]["gaussian"].values()
@@ -81,19 +81,19 @@ def test_paths_are_compared_by_mean_and_range_over_repeats(whole: StudySpec):
         expected = {"mean": sum(values) / 2, "lowest": min(values), "highest": max(values), "repeats": 2}
         assert found["paths"]["gaussian"][name] == pytest.approx(expected)
     assert "percent_beyond" not in {*first, *found["paths"]["gaussian"]}
-    assert "percent_beyond" in found["paths"]["kac a=9 c=3 linear"]
+    assert "percent_beyond" in found["paths"]["kac a=25 c=5 quadratic"]
     solver = claims_of(whole)["solver"]["values"]["gaussian (rival)"]
     distances = {f"{point['method']}_{point['steps']}": point["distances"]["pixels"] for point in solver}
     assert {name: first[f"frechet_distance_pixels_{name}"] for name in distances} == distances
 
 
 def test_the_command_takes_two_rivals(teacher: str, rival: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    other = make_teacher(tmp_path / "other", path_config=PathConfig(a=25, c=5, clock="quadratic"))
+    other = make_teacher(tmp_path / "other", path_config=PathConfig(a=9, c=3, clock="linear"))
     command = f"study --teacher {teacher} --rivals {rival} {other} --claims speed --samples 40 --out {tmp_path / 'out'}"
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_module("jobs.study", run_name="__main__")
     found = json.loads((tmp_path / "out" / "study.json").read_text())["claims"]
-    assert list(found["speed"]["values"]["models"]) == ["teacher", "gaussian", "kac a=25 c=5 quadratic"]
+    assert list(found["speed"]["values"]["models"]) == ["teacher", "gaussian", "kac a=9 c=3 linear"]
 
 
 def test_a_study_of_one_gaussian_rival_keeps_its_earlier_fingerprint(teacher: str, rival: str, tmp_path: Path):

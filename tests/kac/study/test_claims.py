@@ -211,11 +211,12 @@ def test_lipschitz_norms_are_measured_along_trajectories():
 
 def test_speeds_are_relative_to_the_limit_of_the_subjects_own_path():
     field = Field(lambda x, t: torch.tensor([1.0, -3.0]).expand_as(x))
-    images, within = follow(subject(field, EULER))  # the limit is 4
+    linear = PathConfig(a=9, c=3, clock="linear")
+    images, within = follow(subject(field, EULER, config=config(path=linear)))  # the limit is 4
     assert images.shape == (50, 2)
     assert (within["percent_beyond"], within["largest_of_limit"]) == (0, 0.75)
     assert within["kinetic_energy"] == pytest.approx(10)
-    slow = follow(subject(field, EULER, config=config(path=PathConfig(a=4, c=1))))[1]  # the limit is 2
+    slow = follow(subject(field, EULER, config=config(path=PathConfig(a=4, c=1, clock="linear"))))[1]  # the limit is 2
     assert (slow["percent_beyond"], slow["largest_of_limit"]) == (50, 1.5)
     free = follow(subject(field, EULER, config=config(path=PathConfig(kind="gaussian"))))[1]
     assert free == {"kinetic_energy": pytest.approx(10)}
