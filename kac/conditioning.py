@@ -58,6 +58,8 @@ def check_labels(
 
 def guidance_problem(model: ModelConfig) -> str:
     """Return the reason why a teacher cannot be guided, or an empty string if guidance is possible."""
+    if model.has_guide:
+        return ""
     if model.conditioning == "none":
         return "this teacher is unconditional (trained without class labels)"
     if not model.network.has_null_label:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of velocities. This is the only module that contains the guidance formula."""
+"""Guidance of velocities, by the null label or by a guide. This is the only module that contains the formula."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,8 @@ from kac.util.errors import ArgumentError
 class GuidedVelocity:
     """The guided velocity u_w = (1 + w) u(x, t, label) - w u(x, t, null) for fixed labels (arXiv 2509.21513).
 
-    w = 0 means no guidance. ``solvers.solve`` can integrate this velocity.
+    If the network has a guide, a weaker network of the same kind, u_w = (1 + w) u(x, t, label) - w u_guide(x, t, label)
+    (autoguidance, arXiv 2406.02507). w = 0 means no guidance. ``solvers.solve`` can integrate this velocity.
 
     Example:
         >>> from kac.networks import MLPConfig, build_network
@@ -28,10 +29,11 @@ class GuidedVelocity:
         conditions: function that maps t to the network's other inputs, a dictionary of scalars by name.
 
     Attributes:
-        nfe_per_call: network evaluations per call: 1 if w = 0, otherwise 2 (in one pass over a doubled batch).
+        nfe_per_call: network evaluations per call: 1 if w = 0, otherwise 2 (with the null label, in one pass over a
+            doubled batch).
 
     Raises:
-        ArgumentError: w is not 0, but the network has no null label.
+        ArgumentError: w is not 0, but the network has neither a guide nor a null label.
     """
 
     def __init__(
@@ -41,7 +43,8 @@ class GuidedVelocity:
         label: Tensor,
         conditions: Callable[[Tensor], dict[str, Tensor]] = lambda t: {},
     ) -> None:
-        _check("" if network.null_label is not None else NO_NULL_LABEL, [w])
+        self.guide: VelocityNetwork | None = getattr(network, "guide", None)
+        _check("" if self.guide or network.null_label is not None else NO_NULL_LABEL, [w])
         self.network, self.w, self.label, self.conditions = network, w, label, conditions
         self.nfe_per_call = 1 if w == 0 else 2
 
@@ -50,11 +53,14 @@ class GuidedVelocity:
         conditions = self.conditions(t)
         if self.w == 0:
             return self.network(x, t, self.label, **conditions)
-        assert self.network.null_label is not None
-        labels = torch.cat([self.label, torch.full_like(self.label, self.network.null_label)])
-        t_doubled = t if t.ndim == 0 else torch.cat([t, t])
-        u, u_null = self.network(torch.cat([x, x]), t_doubled, labels, **conditions).chunk(2)
-        return (1 + self.w) * u - self.w * u_null
+        if self.guide is not None:
+            u, weaker = self.network(x, t, self.label), self.guide(x, t, self.label)
+        else:
+            assert self.network.null_label is not None
+            labels = torch.cat([self.label, torch.full_like(self.label, self.network.null_label)])
+            t_doubled = t if t.ndim == 0 else torch.cat([t, t])
+            u, weaker = self.network(torch.cat([x, x]), t_doubled, labels, **conditions).chunk(2)
+        return (1 + self.w) * u - self.w * weaker
 
 
 guide = GuidedVelocity

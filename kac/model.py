@@ -13,7 +13,7 @@ MODEL/unet/config.json                           diffusers' own config
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import safetensors.torch
@@ -36,6 +36,9 @@ WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CONFIG_FILE = "config.json"
 SCHEMA_VERSION = 1
+
+GUIDE_PREFIX = "guide."
+"""The weights of a teacher's guide are stored with the teacher's weights, under names with this prefix."""
 
 DATA_CHANGED = (
     "The dataset has changed, or an older version of distillkac read it: older versions sorted numbered class "
@@ -69,6 +72,7 @@ class ModelConfig(Options):
     )
     guidance_scales: tuple[float, ...] = Field((), description="guidance scales in training, if there were several")
     refined_in: tuple[str, ...] = Field((), description="feature spaces in which a student was refined")
+    has_guide: bool = Field(False, description="whether a teacher's weights include a guide, for autoguidance")
     weights_sha256: str = ""
     fingerprint: str = Field("", description="fingerprint of the spec that produced the model")
     teacher_sha256: str | None = Field(None, description="sha256 of the teacher's weights; None for a teacher")
@@ -181,7 +185,7 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
     Raises:
         CheckpointError: the weights do not match the config's network.
     """
-    network = outline_network(config.network, config.sample_shape, config.num_classes)
+    network = _with_guide(config, lambda: outline_network(config.network, config.sample_shape, config.num_classes))
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in network.state_dict().items()}:
         raise CheckpointError(f"Cannot save {path}: the names or shapes of the weights do not match the network.")
     prefix = f"{network.diffusers_name}." if network.diffusers_name else ""
@@ -238,7 +242,8 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
     """
     config = load_config(path)
     try:
-        network = build_network(config.network, config.sample_shape, config.num_classes, config.path.build())
+        samples = config.sample_shape, config.num_classes
+        network = _with_guide(config, lambda: build_network(config.network, *samples, config.path.build()))
     except ArgumentError as error:
         raise CheckpointError(f"{path}/{CONFIG_FILE} describes an impossible network. {error}") from None
     weights_path, data = _read_weights(path, network)
@@ -257,6 +262,19 @@ def load_model(path: str, device: torch.device | str = "cpu") -> Model:
         message = f"{weights_path} does not fit the network in {CONFIG_FILE}: {one_line(error)}"
         raise CheckpointError(message) from None
     return Model(network.eval().requires_grad_(False).to(device), config)
+
+
+def _with_guide(config: ModelConfig, build: Callable[[], NetworkModule]) -> NetworkModule:
+    """Return a new network, with another new network as its guide if the model has a guide."""
+    network = build()
+    if config.has_guide:
+        network.guide = build()
+    return network
+
+
+def main_weights(network: NetworkModule) -> dict[str, torch.Tensor]:
+    """Return a network's weights without those of its guide."""
+    return {name: weight for name, weight in network.state_dict().items() if not name.startswith(GUIDE_PREFIX)}
 
 
 def _weights_file(network: NetworkModule) -> str:

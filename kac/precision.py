@@ -75,6 +75,8 @@ class _Wrapped:
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         plain: Any = getattr(network, "module", network)  # the network inside DistributedDataParallel
         self.null_label, self.takes = plain.null_label, getattr(plain, "takes", ())
+        guide = getattr(plain, "guide", None)
+        self.guide = None if guide is None else _Wrapped(guide, precision)
         self.dtype = torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
         self.tf32 = precision.dtype == "tf32"
         channels_last = precision.memory_format == "channels_last"

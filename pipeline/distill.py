@@ -12,7 +12,7 @@ import torch
 from kac.conditioning import known_classes, network_labels
 from kac.losses import Interval, LossTerms, Objective
 from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
-from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model
+from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model, main_weights
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost
 from kac.sampling import Sampling, integrate
@@ -189,6 +189,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
             "guidance": scales[0],
             "guidance_scales": scales if spec.guidance == "all" else (),
             "conditioning": "none" if identity.labels == "null" else "classes",
+            "has_guide": False,
             "refined_in": tuple(dict.fromkeys((*first.refined_in, *getattr(spec.refine, "spaces", ())))),
             "fingerprint": spec.fingerprint(**content),
             "teacher_sha256": identity.teacher_sha256,
@@ -268,7 +269,7 @@ class DistillTask:
         torch.manual_seed(spec.seed)
         config = student_network(spec, first.config)
         network = build_network(config, first.config.sample_shape, first.config.num_classes, first.config.path.build())
-        load_weights(network, first.network.state_dict())
+        load_weights(network, main_weights(first.network))
         read = _store_reader(spec, objective, worker) if given is None else lambda update, seat: given(update)
         # Each of a seat's passes uses a part of the seat's batch, so the whole batch is read once and cached.
         batch = functools.lru_cache(maxsize=1)(read)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,15 @@ from kac.conditioning import known_classes, learned_conditioning
 from kac.data import Dataset, open_dataset
 from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
-from kac.model import CONFIG_FILE, ModelConfig, teacher_config
-from kac.networks import VelocityNetwork, build_network
+from kac.model import CONFIG_FILE, GUIDE_PREFIX, ModelConfig, teacher_config
+from kac.networks import NetworkModule, VelocityNetwork, build_network
 from kac.networks.cost import network_cost
+from kac.precision import Precision
 from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
-from pipeline.config import TeachSpec
+from pipeline.config import OptimizerConfig, TeachSpec
 from pipeline.training.batches import EpochOrder, prefetched, seed_dropout, slot_generator, update_generator
 
 
@@ -60,6 +62,7 @@ def teach(
     with outputs.teacher_run(spec, data, content, parent) as run:
         conditioning = learned_conditioning(spec.network, spec.label_dropout)
         config = teacher_config(spec.network, spec.path, spec.data, spec.fingerprint(**content), conditioning)
+        config = config.model_copy(update={"has_guide": spec.guide_updates is not None})
         config = training.train_model(spec, TeachTask(spec), "teach", config, run, group, on_report)
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
@@ -86,7 +89,39 @@ class TeachTask:
             noise = slot_generator(spec.seed, micro)
             return LossTerms({"flow_matching": flow_matching_loss(network, path, x_0, t, label, noise)})
 
-        return training.Learner(network, losses, spec.optimizer, worker, spec.precision)
+        return TeacherLearner(network, losses, spec.optimizer, worker, spec.precision, spec.guide_updates)
+
+
+class TeacherLearner(training.Learner):
+    """A learner that keeps a copy of the averaged weights after ``guide_updates`` updates, as the teacher's guide."""
+
+    def __init__(
+        self,
+        network: NetworkModule,
+        losses: training.Losses,
+        options: OptimizerConfig,
+        worker: training.Worker,
+        precision: Precision,
+        guide_updates: int | None,
+    ) -> None:
+        super().__init__(network, losses, options, worker, precision)
+        self.guide_updates, self.guide = guide_updates, dict[str, Tensor]()
+
+    def update(self, number: int) -> LossTerms:
+        """Perform update ``number``, as every learner does, and copy the weights after update ``guide_updates``."""
+        terms = super().update(number)
+        if number + 1 == self.guide_updates:
+            self.guide = {f"{GUIDE_PREFIX}{name}": w.clone() for name, w in self.averaged().state_dict().items()}
+        return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to resume from, including the guide."""
+        return {**super().state_dict(), training.GUIDE: self.guide}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a state. Older versions wrote states without a guide."""
+        super().load_state_dict(state)
+        self.guide = state.get(training.GUIDE, {})
 
 
 def _batches(spec: TeachSpec, data: Dataset) -> Callable[[training.MicroBatch], tuple[Tensor, ...]]:

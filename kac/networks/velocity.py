@@ -57,6 +57,10 @@ class NetworkModule(nn.Module):
     takes: tuple[Condition, ...]  # the conditions in the network's config
     diffusers_name: str | None = None  # name of the diffusers submodule and of its folder
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.guide: NetworkModule | None = None  # a weaker network, for autoguidance; see ``kac.guidance``
+
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load weights. Embeddings of conditions may be missing, because they have no effect before training.

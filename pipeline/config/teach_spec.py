@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from kac.data import DataConfig
 from kac.networks import MLPConfig, NetworkConfig, UNetConfig
@@ -32,8 +32,23 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
         le=1,
         description="share of labels to drop; guidance needs 0 < share < 1; 1: unconditional teacher",
     )
+    guide_updates: PositiveInt | None = Field(
+        None,
+        description="keep the averaged weights after this many updates as a guide; guidance then compares the teacher "
+        "with its guide instead of the null label (autoguidance); default: no guide",
+    )
     seed: int = SEED
     dry_run: bool = DRY_RUN
+
+    @model_validator(mode="after")
+    def _check_guide(self) -> Self:
+        if self.guide_updates is not None and self.guide_updates >= self.optimizer.updates:
+            raise ValueError(
+                f"`guide_updates` is {self.guide_updates}, but must be below `optimizer.updates` "
+                f"{self.optimizer.updates}, because a guide is weaker than the teacher. A fifth of the updates works "
+                "well."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:

@@ -11,14 +11,16 @@ from pipeline.training.hosts import (
     train,
     train_model,
 )
-from pipeline.training.learner import Learner
+from pipeline.training.learner import GUIDE, Learner, Losses
 from pipeline.training.loop import Job, Task
 from pipeline.training.validation import HeldOut, Validation
 
 __all__ = [
+    "GUIDE",
     "HeldOut",
     "Job",
     "Learner",
+    "Losses",
     "MicroBatch",
     "OnReport",
     "Task",

@@ -22,6 +22,9 @@ Losses = Callable[[VelocityNetwork, MicroBatch], LossTerms]
 AVERAGE = "average"
 """The key of the model's weights in a learner's state."""
 
+GUIDE = "guide"
+"""The key of the weights of the model's guide in a learner's state, if the model has a guide."""
+
 
 class Learner:
     """Trains a network on data-parallel workers, with AdamW and an exponential moving average of the weights.

@@ -24,7 +24,7 @@ from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
 from pipeline.tracking import PART_PREFIX, TrackedRun, declare
 from pipeline.training.batches import Worker
-from pipeline.training.learner import AVERAGE, Learner, learning_rate
+from pipeline.training.learner import AVERAGE, GUIDE, Learner, learning_rate
 from pipeline.training.validation import Validation
 
 LOG_UPDATES = 50
@@ -133,8 +133,9 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:
-    """The averaged weights in a training state. They become the model's weights."""
-    return _load(state)["learner"][AVERAGE]  # type: ignore[no-any-return]
+    """The averaged weights in a training state, with those of a guide. They become the model's weights."""
+    learner = _load(state)["learner"]
+    return {**learner[AVERAGE], **learner.get(GUIDE, {})}
 
 
 class CheckpointSchedule:

@@ -49,6 +49,20 @@ def test_without_guidance_the_network_is_called_once_on_the_original_batch(t):
     assert torch.equal(u, Spy()(X, t, LABEL))
 
 
+@pytest.mark.parametrize("null_label", [NULL, None])
+def test_a_network_is_guided_by_its_guide_instead_of_the_null_label(null_label):
+    spy = Spy()
+    spy.null_label, spy.guide = null_label, Spy()
+    guided = guide(spy, 0.5, LABEL)
+    u = guided(X, TIMES[1])
+    assert guided.nfe_per_call == 2
+    assert len(spy.calls) == len(spy.guide.calls) == 1
+    assert torch.equal(spy.guide.calls[0][2], LABEL)
+    torch.testing.assert_close(u, Spy()(X, TIMES[1], LABEL))
+    spy.guide = lambda x, t, label: torch.zeros_like(x)
+    torch.testing.assert_close(guide(spy, 0.5, LABEL)(X, TIMES[1]), 1.5 * Spy()(X, TIMES[1], LABEL))
+
+
 @settings(deadline=None, max_examples=25)
 @given(WEIGHTS, st.sampled_from(TIMES))
 def test_guidance_is_one_call_on_a_doubled_batch(w, t):

@@ -23,6 +23,7 @@ from kac.model import (
     load_config,
     load_model,
     load_teacher_config,
+    main_weights,
     save_model,
 )
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
@@ -274,6 +275,25 @@ def test_a_loaded_diffusers_network_equals_the_saved_network(tmp_path, network_c
     assert model.config == written
     assert_same_weights(model.network.state_dict(), saved.state_dict())
     assert_same_velocity(model.network, saved)
+
+
+@pytest.mark.parametrize("network_config", [MLPConfig(width=8, depth=1), UNET, DIT], ids=["mlp", "unet", "dit"])
+def test_a_guide_is_saved_with_its_teacher(tmp_path, network_config):
+    torch.manual_seed(0)
+    saved, weaker = (build_network(network_config, IMAGES, CLASSES) for _ in range(2))
+    for parameter in weaker.parameters():
+        nn.init.normal_(parameter)
+    guided = config(kind="teacher", network=network_config, sample_shape=IMAGES, num_classes=CLASSES, has_guide=True)
+    weights = {**saved.state_dict(), **{f"guide.{name}": weight for name, weight in weaker.state_dict().items()}}
+    written = save_model(str(tmp_path / "guided"), guided, weights)
+    network = load_model(str(tmp_path / "guided")).network
+    assert network.guide is not None
+    assert_same_weights(main_weights(network), saved.state_dict())
+    assert_same_weights(network.guide.state_dict(), weaker.state_dict())
+    plain = save_model(str(tmp_path), guided.model_copy(update={"has_guide": False}), saved.state_dict())
+    assert written.weights_sha256 != plain.weights_sha256  # stores and samples of the two teachers differ
+    with pytest.raises(CheckpointError, match="names or shapes"):
+        save_model(str(tmp_path), guided, saved.state_dict())
 
 
 @pytest.mark.parametrize("network_config", [UNET, DIT], ids=["unet", "dit"])

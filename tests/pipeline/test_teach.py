@@ -11,13 +11,15 @@ import torch
 from mlflow import MlflowClient
 
 from kac.data import DataConfig, all_rows, open_dataset
-from kac.model import load_config, load_model
+from kac.model import load_config, load_model, main_weights
 from kac.networks import UNetConfig
-from kac.util.errors import DistillKacError
-from pipeline import training
+from kac.util.errors import ArgumentError, DistillKacError
+from pipeline import store, training
+from pipeline.distill import distill
 from pipeline.teach import TeachTask, teach
 from pipeline.tracking import TrackedRun
-from tests.pipeline.stages import DIVERGING, FEW, metrics_of, run_of, runs_of, teach_spec, weights
+from tests.pipeline.stages import DIVERGING, FEW, distill_spec, metrics_of, run_of, runs_of, teach_spec, weights
+from tests.pipeline.stores import make_store
 
 MODULE = sys.modules["pipeline.teach"]
 """The module ``teach``, because the package's attribute ``teach`` is a function."""
@@ -242,3 +244,48 @@ def test_samples_are_drawn_during_training(tmp_path: Path):
     assert run.data.params["parameters"] == str(sum(p.numel() for p in load_model(spec.out).network.parameters()))
     assert int(run.data.params["flops_per_call"]) > 1000
     assert run.data.metrics.keys() >= {"gradient_norm", "peak_memory_bytes"}
+
+
+CONSTANT = FEW.model_copy(update={"schedule": "constant"})
+
+
+def test_a_guide_has_the_averaged_weights_after_its_updates(tmp_path: Path):
+    teach(teach_spec(tmp_path / "short", optimizer=CONSTANT.model_copy(update={"updates": 20})))
+    teach(teach_spec(tmp_path / "plain", optimizer=CONSTANT))
+    teach(teach_spec(tmp_path / "guided", optimizer=CONSTANT, guide_updates=20))
+    short, plain, guided = (load_model(str(tmp_path / name)) for name in ("short", "plain", "guided"))
+    assert guided.config.has_guide
+    assert guided.network.guide is not None
+    for found, expected in ((guided.network.guide.state_dict(), short), (main_weights(guided.network), plain)):
+        assert found.keys() == expected.network.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.network.state_dict().items())
+    assert not torch.equal(guided.sample(8, guidance=1.0).images, plain.sample(8, guidance=1.0).images)
+    assert torch.equal(guided.sample(8).images, plain.sample(8).images)
+
+
+def test_a_resumed_teacher_keeps_its_guide():
+    task = TeachTask(teach_spec(Path("unused"), guide_updates=2))
+    learner, again = (task.build(training.Worker(0, 1, torch.device("cpu"))) for _ in range(2))
+    for number in range(3):
+        learner.update(number)
+    again.load_state_dict(learner.state_dict())
+    assert again.guide.keys() == learner.guide.keys() != set()
+    assert all(torch.equal(again.guide[name], weight) for name, weight in learner.guide.items())
+
+
+@pytest.mark.parametrize("updates", [0, 60, 61])
+def test_a_guide_needs_fewer_updates_than_its_teacher(updates: int, tmp_path: Path):
+    with pytest.raises(ArgumentError, match="`guide_updates`"):
+        teach_spec(tmp_path, guide_updates=updates)
+
+
+def test_an_unconditional_teacher_can_be_guided_by_its_guide(tmp_path: Path):
+    """A store of the guided teacher gives students without a guide."""
+    teacher = str(tmp_path / "teacher")
+    teach(teach_spec(Path(teacher), label_dropout=1, guide_updates=20))
+    make_store(tmp_path / "store", teacher, guidance=(0.0, 0.5))
+    distill(distill_spec(str(tmp_path / "store"), tmp_path / "student", guidance=0.5))
+    student = load_model(str(tmp_path / "student"))
+    assert (student.config.has_guide, student.network.guide) == (False, None)
+    by_scale = [store.open(str(tmp_path / "store")).first(4, w, ["knot_04"])["knot_04"] for w in (0.0, 0.5)]
+    assert not torch.equal(*by_scale)
