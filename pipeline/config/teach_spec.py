@@ -12,13 +12,10 @@ from kac.util.path_options import input_path, output_path
 from pipeline.config.spec import DRY_RUN, SEED, OptimizerConfig, Spec, TrainingOptions, WorkerOptions
 
 
-class TeachSpec(TrainingOptions, WorkerOptions, Spec):
-    """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
+class TeacherOptions(TrainingOptions):
+    """The options that teach and sweeps of teachers share."""
 
-    stage = "teach"
-    common = ("label_dropout", "seed", "dry_run")
     data: DataConfig = DataConfig()
-    out: str = output_path(..., "model folder to write: path or s3:// URI")
     path: PathConfig = PathConfig()
     network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -30,6 +27,14 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
         description="share of labels to drop; guidance needs 0 < share < 1; 1: unconditional teacher",
     )
     seed: int = SEED
+
+
+class TeachSpec(TeacherOptions, WorkerOptions, Spec):
+    """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
+
+    stage = "teach"
+    common = ("label_dropout", "seed", "dry_run")
+    out: str = output_path(..., "model folder to write: path or s3:// URI")
     dry_run: bool = DRY_RUN
 
     @model_validator(mode="after")

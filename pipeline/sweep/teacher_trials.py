@@ -1,0 +1,122 @@
+"""The teachers of a sweep: trials that train on one dataset."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from kac.data import open_dataset
+from kac.networks.cost import network_cost
+from kac.util import files
+from kac.util.device import default_device
+from kac.util.errors import ArgumentError
+from pipeline import decode, outputs, tracking, training
+from pipeline.cluster import connection as cluster
+from pipeline.cluster import storage
+from pipeline.config import EvaluateSpec, TeachSpec, TeachSweepSpec
+from pipeline.sweep.ledger import Ledger
+from pipeline.sweep.planned_trials import UPDATES, PlannedTrial, plan_trial
+from pipeline.sweep.trial_kind import TrialKind
+from pipeline.teach import TeachTask, resolve_spec, teach
+
+WARMUP_UPDATES = 5
+"""Updates before the measurement of the time per update."""
+
+LEAST_UPDATES, LEAST_SECONDS = 10, 2.0
+"""The measurement takes at least as many updates and seconds."""
+
+
+class TeacherTrials(TrialKind):
+    """Teachers of one dataset."""
+
+    noun, made_by = "teacher", "data"
+
+    def __init__(self, spec: TeachSweepSpec) -> None:
+        self.spec: TeachSweepSpec = cluster.absolute_paths(spec, "out", "data.root")
+        paths = {"`out`": self.spec.out, "`data.root`": self.spec.data.root}
+        storage.check_shared({**paths, **storage.cache_of()}, lambda: True, writes_to_mlflow=self.spec.out)
+
+    def check(self, trials: Sequence[PlannedTrial]) -> None:
+        """Check every teacher's network against the data, and decode the data."""
+        spec = self.spec
+        if spec.budget_seconds:
+            if any(UPDATES in trial.values for trial in trials):
+                raise ArgumentError(f"`budget_seconds` determines {UPDATES}. Do not vary {UPDATES} as well.")
+            for option in ("asha", "workers"):
+                if getattr(spec, option):
+                    raise ArgumentError(f"`budget_seconds` cannot be combined with `{option}`. Leave one of them out.")
+        plain = spec.data.model_copy(update={"horizontal_flip": False})
+        for trial in trials:
+            if trial.spec.data.model_copy(update={"horizontal_flip": False}) != plain:
+                raise ArgumentError(
+                    "`grid` or `search` varies the data, but a sweep compares teachers of the same data. Of `data`, "
+                    "only `data.horizontal_flip` can vary."
+                )
+        description = decode.open_described("sweep", spec.data)
+        self.inputs, self.data = {"data_sha256": description.sha256}, spec.data
+        self.dataset = tracking.LoggedDataset(spec.data.kind, description.sha256, spec.data.origin)
+        for network in {trial.spec.network.model_dump_json(): trial.spec.network for trial in trials}.values():
+            network_cost(network, description.sample_shape, description.num_classes)
+
+    def replan(self, trial: PlannedTrial, ledger: Ledger) -> PlannedTrial:
+        """Return the trial with the number of updates in its record."""
+        record = ledger.get(trial.name)
+        return plan_trial(self.spec, record.values, record.name) if record else trial
+
+    def resolve(self, trial: PlannedTrial) -> tuple[TeachSpec, dict[str, Any]]:
+        """Return the teacher's resolved spec and its inputs."""
+        return resolve_spec(trial.spec), self.inputs
+
+    def start_run(self, spec: TeachSpec, parent: tracking.TrackedRun) -> AbstractContextManager[tracking.TrackedRun]:
+        """Start the teacher's run."""
+        return outputs.teacher_run(spec, open_dataset(spec.data).description, self.inputs, parent, is_trial=True)
+
+    def finish(self, spec: TeachSpec) -> None:
+        """Finish a complete teacher's run if its job left the run unfinished."""
+        outputs.finish_run(spec.out)
+
+    def settle(self, spec: TeachSpec) -> TeachSpec:
+        """Return the spec with the updates in the trial's record, or else with those that fit ``budget_seconds``."""
+        if not self.spec.budget_seconds:
+            return spec
+        record = Ledger(self.spec.out).get(spec.out.rsplit("/", 1)[-1])
+        updates = record.values.get(UPDATES) if record else None
+        updates = updates or updates_within(spec, self.spec.budget_seconds)
+        return spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"updates": updates})})
+
+    def train(
+        self, spec: TeachSpec, run: tracking.TrackedRun, on_report: training.OnReport, shared: Sequence[Any]
+    ) -> None:
+        """Train a teacher."""
+        teach(spec, run, on_report, is_trial=True)
+
+    def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
+        """One evaluation per teacher. Teachers share the cached features of real images."""
+        spec = self.spec
+        return [
+            EvaluateSpec(
+                teacher=folder,
+                out=files.join(spec.out, f"evaluation/{folder.rsplit('/', 1)[-1]}"),
+                samples=spec.samples,
+                features=spec.features,
+                solver=spec.solver,
+                solver_steps=spec.solver_steps,
+                label_selector=spec.label_selector,
+            )
+            for folder in folders
+        ]
+
+
+def updates_within(spec: TeachSpec, seconds: float) -> int:
+    """Return the number of updates that take ``seconds`` in this process. Measures the mean time of some updates."""
+    learner = TeachTask(spec).build(training.Worker(0, 1, default_device()))
+
+    def update(number: int) -> float:
+        next(iter(learner.update(number).losses.values())).item()  # waits for the GPU
+        return time.perf_counter()
+
+    started = max(update(number) for number in range(WARMUP_UPDATES))
+    now, done = started, 0
+    while done < LEAST_UPDATES or now - started < LEAST_SECONDS:
+        now, done = update(WARMUP_UPDATES + done), done + 1
+    return max(1, round(seconds * done / (now - started)))
