@@ -7,6 +7,8 @@ from jobs.command import fail, main
 from pipeline.config import SWEEPS
 from pipeline.sweep import sweep
 
+PROG = "python -m jobs.sweep"
+
 
 def run(arguments: list[str]) -> None:
     """Run a sweep of the stage that ``--stage`` names: distill (default) or teach."""
@@ -15,8 +17,8 @@ def run(arguments: list[str]) -> None:
     try:
         given, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        fail("python -m jobs.sweep", f"--stage: {error.message}. Give --stage {' or '.join(SWEEPS)}.", 2)
-    main(SWEEPS[given.stage], sweep, arguments=rest)
+        fail(PROG, f"--stage: {error.message.partition(' (')[0]}. Choose {' or '.join(SWEEPS)}.", 2)
+    main(SWEEPS[given.stage], sweep, PROG if given.stage == "distill" else f"{PROG} --stage {given.stage}", rest)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,10 @@ class SweepOptions(Options):
 
 
 class SweepSpec(StudentOptions, SweepOptions, Spec):
-    """Distill many students from one store, evaluate them and report the best (Ray Tune). --stage teach: teachers."""
+    """Distill many students from one store, evaluate them and report the best (Ray Tune).
+
+    With --stage teach, train teachers instead: see --stage teach --help.
+    """
 
     stage = "sweep"
     common = ("steps", "guidance", "grid", "chain", "search", "trials", "samples", "features", "seed", "register")

@@ -7,7 +7,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import training
 from pipeline.cluster import connection as cluster
 from pipeline.cluster import placement
-from pipeline.config import AnySweep, SweepSpec
+from pipeline.config import AnySweep, SweepSpec, TeachSweepSpec
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial
 from pipeline.sweep.proposers import PROPOSERS
@@ -16,14 +16,19 @@ ENDPOINT_ERROR = "validation/endpoint_error"  # only of students
 REPORTED = ("validation/energy_distance", ENDPOINT_ERROR, "loss")
 """Metrics that a trial reports during training. Lower is better for all of these metrics."""
 
+OF_STUDENTS = ("frechet_ratio", "endpoint_error", "nfe")
+"""Starts of the names of metrics that cannot rank teachers, because teachers lack them or have equal values."""
+
 
 def ranking_metric(spec: AnySweep) -> tuple[str, str]:
     """Return the name of the metric that ranks the trials, and "lower" or "higher", whichever is better."""
-    reported = [name for name in REPORTED if isinstance(spec, SweepSpec) or name != ENDPOINT_ERROR]
+    reported = [name for name in REPORTED if name != ENDPOINT_ERROR or isinstance(spec, SweepSpec)]
     known: dict[str, str] = dict.fromkeys(reported, "lower")
     default = REPORTED[0]
     if spec.samples:
         evaluated = {metric.name: metric.better for metric in quality_metrics(spec.features).values() if metric.better}
+        if isinstance(spec, TeachSweepSpec):  # these metrics compare a student with its teacher
+            evaluated = {name: better for name, better in evaluated.items() if not name.startswith(OF_STUDENTS)}
         known, default = {**known, **evaluated}, f"frechet_distance_{spec.features[-1]}"
         default = default if default in known else next(iter(evaluated))
     metric = spec.metric or default

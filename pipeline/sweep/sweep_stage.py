@@ -2,7 +2,7 @@
 
 import json
 
-from kac.model import CONFIG_FILE
+from kac.model import CONFIG_FILE, load_config
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.log import log
@@ -183,7 +183,10 @@ def _register(best: Row, name: str) -> None:
     """Register the best model with the alias ``best``."""
     own = tracking.run_of_output(best.trial.out)
     if own is not None:
-        version = logged_models.register(own, name, alias="best")
+        config = load_config(best.trial.out)
+        # Training logs every student as a model, but no teacher.
+        model = logged_models.log_student(own, best.trial.out, config, {}) if config.kind == "teacher" else None
+        version = logged_models.register(own, name, alias="best", model=model)
         log.info(f"sweep: registered {best.name} as models:/{name}@best, version {version}")
 
 
