@@ -236,7 +236,7 @@ def summary_lines(results: SweepResults) -> list[str]:
         f"{len(trials)} trial{'s' * (len(trials) != 1)}: {counts}; {seconds:,.0f} s of training",
         best_line,
         *(
-            f"best of {updates:,} updates: #{row.trial.number} {row.name} with {_value(row, metric)}"
+            f"best after {updates:,} updates: #{row.trial.number} {row.name} with {_value(row, metric)}"
             for updates, row in results.best_by_updates().items()
         ),
         *(

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from kac.data import open_dataset
@@ -22,7 +24,7 @@ from pipeline.teach import TeachTask, resolve_spec, teach
 WARMUP_UPDATES = 5
 """Updates before the measurement of the time per update."""
 
-LEAST_UPDATES, LEAST_SECONDS = 10, 2.0
+LEAST_UPDATES, LEAST_SECONDS = 20, 2.0
 """The measurement takes at least as many updates and seconds."""
 
 
@@ -108,15 +110,14 @@ class TeacherTrials(TrialKind):
 
 
 def updates_within(spec: TeachSpec, seconds: float) -> int:
-    """Return the number of updates that take ``seconds`` in this process. Measures the mean time of some updates."""
+    """Return the number of updates that take ``seconds`` in this process, from the median time of a few updates."""
     learner = TeachTask(spec).build(training.Worker(0, 1, default_device()))
 
     def update(number: int) -> float:
         next(iter(learner.update(number).losses.values())).item()  # waits for the GPU
         return time.perf_counter()
 
-    started = max(update(number) for number in range(WARMUP_UPDATES))
-    now, done = started, 0
-    while done < LEAST_UPDATES or now - started < LEAST_SECONDS:
-        now, done = update(WARMUP_UPDATES + done), done + 1
-    return max(1, round(seconds * done / (now - started)))
+    ends = [update(number) for number in range(WARMUP_UPDATES)][-1:]
+    while len(ends) <= LEAST_UPDATES or ends[-1] - ends[0] < LEAST_SECONDS:
+        ends.append(update(WARMUP_UPDATES + len(ends)))
+    return max(1, round(seconds / median(after - before for before, after in pairwise(ends))))
