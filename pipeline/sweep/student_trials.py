@@ -1,7 +1,7 @@
 """The students of a sweep: trials that distill one store."""
 
+import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
@@ -26,7 +26,7 @@ from pipeline.rollout.rollout_stage import rollout
 from pipeline.store.columns import load, merge_selections, use_shared
 from pipeline.sweep.planned_trials import PlannedTrial
 from pipeline.sweep.proposers import is_choice, search_space
-from pipeline.sweep.trial_kind import TrialKind
+from pipeline.sweep.trial_kind import ResolvedTrial, TrialKind
 
 
 class StudentTrials(TrialKind):
@@ -111,20 +111,14 @@ class StudentTrials(TrialKind):
             return []
         return [ray.put(load(selection)) for selection in selections]
 
-    def resolve(self, trial: PlannedTrial) -> tuple[DistillSpec, dict[str, Any]] | None:
-        """Return the student's resolved spec and its inputs; None if its predecessor in a chain does not exist."""
+    def resolve(self, trial: PlannedTrial) -> ResolvedTrial | None:
+        """Resolve a student; return None if its predecessor in a chain does not exist yet."""
         spec = resolve_spec(trial.spec)
         if trial.after and not files.exists(files.join(spec.init, CONFIG_FILE)):
             return None
-        return spec, plan_student(spec).content
-
-    def start_run(self, spec: DistillSpec, parent: tracking.TrackedRun) -> AbstractContextManager[tracking.TrackedRun]:
-        """Start the student's run."""
-        return start_student_run(spec, plan_student(spec), parent)
-
-    def finish(self, spec: DistillSpec) -> None:
-        """Finish a complete student's run if its job left the run unfinished."""
-        finish_stopped_student(spec)
+        plan = plan_student(spec)
+        start_run = functools.partial(start_student_run, spec, plan)
+        return ResolvedTrial(spec, plan.content, start_run, lambda: finish_stopped_student(spec))
 
     def train(
         self, spec: DistillSpec, run: tracking.TrackedRun, on_report: training.OnReport, shared: Sequence[Any]
@@ -135,14 +129,5 @@ class StudentTrials(TrialKind):
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """One evaluation of all students."""
-        spec = self.spec
-        return [
-            EvaluateSpec(
-                teacher=self.teacher,
-                students=tuple(folders),
-                out=files.join(spec.out, "evaluation"),
-                samples=spec.samples,
-                features=spec.features,
-                label_selector=spec.label_selector,
-            )
-        ]
+        out = files.join(self.spec.out, "evaluation")
+        return [self._evaluation(teacher=self.teacher, students=tuple(folders), out=out)]

@@ -122,20 +122,20 @@ def _is_open(kind: TrialKind, ledger: Ledger, trial: PlannedTrial, run: tracking
     resolved = kind.resolve(trial)
     if resolved is None:
         return True
-    spec, content = resolved
+    spec, content, start_run, finish = resolved
     if outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         claims.release(spec.out)  # the trial's own process will claim the folder
         return True
     metrics: dict[str, float] = {}
     own = tracking.run_of_output(spec.out)
     if own is None:
-        with kind.start_run(spec, run) as new:
+        with start_run(run) as new:
             new.tags({"distillkac.path": spec.out})
     else:
         own.nest(run)
         # If the sweep was stopped after the model was written but before its trial ended, the run ended as KILLED.
         if record is not None and record.status != "finished":
-            kind.finish(spec)
+            finish()
         metrics = {name: value for name, value in own.last_metrics().items() if name in checks.REPORTED}
     metrics |= ledger.add(trial).metrics
     ledger.change(trial.name, status="finished", error="", updates=spec.optimizer.updates, metrics=metrics)

@@ -1,8 +1,8 @@
 """The teachers of a sweep: trials that train on one dataset."""
 
+import functools
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.cluster import storage
 from pipeline.config import EvaluateSpec, TeachSpec, TeachSweepSpec
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import UPDATES, PlannedTrial, plan_trial
-from pipeline.sweep.trial_kind import TrialKind
+from pipeline.sweep.trial_kind import ResolvedTrial, TrialKind
 from pipeline.teach import TeachTask, resolve_spec, teach
 
 WARMUP_UPDATES = 5
@@ -65,26 +65,19 @@ class TeacherTrials(TrialKind):
         record = ledger.get(trial.name)
         return plan_trial(self.spec, record.values, record.name) if record else trial
 
-    def resolve(self, trial: PlannedTrial) -> tuple[TeachSpec, dict[str, Any]]:
-        """Return the teacher's resolved spec and its inputs."""
-        return resolve_spec(trial.spec), self.inputs
+    def resolve(self, trial: PlannedTrial) -> ResolvedTrial:
+        """Resolve a teacher."""
+        spec = resolve_spec(trial.spec)
+        description = open_dataset(spec.data).description
+        start_run = functools.partial(outputs.teacher_run, spec, description, self.inputs, is_trial=True)
+        return ResolvedTrial(spec, self.inputs, start_run, lambda: outputs.finish_run(spec.out))
 
-    def start_run(self, spec: TeachSpec, parent: tracking.TrackedRun) -> AbstractContextManager[tracking.TrackedRun]:
-        """Start the teacher's run."""
-        return outputs.teacher_run(spec, open_dataset(spec.data).description, self.inputs, parent, is_trial=True)
-
-    def finish(self, spec: TeachSpec) -> None:
-        """Finish a complete teacher's run if its job left the run unfinished."""
-        outputs.finish_run(spec.out)
-
-    def settle(self, spec: TeachSpec) -> TeachSpec:
-        """Return the spec with the updates in the trial's record, or else with those that fit ``budget_seconds``."""
-        if not self.spec.budget_seconds:
-            return spec
+    def measured_updates(self, spec: TeachSpec) -> int | None:
+        """Return the number of updates that take ``budget_seconds``. Each trial measures it once, for its record."""
+        if self.spec.budget_seconds is None:
+            return None
         record = Ledger(self.spec.out).get(spec.out.rsplit("/", 1)[-1])
-        updates = record.values.get(UPDATES) if record else None
-        updates = updates or updates_within(spec, self.spec.budget_seconds)
-        return spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"updates": updates})})
+        return (record and record.values.get(UPDATES)) or updates_within(spec, self.spec.budget_seconds)
 
     def train(
         self, spec: TeachSpec, run: tracking.TrackedRun, on_report: training.OnReport, shared: Sequence[Any]
@@ -94,16 +87,13 @@ class TeacherTrials(TrialKind):
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """One evaluation per teacher. Teachers share the cached features of real images."""
-        spec = self.spec
+        parent, solver = files.join(self.spec.out, "evaluation"), self.spec.solver
         return [
-            EvaluateSpec(
+            self._evaluation(
                 teacher=folder,
-                out=files.join(spec.out, f"evaluation/{folder.rsplit('/', 1)[-1]}"),
-                samples=spec.samples,
-                features=spec.features,
-                solver=spec.solver,
-                solver_steps=spec.solver_steps,
-                label_selector=spec.label_selector,
+                out=files.join(parent, folder.rsplit("/", 1)[-1]),
+                solver=solver,
+                solver_steps=self.spec.solver_steps,
             )
             for folder in folders
         ]

@@ -1,9 +1,9 @@
 """The interface between a sweep and the models that its trials train: students or teachers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import ray
 
@@ -12,6 +12,15 @@ from pipeline import tracking, training
 from pipeline.config import EvaluateSpec
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.planned_trials import PlannedTrial
+
+
+class ResolvedTrial(NamedTuple):
+    """A trial's spec as its stage resolves it, and how to record a complete model."""
+
+    spec: Any
+    content: dict[str, Any]  # hashes of the inputs, which are part of the model's fingerprint
+    start_run: Callable[[tracking.TrackedRun], AbstractContextManager[tracking.TrackedRun]]  # takes the parent
+    finish: Callable[[], object]  # finishes the model's run if its job left the run unfinished
 
 
 class TrialKind(ABC):
@@ -42,28 +51,20 @@ class TrialKind(ABC):
         """Compute missing inputs before the first trial."""
 
     def replan(self, trial: PlannedTrial, ledger: Ledger) -> PlannedTrial:
-        """Return a trial of the grid with the values that ``settle`` has determined, if it has a record."""
+        """Return a trial of the grid with the number of updates in its record, if that was measured."""
         return trial
 
     @abstractmethod
-    def resolve(self, trial: PlannedTrial) -> tuple[Any, dict[str, Any]] | None:
-        """Return a trial's spec as its stage resolves it, and the hashes of its inputs; None if one does not exist."""
-
-    @abstractmethod
-    def start_run(self, spec: Any, parent: tracking.TrackedRun) -> AbstractContextManager[tracking.TrackedRun]:
-        """Start the run of a trial with a resolved spec."""
-
-    @abstractmethod
-    def finish(self, spec: Any) -> None:
-        """Finish a complete model's run if its job left the run unfinished."""
+    def resolve(self, trial: PlannedTrial) -> ResolvedTrial | None:
+        """Resolve a planned trial; return None if one of its inputs does not exist yet."""
 
     def share(self, specs: Sequence[Any]) -> list[ray.ObjectRef]:
         """Put inputs of the trials with these specs into Ray's object store, and return them for ``train``."""
         return []
 
-    def settle(self, spec: Any) -> Any:
-        """Return a trial's spec with all values that only the trial's process can determine."""
-        return spec
+    def measured_updates(self, spec: Any) -> int | None:
+        """Return the number of updates that a budget allows, measured in the trial's process; None without a budget."""
+        return None
 
     @abstractmethod
     def train(self, spec: Any, run: tracking.TrackedRun, on_report: training.OnReport, shared: Sequence[Any]) -> None:
@@ -72,3 +73,8 @@ class TrialKind(ABC):
     @abstractmethod
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """The evaluations of the models in these folders."""
+
+    def _evaluation(self, **options: Any) -> EvaluateSpec:
+        """An evaluation with the sweep's options."""
+        shared = {name: getattr(self.spec, name) for name in ("samples", "features", "label_selector")}
+        return EvaluateSpec(**shared, **options)

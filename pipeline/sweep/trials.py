@@ -93,10 +93,10 @@ def _trial(config: dict[str, Any], kind: TrialKind, shared: Sequence[ray.ObjectR
 
     inputs = ray.get(list(shared))  # Tune restarts the trial if a node with the inputs is lost
     try:
-        settled = kind.settle(spec)
-        if settled != spec:  # the driver writes the number into the ledger before this call returns
-            spec, started = settled, time.perf_counter()
-            tune.report({"planned_updates": spec.optimizer.updates})
+        if updates := kind.measured_updates(spec):
+            tune.report({"measured_updates": updates})  # returns after the driver has written the number to the ledger
+            spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"updates": updates})})
+            started = time.perf_counter()
         kind.train(spec, run, report, inputs)
     except Exception as error:  # noqa: BLE001 - Tune would restart the trial, which would fail again
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))
@@ -150,10 +150,10 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Add a report to the ledger."""
         name, base_seconds = self.running[trial_id]
-        if "planned_updates" in result:
+        if "measured_updates" in result:
             record = self.ledger.get(name)
             assert record is not None
-            self.ledger.change(name, values={**record.values, UPDATES: int(result["planned_updates"])})
+            self.ledger.change(name, values={**record.values, UPDATES: int(result["measured_updates"])})
         if "update" in result and not result.get("error"):
             # Keep only the entries that the trial reported. Ray Tune adds other entries.
             own = ("update", "seconds", *str(result.get("reported", "")).split())

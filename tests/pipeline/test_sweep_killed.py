@@ -53,11 +53,8 @@ def test_a_sweep_resumes_after_its_driver_was_killed(space: str, small_store: st
         assert (old.number, old.name, old.values) == (new.number, new.name, new.values)
         assert old.status != "finished" or old == new, "finished trials do not change"
     (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == str(out)]
-    children = [
-        run
-        for run in runs_of("teach" if space == "teach" else "distill")
-        if run.data.params["out"].startswith(f"{out}/")
-    ]
+    stage = "teach" if space == "teach" else "distill"
+    children = [run for run in runs_of(stage) if run.data.params["out"].startswith(f"{out}/")]
     assert len(children) == 4, "one child per trial"
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}

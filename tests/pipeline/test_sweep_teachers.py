@@ -21,9 +21,8 @@ from tests.pipeline.sweeps import trial_record
 
 
 def spec_of(out: Path | str = "/out", **options: Any) -> TeachSweepSpec:
-    return TeachSweepSpec(
-        **{"data": "moons", "network": SMALL, "optimizer": FEW, "samples": 0, **options}, out=str(out)
-    )
+    small = {"data": "moons", "network": SMALL, "optimizer": FEW, "samples": 0}
+    return TeachSweepSpec(**{**small, **options}, out=str(out))
 
 
 def test_each_point_of_the_grid_is_a_teacher_named_after_its_values():
@@ -58,9 +57,7 @@ def test_a_sweep_trains_and_evaluates_teachers_under_one_parent_run(
     (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == str(out)]
     children = [run for run in runs_of("teach") if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {record.name for record in records}
-    assert all(run.data.metrics["frechet_distance_pixels"] > 0 for run in children), (
-        "evaluations reach the trials' runs"
-    )
+    assert all(run.data.metrics["frechet_distance_pixels"] > 0 for run in children), "the runs get the evaluations"
 
     answer, printed = json.loads((out / "answer.json").read_text()), capsys.readouterr().out
     rows = {row["name"]: float(row["frechet_distance_pixels"]) for row in csv.DictReader((out / "trials.csv").open())}
@@ -115,10 +112,10 @@ def test_an_unfinished_trial_keeps_its_measured_updates(tmp_path: Path, monkeypa
     search = LedgerSearch(spec, ledger, planned, len(planned))
     search.suggest("first")
     monkeypatch.setattr(teacher_trials, "updates_within", lambda spec, seconds: 123)
-    assert kind.settle(planned[0].spec).optimizer.updates == 123
-    search.on_trial_result("first", {"planned_updates": 123})
+    assert kind.measured_updates(planned[0].spec) == 123
+    search.on_trial_result("first", {"measured_updates": 123})
     monkeypatch.setattr(teacher_trials, "updates_within", lambda spec, seconds: 456)
-    assert kind.settle(planned[0].spec).optimizer.updates == 123, "a restarted process does not measure again"
+    assert kind.measured_updates(planned[0].spec) == 123, "a restarted process does not measure again"
     updates = [kind.replan(trial, Ledger(spec.out)).spec.optimizer.updates for trial in planned]
     assert updates == [123, FEW.updates], "a restarted sweep does not measure again"
 
@@ -167,7 +164,7 @@ def test_measured_updates_are_no_axis_of_a_report():
     [
         ({}, "^`grid` or `search` is required"),
         ({"grid": ["pat.a=1"]}, "^pat.a .*Did you mean path"),
-        ({"grid": ["steps=1,2"]}, "^steps .*cannot|^steps is not a field"),
+        ({"grid": ["steps=1,2"]}, "^steps is not a field"),
         ({"grid": ["path.kind=wave"]}, "^`path.kind`"),
         ({"grid": ["data=moons,digits"]}, "the data"),
         ({"grid": ["path.a=9"], "metric": "frechet_ratio_pixels", "samples": 9}, "^`metric` is frechet_ratio_pixels"),
