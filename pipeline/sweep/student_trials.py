@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from kac.data import DataConfig
 from kac.guidance import check_guidance
 from kac.model import CONFIG_FILE, load_teacher_config
 from kac.util import files
@@ -68,8 +69,6 @@ class StudentTrials(TrialKind):
                 checked.append(key)
                 plan_student(student)
         storage.check_shared({"`teacher`": self.teacher}, lambda: True)
-        if spec.samples:
-            self.data = load_teacher_config(self.teacher).data
 
     def add_inputs(self) -> None:
         """Add missing guidance scales to the store, with the store's recipe and sample ids.
@@ -126,6 +125,10 @@ class StudentTrials(TrialKind):
         """Train a student."""
         with use_shared(shared):
             distill(spec, run, on_report, is_trial=True)
+
+    def data(self) -> DataConfig:
+        """The teacher's data."""
+        return load_teacher_config(self.teacher).data
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """One evaluation of all students."""

@@ -175,13 +175,13 @@ def make_page(spec: AnySweep, results: SweepResults, plots: Mapping[str, Plot], 
     parts += [page.landscape(all_trials)] if is_wide else all_trials
     parts += [page.paragraph(*provenance(results.record), kind="note")] if results.record else []
     out = spec.out.rstrip("/")  # the command below writes a folder next to the sweep's folder
-    models = f"--from-sweep {spec.out}"
-    if is_of_teachers:
-        models = f"--teacher {results.best.trial.out if results.best else 'FOLDER'}"
+    models, shown = f"--from-sweep {spec.out}", "the front"
+    if is_of_teachers and results.best:
+        models, shown = f"--teacher {results.best.trial.out}", "the best teacher"
     command = f"python -m jobs.evaluate {models} --samples 10000 --seeds 5 --out {out}-evaluation"
     parts += [
         page.heading("Next steps"),
-        page.paragraph(f"Evaluate {on_front} with more samples and confidence intervals. Compare the runs in MLflow."),
+        page.paragraph(f"Evaluate {shown} with more samples and confidence intervals. Compare the runs in MLflow."),
         page.listing(f"{command}\n{page.mlflow_command(tracking_uri)}"),
         page.heading("Options"),
         page.listing(json.dumps(spec.model_dump(mode="json"), indent=2)),

@@ -53,7 +53,7 @@ def sweep(spec: AnySweep, parent: tracking.TrackedRun | None = None) -> list[Tri
     content = {**kind.inputs, **identity(spec)}
     result = files.join(spec.out, RESULT_FILE)
     if spec.samples and not files.exists(result):
-        try_features(kind.evaluations([files.join(spec.out, "trial")])[0], kind.data)
+        try_features(kind.evaluations([files.join(spec.out, "trial")])[0], kind.data())
     was_done = not outputs.begin(spec.out, spec, RESULT_FILE, **content)
     ledger = Ledger(spec.out)
     # Plan the trials again, because the settled spec may give different students.

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from kac.data import open_dataset
+from kac.data import DataConfig, open_dataset
 from kac.networks.cost import network_cost
 from kac.util import files
 from kac.util.device import default_device
@@ -55,7 +55,7 @@ class TeacherTrials(TrialKind):
                     "only `data.horizontal_flip` can vary."
                 )
         description = decode.open_described("sweep", spec.data)
-        self.inputs, self.data = {"data_sha256": description.sha256}, spec.data
+        self.inputs = {"data_sha256": description.sha256}
         self.dataset = tracking.LoggedDataset(spec.data.kind, description.sha256, spec.data.origin)
         for network in {trial.spec.network.model_dump_json(): trial.spec.network for trial in trials}.values():
             network_cost(network, description.sample_shape, description.num_classes)
@@ -84,6 +84,10 @@ class TeacherTrials(TrialKind):
     ) -> None:
         """Train a teacher."""
         teach(spec, run, on_report, is_trial=True)
+
+    def data(self) -> DataConfig:
+        """The teachers' data."""
+        return self.spec.data
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """One evaluation per teacher. Teachers share the cached features of real images."""

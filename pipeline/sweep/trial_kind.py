@@ -33,8 +33,6 @@ class TrialKind(ABC):
     """The hash of the input in the sweep's fingerprint, by name. Set by ``check``."""
     dataset: tracking.LoggedDataset
     """The input. Set by ``check``."""
-    data: DataConfig
-    """The data that the evaluation compares with. Set by ``check``."""
 
     def __init__(self, spec: Any) -> None:
         self.spec = spec
@@ -69,6 +67,10 @@ class TrialKind(ABC):
     @abstractmethod
     def train(self, spec: Any, run: tracking.TrackedRun, on_report: training.OnReport, shared: Sequence[Any]) -> None:
         """Train a trial's model and write its folder. Runs in the trial's process."""
+
+    @abstractmethod
+    def data(self) -> DataConfig:
+        """The data that the evaluations compare with."""
 
     @abstractmethod
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
