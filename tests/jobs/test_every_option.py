@@ -106,6 +106,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 REFUSED = [
     ("TeachSpec", "conditions"),  # a teacher has no conditions
+    ("TeachSweepSpec", "conditions"),
     ("ConvertSpec", "conditions"),
     ("BenchmarkSpec", "OutsideConfig.conditions"),
     ("TeachSpec", "OutsideConfig.labels", "without_null"),  # refused unless --label-dropout is 0
