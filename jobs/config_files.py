@@ -49,9 +49,9 @@ def read_options(name: str, spec_type: type[Spec]) -> Values:
             f"`config` {name} has sections, but {', '.join(others)} is outside them. "
             f"Move it into one of the sections {', '.join(STAGES)}."
         )
-    if spec_type.stage not in sections:
-        raise ArgumentError(f"`config` {name} has no section for {spec_type.stage}, only for {', '.join(sections)}.")
-    return _as_fields([spec_type], sections[spec_type.stage])
+    if (section := spec_type.section or spec_type.stage) not in sections:
+        raise ArgumentError(f"`config` {name} has no section for {section}, only for {', '.join(sections)}.")
+    return _as_fields([spec_type], sections[section])
 
 
 def _read_yaml(name: str) -> Any:

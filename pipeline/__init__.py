@@ -31,7 +31,7 @@ from kac.util.errors import ArgumentError
 from kac.util.log import show
 from pipeline import store as endpoint_store
 from pipeline.cluster import connection
-from pipeline.config import DistillSpec, EvaluateSpec, RolloutSpec, Spec, SweepSpec, TeachSpec
+from pipeline.config import SWEEPS, AnySweep, DistillSpec, EvaluateSpec, RolloutSpec, Spec, TeachSpec
 from pipeline.distill import distill as _distill
 from pipeline.evaluate.evaluate_stage import evaluate as _evaluate
 from pipeline.evaluate.inputs import ANSWER_FILE
@@ -79,7 +79,7 @@ class SweepResult:
 
     path: str  # folder with report.html, absolute
     trials: tuple[TrialRecord, ...]
-    best: str | None  # model folder of the best student; None if no trial was evaluated
+    best: str | None  # model folder of the best student or teacher; None if no trial was evaluated
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,15 @@ def distill(spec: DistillSpec | None = None, *, tracking: bool = True, **fields:
     return ModelResult(connection.absolute(options.out), _made(config), metrics)
 
 
-def sweep(spec: SweepSpec | None = None, *, tracking: bool = True, **fields: Any) -> SweepResult:
-    """Train and evaluate many students on Ray Tune.
+def sweep(spec: AnySweep | None = None, *, stage: str = "distill", tracking: bool = True, **fields: Any) -> SweepResult:
+    """Train and evaluate many students, or many teachers with ``stage="teach"``, on Ray Tune.
 
-    Keywords are the fields of ``SweepSpec``, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``.
+    Keywords are the fields of ``SweepSpec``, such as ``store="runs/store"``, ``out="runs/sweep"`` and ``steps=(1, 4)``,
+    or of ``TeachSweepSpec``, such as ``data="digits"``, ``out="runs/paths"`` and ``grid={"path.a": (9, 25)}``.
     """
-    with _stage(SweepSpec, spec, fields, tracking) as options:
+    if stage not in SWEEPS:
+        raise ArgumentError(f"`stage` is {stage}, which a sweep cannot train. Choose {' or '.join(SWEEPS)}.")
+    with _stage(SWEEPS[stage], spec, fields, tracking) as options:
         trials = _sweep(options)
     out = connection.absolute(options.out)
     best = json.loads(files.read_bytes(files.join(out, ANSWER_FILE)))["best"]

@@ -68,7 +68,11 @@ def check_owner(out: str, fingerprint: str) -> None:
 
 @contextmanager
 def teacher_run(
-    spec: TeachSpec | ConvertSpec, data: DataDescription, content: dict[str, str], parent: TrackedRun | None
+    spec: TeachSpec | ConvertSpec,
+    data: DataDescription,
+    content: dict[str, str],
+    parent: TrackedRun | None,
+    is_trial: bool = False,
 ) -> Iterator[TrackedRun]:
     """Start or resume the MLflow run of a stage that makes a teacher, and log the data.
 
@@ -80,7 +84,7 @@ def teacher_run(
         inputs={name.removesuffix("_sha256"): sha256 for name, sha256 in content.items()},
         output=spec.out,
         parent=parent,
-        name=f"{spec.stage}-{spec.data.kind}",
+        name=spec.out.rsplit("/", 1)[-1] if is_trial else f"{spec.stage}-{spec.data.kind}",
         datasets=[LoggedDataset(spec.data.kind, data.sha256, spec.data.origin)],
     ) as run:
         decode.log_data(run, data)

@@ -38,7 +38,12 @@ def quickstart(spec: QuickstartSpec) -> None:
     names = ("teacher", "store", "flow-map", "refined", "evaluation")
     teacher, store, flow_map, refined, evaluation = (files.join(out, name) for name in names)
     student = DistillSpec(store=store, out=flow_map, objective=OBJECTIVE, optimizer=FLOW_MAP, seed=spec.seed, workers=0)
-    refinement = {"out": refined, "init": flow_map, "refine": DataRefinementConfig(real_images=1024), "optimizer": REFINEMENT}
+    refinement = {
+        "out": refined,
+        "init": flow_map,
+        "refine": DataRefinementConfig(real_images=1024),
+        "optimizer": REFINEMENT,
+    }
     with tracking.start_run(spec=spec, fingerprint=spec.fingerprint(), inputs={}, output=out) as run:
         teach(TeachSpec(out=teacher, seed=spec.seed, optimizer=TEACHER, workers=0), run)
         rollout(RolloutSpec(teacher=teacher, store=store, seed=spec.seed, trajectories=spec.trajectories), run)

@@ -24,13 +24,18 @@ from pipeline.training.batches import EpochOrder, prefetched, seed_dropout, slot
 
 
 def teach(
-    spec: TeachSpec, parent: tracking.TrackedRun | None = None, on_report: training.OnReport | None = None
+    spec: TeachSpec,
+    parent: tracking.TrackedRun | None = None,
+    on_report: training.OnReport | None = None,
+    *,
+    is_trial: bool = False,
 ) -> ModelConfig | None:
     """Train a teacher and write its model folder. A complete folder stays unchanged.
 
     Args:
-        parent: the run of the demo that this teacher is part of.
+        parent: the run of the sweep or demo that this teacher is part of.
         on_report: called with the metrics of validations and checkpoints.
+        is_trial: whether a sweep trains this teacher. If so, log no lines, because the sweep logs its own lines.
 
     Returns:
         The teacher's config, or None after a dry run.
@@ -46,8 +51,8 @@ def teach(
         is_spread=lambda: bool(training.choose_workers(spec).workers),
         writes_to_mlflow=spec.out,
     )
-    spec = spec.settled(lambda: training.choose_workers(spec).on_gpu)
-    data = decode.open_described("teach", spec.data)
+    spec = resolve_spec(spec)
+    data = open_dataset(spec.data).description if is_trial else decode.open_described("teach", spec.data)
     network = network_cost(spec.network, data.sample_shape, data.num_classes)
     cost = training.describe_cost(spec.optimizer, network, data.train)
     if spec.dry_run:
@@ -58,15 +63,24 @@ def teach(
         return outputs.complete_model(spec.stage, spec.out)
     group = training.choose_workers(spec)
     training.await_workers("teach", spec.optimizer, group)
-    log.info(f"teach: {cost}\nteach: {group}, {spec.precision.resolved(group.on_gpu)}")
-    with outputs.teacher_run(spec, data, content, parent) as run:
+    if not is_trial:
+        log.info(f"teach: {cost}\nteach: {group}, {spec.precision.resolved(group.on_gpu)}")
+    with outputs.teacher_run(spec, data, content, parent, is_trial) as run:
         conditioning = learned_conditioning(spec.network, spec.label_dropout)
         config = teacher_config(spec.network, spec.path, spec.data, spec.fingerprint(**content), conditioning)
         config = config.model_copy(update={"has_guide": spec.guide_updates is not None})
         config = training.train_model(spec, TeachTask(spec), "teach", config, run, group, on_report)
+    if is_trial:
+        return config
     unconditional = "" if known_classes(config) else "; unconditional: every stage samples it without class labels"
     log.info(f"teach: wrote {spec.out} (weights sha256 {config.weights_sha256[:12]}){unconditional}")
     return config
+
+
+def resolve_spec(spec: TeachSpec) -> TeachSpec:
+    """Return the spec with absolute paths and a settled precision."""
+    spec = cluster.absolute_paths(spec, "out", "data.root")
+    return spec.settled(lambda: training.choose_workers(spec).on_gpu)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class Spec(Options):
     """The options of a stage."""
 
     stage: ClassVar[str]
+    section: ClassVar[str] = ""
+    """The section of a ``--config`` file with this spec's options; empty: the section is named after the stage."""
     is_probed: ClassVar[bool] = True
     """Whether a job checks, before the stage starts, that S3 answers for this spec's paths."""
     common: ClassVar[tuple[str, ...]] = ()

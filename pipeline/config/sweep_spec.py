@@ -1,13 +1,16 @@
-"""The options of sweep."""
+"""The options of sweep: of sweeps of students (the default), and of sweeps of teachers (``--stage teach``)."""
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
+from kac.sampling import TEACHER_STEPS
+from kac.solvers import SolverName
 from kac.util.fingerprint import unhashed
+from kac.util.options import Options
 from kac.util.path_options import input_path, output_path
-from pipeline.config.distill_spec import StudentOptions
+from pipeline.config.distill_spec import DistillSpec, StudentOptions
 from pipeline.config.spec import (
     FEATURE_FILE,
     LABEL_SELECTOR,
@@ -18,33 +21,22 @@ from pipeline.config.spec import (
     Spec,
     parse_pairs,
 )
+from pipeline.config.teach_spec import TeacherOptions, TeachSpec
 
 STEP_COUNTS = (1, 2, 4, 20)
 """The default student steps of a sweep."""
 
 
-class SweepSpec(StudentOptions, Spec):
-    """Distill many students from one store, evaluate them and report the best (Ray Tune)."""
+class SweepOptions(Options):
+    """The options that sweeps of students and sweeps of teachers share."""
 
-    stage = "sweep"
-    common = ("steps", "guidance", "grid", "chain", "search", "trials", "samples", "features", "seed", "register")
-    out: str = output_path(..., "folder to write: one student folder per trial, and the results")
-    steps: tuple[PositiveInt, ...] | None = unhashed(
-        None,
-        "student step counts: 1 2 is short for `grid` steps=1,2; a flow map is trained once for all; default: 1 2 4 "
-        "20, or the counts in `chain`, or 4 if `search` is set",
-        min_length=1,
-    )
-    guidance: tuple[float | Literal["all"], ...] | None = unhashed(
-        None,
-        "guidance scales: 0 1 is short for `grid` guidance=0,1; all: one student for all scales; default: 0",
-        min_length=1,
-    )
+    trained: ClassVar[type[DistillSpec] | type[TeachSpec]]
+    """The spec of a trial."""
+    fixed: ClassVar[type[Options]]
+    """The options that every trial takes from the sweep, unless the trial's values contain them."""
+    out: str = output_path(..., "folder to write: one model folder per trial, and the results")
     grid: dict[str, tuple[Any, ...]] = unhashed(
-        {}, "axes of the grid: options of jobs.distill, such as steps=1,2 optimizer.learning-rate=1e-3,2e-3"
-    )
-    chain: tuple[PositiveInt, ...] = unhashed(
-        (), "step counts of a chain of students, such as 20 4 2 1; each starts from the previous one; added to the grid"
+        {}, "axes of the grid: options of the trained stage, such as optimizer.learning-rate=1e-3,2e-3"
     )
     search: dict[str, str] = unhashed(
         {},
@@ -60,9 +52,9 @@ class SweepSpec(StudentOptions, Spec):
     asha_factor: float = unhashed(3.0, "keep one of every N trials at each rung", gt=1)
     grace_updates: PositiveInt = unhashed(500, "updates before ASHA can stop a trial")
     metric: str | None = unhashed(
-        None, "metric that selects the best student; default: the Frechet distance in the last space in `features`"
+        None, "metric that selects the best model; default: the Frechet distance in the last space in `features`"
     )
-    samples: NonNegativeInt = unhashed(2000, "samples per evaluated student; 0: students are not evaluated")
+    samples: NonNegativeInt = unhashed(2000, "samples per evaluated model; 0: models are not evaluated")
     features: Features = input_path(
         ("pixels", "classifier"),
         "feature spaces of the evaluation, as in jobs.evaluate",
@@ -70,8 +62,7 @@ class SweepSpec(StudentOptions, Spec):
         pattern=FEATURE_FILE,
         min_length=1,
     )
-    rollout: bool = unhashed(False, "first add missing guidance scales to the store")
-    register: RegisteredName | None = unhashed(None, "register the best student in MLflow under this name")
+    register: RegisteredName | None = unhashed(None, "register the best model in MLflow under this name")
     workers: int | None = unhashed(
         None, "Ray Train workers per trial; default: train in the trial's process", RESOURCES, ge=0
     )
@@ -99,6 +90,32 @@ class SweepSpec(StudentOptions, Spec):
                 raise ValueError(f"`grid` has no value for {name}. Give {name}=VALUE,VALUE.")
         return axes
 
+
+class SweepSpec(StudentOptions, SweepOptions, Spec):
+    """Distill many students from one store, evaluate them and report the best (Ray Tune).
+
+    With --stage teach, train teachers instead: see --stage teach --help.
+    """
+
+    stage = "sweep"
+    common = ("steps", "guidance", "grid", "chain", "search", "trials", "samples", "features", "seed", "register")
+    trained, fixed = DistillSpec, StudentOptions
+    steps: tuple[PositiveInt, ...] | None = unhashed(
+        None,
+        "student step counts: 1 2 is short for `grid` steps=1,2; a flow map is trained once for all; default: 1 2 4 "
+        "20, or the counts in `chain`, or 4 if `search` is set",
+        min_length=1,
+    )
+    guidance: tuple[float | Literal["all"], ...] | None = unhashed(
+        None,
+        "guidance scales: 0 1 is short for `grid` guidance=0,1; all: one student for all scales; default: 0",
+        min_length=1,
+    )
+    chain: tuple[PositiveInt, ...] = unhashed(
+        (), "step counts of a chain of students, such as 20 4 2 1; each starts from the previous one; added to the grid"
+    )
+    rollout: bool = unhashed(False, "first add missing guidance scales to the store")
+
     @field_validator("chain", mode="before")
     @classmethod
     def _split_commas(cls, given: Any) -> Any:
@@ -116,3 +133,26 @@ class SweepSpec(StudentOptions, Spec):
                 "before."
             )
         return chain
+
+
+class TeachSweepSpec(TeacherOptions, SweepOptions, Spec):
+    """Train many teachers on one dataset, evaluate them and report the best (Ray Tune)."""
+
+    stage = "sweep"
+    section = "teach"
+    common = ("grid", "search", "trials", "budget_seconds", "samples", "features", "solver", "solver_steps", "seed")
+    trained, fixed = TeachSpec, TeacherOptions
+    budget_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="train each teacher for as many updates as it does in this many seconds, measured once before its "
+        "first update; default: the trial's `optimizer.updates`",
+    )
+    solver: SolverName = unhashed("ab2", "solver of the evaluation")
+    solver_steps: PositiveInt = unhashed(TEACHER_STEPS, "solver steps of the evaluation")
+
+
+AnySweep = SweepSpec | TeachSweepSpec
+
+SWEEPS: dict[str, type[SweepSpec] | type[TeachSweepSpec]] = {"distill": SweepSpec, "teach": TeachSweepSpec}
+"""The kinds of sweeps by the stage that their trials run: the values of ``--stage``."""

@@ -15,13 +15,10 @@ from pipeline.config.spec import DRY_RUN, SEED, OptimizerConfig, Spec, TrainingO
 PATH = Field(PathConfig(), json_schema_extra={"neutral": {**PathConfig().model_dump(), **FORMER_DEFAULTS}})
 
 
-class TeachSpec(TrainingOptions, WorkerOptions, Spec):
-    """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
+class TeacherOptions(TrainingOptions):
+    """The options that teach and sweeps of teachers share."""
 
-    stage = "teach"
-    common = ("label_dropout", "seed", "dry_run")
     data: DataConfig = DataConfig()
-    out: str = output_path(..., "model folder to write: path or s3:// URI")
     path: PathConfig = PATH
     network: NetworkConfig = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -38,6 +35,14 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
         "with its guide instead of the null label (autoguidance); default: no guide",
     )
     seed: int = SEED
+
+
+class TeachSpec(TeacherOptions, WorkerOptions, Spec):
+    """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
+
+    stage = "teach"
+    common = ("label_dropout", "seed", "dry_run")
+    out: str = output_path(..., "model folder to write: path or s3:// URI")
     dry_run: bool = DRY_RUN
 
     @model_validator(mode="after")
@@ -45,8 +50,8 @@ class TeachSpec(TrainingOptions, WorkerOptions, Spec):
         if self.guide_updates is not None and self.guide_updates >= self.optimizer.updates:
             raise ValueError(
                 f"`guide_updates` is {self.guide_updates}, but must be below `optimizer.updates` "
-                f"{self.optimizer.updates}, because a guide is weaker than the teacher. A fifth of the updates works "
-                "well."
+                f"{self.optimizer.updates}, because a guide is weaker than the teacher. A tenth to a fifth of the "
+                "updates works well."
             )
         return self
 

@@ -1,6 +1,7 @@
 """The evaluation stage: scores held-out images, and samples of the teacher and its students from the same noise."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from kac.data import open_dataset
@@ -37,12 +38,16 @@ REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
 tracking.declare(*quality_metrics(EvaluateSpec.model_fields["features"].default).values())
 
 
-def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> list[Score]:
+def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None, *, is_part: bool = False) -> list[Score]:
     """Score held-out images and every model, print the table, and write ``evaluation.json`` and the pictures.
 
     Each student is compared with the teacher at the student's guidance scale. A model's scores are added to the run
     that produced the model, and the evaluation's run has the comparison. Samples stay in the cache. A stopped
     evaluation can therefore resume, and the next evaluation of the same teacher draws only its students' samples.
+
+    Args:
+        parent: the run of the demo that this evaluation is part of.
+        is_part: whether a sweep joins this evaluation with others. If so, print no table.
 
     Raises:
         DistillKacError: a model is missing, a student has a different teacher, the data do not match the teacher, or a
@@ -66,9 +71,9 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
     if not files.exists(files.join(spec.out, EVALUATION_FILE)):
         try_features(spec, config.data)
     if not outputs.begin(spec.out, spec, EVALUATION_FILE, **content):
-        log.info(f"evaluate: {spec.out} is complete: nothing to do")
         record = read_record(spec.out)
-        log.info(table(record))
+        if not is_part:
+            log.info(f"evaluate: {spec.out} is complete: nothing to do\n{table(record)}")
         return list(record.scores)
     if spec.actors or (spec.actors is None and (spec.gpu or spec.label_selector)):
         # Wait until one actor can start. The number of actors that the work needs is not known yet.
@@ -82,8 +87,19 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None) -> l
         comparison = _draw(spec, candidates)
         record = _score_all(comparison, fingerprint)
         write_results(comparison, run, record)
-    log.info(table(record))
+    if not is_part:
+        log.info(table(record))
     return list(record.scores)
+
+
+def draw_samples(specs: Sequence[EvaluateSpec]) -> None:
+    """Compute the samples and features of several unfinished evaluations together, for ``evaluate`` to read.
+
+    The evaluations may differ only in their models and their output.
+    """
+    todo = [resolve(spec) for spec in specs if not files.exists(files.join(spec.out, EVALUATION_FILE))]
+    if len(todo) > 1:
+        _draw(todo[0], [candidate for spec in todo for candidate in find_candidates(spec)])
 
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
@@ -99,10 +115,6 @@ def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
     """Compute all samples and features, including the features of real images, and store them in the cache."""
     data = candidates[0].config.data
     spaces = open_spaces(spec.features, data)
-    for space in spaces:
-        if space.facts:
-            facts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
-            log.info(f"evaluate: features of the {space.name}: {facts}")
     description = open_dataset(data).description
     train = RealImages(data, description.sha256, "train", description.train)
     held_out = RealImages(data, description.sha256, "held_out", min(spec.samples, description.held_out))
@@ -111,6 +123,10 @@ def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
     todo += unfinished(held_out, spaces)
     for seed, candidate in itertools.product(comparison.seeds, candidates):
         todo += unfinished(comparison.source(candidate, seed), spaces)
+    for space in spaces if todo else ():
+        if space.facts:
+            facts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in space.facts.items())
+            log.info(f"evaluate: features of the {space.name}: {facts}")
     make_chunks(spec, data, spaces, todo)
     return comparison
 

@@ -1,8 +1,11 @@
-"""Sweep: train many students from one store, as trials of Ray Tune.
+"""Sweep: train many students from one store, or many teachers on one dataset, as trials of Ray Tune.
 
-sweep_stage.py     checks the sweep, adds guidance scales to the store, runs and evaluates trials, and writes the report
-checks.py          checks the options, the store and the resources before the sweep begins
-planned_trials.py  plans the students of grids, chains and searches: their names, specs and values
+sweep_stage.py     checks the sweep, adds missing inputs, runs and evaluates trials, and writes the report
+trial_kind.py      defines the interface to what the trials train
+student_trials.py  students: checks the store, adds guidance scales, shares columns, distills
+teacher_trials.py  teachers: checks the data, measures the updates of a budget, teaches
+checks.py          checks the options and the resources before the sweep begins
+planned_trials.py  plans the trials of grids, chains and searches: their names, specs and values
 proposers.py       parses a search's distributions, and defines the search algorithms: random, Optuna
 trials.py          runs the trials under Tune, with a searcher and an ASHA scheduler that read and write the ledger
 ledger.py          keeps each trial's record in a file in OUT/trials

@@ -19,14 +19,14 @@ class TrialRecord(Options):
 
     number: int
     name: str
-    out: str  # folder of the student
+    out: str  # folder of the model
     values: dict[str, Any]  # varied fields by dotted name; "chain": "20-4" for a student of a chain
     status: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
     updates: int = 0  # completed updates
     seconds: float = 0.0  # training time, summed over all starts
     metrics: dict[str, float] = Field({}, description="latest value of each metric")
     error: str = ""
-    has_diverged: bool = False  # whether the student, or its predecessor in a chain, has diverged
+    has_diverged: bool = False  # whether the model, or its predecessor in a chain, has diverged
     reports: tuple[dict[str, float], ...] = ()  # all reports, each with its "update"
 
     @property

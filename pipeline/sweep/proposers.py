@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kac.util.errors import ArgumentError
-from pipeline.config import SweepSpec
+from pipeline.config import AnySweep
 from pipeline.sweep.ledger import Ledger, TrialRecord
 from pipeline.sweep.planned_trials import PlannedTrial, axes_of, field_named, plan_trial
 
@@ -24,7 +24,7 @@ class Proposer(ABC):
     uses_reports: ClassVar[bool] = True
     """Whether proposals depend on the ``SweepSpec.asha_metric`` of earlier trials."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
+    def __init__(self, spec: AnySweep, ledger: Ledger) -> None:
         self.spec, self.space = spec, search_space(spec)
 
     @abstractmethod
@@ -49,7 +49,7 @@ class RandomSearch(Proposer):
 class Optuna(Proposer):
     """Optuna's TPE (tree-structured Parzen estimator), with the ledger's trials as its history."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger) -> None:
+    def __init__(self, spec: AnySweep, ledger: Ledger) -> None:
         import optuna
 
         super().__init__(spec, ledger)
@@ -116,7 +116,7 @@ def is_choice(distribution: Any) -> bool:
     return hasattr(distribution, "choices")
 
 
-def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
+def edge_trials(spec: AnySweep) -> list[PlannedTrial]:
     """Trials that check a search: each field in turn takes its bounds or choices; others keep their first value."""
     tested: dict[str, Any] = {
         name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
@@ -127,12 +127,12 @@ def edge_trials(spec: SweepSpec) -> list[PlannedTrial]:
     ]
 
 
-def search_space(spec: SweepSpec) -> "dict[str, BaseDistribution]":
+def search_space(spec: AnySweep) -> "dict[str, BaseDistribution]":
     """The distribution of each field of a search. Axes of the grid become choices."""
     from optuna.distributions import CategoricalDistribution
 
     axes = {name: CategoricalDistribution(values) for name, values in axes_of(spec).items()}
-    return {**axes, **{field_named(name): _parse(name, text) for name, text in spec.search.items()}}
+    return {**axes, **{field_named(spec, name): _parse(name, text) for name, text in spec.search.items()}}
 
 
 def _parse(field: str, text: str) -> "BaseDistribution":

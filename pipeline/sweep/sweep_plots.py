@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,34 +42,40 @@ def draw_plots(results: SweepResults, images: Sequence[np.ndarray] | None) -> tu
         if rows:
             plots[f"front-{cost.name}"] = Plot(front_plot(results, cost), f"{heading} against {cost.label}")
     if images and results.record and results.on_front:
-        sheet = _sample_sheet(results.on_front, results.record.scores, images)
-        plots["samples"] = Plot(sheet, "samples of the front, with real images on top")
-    for metric in results.columns:
-        if metric.name != NFE and (png := heat_map(ranked(results.rows, metric), metric)):
+        sheet = _sample_sheet(results, results.record.scores, images)
+        plots["samples"] = Plot(sheet, "samples of the best trials, with real images on top")
+    for number, (metric, fields) in enumerate(product(results.columns, results.planes)):
+        # Further pairs of fields are shown only for the metric that ranks the trials.
+        is_shown = metric.name != NFE and (fields == results.planes[0] or metric is results.metric)
+        if is_shown and (png := heat_map(ranked(results.rows, metric), metric, fields)):
             name, meaning = metric.name.replace("/", "-"), f"{metric.meaning}{direction(metric)}"
-            plots[f"heat-map-{name}"] = Plot(png, f"{metric.heading} by steps and guidance", meaning)
+            name += "" if fields == results.planes[0] else f"-{number}"
+            plots[f"heat-map-{name}"] = Plot(png, f"{metric.heading} by {' and '.join(fields)}", meaning)
     of_parameters, note = parameter_plots(results)
     return {**plots, **of_parameters}, note
 
 
-def _sample_sheet(on_front: Sequence[Row], scores: Sequence[Score], images: Sequence[np.ndarray]) -> bytes:
+def _sample_sheet(results: SweepResults, scores: Sequence[Score], images: Sequence[np.ndarray]) -> bytes:
     """A picture of held-out images, the front's samples, and the teachers' samples at the front's guidance scales."""
+    on_front = results.on_front
     scales = {row.values.get("guidance") for row in on_front}
     real = [(score.name, score) for score in scores if score.kind == REAL]
     students = [(f"#{row.trial.number}  {row.name}", row.score) for row in on_front if row.score]
-    teachers = [(score.name, score) for score in scores if score.kind == "teacher" and score.guidance in scales]
+    teachers = [(score.name, score) for score in results.teachers if score.guidance in scales]
     return pictures.comparison([(name, images[scores.index(s)]) for name, s in (*real, *students, *teachers)])
 
 
-def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
-    """Plot the best value per step count and scale. Return None if there are fewer than two step counts or scales."""
+def heat_map(rows: Sequence[Row], metric: Metric, fields: tuple[str, str]) -> bytes | None:
+    """Plot the best value per pair of values of two fields. Return None if a field has fewer than two values."""
     import pandas
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    cells = [(row.values.get("steps"), row.values.get("guidance"), row.metrics[metric.name]) for row in rows]
-    frame = pandas.DataFrame(cells, columns=["steps", "w", "value"]).dropna()
-    best = frame.drop_duplicates(["steps", "w"]).pivot(index="steps", columns="w", values="value")
+    down, across = fields
+    cells = [(*map(row.values.get, fields), row.metrics[metric.name]) for row in rows]
+    frame = pandas.DataFrame([cell for cell in cells if None not in cell], columns=["y", "x", "value"])
+    frame[["y", "x"]] = frame[["y", "x"]].map(_plain)
+    best = frame.drop_duplicates(["y", "x"]).pivot(index="y", columns="x", values="value")
     if min(best.shape) < 2:
         return None
     values = best.to_numpy(float)
@@ -81,9 +88,10 @@ def heat_map(rows: Sequence[Row], metric: Metric) -> bytes | None:
     if metric.better:
         y, x = np.argwhere(values == frame["value"].iloc[0])[0]
         axis.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="#d62728", linewidth=2.5))
-    axis.set_xticks(range(len(best.columns)), [text(w) for w in best.columns])
-    axis.set_yticks(range(len(best.index)), [text(steps) for steps in best.index])
-    axis.set(xlabel="guidance scale w", ylabel="steps")
+    axis.set_xticks(range(len(best.columns)), [text(x) for x in best.columns])
+    axis.set_yticks(range(len(best.index)), [text(y) for y in best.index])
+    titles = {**headings(fields), "guidance": "guidance scale w"}
+    axis.set(xlabel=titles[across], ylabel=titles[down])
     axis.set_title(f"{metric.name.replace('/', ' ').replace('_', ' ')}{direction(metric)}", fontsize=10)
     return _png(figure)
 
@@ -129,7 +137,9 @@ def front_plot(results: SweepResults, cost: Cost) -> bytes:
         value = score.metrics.get(metric.name)
         if value is not None and score.kind == REAL:
             axis.axhline(value, color="black", linewidth=0.8, linestyle=":", label=f"real images ({score.count:,})")
-        elif value is not None and score.kind == "teacher" and score.guidance in colours and cost.name in score.metrics:
+        elif (
+            value is not None and score in results.teachers and score.guidance in colours and cost.name in score.metrics
+        ):
             style = {"color": colours[score.guidance], "markersize": 13, "mec": "black", "label": label}
             axis.plot([score.metrics[cost.name]], [value], "*", **style)
             label = None  # the legend has one entry for all teachers

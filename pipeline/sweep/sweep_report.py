@@ -20,7 +20,7 @@ from kac.metrics import Metric
 from kac.util import files
 from kac.util.log import log
 from pipeline import tracking
-from pipeline.config import SweepSpec
+from pipeline.config import AnySweep, TeachSweepSpec
 from pipeline.evaluate.inputs import ANSWER_FILE
 from pipeline.evaluate.results import read_shown
 from pipeline.evaluate.scores import provenance, read_record
@@ -42,9 +42,9 @@ REPORT_FILE = "report.html"
 
 
 def write_report(
-    spec: SweepSpec,
+    spec: AnySweep,
     trials: Sequence[TrialRecord],
-    evaluation: str | None,
+    evaluations: Sequence[str],
     run: tracking.TrackedRun,
     metric: str,
     better: str,
@@ -52,19 +52,23 @@ def write_report(
     """Write the report to the sweep's folder and run, print the table, and return the best row, or None.
 
     Args:
-        evaluation: folder of the evaluation of the finished students, or None.
+        evaluations: folders of the evaluations of the finished models, which have the same real images.
         metric: name of the metric that ranks the trials.
         better: "lower" or "higher".
     """
-    results = SweepResults(trials, read_record(evaluation) if evaluation else None, metric, better)
-    plots, note = draw_plots(results, read_shown(evaluation) if evaluation else None)
+    records = [read_record(folder) for folder in evaluations]
+    scores = _joined([record.scores for record in records])
+    record = records[0].model_copy(update={"scores": tuple(scores)}) if records else None
+    results = SweepResults(trials, record, metric, better, spec)
+    shown = [read_shown(folder) for folder in evaluations]
+    plots, note = draw_plots(results, _joined([each for each in shown if each]) if all(shown) else None)
     printed = text_table(results)
     contents = {
         **_trial_tables(results),
         "table.txt": printed.encode(),
         **{f"pictures/{name}.png": plot.png for name, plot in plots.items()},
         REPORT_FILE: make_page(spec, results, plots, note, run.tracking_uri),
-        ANSWER_FILE: json.dumps(_answer(spec, results, evaluation), indent=2).encode(),
+        ANSWER_FILE: json.dumps(_answer(spec, results, evaluations), indent=2).encode(),
     }
     for name, data in contents.items():
         files.write_bytes(files.join(spec.out, name), data)
@@ -74,6 +78,11 @@ def write_report(
         run.tags({"distillkac.best": best.name, "distillkac.best.metric": results.metric.name})
     log.info(f"{printed}\nsweep: wrote the report {files.join(spec.out, REPORT_FILE)}")
     return results.best
+
+
+def _joined(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """The rows of several evaluations. All evaluations have the same first row: the real images."""
+    return [row for number, each in enumerate(rows) for row in each[number > 0 :]]
 
 
 def _trial_tables(results: SweepResults) -> dict[str, bytes]:
@@ -109,18 +118,20 @@ def _values(results: SweepResults, row: Row) -> dict[str, Any]:
     }
 
 
-def _answer(spec: SweepSpec, results: SweepResults, evaluation: str | None) -> dict[str, Any]:
+def _answer(spec: AnySweep, results: SweepResults, evaluations: Sequence[str]) -> dict[str, Any]:
     """The content of answer.json, which ``evaluate --from-sweep`` reads."""
-    best, path = results.best, files.join(evaluation, SPEC_FILE) if evaluation else None
-    options = json.loads(files.read_bytes(path))["options"] if path and files.exists(path) else {}
-    return {
+    best, path = results.best, files.join(evaluations[0], SPEC_FILE) if evaluations else None
+    front = results.on_front if results.fronts else results.ranked[:1]
+    answer = {
         "metric": results.metric.name,
         "better": results.metric.better,
         "best": {"name": best.name, "out": best.trial.out, "metrics": dict(best.metrics)} if best else None,
-        "front": list(dict.fromkeys(row.trial.out for row in results.on_front)),
-        "teacher": options.get("teacher") or spec.teacher,
-        "store": spec.store,
+        "front": list(dict.fromkeys(row.trial.out for row in front)),
     }
+    if isinstance(spec, TeachSweepSpec):
+        return answer
+    options = json.loads(files.read_bytes(path))["options"] if path and files.exists(path) else {}
+    return {**answer, "teacher": options.get("teacher") or spec.teacher, "store": spec.store}
 
 
 FRONT = (
@@ -129,16 +140,16 @@ FRONT = (
 )
 SAMPLES = (
     "In each column, noise and label are the same. The top row shows real images of that label; the last rows show the "
-    "teachers."
+    "students' teachers."
 )
-HEAT_MAPS = "Each cell shows the best trial for its steps and guidance. Darker is better; the best cell has a frame."
-NO_HEAT_MAPS = "Heat maps are left out: they need finished trials with two or more step counts and guidance scales."
+HEAT_MAPS = "Each cell shows the best trial with its two values. Darker is better; the best cell has a frame."
+NO_HEAT_MAPS = "Heat maps are left out: they need finished trials with two or more {}."
 
 PORTRAIT_COLUMNS = 14
 """A table with more columns is printed in landscape format."""
 
 
-def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot], note: str, tracking_uri: str) -> bytes:
+def make_page(spec: AnySweep, results: SweepResults, plots: Mapping[str, Plot], note: str, tracking_uri: str) -> bytes:
     """Return the HTML page. ``plots`` have file names, and ``note`` explains why plots are missing."""
 
     def drawn(prefix: str, is_wide: bool = False) -> list[str]:
@@ -147,14 +158,16 @@ def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot],
     counts, best, *failures = summary_lines(results)
     parts = [page.paragraph(best[0].upper() + best[1:], kind="lead"), page.paragraph(counts)]
     parts += [page.paragraph(failure, kind="note") for failure in failures]
-    if results.on_front:
+    is_of_teachers, on_front = isinstance(spec, TeachSweepSpec), "the front" if results.fronts else "the best trials"
+    if results.on_front and results.fronts:
         parts += [page.heading("Quality against cost"), page.paragraph(FRONT), page.pictures(drawn("front-"))]
         parts.append(_table(results, results.on_front, main_columns(results)))
     if samples := drawn("samples", is_wide=True):
-        parts += [page.heading("Samples of the front"), page.paragraph(SAMPLES), *samples]
-    parts.append(page.heading("Steps x guidance"))
+        parts += [page.heading(f"Samples of {on_front}"), page.paragraph(SAMPLES), *samples]
+    parts.append(page.heading("Pairs of options" if is_of_teachers else "Steps x guidance"))
     maps = drawn("heat-map-")
-    parts += [page.paragraph(HEAT_MAPS), page.pictures(maps)] if maps else [page.paragraph(NO_HEAT_MAPS, kind="note")]
+    no_maps = NO_HEAT_MAPS.format("values of two options" if is_of_teachers else "step counts and guidance scales")
+    parts += [page.paragraph(HEAT_MAPS), page.pictures(maps)] if maps else [page.paragraph(no_maps, kind="note")]
     parts += [page.heading("What the parameters do"), *drawn("parallel-coordinates", is_wide=True)]
     parts += [*drawn("importances"), *([page.paragraph(note, kind="note")] if note else [])]
     all_trials = [page.heading("All trials"), _table(results, ordered_rows(results), results.columns)]
@@ -162,10 +175,13 @@ def make_page(spec: SweepSpec, results: SweepResults, plots: Mapping[str, Plot],
     parts += [page.landscape(all_trials)] if is_wide else all_trials
     parts += [page.paragraph(*provenance(results.record), kind="note")] if results.record else []
     out = spec.out.rstrip("/")  # the command below writes a folder next to the sweep's folder
-    command = f"python -m jobs.evaluate --from-sweep {spec.out} --samples 10000 --seeds 5 --out {out}-evaluation"
+    models, shown = f"--from-sweep {spec.out}", "the front"
+    if is_of_teachers and results.best:
+        models, shown = f"--teacher {results.best.trial.out}", "the best teacher"
+    command = f"python -m jobs.evaluate {models} --samples 10000 --seeds 5 --out {out}-evaluation"
     parts += [
         page.heading("Next steps"),
-        page.paragraph("Evaluate the front with more samples and confidence intervals. Compare the runs in MLflow."),
+        page.paragraph(f"Evaluate {shown} with more samples and confidence intervals. Compare the runs in MLflow."),
         page.listing(f"{command}\n{page.mlflow_command(tracking_uri)}"),
         page.heading("Options"),
         page.listing(json.dumps(spec.model_dump(mode="json"), indent=2)),

@@ -8,13 +8,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 from kac.metrics import Metric
 from kac.util.errors import one_line
 from pipeline import tracking
+from pipeline.config import AnySweep, TeachSweepSpec
 from pipeline.evaluate.scores import Record, Score, aligned, columns, direction
 from pipeline.sweep.ledger import TrialRecord
+from pipeline.sweep.planned_trials import UPDATES
 
 NFE = "nfe"
 
@@ -29,6 +32,12 @@ class Cost(NamedTuple):
     equal_factor: float = 1.0  # values within this factor count as equal
 
 
+UPDATES_COST = Cost("updates", "training updates", "updates", "lower")
+"""The cost of teachers in a sweep that varies their updates. Their sampling costs are equal."""
+
+MOST_SHOWN = 6
+"""Number of teachers whose samples are shown if there is no front."""
+
 COSTS = (
     Cost(NFE, "network evaluations per image", "NFE", "lower"),
     Cost("images_per_second", "images per second", "speed", "higher", 1.1),  # repeated measurements differ by 10 %
@@ -38,27 +47,35 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A trial, with one score of its student if the student was evaluated."""
+    """A trial, with one score of its model if the model was evaluated."""
 
     trial: TrialRecord
-    values: Mapping[str, Any]  # the trial's values, with the evaluated "steps" and "guidance"
+    values: Mapping[str, Any]  # the trial's values, with the evaluated "steps" and "guidance" of a student
     metrics: Mapping[str, float]  # from training and from the evaluation
     score: Score | None = None
 
     @property
     def name(self) -> str:
-        """The name in the evaluation's table; without an evaluation, the name of the trial."""
-        return self.score.name if self.score else self.trial.name
+        """The name in the evaluation's table; for a teacher, or without an evaluation, the name of the trial."""
+        return self.score.name if self.score and self.score.kind == "student" else self.trial.name
 
     def cost(self, name: str = NFE) -> float | None:
         """The cost with this name. Without an evaluation, only the number of network evaluations is known."""
-        return self.metrics.get(name, self.values.get("steps") if name == NFE else None)
+        known = {NFE: self.values.get("steps"), UPDATES_COST.name: self.trial.updates}
+        return self.metrics.get(name, known.get(name))
 
 
 class SweepResults:
-    """The trials of a sweep, with the evaluation of their students if they were evaluated."""
+    """The trials of a sweep, with the evaluation of their models if they were evaluated."""
 
-    def __init__(self, trials: Iterable[TrialRecord], record: Record | None, metric: str, better: str) -> None:
+    def __init__(
+        self,
+        trials: Iterable[TrialRecord],
+        record: Record | None,
+        metric: str,
+        better: str,
+        spec: AnySweep | None = None,
+    ) -> None:
         if record:
             tracking.declare(*record.metrics().values())
         self.record = record
@@ -66,11 +83,20 @@ class SweepResults:
         self.metric = describe(metric, better)
         self.ranked = ranked(self.rows, self.metric)
         self.best = self.ranked[0] if self.ranked else None
-        self.fronts = {cost: front(self.ranked, cost) for cost in COSTS}
-        self.on_front = [row for row in self.rows if self.marks(row)]
-        self.on_front.sort(key=lambda row: (row.cost() or 0, row.trial.number))
         names = dict.fromkeys(name for row in self.rows for name in row.values)
         self.varied = [name for name in names if len({str(row.values.get(name)) for row in self.rows}) > 1]
+        costs: tuple[Cost, ...] = COSTS
+        self.planes = [("steps", "guidance")]
+        if isinstance(spec, TeachSweepSpec):
+            costs = (UPDATES_COST,) if UPDATES in self.varied and not spec.budget_seconds else ()
+            self.planes = [pair for pair in combinations(self.varied, 2) if is_plane(self.rows, pair)]
+        self.fronts = {cost: front(self.ranked, cost) for cost in costs}
+        self.on_front = [row for row in self.rows if self.marks(row)] if costs else self.ranked[:MOST_SHOWN]
+        if costs:
+            self.on_front.sort(key=lambda row: (row.cost(costs[0].name) or 0, row.trial.number))
+        folders = {row.trial.out for row in self.rows}
+        scores = record.scores if record else ()
+        self.teachers = [score for score in scores if score.kind == "teacher" and score.folder not in folders]
         self.columns = self._columns()
 
     def _columns(self) -> list[Metric]:
@@ -81,9 +107,22 @@ class SweepResults:
         present = [name for name in names if any(name in row.metrics for row in self.rows)]
         return [self.metric if name == self.metric.name else describe(name) for name in present]
 
+    def best_by_updates(self) -> dict[int, Row]:
+        """The best teacher of each number of updates with several finished trials, if the sweep varies the number."""
+        counts = Counter(row.trial.updates for row in self.ranked if UPDATES_COST in self.fronts)
+        best = {row.trial.updates: row for row in reversed(self.ranked)}
+        return {updates: best[updates] for updates in sorted(counts) if counts[updates] > 1}
+
     def marks(self, row: Row) -> str:
         """The marks of the fronts that contain the row."""
         return ", ".join(cost.mark for cost, rows in self.fronts.items() if row in rows)
+
+
+def is_plane(rows: Iterable[Row], fields: tuple[str, str]) -> bool:
+    """Whether a heat map over two fields would have values in more than half of its cells."""
+    cells = {tuple(str(row.values.get(name)) for name in fields) for row in rows}
+    heights, widths = (set(values) for values in zip(*cells, strict=True))
+    return 2 * len(cells) > len(heights) * len(widths)
 
 
 def make_rows(trials: Iterable[TrialRecord], record: Record | None) -> list[Row]:
@@ -93,7 +132,8 @@ def make_rows(trials: Iterable[TrialRecord], record: Record | None) -> list[Row]
         reported = {name: value for name, value in trial.metrics.items() if math.isfinite(value)}
         scores = [score for score in (record.scores if record else ()) if score.folder == trial.out]
         for score in scores:
-            values = {**trial.values, "steps": score.steps, "guidance": score.guidance}
+            own = {"steps": score.steps, "guidance": score.guidance} if score.kind == "student" else {}
+            values = {**trial.values, **own}
             rows.append(Row(trial, values, {**reported, **score.metrics}, score))
         if not scores:
             rows.append(Row(trial, trial.values, reported))
@@ -170,8 +210,9 @@ def _cells(results: SweepResults, row: Row, metrics: Sequence[Metric]) -> list[t
         ),
         *((metric.heading, _value(row, metric)) for metric in metrics),
         ("trained s", f"{row.trial.seconds:,.0f}"),
-        ("front", results.marks(row)),
     ]
+    if results.fronts:
+        cells.append(("front", results.marks(row)))
     if any(other.trial.status != "finished" for other in results.rows):
         cells.append(("status", row.trial.status))
     return cells
@@ -195,6 +236,10 @@ def summary_lines(results: SweepResults) -> list[str]:
         f"{len(trials)} trial{'s' * (len(trials) != 1)}: {counts}; {seconds:,.0f} s of training",
         best_line,
         *(
+            f"best after {updates:,} updates: #{row.trial.number} {row.name} with {_value(row, metric)}"
+            for updates, row in results.best_by_updates().items()
+        ),
+        *(
             f"failed: #{trial.number} {trial.name}: {one_line(trial.error or 'no reason given', 300)}"
             for trial in trials
             if trial.status == "failed"
@@ -204,8 +249,8 @@ def summary_lines(results: SweepResults) -> list[str]:
 
 def _teacher_for_comparison(results: SweepResults, best: Row) -> str:
     name = results.metric.name
-    for score in results.record.scores if results.record else ():
-        if score.kind == "teacher" and score.guidance == best.values.get("guidance") and name in score.metrics:
+    for score in results.teachers:
+        if score.guidance == best.values.get("guidance") and name in score.metrics:
             return (
                 f"; its teacher has {score.metrics[name]:{results.metric.format}} in {score.metrics['nfe']:g} "
                 "network evaluations"

@@ -16,15 +16,14 @@ from ray.tune.search import Searcher
 from kac.networks.cost import duration
 from kac.util.errors import DivergedError, one_line
 from kac.util.log import log
-from pipeline import store, tracking
+from pipeline import tracking
 from pipeline.cluster import placement
-from pipeline.config import DistillSpec, SweepSpec
-from pipeline.distill import distill, objective_of
-from pipeline.store.columns import load, merge_selections, use_shared
+from pipeline.config import AnySweep
 from pipeline.sweep.checks import resources_per_trial
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.planned_trials import PlannedTrial, plan_trial, search_name
+from pipeline.sweep.planned_trials import UPDATES, PlannedTrial, plan_trial, search_name
 from pipeline.sweep.proposers import PROPOSERS, edge_trials
+from pipeline.sweep.trial_kind import TrialKind
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
@@ -36,27 +35,28 @@ PROCESS_FAILURES = 2
 
 
 def run_trials(
-    spec: SweepSpec, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
+    kind: TrialKind, ledger: Ledger, todo: Sequence[PlannedTrial], total: int, run: tracking.TrackedRun
 ) -> None:
     """Run the trials in ``todo``, then new trials of a search until there are ``total``. The ledger keeps results."""
     # Tune's tables would hide our progress lines. verbose=0 silences only the older reporter, so select that reporter.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    students = [trial.spec for trial in todo or edge_trials(spec)]
+    spec = kind.spec
+    specs = [trial.spec for trial in todo or edge_trials(spec)]
     resources, concurrent = resources_per_trial(spec), None
     bundle, selector = resources.by_ray_name, dict(resources.label_selector)
     if spec.workers:  # the trial itself reserves no CPU, because its workers may need every CPU of the cluster
         bundle, selector = {"memory": WAITING_BYTES}, {}
         concurrent = max(1, int(placement.capacity(resources)) // spec.workers)
     bundles = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [selector]} if selector else {}))
-    trainable = tune.with_parameters(_trial, shared=_share_columns(spec, students), run=run)
-    most_updates = max(student.optimizer.updates for student in students)
-    # Tune's own files are not needed to resume: checkpoints are in the students' folders, other state is in the ledger.
+    trainable = tune.with_parameters(_trial, kind=kind, shared=kind.share(specs), run=run)
+    most_updates = max(trained.optimizer.updates for trained in specs)
+    # Tune's own files are not needed to resume: checkpoints are in the models' folders, other state is in the ledger.
     with tempfile.TemporaryDirectory(prefix="distillkac-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(trainable, bundles),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearch(spec, ledger, todo, total),
+                search_alg=LedgerSearch(spec, ledger, todo, total, kind.noun),
                 scheduler=LedgerASHA(spec, ledger, most_updates) if spec.asha else None,
                 num_samples=max(1, len(todo) + max(0, total - len(ledger.records))),
                 max_concurrent_trials=concurrent,
@@ -79,30 +79,9 @@ def run_trials(
             os.environ.update(hidden)
 
 
-def _share_columns(spec: SweepSpec, students: Sequence[DistillSpec]) -> list[ray.ObjectRef]:
-    """Put the columns that the students read into Ray's object store, which shares them between the trials of a node.
-
-    Returns an empty list if trials have workers, or if the columns exceed ``memory_gib`` or the object store. In that
-    case, each trial reads the store.
-    """
-    source = store.open(spec.store)
-    wanted = [
-        source.without_last(s.held_out_rows).selection(
-            objective_of(s), source.guidance if s.guidance == "all" else s.guidance
-        )
-        for s in students
-    ]
-    selections = merge_selections(wanted)
-    size = sum(selection.bytes for selection in selections)
-    shared_memory = min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
-    if spec.workers or size > min(spec.memory_gib * 2**30, 0.8 * shared_memory):
-        return []
-    return [ray.put(load(selection)) for selection in selections]
-
-
-def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
+def _trial(config: dict[str, Any], kind: TrialKind, shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
     """Run one trial in a process of Ray Tune. The trial trains in this process, or on its own Ray Train workers."""
-    spec = DistillSpec(**json.loads(config["spec"]))
+    spec = kind.spec.trained(**json.loads(config["spec"]))
     started = time.perf_counter()
     metrics: dict[str, float] = {}
 
@@ -112,10 +91,13 @@ def _trial(config: dict[str, Any], shared: Sequence[ray.ObjectRef], run: trackin
         names = " ".join(name for name in metrics if name != "update")
         tune.report({"update": 0.0, **metrics, "seconds": time.perf_counter() - started, "reported": names, **state})
 
-    columns = ray.get(list(shared))  # Tune restarts the trial if a node with the columns is lost
+    inputs = ray.get(list(shared))  # Tune restarts the trial if a node with the inputs is lost
     try:
-        with use_shared(columns):
-            distill(spec, run, on_report=report, is_trial=True)
+        if updates := kind.measured_updates(spec):
+            tune.report({"measured_updates": updates})  # returns after the driver has written the number to the ledger
+            spec = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"updates": updates})})
+            started = time.perf_counter()
+        kind.train(spec, run, report, inputs)
     except Exception as error:  # noqa: BLE001 - Tune would restart the trial, which would fail again
         report({}, error=one_line(error), has_diverged=isinstance(error, DivergedError))
         return
@@ -128,8 +110,11 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
     The searcher writes each report and the end of each trial to the ledger. ``total`` is the sweep's number of trials.
     """
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, planned: Sequence[PlannedTrial], total: int) -> None:
+    def __init__(
+        self, spec: AnySweep, ledger: Ledger, planned: Sequence[PlannedTrial], total: int, noun: str = "student"
+    ) -> None:
         super().__init__()
+        self.noun = noun
         self.spec, self.ledger, self.waiting, self.total = spec, ledger, list(planned), total
         self.proposer = PROPOSERS[spec.searcher](spec, ledger) if spec.search else None
         self.running: dict[str, tuple[str, float]] = {}  # by Tune's id: name, and seconds of earlier starts
@@ -165,6 +150,10 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Add a report to the ledger."""
         name, base_seconds = self.running[trial_id]
+        if "measured_updates" in result:
+            record = self.ledger.get(name)
+            assert record is not None
+            self.ledger.change(name, values={**record.values, UPDATES: int(result["measured_updates"])})
         if "update" in result and not result.get("error"):
             # Keep only the entries that the trial reported. Ray Tune adds other entries.
             own = ("update", "seconds", *str(result.get("reported", "")).split())
@@ -194,7 +183,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         remaining = f", about {duration(left)} left" if left > 0 else ""
         loss = f"loss {record.metrics['loss']:.4g}" if "loss" in record.metrics else "no loss"
         outcome = record.error or f"{loss} after {record.updates:,} updates and {record.seconds:.0f} s"
-        log.info(f"sweep: {ended} of {self.total} students, {name}: {record.status}, {outcome}{remaining}")
+        log.info(f"sweep: {ended} of {self.total} {self.noun}s, {name}: {record.status}, {outcome}{remaining}")
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the ledger holds all state."""
@@ -206,11 +195,11 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
 class LedgerASHA(FIFOScheduler):  # type: ignore[misc]
     """Tune's ASHA (asynchronous successive halving). Its rungs also count trials from earlier starts of the sweep.
 
-    A trial at its last update always continues, because it has to write its student. The last rung is below
+    A trial at its last update always continues, because it has to write its model. The last rung is below
     ``most_updates``, the number of updates of the longest trial.
     """
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, most_updates: int) -> None:
+    def __init__(self, spec: AnySweep, ledger: Ledger, most_updates: int) -> None:
         super().__init__()
         self.asha = ASHAScheduler(
             time_attr="update",

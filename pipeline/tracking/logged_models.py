@@ -26,6 +26,7 @@ import kac
 from kac.conditioning import known_classes
 from kac.model import CONFIG_FILE, ModelConfig, load_config
 from kac.networks import outline_network
+from kac.sampling import TEACHER_STEPS
 from kac.util import files
 from kac.util.errors import DistillKacError, one_line, without_keys
 from kac.util.log import log
@@ -77,12 +78,12 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
 
 
 def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
-    """Log the student in ``folder`` to its run, and return the logged model. A student is logged only once.
+    """Log the student or teacher in ``folder`` to its run, and return the logged model. A model is logged only once.
 
     Args:
-        run: the run that made the student.
+        run: the run that made the model.
         folder: model folder, a path or s3:// URI.
-        config: the student's config.
+        config: the model's config.
         links: further tags, such as the paths of the student's store and teacher.
 
     Raises:
@@ -93,21 +94,24 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
     client = client_of(run.tracking_uri)
     info = client.get_run(run.run_id)
     facts = {
-        "stage": "distill",
+        "stage": "teach",
         "fingerprint": config.fingerprint,
         "weights_sha256": config.weights_sha256,
-        "store_fingerprint": str(config.store_fingerprint),
-        "teacher_sha256": str(config.teacher_sha256),
         "path": folder,
         **links,
     }
+    name = "teacher"
+    if config.kind == "student":
+        name = "student-any-steps" if config.is_any_step else f"student-{config.steps}-steps"
+        hashes = {"store_fingerprint": str(config.store_fingerprint), "teacher_sha256": str(config.teacher_sha256)}
+        facts = {**facts, **hashes, "stage": "distill"}
     created = client.create_logged_model(
         info.info.experiment_id,
-        name="student-any-steps" if config.is_any_step else f"student-{config.steps}-steps",
+        name=name,
         source_run_id=run.run_id,
         tags={f"{TAG}{name}": value for name, value in facts.items()},
         params=dict(info.data.params),
-        model_type="student",
+        model_type=config.kind,
     )
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -244,8 +248,8 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
     )
     params = [
         ParamSpec("seed", "long", 0),
-        ParamSpec("steps", "long", config.steps),
-        ParamSpec("guidance", "double", config.guidance),
+        ParamSpec("steps", "long", config.steps or TEACHER_STEPS),
+        ParamSpec("guidance", "double", config.guidance or 0.0),
     ]
     known = known_classes(config)
     labels = [*dict.fromkeys((*known[:1], *known[-1:])), -1]  # the first class, the last class, and any class

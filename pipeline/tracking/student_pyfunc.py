@@ -16,7 +16,7 @@ from kac import noise
 from kac.conditioning import check_labels, known_classes
 from kac.model import load_model
 from kac.precision import Precision
-from kac.sampling import BATCH_SIZE, draw, student_sampling
+from kac.sampling import BATCH_SIZE, draw, student_sampling, teacher_sampling
 from kac.util.device import default_device
 from kac.util.errors import DistillKacError
 
@@ -37,7 +37,8 @@ class Student(PythonModel):  # type: ignore[misc]
             context: unused.
             model_input: column ``label`` with a class per row; -1 draws a class by the data's class frequencies. An
                 unconditional student accepts only -1.
-            params: ``seed`` (default 0), ``steps`` and ``guidance`` (default: the student's own).
+            params: ``seed`` (default 0), ``steps`` and ``guidance`` (default: the student's own, or 100 and 0 for a
+                teacher).
 
         Raises:
             MlflowException: the student does not know the class, was not trained for these steps or this guidance, or
@@ -53,7 +54,8 @@ class Student(PythonModel):  # type: ignore[misc]
         config, seed = self.model.config, int(given.get("seed") or 0)
         if not 0 <= seed < 2**31:
             raise DistillKacError(f"`seed` is {seed}. Choose a number from 0 to {2**31 - 1}.")
-        sampling = student_sampling(config, given.get("steps"), given.get("guidance"))
+        choose = teacher_sampling if config.kind == "teacher" else student_sampling
+        sampling = choose(config, steps=given.get("steps"), guidance=given.get("guidance"))
         if sampling.steps < 1:
             raise DistillKacError(f"`steps` is {sampling.steps}. Choose at least 1.")
         if not len(label):

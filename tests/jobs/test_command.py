@@ -64,6 +64,10 @@ def raising(error: BaseException):
         (["jobs.sample", "--model", "m", "--out", "x.gif"], 1, "--out x.gif"),
         (["jobs.evaluate", "--teacher", "no/such", "--out"], 2, "--out"),
         (["jobs.sweep", "--store", "s"], 2, "--out"),
+        (["jobs.sweep", "--stage=teach", "--store", "s", "--out", "o"], 2, "--store"),
+        (["jobs.sweep", "--stage", "teach", "--out", "o"], 1, "--grid"),
+        (["jobs.sweep", "--stage", "paint", "--out", "o"], 2, "distill or teach"),
+        (["jobs.sweep", "--out", "o", "--stage"], 2, "--stage"),
         (["jobs.store", "merge", "no/such", "--into", "s"], 1, "no/such"),
     ],
 )

@@ -51,6 +51,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "SweepSpec": {"store": "s", "out": "o"},
     "SyncSpec": {},
     "TeachSpec": {"out": "o"},
+    "TeachSweepSpec": {"out": "o"},
     "VerifySpec": {"store": "s"},
 }
 
@@ -58,6 +59,10 @@ ARGUMENTS = {"width": 64, "levels": [1, 2], "name": "on", "flag": True, "rate": 
 
 VALUES: dict[str, list[Any]] = {
     "SweepSpec.grid": [{"steps": ("1", "2"), "optimizer.learning-rate": ("1e-3",)}],
+    "TeachSweepSpec.grid": [{"path.a": ("9", "25"), "path.clock": ("quadratic",)}],
+    "TeachSweepSpec.search": [{"path.a": "loguniform(1,100)"}],
+    "TeachSweepSpec.features": [("pixels",), ("a/net.pt", "package.module:factory")],
+    "TeachSweepSpec.register": ["a name", None],
     "SweepSpec.search": [{"optimizer.learning-rate": "loguniform(1e-4,3e-3)"}],
     "SweepSpec.chain": [(4, 2, 1)],
     "EvaluateSpec.features": [("pixels",), ("a/net.pt", "package.module:factory")],
@@ -101,6 +106,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 REFUSED = [
     ("TeachSpec", "conditions"),  # a teacher has no conditions
+    ("TeachSweepSpec", "conditions"),
     ("ConvertSpec", "conditions"),
     ("BenchmarkSpec", "OutsideConfig.conditions"),
     ("TeachSpec", "OutsideConfig.labels", "without_null"),  # refused unless --label-dropout is 0

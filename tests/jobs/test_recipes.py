@@ -22,6 +22,7 @@ from pipeline.config import (
     SampleSpec,
     SweepSpec,
     TeachSpec,
+    TeachSweepSpec,
 )
 from pipeline.distill import distill
 from pipeline.rollout import rollout
@@ -110,6 +111,8 @@ def test_every_section_of_a_recipe_belongs_to_a_stage(recipe: str):
     for stage in sections:
         data = "--data.root somewhere" if stage in {"teach", "convert"} and recipe != "digits" else ""
         options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
+        if stage == "teach":  # a sweep of teachers reads the same section
+            options(TeachSweepSpec, f"--config {recipe} {REQUIRED[stage]} {data}")
 
 
 def test_the_digits_recipe_is_the_demo():

@@ -83,6 +83,24 @@ def test_a_spec_and_its_fields_are_the_same(small_store: str, tmp_path: Path):
     assert refused.value.name == "dry_run"
 
 
+def test_a_sweep_of_teachers_returns_the_best_teacher(tmp_path: Path, ray_cluster: None):
+    result = pipeline.sweep(
+        stage="teach",
+        data="moons",
+        out=tmp_path / "sweep",
+        grid={"path.a": (9, 25)},
+        optimizer={"updates": 3},
+        samples=100,
+        features=("pixels",),
+        tracking=False,
+    )
+    assert [trial.values for trial in result.trials] == [{"path.a": 9}, {"path.a": 25}]
+    assert result.best in {trial.out for trial in result.trials}
+    with pytest.raises(ArgumentError) as refused:
+        pipeline.sweep(stage="paint", out="o")
+    assert refused.value.name == "stage"
+
+
 @pytest.mark.parametrize("stage", ["teach", "rollout", "distill", "sweep", "evaluate"])
 def test_stages_are_functions_with_documentation(stage: str):
     function = getattr(pipeline, stage)

@@ -143,6 +143,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "DistillSpec": {"store": "s", "out": "o"},
     "StudentOptions": {"store": "s"},
     "SweepSpec": {"store": "s", "out": "o"},
+    "TeachSweepSpec": {"out": "o"},
     "EvaluateSpec": {"teacher": "t", "out": "o"},
     "StudySpec": {"teacher": "t", "out": "o"},
     "SampleSpec": {"model": "m", "out": "o"},

@@ -18,12 +18,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SPACES = {
     "grid": ["--grid", "steps=1,2", "guidance=0,1"],
     "optuna": ["--search", "optimizer.learning-rate=loguniform(1e-3,1e-2)", "--trials", "4", "--asha-metric", "loss"],
+    "teach": ["--stage", "teach", "--data", "moons", "--grid", "path.a=9,25", "path.c=2,5"],
 }
 
 
 def start(store: str, out: Path, space: list[str]) -> "subprocess.Popen[bytes]":
     training = ["--optimizer.updates", "400", "--optimizer.batch-size", "64", "--checkpoint-updates", "50"]
-    options = ["--store", store, "--out", str(out), "--samples", "0", *training, *space]
+    inputs = [] if "teach" in space else ["--store", store]
+    options = [*inputs, "--out", str(out), "--samples", "0", *training, *space]
     with Path(f"{out}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "jobs.sweep", *options], cwd=ROOT, stdout=log, stderr=log)
 
@@ -51,7 +53,8 @@ def test_a_sweep_resumes_after_its_driver_was_killed(space: str, small_store: st
         assert (old.number, old.name, old.values) == (new.number, new.name, new.values)
         assert old.status != "finished" or old == new, "finished trials do not change"
     (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == str(out)]
-    children = [run for run in runs_of("distill") if run.data.params["out"].startswith(f"{out}/")]
+    stage = "teach" if space == "teach" else "distill"
+    children = [run for run in runs_of(stage) if run.data.params["out"].startswith(f"{out}/")]
     assert len(children) == 4, "one child per trial"
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}

@@ -29,10 +29,10 @@ def report_run(
 ) -> Any:
     """Write the report, and return the sweep's run in MLflow."""
     finished = [trial for trial in trials if trial.status == "finished"]
-    folder = evaluation(out / "evaluation", finished) if is_evaluated else None
+    folders = [evaluation(out / "evaluation", finished)] if is_evaluated else []
     spec = SweepSpec(store="/runs/store", out=str(out))
     with tracking.start_run(spec=spec, fingerprint=str(out), inputs={}, output=str(out)) as run:
-        write_report(spec, trials, folder, run, metric, better)
+        write_report(spec, trials, folders, run, metric, better)
     return MlflowClient().get_run(run.run_id)
 
 
