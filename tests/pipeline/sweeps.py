@@ -99,6 +99,7 @@ def evaluation(folder: Path, trials: Sequence[TrialRecord], shown: int = 12) -> 
 def _real_score() -> Score:
     metrics = {"frechet_distance_pixels": 0.52, "frechet_distance_classifier": 2.9, "precision_classifier": 0.79}
     metrics |= {"recall_classifier": 0.8, "label_agreement": 0.983, "memorisation": 1.0, "sliced_wasserstein": 0.0021}
+    metrics |= {"kid_classifier_to_held_out": 0.1}
     metrics |= {f"{name}_at_floor_count": value for name, value in metrics.items() if name.startswith("frechet")}
     return Score(
         name="real images", kind="real", steps=None, guidance=None, count=355, metrics=metrics, fingerprint="1f" * 32
@@ -112,6 +113,7 @@ def _score(name: str, kind: str, steps: int, w: float, worse: float, folder: str
     metrics |= {f"{key}_at_floor_count": 1.2 * value for key, value in metrics.items()}
     metrics |= {"precision_classifier": 0.8 / worse**0.2, "recall_classifier": 0.7 / worse**0.3}
     metrics |= {"label_agreement": 0.99 - 0.02 * worse, "sliced_wasserstein": 0.002 * worse, "memorisation": 1.02}
+    metrics |= {"kid_classifier_to_held_out": 2 * worse}
     metrics |= {"nfe": float(steps), "images_per_second": 52_000 / steps * float(draws.uniform(0.95, 1.05))}
     if kind == "student":
         metrics |= {"frechet_ratio_pixels": worse, "frechet_ratio_classifier": worse, "endpoint_error": 0.05 * worse}
