@@ -5,7 +5,6 @@ a mean over the repeats, with its range. The Lipschitz constant of a flow is the
 Jacobian in x. It bounds how fast errors grow along a trajectory.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from kac.metrics.distances import kernel_distance
 from kac.metrics.quality import Reference
 from kac.model import load_model
 from kac.networks import VelocityNetwork
+from kac.path import KacPath
 from kac.precision import Precision
 from kac.sampling import TEACHER_STEPS, generate, velocity_of
 from kac.solvers import knot_times, solve
@@ -99,16 +99,18 @@ def follow(subject: Subject) -> tuple[Tensor, dict[str, float]]:
 
     Speeds are relative to the speed limit of the subject's own path. They are left out if it has no limit.
     """
-    limit = subject.config.path.build().speed_limit()
-    counted, images, energies = Speeds(limit), [], []
-    network = Watched(subject.network, lambda x, t, u: counted.see(u))
+    path, images, energies, network = subject.config.path.build(), [], [], subject.network
+    counted = Speeds(path) if isinstance(path, KacPath) else None
+    if counted:
+        network = Watched(network, lambda x, t, u: counted.see(t, u))
     for x_1, label in subject.starts():
         solution = generate(network, x_1, label, subject.sampling)
         images.append(delivered(solution.x.cpu()))
         energies.append(solution.kinetic_energy.cpu())
     values = {"kinetic_energy": torch.cat(energies).double().mean().item()}
-    if math.isfinite(limit):
-        values |= {"largest_of_limit": counted.largest / limit, "percent_beyond": 100 * counted.share_beyond}
+    if counted:
+        values |= {"largest_of_limit": counted.largest / counted.limit, "percent_beyond": 100 * counted.share_beyond}
+        values |= {"percent_beyond_now": 100 * counted.share_beyond_now}
     return torch.cat(images), values
 
 
@@ -162,7 +164,8 @@ def _table(spreads: Mapping[str, Mapping[str, Spread]], quality: TeacherQuality)
     }
     rest = {f"FD {space}": f"frechet_distance_{space}_ab2_{STEPS[-1]}" for space in others}
     rest |= {f"KID {shown}": f"kid_{shown}_to_held_out", "memory ratio": "memorisation"}
-    rest |= {"beyond the limit, %": "percent_beyond", "largest speed / limit": "largest_of_limit"}
+    rest |= {"beyond the limit, %": "percent_beyond", "beyond it at their time, %": "percent_beyond_now"}
+    rest |= {"largest speed / limit": "largest_of_limit"}
     rest |= {"energy": "kinetic_energy", "Lipschitz, largest": "lipschitz", "Lipschitz, mean": "lipschitz_mean"}
     tables = []
     for columns in (distances, rest):

@@ -13,6 +13,7 @@ from kac.metrics.distances import frechet_distance
 from kac.metrics.features import open_space
 from kac.networks import DiTConfig, NetworkConfig, UNetConfig, build_network
 from kac.path import KacPath, PathConfig
+from kac.process import KacProcess
 from kac.sampling import Sampling
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal, noised
@@ -26,6 +27,7 @@ from kac.util.errors import DivergedError
 from tests.kac.study.fields import Field, config, subject
 
 EULER = Sampling(0.0, 8, "euler")
+LINEAR = KacPath(KacProcess(a=9, c=3), clock="linear")  # its speed limit is 4
 
 
 def noise_of(any_subject) -> torch.Tensor:
@@ -74,9 +76,13 @@ def test_a_student_that_is_worse_away_from_the_teachers_states_exceeds_the_bound
 def test_speeds_are_counted_per_coordinate_at_every_evaluation():
     """One coordinate has speed 3. The other has speed 5, which exceeds the limit of 4."""
     field = Field(lambda x, t: torch.stack([torch.full_like(x[:, 0], -3), torch.full_like(x[:, 0], 5)], 1))
-    counted = speeds(subject(field, Sampling(0.0, 8, "heun")), 4.0)
+    counted = speeds(subject(field, Sampling(0.0, 8, "heun")), LINEAR)
     assert counted.count == 50 * 2 * 16
-    assert (counted.share_beyond, counted.largest) == (0.5, 5)
+    assert (counted.share_beyond, counted.share_beyond_now, counted.largest) == (0.5, 0.5, 5)
+    # With the quadratic clock, the limit at time t is 1 + 6 t. Heun evaluates at 1, 7/8, 7/8, ..., 1/8, 1/8 and 0.
+    counted = speeds(subject(field, Sampling(0.0, 8, "heun")), KacPath(KacProcess(a=9, c=3)))
+    assert (counted.share_beyond, counted.share_beyond_now) == (0, (11 + 5) / 32)
+    counted = speeds(subject(field, Sampling(0.0, 8, "heun")), LINEAR)
     edges, heights = counted.density()
     assert sum(heights) * (edges[1] - edges[0]) == pytest.approx(1)
     filled = [edge for edge, height in zip(edges, heights, strict=False) if height]
@@ -86,7 +92,7 @@ def test_speeds_are_counted_per_coordinate_at_every_evaluation():
 
 def test_infinite_velocities_are_refused():
     with pytest.raises(DivergedError):
-        speeds(subject(Field(lambda x, t: x * math.nan), EULER), 4.0)
+        speeds(subject(Field(lambda x, t: x * math.nan), EULER), LINEAR)
 
 
 def test_quality_is_measured_for_each_solver_and_number_of_steps():
