@@ -4,8 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-
 from kac.data import DataConfig
 from kac.guidance import check_guidance
 from kac.model import CONFIG_FILE, load_teacher_config
@@ -90,12 +88,14 @@ class StudentTrials(TrialKind):
                 )
             )
 
-    def share(self, trials: Sequence[DistillSpec]) -> list[ray.ObjectRef]:
+    def share(self, trials: Sequence[DistillSpec]) -> list[Any]:
         """Put the columns that the students read into Ray's object store, so that a node's trials share them.
 
         Returns an empty list if trials have workers, or if the columns exceed ``memory_gib`` or the object store. In
         that case, each trial reads the store.
         """
+        import ray  # not needed by jobs without Ray, which import this module
+
         spec, source = self.spec, store.open(self.spec.store)
         wanted = [
             source.without_last(s.held_out_rows).selection(

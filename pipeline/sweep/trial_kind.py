@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
-import ray
-
 from kac.data import DataConfig
 from pipeline import tracking, training
 from pipeline.config import EvaluateSpec
@@ -56,8 +54,8 @@ class TrialKind(ABC):
     def resolve(self, trial: PlannedTrial) -> ResolvedTrial | None:
         """Resolve a planned trial; return None if one of its inputs does not exist yet."""
 
-    def share(self, specs: Sequence[Any]) -> list[ray.ObjectRef]:
-        """Put inputs of the trials with these specs into Ray's object store, and return them for ``train``."""
+    def share(self, specs: Sequence[Any]) -> list[Any]:
+        """Put inputs of the trials with these specs into Ray's object store; return their references for ``train``."""
         return []
 
     def measured_updates(self, spec: Any) -> int | None:

@@ -60,7 +60,7 @@ def test_the_report_is_complete_and_fits_the_screen(browser: Any, report: Path, 
     assert len(trials.query_selector_all("tbody tr")) == 16
     assert trials.query_selector("tr.marked").inner_text().startswith("steps-20-guidance-1.0")
     pictures = page.query_selector_all("img")
-    assert len(pictures) == 2 + 1 + 15 + 2, "fronts, samples, heat maps, parameters"
+    assert len(pictures) == 2 + 1 + 16 + 2, "fronts, samples, heat maps, parameters"
     assert all(picture.evaluate("image => image.naturalWidth") > 300 for picture in pictures)
     assert all(picture.get_attribute("alt") for picture in pictures)
     width_of_page = page.evaluate("document.documentElement.scrollWidth")

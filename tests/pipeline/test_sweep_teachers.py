@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.parsing import parse
+from kac.model import load_model
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import SweepSpec, TeachSweepSpec
 from pipeline.sweep import Ledger, TrialRecord, sweep, teacher_trials
@@ -53,7 +55,9 @@ def test_a_sweep_trains_and_evaluates_teachers_under_one_parent_run(
     assert [(record.status, record.updates) for record in records] == [("finished", n) for n in (20, 60, 20, 60)]
     assert single is not None
     (same,) = [record for record in records if record.values == {"path.a": 25, "optimizer.updates": 60}]
-    assert weights(same.out) == weights(tmp_path / "single")
+    found, expected = (load_model(path).network.state_dict() for path in (same.out, str(tmp_path / "single")))
+    for name, value in expected.items():  # trials may use fewer threads than this process, which changes the rounding
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
     (parent,) = [run for run in runs_of("sweep") if run.data.params["out"] == str(out)]
     children = [run for run in runs_of("teach") if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {record.name for record in records}
