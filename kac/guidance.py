@@ -14,8 +14,9 @@ from kac.util.errors import ArgumentError
 class GuidedVelocity:
     """The guided velocity u_w = (1 + w) u(x, t, label) - w u(x, t, null) for fixed labels (arXiv 2509.21513).
 
-    If the network has a guide, a weaker network of the same kind, u_w = (1 + w) u(x, t, label) - w u_guide(x, t, label)
-    (autoguidance, arXiv 2406.02507). w = 0 means no guidance. ``solvers.solve`` can integrate this velocity.
+    If the network has a guide, a weaker network of the same kind, then the guide's velocity u_guide(x, t, label)
+    replaces u(x, t, null) (autoguidance, arXiv 2406.02507). w = 0 means no guidance. ``solvers.solve`` can integrate
+    this velocity.
 
     Example:
         >>> from kac.networks import MLPConfig, build_network
@@ -79,4 +80,7 @@ def check_guidance(model: ModelConfig, scales: Iterable[float]) -> None:
 def _check(problem: str, scales: Iterable[float]) -> None:
     guided = next((w for w in scales if w != 0), None)
     if problem and guided is not None:
-        raise ArgumentError(f"`guidance` {guided:g} is impossible, because {problem}. Choose `guidance` 0.")
+        raise ArgumentError(
+            f"`guidance` {guided:g} is impossible, because {problem}. Choose `guidance` 0, or train the teacher with "
+            "`guide_updates`."
+        )

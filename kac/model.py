@@ -194,7 +194,9 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
         value = weight.detach().float() if weight.is_floating_point() else weight.detach()
         # safetensors rejects tensors that share memory, so copy each tensor.
         tensors[name.removeprefix(prefix)] = value.cpu().clone(memory_format=torch.contiguous_format)
-    data = safetensors.torch.save(tensors, {"format": "pt"} if prefix else None)
+    # A bounded model's samples differ from those of an unbounded model with the same weights, so its file must differ.
+    metadata = {**({"format": "pt"} if prefix else {}), **({"bounded": "true"} if config.network.bounded else {})}
+    data = safetensors.torch.save(tensors, metadata or None)
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     files.write_bytes(files.join(path, _weights_file(network)), data)
     if network.diffusers_name:

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from kac.clocks import CLOCKS, SIGNALS, ClockName, SignalName
 from kac.process import KacProcess
 from kac.util.errors import check_known
-from kac.util.options import Kinded
+from kac.util.options import Kinded, expand_kind
 
 
 class PathSample(NamedTuple):
@@ -120,10 +120,18 @@ class PathConfig(Kinded):
     signal: SignalName = Field("linear", description="f(t), the weight of the data: linear is 1 - t")
     clock: ClockName = _option("quadratic", "clock", "g(t), the time of the Kac process: linear is t, quadratic is t^2")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_process(cls, values: Any) -> Any:
+        """Give a Gaussian path, which has no process, the values that older versions stored."""
+        values = expand_kind(values)
+        is_gaussian = isinstance(values, dict) and values.get("kind") == "gaussian"
+        return {**values, **FORMER_DEFAULTS} if is_gaussian else values
+
     def __str__(self) -> str:
         """Describe the path briefly, such as "kac a=9 c=3 linear". Different paths have different descriptions."""
         signal = "" if self.signal == "linear" else f" {self.signal} signal,"
-        return "gaussian" if self.kind == "gaussian" else f"kac a={self.a:g} c={self.c:g}{signal} {self.clock}"
+        return "gaussian" if self.kind == "gaussian" else f"kac a={self.a:.15g} c={self.c:.15g}{signal} {self.clock}"
 
     def build(self) -> Path:
         """Return the path that these values describe."""

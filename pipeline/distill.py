@@ -70,6 +70,8 @@ def distill(
     training.await_workers("distill", spec.optimizer, group)
     if not is_trial:
         log.info(f"distill: {cost}\ndistill: {group}, {spec.precision.resolved(group.on_gpu)}")
+        if load_config(plan.init).network.bounded and not student.network.bounded:
+            log.info("distill: the student is not bounded, because guided velocities can exceed the speed limit")
     steps_taken = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
     summary = f"{steps_taken}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
     held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)

@@ -135,7 +135,7 @@ def _check_rival(rival: StudyModel, teacher: StudyModel, others: list[StudyModel
 def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
     """The model's data and network and, unless it was converted, the updates and batch size of its training."""
     choices: dict[str, Any] = {"data": config.data_sha256[:12], "conditional": bool(known_classes(config))}
-    choices |= flatten({"network": config.network.model_dump(mode="json")})
+    choices |= flatten({"network": config.network.model_dump(mode="json", exclude={"bounded"})})
     try:
         options = json.loads(files.read_bytes(files.join(path, outputs.SPEC_FILE)))["options"]
     except FileNotFoundError:

@@ -1,7 +1,8 @@
 """Claim: guidance in velocity space keeps the energy finite and trades energy for fidelity (arXiv 2509.21513).
 
-u_w = (1 + w) u - w u_null can exceed the speed limit, by a factor of at most 1 + 2w. This module measures how kinetic
-energy, label agreement and the fraction of values outside [-1, 1] grow with w.
+u_w = (1 + w) u - w u_null can exceed the speed limit, by a factor of at most 1 + 2w. A teacher with a guide uses the
+guide's velocity instead of u_null. This module measures how kinetic energy, label agreement and the fraction of values
+outside [-1, 1] grow with w.
 """
 
 from collections.abc import Iterator, Sequence

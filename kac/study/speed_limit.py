@@ -2,7 +2,7 @@
 
 For data in [-1, 1], no component of the true velocity at time t exceeds |f'(t)| + c g'(t) (``KacPath.speed_limit_at``),
 so none exceeds the maximum over t (``Path.speed_limit``). A network only approximates the true velocity. This module
-measures how many of the network's velocities exceed both limits.
+measures how many of the network's velocities exceed each limit.
 """
 
 import math
@@ -23,6 +23,7 @@ TOP = 2.0
 
 
 MEASURED = ("largest", "share_beyond", "share_beyond_now")
+"""The values of ``Speeds`` that the claim reports."""
 
 
 class Speeds:

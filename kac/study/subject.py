@@ -48,6 +48,7 @@ class Watched:
         self.network, self.see = network, see
         self.null_label: int | None = network.null_label
         self.takes: tuple[Condition, ...] = getattr(network, "takes", ())
+        self.guide: VelocityNetwork | None = getattr(network, "guide", None)
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Call the network, pass the velocity to ``see(x, t, u)``, and return it."""

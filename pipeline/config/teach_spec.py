@@ -27,7 +27,7 @@ class TeacherOptions(TrainingOptions):
         0.1,
         ge=0,
         le=1,
-        description="share of labels to drop; guidance needs 0 < share < 1; 1: unconditional teacher",
+        description="share of labels to drop; guidance by the null label needs 0 < share < 1; 1: unconditional teacher",
     )
     guide_updates: PositiveInt | None = Field(
         None,

@@ -26,7 +26,9 @@ def ranking_metric(spec: AnySweep) -> tuple[str, str]:
     known: dict[str, str] = dict.fromkeys(reported, "lower")
     default = REPORTED[0]
     if spec.samples:
-        evaluated = {metric.name: metric.better for metric in quality_metrics(spec.features).values() if metric.better}
+        few, many = quality_metrics(spec.features, floor_count=1), quality_metrics(spec.features)
+        # Some metrics exist only with fewer, or only with at least as many, held-out images as samples.
+        evaluated = {name: metric.better for name, metric in many.items() if metric.better and name in few}
         if isinstance(spec, TeachSweepSpec):  # these metrics compare a student with its teacher
             evaluated = {name: better for name, better in evaluated.items() if not name.startswith(OF_STUDENTS)}
         known, default = {**known, **evaluated}, f"frechet_distance_{spec.features[-1]}"

@@ -44,8 +44,9 @@ class TeacherTrials(TrialKind):
         if spec.budget_seconds:
             if any(UPDATES in trial.values for trial in trials):
                 raise ArgumentError(f"`budget_seconds` determines {UPDATES}. Do not vary {UPDATES} as well.")
-            for option in ("asha", "workers"):
-                if getattr(spec, option):
+            has_guide = any(trial.spec.guide_updates for trial in trials)
+            for option, is_given in (("asha", spec.asha), ("workers", spec.workers), ("guide_updates", has_guide)):
+                if is_given:
                     raise ArgumentError(f"`budget_seconds` cannot be combined with `{option}`. Leave one of them out.")
         plain = spec.data.model_copy(update={"horizontal_flip": False})
         for trial in trials:

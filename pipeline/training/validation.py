@@ -15,7 +15,7 @@ from kac.model import DATA_CHANGED, Model, ModelConfig
 from kac.networks import NetworkModule
 from kac.networks.cost import TRAINING_CALLS
 from kac.precision import Precision
-from kac.sampling import Sampling, draw, generate, student_sampling, teacher_sampling
+from kac.sampling import BATCH_SIZE, Sampling, draw, generate, student_sampling, teacher_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from kac.util.log import log
@@ -136,7 +136,7 @@ class Validation:
         images. ``energy_distance`` estimates the excess over this value.
         """
         config, count = self.config, self.samples
-        samples = draw(Model(network, config), self._sampling, self.precision, SEED, count, count)
+        samples = draw(Model(network, config), self._sampling, self.precision, SEED, count, BATCH_SIZE)
         images = delivered(real.images).flatten(1)
         unit = mean_distance(images)
 
@@ -152,7 +152,9 @@ class Validation:
         """The endpoint error of delivered images, averaged over the guidance scales."""
         device, wrapped = next(network.parameters()).device, self.precision.wrap(network)
         errors = []
-        for w, (noise, image, label) in zip(held_out.scales, _rows(held_out, self.samples), strict=True):
+        for w, (noise, image, label) in zip(
+            held_out.scales, _rows(held_out, min(self.samples, BATCH_SIZE)), strict=True
+        ):
             sampling = student_sampling(self.config, guidance=w)
             made = generate(wrapped, noise.to(device), label.to(device), sampling).x.cpu()
             errors.append((delivered(made) - delivered(image)).square().mean().sqrt())

@@ -547,3 +547,15 @@ def test_no_code_unpickles(package):
         if unpickles(node)
     ]
     assert not places
+
+
+def test_a_bounded_model_has_a_different_identity(tmp_path):
+    """Its samples differ from those of an unbounded model with the same weights."""
+    free, bounded = (config(kind="teacher", network=MLPConfig(width=8, depth=2, bounded=b)) for b in (False, True))
+    hashes = {
+        save_model(str(tmp_path / str(n)), c, network().state_dict()).weights_sha256
+        for n, c in enumerate((free, bounded))
+    }
+    assert len(hashes) == 2
+    for number in (0, 1):
+        assert_same_weights(load_model(str(tmp_path / str(number))).network.state_dict(), network().state_dict())

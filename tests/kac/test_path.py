@@ -11,6 +11,7 @@ from scipy import stats
 from kac.path import CLOCKS, SIGNALS, GaussianPath, KacPath, PathConfig
 from kac.process import KacProcess
 from kac.util.errors import ArgumentError
+from kac.util.fingerprint import hashed_values
 
 PATHS = [
     KacPath(),
@@ -217,3 +218,9 @@ def test_config_builds_the_path_it_describes():
 def test_config_refuses_invalid_values(bad):
     with pytest.raises(ArgumentError, match=f"`{next(iter(bad))}`"):
         PathConfig(**bad)
+
+
+def test_a_gaussian_path_ignores_the_process():
+    """Its values are those that older versions stored, so the fingerprints of Gaussian teachers stay."""
+    assert PathConfig(kind="gaussian") == PathConfig(kind="gaussian", a=2, c=7, clock="linear")
+    assert hashed_values(PathConfig(kind="gaussian")) == {"kind": "gaussian"}
