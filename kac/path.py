@@ -122,11 +122,11 @@ class PathConfig(Kinded):
 
     @model_validator(mode="before")
     @classmethod
-    def _ignore_process(cls, values: Any) -> Any:
-        """Give a Gaussian path, which has no process, the values that older versions stored."""
+    def _fill_process(cls, values: Any) -> Any:
+        """Give a Gaussian path, which has no process, the default values that older versions stored."""
         values = expand_kind(values)
         is_gaussian = isinstance(values, dict) and values.get("kind") == "gaussian"
-        return {**values, **FORMER_DEFAULTS} if is_gaussian else values
+        return {**FORMER_DEFAULTS, **values} if is_gaussian else values
 
     def __str__(self) -> str:
         """Describe the path briefly, such as "kac a=9 c=3 linear". Different paths have different descriptions."""
