@@ -29,7 +29,9 @@ class EvaluateSpec(ActorOptions, Spec):
     samples: int = Field(5000, ge=2, description="samples per model")
     steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 20), min_length=1, description="step counts for any-step students")
     guidance: tuple[float, ...] = Field(
-        (), description="guidance scales for students that take any scale; default: the scales that they learned"
+        (),
+        description="guidance scales for the teacher, and for students that take any scale; default: the scales that "
+        "students learned",
     )
     solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")

@@ -131,21 +131,16 @@ def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
     """The models of a resolved spec, with their sampling: teachers first, then students, both sorted by guidance.
 
     Raises:
-        DistillKacError: a model is missing, a student has a different teacher, or ``guidance`` does not apply.
+        DistillKacError: a model is missing, a student has a different teacher, or the teacher cannot be guided.
     """
     assert spec.teacher is not None  # set by `resolve`
     teacher = load_teacher_config(spec.teacher)
     check_guidance(teacher, spec.guidance)
     names = unique_names(path for given in spec.students for path in student_folders(given))
     students = [student for path, name in names.items() for student in _students(spec, teacher, path, name)]
-    if spec.guidance and not any(student.config.takes_guidance for student in students):
-        raise ArgumentError(
-            "`guidance` has no effect, because no student takes a guidance scale as an input. Leave it out, or distill "
-            "a student with `guidance` all."
-        )
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = []
-    for w in sorted({0.0, *(student.guidance for student in students)}):
+    for w in sorted({0.0, *spec.guidance, *(student.guidance for student in students)}):
         sampling = teacher_sampling(teacher, w, spec.solver_steps, spec.solver)
         teachers.append(Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, sampling))
     return [*teachers, *students]

@@ -85,6 +85,18 @@ def test_the_first_row_is_held_out_images_and_the_table_describes_its_data(evalu
     assert len(text.splitlines()[0]) < 160
 
 
+def test_a_teacher_is_evaluated_at_the_given_guidance_scales(tmp_path: Path):
+    teacher = make_teacher(tmp_path / "teacher", seed=3)
+    scores = evaluate(small(teacher, tmp_path / "out", guidance=(1.0, 0.5), features=("pixels",)))
+    assert [(score.name, score.metrics.get("nfe")) for score in scores] == [
+        ("real images", None),
+        ("teacher w=0", 8),
+        ("teacher w=0.5", 16),
+        ("teacher w=1", 16),
+    ]
+    assert len({score.metrics["frechet_distance_pixels"] for score in scores}) == 4
+
+
 def test_the_table_names_models_that_copy_training_images(evaluation: Path):
     record = read_record(str(evaluation))
     real, *models = record.scores
