@@ -79,7 +79,7 @@ def heat_map(rows: Sequence[Row], metric: Metric, fields: tuple[str, str]) -> by
     if min(best.shape) < 2:
         return None
     values = best.to_numpy(float)
-    figure = Figure(figsize=(1.7 + 0.95 * values.shape[1], 1.5 + 0.6 * values.shape[0]), layout="constrained")
+    figure = Figure(figsize=(max(4.8, 1.7 + 0.95 * values.shape[1]), 1.5 + 0.6 * values.shape[0]), layout="constrained")
     axis = figure.subplots()
     norm = "log" if _is_wide(np.nanmin(values), np.nanmax(values)) else "linear"
     axis.imshow(values, cmap=_colours(metric, darkest=0.6), norm=norm, aspect="auto")
