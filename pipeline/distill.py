@@ -11,7 +11,14 @@ import torch
 
 from kac.conditioning import known_classes, network_labels
 from kac.losses import Interval, LossTerms, Objective
-from kac.losses.refinement import DataRefinementConfig, check_spaces, open_spaces, refinement_loss, straight_through
+from kac.losses.refinement import (
+    DataRefinementConfig,
+    RefinementLoss,
+    SpaceInputs,
+    check_spaces,
+    open_spaces,
+    straight_through,
+)
 from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model, main_weights
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost
@@ -51,7 +58,7 @@ def distill(
     spec = resolve_spec(check_paths(spec, lambda: bool(training.choose_workers(spec).workers)))
     plan, group = plan_student(spec), training.choose_workers(spec)
     student = plan.student
-    storage.check_shared({"`teacher`": plan.init}, lambda: bool(group.workers))
+    storage.check_shared({"`init`": plan.init, "`teacher`": plan.teacher}, lambda: bool(group.workers))
     _check_passes(spec, group)
     calls = 1.0  # network calls per training sample: one for the objective, and one per step of a refined image
     if spec.refine.kind == "data":
@@ -95,6 +102,7 @@ class DistillPlan:
 
     content: dict[str, str]  # fingerprints of the inputs, which are part of the student's fingerprint
     init: str  # model folder of the initial weights
+    teacher: str | None  # model folder of the teacher, if the loss uses its features
     student: ModelConfig  # the config to write
     rows: int  # number of training rows
     scales: tuple[float, ...]  # guidance scales to learn
@@ -166,10 +174,13 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
     first = load_model(init).config
     check_apart(spec, {"the teacher of the store": init, "`data.root` of the teacher": first.data.root})
     _check_init(spec, objective, identity, init, first)
+    teacher = None
     if spec.refine.kind == "data":
         check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
         decode.prepare(first.data)
         learned_data(init, first)
+        if "teacher" in spec.refine.spaces:
+            teacher = teacher_folder(spec, source)
     elif spec.validation_updates != 0 and not cluster.is_worker():
         # Decode the validation images now, so that no worker waits for another worker to decode them. Training does not
         # need the images; if they are missing, validation reports that.
@@ -198,7 +209,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
             "store_fingerprint": manifest.fingerprint,
         }
     )
-    return DistillPlan(content, init, student, source.without_last(spec.held_out_rows).rows(scales), scales)
+    return DistillPlan(content, init, teacher, student, source.without_last(spec.held_out_rows).rows(scales), scales)
 
 
 def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
@@ -209,6 +220,19 @@ def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
             f"`refine.real_images` is {spec.refine.real_images} and `optimizer.batch_size` is "
             f"{spec.optimizer.batch_size}, but with {passes} passes per update, both must be at least {2 * passes}."
         )
+
+
+def teacher_folder(spec: DistillSpec, source: store.Store) -> str:
+    """Return the model folder of the store's teacher.
+
+    Raises:
+        DistillKacError: it is missing, or its weights are not those that the store was rolled out with.
+    """
+    assert source.manifest is not None
+    folder = spec.teacher or source.manifest.teacher
+    if load_model(folder).config.weights_sha256 != source.identity.teacher_sha256:
+        raise CheckpointError(f"{folder} is not the teacher that the store was rolled out with. Give its `teacher`.")
+    return folder
 
 
 def objective_of(spec: DistillSpec) -> Objective:
@@ -323,32 +347,25 @@ def _refinement(
 
     The distillation losses are the anchor, weighted by ``options.anchor``. Diagnostics are not weighted.
     """
-    data, path, knot_grid = learned_data(init, model), model.path.build(), store.open(spec.store).identity.knot_grid
-    spaces, frequencies = open_spaces(options.spaces, data, device), torch.tensor(model.class_frequencies)
-    size = spec.optimizer.batch_size
+    source, data, path = store.open(spec.store), learned_data(init, model), model.path.build()
+    inputs = SpaceInputs(data, device, lambda: load_model(teacher_folder(spec, source)).network, spec.precision)
+    spaces = open_spaces(options.spaces, inputs)
+    num_classes = model.num_classes if known_classes(model) else 0
+    distance = RefinementLoss(data.train, spaces, num_classes, options.class_weight, options.distance, device)
+    frequencies, size = torch.tensor(model.class_frequencies), spec.optimizer.batch_size
 
     def refine(network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
         rows, draws = size // micro.slots, update_generator(spec.seed, micro.update)
-        real_rows = torch.randint(len(data.train), (options.real_images,), generator=draws)
-        real, real_label = data.train.rows(micro.share(real_rows))
+        real_rows = torch.randint(distance.count, (options.real_images,), generator=draws)
         label = micro.share(torch.multinomial(frequencies, size, True, generator=draws)).to(device)
         noise = slot_generator(spec.seed, micro)
         zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)
         x_1 = path.sample(zeros, ones, noise).x_t
         steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
-        x_0 = integrate(network, x_1, network_labels(model, label), Sampling(0.0, steps, "euler", knot_grid)).x
-        distance = refinement_loss(
-            straight_through(x_0),
-            label if known_classes(model) else None,
-            real.to(device),
-            real_label.to(device),
-            spaces,
-            options.class_weight,
-            model.num_classes,
-            micro.update,
-            options.distance,
-        )
+        sampling = Sampling(0.0, steps, "euler", source.identity.knot_grid)
+        x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
+        loss = distance(straight_through(x_0), label, micro.share(real_rows), micro.update)
         anchored = {name: options.anchor * loss for name, loss in distillation.losses.items()}
-        return LossTerms({**anchored, options.distance: distance}, distillation.diagnostics)
+        return LossTerms({**anchored, options.distance: loss}, distillation.diagnostics)
 
     return refine

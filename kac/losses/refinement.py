@@ -7,6 +7,7 @@ remains in the loss as an anchor, because without an anchor precision drops.
 
 Evaluation must not use the features that trained a student. The refinement classifier therefore differs in seed and
 width from the evaluation classifier. Random features come from a new network in each update, to prevent overfitting.
+The teacher and the classifier are frozen, so the training images' features are computed only once.
 
 To add a distance, write its function in this module, and add it to ``REFINEMENT_DISTANCES`` and ``RefinementDistance``.
 The distance's name is the value of ``refine.distance`` and the name of its loss. To add a space, add it to ``SPACES``
@@ -14,24 +15,38 @@ and ``SpaceName``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from math import isqrt
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from kac.data import Dataset
+from kac.data.dataset import Split
 from kac.metrics.classifier import ClassifierRecipe, open_classifier
 from kac.metrics.features import Pooled, averaged_down
+from kac.networks import NetworkModule
+from kac.precision import Precision
 from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
 from kac.util.options import Kinded, expand_kind
 
 RefinementDistance = Literal["energy"]
-SpaceName = Literal["pixels", "pooled", "classifier", "random"]
+SpaceName = Literal["pixels", "pooled", "teacher", "classifier", "random"]
 
-RefinementSpace = Callable[[Tensor, int], list[Tensor]]
-"""Maps samples [batch, *sample] and the update number to one or more sets of features, each [batch, width]."""
+Features = list[Tensor]
+"""One or more sets of features of the same samples, each [batch, width]."""
+
+
+@dataclass(frozen=True)
+class RefinementSpace:
+    """A feature space for comparing student images with training images."""
+
+    features: Callable[[Tensor, int], Features]  # of samples [batch, *sample], in an update
+    is_kept: bool = False  # whether the features of training images are computed once; if so, they ignore the update
+
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
 """The refinement classifier. Its width and seed differ from those of the evaluation classifier."""
@@ -39,6 +54,15 @@ CLASSIFIER = ClassifierRecipe(width=24, seed=1)
 RANDOM_WIDTHS = (32, 64, 128)
 MAP_SIDE = 4
 """Feature maps are averaged down to this height and width."""
+
+TEACHER_TIME, TEACHER_LAYERS = 0.1, 5
+"""The teacher's features are outputs of at most this many layers, at this time, when images have little noise."""
+
+BANK_IMAGES = 16_384
+"""In spaces whose features are kept, at most this many training images are used, so that the features fit in memory."""
+
+BLOCK, UNIT_IMAGES = 256, 2048
+"""Training images per network call, and training images for the mean distance between training images."""
 
 TINY = 1e-12
 """Lower limit for squared distances, because the slope of the square root is infinite at 0."""
@@ -62,10 +86,12 @@ class DataRefinementConfig(Kinded):
         description="step counts for sampling an any-step student, used in turn; other students use their own count",
     )
     spaces: tuple[SpaceName, ...] = Field(
-        ("pixels",),
+        ("pixels", "teacher"),
         min_length=1,
+        json_schema_extra={"neutral": ["pixels"]},
         description="feature spaces for comparing images: pixels; pooled: averages of 4x4 pixels; "
-        "classifier: layers of a classifier not used in evaluation; random: layers of a new random network per update",
+        "teacher: levels of the teacher's network; classifier: layers of a classifier not used in evaluation; random: "
+        "layers of a new random network per update",
     )
     real_images: PositiveInt = Field(
         512, description="training images per update, over all workers; a larger set costs little and reduces noise"
@@ -85,7 +111,7 @@ RefinementConfig = Annotated[
 """The config of any refinement. The string "data" is short for a ``DataRefinementConfig`` with default values."""
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(x: Tensor, y: Tensor, within_y: Tensor | None = None) -> Tensor:
     """Estimate the energy distance (G. J. Szekely, M. L. Rizzo, J. Stat. Plan. Inference 143, 2013) of two point sets.
 
         D = 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, and 0 only if X and Y have the same distribution.
@@ -99,58 +125,102 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x, y: independent points [n, width] and [m, width], where n >= 2 and m >= 2.
+        within_y: E|Y - Y'|, if it is known.
 
     Returns:
         The unbiased estimate of D, a scalar.
     """
-    return 2 * _distances(x, y).mean() - mean_distance(x) - mean_distance(y)
+    return 2 * _distances(x, y).mean() - mean_distance(x) - (mean_distance(y) if within_y is None else within_y)
 
 
-REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "energy": lambda x, y, update: energy_distance(x, y)
+REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "energy": lambda x, y, within_y, update: energy_distance(x, y, within_y)
 }
-"""Map samples [n, width], real points [m, width] and the update (a seed for random distances) to a scalar."""
+"""Map samples x [n, width], real points y [m, width], the mean distance between real points, and the update (a seed for
+random distances) to a scalar."""
 
 
-def refinement_loss(
-    samples: Tensor,
-    label: Tensor | None,
-    real: Tensor,
-    real_label: Tensor,
-    spaces: Sequence[RefinementSpace],
-    class_weight: float,
-    num_classes: int,
-    update: int = 0,
-    distance: RefinementDistance = "energy",
-) -> Tensor:
-    """Return the scalar distance between samples and real images of the same class, averaged over ``spaces``.
+class RealPoints(NamedTuple):
+    """Features of real images, with their classes, in units of the mean distance between real images."""
 
-    Features are in units of the mean distance between real images, so all spaces have equal weight, and the energy
+    points: Tensor  # [count, width]
+    unit: Tensor  # the mean distance between real images, without classes
+    within: Tensor  # the mean distance between real points
+
+
+class RefinementLoss:
+    """The distance between samples and training images of the same class, averaged over feature spaces.
+
+    Features are in units of the mean distance between training images, so all spaces have equal weight, and the energy
     distance is about 1 for samples unrelated to the data.
 
     Args:
-        samples, real: [batch, *sample].
-        label, real_label: [batch]. If ``label`` is None, classes are ignored.
+        train: the training images.
+        num_classes: number of classes; if 0, classes are ignored.
         class_weight: distance between images of different classes, in units of the mean distance between real images.
-        update: update number, the seed of random spaces and distances.
         distance: key of ``REFINEMENT_DISTANCES``.
+        device: device of the samples.
+
+    Attributes:
+        count: number of training images that samples can be compared with.
     """
 
-    def one_hot(classes: Tensor) -> Tensor:
-        return class_weight / 2**0.5 * nn.functional.one_hot(classes, num_classes).to(samples.dtype)
+    def __init__(
+        self,
+        train: Split,
+        spaces: Sequence[RefinementSpace],
+        num_classes: int,
+        class_weight: float = 0.5,
+        distance: RefinementDistance = "energy",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.train, self.spaces, self.num_classes, self.device = train, spaces, num_classes, device
+        self.class_weight, self.distance = class_weight, REFINEMENT_DISTANCES[distance]
+        self.ids = torch.arange(len(train))
+        if len(train) > BANK_IMAGES and any(space.is_kept for space in spaces):
+            self.ids = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:BANK_IMAGES]
+        self.count = len(self.ids)
+        self.known = {n: self._points(space, self.ids) for n, space in enumerate(spaces) if space.is_kept}
 
-    classes, real_classes = ([], []) if label is None else ([one_hot(label)], [one_hot(real_label)])
+    def __call__(self, samples: Tensor, label: Tensor, rows: Tensor, update: int = 0) -> Tensor:
+        """Return the distance, a scalar.
 
-    def compare(x: Tensor, y: Tensor) -> Tensor:
-        unit = mean_distance(y).detach().clamp(min=1e-6)
-        x, y = torch.cat([x / unit, *classes], 1), torch.cat([y / unit, *real_classes], 1)
-        return REFINEMENT_DISTANCES[distance](x, y, update)
+        Args:
+            samples, label: [batch, *sample], and their classes [batch].
+            rows: int64 [n], 0 .. count - 1, the training images to compare with.
+            update: update number, the seed of random spaces and distances.
+        """
+        means = []
+        for n, space in enumerate(self.spaces):
+            reference = self._points(space, self.ids[rows], update) if n not in self.known else self.known[n]
+            parts = []
+            for features, real in zip(space.features(samples, update), reference, strict=True):
+                x = self._with_classes(features / real.unit, label)
+                y = real.points if n not in self.known else real.points[rows.to(self.device)]
+                parts.append(self.distance(x, y, real.within, update))
+            means.append(torch.stack(parts).mean())
+        return torch.stack(means).mean()
 
-    means = [
-        torch.stack([compare(*pair) for pair in zip(space(samples, update), space(real, update), strict=True)]).mean()
-        for space in spaces
-    ]
-    return torch.stack(means).mean()
+    @torch.no_grad()
+    def _points(self, space: RefinementSpace, ids: Tensor, update: int = 0) -> list[RealPoints]:
+        blocks, labels = [], []
+        for block in torch.split(ids, BLOCK):
+            images, label = self.train.rows(block)
+            blocks.append(space.features(images.to(self.device), update))
+            labels.append(label.to(self.device))
+        found = []
+        for parts in zip(*blocks, strict=True):
+            features = torch.cat(parts)
+            unit = mean_distance(features[:UNIT_IMAGES]).clamp(min=1e-6)
+            points = self._with_classes(features / unit, torch.cat(labels))
+            found.append(RealPoints(points, unit, mean_distance(points[:UNIT_IMAGES])))
+        return found
+
+    def _with_classes(self, features: Tensor, label: Tensor) -> Tensor:
+        if self.num_classes == 0:
+            return features
+        one_hot = nn.functional.one_hot(label, self.num_classes).to(features.dtype)
+        return torch.cat([features, self.class_weight / 2**0.5 * one_hot], 1)
 
 
 def straight_through(samples: Tensor) -> Tensor:
@@ -167,29 +237,64 @@ def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_
         raise ArgumentError("`refine.spaces` classifier needs several classes. Choose other spaces.")
 
 
-def open_spaces(names: Sequence[SpaceName], data: Dataset, device: torch.device) -> list[RefinementSpace]:
+class SpaceInputs(NamedTuple):
+    """What feature spaces are made of."""
+
+    data: Dataset
+    device: torch.device
+    teacher: Callable[[], NetworkModule]  # loads the teacher's network, which becomes part of its space
+    precision: Precision = Precision()  # of the teacher's network
+
+
+def open_spaces(names: Sequence[SpaceName], inputs: SpaceInputs) -> list[RefinementSpace]:
     """Open the named spaces, which must pass ``check_spaces``. Trains the classifier if it is not in the cache."""
-    return [SPACES[name](data, device) for name in names]
+    return [SPACES[name](inputs) for name in names]
 
 
-def _open_classifier(data: Dataset, device: torch.device) -> RefinementSpace:
-    body = open_classifier(data, CLASSIFIER)[0].body.requires_grad_(False).to(device)
-    return lambda samples, update: _depths(body, averaged_down(samples))
+def _open_classifier(inputs: SpaceInputs) -> RefinementSpace:
+    body = open_classifier(inputs.data, CLASSIFIER)[0].body.requires_grad_(False).to(inputs.device)
+    return RefinementSpace(lambda samples, update: _depths(body, averaged_down(samples)), is_kept=True)
 
 
-def _open_random(data: Dataset, device: torch.device) -> RefinementSpace:
-    def features(samples: Tensor, update: int) -> list[Tensor]:
+def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
+    """The outputs of some of the teacher's layers, from first to last, for images without noise and without classes."""
+    found: Features = []
+
+    def keep(module: nn.Module, inputs: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim == 3:  # the tokens [batch, side * side, channels] of a transformer
+            hidden = hidden.transpose(1, 2).unflatten(2, (isqrt(hidden.shape[1]), -1))
+        found.append(averaged_down(hidden.float(), MAP_SIDE).flatten(1))
+
+    teacher = inputs.teacher().to(inputs.device).eval().requires_grad_(False)
+    layers = teacher.feature_layers()
+    for position in torch.linspace(0, len(layers) - 1, min(TEACHER_LAYERS, len(layers))).round().int().tolist():
+        layers[position].register_forward_hook(keep)
+    network = inputs.precision.model_copy(update={"compile": False}).wrap(teacher)
+
+    def features(samples: Tensor, update: int) -> Features:
+        found.clear()
+        label = torch.full((len(samples),), network.null_label or 0, device=samples.device)
+        network(samples, torch.tensor(TEACHER_TIME, device=samples.device), label)
+        return list(found)
+
+    return RefinementSpace(features, is_kept=True)
+
+
+def _open_random(inputs: SpaceInputs) -> RefinementSpace:
+    def features(samples: Tensor, update: int) -> Features:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(update)
             layers = _random_layers(tuple(samples.shape[1:]))
-        return _depths(layers.requires_grad_(False).to(device), samples)
+        return _depths(layers.requires_grad_(False).to(inputs.device), samples)
 
-    return features
+    return RefinementSpace(features)
 
 
-SPACES: dict[SpaceName, Callable[[Dataset, torch.device], RefinementSpace]] = {
-    "pixels": lambda data, device: lambda samples, update: [samples.flatten(1)],
-    "pooled": lambda data, device: lambda samples, update: [Pooled()(samples)],
+SPACES: dict[SpaceName, Callable[[SpaceInputs], RefinementSpace]] = {
+    "pixels": lambda inputs: RefinementSpace(lambda samples, update: [samples.flatten(1)]),
+    "pooled": lambda inputs: RefinementSpace(lambda samples, update: [Pooled()(samples)]),
+    "teacher": _open_teacher,
     "classifier": _open_classifier,
     "random": _open_random,
 }
@@ -208,7 +313,7 @@ def _random_layers(shape: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _depths(layers: nn.Sequential, samples: Tensor) -> list[Tensor]:
+def _depths(layers: nn.Sequential, samples: Tensor) -> Features:
     """Return the outputs of the activation layers, [batch, width] each. Feature maps are averaged to ``MAP_SIDE``."""
     features, values = [], samples
     for layer in layers:
@@ -227,9 +332,10 @@ def mean_distance(x: Tensor) -> Tensor:
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     """Return the distances between the points x [n, width] and y [m, width]: [n, m].
 
-    The gradient of the matrix product is many times faster than the gradient of torch.cdist. The computation uses
-    float64, because it subtracts large squares.
+    The gradient of the matrix product is many times faster than the gradient of torch.cdist. The points are centred,
+    because the computation subtracts large squares.
     """
-    dtype, x, y = x.dtype, x.double(), y.double()
+    centre = y.detach().mean(0)
+    x, y = x - centre, y - centre
     squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-    return squared.clamp(min=TINY).sqrt().to(dtype)
+    return squared.clamp(min=TINY).sqrt()

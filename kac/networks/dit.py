@@ -1,5 +1,6 @@
 """diffusers' class-conditional diffusion transformer (DiT, arXiv 2212.09748) for images."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -59,3 +60,7 @@ class DiT(DiffusersNetwork):
         for layer in (*gates, self.transformer.proj_out_1, self.transformer.proj_out_2):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def feature_layers(self) -> Sequence[nn.Module]:
+        """Return the transformer blocks."""
+        return list(self.transformer.transformer_blocks)

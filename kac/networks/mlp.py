@@ -1,6 +1,7 @@
 """A residual MLP for small images and points."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveInt
@@ -36,6 +37,10 @@ class ResidualMLP(NetworkModule):
         nn.init.normal_(self.label.weight, std=0.5)
         nn.init.zeros_(self.leave[1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.leave[1].bias)  # type: ignore[arg-type]
+
+    def feature_layers(self) -> Sequence[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Return the velocity at x [batch, *sample_shape], t (scalar or [batch]) and label [batch], 0 .. null_label."""

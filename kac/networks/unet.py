@@ -1,5 +1,6 @@
 """diffusers' U-Net. If ``patch`` is above 1, the U-Net works on smaller images and is several times faster."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -50,6 +51,10 @@ class UNet(DiffusersNetwork):
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+
+    def feature_layers(self) -> Sequence[nn.Module]:
+        """Return the blocks, which are the levels on the way down, the middle, and the levels on the way up."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Call ``DiffusersNetwork.forward`` with patches folded into channels, and unfold the velocity."""

@@ -1,6 +1,7 @@
 """The interface of velocity networks: their null label, their conditions, and how their weights are loaded."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -60,6 +61,11 @@ class NetworkModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.guide: NetworkModule | None = None  # a weaker network, for autoguidance; see ``kac.guidance``
+
+    def feature_layers(self) -> Sequence[nn.Module]:
+        """Return the layers, in order, whose outputs are features of the input: [batch, width], [batch, channels,
+        height, width] or tokens [batch, side * side, channels], or a tuple that starts with one of these."""
+        return [self]
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:

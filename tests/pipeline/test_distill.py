@@ -159,17 +159,20 @@ def test_an_any_step_student_is_sampled_with_the_requested_steps(any_step_studen
     assert np.abs(made[3] - made[2]).max() > 1e-4
 
 
+FLOW_MAP = {"kind": "flow-map", "grids": (1, 2, 4)}
+
+
 def test_refinement_brings_a_student_closer_to_the_data_than_more_distillation(
     any_step_student: str, small_store: str, tmp_path: Path
 ):
     refine = {"kind": "data", "steps": (1, 2), "anchor": 0.01}
-    options = {"objective": {"kind": "flow-map", "grids": (1, 2, 4)}, "init": any_step_student, "refine": refine}
+    options = {"objective": FLOW_MAP, "init": any_step_student, "refine": refine}
     config = distill(distill_spec(small_store, tmp_path / "refined", **options))
     assert config is not None
     assert config.is_any_step
     names = run_of("distill", config.fingerprint).data.metrics
     assert {"loss/flow_map", "loss/energy"} <= set(names)
-    assert config.refined_in == ("pixels",)
+    assert config.refined_in == ("pixels", "teacher")
     plain = distill(distill_spec(small_store, tmp_path / "plain", **{**options, "refine": "none"}))
     assert plain is not None
     assert plain.weights_sha256 != config.weights_sha256
@@ -195,6 +198,13 @@ def test_an_impossible_refinement_is_refused_before_anything_is_written(
     check_refused("flow map.*`objective` endpoint", init=any_step_student)
     check_refused("`refine.spaces`.*pooled", refine={"kind": "data", "spaces": ("pooled",)})
     check_refused("`refine.real_images` is 1 .* at least 2", refine={"kind": "data", "real_images": 1})
+    check_refused(
+        "no-such-teacher", init=any_step_student, refine="data", objective=FLOW_MAP, teacher="no-such-teacher"
+    )
+    check_refused(
+        "is not the teacher .* Give its `teacher`",
+        **{"init": any_step_student, "refine": "data", "objective": FLOW_MAP, "teacher": any_step_student},
+    )
     passes = FEW.model_copy(update={"accumulation": 64})
     check_refused("`optimizer.batch_size` is 64, .* at least 128", refine="data", optimizer=passes)
     other = in_memory(torch.zeros(20, 2), torch.arange(20) % 2, 2)
@@ -210,8 +220,8 @@ def test_a_flow_map_needs_whole_trajectories(teacher: str, tmp_path: Path):
 
 
 REFINED = {
-    "objective": {"kind": "flow-map", "grids": (1, 2, 4)},
-    "refine": {"kind": "data", "spaces": ("pixels", "random")},
+    "objective": FLOW_MAP,
+    "refine": {"kind": "data", "spaces": ("pixels", "teacher", "random")},
 }
 
 

@@ -1,26 +1,33 @@
 """Refinement: the energy distance, the loss over distances, classes and spaces, and delivered samples."""
 
+import math
 from collections.abc import Iterator
 from typing import get_args
 
 import pytest
 import torch
 
-from kac.data import DataConfig, Dataset, open_dataset
+from kac.data import DataConfig, Dataset, LabelledImages, open_dataset
+from kac.data.in_memory import InMemorySplit
+from kac.losses import refinement
 from kac.losses.refinement import (
     CLASSIFIER,
     REFINEMENT_DISTANCES,
     DataRefinementConfig,
     RefinementDistance,
+    RefinementLoss,
+    RefinementSpace,
+    SpaceInputs,
     SpaceName,
     check_spaces,
     energy_distance,
     open_spaces,
-    refinement_loss,
     straight_through,
 )
 from kac.metrics import classifier
 from kac.metrics.classifier import EVALUATION_CLASSIFIER
+from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
+from kac.precision import Precision
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
 from kac.util.images import delivered
@@ -50,30 +57,39 @@ def test_energy_distance_is_zero_on_average_only_for_equal_distributions():
     assert shifted.item() > 0.3
 
 
-def loss_of(samples, label, real, real_label, weight=0.5, spaces=None):
-    return refinement_loss(samples, label, real, real_label, spaces or [pixels], weight, 2)
+def split(images, label):
+    return InMemorySplit(LabelledImages(images, label))
 
 
-def pixels(samples, update):
-    return [samples.flatten(1)]
+def inputs(data, network=None, **options):
+    shape, classes = data.description.sample_shape, data.description.num_classes
+    teacher = build_network(network or MLPConfig(width=16), shape, classes)
+    return SpaceInputs(data, torch.device("cpu"), lambda: teacher, **options)
+
+
+def loss_of(samples, label, real, real_label, weight=0.5, spaces=None, classes=2):
+    loss = RefinementLoss(split(real, real_label), spaces or [pixels], classes, weight)
+    return loss(samples, label, torch.arange(len(real)))
+
+
+pixels = RefinementSpace(lambda samples, update: [samples.flatten(1)])
+two_parts = RefinementSpace(lambda samples, update: [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]])
 
 
 def test_the_loss_uses_the_named_distance(monkeypatch: pytest.MonkeyPatch):
-    def gap(x: torch.Tensor, y: torch.Tensor, update: int) -> torch.Tensor:
-        return (x.mean() - y.mean()).abs() + update
+    def gap(x: torch.Tensor, y: torch.Tensor, within_y: torch.Tensor, update: int) -> torch.Tensor:
+        return (x.mean() - y.mean()).abs() + within_y + update
 
     monkeypatch.setitem(REFINEMENT_DISTANCES, "gap", gap)
     samples, real = torch.tensor([[5.0], [7.0]]), torch.tensor([[0.0], [2.0]])  # mean distance between real points: 2
-    assert refinement_loss(samples, None, real, torch.zeros(2), [pixels], 0.5, 2, 10, "gap").item() == 12.5
+    label = torch.zeros(2, dtype=torch.long)
+    loss = RefinementLoss(split(real, label), [pixels], num_classes=0, distance="gap")
+    assert loss(samples, label, torch.arange(2), update=10).item() == 13.5
 
 
 def test_every_distance_has_a_name_for_the_option_whose_default_changes_no_fingerprint():
     assert tuple(REFINEMENT_DISTANCES) == get_args(RefinementDistance)
-    assert hashed_values(DataRefinementConfig()) == {"kind": "data"}
-
-
-def two_parts(samples, update):
-    return [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]]
+    assert hashed_values(DataRefinementConfig(spaces=("pixels",))) == {"kind": "data"}, "the former default"
 
 
 def test_swapped_classes_raise_the_loss_even_if_all_images_together_match():
@@ -120,29 +136,95 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
 
 @pytest.mark.parametrize("name", get_args(SpaceName))
 def test_every_space_has_gradients_and_near_zero_loss_for_real_images(name, digits):
-    (space,) = open_spaces([name], digits, torch.device("cpu"))
+    (space,) = open_spaces([name], inputs(digits))
     real, label = digits.train.rows(torch.arange(400))
-    features = space(real[:7].clone().requires_grad_(), 3)
+    features = space.features(real[:7].clone().requires_grad_(), 3)
     assert all(part.ndim == 2 and len(part) == 7 and part.requires_grad for part in features)
-    assert all(torch.equal(*pair) for pair in zip(space(real[:7], 3), space(real[:7], 3), strict=True))
+    again = [space.features(real[:7], 3) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
+    loss = RefinementLoss(split(real[200:], label[200:]), [space], 10)
 
-    def loss(samples: torch.Tensor) -> float:
-        return refinement_loss(samples, label[:200], real[200:], label[200:], [space], 0.5, 10).item()
+    def distance(samples: torch.Tensor) -> float:
+        return loss(samples, label[:200], torch.arange(200)).item()
 
-    assert loss(real[:200]) < 0.05
-    assert loss(-real[:200]) > 0.2
+    assert distance(real[:200]) < 0.05
+    assert distance(-real[:200]) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("network", "shapes"),
+    [
+        (MLPConfig(width=24, depth=7), [(24,)] * 5),
+        (UNetConfig(channels=(8, 16), groups=4), [(8, 4, 4), (16, 4, 4), (16, 4, 4), (16, 4, 4), (8, 4, 4)]),
+        (DiTConfig(heads=2, head_channels=8, depth=6, patch=1), [(16, 4, 4)] * 5),
+    ],
+    ids=["mlp", "unet", "dit"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_teacher_features_are_five_layers_of_every_network(network, shapes, dtype, digits):
+    given = inputs(digits, network, precision=Precision(dtype=dtype, compile=False))
+    teacher = given.teacher()
+    seen = []
+    for layer in teacher.feature_layers():
+        layer.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    (space,) = open_spaces(["teacher"], given)
+    samples = digits.train.rows(torch.arange(6)).images
+    features = space.features(samples, 0)
+    assert [part.shape for part in features] == [(6, math.prod(shape)) for shape in shapes]
+    assert all(part.dtype == torch.float32 for part in features)
+    outputs = [each[0] if isinstance(each, tuple) else each for each in seen]
+    first, last = outputs[0], outputs[-1]
+    if network.kind == "dit":
+        first, last = (each.transpose(1, 2).unflatten(2, (8, 8)) for each in (first, last))
+    if network.kind != "mlp":
+        first, last = (torch.nn.functional.adaptive_avg_pool2d(each.float(), 4).flatten(1) for each in (first, last))
+    assert torch.allclose(features[0], first.float()) and torch.allclose(features[-1], last.float())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_teacher_features_ignore_an_earlier_call(digits):
+    (space,) = open_spaces(["teacher"], inputs(digits))
+    real = digits.train.rows(torch.arange(8)).images
+    before = [part.clone() for part in space.features(real[:5], 0)]
+    space.features(real, 0)
+    assert all(torch.equal(*pair) for pair in zip(before, space.features(real[:5], 0), strict=True))
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_kept_features_are_computed_once_and_change_no_value(classes, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def features(samples, update):
+        calls.append(len(samples))
+        return [samples.flatten(1), samples.flatten(1).square()]
+
+    generator = seeded(6)
+    real, samples = torch.randn(2, 40, 1, 2, 2, generator=generator)
+    label, rows = torch.arange(40) % 2, torch.randperm(40, generator=generator)
+    losses = [
+        RefinementLoss(split(real, label), [RefinementSpace(features, is_kept)], classes) for is_kept in (False, True)
+    ]
+    assert calls == [40]
+    assert losses[0](samples, label, rows).item() == pytest.approx(losses[1](samples, label, rows).item(), rel=1e-5)
+    assert calls == [40, 40, 40, 40], "samples, and real images only if they are not kept"
+    monkeypatch.setattr(refinement, "BANK_IMAGES", 30)
+    bank = RefinementLoss(split(real, label), [RefinementSpace(features, True), pixels], classes)
+    assert bank.count == len(bank.ids.unique()) == 30
+    for n in (0, 1):
+        (known, *_) = bank.known[0] if n == 0 else bank._points(pixels, bank.ids)
+        assert torch.allclose(known.points[:, :4] * known.unit, real[bank.ids].flatten(1), atol=1e-6)
 
 
 def test_random_features_change_per_update_without_using_the_global_generator(digits):
-    (space,) = open_spaces(["random"], digits, torch.device("cpu"))
+    (space,) = open_spaces(["random"], inputs(digits))
     real = digits.train.rows(torch.arange(5)).images
     torch.manual_seed(0)
-    first, second = space(real, 0), space(real, 1)
+    first, second = space.features(real, 0), space.features(real, 1)
     assert all((a - b).abs().max() > 0.1 for a, b in zip(first, second, strict=True))
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
-    assert len(open_spaces(["random"], digits, torch.device("cpu"))[0](torch.randn(4, 2), 0)) == 3  # points
+    assert len(space.features(torch.randn(4, 2), 0)) == 3  # points
 
 
 def test_refinement_and_evaluation_use_different_classifiers():
