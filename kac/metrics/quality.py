@@ -137,9 +137,9 @@ def _kernel_distance(samples: Evaluated, space: str) -> float:
 
 def _against_held_out(samples: Evaluated, space: str) -> tuple[Statistics, Statistics]:
     """The statistics of the held-out images and of the samples; for the held-out images, of the training images."""
-    held_out = (samples.reference.held_out_statistics or samples.statistics)[space]
-    is_held_out = held_out is samples.statistics[space]
-    return held_out, samples.reference.train[space] if is_held_out else samples.statistics[space]
+    assert samples.reference.held_out_statistics is not None
+    held_out, own = samples.reference.held_out_statistics[space], samples.statistics[space]
+    return held_out, samples.reference.train[space] if held_out is own else own
 
 
 def _frechet_to_held_out(samples: Evaluated, space: str) -> float:

@@ -185,7 +185,7 @@ def _register(best: Row, name: str) -> None:
     if own is not None:
         config = load_config(best.trial.out)
         # Training logs every student as a model, but no teacher.
-        model = logged_models.log_student(own, best.trial.out, config, {}) if config.kind == "teacher" else None
+        model = logged_models.log_model(own, best.trial.out, config, {}) if config.kind == "teacher" else None
         version = logged_models.register(own, name, alias="best", model=model)
         log.info(f"sweep: registered {best.name} as models:/{name}@best, version {version}")
 

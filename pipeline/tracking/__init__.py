@@ -8,7 +8,7 @@ metrics.py          defines the table of metrics
 delivery.py         sends log entries in a thread, and keeps a copy of waiting entries in a file
 entries.py          defines log entries, and the MLflow requests that deliver them
 server.py           finds the server's address, and connects to the experiment
-logged_models.py    logs students as models, which can be loaded, served and registered
+logged_models.py    logs students and teachers as models, which can be loaded, served and registered
 student_pyfunc.py   loads a logged model and draws its samples; MLflow runs this code
 """
 

@@ -1,4 +1,4 @@
-"""Students as MLflow logged models, which can be loaded, served, and registered under a name.
+"""Students and teachers as MLflow logged models, which can be loaded, served, and registered under a name.
 
 The artifact of a logged model contains the model folder and the code that loads it, but no pickles:
 
@@ -67,7 +67,7 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
     try:
         manifest = store.read_manifest(spec.store)
         teacher = spec.teacher or (manifest.teacher if manifest else "")
-        model = log_student(run, spec.out, config, {"store": spec.store, "teacher": teacher})
+        model = log_model(run, spec.out, config, {"store": spec.store, "teacher": teacher})
         if spec.register:
             register(run, spec.register, model=model)
     except Exception as error:  # noqa: BLE001 - MLflow, its server and its disk raise errors of any type
@@ -77,14 +77,14 @@ def log_finished(run: TrackedRun, spec: DistillSpec, config: ModelConfig) -> Non
         )
 
 
-def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
-    """Log the student or teacher in ``folder`` to its run, and return the logged model. A model is logged only once.
+def log_model(run: TrackedRun, folder: str, config: ModelConfig, links: dict[str, str]) -> "LoggedModel":
+    """Log the model in ``folder`` to its run, and return the logged model. A model is logged only once.
 
     Args:
         run: the run that made the model.
         folder: model folder, a path or s3:// URI.
         config: the model's config.
-        links: further tags, such as the paths of the student's store and teacher.
+        links: further tags, such as the paths of a student's store and teacher.
 
     Raises:
         MlflowException: the server refuses the model.
@@ -130,7 +130,7 @@ def log_student(run: TrackedRun, folder: str, config: ModelConfig, links: dict[s
 def register(run: TrackedRun, name: str, alias: str | None = None, model: "LoggedModel | None" = None) -> str:
     """Register a run's ``model`` (default: its newest) as the newest version of the model ``name``; return the version.
 
-    A student that already has a version under this name keeps that version. ``alias`` makes ``models:/NAME@ALIAS``
+    A model that already has a version under this name keeps that version. ``alias`` makes ``models:/NAME@ALIAS``
     refer to the version.
 
     Raises:
@@ -142,7 +142,7 @@ def register(run: TrackedRun, name: str, alias: str | None = None, model: "Logge
         model = model or model_of_run(run)
         if model is None:
             raise DistillKacError(
-                f"The MLflow run {run.run_id} has no logged model to register. Remove the student and distill it again."
+                f"The MLflow run {run.run_id} has no logged model to register. Remove the model and train it again."
             )
         client = client_of(run.tracking_uri)
         try:
@@ -175,7 +175,7 @@ def register_folder(folder: str, name: str) -> str:
     with _mlflow_errors(uri):
         params = client_of(uri).get_run(runs[0].run_id).data.params
         links = {name: params[name] for name in ("store", "teacher") if name in params}
-        return register(runs[0], name, model=log_student(runs[0], folder, config, links))
+        return register(runs[0], name, model=log_model(runs[0], folder, config, links))
 
 
 def model_of_run(run: TrackedRun, weights_sha256: str = "") -> "LoggedModel | None":

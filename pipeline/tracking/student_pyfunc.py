@@ -1,4 +1,4 @@
-"""The code of a logged student. MLflow runs a copy of this file, stored next to the weights and a copy of ``kac``.
+"""The code of a logged model. MLflow runs a copy of this file, stored next to the weights and a copy of ``kac``.
 
 This file imports only ``kac`` from this project, so a logged model needs neither Ray, a dataset nor this checkout.
 """
@@ -21,7 +21,7 @@ from kac.util.device import default_device
 from kac.util.errors import DistillKacError
 
 
-class Student(PythonModel):  # type: ignore[misc]
+class SamplingModel(PythonModel):  # type: ignore[misc]
     """Draws the same images as ``jobs.sample`` for the same seed, labels and steps."""
 
     def load_context(self, context: Any) -> None:
@@ -36,12 +36,12 @@ class Student(PythonModel):  # type: ignore[misc]
         Args:
             context: unused.
             model_input: column ``label`` with a class per row; -1 draws a class by the data's class frequencies. An
-                unconditional student accepts only -1.
-            params: ``seed`` (default 0), ``steps`` and ``guidance`` (default: the student's own, or 100 and 0 for a
+                unconditional model accepts only -1.
+            params: ``seed`` (default 0), ``steps`` and ``guidance`` (default: a student's own, or 100 and 0 for a
                 teacher).
 
         Raises:
-            MlflowException: the student does not know the class, was not trained for these steps or this guidance, or
+            MlflowException: the model does not know the class, was not trained for these steps or this guidance, or
                 the seed is out of range.
         """
         try:
@@ -67,4 +67,4 @@ class Student(PythonModel):  # type: ignore[misc]
         return draw(self.model, sampling, Precision(), seed, len(label), BATCH_SIZE, classes).images.numpy()
 
 
-set_model(Student())
+set_model(SamplingModel())

@@ -8,6 +8,7 @@ from torch import nn
 
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
 from kac.precision import Precision
+from kac.sampling import Sampling, generate
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
 
@@ -64,6 +65,19 @@ def test_bfloat16_agrees_with_float32_and_returns_float32(make, shape):
     assert velocity.dtype == torch.float32
     assert 0 < relative_error(velocity, exact) < BFLOAT16_TOLERANCE
     assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_a_wrapped_network_is_guided_by_its_guide_in_the_same_precision():
+    network, (x, _, label) = mlp(), inputs((1, 8, 8))
+    network.guide, dtypes = mlp(), set()
+    nn.init.normal_(network.guide.leave[1].weight)  # other weights than the network's
+    network.guide.leave[1].register_forward_hook(lambda layer, given, output: dtypes.add(output.dtype))
+    exact, made = (
+        generate(Precision(dtype=dtype).wrap(network), x, label, Sampling(1.0, 4, "euler")).x
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < relative_error(made, exact) < BFLOAT16_TOLERANCE
+    assert dtypes == {torch.float32, torch.bfloat16}
 
 
 def test_channels_last_agrees_and_is_applied_to_inputs_and_weights():

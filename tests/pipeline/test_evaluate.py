@@ -16,6 +16,7 @@ from kac import noise as noises
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.guidance import guide
 from kac.metrics import QUALITY, QualityMetric
+from kac.metrics.distances import kernel_distance
 from kac.model import load_config, load_model
 from kac.precision import Precision
 from kac.sampling import teacher_sampling
@@ -113,6 +114,14 @@ def test_endpoint_error_is_the_root_mean_square_per_coordinate(evaluation: Path,
     difference = _samples(teacher, 8, "ab2") - _samples(student, 2, "euler")
     error = float(difference.square().mean().sqrt())
     assert read_record(str(evaluation)).scores[2].metrics["endpoint_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_models_are_compared_with_held_out_images(evaluation: Path, teacher: str, student: str):
+    held_out = samples.RealImages(DataConfig(kind="moons"), "", "held_out", 300).rows(range(300)).images
+    models = (_samples(teacher, 8, "ab2"), _samples(student, 2, "euler"))
+    for score, images in zip(read_record(str(evaluation)).scores[1:], models, strict=True):
+        expected = kernel_distance(held_out, images.float())
+        assert score.metrics["kid_pixels_to_held_out"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_metrics_use_delivered_images(tmp_path: Path):

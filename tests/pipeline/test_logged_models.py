@@ -28,7 +28,7 @@ from pipeline.config import SampleSpec
 from pipeline.distill import distill
 from pipeline.sample import sample
 from pipeline.tracking import TrackedRun, logged_models
-from pipeline.tracking.logged_models import log_finished, log_student, model_of_run, register
+from pipeline.tracking.logged_models import log_finished, log_model, model_of_run, register
 from tests.pipeline.stages import FEW, distill_spec, run_of
 from tests.pipeline.stores import make_store, make_teacher
 
@@ -215,7 +215,7 @@ def test_a_model_needs_no_files_of_its_dataset(flow_map: str, tmp_path: Path):
     client = MlflowClient()
     run = client.create_run(client.get_experiment_by_name(tracking.experiment_name()).experiment_id)
     tracked = TrackedRun(os.environ["MLFLOW_TRACKING_URI"], run.info.run_id)
-    model = log_student(tracked, str(tmp_path), load_config(str(tmp_path)), {})
+    model = log_model(tracked, str(tmp_path), load_config(str(tmp_path)), {})
     assert mlflow.pyfunc.load_model(model.model_uri).predict({"label": [-1, -1]}).shape == (2, 1, 8, 8)
 
 
@@ -258,7 +258,7 @@ def test_logging_does_not_change_the_mlflow_state_of_the_process(student: str, t
     def log(name: str) -> None:
         tags = {"distillkac.stage": "test"}
         created = client.create_run(client.get_run(run.run_id).info.experiment_id, tags=tags, run_name=name)
-        models.append(log_student(TrackedRun(run.tracking_uri, created.info.run_id), student, config, {}))
+        models.append(log_model(TrackedRun(run.tracking_uri, created.info.run_id), student, config, {}))
 
     mlflow.set_tracking_uri(own)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from kac.model import load_config, save_model
+from kac.model import load_config, load_model, save_model
 from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
@@ -165,6 +165,17 @@ def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
         (folder / "spec.json").write_text(json.dumps({"options": {"optimizer": {"updates": updates, "batch_size": 8}}}))
     with pytest.raises(ArgumentError, match=r"`rivals` .*updates is 200 instead of 100"):
         study(small(str(tmp_path / "a"), tmp_path / "out", rivals=(str(tmp_path / "b"),)))
+
+
+def test_a_bounded_teacher_can_have_rivals_without_a_speed_limit(teacher: str, rival: str, tmp_path: Path):
+    config = load_config(teacher)
+    network = config.network.model_copy(update={"bounded": True})
+    bounded = str(tmp_path / "bounded")
+    save_model(bounded, config.model_copy(update={"network": network}), load_model(teacher).network.state_dict())
+    study(small(bounded, tmp_path / "out", rivals=(rival,), claims=("speed",)))
+    models = json.loads((tmp_path / "out" / "study.json").read_text())["claims"]["speed"]["values"]["models"]
+    assert models.keys() == {"teacher", "gaussian"}
+    assert models["teacher"]["share_beyond"] == 0
 
 
 def test_students_and_stores_of_a_different_teacher_are_refused(student: str, small_store: str, tmp_path: Path):

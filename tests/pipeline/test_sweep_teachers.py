@@ -177,7 +177,10 @@ def test_measured_updates_are_no_axis_of_a_report():
         ({"grid": ["optimizer.updates=1,2"], "budget_seconds": 1}, "^`budget_seconds` .*optimizer.updates"),
         ({"grid": ["path.a=9"], "budget_seconds": 1, "workers": 1}, "^`budget_seconds` .*`workers`"),
         ({"grid": ["guide_updates=9"], "budget_seconds": 1}, "^`budget_seconds` .*`guide_updates`"),
-        ({"grid": ["path.a=9"], "metric": "frechet_distance_pixels_to_held_out"}, "^`metric`"),
+        (
+            {"grid": ["path.a=9"], "metric": "frechet_distance_pixels_to_held_out", "samples": 9},
+            "^`metric` is frechet_distance_pixels_to_held_out",
+        ),
         ({"grid": ["path.a=9"], "budget_seconds": 0}, "^`budget_seconds`"),
         ({"grid": ["path.a=9"], "store": "s"}, "store"),
     ],

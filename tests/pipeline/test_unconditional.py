@@ -245,13 +245,6 @@ def test_a_guided_student_is_refused(its_store: str, tmp_path: Path):
         distill(distill_spec(its_store, tmp_path / "out", guidance=2.0))
 
 
-def test_guidance_for_students_without_guidance_is_refused(teacher: str, student: str, tmp_path: Path):
-    with pytest.raises(ArgumentError, match=r"^`guidance`"):
-        evaluate(
-            EvaluateSpec(teacher=teacher, students=(student,), out=str(tmp_path), guidance=(1.0,), samples=50, actors=0)
-        )
-
-
 # The teacher, the store and the initial weights must have the same conditioning
 
 

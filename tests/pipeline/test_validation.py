@@ -8,7 +8,7 @@ import torch
 
 from kac.data import DataConfig, open_dataset
 from kac.model import load_config, load_model
-from kac.sampling import Samples, generate, student_sampling
+from kac.sampling import BATCH_SIZE, Samples, generate, student_sampling
 from kac.util.errors import DistillKacError
 from kac.util.images import delivered
 from pipeline import decode, store
@@ -136,6 +136,14 @@ def test_a_teacher_is_validated(tmp_path: Path):
     values = [point.value for point in metrics_of("teach", config.fingerprint, ENERGY_DISTANCE)]
     assert len(values) == FEW.updates // 5
     assert values[-1] < 0.5 * values[0]
+
+
+def test_validation_samples_in_batches_of_limited_size(teacher: str):
+    config, network, sizes = load_config(teacher), load_model(teacher).network, []
+    network.register_forward_pre_hook(lambda network, given: sizes.append(len(given[0])))
+    Validation(None, config, OptimizerConfig(updates=10_000, batch_size=256)).measure(network)  # 1,920 samples
+    assert max(sizes) == BATCH_SIZE < 1920
+    assert sum(sizes) == 1920 * validation.TEACHER_STEPS
 
 
 def test_real_images_have_an_energy_distance_of_one(teacher: str, monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ from kac.study.plane import CELLS, density, travel
 from kac.study.solver_steps import quality_by_solver
 from kac.study.speed_limit import BINS, speeds
 from kac.study.stability import stability
+from kac.study.subject import Watched
 from kac.util.errors import DivergedError
 from tests.kac.study.fields import Field, config, subject
 
@@ -88,6 +89,16 @@ def test_speeds_are_counted_per_coordinate_at_every_evaluation():
     filled = [edge for edge, height in zip(edges, heights, strict=False) if height]
     assert filled == pytest.approx([3.0, 5.0], abs=0.1)
     assert len(heights) == BINS
+
+
+def test_a_watched_network_is_guided_by_its_guide():
+    network, seen = Field(lambda x, t: 3 * x, null_label=9), []
+    network.guide = Field(lambda x, t: x)
+    watched = Watched(network, lambda x, t, u: seen.append(u))
+    x = torch.ones(2, 2)
+    velocity = guide(watched, 1.0, torch.zeros(2, dtype=torch.long))(x, torch.tensor(0.5))
+    assert torch.equal(velocity, 2 * 3 * x - x)
+    assert [u.tolist() for u in seen] == [(3 * x).tolist()]
 
 
 def test_infinite_velocities_are_refused():
