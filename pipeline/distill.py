@@ -62,7 +62,7 @@ def distill(
     _check_passes(spec, group)
     calls = 1.0  # network calls per training sample: one for the objective, and one per step of a refined image
     if spec.refine.kind == "data":
-        steps = spec.refine.steps if spec.objective.kind == "flow-map" else (spec.steps,)
+        steps = spec.refine.steps if spec.objective.is_any_step else (spec.steps,)
         calls += sum(steps) / len(steps)
     network = network_cost(student.network, student.sample_shape, student.num_classes)
     cost = training.describe_cost(spec.optimizer, network, plan.rows, calls)

@@ -9,6 +9,8 @@ from kac.losses.objectives import (
     LossTerms,
     Objective,
     ObjectiveConfig,
+    ReflowConfig,
+    ReflowObjective,
 )
 
 __all__ = [
@@ -20,4 +22,6 @@ __all__ = [
     "LossTerms",
     "Objective",
     "ObjectiveConfig",
+    "ReflowConfig",
+    "ReflowObjective",
 ]

@@ -23,6 +23,9 @@ PairLaw = Literal["grids", "any", "length", "long"]
 GRID_SHARE = 0.75
 """Fraction of knot pairs drawn from the student's steps in ``grids``. The others train the map between these grids."""
 
+SHORTEST = 0.02
+"""The shortest part of a line that reflow trains on."""
+
 HUBER_SCALE = 0.03
 """c / sqrt(d) in the pseudo-Huber loss, where d is a sample's number of coordinates.
 
@@ -58,6 +61,7 @@ class LossTerms:
 class VelocityErrorOptions(Kinded):
     """Options of losses that measure the velocity error."""
 
+    is_any_step: ClassVar[bool] = True  # whether one student works with any number of steps
     loss: LossName = Field("mse", description="mse: mean squared error; huber: pseudo-Huber, linear for large errors")
     scales: PositiveInt = Field(
         1, description="number of image sizes over which the loss is averaged; each size is half of the previous size"
@@ -67,6 +71,7 @@ class VelocityErrorOptions(Kinded):
 class EndpointConfig(VelocityErrorOptions):
     """Options of endpoint distillation."""
 
+    is_any_step = False
     kind: Literal["endpoint"] = Field("endpoint", description="endpoint: match the teacher at the end of each step")
 
     def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "EndpointObjective":
@@ -93,7 +98,19 @@ class FlowMapConfig(VelocityErrorOptions):
         return FlowMapObjective(self.pairs, self.grids, conditions=conditions, loss=self.loss, scales=self.scales)
 
 
-OBJECTIVES = EndpointConfig | FlowMapConfig
+class ReflowConfig(VelocityErrorOptions):
+    """Options of reflow."""
+
+    kind: Literal["reflow"] = Field(
+        "reflow", description="reflow: straight lines from noise to the teacher's images; for any number of steps"
+    )
+
+    def build(self, steps: int, takes: tuple[Condition, ...] = ()) -> "ReflowObjective":
+        """Return the objective of a student whose network takes the end time and ``takes``. ``steps`` has no effect."""
+        return ReflowObjective(conditions=("end_time", *takes), loss=self.loss, scales=self.scales)
+
+
+OBJECTIVES = EndpointConfig | FlowMapConfig | ReflowConfig
 """The configs of all objectives. A config's ``build`` method returns its ``Objective``."""
 
 ObjectiveConfig = Annotated[
@@ -183,6 +200,40 @@ class FlowMapObjective(Objective):
         pair = torch.searchsorted(cumulative, uniforms[:, 0].contiguous() * cumulative[-1], right=True)
         pair = pair.clamp(max=len(i) - 1)
         return i[pair], j[pair]
+
+
+@dataclass(frozen=True)
+class ReflowObjective(Objective):
+    """Learn the velocity of straight lines from the noise to the teacher's image (rectified flow, arXiv 2209.03003).
+
+    On a line, the mean velocity between any two times is the same. The student takes the end time as a flow map does,
+    and works with any number of steps. Lines of different trajectories cross, so the student learns a mean of their
+    velocities, and needs several steps to be accurate.
+    """
+
+    name = "reflow"
+    conditions: tuple[Condition, ...] = field(default=("end_time",), kw_only=True)
+
+    def knots(self, stored: int) -> range:
+        """Return the first and the last knot."""
+        return range(0, stored + 1, stored)
+
+    def draw(self, uniforms: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """Return the ends of the trajectories: [batch, 2] -> 0 and 1."""
+        start = torch.zeros(len(uniforms), dtype=torch.long)
+        return start, start + 1
+
+    def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
+        """Return the losses of random parts of the lines, whose times come from PyTorch's global generator."""
+        u, v = torch.rand(2, len(interval.label), device=interval.label.device, dtype=interval.x_start.dtype)
+        t_start = SHORTEST + (1 - SHORTEST) * u
+        t_end = (t_start - SHORTEST) * v
+
+        def point(t: Tensor) -> Tensor:
+            return torch.lerp(interval.x_end, interval.x_start, t.reshape(-1, *[1] * (interval.x_end.ndim - 1)))
+
+        part = interval._replace(x_start=point(t_start), x_end=point(t_end), t_start=t_start, t_end=t_end)
+        return super().losses(network, part)
 
 
 def endpoint_loss(

@@ -102,8 +102,8 @@ class SweepSpec(StudentOptions, SweepOptions, Spec):
     trained, fixed = DistillSpec, StudentOptions
     steps: tuple[PositiveInt, ...] | None = unhashed(
         None,
-        "student step counts: 1 2 is short for `grid` steps=1,2; a flow map is trained once for all; default: 1 2 4 "
-        "20, or the counts in `chain`, or 4 if `search` is set",
+        "student step counts: 1 2 is short for `grid` steps=1,2; an any-step student is trained once for all; default: "
+        "1 2 4 20, or the counts in `chain`, or 4 if `search` is set",
         min_length=1,
     )
     guidance: tuple[float | Literal["all"], ...] | None = unhashed(

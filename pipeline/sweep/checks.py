@@ -50,10 +50,10 @@ def check_options(spec: AnySweep, trials: Sequence[PlannedTrial]) -> None:
         raise ArgumentError(f"{missing} is required with {given}.")
     if spec.asha and spec.workers:
         raise ArgumentError("`asha` cannot stop trials that train on Ray Train workers. Drop `asha` or `workers`.")
-    if isinstance(spec, SweepSpec) and spec.chain and (spec.asha or spec.search or spec.objective.kind == "flow-map"):
+    if isinstance(spec, SweepSpec) and spec.chain and (spec.asha or spec.search or spec.objective.is_any_step):
         raise ArgumentError(
-            "`chain` needs a grid of students with fixed step counts. Drop `asha`, `search` and `objective.kind` "
-            "flow-map."
+            "`chain` needs a grid of students with fixed step counts. Drop `asha` and `search`, and set `objective` to "
+            "endpoint."
         )
     user = _user_of_reports(spec)
     needed = {

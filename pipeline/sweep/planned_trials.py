@@ -119,7 +119,7 @@ def plan_trial(spec: AnySweep, values: Mapping[str, Any], name: str = "", head: 
     for field in sorted(values, key=lambda field: not field.endswith(".kind")):
         options = _set(options, field.split("."), values[field])
     trained = spec.trained(out=spec.out, **options)
-    is_any_step = isinstance(trained, DistillSpec) and trained.objective.kind == "flow-map"
+    is_any_step = isinstance(trained, DistillSpec) and trained.objective.is_any_step
     varied = {
         field: functools.reduce(getattr, field.split("."), trained)
         for field in values

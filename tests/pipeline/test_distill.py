@@ -148,6 +148,19 @@ def test_a_flow_map_ends_near_the_teacher_in_any_number_of_steps(any_step_studen
         assert errors[0] < 0.5 * errors[1]
 
 
+def test_reflow_straightens_the_teachers_paths(small_store: str, tmp_path: Path):
+    longer = FEW.model_copy(update={"updates": 600})
+    config = distill(distill_spec(small_store, tmp_path / "out", objective="reflow", optimizer=longer))
+    assert config is not None and config.is_any_step
+    network, batch = load_model(str(tmp_path / "out")).network, next(store.open(small_store).batches(400, 0.0))
+    errors = []
+    for steps in (1, 20):
+        made = generate(network, batch.knots[:, 0], batch.label, student_sampling(config, steps)).x
+        errors.append(float((made - batch.knots[:, -1]).square().mean()))
+    plain = float((batch.knots[:, 0] - batch.knots[:, -1]).square().mean())
+    assert errors[1] < errors[0] < 0.5 * plain
+
+
 def test_an_any_step_student_is_sampled_with_the_requested_steps(any_step_student: str, tmp_path: Path):
     made = {}
     for steps in (None, 2, 3):
