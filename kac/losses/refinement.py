@@ -14,9 +14,9 @@ The distance's name is the value of ``refine.distance`` and the name of its loss
 and ``SpaceName``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
 from kac.util.options import Kinded, expand_kind
 
-RefinementDistance = Literal["energy"]
+RefinementDistance = Literal["energy", "drift"]
 SpaceName = Literal["pixels", "pooled", "teacher", "classifier", "random"]
 
 Features = list[Tensor]
@@ -63,6 +63,9 @@ BANK_IMAGES = 16_384
 
 BLOCK, UNIT_IMAGES = 256, 2048
 """Training images per network call, and training images for the mean distance between training images."""
+
+DRIFT_RADII = (0.02, 0.05, 0.2)
+"""Radii of the drifting field, in units of the mean distance between real images (arXiv 2602.04770)."""
 
 TINY = 1e-12
 """Lower limit for squared distances, because the slope of the square root is infinite at 0."""
@@ -133,8 +136,43 @@ def energy_distance(x: Tensor, y: Tensor, within_y: Tensor | None = None) -> Ten
     return 2 * _distances(x, y).mean() - mean_distance(x) - (mean_distance(y) if within_y is None else within_y)
 
 
+def drifting_field(x: Tensor, y: Tensor) -> Tensor:
+    """Return the direction in which each sample should move (Generative Modeling via Drifting, arXiv 2602.04770).
+
+        V_i = sum_jk A_ij B_ik (y_j - x_k)
+
+    A_ij is the affinity of sample i for real point j, and B_ik for another sample k: the square root of the product of
+    two softmaxes of -distance / radius, over i and over all j and k. So each sample moves towards near real points and
+    away from near samples. V is divided by its root mean square, and summed over ``DRIFT_RADII``. On average, V is 0 if
+    samples and real points have the same distribution.
+
+    Args:
+        x, y: samples [n, width] and real points [m, width], where n >= 2.
+    """
+    to_itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    away = torch.cat([_distances(x, y), _distances(x, x).masked_fill(to_itself, math.inf)], 1)
+    field = torch.zeros_like(x)
+    for radius in DRIFT_RADII:
+        affinity = ((-away / radius).softmax(0) * (-away / radius).softmax(1)).sqrt()
+        real, own = affinity[:, : len(y)], affinity[:, len(y) :]
+        v = real * own.sum(1, keepdim=True) @ y - own * real.sum(1, keepdim=True) @ x
+        field += v / v.square().mean().sqrt().clamp(min=TINY)
+    return field
+
+
+def drift_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean squared distance from samples x to the fixed points x + V, where V is their drifting field.
+
+    The gradient moves the samples along V. The value itself is nearly constant, because V is normalised.
+    """
+    with torch.no_grad():
+        target = x + drifting_field(x, y)
+    return (x - target).square().mean()
+
+
 REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "energy": lambda x, y, within_y, update: energy_distance(x, y, within_y)
+    "energy": lambda x, y, within_y, update: energy_distance(x, y, within_y),
+    "drift": lambda x, y, within_y, update: drift_loss(x, y),
 }
 """Map samples x [n, width], real points y [m, width], the mean distance between real points, and the update (a seed for
 random distances) to a scalar."""
@@ -263,7 +301,7 @@ def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
     def keep(module: nn.Module, inputs: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim == 3:  # the tokens [batch, side * side, channels] of a transformer
-            hidden = hidden.transpose(1, 2).unflatten(2, (isqrt(hidden.shape[1]), -1))
+            hidden = hidden.transpose(1, 2).unflatten(2, (math.isqrt(hidden.shape[1]), -1))
         found.append(averaged_down(hidden.float(), MAP_SIDE).flatten(1))
 
     teacher = inputs.teacher().to(inputs.device).eval().requires_grad_(False)

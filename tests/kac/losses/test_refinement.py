@@ -12,6 +12,7 @@ from kac.data.in_memory import InMemorySplit
 from kac.losses import refinement
 from kac.losses.refinement import (
     CLASSIFIER,
+    DRIFT_RADII,
     REFINEMENT_DISTANCES,
     DataRefinementConfig,
     RefinementDistance,
@@ -20,6 +21,8 @@ from kac.losses.refinement import (
     SpaceInputs,
     SpaceName,
     check_spaces,
+    drift_loss,
+    drifting_field,
     energy_distance,
     open_spaces,
     straight_through,
@@ -74,6 +77,41 @@ def loss_of(samples, label, real, real_label, weight=0.5, spaces=None, classes=2
 
 pixels = RefinementSpace(lambda samples, update: [samples.flatten(1)])
 two_parts = RefinementSpace(lambda samples, update: [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]])
+
+
+def test_the_drifting_field_matches_its_definition():
+    x, y = torch.randn(4, 2, generator=seeded(7)).double() / 8, torch.randn(3, 2, generator=seeded(8)).double() / 8
+    expected = torch.zeros_like(x)
+    for radius in DRIFT_RADII:
+        kernel = torch.zeros(4, 7, dtype=torch.float64)
+        for i in range(4):
+            for j, point in enumerate([*y, *x]):
+                kernel[i, j] = 0 if j == i + 3 else math.exp(-(x[i] - point).norm() / radius)
+        affinity = (kernel / kernel.sum(0) * kernel / kernel.sum(1)[:, None]).sqrt()
+        v = torch.zeros_like(x)
+        for i in range(4):
+            for j in range(3):
+                for k in range(4):
+                    v[i] += affinity[i, j] * affinity[i, 3 + k] * (y[j] - x[k])
+        expected += v / (v**2).mean() ** 0.5
+    torch.testing.assert_close(drifting_field(x, y), expected)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(drift_loss(x, y), x)
+    torch.testing.assert_close(gradient, -2 * expected / expected.numel())
+
+
+@pytest.mark.parametrize("name", get_args(RefinementDistance))
+def test_samples_that_lie_too_close_together_spread_like_the_data(name):
+    generator = seeded(9)
+    real, samples = torch.randn(2, 128, 2, generator=generator)
+    samples, label = 0.2 * samples + 0.5, torch.zeros(128, dtype=torch.long)
+    loss, rows = RefinementLoss(split(real, label), [pixels], 0, distance=name), torch.arange(128)
+    for _ in range(300):
+        samples.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(samples, label, rows), samples)
+        samples = (samples - 0.02 * gradient.sign()).detach()
+    assert samples.std(0).tolist() == pytest.approx(real.std(0).tolist(), rel=0.25)
+    assert samples.mean(0).tolist() == pytest.approx(real.mean(0).tolist(), abs=0.15)
 
 
 def test_the_loss_uses_the_named_distance(monkeypatch: pytest.MonkeyPatch):
