@@ -356,7 +356,9 @@ def _refinement(
 
     def refine(network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
         rows, draws = size // micro.slots, update_generator(spec.seed, micro.update)
-        real_rows = torch.randint(distance.count, (options.real_images,), generator=draws)
+        real_rows = torch.arange(distance.count)
+        if options.real_images < distance.count:
+            real_rows = torch.randint(distance.count, (options.real_images,), generator=draws)
         label = micro.share(torch.multinomial(frequencies, size, True, generator=draws)).to(device)
         noise = slot_generator(spec.seed, micro)
         zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)

@@ -82,7 +82,12 @@ class DataRefinementConfig(Kinded):
 
     kind: Literal["data"] = Field("data", description="data: also move student images towards the training images")
     anchor: NonNegativeFloat = Field(0.05, description="weight of the student's objective relative to the distance")
-    distance: RefinementDistance = Field("energy", description="distance between student and training images")
+    distance: RefinementDistance = Field(
+        "drift",
+        json_schema_extra={"neutral": "energy"},
+        description="distance between student and training images; drift: towards near training images and away from "
+        "near student images; energy: energy distance",
+    )
     steps: tuple[PositiveInt, ...] = Field(
         (1, 1, 2, 4),
         min_length=1,
@@ -97,7 +102,9 @@ class DataRefinementConfig(Kinded):
         "layers of a new random network per update",
     )
     real_images: PositiveInt = Field(
-        512, description="training images per update, over all workers; a larger set costs little and reduces noise"
+        512,
+        description="training images per update, over all workers; all of them if there are fewer; a larger set costs "
+        "little and reduces noise",
     )
     class_weight: NonNegativeFloat = Field(
         0.5,
