@@ -184,7 +184,7 @@ def test_refinement_brings_a_student_closer_to_the_data_than_more_distillation(
     assert config is not None
     assert config.is_any_step
     names = run_of("distill", config.fingerprint).data.metrics
-    assert {"loss/flow_map", "loss/energy"} <= set(names)
+    assert {"loss/flow_map", "loss/drift"} <= set(names)
     assert config.refined_in == ("pixels", "teacher")
     plain = distill(distill_spec(small_store, tmp_path / "plain", **{**options, "refine": "none"}))
     assert plain is not None

@@ -125,9 +125,9 @@ def test_the_loss_uses_the_named_distance(monkeypatch: pytest.MonkeyPatch):
     assert loss(samples, label, torch.arange(2), update=10).item() == 13.5
 
 
-def test_every_distance_has_a_name_for_the_option_whose_default_changes_no_fingerprint():
+def test_every_distance_has_a_name_for_the_option_and_former_defaults_have_no_fingerprint():
     assert tuple(REFINEMENT_DISTANCES) == get_args(RefinementDistance)
-    assert hashed_values(DataRefinementConfig(spaces=("pixels",))) == {"kind": "data"}, "the former default"
+    assert hashed_values(DataRefinementConfig(distance="energy", spaces=("pixels",))) == {"kind": "data"}
 
 
 def test_swapped_classes_raise_the_loss_even_if_all_images_together_match():
