@@ -61,6 +61,9 @@ TEACHER_TIME, TEACHER_LAYERS = 0.1, 5
 BANK_IMAGES = 16_384
 """In spaces whose features are kept, at most this many training images are used, so that the features fit in memory."""
 
+KEPT_VALUES = 2**26
+"""Small spaces keep the training images if they have at most this many pixels: 256 MiB."""
+
 BLOCK, UNIT_IMAGES = 256, 2048
 """Training images per network call, and training images for the mean distance between training images."""
 
@@ -290,6 +293,12 @@ class SpaceInputs(NamedTuple):
     teacher: Callable[[], NetworkModule]  # loads the teacher's network, which becomes part of its space
     precision: Precision = Precision()  # of the teacher's network
 
+    @property
+    def is_small(self) -> bool:
+        """Whether all training images can be kept in memory."""
+        count = len(self.data.train)
+        return count <= BANK_IMAGES and count * math.prod(self.data.description.sample_shape) <= KEPT_VALUES
+
 
 def open_spaces(names: Sequence[SpaceName], inputs: SpaceInputs) -> list[RefinementSpace]:
     """Open the named spaces, which must pass ``check_spaces``. Trains the classifier if it is not in the cache."""
@@ -337,8 +346,8 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
 
 
 SPACES: dict[SpaceName, Callable[[SpaceInputs], RefinementSpace]] = {
-    "pixels": lambda inputs: RefinementSpace(lambda samples, update: [samples.flatten(1)]),
-    "pooled": lambda inputs: RefinementSpace(lambda samples, update: [Pooled()(samples)]),
+    "pixels": lambda inputs: RefinementSpace(lambda samples, update: [samples.flatten(1)], inputs.is_small),
+    "pooled": lambda inputs: RefinementSpace(lambda samples, update: [Pooled()(samples)], inputs.is_small),
     "teacher": _open_teacher,
     "classifier": _open_classifier,
     "random": _open_random,
