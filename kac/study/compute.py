@@ -111,11 +111,14 @@ def students_to_pay(rollout: float, costs: Sequence[StudentCost]) -> int:
     return math.ceil(rollout * len(costs) / sum(in_the_loop.values()))
 
 
+def _total(points: Sequence[ComputePoint]) -> str:
+    return "total" if points[0].teaching is not None else "total without teaching"
+
+
 def _table(points: Sequence[ComputePoint]) -> str:
     """Return a Markdown table with one row per model and number of steps."""
-    total = "total" if points[0].teaching is not None else "total without teaching"
     distances = [f"FD {space}" for space in points[0].distances]
-    lines = [["model", "steps", *distances, "teaching", "rollout", "training", total]]
+    lines = [["model", "steps", *distances, "teaching", "rollout", "training", _total(points)]]
     lines.append(["---"] * len(lines[0]))
     for model, steps, own, *calls in points:
         cells = (f"{distance:.3g}" for distance in own.values())
@@ -140,7 +143,7 @@ def _plot(teachers: Sequence[ComputePoint], points: Sequence[ComputePoint]) -> b
             axis.plot(x, y, MARKERS[number % len(MARKERS)], color=f"C{number}", label=name)
             for *place, point in zip(x, y, own, strict=True):
                 axis.annotate(f"{point.steps}", place, (4, 4), textcoords="offset points", fontsize=8)
-        axis.set(xscale="log", yscale="log", xlabel="network calls in total", title=f"features: {space}")
+        axis.set(xscale="log", yscale="log", xlabel=f"network calls: {_total(points)}", title=f"features: {space}")
         axis.set_ylabel("Frechet distance to training images")
         axis.legend(fontsize=8)
     figure.suptitle("Compute: quality by total network calls. Numbers at markers: student steps")
