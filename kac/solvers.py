@@ -96,6 +96,11 @@ def solve(
     return Solution(x, calls * getattr(velocity, "nfe_per_call", 1), [kept[k] for k in keep], energy)
 
 
+def evaluations(steps: int, method: SolverName) -> int:
+    """Return the number of network evaluations of ``steps`` solver steps without guidance."""
+    return solve(lambda x, t: x, torch.zeros(1, 1), knot_times(steps), method).nfe
+
+
 class _Slope(NamedTuple):
     u: Tensor  # [batch, *sample], a velocity or a weighted sum of velocities
     power: Tensor  # [batch], |velocity|^2, or the sum of |velocity|^2 with the same weights

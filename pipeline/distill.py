@@ -60,12 +60,8 @@ def distill(
     student = plan.student
     storage.check_shared({"`init`": plan.init, "`teacher`": plan.teacher}, lambda: bool(group.workers))
     _check_passes(spec, group)
-    calls = 1.0  # network calls per training sample: one for the objective, and one per step of a refined image
-    if spec.refine.kind == "data":
-        steps = spec.refine.steps if spec.objective.is_any_step else (spec.steps,)
-        calls += sum(steps) / len(steps)
     network = network_cost(student.network, student.sample_shape, student.num_classes)
-    cost = training.describe_cost(spec.optimizer, network, plan.rows, calls)
+    cost = training.describe_cost(spec.optimizer, network, plan.rows, calls_per_sample(spec))
     if spec.dry_run:
         log.info(f"distill: {cost}")
         return None
@@ -233,6 +229,14 @@ def teacher_folder(spec: DistillSpec, source: store.Store) -> str:
     if load_model(folder).config.weights_sha256 != source.identity.teacher_sha256:
         raise CheckpointError(f"{folder} is not the teacher that the store was rolled out with. Give its `teacher`.")
     return folder
+
+
+def calls_per_sample(spec: DistillSpec) -> float:
+    """Return the network calls per training sample: one for the objective, and one per step of a refined image."""
+    if spec.refine.kind == "none":
+        return 1.0
+    steps = spec.refine.steps if spec.objective.is_any_step else (spec.steps,)
+    return 1 + sum(steps) / len(steps)
 
 
 def objective_of(spec: DistillSpec) -> Objective:

@@ -17,7 +17,7 @@ from kac.guidance import check_guidance
 from kac.metrics import Metric
 from kac.model import ModelConfig, learned_data, load_teacher_config
 from kac.sampling import Sampling
-from kac.study import MEASURES, Inputs, StudyModel, Trajectories
+from kac.study import MEASURES, Inputs, StudyModel, Training, Trajectories
 from kac.util import files
 from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.log import log
@@ -25,7 +25,8 @@ from kac.util.options import flatten
 from kac.util.path_options import check_apart
 from pipeline import outputs, store, tracking
 from pipeline.cluster import connection as cluster
-from pipeline.config import StudySpec
+from pipeline.config import DistillSpec, StudySpec
+from pipeline.distill import calls_per_sample, objective_of
 from pipeline.evaluate.inputs import load_student_config, student_folders, unique_names
 
 STUDY_FILE = "study.json"
@@ -97,10 +98,43 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
         identity, w = opened.identity, min(opened.guidance)
         sampling = Sampling(w, identity.solver_steps, identity.solver, identity.knot_grid)
         read = partial(opened.first, spec.samples, w)
-        is_forward = identity.source == "forward"
-        trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read)
+        is_forward, rows = identity.source == "forward", {w: opened.rows(w) for w in opened.guidance}
+        trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read, rows)
     options = (spec.samples, spec.steps, spec.precision, spec.seed, spec.batch_size)
-    return Inputs(own, students, rivals, trajectories, data, *options)
+    trainings = {spec.teacher: _teaching(spec.teacher)}
+    trainings |= {model.path: _distillations(model, opened) for model in students if opened is not None}
+    return Inputs(own, students, rivals, trajectories, data, *options, trainings)
+
+
+def _teaching(path: str) -> list[Training]:
+    """The teacher's training; empty if it is unknown."""
+    options = _record(path).get("options", {}).get("optimizer")
+    return [Training(path, options["updates"] * options["batch_size"])] if options else []
+
+
+def _distillations(student: StudyModel, opened: store.Store) -> list[Training]:
+    """The trainings of a student and of its initial weights; empty if one is unknown, or did not use the store."""
+    path, trainings = student.path, []
+    while path != "teacher" and (record := _record(path)).get("stage") not in {"teach", "convert"}:
+        if record.get("stage") != "distill" or record["identity"]["store"] != opened.identity.fingerprint():
+            return []
+        try:
+            spec = DistillSpec(**record["options"])
+        except ArgumentError:  # another version wrote the record
+            return []
+        samples = spec.optimizer.updates * spec.optimizer.batch_size
+        length = objective_of(spec).mean_length(opened.identity.knots)
+        trainings.append(Training(path, samples, calls_per_sample(spec), length))
+        path = spec.init
+    return trainings if set(student.scales) <= set(opened.guidance) else []
+
+
+def _record(path: str) -> dict[str, Any]:
+    """The record of a model folder's spec; empty if the folder is missing, or was made elsewhere."""
+    try:
+        return dict(json.loads(files.read_bytes(files.join(path, outputs.SPEC_FILE))))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def _open_rivals(folders: tuple[str, ...]) -> list[StudyModel]:
@@ -136,11 +170,7 @@ def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
     """The model's data and network and, unless it was converted, the updates and batch size of its training."""
     choices: dict[str, Any] = {"data": config.data_sha256[:12], "conditional": bool(known_classes(config))}
     choices |= flatten({"network": config.network.model_dump(mode="json", exclude={"bounded"})})
-    try:
-        options = json.loads(files.read_bytes(files.join(path, outputs.SPEC_FILE)))["options"]
-    except FileNotFoundError:
-        return choices
-    optimizer = options.get("optimizer", {})
+    optimizer = _record(path).get("options", {}).get("optimizer", {})
     return {**choices, **{name: optimizer[name] for name in ("updates", "batch_size") if name in optimizer}}
 
 

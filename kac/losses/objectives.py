@@ -34,6 +34,10 @@ arXiv 2310.14189 uses c = 0.00054 sqrt(d) for errors that are about a hundred ti
 """
 
 
+LENGTH_DRAWS = 100_000
+"""Number of intervals whose mean length is measured."""
+
+
 class Interval(NamedTuple):
     """A batch of pairs of teacher states. The two states of a pair belong to the same trajectory."""
 
@@ -147,6 +151,14 @@ class Objective(ABC):
             uniforms: [batch, 2] in (0, 1), float64.
             stored: index of the store's last knot.
         """
+
+    def mean_length(self, stored: int) -> float:
+        """Return the mean length of the intervals in knots, divided by ``stored``. It is exact to about 1e-5."""
+        uniforms = torch.rand(LENGTH_DRAWS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        uniforms[:, 0] = (torch.arange(LENGTH_DRAWS) + 0.5) / LENGTH_DRAWS
+        start, end = self.draw(uniforms, stored)
+        knots = torch.tensor(self.knots(stored), dtype=torch.float64)
+        return (knots[end] - knots[start]).mean().item() / stored
 
     def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
         """Return the losses of a batch, and the diagnostics to log."""

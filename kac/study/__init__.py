@@ -6,8 +6,18 @@ on delivered images. Velocities and energies are measured on the network's raw o
 
 from collections.abc import Callable
 
-from kac.study import guidance_scales, marginals, memorisation, paths, plane, solver_steps, speed_limit, stability
-from kac.study.subject import ClaimResult, Inputs, StudyModel, Trajectories
+from kac.study import (
+    compute,
+    guidance_scales,
+    marginals,
+    memorisation,
+    paths,
+    plane,
+    solver_steps,
+    speed_limit,
+    stability,
+)
+from kac.study.subject import ClaimResult, Inputs, StudyModel, Training, Trajectories
 
 MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "stability": stability.measure,
@@ -18,7 +28,8 @@ MEASURES: dict[str, Callable[[Inputs], ClaimResult | str]] = {
     "marginals": marginals.measure,
     "plane": plane.measure,
     "paths": paths.measure,
+    "compute": compute.measure,
 }
 """Functions that measure the claims. Each function returns a result, or the reason why the claim is left out."""
 
-__all__ = ["MEASURES", "ClaimResult", "Inputs", "StudyModel", "Trajectories"]
+__all__ = ["MEASURES", "ClaimResult", "Inputs", "StudyModel", "Training", "Trajectories"]

@@ -6,6 +6,7 @@ of steps.
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,13 +44,20 @@ def quality_by_solver(
     for method in SOLVERS:
         for count in steps:
             sampling = subject.sampling._replace(solver=method, steps=count)
-            parts = []
-            for x_1, label in subject.starts():
-                solution = generate(subject.network, x_1, label, sampling)
-                parts.append(delivered(solution.x.cpu()))
-            own = {space.name: Statistics.of(map(space, parts)).moments for space in spaces}
-            distances = {name: frechet_distance(train[name], moments) for name, moments in own.items()}
-            yield SolverPoint(method, count, solution.nfe, distances)
+            distances, nfe = quality_of(replace(subject, sampling=sampling), spaces, train)
+            yield SolverPoint(method, count, nfe, distances)
+
+
+def quality_of(
+    subject: Subject, spaces: Sequence[FeatureSpace], train: Mapping[str, Moments]
+) -> tuple[dict[str, float], int]:
+    """Return the Frechet distances of delivered samples by feature space, and the network evaluations per sample."""
+    parts = []
+    for x_1, label in subject.starts():
+        solution = generate(subject.network, x_1, label, subject.sampling)
+        parts.append(delivered(solution.x.cpu()))
+    own = {space.name: Statistics.of(map(space, parts)).moments for space in spaces}
+    return {name: frechet_distance(train[name], moments) for name, moments in own.items()}, solution.nfe
 
 
 class TeacherQuality(NamedTuple):
@@ -63,8 +71,7 @@ class TeacherQuality(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def quality_of_teachers(inputs: Inputs) -> TeacherQuality:
     """Sample the teacher and the rivals with every solver. Held-out images give the floor."""
-    spaces, held_out = inputs.spaces, inputs.data.held_out
-    train = {space.name: Statistics.of(space.of_training_images(inputs.data)).moments for space in spaces}
+    spaces, held_out, train = inputs.spaces, inputs.data.held_out, inputs.train
     count = min(inputs.samples, len(held_out))
     chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]
     real = delivered(held_out.rows(chosen).images)

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from kac.data import Dataset
 from kac.guidance import check_guidance
 from kac.metrics.features import FeatureSpace, open_space
+from kac.metrics.statistics import Moments, Statistics
 from kac.model import ModelConfig, load_model
 from kac.networks import Condition, VelocityNetwork
 from kac.precision import Precision
@@ -64,6 +65,20 @@ class StudyModel(NamedTuple):
     path: str
     config: ModelConfig
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The guidance scales at which a student can be sampled."""
+        return self.config.guidance_scales if self.config.takes_guidance else (self.config.guidance or 0.0,)
+
+
+class Training(NamedTuple):
+    """How a model was trained."""
+
+    path: str  # model folder
+    samples: int  # updates x batch size
+    calls: float = 1.0  # network calls of a sample's loss
+    length: float = 0.0  # mean length of a student's intervals, as a fraction of the trajectory
+
 
 class Trajectories(NamedTuple):
     """Stored trajectories of the teacher at one guidance scale."""
@@ -73,6 +88,7 @@ class Trajectories(NamedTuple):
     knots: int
     knot_columns: Sequence[str]  # from noise to image
     read: Callable[[Sequence[str]], dict[str, Tensor]]  # reads columns by name: label, kinetic_energy or a knot column
+    rows: Mapping[float, int]  # number of rows by guidance scale, of all scales
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that functions of the inputs can be cached
@@ -89,6 +105,7 @@ class Inputs:
     precision: Precision
     seed: int
     batch_size: int
+    trainings: Mapping[str, Sequence[Training]]  # of a model and its initial weights, by folder; empty if unknown
 
     @functools.cached_property
     def pixels(self) -> FeatureSpace:
@@ -100,6 +117,11 @@ class Inputs:
         """The feature spaces: pixels, and the classifier's features if there are several classes."""
         has_classes = self.teacher.config.num_classes > 1
         return [self.pixels, *([open_space("classifier", self.data, default_device())] if has_classes else [])]
+
+    @functools.cached_property
+    def train(self) -> dict[str, Moments]:
+        """The moments of the training images, by feature space."""
+        return {space.name: Statistics.of(space.of_training_images(self.data)).moments for space in self.spaces}
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
         """Return the teacher. Its number of solver steps is a multiple of ``steps``, unless the store sets it."""
@@ -120,8 +142,7 @@ class Inputs:
         subjects = []
         for model in self.students:
             config = model.config
-            scales = config.guidance_scales if config.takes_guidance else (config.guidance,)
-            if guidance is None or guidance in scales:
+            if guidance is None or guidance in model.scales:
                 for steps in dividing if config.is_any_step else [None]:
                     suffix = f"@{steps}" if config.is_any_step else ""
                     subjects.append(self._subject(model, student_sampling(config, steps, guidance), suffix))

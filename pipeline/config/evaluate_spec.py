@@ -56,9 +56,21 @@ class EvaluateSpec(ActorOptions, Spec):
         return self
 
 
-Claim = Literal["stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "paths", "all"]
+Claim = Literal[
+    "stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "paths", "compute", "all"
+]
 
-CLAIMS: tuple[Claim, ...] = ("stability", "speed", "solver", "guidance", "memorisation", "marginals", "plane", "paths")
+CLAIMS: tuple[Claim, ...] = (
+    "stability",
+    "speed",
+    "solver",
+    "guidance",
+    "memorisation",
+    "marginals",
+    "plane",
+    "paths",
+    "compute",
+)
 
 
 class StudySpec(Spec):
@@ -72,7 +84,7 @@ class StudySpec(Spec):
     rivals: tuple[str, ...] = input_path(
         (), "model folders of teachers with another path or seed, and the same data, network and training budget"
     )
-    out: str = output_path(..., "folder to write: study.json, one picture per claim, paths.md")
+    out: str = output_path(..., "folder to write: study.json, one picture per claim, paths.md, compute.md")
     claims: tuple[Claim, ...] = Field(
         CLAIMS, min_length=1, description="claims to test; all: every claim whose inputs are given"
     )

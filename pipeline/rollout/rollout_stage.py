@@ -6,12 +6,11 @@ import time
 from collections.abc import Generator
 
 import numpy as np
-import torch
 
 from kac.metrics import Metric
 from kac.model import ModelConfig, load_model, load_teacher_config
 from kac.networks.cost import duration, network_cost, short
-from kac.solvers import knot_times, solve
+from kac.solvers import evaluations
 from kac.util import probes
 from kac.util.log import log
 from kac.util.options import most
@@ -143,8 +142,8 @@ def _describe_cost(plan: Plan, teacher: ModelConfig) -> str:
     identity = plan.identity
     rows = sum(shard.rows for shard in plan.todo)
     steps = identity.solver_steps if identity.source == "trajectory" else identity.solver_steps // identity.knots
-    evaluations = solve(lambda x, t: x, torch.zeros(1, 1), knot_times(steps), identity.solver).nfe
-    calls = evaluations * sum(shard.rows * (1 if shard.guidance == 0 else 2) for shard in plan.todo)
+    guided = sum(shard.rows * (1 if shard.guidance == 0 else 2) for shard in plan.todo)
+    calls = evaluations(steps, identity.solver) * guided
     schema = identity.arrow_schema()
     state = math.prod(identity.sample_shape) * np.dtype(identity.dtype).itemsize
     scalars = sum(int(schema.field(name).type.bit_width) // 8 for name in identity.scalar_columns)

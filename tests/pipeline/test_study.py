@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from kac.losses import FlowMapConfig
 from kac.model import load_config, load_model, save_model
 from kac.networks import MLPConfig, build_network
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import store, tracking
 from pipeline.config import CLAIMS, StudySpec
+from pipeline.distill import distill
 from pipeline.store.layout import KINETIC_ENERGY, SAMPLE_ID
 from pipeline.study import study
 from pipeline.tracking.metrics import SYSTEM_PREFIX
-from tests.pipeline.stages import runs_of
+from tests.pipeline.stages import FEW, distill_spec, runs_of
 from tests.pipeline.stores import make_teacher
 
 GAUSSIAN = PathConfig(kind="gaussian")
+COSTS = ("teaching", "rollout", "training", "total")
 RIVALS = ("gaussian (rival)", "gaussian (repeat)")
 
 
@@ -116,7 +119,7 @@ def test_metrics_pictures_and_inputs_are_in_mlflow(whole: StudySpec, teacher: st
     of_claims = {name for name in logged if not name.startswith(SYSTEM_PREFIX)}
     assert {name.partition("/")[0] for name in of_claims} == set(CLAIMS)
     artifacts = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
-    assert artifacts == {"study.json", *(f"{claim}.png" for claim in CLAIMS), "paths.md"}
+    assert artifacts == {"study.json", *(f"{claim}.png" for claim in CLAIMS), "paths.md", "compute.md"}
 
 
 def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.CaptureFixture[str], monkeypatch):
@@ -130,7 +133,7 @@ def test_a_complete_study_is_not_repeated(whole: StudySpec, capsys: pytest.Captu
 
 def test_a_claim_without_its_inputs_is_left_out_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     gaussian = make_teacher(tmp_path / "digits", "digits", path_config=GAUSSIAN)
-    claims = ("paths", "plane", "speed", "stability", "memorisation", "marginals")
+    claims = ("paths", "plane", "speed", "stability", "memorisation", "marginals", "compute")
     lines = study(small(gaussian, tmp_path / "out", claims=claims))
     assert lines == {
         "stability": "left out: no `students`",
@@ -139,9 +142,53 @@ def test_a_claim_without_its_inputs_is_left_out_with_a_reason(tmp_path: Path, ca
         "marginals": "left out: no `store`",
         "plane": "left out: the samples are not points of the plane",
         "paths": "left out: no `rivals`",
+        "compute": "left out: no `store`",
     }
     assert f"{'speed'.ljust(12)}  {lines['speed']}" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_the_total_compute_includes_the_students_that_a_student_was_initialised_from(
+    teacher: str, small_store: str, student: str, tmp_path: Path
+):
+    """The store has 400 trajectories of 8 solver steps without guidance. The first student used 60 x 64 rows."""
+    taught, lost = shutil.copytree(teacher, tmp_path / "taught"), shutil.copytree(student, tmp_path / "lost")
+    optimizer = {"updates": 100, "batch_size": 8}
+    (taught / "spec.json").write_text(json.dumps({"stage": "teach", "options": {"optimizer": optimizer}}))
+    record = json.loads((lost / "spec.json").read_text())
+    record["options"]["init"] = str(tmp_path / "missing")
+    (lost / "spec.json").write_text(json.dumps(record))
+    options: dict[str, Any] = {"refine": {"kind": "data", "spaces": ("pixels",), "steps": (1, 1, 2, 4)}}
+    options |= {"objective": FlowMapConfig(pairs="long"), "optimizer": FEW.model_copy(update={"updates": 5})}
+    distill(distill_spec(small_store, tmp_path / "refined", init=student, **options))
+    students = (student, str(tmp_path / "refined"), str(lost))
+    spec = small(str(taught), tmp_path / "out", store=small_store, students=students, claims=("compute",))
+    line = study(spec)["compute"]
+    found = claims_of(spec)["compute"]["values"]
+    costs = {(p["model"], p["steps"]): [p[name] for name in COSTS] for p in found["points"]}
+    # The refined student has 5 x 64 samples of 1 + (1 + 1 + 2 + 4) / 4 calls.
+    refined = 3 * 60 * 64 + 3 * 3 * 5 * 64
+    assert costs == {
+        ("teacher w=0", 8): [2400, 0, 0, 2400],
+        ("two", 2): [2400, 3200, 3 * 60 * 64, 2400 + 3200 + 3 * 60 * 64],
+        **{("refined", steps): [2400, 3200, refined, 2400 + 3200 + refined] for steps in (1, 2, 4)},
+        ("lost", 2): [2400, None, None, None],
+    }
+    # The probability of a pair is proportional to its length, so the mean length is 50 / 20 of 4 knots.
+    two, own = 60 * 64 * 4, 5 * 64 * 8 * 50 / 80
+    assert found["teacher_in_the_loop"] == pytest.approx({"two": two, "refined": two + own}, rel=1e-3)
+    assert (found["rollout"], found["pays_from"]) == (3200, 1)
+    assert line.endswith("the store pays for itself from 1 student on")
+    table = (tmp_path / "out" / "compute.md").read_text()
+    assert "| model | steps | FD pixels | FD classifier | teaching | rollout | training | total |" in table
+    assert "| 2.4 k | 3.2 k | 11.5 k | 17.1 k |" in table
+    assert "| 2.4 k | - | - | - |" in table
+
+
+def test_the_total_of_a_teacher_made_elsewhere_leaves_out_teaching(whole: StudySpec):
+    table = (Path(whole.out) / "compute.md").read_text()
+    assert "total without teaching" in table
+    assert "| - | 3.2 k | 11.5 k | 14.7 k |" in table
 
 
 def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):

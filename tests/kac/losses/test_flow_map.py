@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kac.losses import FlowMapConfig, FlowMapObjective, Interval
+from kac.losses import EndpointObjective, FlowMapConfig, FlowMapObjective, Interval, ReflowObjective
 from kac.losses.objectives import GRID_SHARE, pair_probabilities
 from kac.solvers import knot_times
 from kac.util.errors import ArgumentError
@@ -92,3 +92,13 @@ def test_a_student_of_several_scales_receives_the_scale_of_each_pair():
         return guidance[:, None].expand(3, 2)
 
     assert objective.losses(student, interval).losses["flow_map"].item() == pytest.approx(scales.square().mean().item())
+
+
+def test_mean_lengths_of_intervals_are_fractions_of_the_trajectory():
+    assert EndpointObjective(4).mean_length(20) == pytest.approx(1 / 4)
+    assert ReflowObjective().mean_length(20) == 1
+    expected = {"any": 22 / 3 / 20, "length": 10.5 / 20, "long": 16170 / 1540 / 20}
+    for law, length in expected.items():
+        assert FlowMapObjective(law).mean_length(20) == pytest.approx(length, rel=1e-3)
+    grids = 0.75 * (1 + 1 / 2 + 1 / 4 + 1 / 20) / 4 + 0.25 * expected["any"]
+    assert FlowMapObjective().mean_length(20) == pytest.approx(grids, rel=1e-3)

@@ -15,6 +15,7 @@ from kac.networks import DiTConfig, NetworkConfig, UNetConfig, build_network
 from kac.path import KacPath, PathConfig
 from kac.process import KacProcess
 from kac.sampling import Sampling
+from kac.study.compute import rollout_calls, student_cost, students_to_pay
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal, noised
 from kac.study.memorisation import energy_and_nearness, spearman
@@ -23,7 +24,7 @@ from kac.study.plane import CELLS, density, travel
 from kac.study.solver_steps import quality_by_solver
 from kac.study.speed_limit import BINS, speeds
 from kac.study.stability import stability
-from kac.study.subject import Watched
+from kac.study.subject import Training, Trajectories, Watched
 from kac.util.errors import DivergedError
 from tests.kac.study.fields import Field, config, subject
 
@@ -243,3 +244,27 @@ def test_repeats_are_summarised_by_mean_and_range():
     assert Spread.of([1.0, 4.0, 1.0]) == (2, 1, 4, 3)
     assert str(Spread.of([1.0, 4.0, 1.0])) == "2 (1 to 4)"
     assert str(Spread.of([1.23456])) == str(Spread.of([1.23456, 1.23457])) == "1.23"
+
+
+def test_the_compute_of_a_student_includes_its_initial_weights_and_the_store():
+    stored = Trajectories(Sampling(0.0, 8, "heun"), False, 4, (), lambda names: {}, {0.0: 10, 2.0: 30})
+    assert rollout_calls(stored, [0.0]) == 10 * 16
+    assert rollout_calls(stored, [0.0, 2.0]) == 10 * 16 + 30 * 32  # guidance doubles the calls
+    assert rollout_calls(stored._replace(is_forward=True), [0.0]) == 10 * 4  # a row is one of four intervals
+    first, second = Training("first", 20, length=0.5), Training("second", 100, calls=2.5, length=0.25)
+    for source in (stored, stored._replace(is_forward=True)):
+        cost = student_cost(source, [0.0], [second, first])
+        assert cost.training == 3 * 20 + 3 * 2.5 * 100
+        assert cost.in_the_loop == {"first": 20 * 16 / 2, "second": 100 * 16 / 4}
+    both = student_cost(stored, [0.0, 2.0], [first])
+    assert both.in_the_loop == {"first": 20 * (10 * 16 + 30 * 32) / 40 / 2}
+
+
+def test_a_store_pays_when_it_costs_at_most_as_much_as_teachers_in_the_loop():
+    stored = Trajectories(Sampling(0.0, 10, "ab2"), False, 5, (), lambda names: {}, {0.0: 90})
+    first, second = Training("first", 40, length=0.5), Training("second", 20, length=1)
+    one, two = student_cost(stored, [0.0], [first]), student_cost(stored, [0.0], [second, first])
+    # Students cost 200 calls each, because both trainings count once.
+    assert students_to_pay(rollout_calls(stored, [0.0]), [one, two]) == 5
+    assert students_to_pay(800, [one, two]) == 4
+    assert students_to_pay(10, [two]) == 1
