@@ -65,13 +65,13 @@ KEPT_VALUES = 2**26
 """Small spaces keep the training images if they have at most this many pixels: 256 MiB."""
 
 BLOCK, UNIT_IMAGES = 256, 2048
-"""Training images per network call, and training images for the mean distance between training images."""
+"""Training images per network call, and random training images for the mean distance between training images."""
 
 DRIFT_RADII = (0.02, 0.05, 0.2)
 """Radii of the drifting field, in units of the mean distance between real images (arXiv 2602.04770)."""
 
 TINY = 1e-12
-"""Lower limit for squared distances, because the slope of the square root is infinite at 0."""
+"""Lower limit for squared distances, because the slope of the square root is infinite at 0, and for divisors."""
 
 
 class NoRefinementConfig(Kinded):
@@ -101,7 +101,7 @@ class DataRefinementConfig(Kinded):
         min_length=1,
         json_schema_extra={"neutral": ["pixels"]},
         description="feature spaces for comparing images: pixels; pooled: averages of 4x4 pixels; "
-        "teacher: levels of the teacher's network; classifier: layers of a classifier not used in evaluation; random: "
+        "teacher: layers of the teacher's network; classifier: layers of a classifier not used in evaluation; random: "
         "layers of a new random network per update",
     )
     real_images: PositiveInt = Field(
@@ -257,11 +257,12 @@ class RefinementLoss:
             blocks.append(space.features(images.to(self.device), update))
             labels.append(label.to(self.device))
         found = []
+        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:UNIT_IMAGES].to(self.device)
         for parts in zip(*blocks, strict=True):
             features = torch.cat(parts)
-            unit = mean_distance(features[:UNIT_IMAGES]).clamp(min=1e-6)
+            unit = mean_distance(features[some]).clamp(min=1e-6)
             points = self._with_classes(features / unit, torch.cat(labels))
-            found.append(RealPoints(points, unit, mean_distance(points[:UNIT_IMAGES])))
+            found.append(RealPoints(points, unit, mean_distance(points[some])))
         return found
 
     def _with_classes(self, features: Tensor, label: Tensor) -> Tensor:
@@ -327,10 +328,11 @@ def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
     network = inputs.precision.model_copy(update={"compile": False}).wrap(teacher)
 
     def features(samples: Tensor, update: int) -> Features:
-        found.clear()
         label = torch.full((len(samples),), network.null_label or 0, device=samples.device)
         network(samples, torch.tensor(TEACHER_TIME, device=samples.device), label)
-        return list(found)
+        kept = list(found)
+        found.clear()  # do not keep the graph of the samples
+        return kept
 
     return RefinementSpace(features, is_kept=True)
 

@@ -24,6 +24,7 @@ from kac.losses.refinement import (
     drift_loss,
     drifting_field,
     energy_distance,
+    mean_distance,
     open_spaces,
     straight_through,
 )
@@ -243,7 +244,7 @@ def test_kept_features_are_computed_once_and_change_no_value(classes, monkeypatc
         RefinementLoss(split(real, label), [RefinementSpace(features, is_kept)], classes) for is_kept in (False, True)
     ]
     assert calls == [40]
-    assert losses[0](samples, label, rows).item() == pytest.approx(losses[1](samples, label, rows).item(), rel=1e-5)
+    assert losses[0](samples, label, rows).item() == pytest.approx(losses[1](samples, label, rows).item(), abs=1e-6)
     assert calls == [40, 40, 40, 40], "samples, and real images only if they are not kept"
     monkeypatch.setattr(refinement, "BANK_IMAGES", 30)
     bank = RefinementLoss(split(real, label), [RefinementSpace(features, True), pixels], classes)
@@ -251,6 +252,14 @@ def test_kept_features_are_computed_once_and_change_no_value(classes, monkeypatc
     for n in (0, 1):
         (known, *_) = bank.known[0] if n == 0 else bank._points(pixels, bank.ids)
         assert torch.allclose(known.points[:, :4] * known.unit, real[bank.ids].flatten(1), atol=1e-6)
+
+
+def test_the_unit_is_the_mean_distance_even_if_images_are_sorted_by_class(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(refinement, "UNIT_IMAGES", 100)
+    label = torch.arange(400) // 200
+    real = label[:, None] + 0.01 * torch.randn(400, 2, generator=seeded(10))
+    (known,) = RefinementLoss(split(real, label), [RefinementSpace(pixels.features, True)], 2).known[0]
+    assert known.unit.item() == pytest.approx(mean_distance(real).item(), rel=0.1)
 
 
 def test_random_features_change_per_update_without_using_the_global_generator(digits):
