@@ -143,8 +143,8 @@ def _plot(teachers: Sequence[ComputePoint], points: Sequence[ComputePoint]) -> b
             axis.plot(x, y, MARKERS[number % len(MARKERS)], color=f"C{number}", label=name)
             for *place, point in zip(x, y, own, strict=True):
                 axis.annotate(f"{point.steps}", place, (4, 4), textcoords="offset points", fontsize=8)
-        axis.set(xscale="log", yscale="log", xlabel=f"network calls: {_total(points)}", title=f"features: {space}")
+        axis.set(xscale="log", yscale="log", xlabel=f"network calls ({_total(points)})", title=f"features: {space}")
         axis.set_ylabel("Frechet distance to training images")
-        axis.legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Compute: quality by total network calls. Numbers at markers: student steps")
     return png(figure)
