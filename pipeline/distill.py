@@ -75,7 +75,7 @@ def distill(
         log.info(f"distill: {cost}\ndistill: {group}, {spec.precision.resolved(group.on_gpu)}")
         if load_config(plan.init).network.bounded and not student.network.bounded:
             log.info("distill: the student is not bounded, because guided velocities can exceed the speed limit")
-    steps_taken = f"{spec.steps} steps" if spec.objective.kind == "endpoint" else "any steps"
+    steps_taken = f"{spec.steps} steps" if not spec.objective.is_any_step else "any steps"
     summary = f"{steps_taken}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
     held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
     with start_student_run(spec, plan, parent) as run:
@@ -176,7 +176,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         decode.prepare(first.data)
         learned_data(init, first)
         if "teacher" in spec.refine.spaces:
-            teacher = teacher_folder(spec, source)
+            teacher = _check_teacher(spec, spec.teacher or manifest.teacher, identity.teacher_sha256)
     elif spec.validation_updates != 0 and not cluster.is_worker():
         # Decode the validation images now, so that no worker waits for another worker to decode them. Training does not
         # need the images; if they are missing, validation reports that.
@@ -218,16 +218,17 @@ def _check_passes(spec: DistillSpec, group: training.WorkerGroup) -> None:
         )
 
 
-def teacher_folder(spec: DistillSpec, source: store.Store) -> str:
-    """Return the model folder of the store's teacher.
-
-    Raises:
-        DistillKacError: it is missing, or its weights are not those that the store was rolled out with.
-    """
-    assert source.manifest is not None
-    folder = spec.teacher or source.manifest.teacher
-    if load_model(folder).config.weights_sha256 != source.identity.teacher_sha256:
-        raise CheckpointError(f"{folder} is not the teacher that the store was rolled out with. Give its `teacher`.")
+def _check_teacher(spec: DistillSpec, folder: str, sha256: str) -> str:
+    """Return the teacher's model folder. Raises ``DistillKacError`` unless it has the weights with this sha256."""
+    try:
+        problem = "" if load_config(folder).weights_sha256 == sha256 else "has other weights"
+    except CheckpointError as error:
+        problem = f"cannot be used ({error})"
+    if problem:
+        raise ArgumentError(
+            f"`refine.spaces` teacher needs the teacher that the store was rolled out with, but {folder} {problem}. "
+            "Give its folder as `teacher`, or choose other spaces."
+        )
     return folder
 
 
@@ -269,8 +270,8 @@ def _check_init(
         )
     if "end_time" in set(first.network.conditions) - set(objective.conditions):
         raise CheckpointError(
-            f"{init} is a flow map, which cannot initialise a student with `objective` {spec.objective.kind}. "
-            "Set `objective` to flow-map."
+            f"{init} is an any-step student, which cannot initialise a student with `objective` {spec.objective.kind}. "
+            "Set `objective` to flow-map or reflow."
         )
     known = "all" if first.takes_guidance else first.guidance
     if first.kind == "student" and known != spec.guidance:
@@ -352,17 +353,19 @@ def _refinement(
     The distillation losses are the anchor, weighted by ``options.anchor``. Diagnostics are not weighted.
     """
     source, data, path = store.open(spec.store), learned_data(init, model), model.path.build()
-    inputs = SpaceInputs(data, device, lambda: load_model(teacher_folder(spec, source)).network, spec.precision)
-    spaces = open_spaces(options.spaces, inputs)
+    assert source.manifest is not None
+    teacher = spec.teacher or source.manifest.teacher
+    spaces = open_spaces(options.spaces, SpaceInputs(data, device, lambda: load_model(teacher), spec.precision))
     num_classes = model.num_classes if known_classes(model) else 0
-    distance = RefinementLoss(data.train, spaces, num_classes, options.class_weight, options.distance, device)
+    distance = RefinementLoss(data.train, spaces, num_classes, options.distance, options.class_weight, device)
     frequencies, size = torch.tensor(model.class_frequencies), spec.optimizer.batch_size
 
     def refine(network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
         rows, draws = size // micro.slots, update_generator(spec.seed, micro.update)
-        real_rows = torch.arange(distance.count)
         if options.real_images < distance.count:
             real_rows = torch.randint(distance.count, (options.real_images,), generator=draws)
+        else:
+            real_rows = torch.randperm(distance.count, generator=draws)
         label = micro.share(torch.multinomial(frequencies, size, True, generator=draws)).to(device)
         noise = slot_generator(spec.seed, micro)
         zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)

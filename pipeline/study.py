@@ -120,10 +120,10 @@ def _distillations(student: StudyModel, opened: store.Store) -> list[Training]:
             return []
         try:
             spec = DistillSpec(**record["options"])
+            length = objective_of(spec).mean_length(opened.identity.knots)
         except ArgumentError:  # another version wrote the record
             return []
         samples = spec.optimizer.updates * spec.optimizer.batch_size
-        length = objective_of(spec).mean_length(opened.identity.knots)
         trainings.append(Training(path, samples, calls_per_sample(spec), length))
         path = spec.init
     return trainings if set(student.scales) <= set(opened.guidance) else []

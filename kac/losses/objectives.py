@@ -23,7 +23,7 @@ PairLaw = Literal["grids", "any", "length", "long"]
 GRID_SHARE = 0.75
 """Fraction of knot pairs drawn from the student's steps in ``grids``. The others train the map between these grids."""
 
-SHORTEST = 0.02
+SHORTEST_PART = 0.02
 """The shortest part of a line that reflow trains on."""
 
 HUBER_SCALE = 0.03
@@ -238,8 +238,8 @@ class ReflowObjective(Objective):
     def losses(self, network: VelocityNetwork, interval: Interval) -> LossTerms:
         """Return the losses of random parts of the lines, whose times come from PyTorch's global generator."""
         u, v = torch.rand(2, len(interval.label), device=interval.label.device, dtype=interval.x_start.dtype)
-        t_start = SHORTEST + (1 - SHORTEST) * u
-        t_end = (t_start - SHORTEST) * v
+        t_start = SHORTEST_PART + (1 - SHORTEST_PART) * u
+        t_end = (t_start - SHORTEST_PART) * v
 
         def point(t: Tensor) -> Tensor:
             return torch.lerp(interval.x_end, interval.x_start, t.reshape(-1, *[1] * (interval.x_end.ndim - 1)))

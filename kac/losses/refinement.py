@@ -27,7 +27,7 @@ from kac.data import Dataset
 from kac.data.dataset import Split
 from kac.metrics.classifier import ClassifierRecipe, open_classifier
 from kac.metrics.features import Pooled, averaged_down
-from kac.networks import NetworkModule
+from kac.model import Model
 from kac.precision import Precision
 from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
@@ -45,7 +45,8 @@ class RefinementSpace:
     """A feature space for comparing student images with training images."""
 
     features: Callable[[Tensor, int], Features]  # of samples [batch, *sample], in an update
-    is_kept: bool = False  # whether the features of training images are computed once; if so, they ignore the update
+    is_frozen: bool = True  # whether the features do not depend on the update
+    is_cheap: bool = False  # whether the features are as fast to compute as to keep
 
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
@@ -59,16 +60,21 @@ TEACHER_TIME, TEACHER_LAYERS = 0.1, 5
 """The teacher's features are outputs of at most this many layers, at this time, when images have little noise."""
 
 BANK_IMAGES = 16_384
-"""In spaces whose features are kept, at most this many training images are used, so that the features fit in memory."""
+"""With the teacher's or the classifier's features, at most this many training images are used, so that the features fit
+in memory."""
 
 KEPT_VALUES = 2**26
-"""Small spaces keep the training images if they have at most this many pixels: 256 MiB."""
+"""Cheap features are kept if there are at most this many values: 256 MiB."""
 
-BLOCK, UNIT_IMAGES = 256, 2048
-"""Training images per network call, and random training images for the mean distance between training images."""
+BLOCK_VALUES = 2**22
+"""Pixels of training images per network call: 256 images of 128 x 128, or 21 of 256 x 256 in colour."""
 
-DRIFT_RADII = (0.02, 0.05, 0.2)
-"""Radii of the drifting field, in units of the mean distance between real images (arXiv 2602.04770)."""
+UNIT_IMAGES = 2048
+"""Number of random training images whose mean distance is the unit of a space."""
+
+DRIFT_RADII, DRIFT_STEP = (0.02, 0.05, 0.2), 0.1
+"""Radii of the drifting field (arXiv 2602.04770), and its root mean square length at each radius, in units of the mean
+distance between real images. With this length, the loss is balanced with the anchor as the energy distance is."""
 
 TINY = 1e-12
 """Lower limit for squared distances, because the slope of the square root is infinite at 0, and for divisors."""
@@ -107,7 +113,7 @@ class DataRefinementConfig(Kinded):
     real_images: PositiveInt = Field(
         512,
         description="training images per update, over all workers; all of them if there are fewer; a larger set costs "
-        "little and reduces noise",
+        f"little and reduces noise; with teacher or classifier, they are drawn from {BANK_IMAGES:,} images",
     )
     class_weight: NonNegativeFloat = Field(
         0.5,
@@ -153,8 +159,8 @@ def drifting_field(x: Tensor, y: Tensor) -> Tensor:
 
     A_ij is the affinity of sample i for real point j, and B_ik for another sample k: the square root of the product of
     two softmaxes of -distance / radius, over i and over all j and k. So each sample moves towards near real points and
-    away from near samples. V is divided by its root mean square, and summed over ``DRIFT_RADII``. On average, V is 0 if
-    samples and real points have the same distribution.
+    away from near samples. V is scaled to a root mean square length of ``DRIFT_STEP``, and summed over ``DRIFT_RADII``.
+    Before it is scaled, V is 0 on average if samples and real points have the same distribution.
 
     Args:
         x, y: samples [n, width] and real points [m, width], where n >= 2.
@@ -166,18 +172,18 @@ def drifting_field(x: Tensor, y: Tensor) -> Tensor:
         affinity = ((-away / radius).softmax(0) * (-away / radius).softmax(1)).sqrt()
         real, own = affinity[:, : len(y)], affinity[:, len(y) :]
         v = real * own.sum(1, keepdim=True) @ y - own * real.sum(1, keepdim=True) @ x
-        field += v / v.square().mean().sqrt().clamp(min=TINY)
+        field += DRIFT_STEP * v / v.square().sum(1).mean().sqrt().clamp(min=TINY)
     return field
 
 
 def drift_loss(x: Tensor, y: Tensor) -> Tensor:
     """Return the mean squared distance from samples x to the fixed points x + V, where V is their drifting field.
 
-    The gradient moves the samples along V. The value itself is nearly constant, because V is normalised.
+    The gradient moves the samples along V. The value itself is nearly constant, because the length of V is.
     """
     with torch.no_grad():
         target = x + drifting_field(x, y)
-    return (x - target).square().mean()
+    return (x - target).square().sum(1).mean()
 
 
 REFINEMENT_DISTANCES: dict[RefinementDistance, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
@@ -193,7 +199,7 @@ class RealPoints(NamedTuple):
 
     points: Tensor  # [count, width]
     unit: Tensor  # the mean distance between real images, without classes
-    within: Tensor  # the mean distance between real points
+    mean_distance: Tensor  # the mean distance between real points
 
 
 class RefinementLoss:
@@ -205,8 +211,8 @@ class RefinementLoss:
     Args:
         train: the training images.
         num_classes: number of classes; if 0, classes are ignored.
-        class_weight: distance between images of different classes, in units of the mean distance between real images.
         distance: key of ``REFINEMENT_DISTANCES``.
+        class_weight: distance between images of different classes, in units of the mean distance between real images.
         device: device of the samples.
 
     Attributes:
@@ -218,17 +224,20 @@ class RefinementLoss:
         train: Split,
         spaces: Sequence[RefinementSpace],
         num_classes: int,
+        distance: RefinementDistance,
         class_weight: float = 0.5,
-        distance: RefinementDistance = "energy",
         device: torch.device | str = "cpu",
     ) -> None:
         self.train, self.spaces, self.num_classes, self.device = train, spaces, num_classes, device
         self.class_weight, self.distance = class_weight, REFINEMENT_DISTANCES[distance]
+        self.pixels = train.rows(torch.arange(1)).images.numel()
         self.ids = torch.arange(len(train))
-        if len(train) > BANK_IMAGES and any(space.is_kept for space in spaces):
-            self.ids = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:BANK_IMAGES]
+        if len(train) > BANK_IMAGES and any(space.is_frozen and not space.is_cheap for space in spaces):
+            self.ids = _random_ids(len(train), BANK_IMAGES)
         self.count = len(self.ids)
-        self.known = {n: self._points(space, self.ids) for n, space in enumerate(spaces) if space.is_kept}
+        is_small = self.count * self.pixels <= KEPT_VALUES
+        kept = [n for n, space in enumerate(spaces) if space.is_frozen and (is_small or not space.is_cheap)]
+        self.kept = {n: self._points(spaces[n], self.ids) for n in kept}
 
     def __call__(self, samples: Tensor, label: Tensor, rows: Tensor, update: int = 0) -> Tensor:
         """Return the distance, a scalar.
@@ -240,29 +249,28 @@ class RefinementLoss:
         """
         means = []
         for n, space in enumerate(self.spaces):
-            reference = self._points(space, self.ids[rows], update) if n not in self.known else self.known[n]
+            reference = self.kept[n] if n in self.kept else self._points(space, self.ids[rows], update)
             parts = []
             for features, real in zip(space.features(samples, update), reference, strict=True):
                 x = self._with_classes(features / real.unit, label)
-                y = real.points if n not in self.known else real.points[rows.to(self.device)]
-                parts.append(self.distance(x, y, real.within, update))
+                y = real.points[rows.to(self.device)] if n in self.kept else real.points
+                parts.append(self.distance(x, y, real.mean_distance, update))
             means.append(torch.stack(parts).mean())
         return torch.stack(means).mean()
 
     @torch.no_grad()
     def _points(self, space: RefinementSpace, ids: Tensor, update: int = 0) -> list[RealPoints]:
         blocks, labels = [], []
-        for block in torch.split(ids, BLOCK):
+        for block in torch.split(ids, max(1, BLOCK_VALUES // self.pixels)):
             images, label = self.train.rows(block)
             blocks.append(space.features(images.to(self.device), update))
             labels.append(label.to(self.device))
-        found = []
-        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:UNIT_IMAGES].to(self.device)
+        found, unit_rows = [], _random_ids(len(ids), UNIT_IMAGES).to(self.device)
         for parts in zip(*blocks, strict=True):
             features = torch.cat(parts)
-            unit = mean_distance(features[some]).clamp(min=1e-6)
+            unit = mean_distance(features[unit_rows]).clamp(min=1e-6)
             points = self._with_classes(features / unit, torch.cat(labels))
-            found.append(RealPoints(points, unit, mean_distance(points[some])))
+            found.append(RealPoints(points, unit, mean_distance(points[unit_rows])))
         return found
 
     def _with_classes(self, features: Tensor, label: Tensor) -> Tensor:
@@ -270,6 +278,11 @@ class RefinementLoss:
             return features
         one_hot = nn.functional.one_hot(label, self.num_classes).to(features.dtype)
         return torch.cat([features, self.class_weight / 2**0.5 * one_hot], 1)
+
+
+def _random_ids(count: int, most: int) -> Tensor:
+    """At most ``most`` of the numbers 0 .. count - 1, in random order, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
 
 
 def straight_through(samples: Tensor) -> Tensor:
@@ -291,14 +304,8 @@ class SpaceInputs(NamedTuple):
 
     data: Dataset
     device: torch.device
-    teacher: Callable[[], NetworkModule]  # loads the teacher's network, which becomes part of its space
+    teacher: Callable[[], Model]  # loads the teacher, whose network becomes part of its space
     precision: Precision = Precision()  # of the teacher's network
-
-    @property
-    def is_small(self) -> bool:
-        """Whether all training images can be kept in memory."""
-        count = len(self.data.train)
-        return count <= BANK_IMAGES and count * math.prod(self.data.description.sample_shape) <= KEPT_VALUES
 
 
 def open_spaces(names: Sequence[SpaceName], inputs: SpaceInputs) -> list[RefinementSpace]:
@@ -308,33 +315,37 @@ def open_spaces(names: Sequence[SpaceName], inputs: SpaceInputs) -> list[Refinem
 
 def _open_classifier(inputs: SpaceInputs) -> RefinementSpace:
     body = open_classifier(inputs.data, CLASSIFIER)[0].body.requires_grad_(False).to(inputs.device)
-    return RefinementSpace(lambda samples, update: _depths(body, averaged_down(samples)), is_kept=True)
+    return RefinementSpace(lambda samples, update: _depths(body, averaged_down(samples)))
 
 
 def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
-    """The outputs of some of the teacher's layers, from first to last, for images without noise and without classes."""
+    """The outputs of some of the teacher's layers, from first to last, for images without noise, all of one label."""
     found: Features = []
+    has_sides = is_image(inputs.data.description.sample_shape)
 
     def keep(module: nn.Module, inputs: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.ndim == 3:  # the tokens [batch, side * side, channels] of a transformer
+        if hidden.ndim == 3 and has_sides:  # the tokens [batch, side * side, channels] of a transformer
             hidden = hidden.transpose(1, 2).unflatten(2, (math.isqrt(hidden.shape[1]), -1))
         found.append(averaged_down(hidden.float(), MAP_SIDE).flatten(1))
 
-    teacher = inputs.teacher().to(inputs.device).eval().requires_grad_(False)
-    layers = teacher.feature_layers()
+    teacher, config = inputs.teacher()
+    teacher.guide = None
+    layers = teacher.to(inputs.device).eval().requires_grad_(False).feature_layers()
     for position in torch.linspace(0, len(layers) - 1, min(TEACHER_LAYERS, len(layers))).round().int().tolist():
         layers[position].register_forward_hook(keep)
     network = inputs.precision.model_copy(update={"compile": False}).wrap(teacher)
+    # A teacher of classes only has not learned the null label.
+    any_class = 0 if config.conditioning == "classes" or teacher.null_label is None else teacher.null_label
 
     def features(samples: Tensor, update: int) -> Features:
-        label = torch.full((len(samples),), network.null_label or 0, device=samples.device)
-        network(samples, torch.tensor(TEACHER_TIME, device=samples.device), label)
+        label = torch.full((len(samples),), any_class, device=samples.device)
+        network(samples, torch.full((), TEACHER_TIME, device=samples.device), label)
         kept = list(found)
         found.clear()  # do not keep the graph of the samples
         return kept
 
-    return RefinementSpace(features, is_kept=True)
+    return RefinementSpace(features)
 
 
 def _open_random(inputs: SpaceInputs) -> RefinementSpace:
@@ -344,12 +355,12 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
             layers = _random_layers(tuple(samples.shape[1:]))
         return _depths(layers.requires_grad_(False).to(inputs.device), samples)
 
-    return RefinementSpace(features)
+    return RefinementSpace(features, is_frozen=False)
 
 
 SPACES: dict[SpaceName, Callable[[SpaceInputs], RefinementSpace]] = {
-    "pixels": lambda inputs: RefinementSpace(lambda samples, update: [samples.flatten(1)], inputs.is_small),
-    "pooled": lambda inputs: RefinementSpace(lambda samples, update: [Pooled()(samples)], inputs.is_small),
+    "pixels": lambda inputs: RefinementSpace(lambda samples, update: [samples.flatten(1)], is_cheap=True),
+    "pooled": lambda inputs: RefinementSpace(lambda samples, update: [Pooled()(samples)], is_cheap=True),
     "teacher": _open_teacher,
     "classifier": _open_classifier,
     "random": _open_random,

@@ -198,7 +198,7 @@ class Store:
         """Return the indices of the knots that the objective needs. Raises ``DistillKacError`` if a knot is missing."""
         knots, stored = list(objective.knots(self.identity.knots)), self.identity.knots
         if self.identity.is_forward and "end_time" in objective.conditions:
-            problem = f"{self.path} is a forward store, but a flow map learns from trajectories"
+            problem = f"{self.path} is a forward store, but an any-step student learns from trajectories"
             raise StoreError(f"{problem}. Roll out a store with `source` trajectory.")
         if self.identity.is_forward and len(knots) != stored + 1:
             problem = f"`steps` is {len(knots) - 1}, but this forward store has {stored} intervals"

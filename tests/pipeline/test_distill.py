@@ -208,7 +208,7 @@ def test_an_impossible_refinement_is_refused_before_anything_is_written(
             distill(distill_spec(small_store, tmp_path / "out", **options))
         assert not (tmp_path / "out").exists()
 
-    check_refused("flow map.*`objective` endpoint", init=any_step_student)
+    check_refused("any-step student.*`objective` endpoint", init=any_step_student)
     check_refused("`refine.spaces`.*pooled", refine={"kind": "data", "spaces": ("pooled",)})
     check_refused("`refine.real_images` is 1 .* at least 2", refine={"kind": "data", "real_images": 1})
     check_refused(

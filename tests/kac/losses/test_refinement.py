@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterator
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from kac.data import DataConfig, Dataset, LabelledImages, open_dataset
-from kac.data.in_memory import InMemorySplit
+from kac.data.in_memory import InMemorySplit, in_memory
 from kac.losses import refinement
 from kac.losses.refinement import (
     CLASSIFIER,
     DRIFT_RADII,
+    DRIFT_STEP,
     REFINEMENT_DISTANCES,
     DataRefinementConfig,
     RefinementDistance,
@@ -30,7 +32,8 @@ from kac.losses.refinement import (
 )
 from kac.metrics import classifier
 from kac.metrics.classifier import EVALUATION_CLASSIFIER
-from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
+from kac.model import Model
+from kac.networks import DiTConfig, MLPConfig, OutsideConfig, UNetConfig, build_network
 from kac.precision import Precision
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_values
@@ -65,18 +68,19 @@ def split(images, label):
     return InMemorySplit(LabelledImages(images, label))
 
 
-def inputs(data, network=None, **options):
+def inputs(data, network=None, conditioning="classes_and_null", **options):
     shape, classes = data.description.sample_shape, data.description.num_classes
     teacher = build_network(network or MLPConfig(width=16), shape, classes)
-    return SpaceInputs(data, torch.device("cpu"), lambda: teacher, **options)
+    config: Any = SimpleNamespace(conditioning=conditioning)
+    return SpaceInputs(data, torch.device("cpu"), lambda: Model(teacher, config), **options)
 
 
 def loss_of(samples, label, real, real_label, weight=0.5, spaces=None, classes=2):
-    loss = RefinementLoss(split(real, real_label), spaces or [pixels], classes, weight)
+    loss = RefinementLoss(split(real, real_label), spaces or [pixels], classes, "energy", weight)
     return loss(samples, label, torch.arange(len(real)))
 
 
-pixels = RefinementSpace(lambda samples, update: [samples.flatten(1)])
+pixels = RefinementSpace(lambda samples, update: [samples.flatten(1)], is_cheap=True)
 two_parts = RefinementSpace(lambda samples, update: [samples.flatten(1)[:, :21], samples.flatten(1)[:, 21:]])
 
 
@@ -94,11 +98,11 @@ def test_the_drifting_field_matches_its_definition():
             for j in range(3):
                 for k in range(4):
                     v[i] += affinity[i, j] * affinity[i, 3 + k] * (y[j] - x[k])
-        expected += v / (v**2).mean() ** 0.5
+        expected += DRIFT_STEP * v / (v**2).sum(1).mean() ** 0.5
     torch.testing.assert_close(drifting_field(x, y), expected)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(drift_loss(x, y), x)
-    torch.testing.assert_close(gradient, -2 * expected / expected.numel())
+    torch.testing.assert_close(gradient, -2 * expected / len(expected))
 
 
 @pytest.mark.parametrize("name", get_args(RefinementDistance))
@@ -181,7 +185,7 @@ def test_every_space_has_gradients_and_near_zero_loss_for_real_images(name, digi
     assert all(part.ndim == 2 and len(part) == 7 and part.requires_grad for part in features)
     again = [space.features(real[:7], 3) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
-    loss = RefinementLoss(split(real[200:], label[200:]), [space], 10)
+    loss = RefinementLoss(split(real[200:], label[200:]), [space], 10, "energy")
 
     def distance(samples: torch.Tensor) -> float:
         return loss(samples, label[:200], torch.arange(200)).item()
@@ -202,7 +206,7 @@ def test_every_space_has_gradients_and_near_zero_loss_for_real_images(name, digi
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_teacher_features_are_five_layers_of_every_network(network, shapes, dtype, digits):
     given = inputs(digits, network, precision=Precision(dtype=dtype, compile=False))
-    teacher = given.teacher()
+    teacher = given.teacher().network
     seen = []
     for layer in teacher.feature_layers():
         layer.register_forward_hook(lambda module, arguments, output: seen.append(output))
@@ -219,6 +223,39 @@ def test_teacher_features_are_five_layers_of_every_network(network, shapes, dtyp
         first, last = (torch.nn.functional.adaptive_avg_pool2d(each.float(), 4).flatten(1) for each in (first, last))
     assert torch.allclose(features[0], first.float()) and torch.allclose(features[-1], last.float())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(("conditioning", "label"), [("classes_and_null", 10), ("none", 10), ("classes", 0)])
+def test_teacher_features_use_a_label_that_the_teacher_knows(conditioning, label, digits):
+    given = inputs(digits, conditioning=conditioning)
+    seen = []
+    given.teacher().network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    (space,) = open_spaces(["teacher"], given)
+    space.features(digits.train.rows(torch.arange(3)).images, 0)
+    assert torch.equal(seen[0], torch.full((3,), label))
+
+
+def test_teacher_features_of_an_outside_network_are_its_velocity():
+    points = in_memory(torch.randn(20, 5, 16, generator=seeded(11)).clamp(-1, 1), torch.arange(20) % 2, 2)
+    module = {"module": "tests.kac.outside_modules:Blind", "labels": "none"}
+    (space,) = open_spaces(["teacher"], inputs(points, OutsideConfig(**module)))
+    samples = points.train.rows(torch.arange(4)).images
+    (features,) = space.features(samples, 0)
+    assert features.shape == (4, 80)
+
+
+def test_the_drift_of_enlarged_images_pulls_as_strongly_against_the_anchor():
+    """An anchor is a mean over pixels, so the distance's gradient must not depend on the number of pixels either."""
+    real, samples = torch.randn(2, 40, 1, 4, 4, generator=seeded(12))
+    label, rows, norms = torch.arange(40) % 2, torch.arange(40), []
+    for side in (1, 3):
+        images, x = (each.repeat_interleave(side, 2).repeat_interleave(side, 3) for each in (real, samples))
+        x.requires_grad_()
+        loss = RefinementLoss(split(images, label), [pixels], 2, "drift")(x, label, rows)
+        anchor = (x - images).square().mean()
+        norms.append([torch.autograd.grad(each, x)[0].norm() for each in (loss, anchor)])
+    (small, small_anchor), (large, large_anchor) = norms
+    assert float(large / large_anchor) == pytest.approx(float(small / small_anchor), rel=1e-3)
 
 
 def test_teacher_features_ignore_an_earlier_call(digits):
@@ -241,16 +278,17 @@ def test_kept_features_are_computed_once_and_change_no_value(classes, monkeypatc
     real, samples = torch.randn(2, 40, 1, 2, 2, generator=generator)
     label, rows = torch.arange(40) % 2, torch.randperm(40, generator=generator)
     losses = [
-        RefinementLoss(split(real, label), [RefinementSpace(features, is_kept)], classes) for is_kept in (False, True)
+        RefinementLoss(split(real, label), [RefinementSpace(features, is_frozen)], classes, "energy")
+        for is_frozen in (False, True)
     ]
     assert calls == [40]
     assert losses[0](samples, label, rows).item() == pytest.approx(losses[1](samples, label, rows).item(), abs=1e-6)
     assert calls == [40, 40, 40, 40], "samples, and real images only if they are not kept"
     monkeypatch.setattr(refinement, "BANK_IMAGES", 30)
-    bank = RefinementLoss(split(real, label), [RefinementSpace(features, True), pixels], classes)
+    bank = RefinementLoss(split(real, label), [RefinementSpace(features), pixels], classes, "energy")
     assert bank.count == len(bank.ids.unique()) == 30
     for n in (0, 1):
-        (known, *_) = bank.known[0] if n == 0 else bank._points(pixels, bank.ids)
+        known = bank.kept[n][0]
         assert torch.allclose(known.points[:, :4] * known.unit, real[bank.ids].flatten(1), atol=1e-6)
 
 
@@ -258,7 +296,7 @@ def test_the_unit_is_the_mean_distance_even_if_images_are_sorted_by_class(monkey
     monkeypatch.setattr(refinement, "UNIT_IMAGES", 100)
     label = torch.arange(400) // 200
     real = label[:, None] + 0.01 * torch.randn(400, 2, generator=seeded(10))
-    (known,) = RefinementLoss(split(real, label), [RefinementSpace(pixels.features, True)], 2).known[0]
+    (known,) = RefinementLoss(split(real, label), [pixels], 2, "energy").kept[0]
     assert known.unit.item() == pytest.approx(mean_distance(real).item(), rel=0.1)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kac.losses import Interval, ReflowConfig
-from kac.losses.objectives import SHORTEST
+from kac.losses.objectives import SHORTEST_PART
 
 
 def test_only_the_ends_of_trajectories_are_read():
@@ -31,5 +31,5 @@ def test_targets_are_the_velocities_of_lines_at_random_times():
     assert losses["reflow"].item() == pytest.approx(error.square().mean().item(), rel=1e-5)
     t = seen["t"]
     assert torch.allclose(seen["x"], end + t[:, None] * (start - end), atol=1e-6)
-    assert (t - seen["end_time"]).min() >= SHORTEST * (1 - 1e-6) and seen["end_time"].min() >= 0 and t.max() <= 1
+    assert (t - seen["end_time"]).min() >= SHORTEST_PART * (1 - 1e-6) and seen["end_time"].min() >= 0 and t.max() <= 1
     assert t.mean().item() == pytest.approx(0.51, abs=0.02)
