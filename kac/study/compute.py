@@ -1,7 +1,7 @@
 """Claim: a store pays for itself, because the teacher is called once and not in the training of every student.
 
-This module compares the quality of a store's students with their total compute. It also finds the number of students
-from which on the store costs less than a teacher in the training loop. Costs are network calls on one sample, where
+This module compares the quality of a store's students with their total compute. It also finds how many students it
+takes until the store costs no more than a teacher in the training loop. Costs are network calls on one sample, where
 training on a sample counts as three calls:
 
     teaching = 3 b        rollout = sum of r_w e_w        training = sum of 3 c b        teacher in the loop = l e_w b

@@ -13,7 +13,7 @@ from kac import model as models
 from kac.data import open_dataset
 from kac.data.in_memory import in_memory
 from kac.losses import EndpointConfig, EndpointObjective, LossTerms
-from kac.losses.refinement import energy_distance
+from kac.losses.refinement import RefinementLoss, energy_distance
 from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
 from kac.study.subject import Watched
@@ -198,6 +198,27 @@ def test_refinement_brings_a_student_closer_to_the_data_than_more_distillation(
         made = generate(model.network, x_1, label, student_sampling(model.config, 1)).x
         distances[name] = energy_distance(made, held_out).item()
     assert distances["refined"] < 0.7 * distances["plain"]
+
+
+def test_the_parts_of_an_update_share_all_training_images_at_random(
+    small_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parts: list[torch.Tensor] = []
+
+    def spy(loss: RefinementLoss, samples: torch.Tensor, label: torch.Tensor, rows: torch.Tensor, update: int) -> Any:
+        parts.append(rows)
+        return compare(loss, samples, label, rows, update)
+
+    compare = RefinementLoss.__call__
+    monkeypatch.setattr(RefinementLoss, "__call__", spy)
+    optimizer = FEW.model_copy(update={"updates": 2, "accumulation": 2})
+    refine = {"kind": "data", "real_images": 10**6}
+    config = distill(distill_spec(small_store, tmp_path, optimizer=optimizer, refine=refine, validation_updates=0))
+    assert config is not None
+    everything = torch.arange(len(open_dataset(config.data).train))
+    for first, second in (parts[:2], parts[2:]):
+        assert torch.equal(torch.cat([first, second]).sort().values, everything)
+    assert not torch.equal(parts[0].sort().values, parts[2].sort().values)
 
 
 def test_an_impossible_refinement_is_refused_before_anything_is_written(
