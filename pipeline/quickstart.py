@@ -25,7 +25,7 @@ FLOW_MAP = OptimizerConfig(updates=850, batch_size=1024, learning_rate=6e-3, war
 REFINEMENT = OptimizerConfig(updates=450, learning_rate=5e-4, warmup_updates=20)
 """Each update uses 256 images, half of them generated in one step. The demo takes under five minutes on two cores."""
 
-REFINE = DataRefinementConfig(anchor=0.1, real_images=2048, steps=(1, 1, 2, 4, 1, 1, 2, 4, 1, 1, 2, 20))
+REFINE = DataRefinementConfig(anchor=0.08, real_images=2048, steps=(1, 1, 2, 4, 1, 1, 2, 4, 1, 1, 2, 20))
 """Each update uses all training images. A smaller anchor lowers distances further, but lowers label agreement too."""
 
 
