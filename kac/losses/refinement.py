@@ -66,8 +66,9 @@ in memory."""
 KEPT_VALUES = 2**26
 """Cheap features are kept if there are at most this many values: 256 MiB."""
 
-BLOCK_VALUES = 2**22
-"""Pixels of training images per network call: 256 images of 128 x 128, or 21 of 256 x 256 in colour."""
+BLOCK_IMAGES, BLOCK_VALUES = 256, 2**22
+"""At most this many training images, and at most this many of their values, per network call: 21 images of 256 x 256 in
+colour."""
 
 UNIT_IMAGES = 2048
 """Number of random training images whose mean distance is the unit of a space."""
@@ -113,7 +114,7 @@ class DataRefinementConfig(Kinded):
     real_images: PositiveInt = Field(
         512,
         description="training images per update, over all workers; all of them if there are fewer; a larger set costs "
-        f"little and reduces noise; with teacher or classifier, they are drawn from {BANK_IMAGES:,} images",
+        f"little and reduces noise; with teacher or classifier, they are drawn from at most {BANK_IMAGES:,} images",
     )
     class_weight: NonNegativeFloat = Field(
         0.5,
@@ -230,12 +231,12 @@ class RefinementLoss:
     ) -> None:
         self.train, self.spaces, self.num_classes, self.device = train, spaces, num_classes, device
         self.class_weight, self.distance = class_weight, REFINEMENT_DISTANCES[distance]
-        self.pixels = train.rows(torch.arange(1)).images.numel()
+        self.values_per_image = train.rows(torch.arange(1)).images.numel()
         self.ids = torch.arange(len(train))
         if len(train) > BANK_IMAGES and any(space.is_frozen and not space.is_cheap for space in spaces):
             self.ids = _random_ids(len(train), BANK_IMAGES)
         self.count = len(self.ids)
-        is_small = self.count * self.pixels <= KEPT_VALUES
+        is_small = self.count * self.values_per_image <= KEPT_VALUES
         kept = [n for n, space in enumerate(spaces) if space.is_frozen and (is_small or not space.is_cheap)]
         self.kept = {n: self._points(spaces[n], self.ids) for n in kept}
 
@@ -261,7 +262,7 @@ class RefinementLoss:
     @torch.no_grad()
     def _points(self, space: RefinementSpace, ids: Tensor, update: int = 0) -> list[RealPoints]:
         blocks, labels = [], []
-        for block in torch.split(ids, max(1, BLOCK_VALUES // self.pixels)):
+        for block in torch.split(ids, max(1, min(BLOCK_IMAGES, BLOCK_VALUES // self.values_per_image))):
             images, label = self.train.rows(block)
             blocks.append(space.features(images.to(self.device), update))
             labels.append(label.to(self.device))

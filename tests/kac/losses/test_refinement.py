@@ -292,6 +292,20 @@ def test_kept_features_are_computed_once_and_change_no_value(classes, monkeypatc
         assert torch.allclose(known.points[:, :4] * known.unit, real[bank.ids].flatten(1), atol=1e-6)
 
 
+@pytest.mark.parametrize(("values", "most"), [(2**22, 256), (100, 25), (1, 1)])
+def test_a_network_sees_a_limited_number_of_training_images_per_call(values, most, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(refinement, "BLOCK_VALUES", values)
+    calls = []
+
+    def features(samples, update):
+        calls.append(len(samples))
+        return [samples.flatten(1)]
+
+    real, label = torch.randn(300, 1, 2, 2, generator=seeded(13)), torch.arange(300) % 2
+    RefinementLoss(split(real, label), [RefinementSpace(features)], 2, "drift")
+    assert sum(calls) == 300 and max(calls) == most
+
+
 def test_the_unit_is_the_mean_distance_even_if_images_are_sorted_by_class(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(refinement, "UNIT_IMAGES", 100)
     label = torch.arange(400) // 200
