@@ -247,8 +247,8 @@ def objective_of(spec: DistillSpec) -> Objective:
 
 def student_network(spec: DistillSpec, first: ModelConfig) -> NetworkConfig:
     """Return the config of a student's network. A guided teacher exceeds the speed limit, so its student may, too."""
-    options = {"conditions": objective_of(spec).conditions, "bounded": first.network.bounded and spec.guidance == 0}
-    return first.network.model_copy(update=options)
+    bounded = first.network.bounded and spec.guidance == 0
+    return first.network.for_student(objective_of(spec).conditions, bounded)
 
 
 def _check_init(

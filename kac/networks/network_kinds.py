@@ -12,6 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from kac.networks.diffusers_model import DiffusersModel, DiffusersModelConfig
 from kac.networks.dit import DiT, DiTConfig
 from kac.networks.mlp import MLPConfig, ResidualMLP
 from kac.networks.outside import Outside, OutsideConfig
@@ -21,18 +22,26 @@ from kac.path import KacPath, Path
 from kac.util.errors import ArgumentError
 from kac.util.options import expand_kind
 
+NETWORK_KIND = Field(discriminator="kind", description="kind of velocity network; each kind has its own options")
+
+NetworkChoice = Annotated[
+    MLPConfig | UNetConfig | DiTConfig | OutsideConfig, NETWORK_KIND, BeforeValidator(expand_kind)
+]
+"""The config of a network that a user can choose, on the command line or in a YAML file."""
+
 NetworkConfig = Annotated[
-    MLPConfig | UNetConfig | DiTConfig | OutsideConfig,
-    Field(discriminator="kind", description="kind of velocity network; each kind has its own options"),
+    MLPConfig | UNetConfig | DiTConfig | OutsideConfig | DiffusersModelConfig,
+    NETWORK_KIND,
     BeforeValidator(expand_kind),
 ]
-"""The config of a network of any kind. The command line, YAML files and a model's config.json use its fields."""
+"""The config of a network of any kind, as in a model's config.json."""
 
 NETWORKS: dict[str, Callable[[Any, tuple[int, ...], int], NetworkModule]] = {
     "mlp": ResidualMLP,
     "unet": UNet,
     "dit": DiT,
     "outside": Outside,
+    "diffusers": DiffusersModel,
 }
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -35,6 +35,10 @@ class NetworkOptions(Kinded):
     def has_null_label(self) -> bool:
         """Whether the network accepts the null label ("no class")."""
         return self.conditioning != "classes"
+
+    def for_student(self, conditions: tuple[Condition, ...], bounded: bool) -> Self:
+        """Return the config of a student of this network, with these inputs besides time and label."""
+        return self.model_copy(update={"conditions": conditions, "bounded": bounded})
 
 
 class VelocityNetwork(Protocol):

@@ -20,7 +20,8 @@ from pydantic import PositiveInt, model_validator
 
 from kac.data import DataConfig
 from kac.model import load_config, save_model, teacher_config
-from kac.networks import MLPConfig, NetworkConfig, build_network
+from kac.networks import MLPConfig, build_network
+from kac.networks.network_kinds import NetworkChoice
 from kac.path import PathConfig
 from kac.util import files, probes
 from kac.util.fingerprint import unhashed
@@ -53,7 +54,7 @@ class BenchmarkSpec(Spec):
     )
     batch_size: PositiveInt = unhashed(256, "trajectories per network call, and samples per update")
     teacher: str | None = input_path(None, "model folder of a teacher; default: untrained, with `network` and `data`")
-    network: NetworkConfig = MLPConfig()
+    network: NetworkChoice = MLPConfig()
     data: DataConfig = DataConfig()
     folder: str | None = unhashed(None, "scratch folder that all nodes can access; default: a local temporary folder")
     json_file: Annotated[str | None, OptionStyle(name="json")] = output_path(

@@ -5,8 +5,8 @@ from typing import Self
 from pydantic import Field, PositiveInt, model_validator
 
 from kac.data import DataConfig
-from kac.networks import MLPConfig, NetworkConfig, UNetConfig
-from kac.networks.network_kinds import path_with_limit
+from kac.networks import MLPConfig, UNetConfig
+from kac.networks.network_kinds import NetworkChoice, path_with_limit
 from kac.path import FORMER_DEFAULTS, PathConfig
 from kac.precision import Precision
 from kac.util.path_options import input_path, output_path
@@ -20,7 +20,7 @@ class TeacherOptions(TrainingOptions):
 
     data: DataConfig = DataConfig()
     path: PathConfig = PATH
-    network: NetworkConfig = MLPConfig()
+    network: NetworkChoice = MLPConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
     label_dropout: float = Field(
@@ -67,15 +67,19 @@ class TeachSpec(TeacherOptions, WorkerOptions, Spec):
 
 
 class ConvertSpec(Spec):
-    """Make a teacher from existing weights: an OpenAI or diffusers U-Net, or any module."""
+    """Make a teacher from existing weights: a model of diffusers, OpenAI's U-Net, or any module."""
 
     stage = "convert"
     common = ("key",)
-    checkpoint: str = input_path(..., "weights: a .safetensors or torch.save file; path or s3:// URI", kind="any")
+    checkpoint: str = input_path(
+        ...,
+        "folder of a diffusers pipeline or model, or a .safetensors or torch.save file; path or s3:// URI",
+        kind="any",
+    )
     out: str = output_path(..., "model folder to write: path or s3:// URI")
     data: DataConfig
     path: PathConfig = PATH
-    network: NetworkConfig = UNetConfig(
+    network: NetworkChoice = UNetConfig(
         channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
     )
     key: str | None = Field(
@@ -90,7 +94,7 @@ class ConvertSpec(Spec):
         return self
 
 
-def _check_options(network: NetworkConfig, path: PathConfig) -> None:
+def _check_options(network: NetworkChoice, path: PathConfig) -> None:
     if network.bounded:
         path_with_limit(path.build())
     if network.conditions:
