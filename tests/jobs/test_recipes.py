@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,11 +25,13 @@ from pipeline.config import (
     TeachSpec,
     TeachSweepSpec,
 )
+from pipeline.convert import convert
 from pipeline.distill import distill
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.teach import teach
 from tests.kac.data.making import cifar_batches, pixels, write_archive, write_folder, write_idx
+from tests.kac.diffusers_folders import unet, write
 
 FLOAT32 = "--precision.dtype float32"
 ONE_UPDATE = f"--optimizer.updates 1 --optimizer.batch-size 2 --optimizer.accumulation 1 --workers 0 {FLOAT32}"
@@ -43,6 +46,9 @@ SMALL = {
     "dit-s-2": "--network.heads 2 --network.head-channels 8 --network.depth 2",
 }
 """Options that shrink the network of each recipe but keep its structure."""
+
+CONVERTED = [name for name in recipe_names() if name not in SMALL]
+"""Recipes that start from a public model instead of training a teacher."""
 
 STAGES = {
     "teach": TeachSpec,
@@ -82,7 +88,7 @@ def options(spec_type: type, words: str):
     return parse(spec_type, words.split(), "job")
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", SMALL)
 def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
     teacher, path, student, images = (tmp_path / name for name in ("teacher", "store", "student", "images.npz"))
     grids = "--objective flow-map --objective.grids 1 2 4" if recipe == "digits" else ""
@@ -104,10 +110,26 @@ def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
     assert np.abs(delivered).max() <= 1
 
 
+def test_a_public_ddpm_works_in_every_stage(tmp_path: Path):
+    model, teacher, path, student = (tmp_path / name for name in ("ddpm", "teacher", "store", "student"))
+    shape = {"sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8, 8, 8)}
+    attention = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }
+    write(model, unet(**shape, **attention), diffusers.DDPMScheduler(clip_sample=True))
+    root = root_of("ddpm-cifar10", tmp_path)
+    convert(options(ConvertSpec, f"--config ddpm-cifar10 {root} --checkpoint {model} --out {teacher}"))
+    rollout(options(RolloutSpec, f"--config ddpm-cifar10 {ONE_SHARD} --teacher {teacher} --store {path}"))
+    words = f"{ONE_UPDATE} --objective flow-map --objective.grids 1 2 4 --store {path} --out {student}"
+    distill(options(DistillSpec, f"--config ddpm-cifar10 {words}"))
+    assert load_model(str(student)).sample(2, steps=1).images.isfinite().all()
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_section_of_a_recipe_belongs_to_a_stage(recipe: str):
     sections = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
-    assert {"teach", "rollout", "distill", "sweep", "evaluate"} <= set(sections)
+    assert {"convert" if recipe in CONVERTED else "teach", "rollout", "distill", "sweep", "evaluate"} <= set(sections)
     for stage in sections:
         data = "--data.root somewhere" if stage in {"teach", "convert"} and recipe != "digits" else ""
         options(STAGES[stage], f"--config {recipe} {REQUIRED[stage]} {data}")
