@@ -54,7 +54,9 @@ class DiffusersModel(NetworkModule):
     log_ratio: Tensor
     timestep: Tensor
 
-    def __init__(self, config: DiffusersModelConfig, sample_shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self, config: DiffusersModelConfig, sample_shape: tuple[int, ...], num_classes: int, model: Any = None
+    ) -> None:
         import diffusers
 
         super().__init__()
@@ -62,7 +64,8 @@ class DiffusersModel(NetworkModule):
         self.has_labels, self.is_student = config.labels != "none", config.student
         self._condition: Tensor | None = None  # the conditions' embedding during a call
         self.diffusers_name = "transformer" if "Transformer" in config.model["_class_name"] else "unet"
-        model: Any = getattr(diffusers, config.model["_class_name"]).from_config(config.model)
+        if model is None:
+            model = getattr(diffusers, config.model["_class_name"]).from_config(config.model)
         self.add_module(self.diffusers_name, model)
         if config.conditions:
             embeddings = [module for name, module in model.named_modules() if name.endswith(TIME_EMBEDDINGS)]
@@ -75,10 +78,7 @@ class DiffusersModel(NetworkModule):
                 module.dropout_prob = 0.0  # the labels of a batch are those of the teacher's trajectories
         with torch.device("cpu"):
             self.schedule = schedule = read_schedule(config.scheduler)
-            self.t_range = schedule.t_range
-            alpha, sigma = (level.item() for level in schedule.levels(torch.tensor(self.t_range[1]).double()))
-        # Above the last trained time, x is on the ray x = eps (1 - ray (1 - t)).
-        self.ray = (alpha + sigma - schedule.start) / alpha if alpha else 0.0
+            self.t_range, self.ray = schedule.t_range, schedule.ray
         device = next(model.parameters()).device
         self.register_buffer("log_ratio", schedule.log_ratio.float().to(device), persistent=False)
         self.register_buffer("timestep", schedule.timestep.float().to(device), persistent=False)
@@ -93,7 +93,7 @@ class DiffusersModel(NetworkModule):
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Return the velocity at x [batch, channels, height, width], t (scalar or [batch]) and label [batch]."""
         schedule, (first, last) = self.schedule, self.t_range
-        given_t = t.float().expand(len(x))
+        given_t = t.float().expand(x.shape[0])
         t_each = given_t.clamp(first, last)
         t_wide = t_each.reshape(-1, *[1] * (x.ndim - 1))
         alpha, sigma = schedule.levels(t_wide)

@@ -30,7 +30,7 @@ class Schedule:
 
     Attributes:
         prediction: epsilon, sample, v_prediction, edm or flow.
-        log_ratio: [levels], log(sigma / alpha), increasing, float64.
+        log_ratio: [levels], log(sigma / alpha), increasing.
         timestep: [levels], the model's time input at these levels. Between levels, it is linear in ``log_ratio``.
         start: standard deviation of z from which samplers start, at the noisiest level.
         sigma_data, sign: EDM's constants of preconditioning.
@@ -48,6 +48,15 @@ class Schedule:
         """The first and the last trained time t."""
         low, high = torch.sigmoid(self.log_ratio[[0, -1]]).tolist()
         return low, high
+
+    @property
+    def ray(self) -> float:
+        """Above the last trained time, x moves on the ray x = eps (1 - ray (1 - t)) to the start of the samplers."""
+        last = self.t_range[1]
+        if last == 1:
+            return 0.0
+        alpha, sigma = (level.item() for level in self.levels(torch.tensor(last, dtype=torch.float64)))
+        return float((alpha + sigma - self.start) / alpha)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at the times ``t``."""
