@@ -19,7 +19,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network's output
             is not a finite velocity, or the folder belongs to another spec or cannot be written.
     """
-    spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root")
+    spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root", "data.autoencoder")
     data = decode.open_described("convert", spec.data)
     samples = (data.sample_shape, data.num_classes)
     unclamped = spec.network.model_copy(update={"bounded": False})

@@ -15,7 +15,9 @@ from kac.util.errors import DistillKacError
 from kac.util.options import Options
 
 EVALUATION_FILE = "evaluation.json"
-REAL = "real"
+REAL, DECODED = "real", "decoded"
+"""Kinds of the rows without a model: held-out images, and those images encoded and decoded by the autoencoder."""
+
 PIXEL_SPACES = {"pixels", "pooled"}
 
 
@@ -23,7 +25,7 @@ class Score(Options):
     """One row of the table."""
 
     name: str
-    kind: str  # "teacher", "student", or REAL for held-out images
+    kind: str  # "teacher", "student", REAL or DECODED
     steps: int | None  # None for real images
     guidance: float | None  # None for real images
     count: int  # samples per noise seed
