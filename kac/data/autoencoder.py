@@ -56,7 +56,7 @@ class Autoencoder:
             contents = {name: files.read_bytes(files.join(folder, name)) for name in FILES}
             name = json.loads(contents[CONFIG_FILE]).get("_class_name")
         except (FileNotFoundError, NotADirectoryError):
-            raise ArgumentError(f"{self.option} is no autoencoder: it lacks {' or '.join(FILES)}.") from None
+            raise ArgumentError(f"{self.option} lacks {' or '.join(FILES)}. Give an autoencoder's folder.") from None
         except (ValueError, AttributeError):
             raise ArgumentError(f"{self.option} has a damaged {CONFIG_FILE}. Copy the folder again.") from None
         if name not in CLASSES:
