@@ -1,6 +1,5 @@
 """Small autoencoders for tests."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def trained_on_digits() -> Any:
     network = make_network(latent_channels=4)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     order = torch.Generator().manual_seed(0)
-    for _ in range(200):
+    for _ in range(150):
         batch = images[torch.randint(len(images), (64,), generator=order)]
         latent = network.encode(batch).latent_dist.mean
         loss = (network.decode(latent).sample - batch).square().mean() + 1e-3 * latent.square().mean()

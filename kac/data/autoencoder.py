@@ -121,12 +121,10 @@ class Autoencoder:
 
 
 def _encode(network: Any, images: Tensor) -> Tensor:
-    """Return the unscaled latents. Each class of autoencoder returns them in another field."""
+    """Return the unscaled latents, which ``AutoencoderKL`` returns as a distribution."""
     with torch.no_grad():
-        encoded = network.encode(images)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean  # type: ignore[no-any-return]
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent  # type: ignore[no-any-return]
+        latents = network.encode(images)[0]
+    return latents if isinstance(latents, Tensor) else latents.mean
 
 
 open_autoencoder = functools.lru_cache(maxsize=2)(Autoencoder)
@@ -163,14 +161,10 @@ class LatentSource(Source):
         ]
         return Contents(
             shape=description.sample_shape,
-            num_classes=description.num_classes,
             labels=torch.cat([split.labels for split in splits.values()]).numpy(),
             held_out=np.arange(description.train + description.held_out) >= description.train,
             units=units,
-            split=description.split,
-            class_names=description.class_names,
-            warnings=description.warnings,
-            sha256=description.sha256,
+            **description.model_dump(include={"num_classes", "split", "class_names", "warnings", "sha256"}),
         )
 
     def decode(self, content: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -148,7 +148,7 @@ def provenance(record: Record) -> list[str]:
     copying = [
         f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
         for score in record.scores
-        if score.metrics.get("memorisation", 1.0) < COPIES_BELOW
+        if score.kind != DECODED and score.metrics.get("memorisation", 1.0) < COPIES_BELOW
     ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "

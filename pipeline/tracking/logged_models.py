@@ -276,15 +276,14 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
     for file in Path(path, "code").rglob("*"):
         if file.is_file() and file.suffix != ".py":
             file.unlink()
-    for name in files.list_sizes(folder):
+    copied = {name: files.join(folder, name) for name in files.list_sizes(folder)}
+    if autoencoder:
+        copied |= {f"autoencoder/{name}": files.join(autoencoder, name) for name in AUTOENCODER_FILES}
+    for name, source in copied.items():
         if name.endswith(".safetensors") or Path(name).name == CONFIG_FILE:
             copy = path / MODEL_FOLDER / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(files.read_bytes(files.join(folder, name)))
-    for name in AUTOENCODER_FILES if autoencoder else ():
-        copy = path / MODEL_FOLDER / "autoencoder" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(files.read_bytes(files.join(str(autoencoder), name)))
+            copy.write_bytes(files.read_bytes(source))
     # If MLflow copied the artifact, it would show a progress bar and record the source's temporary path.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": MODEL_FOLDER, "uri": folder}}

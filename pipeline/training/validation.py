@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kac.conditioning import known_classes
-from kac.data import LabelledImages
+from kac.data import DataConfig, LabelledImages, describe_dataset, open_dataset
 from kac.losses.refinement import energy_distance, mean_distance
 from kac.metrics import Metric
-from kac.model import Model, ModelConfig, deliver, learned_images
+from kac.model import DATA_CHANGED, Model, ModelConfig, deliver
 from kac.networks import NetworkModule
 from kac.networks.cost import TRAINING_CALLS
 from kac.precision import Precision
@@ -123,7 +123,7 @@ class Validation:
             DistillKacError: the network has diverged.
         """
         metrics = {}
-        if (real := _real_images(self.config)) is not None:
+        if (real := _real_images(self.config.data, self.config.data_sha256)) is not None:
             metrics[ENERGY_DISTANCE] = self._energy_distance(network, real)
         if self.held_out is not None and self.held_out.rows:
             metrics[ENDPOINT_ERROR] = self._endpoint_error(network, self.held_out)
@@ -171,10 +171,12 @@ def _rows(held_out: HeldOut, most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 @lru_cache(maxsize=1)
-def _real_images(config: ModelConfig) -> LabelledImages | None:
+def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
     """Held-out images, or None if the data is missing or has changed, because training a student does not need it."""
     try:
-        split = learned_images("the model", config).held_out
+        if describe_dataset(config).sha256 != sha256:
+            raise DistillKacError(DATA_CHANGED)
+        split = open_dataset(config.images).held_out
     except (DistillKacError, OSError) as error:
         log.info(f"validation: no energy distance, because the teacher's data cannot be read: {error}")
         return None
