@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import safetensors.torch
 import torch
 from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
 
-from kac.data import DataConfig, Dataset, open_dataset
+from kac.data import DataConfig, Dataset, describe_dataset, open_autoencoder, open_dataset
 from kac.networks import Conditioning, NetworkConfig, NetworkModule, build_network, outline_network
 from kac.path import PathConfig
 from kac.solvers import KnotGrid
 from kac.util import files
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
 from kac.util.fingerprint import with_neutral_values
+from kac.util.images import delivered
 from kac.util.options import Options
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class ModelConfig(Options):
     path: PathConfig
     data: DataConfig = Field(description="the teacher's training data, and where they are stored")
     data_sha256: str
+    autoencoder_sha256: str | None = Field(None, description="hash of the autoencoder of `data`; None: works in pixels")
     sample_shape: tuple[PositiveInt, ...]
     num_classes: PositiveInt
     class_frequencies: tuple[float, ...] = Field(description="fraction of the training images in each class")
@@ -103,13 +106,14 @@ def teacher_config(
     conditioning: Conditioning = "classes_and_null",
 ) -> ModelConfig:
     """Return a teacher's config, including its dataset's properties. Raises the same errors as ``open_dataset``."""
-    dataset = open_dataset(data).description
+    dataset = describe_dataset(data)
     return ModelConfig(
         kind="teacher",
         network=network,
         path=path,
         data=data,
         data_sha256=dataset.sha256,
+        autoencoder_sha256=open_autoencoder(data.autoencoder).sha256 if data.autoencoder else None,
         **dataset.model_dump(include={"sample_shape", "num_classes", "class_frequencies", "class_names"}),
         conditioning=conditioning,
         fingerprint=fingerprint,
@@ -120,15 +124,47 @@ def learned_data(path: str, model: ModelConfig) -> Dataset:
     """Return the training data of the model in the folder ``path``; for a student, its teacher's training data.
 
     Raises:
-        DistillKacError: the data have changed since training, or ``open_dataset`` fails.
+        DistillKacError: the data or the autoencoder have changed since training, or ``open_dataset`` fails.
     """
-    data = open_dataset(model.data)
-    if data.description.sha256 != model.data_sha256:
+    learned_images(path, model)
+    return open_dataset(model.data)
+
+
+def learned_images(path: str, model: ModelConfig) -> Dataset:
+    """Return the images of ``learned_data``: the same dataset, except that latents are replaced by their images."""
+    decoder_of(model)
+    sha256 = describe_dataset(model.data).sha256
+    if sha256 != model.data_sha256:
         raise DistillKacError(
             f"{path} was trained on data with sha256 {model.data_sha256[:12]}, but the data now have sha256 "
-            f"{data.description.sha256[:12]}. {DATA_CHANGED}"
+            f"{sha256[:12]}. {DATA_CHANGED}"
         )
-    return data
+    return open_dataset(model.data.images)
+
+
+def decoder_of(model: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """Return the function that maps a model's samples to images, with gradients. For a model in pixels: the identity.
+
+    Raises:
+        DistillKacError: the autoencoder is missing, or has changed since training.
+    """
+    if not model.data.autoencoder:
+        return lambda samples: samples
+    autoencoder = open_autoencoder(model.data.autoencoder)
+    if autoencoder.sha256 != model.autoencoder_sha256:
+        raise DistillKacError(f"{autoencoder.option} has changed since the model was trained. Restore its two files.")
+    return autoencoder.decode
+
+
+def deliver(model: ModelConfig, samples: Tensor) -> Tensor:
+    """Return the delivered images of a model's samples [batch, *sample], on the CPU."""
+    return delivered(decoder_of(model)(samples).cpu())
+
+
+def image_shape(model: ModelConfig) -> tuple[int, ...]:
+    """Return the shape of a model's delivered images."""
+    folder = model.data.autoencoder
+    return open_autoencoder(folder).image_shape(model.sample_shape) if folder else model.sample_shape
 
 
 class Model(NamedTuple):
@@ -156,7 +192,7 @@ class Model(NamedTuple):
             guidance: guidance scale; default: the student's own scale, or 0 for a teacher.
 
         Returns:
-            ``images`` [count, *sample_shape] in [-1, 1], and their ``label`` [count].
+            ``images`` [count, *image_shape] in [-1, 1], and their ``label`` [count].
 
         Raises:
             ArgumentError: the model does not support the steps, classes or guidance, or a number is below 1.

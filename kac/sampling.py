@@ -9,7 +9,7 @@ from torch import Tensor
 from kac import noise
 from kac.conditioning import check_labels, network_labels
 from kac.guidance import GuidedVelocity, check_guidance, guide
-from kac.model import Model, ModelConfig
+from kac.model import Model, ModelConfig, decoder_of
 from kac.networks import VelocityNetwork
 from kac.precision import Precision
 from kac.solvers import KnotGrid, Solution, SolverName, knot_times, solve
@@ -90,11 +90,12 @@ def draw(
     Args:
         batch_size: samples per network call.
         labels: as in ``initial_noise``.
-        raw: return the unrounded images, without passing them through ``delivered``.
+        raw: return the unrounded images, without passing them through ``delivered``. Latents are decoded.
 
     Raises:
         DivergedError: the model generates NaN or infinity.
     """
+    decode = decoder_of(model.config)
     device, network = next(model.network.parameters()).device, precision.wrap(model.network)
     batches, classes, nfe, seconds = [], [], 0, 0.0
     for start in range(first, first + count, batch_size):
@@ -102,7 +103,7 @@ def draw(
         x_1, label_on_device = x_1.to(device), label.to(device)
         started = time.perf_counter()
         solution = generate(network, x_1, label_on_device, sampling)
-        batches.append(solution.x.cpu())
+        batches.append(decode(solution.x).cpu())
         seconds += time.perf_counter() - started
         classes.append(label)
         nfe = solution.nfe

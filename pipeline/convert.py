@@ -24,7 +24,7 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
         DistillKacError: the checkpoint cannot be read or does not fit the network and the data, the network's output
             is not a finite velocity, or the folder belongs to another spec or cannot be written.
     """
-    spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root")
+    spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root", "data.autoencoder")
     folder = find_diffusers_folder(spec.checkpoint)
     data = decode.open_described("convert", spec.data)
     source = _convert_checkpoint(spec, data) if folder is None else _convert_folder(spec, folder, data)

@@ -1,13 +1,14 @@
 """Decode a dataset into the cache with Ray Data, on all of the cluster's CPUs. ``open_dataset`` uses one process.
 
 Each task decodes one piece: a group of encoded images, with their row numbers in the cache. The task writes the images
-directly into the cache, and returns only their number.
+directly into the cache, and returns only their number. Tasks that encode latents use GPUs if there are any.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from kac.data import DataConfig, DataDescription, begin_decoding, open_dataset
+from kac.data import DataConfig, DataDescription, begin_decoding, open_autoencoder, open_dataset
+from kac.data.autoencoder import LatentSource
 from kac.data.class_names import list_classes
 from kac.data.decoded import Piece, Writer
 from kac.util.errors import ArgumentError, DistillKacError, one_line
@@ -56,6 +57,9 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
     Raises:
         DistillKacError: files are missing, damaged or inconsistent.
     """
+    if config.autoencoder:
+        open_autoencoder(config.autoencoder)  # report a wrong folder before the images are decoded
+        prepare(config.images, from_images)
     decoding = begin_decoding(config)
     if decoding is None:
         return
@@ -73,7 +77,7 @@ def prepare(config: DataConfig, from_images: int = FROM_IMAGES) -> None:
 def _is_shared(config: DataConfig) -> bool:
     """Whether every machine in the cluster can access the data files and the cache."""
     try:
-        storage.check_shared({"`data.root`": config.root, **storage.cache_of()}, lambda: True)
+        storage.check_shared({**config.paths(), **storage.cache_of()}, lambda: True)
     except ArgumentError as error:
         log.info(f"decode: using only this machine. {error}")
         return False
@@ -94,7 +98,9 @@ def _decode_on_cluster(writer: Writer, pieces: list[Piece]) -> Iterator[int]:
         except DistillKacError as error:
             return {"images": [0], "failure": [str(error)]}
 
-    written = each(range(len(pieces)), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces))
+    encodes_on_gpu = isinstance(writer.source, LatentSource) and ray.cluster_resources().get("GPU")
+    gpus = {"num_gpus": 1} if encodes_on_gpu else {}
+    written = each(range(len(pieces)), write, pause_seconds=PAUSE_SECONDS, blocks=len(pieces), **gpus)
     try:
         for row in written.iter_rows():
             if row["failure"]:

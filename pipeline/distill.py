@@ -19,7 +19,17 @@ from kac.losses.refinement import (
     open_spaces,
     straight_through,
 )
-from kac.model import CONFIG_FILE, ModelConfig, learned_data, load_config, load_model, main_weights
+from kac.model import (
+    CONFIG_FILE,
+    ModelConfig,
+    decoder_of,
+    image_shape,
+    learned_data,
+    learned_images,
+    load_config,
+    load_model,
+    main_weights,
+)
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost
 from kac.sampling import Sampling, integrate
@@ -168,11 +178,12 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         )
     init = spec.init if spec.init != "teacher" else (spec.teacher or manifest.teacher)
     first = load_model(init).config
-    check_apart(spec, {"the teacher of the store": init, "`data.root` of the teacher": first.data.root})
+    check_apart(spec, {"the teacher of the store": init, **first.data.paths(" of the teacher")})
     _check_init(spec, objective, identity, init, first)
+    decoder_of(first)
     teacher = None
     if spec.refine.kind == "data":
-        check_spaces(spec.refine.spaces, first.sample_shape, first.num_classes)
+        check_spaces(spec.refine.spaces, image_shape(first), first.num_classes)
         decode.prepare(first.data)
         learned_data(init, first)
         if "teacher" in spec.refine.spaces:
@@ -181,7 +192,7 @@ def plan_student(spec: DistillSpec) -> DistillPlan:
         # Decode the validation images now, so that no worker waits for another worker to decode them. Training does not
         # need the images; if they are missing, validation reports that.
         with contextlib.suppress(DistillKacError, OSError):
-            decode.prepare(first.data)
+            decode.prepare(first.data.images)
     sample_ids = {w: [list(part) for part in manifest.ids(w)] for w in scales}
     content = {
         "store": manifest.fingerprint,
@@ -352,12 +363,15 @@ def _refinement(
 
     The distillation losses are the anchor, weighted by ``options.anchor``. Diagnostics are not weighted.
     """
-    source, data, path = store.open(spec.store), learned_data(init, model), model.path.build()
+    source, path = store.open(spec.store), model.path.build()
+    data, latents, decode = learned_images(init, model), learned_data(init, model), decoder_of(model)
     assert source.manifest is not None
     teacher = spec.teacher or source.manifest.teacher
     spaces = open_spaces(options.spaces, SpaceInputs(data, device, lambda: load_model(teacher), spec.precision))
     num_classes = model.num_classes if known_classes(model) else 0
-    distance = RefinementLoss(data.train, spaces, num_classes, options.distance, options.class_weight, device)
+    weight, in_latents = options.class_weight, bool(model.data.autoencoder)
+    distance = RefinementLoss(data.train, spaces, num_classes, options.distance, weight, device, latents.train)
+    sees_images = not in_latents or not all(space.takes_latents for space in spaces)
     frequencies, size = torch.tensor(model.class_frequencies), spec.optimizer.batch_size
 
     def refine(network: VelocityNetwork, micro: training.MicroBatch, distillation: LossTerms) -> LossTerms:
@@ -373,7 +387,8 @@ def _refinement(
         steps = options.steps[micro.update % len(options.steps)] if "end_time" in network.takes else spec.steps
         sampling = Sampling(0.0, steps, "euler", source.identity.knot_grid)
         x_0 = integrate(network, x_1, network_labels(model, label), sampling).x
-        loss = distance(straight_through(x_0), label, micro.share(real_rows), micro.update)
+        images = straight_through(decode(x_0)) if sees_images else x_0
+        loss = distance(images, label, micro.share(real_rows), micro.update, x_0 if in_latents else None)
         anchored = {name: options.anchor * loss for name, loss in distillation.losses.items()}
         return LossTerms({**anchored, options.distance: loss}, distillation.diagnostics)
 

@@ -15,7 +15,7 @@ import torch
 from kac.conditioning import known_classes
 from kac.guidance import check_guidance
 from kac.metrics import Metric
-from kac.model import ModelConfig, learned_data, load_teacher_config
+from kac.model import ModelConfig, learned_data, learned_images, load_teacher_config
 from kac.sampling import Sampling
 from kac.study import MEASURES, Inputs, StudyModel, Training, Trajectories
 from kac.util import files
@@ -45,7 +45,7 @@ def study(spec: StudySpec, parent: tracking.TrackedRun | None = None) -> dict[st
     spec = cluster.absolute_paths(spec, "teacher", "store", "students", "rivals", "out")
     opened = None if spec.store is None else store.open(spec.store)
     inputs = _open(spec, opened)
-    check_apart(spec, {"`data.root` of the teacher": inputs.teacher.config.data.root})
+    check_apart(spec, inputs.teacher.config.data.paths(" of the teacher"))
     content = _content(spec, inputs, opened)
     if not outputs.begin(spec.out, spec, STUDY_FILE, **content):
         log.info(f"study: {spec.out} is complete: nothing to do")
@@ -81,7 +81,7 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     """Open the inputs and check that they belong together."""
     teacher = load_teacher_config(spec.teacher)
     own = StudyModel("teacher", spec.teacher, teacher)
-    data = learned_data(spec.teacher, teacher)
+    data, images = learned_data(spec.teacher, teacher), learned_images(spec.teacher, teacher)
     names = unique_names(path for given in spec.students for path in student_folders(given))
     students = [StudyModel(n, path, load_student_config(path, spec.teacher, teacher)) for path, n in names.items()]
     check_guidance(teacher, [w for _, _, config in students if (w := config.guidance) is not None])
@@ -103,7 +103,7 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     options = (spec.samples, spec.steps, spec.precision, spec.seed, spec.batch_size)
     trainings = {spec.teacher: _teaching(spec.teacher)}
     trainings |= {model.path: _distillations(model, opened) for model in students if opened is not None}
-    return Inputs(own, students, rivals, trajectories, data, *options, trainings)
+    return Inputs(own, students, rivals, trajectories, data, images, *options, trainings)
 
 
 def _teaching(path: str) -> list[Training]:

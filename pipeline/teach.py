@@ -44,10 +44,10 @@ def teach(
         DistillKacError: the data is missing or damaged, the folder belongs to another spec or cannot be written, or
             the training diverged.
     """
-    spec = cluster.absolute_paths(spec, "out", "data.root")
-    root = spec.data.root
+    spec = cluster.absolute_paths(spec, "out", "data.root", "data.autoencoder")
+    paths = spec.data.paths()
     storage.check_shared(
-        {"`out`": spec.out, "`data.root`": root, **storage.cache_of(root is not None)},
+        {"`out`": spec.out, **paths, **storage.cache_of(any(paths.values()))},
         is_spread=lambda: bool(training.choose_workers(spec).workers),
         writes_to_mlflow=spec.out,
     )
@@ -79,7 +79,7 @@ def teach(
 
 def resolve_spec(spec: TeachSpec) -> TeachSpec:
     """Return the spec with absolute paths and a settled precision."""
-    spec = cluster.absolute_paths(spec, "out", "data.root")
+    spec = cluster.absolute_paths(spec, "out", "data.root", "data.autoencoder")
     return spec.settled(lambda: training.choose_workers(spec).on_gpu)
 
 

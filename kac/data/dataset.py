@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,12 +34,17 @@ class DataDescription(Options):
 class LabelledImages(NamedTuple):
     """Some rows of a dataset."""
 
-    images: Tensor  # [rows, *sample], float32 in [-1, 1]
+    images: Tensor  # [rows, *sample], float32: images and points in [-1, 1], or latents
     labels: Tensor  # [rows], int64 in 0 .. num_classes - 1
 
 
 class Split(Protocol):
     """The training images or the held-out images of a dataset."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all rows, [len], int64."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -75,6 +80,7 @@ class Contents(NamedTuple):
     split: str  # which images are held out, and why
     class_names: tuple[str, ...] = ()  # by label; empty if the classes have no names
     warnings: tuple[str, ...] = ()  # warnings for the user about the files
+    sha256: str = ""  # identity of the dataset; empty: the hash of its content
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Source(ABC):
     """
 
     root: str  # absolute path or s3:// URI of a file or folder
+    dtype: ClassVar[str] = "uint8"  # of the blocks and of the cache: uint8 pixels, or float32 latents
 
     @abstractmethod
     def stamps(self) -> Iterator[files.Stamp]:
@@ -97,7 +104,7 @@ class Source(ABC):
 
     @abstractmethod
     def decode(self, content: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the images of one unit, uint8, in blocks [rows, *shape]."""
+        """Yield the images of one unit in blocks [rows, *shape] of the type ``dtype``."""
 
     def name(self, path: str) -> str:
         """Return the full path of ``path``, which is relative to the root. An empty path means the root."""

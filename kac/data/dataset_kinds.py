@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from kac.data import decoded, in_memory
-from kac.data.dataset import Dataset, Source
+from kac.data.autoencoder import LatentSource
+from kac.data.dataset import DataDescription, Dataset, Source
 from kac.data.folder import FolderSource
 from kac.data.in_memory import BUNDLED, BundledKind
 from kac.data.parquet import ParquetSource
@@ -57,6 +58,11 @@ class DataConfig(Kinded):
     image_column: str = Field("image", description="column of encoded images")
     label_column: str | None = Field("label", description="column of integer labels; None: one class for all images")
     horizontal_flip: bool = Field(False, description="mirror training images left to right with probability 1/2")
+    autoencoder: str | None = input_path(
+        None,
+        "folder of a diffusers AutoencoderKL, AutoencoderTiny or AutoencoderDC; models then work in its latents; "
+        "default: in pixels",
+    )
 
     def __hash__(self) -> int:
         """Return a hash for the cache of opened datasets. ``arguments`` may contain unhashable lists and mappings."""
@@ -67,9 +73,18 @@ class DataConfig(Kinded):
         """Where the data come from: the path of the files, the import path of the factory, or the kind."""
         return self.root or self.factory or self.kind
 
+    @property
+    def images(self) -> Self:
+        """The dataset of pixels: these options without the autoencoder."""
+        return self.model_copy(update={"autoencoder": None})
+
+    def paths(self, of: str = "") -> dict[str, str | None]:
+        """Return the paths to read, by option. Text such as " of the teacher" can follow the options' names."""
+        return {f"`data.root`{of}": self.root, f"`data.autoencoder`{of}": self.autoencoder}
+
     @model_validator(mode="after")
     def _has_only_options_of_its_kind(self) -> Self:
-        known = {"kind"}
+        known = {"kind"} if self.kind in {"moons", "gaussians"} else {"kind", "autoencoder"}
         if self.kind in FILE_KINDS:
             known |= {"horizontal_flip", *_source_options(self.kind)}
             if not self.root:
@@ -78,6 +93,8 @@ class DataConfig(Kinded):
             known |= {"factory", "arguments", "horizontal_flip"}
             if not self.factory:
                 raise ValueError("`factory` is missing. Give package.module:function.")
+        if self.autoencoder and self.horizontal_flip:
+            raise ValueError("`horizontal_flip` cannot mirror the latents of `autoencoder`. Remove one of them.")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in known and value != field.default:
@@ -93,12 +110,15 @@ def _source_options(kind: DataKind) -> list[str]:
 def open_dataset(config: DataConfig) -> Dataset:
     """Return the dataset, opened once per process. A dataset that is not in the cache is decoded in this process.
 
+    With an autoencoder, the samples are latents. ``open_dataset(config.images)`` has the pixels of the same rows.
+
     Raises:
-        DistillKacError: files are missing, damaged or inconsistent, or a factory or its data is invalid.
+        DistillKacError: files are missing, damaged or inconsistent, a factory or its data is invalid, or the
+            autoencoder does not fit.
     """
-    if config.kind in BUNDLED:
+    if config.kind in BUNDLED and not config.autoencoder:
         return BUNDLED[config.kind]()
-    if config.factory is not None:
+    if config.factory is not None and not config.autoencoder:
         return in_memory.open_arrays(config.factory, config.arguments, config.horizontal_flip)
     source, paths = _locate(config)
     return decoded.find(paths) or decoded.decode_here(source, paths)
@@ -109,13 +129,25 @@ def begin_decoding(config: DataConfig) -> AbstractContextManager[decoded.Decodin
 
     Returns None if the dataset has no files or is already in the cache.
     """
-    if config.kind not in FILE_KINDS:
+    if config.kind not in FILE_KINDS and not config.autoencoder:
         return None
     source, paths = _locate(config)
     return None if decoded.find(paths) else decoded.decoding(source, paths)
 
 
+def describe_dataset(config: DataConfig) -> DataDescription:
+    """Return a dataset's description. If the samples are latents, no image is encoded for this."""
+    return _latents(config).describe() if config.autoencoder else open_dataset(config).description
+
+
+def _latents(config: DataConfig) -> LatentSource:
+    return LatentSource(config.autoencoder or "", functools.partial(open_dataset, config.images))
+
+
 def _locate(config: DataConfig) -> tuple[Source, decoded.CachePaths]:
+    if config.autoencoder:
+        latents = _latents(config)
+        return latents, decoded.cache_paths(latents, {"kind": "latents", "sha256": latents.describe().sha256})
     root = config.root or ""
     root = files.normal(root) if files.is_uri(root) else files.locate(root).path
     options = {name: getattr(config, name) for name in _source_options(config.kind)} | {"root": root}

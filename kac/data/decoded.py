@@ -1,4 +1,4 @@
-"""The cache of decoded images. Each split's images are in a .npy file, from which only the rows in use are read.
+"""The cache of decoded images, and of latents. A .npy file has a split's images. Only the rows in use are read from it.
 
     CACHE/data/KEY/{train,held_out}-{images,labels}.npy, dataset.json
 
@@ -56,6 +56,7 @@ class CachePaths(NamedTuple):
 
     shared: str  # in the cache folder: a path or s3:// URI
     local: str  # where this machine reads the dataset; differs from ``shared`` only if ``shared`` is on S3
+    dtype: str = Source.dtype
 
 
 class Piece(NamedTuple):
@@ -125,9 +126,10 @@ class DecodedSplit:
         # Keep the file open, so that the split is readable even if the cache is deleted. Do not use a memory map,
         # because its pages would count as the process's memory.
         self._file = open(f"{folder}/{split}-images.npy", "rb", buffering=0)  # noqa: SIM115
-        self._shape = _read_header(self._file)
+        self._shape, self._dtype = _read_header(self._file)
         self._start = self._file.tell()
-        expected, found = self._start + math.prod(self._shape), os.fstat(self._file.fileno()).st_size
+        expected = self._start + math.prod(self._shape) * self._dtype.itemsize
+        found = os.fstat(self._file.fileno()).st_size
         if found != expected or self._shape[0] != len(self.labels):
             raise DistillKacError(
                 f"{self._file.name} is damaged: it has {found:,} bytes instead of {expected:,}. Delete {folder}."
@@ -138,11 +140,12 @@ class DecodedSplit:
 
     def rows(self, ids: Tensor) -> LabelledImages:
         """Return the rows ``ids`` [rows], int64 in 0 .. len - 1, in the order given."""
-        images = np.empty((len(ids), *self._shape[1:]), np.uint8)
+        images = np.empty((len(ids), *self._shape[1:]), self._dtype)
         labels = self.labels[ids]  # raises IndexError if an id is out of range
         for image, i in zip(images, ids.tolist(), strict=True):
             os.preadv(self._file.fileno(), [image], self._start + image.nbytes * (i % len(self)))
-        return LabelledImages(from_bytes(torch.from_numpy(images)), labels)
+        rows = torch.from_numpy(images)
+        return LabelledImages(from_bytes(rows) if self._dtype == np.uint8 else rows, labels)
 
 
 def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
@@ -153,7 +156,8 @@ def cache_paths(source: Source, options: dict[str, Any]) -> CachePaths:
     key = fingerprint({"version": VERSION, "stamps": stamps.hexdigest(), **options})
     shared = files.join(cache_folder("data"), key)
     on_this_machine = Path(tempfile.gettempdir()) / f"distillkac-{os.getuid()}" / "data" / key
-    return CachePaths(shared, str(on_this_machine) if shared.startswith("s3://") else files.locate(shared).path)
+    local = str(on_this_machine) if shared.startswith("s3://") else files.locate(shared).path
+    return CachePaths(shared, local, source.dtype)
 
 
 def find(paths: CachePaths) -> Dataset | None:
@@ -168,7 +172,7 @@ def find(paths: CachePaths) -> Dataset | None:
         for split, count in zip(SPLITS, (description.train, description.held_out), strict=True):
             name = f"{split}-labels.npy"
             Path(folder, name).write_bytes(files.read_bytes(files.join(paths.shared, name)))
-            _allocate(folder, split, (count, *description.sample_shape))
+            _allocate(folder, split, (count, *description.sample_shape), paths.dtype)
         _download_images(paths.shared, folder)
         return _publish(folder, paths.local, description)
 
@@ -182,13 +186,13 @@ def decoding(source: Source, paths: CachePaths) -> Iterator[Decoding]:
         held_out = every_nth_of_each_class(torch.from_numpy(contents.labels)).numpy()
     check_labels(source.root, contents.labels, contents.num_classes, held_out)
     with _local_folder(paths.local) as folder:
-        _check_room(folder, contents)
+        _check_room(folder, contents, source.dtype)
         for split, labels in zip(SPLITS, (contents.labels[~held_out], contents.labels[held_out]), strict=True):
             name = f"{split}-labels.npy"
             np.save(f"{folder}/{name}", labels)
             if is_remote:
                 files.write_bytes(files.join(paths.shared, name), Path(folder, name).read_bytes())
-            _allocate(folder, split, (len(labels), *contents.shape))
+            _allocate(folder, split, (len(labels), *contents.shape), source.dtype)
 
         def finish() -> Dataset:
             if is_remote:
@@ -211,9 +215,9 @@ def decode_here(source: Source, paths: CachePaths) -> Dataset:
         return work.finish()
 
 
-def _check_room(folder: str, contents: Contents) -> None:
+def _check_room(folder: str, contents: Contents, dtype: str) -> None:
     images, side = len(contents.labels), "x".join(map(str, contents.shape[:0:-1]))
-    needed, free = images * math.prod(contents.shape), shutil.disk_usage(folder).free
+    needed, free = images * math.prod(contents.shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
     if needed > free:
         raise DistillKacError(
             f"{os.path.dirname(folder)}: {images:,} images of {side} pixels need {needed / 1e9:,.1f} GB, but this disk "
@@ -232,15 +236,15 @@ def _pieces(contents: Contents, held_out: np.ndarray) -> list[Piece]:
     return pieces
 
 
-def _allocate(folder: str, split: str, shape: tuple[int, ...]) -> None:
-    np.lib.format.open_memmap(f"{folder}/{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
+def _allocate(folder: str, split: str, shape: tuple[int, ...], dtype: str) -> None:
+    np.lib.format.open_memmap(f"{folder}/{split}-images.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
 
 
-def _read_header(file: Any) -> tuple[int, ...]:
-    """Return the shape of the array in a .npy file, and move the file position to the first value."""
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and type of the array in a .npy file, and move the file position to the first value."""
     np.lib.format.read_magic(file)
-    shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    return shape
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
 
 
 @contextmanager
@@ -284,7 +288,7 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
         labels = np.load(f"{folder}/{split}-labels.npy")
         with open(f"{folder}/{split}-images.npy", "rb") as file:
             _read_header(file)
-            while data := file.read(HASHED_AT_ONCE):
+            while not contents.sha256 and (data := file.read(HASHED_AT_ONCE)):
                 content.update(data)
         content.update(labels.data)
         splits.append(labels)
@@ -297,7 +301,7 @@ def _describe(folder: str, contents: Contents) -> DataDescription:
         class_frequencies=tuple((np.bincount(train, minlength=contents.num_classes) / len(train)).tolist()),
         train=len(train),
         held_out=len(held_out),
-        sha256=fingerprint(identity),
+        sha256=contents.sha256 or fingerprint(identity),
         class_names=contents.class_names,
         split=contents.split,
         warnings=contents.warnings,
@@ -310,7 +314,8 @@ def _download_images(shared: str, folder: str) -> None:
         sizes = files.list_sizes(below)
         names = [files.join(below, name) for name in sizes]
         with open(f"{folder}/{split}-images.npy", "r+b") as file, ThreadPoolExecutor(BLOCKS_AT_ONCE) as readers:
-            found, expected = sum(sizes.values()), math.prod(_read_header(file))
+            shape, dtype = _read_header(file)
+            found, expected = sum(sizes.values()), math.prod(shape) * dtype.itemsize
             if found != expected:
                 raise DistillKacError(
                     f"{below} is damaged: it has {found:,} bytes instead of {expected:,}. Delete {shared}."

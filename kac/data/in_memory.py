@@ -34,6 +34,11 @@ class InMemorySplit(NamedTuple):
 
     data: LabelledImages
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all rows."""
+        return self.data.labels
+
     def __len__(self) -> int:
         return len(self.data.labels)
 

@@ -47,6 +47,7 @@ class RefinementSpace:
     features: Callable[[Tensor, int], Features]  # of samples [batch, *sample], in an update
     is_frozen: bool = True  # whether the features do not depend on the update
     is_cheap: bool = False  # whether the features are as fast to compute as to keep
+    takes_latents: bool = False  # whether the samples are the latents of a model in latents, not the decoded images
 
 
 CLASSIFIER = ClassifierRecipe(width=24, seed=1)
@@ -215,6 +216,7 @@ class RefinementLoss:
         distance: key of ``REFINEMENT_DISTANCES``.
         class_weight: distance between images of different classes, in units of the mean distance between real images.
         device: device of the samples.
+        latents: the latents of the training images, for spaces that take them; default: the training images.
 
     Attributes:
         count: number of training images that samples can be compared with.
@@ -228,7 +230,9 @@ class RefinementLoss:
         distance: RefinementDistance,
         class_weight: float = 0.5,
         device: torch.device | str = "cpu",
+        latents: Split | None = None,
     ) -> None:
+        self.latents = latents or train
         self.train, self.spaces, self.num_classes, self.device = train, spaces, num_classes, device
         self.class_weight, self.distance = class_weight, REFINEMENT_DISTANCES[distance]
         self.values_per_image = train.rows(torch.arange(1)).images.numel()
@@ -240,19 +244,23 @@ class RefinementLoss:
         kept = [n for n, space in enumerate(spaces) if space.is_frozen and (is_small or not space.is_cheap)]
         self.kept = {n: self._points(spaces[n], self.ids) for n in kept}
 
-    def __call__(self, samples: Tensor, label: Tensor, rows: Tensor, update: int = 0) -> Tensor:
+    def __call__(
+        self, samples: Tensor, label: Tensor, rows: Tensor, update: int = 0, latents: Tensor | None = None
+    ) -> Tensor:
         """Return the distance, a scalar.
 
         Args:
             samples, label: [batch, *sample], and their classes [batch].
             rows: int64 [n], 0 .. count - 1, the training images to compare with.
             update: update number, the seed of random spaces and distances.
+            latents: the latents of the samples, for spaces that take them; default: the samples.
         """
         means = []
         for n, space in enumerate(self.spaces):
             reference = self.kept[n] if n in self.kept else self._points(space, self.ids[rows], update)
             parts = []
-            for features, real in zip(space.features(samples, update), reference, strict=True):
+            seen = latents if space.takes_latents and latents is not None else samples
+            for features, real in zip(space.features(seen, update), reference, strict=True):
                 x = self._with_classes(features / real.unit, label)
                 y = real.points[rows.to(self.device)] if n in self.kept else real.points
                 parts.append(self.distance(x, y, real.mean_distance, update))
@@ -263,7 +271,7 @@ class RefinementLoss:
     def _points(self, space: RefinementSpace, ids: Tensor, update: int = 0) -> list[RealPoints]:
         blocks, labels = [], []
         for block in torch.split(ids, max(1, min(BLOCK_IMAGES, BLOCK_VALUES // self.values_per_image))):
-            images, label = self.train.rows(block)
+            images, label = (self.latents if space.takes_latents else self.train).rows(block)
             blocks.append(space.features(images.to(self.device), update))
             labels.append(label.to(self.device))
         found, unit_rows = [], _random_ids(len(ids), UNIT_IMAGES).to(self.device)
@@ -303,7 +311,7 @@ def check_spaces(names: Sequence[SpaceName], sample_shape: tuple[int, ...], num_
 class SpaceInputs(NamedTuple):
     """What feature spaces are made of."""
 
-    data: Dataset
+    data: Dataset  # images
     device: torch.device
     teacher: Callable[[], Model]  # loads the teacher, whose network becomes part of its space
     precision: Precision = Precision()  # of the teacher's network
@@ -346,7 +354,7 @@ def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
         found.clear()  # do not keep the graph of the samples
         return kept
 
-    return RefinementSpace(features)
+    return RefinementSpace(features, takes_latents=True)
 
 
 def _open_random(inputs: SpaceInputs) -> RefinementSpace:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from kac.conditioning import guidance_problem
 from kac.metrics.classifier import Classifier
 from kac.metrics.features import FeatureSpace
+from kac.model import decoder_of
 from kac.sampling import generate
 from kac.study.subject import ClaimResult, Inputs, Subject, panels, png
 from kac.util.images import delivered
@@ -22,7 +23,7 @@ class GuidancePoint(NamedTuple):
     """The effect of one guidance scale."""
 
     guidance: float
-    out_of_range: float  # fraction of the network's output values outside [-1, 1]
+    out_of_range: float  # fraction of the images' values outside [-1, 1], before they are clipped
     kinetic_energy: float  # mean over samples of the integral of |u_w|^2 |dt|
     agreement: float | None  # fraction of delivered samples that the classifier assigns to their label
 
@@ -39,12 +40,13 @@ def effect_of_guidance(
         outside, values, energy, correct = 0, 0, 0.0, 0
         for x_1, label in subject.starts():
             solution = generate(subject.network, x_1, label, subject.sampling._replace(guidance=w))
-            outside += int((solution.x.abs() > 1).sum())
-            values += solution.x.numel()
+            images = decoder_of(subject.config)(solution.x)
+            outside += int((images.abs() > 1).sum())
+            values += images.numel()
             energy += solution.kinetic_energy.double().sum().item()
             if classifier is not None:
                 assert isinstance(classifier.network, Classifier)
-                predicted = classifier.network.labels(classifier(delivered(solution.x.cpu())))
+                predicted = classifier.network.labels(classifier(delivered(images.cpu())))
                 correct += int((predicted == label.cpu()).sum())
         agreement = None if classifier is None else correct / subject.count
         yield GuidancePoint(w, outside / values, energy / subject.count, agreement)

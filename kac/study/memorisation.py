@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kac.metrics.distances import nearest_distances
+from kac.model import deliver
 from kac.study.subject import ClaimResult, Inputs, panels, png
-from kac.util.images import delivered
 
 MOST_ENERGETIC = 0.05
 MIN_CLASS_SAMPLES = 5
@@ -62,8 +62,8 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     rows = stored.read(["label", "kinetic_energy", stored.knot_columns[-1]])
     energy, label = rows["kinetic_energy"], rows["label"]
     pixels, w = inputs.pixels, stored.sampling.guidance
-    samples = pixels(delivered(rows[stored.knot_columns[-1]].float()))
-    nearest = [nearest_distances(samples, part) for part in pixels.of_training_images(inputs.data)]
+    samples = pixels(deliver(inputs.teacher.config, rows[stored.knot_columns[-1]].float()))
+    nearest = [nearest_distances(samples, part) for part in pixels.of_training_images(inputs.images)]
     distance = torch.stack(nearest).amin(0)
     found = energy_and_nearness(energy, distance, label)
     text = (

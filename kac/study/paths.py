@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kac.metrics.distances import kernel_distance
 from kac.metrics.quality import Reference
-from kac.model import load_model
+from kac.model import deliver, load_model
 from kac.networks import VelocityNetwork
 from kac.path import KacPath
 from kac.precision import Precision
@@ -27,7 +27,6 @@ from kac.study.solver_steps import MARKERS, STEPS, TeacherQuality, quality_of_te
 from kac.study.speed_limit import Speeds
 from kac.study.subject import TIME, ClaimResult, Inputs, Subject, Watched, panels, png
 from kac.util.device import default_device
-from kac.util.images import delivered
 
 KNOTS = (*range(0, TEACHER_STEPS, 5), TEACHER_STEPS - 1)
 """Solver steps at which Jacobians are measured. The last step starts just before the image."""
@@ -64,7 +63,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     if not inputs.rivals:
         return "no `rivals`"
     quality, pixels = quality_of_teachers(inputs), inputs.pixels
-    reference = Reference({}, pixels(quality.real), lambda: pixels.of_training_images(inputs.data))
+    reference = Reference({}, pixels(quality.real), lambda: pixels.of_training_images(inputs.images))
     models: dict[str, dict[str, dict[str, float]]] = {}  # the values by path and model
     for model, teacher in zip((inputs.teacher, *inputs.rivals), inputs.teachers(), strict=True):
         subject = replace(teacher, sampling=teacher.sampling._replace(solver="ab2", steps=TEACHER_STEPS))
@@ -97,15 +96,15 @@ def measure(inputs: Inputs) -> ClaimResult | str:
 def follow(subject: Subject) -> tuple[Tensor, dict[str, float]]:
     """Return delivered samples [count, *sample], with the energy and the speeds of their trajectories.
 
-    Speeds are relative to the speed limit of the subject's own path. They are left out if it has no limit.
+    Speeds are relative to the speed limit of the subject's own path. They are left out without a limit.
     """
     path, images, energies, network = subject.config.path.build(), [], [], subject.network
-    counted = Speeds(path) if isinstance(path, KacPath) else None
+    counted = Speeds(path) if isinstance(path, KacPath) and not subject.config.data.autoencoder else None
     if counted:
         network = Watched(network, lambda x, t, u: counted.see(t, u))
     for x_1, label in subject.starts():
         solution = generate(network, x_1, label, subject.sampling)
-        images.append(delivered(solution.x.cpu()))
+        images.append(deliver(subject.config, solution.x))
         energies.append(solution.kinetic_energy.cpu())
     values = {"kinetic_energy": torch.cat(energies).double().mean().item()}
     if counted:

@@ -56,7 +56,7 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     # AB-2 evaluates the network once per step, so every evaluated state is on the trajectory.
     subjects = [replace(subject, sampling=subject.sampling._replace(solver="ab2")) for subject in inputs.teachers()]
     found = {subject.name: travel(subject) for subject in subjects}
-    train = torch.cat(list(inputs.pixels.of_training_images(inputs.data)))
+    train = torch.cat(list(inputs.pixels.of_training_images(inputs.images)))
     lines, values = [], {}
     metrics: dict[str, float] = {}
     for name, (t, x, speed) in found.items():

@@ -15,6 +15,7 @@ from torch import Tensor
 from kac.metrics.distances import frechet_distance
 from kac.metrics.features import FeatureSpace
 from kac.metrics.statistics import Moments, Statistics
+from kac.model import deliver
 from kac.sampling import generate
 from kac.solvers import SOLVERS, SolverName
 from kac.study.subject import ClaimResult, Inputs, Subject, panels, png
@@ -55,7 +56,7 @@ def quality_of(
     parts = []
     for x_1, label in subject.starts():
         solution = generate(subject.network, x_1, label, subject.sampling)
-        parts.append(delivered(solution.x.cpu()))
+        parts.append(deliver(subject.config, solution.x))
     own = {space.name: Statistics.of(map(space, parts)).moments for space in spaces}
     return {name: frechet_distance(train[name], moments) for name, moments in own.items()}, solution.nfe
 
@@ -71,7 +72,7 @@ class TeacherQuality(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def quality_of_teachers(inputs: Inputs) -> TeacherQuality:
     """Sample the teacher and the rivals with every solver. Held-out images give the floor."""
-    spaces, held_out, train = inputs.spaces, inputs.data.held_out, inputs.train
+    spaces, held_out, train = inputs.spaces, inputs.images.held_out, inputs.train
     count = min(inputs.samples, len(held_out))
     chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]
     real = delivered(held_out.rows(chosen).images)

@@ -80,6 +80,8 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     path = inputs.teacher.config.path.build()
     if not isinstance(path, KacPath):
         return "the teacher's path has no speed limit"
+    if inputs.teacher.config.data.autoencoder:
+        return "the speed limit is for data in [-1, 1], not for latents"
     # Guided velocities have a different limit, so students that were distilled with guidance are not measured.
     teacher, *rivals = inputs.teachers()
     found = {s.name: speeds(s, path) for s in (teacher, *inputs.student_subjects(0.0), *rivals)}

@@ -99,7 +99,8 @@ class Inputs:
     students: Sequence[StudyModel]
     rivals: Sequence[StudyModel]  # teachers that differ from the teacher only in path and seed
     trajectories: Trajectories | None
-    data: Dataset
+    data: Dataset  # what the teacher was trained on: images or latents
+    images: Dataset
     samples: int  # number of samples per model
     steps: Sequence[int]  # step counts of any-step students
     precision: Precision
@@ -110,18 +111,18 @@ class Inputs:
     @functools.cached_property
     def pixels(self) -> FeatureSpace:
         """The feature space of pixels."""
-        return open_space("pixels", self.data)
+        return open_space("pixels", self.images)
 
     @functools.cached_property
     def spaces(self) -> list[FeatureSpace]:
         """The feature spaces: pixels, and the classifier's features if there are several classes."""
         has_classes = self.teacher.config.num_classes > 1
-        return [self.pixels, *([open_space("classifier", self.data, default_device())] if has_classes else [])]
+        return [self.pixels, *([open_space("classifier", self.images, default_device())] if has_classes else [])]
 
     @functools.cached_property
     def train(self) -> dict[str, Moments]:
         """The moments of the training images, by feature space."""
-        return {space.name: Statistics.of(space.of_training_images(self.data)).moments for space in self.spaces}
+        return {space.name: Statistics.of(space.of_training_images(self.images)).moments for space in self.spaces}
 
     def teacher_subject(self, guidance: float = 0.0, steps: int = 1) -> Subject:
         """Return the teacher. Its number of solver steps is a multiple of ``steps``, unless the store sets it."""

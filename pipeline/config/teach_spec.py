@@ -57,7 +57,7 @@ class TeachSpec(TeacherOptions, WorkerOptions, Spec):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        _check_options(self.network, self.path)
+        _check_options(self.network, self.path, self.data)
         if self.label_dropout and not self.network.has_null_label:
             raise ValueError(
                 f"`label_dropout` is {self.label_dropout}, but this network has no null label. "
@@ -90,12 +90,18 @@ class ConvertSpec(Spec):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        _check_options(self.network, self.path)
+        _check_options(self.network, self.path, self.data)
         return self
 
 
+<<<<<<< HEAD
 def _check_options(network: NetworkChoice, path: PathConfig) -> None:
+=======
+def _check_options(network: NetworkConfig, path: PathConfig, data: DataConfig) -> None:
+>>>>>>> latents
     if network.bounded:
         path_with_limit(path.build())
+        if data.autoencoder:
+            raise ValueError("`network.bounded` needs data in [-1, 1], but the data are latents. Remove it.")
     if network.conditions:
         raise ValueError("`network.conditions` must be empty, because a teacher takes only a time and a label.")

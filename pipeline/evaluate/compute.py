@@ -36,7 +36,7 @@ def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
     Raises:
         DistillKacError: a space does not fit the data, or a network does not return valid features.
     """
-    dataset = open_dataset(data)
+    dataset = open_dataset(data.images)
     for given in spec.features:
         check_fits(given, dataset)
     outside = [given for given in spec.features if given not in OWN]
@@ -56,7 +56,7 @@ def try_features(spec: EvaluateSpec, data: DataConfig) -> None:
 
 def _try_spaces(names: Sequence[str], data: DataConfig) -> None:
     for name in names:
-        try_space(name, open_dataset(data), default_device())
+        try_space(name, open_dataset(data.images), default_device())
 
 
 def make_chunks(spec: EvaluateSpec, data: DataConfig, spaces: Sequence[FeatureSpace], todo: Sequence[Chunk]) -> None:
@@ -104,7 +104,7 @@ class ChunkActor:
 
 def open_spaces(names: Sequence[str], data: DataConfig) -> list[FeatureSpace]:
     """Load the feature spaces onto this process's device."""
-    return [open_space(name, open_dataset(data), default_device()) for name in names]
+    return [open_space(name, open_dataset(data.images), default_device()) for name in names]
 
 
 @contextmanager

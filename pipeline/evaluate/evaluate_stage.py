@@ -9,7 +9,7 @@ from kac.metrics import Evaluated, Reference, quality_metrics
 from kac.metrics.features import TORCHSCRIPT, open_space, space_identity
 from kac.metrics.quality import MEMORISATION_ROWS, PIXELS
 from kac.metrics.statistics import KEPT_ROWS
-from kac.model import learned_data, load_teacher_config
+from kac.model import learned_images, load_teacher_config
 from kac.sampling import TEACHER_STEPS
 from kac.util import files
 from kac.util.log import log
@@ -23,6 +23,7 @@ from pipeline.evaluate.inputs import Candidate, find_candidates, resolve
 from pipeline.evaluate.results import write_results
 from pipeline.evaluate.samples import (
     Comparison,
+    DecodedImages,
     ModelSamples,
     RealImages,
     gather,
@@ -30,7 +31,7 @@ from pipeline.evaluate.samples import (
     training_statistics,
     unfinished,
 )
-from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
+from pipeline.evaluate.scores import DECODED, EVALUATION_FILE, REAL, Record, Score, mean_score, read_record, table
 
 REAL_FACTS = {"train", "held_out", "sha256", "split", "class_names"}
 """The fields of the data's description that are copied into a record."""
@@ -54,14 +55,14 @@ def evaluate(spec: EvaluateSpec, parent: tracking.TrackedRun | None = None, *, i
             feature space is missing or does not work with the data.
     """
     spec = resolve(spec)
-    root = load_teacher_config(str(spec.teacher)).data.root
-    check_apart(spec, {"`data.root` of the teacher": root})
+    data_paths = load_teacher_config(str(spec.teacher)).data.paths(" of the teacher")
+    check_apart(spec, data_paths)
     paths = {
         "`out`": spec.out,
         "`teacher`": spec.teacher,
         "`students`": spec.students,
         "`features`": [given for given in spec.features if given.endswith(TORCHSCRIPT)],
-        "`data.root` of the teacher": root,
+        **data_paths,
     }
     storage.check_shared({**paths, **storage.cache_of()}, lambda: spec.actors != 0)
     spec = spec.settled(lambda: choose_actors(spec).on_gpu)
@@ -104,23 +105,26 @@ def draw_samples(specs: Sequence[EvaluateSpec]) -> None:
 
 def _content(spec: EvaluateSpec, candidates: list[Candidate]) -> dict[str, Any]:
     """Inputs for an evaluation's fingerprint: hashes of the models' weights and of the feature files."""
-    data = learned_data(candidates[0].path, candidates[0].config)
+    config = candidates[0].config
+    data = learned_images(candidates[0].path, config)
     identities = [space_identity(given, data) for given in spec.features]
     hashes = {identity["space"]: identity["sha256"] for identity in identities if "sha256" in identity}
     models = {candidate.name: candidate.config.weights_sha256 for candidate in candidates}
-    return {"models": models, "images": "delivered", **({"feature_files": hashes} if hashes else {})}
+    autoencoder = {"autoencoder": config.autoencoder_sha256} if config.autoencoder_sha256 else {}
+    return {"models": models, "images": "delivered", **autoencoder, **({"feature_files": hashes} if hashes else {})}
 
 
 def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
     """Compute all samples and features, including the features of real images, and store them in the cache."""
     data = candidates[0].config.data
     spaces = open_spaces(spec.features, data)
-    description = open_dataset(data).description
+    description = open_dataset(data.images).description
     train = RealImages(data, description.sha256, "train", description.train)
     held_out = RealImages(data, description.sha256, "held_out", min(spec.samples, description.held_out))
-    comparison = Comparison(spec, candidates, spaces, train, held_out)
+    decoded = DecodedImages(held_out, candidates[0].config, held_out.count) if data.autoencoder else None
+    comparison = Comparison(spec, candidates, spaces, train, held_out, decoded)
     todo = unfinished(train, [space for space in spaces if not files.exists(statistics_file(train, space))])
-    todo += unfinished(held_out, spaces)
+    todo += unfinished(held_out, spaces) + (unfinished(decoded, spaces) if decoded else [])
     for seed, candidate in itertools.product(comparison.seeds, candidates):
         todo += unfinished(comparison.source(candidate, seed), spaces)
     for space in spaces if todo else ():
@@ -133,8 +137,8 @@ def _draw(spec: EvaluateSpec, candidates: list[Candidate]) -> Comparison:
 
 def _score_all(comparison: Comparison, fingerprint: str) -> Record:
     """Score real images, the teachers and the students, with only one set of samples in memory at a time."""
-    spec, _, of_spec, train, held_out = comparison
-    data = open_dataset(train.data)
+    spec, _, of_spec, train, held_out, decoded = comparison
+    data = open_dataset(train.data.images)
     pixels = open_space(PIXELS, data)
     spaces = [pixels, *(space for space in of_spec if space.name != PIXELS)]  # some metrics always need pixels
     shown = pixels(held_out.rows(range(min(held_out.count, MEMORISATION_ROWS))).images)
@@ -163,6 +167,11 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
         metrics=_metrics(record, real_images),
         fingerprint=train.sha256,
     )
+    floors = [real]
+    if decoded is not None:
+        metrics = _metrics(record, gather(decoded, spaces, reference))
+        name = "held-out images through the autoencoder"
+        floors.append(real.model_copy(update={"name": name, "kind": DECODED, "metrics": metrics}))
     by_name: dict[str, list[Score]] = {candidate.name: [] for candidate in comparison.candidates}
     for seed in comparison.seeds:
         teachers: dict[float, tuple[ModelSamples, dict[str, float]]] = {}
@@ -172,7 +181,7 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
             score = _score(candidate, source.count, _metrics(record, evaluated))
             by_name[candidate.name].append(score)
             teachers.setdefault(candidate.guidance, (source, score.metrics))
-    return record.model_copy(update={"scores": (real, *map(mean_score, by_name.values()))})
+    return record.model_copy(update={"scores": (*floors, *map(mean_score, by_name.values()))})
 
 
 def _metrics(record: Record, evaluated: Evaluated) -> dict[str, float]:

@@ -11,8 +11,8 @@ from kac.metrics.quality import at_floor_count
 from kac.util import files
 from pipeline import outputs, tracking
 from pipeline.config import EvaluateSpec
-from pipeline.evaluate.samples import CHUNK_ROWS, Comparison, chunks
-from pipeline.evaluate.scores import EVALUATION_FILE, REAL, Record, Score, cells, table
+from pipeline.evaluate.samples import Comparison, chunks
+from pipeline.evaluate.scores import EVALUATION_FILE, Record, Score, cells, table
 from pipeline.report import pictures
 
 TABLE_FILE, TABLE_JSON = "table.txt", "table.json"
@@ -72,14 +72,15 @@ def _shown(comparison: Comparison) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """The first samples of each table row, and their labels. Real images have the same labels if possible."""
     sources = [comparison.source(candidate, comparison.seeds[0]) for candidate in comparison.candidates]
     samples = [source.rows(chunks(source)[0].ids) for source in sources]
-    real = comparison.held_out.rows(range(min(CHUNK_ROWS, comparison.held_out.count)))
-    labels, unused = samples[0].label[:SHOWN_SAMPLES].tolist(), real.label.tolist()
+    ids = chunks(comparison.held_out)[0].ids
+    labels, unused = samples[0].label[:SHOWN_SAMPLES].tolist(), comparison.held_out.rows(ids).label.tolist()
     chosen = []
     for label in labels[: len(unused)]:
         index = unused.index(label) if label in unused else next(i for i, each in enumerate(unused) if each is not None)
         unused[index] = None
         chosen.append(index)
-    return [real.images[chosen].numpy(), *(rows.images[:SHOWN_SAMPLES].numpy() for rows in samples)], tuple(labels)
+    floors = [source.rows(ids).images[chosen].numpy() for source in (comparison.held_out, comparison.decoded) if source]
+    return [*floors, *(rows.images[:SHOWN_SAMPLES].numpy() for rows in samples)], tuple(labels)
 
 
 def plotted(record: Record) -> list[QualityMetric]:
@@ -134,6 +135,6 @@ def _start_nested_run(spec: EvaluateSpec, run: tracking.TrackedRun, score: Score
         parent=run,
     ) as nested:
         _log(nested, [score.model_copy(update={"prefix": ""})])
-        if score.kind != REAL:
+        if score.steps is not None:
             nested.tags({"distillkac.steps": str(score.steps), "distillkac.guidance": f"{score.guidance:g}"})
         nested.artifact(SAMPLES_PICTURE, pictures.sheet(images, SHOWN_SAMPLES))

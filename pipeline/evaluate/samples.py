@@ -1,7 +1,7 @@
 """Samples of models, real images, and the features of both, computed in chunks and cached.
 
-CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one noise seed: images (uint8) or
-                                                    points (float32), labels, nfe, seconds
+CACHE/samples/<fingerprint>/<first>-<last>.npz      samples of a model from one noise seed, or decoded images: images
+                                                    (uint8) or points (float32), labels, nfe, seconds
 CACHE/features/<space>/<fingerprint>/<...>.npy      features of these samples, or of real images
 CACHE/reference/<fingerprint>.safetensors           statistics of the features of all training images
 
@@ -14,6 +14,7 @@ import functools
 import io
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor
 
 from kac.conditioning import known_classes
-from kac.data import DataConfig, open_dataset
+from kac.data import DataConfig, open_autoencoder, open_dataset
 from kac.metrics import Evaluated, Reference, Statistics
 from kac.metrics.classifier import Classifier
 from kac.metrics.features import FeatureSpace, check_features
 from kac.metrics.statistics import KEPT_ROWS
-from kac.model import Model, ModelConfig, load_model
+from kac.model import Model, ModelConfig, deliver, load_model
 from kac.precision import Precision
 from kac.sampling import Samples, Sampling, draw
 from kac.util import files
@@ -46,8 +47,40 @@ CHUNK_ROWS = 1000
 """Samples per chunk."""
 
 
+class Drawn(ABC):
+    """Samples that are computed once, and then read from the cache."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the samples."""
+
+    @abstractmethod
+    def draw(self, ids: range) -> Samples:
+        """Compute a chunk's samples."""
+
+    def file(self, ids: range) -> str:
+        """A chunk's file in the cache."""
+        return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
+
+    def rows(self, ids: range) -> Samples:
+        """Read a chunk's samples from the cache. Raises ``DistillKacError`` if the file is missing or damaged."""
+        with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
+            images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+            nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
+        return Samples(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
+
+    def make(self, ids: range) -> None:
+        """Compute a chunk's samples and write them to the cache."""
+        drawn = self.draw(ids)
+        images = to_bytes(drawn.images) if is_image(tuple(drawn.images.shape[1:])) else drawn.images
+        sink = io.BytesIO()
+        np.savez(sink, images=images, labels=drawn.label, nfe=drawn.nfe, seconds=drawn.seconds)
+        files.write_bytes(self.file(ids), sink.getvalue())
+
+
 @dataclass(frozen=True)
-class ModelSamples:
+class ModelSamples(Drawn):
     """A model's samples 0 to ``count`` - 1 from one noise seed."""
 
     path: str
@@ -65,6 +98,7 @@ class ModelSamples:
         return fingerprint(
             {
                 "weights": config.weights_sha256,
+                **({"autoencoder": config.autoencoder_sha256} if config.autoencoder_sha256 else {}),
                 "network": hashed_values(config.network),
                 "path": hashed_values(config.path),
                 "class_frequencies": config.class_frequencies,
@@ -75,28 +109,13 @@ class ModelSamples:
             }
         )
 
-    def file(self, ids: range) -> str:
-        """A chunk's file in the cache."""
-        return cache_folder("samples", self.fingerprint, _name(ids, "npz"))
-
-    def rows(self, ids: range) -> Samples:
-        """Read a chunk's samples from the cache. Raises ``DistillKacError`` if the file is missing or damaged."""
-        with _read_cached(self.file(ids)) as data, np.load(data, allow_pickle=False) as arrays:
-            images, label = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
-            nfe, seconds = int(arrays["nfe"]), float(arrays["seconds"])
-        return Samples(from_bytes(images) if images.dtype == torch.uint8 else images, label, nfe, seconds)
-
-    def make(self, ids: range) -> None:
-        """Draw a chunk's samples and write them to the cache.
+    def draw(self, ids: range) -> Samples:
+        """Draw a chunk's samples.
 
         Raises ``DistillKacError`` if the model has changed or returns values that are not finite.
         """
         model = _model(self.path, self.config.weights_sha256)
-        drawn = draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
-        images = to_bytes(drawn.images) if is_image(self.config.sample_shape) else drawn.images
-        sink = io.BytesIO()
-        np.savez(sink, images=images, labels=drawn.label, nfe=drawn.nfe, seconds=drawn.seconds)
-        files.write_bytes(self.file(ids), sink.getvalue())
+        return draw(model, self.sampling, self.precision, self.seed, len(ids), self.batch_size, first=ids.start)
 
 
 @dataclass(frozen=True)
@@ -115,13 +134,33 @@ class RealImages:
 
     def rows(self, ids: range) -> Samples:
         """Return the images at positions ``ids`` of the random order, clipped and rounded like delivered samples."""
-        split = getattr(open_dataset(self.data), self.split)
+        split = getattr(open_dataset(self.data.images), self.split)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         images, label = split.rows(order[ids.start : ids.stop])
         return Samples(delivered(images), label, 0, 0.0)
 
 
-Source = ModelSamples | RealImages
+@dataclass(frozen=True)
+class DecodedImages(Drawn):
+    """Real images, encoded and decoded by the autoencoder of a model: the floor of models in its latents."""
+
+    real: RealImages
+    config: ModelConfig
+    count: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the images and the autoencoder."""
+        return fingerprint({"images": self.real.fingerprint, "autoencoder": self.config.autoencoder_sha256})
+
+    def draw(self, ids: range) -> Samples:
+        """Encode and decode a chunk's images."""
+        images, label, nfe, seconds = self.real.rows(ids)
+        latents = open_autoencoder(str(self.config.data.autoencoder)).encode(images.to(default_device()))
+        return Samples(deliver(self.config, latents), label, nfe, seconds)
+
+
+Source = ModelSamples | RealImages | DecodedImages
 
 
 class Comparison(NamedTuple):
@@ -132,6 +171,7 @@ class Comparison(NamedTuple):
     spaces: list[FeatureSpace]
     train: RealImages
     held_out: RealImages
+    decoded: DecodedImages | None = None  # the held-out images through the autoencoder; None for models in pixels
 
     def source(self, candidate: Candidate, seed: int) -> ModelSamples:
         """A candidate's samples from one noise seed."""
@@ -153,7 +193,7 @@ class Chunk(NamedTuple):
     def make(self, spaces: Iterable[FeatureSpace]) -> None:
         """Compute the samples and features that are missing from the cache, and write them to it."""
         source, ids = self
-        if isinstance(source, ModelSamples) and not files.exists(source.file(ids)):
+        if isinstance(source, Drawn) and not files.exists(source.file(ids)):
             source.make(ids)
         for space in spaces:
             path = self._features_file(space)
@@ -184,7 +224,7 @@ def chunks(source: Source) -> list[Chunk]:
 def unfinished(source: Source, spaces: Iterable[FeatureSpace]) -> list[Chunk]:
     """The chunks whose samples or features are not in the cache."""
     of_spaces = [(cache_folder("features", s.fingerprint, source.fingerprint), "npy") for s in spaces if not s.is_cheap]
-    of_samples = [(cache_folder("samples", source.fingerprint), "npz")] if isinstance(source, ModelSamples) else []
+    of_samples = [(cache_folder("samples", source.fingerprint), "npz")] if isinstance(source, Drawn) else []
     cached = [(set(files.list_sizes(folder)), ending) for folder, ending in (*of_spaces, *of_samples)]
     return [chunk for chunk in chunks(source) if any(_name(chunk.ids, ending) not in names for names, ending in cached)]
 

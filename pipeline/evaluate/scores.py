@@ -15,7 +15,9 @@ from kac.util.errors import DistillKacError
 from kac.util.options import Options
 
 EVALUATION_FILE = "evaluation.json"
-REAL = "real"
+REAL, DECODED = "real", "decoded"
+"""Kinds of the rows without a model: held-out images, and those images encoded and decoded by the autoencoder."""
+
 PIXEL_SPACES = {"pixels", "pooled"}
 
 
@@ -23,7 +25,7 @@ class Score(Options):
     """One row of the table."""
 
     name: str
-    kind: str  # "teacher", "student", or REAL for held-out images
+    kind: str  # "teacher", "student", REAL or DECODED
     steps: int | None  # None for real images
     guidance: float | None  # None for real images
     count: int  # samples per noise seed
@@ -146,7 +148,7 @@ def provenance(record: Record) -> list[str]:
     copying = [
         f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
         for score in record.scores
-        if score.metrics.get("memorisation", 1.0) < COPIES_BELOW
+        if score.kind != DECODED and score.metrics.get("memorisation", 1.0) < COPIES_BELOW
     ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "

@@ -55,7 +55,7 @@ def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> byte
     """
     from matplotlib.figure import Figure
 
-    real, *models = scores
+    real, models = scores[0], [score for score in scores if "nfe" in score.metrics]
     figure = Figure(figsize=(6 * len(metrics), 4), layout="constrained")
     for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         if metric.name in real.metrics:

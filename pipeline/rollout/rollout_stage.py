@@ -45,10 +45,10 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
     spec = cluster.absolute_paths(spec, "store", "teacher")
     is_spread = spec.actors != 0
     storage.check_shared({"`store`": spec.store, "`teacher`": spec.teacher}, lambda: is_spread)
-    root = load_teacher_config(spec.teacher).data.root
+    paths = load_teacher_config(spec.teacher).data.paths(" of the teacher")
     if spec.source == "forward":
-        storage.check_shared({"`data.root` of the teacher": root, **storage.cache_of(bool(root))}, lambda: is_spread)
-    check_apart(spec, {"`data.root` of the teacher": root})
+        storage.check_shared({**paths, **storage.cache_of(any(paths.values()))}, lambda: is_spread)
+    check_apart(spec, paths)
     spec = spec.settled(lambda: choose_actors(spec).on_gpu)
     plan = make_plan(spec)
     cost = f"rollout: {_describe_cost(plan, load_teacher_config(spec.teacher))}"

@@ -57,11 +57,12 @@ def write_report(
         better: "lower" or "higher".
     """
     records = [read_record(folder) for folder in evaluations]
-    scores = _joined([record.scores for record in records])
+    floors = sum(score.steps is None for score in records[0].scores) if records else 0
+    scores = _joined([record.scores for record in records], floors)
     record = records[0].model_copy(update={"scores": tuple(scores)}) if records else None
     results = SweepResults(trials, record, metric, better, spec)
     shown = [read_shown(folder) for folder in evaluations]
-    plots, note = draw_plots(results, _joined([each for each in shown if each]) if all(shown) else None)
+    plots, note = draw_plots(results, _joined([each for each in shown if each], floors) if all(shown) else None)
     printed = text_table(results)
     contents = {
         **_trial_tables(results),
@@ -80,9 +81,9 @@ def write_report(
     return results.best
 
 
-def _joined(rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """The rows of several evaluations. All evaluations have the same first row: the real images."""
-    return [row for number, each in enumerate(rows) for row in each[number > 0 :]]
+def _joined(rows: Sequence[Sequence[Any]], floors: int) -> list[Any]:
+    """The rows of several evaluations. All evaluations have the same first ``floors`` rows: the real images."""
+    return [row for number, each in enumerate(rows) for row in each[floors * (number > 0) :]]
 
 
 def _trial_tables(results: SweepResults) -> dict[str, bytes]:

@@ -34,9 +34,9 @@ class TeacherTrials(TrialKind):
     noun, made_by = "teacher", "data"
 
     def __init__(self, spec: TeachSweepSpec) -> None:
-        self.spec: TeachSweepSpec = cluster.absolute_paths(spec, "out", "data.root")
-        paths = {"`out`": self.spec.out, "`data.root`": self.spec.data.root}
-        storage.check_shared({**paths, **storage.cache_of()}, lambda: True, writes_to_mlflow=self.spec.out)
+        self.spec: TeachSweepSpec = cluster.absolute_paths(spec, "out", "data.root", "data.autoencoder")
+        paths = {"`out`": self.spec.out, **self.spec.data.paths(), **storage.cache_of()}
+        storage.check_shared(paths, lambda: True, writes_to_mlflow=self.spec.out)
 
     def check(self, trials: Sequence[PlannedTrial]) -> None:
         """Check every teacher's network against the data, and decode the data."""

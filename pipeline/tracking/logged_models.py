@@ -6,6 +6,7 @@ MLmodel               signature, fingerprints, store and teacher
 student_pyfunc.py     the code that MLflow runs
 code/kac/             the package that this code imports, so that no other copy of this project is needed
 artifacts/model/      the model folder: config.json and the weights as safetensors
+artifacts/model/autoencoder/  a copy of the autoencoder, for a model in latents
 input_example.json, serving_input_example.json, requirements.txt, ...
 
 All calls go through clients of the run's own server. Unlike ``mlflow.pyfunc.log_model``, they are thread-safe and
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import kac
 from kac.conditioning import known_classes
-from kac.model import CONFIG_FILE, ModelConfig, load_config
+from kac.data.autoencoder import FILES as AUTOENCODER_FILES
+from kac.model import CONFIG_FILE, ModelConfig, image_shape, load_config
 from kac.networks import outline_network
 from kac.sampling import TEACHER_STEPS
 from kac.util import files
@@ -253,8 +255,9 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
     ]
     known = known_classes(config)
     labels = [*dict.fromkeys((*known[:1], *known[-1:])), -1]  # the first class, the last class, and any class
+    autoencoder = config.data.autoencoder
     is_diffusers = outline_network(config.network, config.sample_shape, config.num_classes).diffusers_name
-    packages = (*REQUIREMENTS, "diffusers") if is_diffusers else REQUIREMENTS
+    packages = (*REQUIREMENTS, "diffusers") if is_diffusers or autoencoder else REQUIREMENTS
     with _save_lock, _quiet():
         mlflow.pyfunc.save_model(
             str(path),
@@ -262,7 +265,7 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
             code_paths=[str(Path(kac.__file__).parent)],
             signature=ModelSignature(
                 inputs=Schema([ColSpec("long", "label")]),
-                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *config.sample_shape))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *image_shape(config)))]),
                 params=ParamSchema(params),
             ),
             input_example=(pandas.DataFrame({"label": labels}), {"seed": 0}),
@@ -273,11 +276,14 @@ def _write(path: Path, folder: str, config: ModelConfig, created: "LoggedModel",
     for file in Path(path, "code").rglob("*"):
         if file.is_file() and file.suffix != ".py":
             file.unlink()
-    for name in files.list_sizes(folder):
+    copied = {name: files.join(folder, name) for name in files.list_sizes(folder)}
+    if autoencoder:
+        copied |= {f"autoencoder/{name}": files.join(autoencoder, name) for name in AUTOENCODER_FILES}
+    for name, source in copied.items():
         if name.endswith(".safetensors") or Path(name).name == CONFIG_FILE:
             copy = path / MODEL_FOLDER / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(files.read_bytes(files.join(folder, name)))
+            copy.write_bytes(files.read_bytes(source))
     # If MLflow copied the artifact, it would show a progress bar and record the source's temporary path.
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor["artifacts"] = {"model": {"path": MODEL_FOLDER, "uri": folder}}

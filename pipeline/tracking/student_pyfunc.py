@@ -14,7 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 from kac import noise
 from kac.conditioning import check_labels, known_classes
-from kac.model import load_model
+from kac.model import Model, image_shape, load_model
 from kac.precision import Precision
 from kac.sampling import BATCH_SIZE, draw, student_sampling, teacher_sampling
 from kac.util.device import default_device
@@ -26,7 +26,12 @@ class SamplingModel(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Load the model onto the GPU if the machine has one, otherwise onto the CPU."""
-        self.model = load_model(context.artifacts["model"], default_device())
+        folder = context.artifacts["model"]
+        network, config = load_model(folder, default_device())
+        if config.data.autoencoder:
+            data = config.data.model_copy(update={"autoencoder": f"{folder}/autoencoder"})
+            config = config.model_copy(update={"data": data})
+        self.model = Model(network, config)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
@@ -59,7 +64,7 @@ class SamplingModel(PythonModel):  # type: ignore[misc]
         if sampling.steps < 1:
             raise DistillKacError(f"`steps` is {sampling.steps}. Choose at least 1.")
         if not len(label):
-            return np.zeros((0, *config.sample_shape), np.float32)
+            return np.zeros((0, *image_shape(config)), np.float32)
         if chosen := tuple(label[label != -1].tolist()):
             check_labels(config, chosen, "`label`", any_class="-1")
         drawn = noise.labels(seed, range(len(label)), config.class_frequencies)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kac.conditioning import known_classes
-from kac.data import DataConfig, LabelledImages, open_dataset
+from kac.data import DataConfig, LabelledImages, describe_dataset, open_dataset
 from kac.losses.refinement import energy_distance, mean_distance
 from kac.metrics import Metric
-from kac.model import DATA_CHANGED, Model, ModelConfig
+from kac.model import DATA_CHANGED, Model, ModelConfig, deliver
 from kac.networks import NetworkModule
 from kac.networks.cost import TRAINING_CALLS
 from kac.precision import Precision
@@ -157,7 +157,7 @@ class Validation:
         ):
             sampling = student_sampling(self.config, guidance=w)
             made = generate(wrapped, noise.to(device), label.to(device), sampling).x.cpu()
-            errors.append((delivered(made) - delivered(image)).square().mean().sqrt())
+            errors.append((deliver(self.config, made) - deliver(self.config, image)).square().mean().sqrt())
         return float(torch.stack(errors).mean())
 
 
@@ -174,10 +174,9 @@ def _rows(held_out: HeldOut, most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 def _real_images(config: DataConfig, sha256: str) -> LabelledImages | None:
     """Held-out images, or None if the data is missing or has changed, because training a student does not need it."""
     try:
-        data = open_dataset(config)
-        if data.description.sha256 != sha256:
+        if describe_dataset(config).sha256 != sha256:
             raise DistillKacError(DATA_CHANGED)
-        split = data.held_out
+        split = open_dataset(config.images).held_out
     except (DistillKacError, OSError) as error:
         log.info(f"validation: no energy distance, because the teacher's data cannot be read: {error}")
         return None

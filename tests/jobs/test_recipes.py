@@ -11,7 +11,7 @@ import yaml
 from jobs import config_files
 from jobs.config_files import RECIPES, recipe_names
 from jobs.parsing import parse
-from kac.model import load_model
+from kac.model import image_shape, load_model
 from kac.util.errors import ArgumentError
 from pipeline import quickstart, store
 from pipeline.config import (
@@ -30,6 +30,7 @@ from pipeline.distill import distill
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.teach import teach
+from tests import autoencoders
 from tests.kac.data.making import cifar_batches, pixels, write_archive, write_folder, write_idx
 from tests.kac.diffusers_folders import unet, write
 
@@ -43,6 +44,7 @@ SMALL = {
     "cifar10-han": "--network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 8",
     "celeba64": "--data.size 32 --network.channels 32 32 32 64 --network.blocks 1 --network.head-channels 8",
     "lsun256": "--data.size 64 --network.channels 32 32 32 32 32 64 --network.blocks 1 --network.head-channels 32",
+    "latent-dit-b-2": "--data.size 16 --network.heads 2 --network.head-channels 8 --network.depth 2",
     "dit-s-2": "--network.heads 2 --network.head-channels 8 --network.depth 2",
 }
 """Options that shrink the network of each recipe but keep its structure."""
@@ -77,10 +79,12 @@ def root_of(recipe: str, folder: Path) -> str:
         return ""
     if recipe == "fashion-mnist":
         root = write_idx(folder / "idx", pixels(10, 1, 28), np.array(labels, np.uint8), held_out=2)
-    elif recipe in {"celeba64", "lsun256"}:
+    elif recipe in {"celeba64", "lsun256", "latent-dit-b-2"}:
         root = write_folder(folder / "images", pixels(10, 3, 72), labels)
     else:
         root = write_archive(folder / "cifar-10-python.tar.gz", cifar_batches(pixels(60, 3, 32), [*range(10)] * 6))
+    if recipe == "latent-dit-b-2":
+        root = f"{root} --data.autoencoder {autoencoders.write(folder / 'vae', channels=3, latent_channels=4)}"
     return f"--data.root {root}"
 
 
@@ -91,7 +95,7 @@ def options(spec_type: type, words: str):
 @pytest.mark.parametrize("recipe", SMALL)
 def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
     teacher, path, student, images = (tmp_path / name for name in ("teacher", "store", "student", "images.npz"))
-    grids = "--objective flow-map --objective.grids 1 2 4" if recipe == "digits" else ""
+    grids = "--objective flow-map --objective.grids 1 2 4" if recipe in {"digits", "latent-dit-b-2"} else ""
     small = f"{ONE_UPDATE} {SMALL[recipe]} {root_of(recipe, tmp_path)}"
     taught = teach(options(TeachSpec, f"--config {recipe} {small} --out {teacher}"))
     assert taught is not None
@@ -106,7 +110,7 @@ def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
     assert all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values())
     sample(options(SampleSpec, f"--model {student} --count 2 --out {images}"))
     delivered = np.load(images)["images"]
-    assert delivered.shape == (2, *taught.sample_shape)
+    assert delivered.shape == (2, *image_shape(taught))
     assert np.abs(delivered).max() <= 1
 
 
