@@ -66,7 +66,11 @@ def check(images: torch.Tensor, model: Model) -> None:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     network: Any = config.network
-    values = {**config.model_dump(mode="json"), "is_any_step": config.is_any_step, "takes_guidance": config.takes_guidance}
+    values = {
+        **config.model_dump(mode="json"),
+        "is_any_step": config.is_any_step,
+        "takes_guidance": config.takes_guidance,
+    }
     return {
         **{name: values[name] for name in sorted(MODEL_FIELDS)},
         "network": {

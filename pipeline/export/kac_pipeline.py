@@ -56,9 +56,7 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         self.register_to_config(settings=settings)
         self.origin: Any = json.loads(json.dumps(settings), object_hook=lambda values: SimpleNamespace(**values))
-        path = self.origin.path
-        is_kac = path.kind == "kac"
-        self.path = KacPath(KacProcess(path.a, path.c), path.signal, path.clock) if is_kac else GaussianPath()
+        self.path = _path(**vars(self.origin.path))
         self.used: WeakKeyDictionary[torch.Generator, tuple[Tensor, int]] = WeakKeyDictionary()
         if conditions is not None:
             for module in (unet or transformer).modules():  # type: ignore[union-attr]
@@ -137,6 +135,19 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
         torch.rand(1, generator=generator, device=generator.device)  # marks the generator as used
         self.used[generator] = generator.get_state(), first + count
         return generator.initial_seed(), range(first, first + count)
+
+
+def initial_noise(path: dict[str, Any], seed: int, count: int, sample_shape: Sequence[int]) -> Tensor:
+    """Return the noise x at t = 1 of the first samples of a seed: [count, *sample_shape], float32.
+
+    Args:
+        path: the fields of the model's ``PathConfig``.
+    """
+    return noise(_path(**path), seed, range(count), sample_shape)
+
+
+def _path(kind: str, a: float, c: float, signal: Any, clock: Any) -> KacPath | GaussianPath:
+    return KacPath(KacProcess(a, c), signal, clock) if kind == "kac" else GaussianPath()
 
 
 class _Network:
