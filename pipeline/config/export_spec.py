@@ -22,7 +22,7 @@ class ExportSpec(Spec):
     )
     evaluation: str | None = input_path(None, "folder of a finished evaluation, for the scores in the model card")
     license: str = Field("unknown", description="license in the model card, in the Hub's notation, such as apache-2.0")
-    samples: int = Field(16, ge=0, description="images in the model card's picture; 0: no picture and no test of it")
+    samples: int = Field(16, ge=0, description="images in the model card's picture; 0: no picture")
     push_to_hub: str | None = unhashed(
-        None, "upload the folder to this Hugging Face repository, OWNER/NAME; the token comes from HF_TOKEN"
+        None, "upload to this repository of the Hugging Face Hub, OWNER/NAME", pattern=r"^[\w.-]+/[\w.-]+$"
     )

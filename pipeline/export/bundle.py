@@ -11,10 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PROJECT = ("kac", "pipeline")
-
-HEADER = '"""{name} of DistillKac (Apache-2.0), with the code that it uses. The comments name the modules."""'
-
 
 def bundle(module: str, name: str) -> str:
     """Return the source of ``module.name`` with the definitions that it needs, unchanged, dependencies first.
@@ -30,12 +26,11 @@ def bundle(module: str, name: str) -> str:
         statements, lines = _read(module)
         node = statements.get(name)
         if isinstance(node, ast.Import | ast.ImportFrom):
-            alias = next(alias for alias in node.names if name in (alias.asname, alias.name))
-            origin = str(getattr(node, "module", alias.name))
-            if origin.split(".")[0] not in PROJECT:
+            origin = str(getattr(node, "module", name))
+            if not origin.startswith(("kac.", "pipeline.")):
+                alias = next(alias for alias in node.names if name in (alias.asname, alias.name))
                 imports.add(ast.unparse(type(node)(**{**vars(node), "names": [alias]})))
             elif not is_type:
-                assert alias.asname is None, f"{module} renames {alias.name}, which a bundle cannot copy."
                 include(origin, name, False)
         elif node is not None and not is_type:
             assert homes.setdefault(name, module) == module, f"{module} and {homes[name]} both define {name}."
@@ -48,7 +43,8 @@ def bundle(module: str, name: str) -> str:
                 parts[key] = "\n".join(lines[first - 1 : node.end_lineno])
 
     include(module, name, False)
-    text = [HEADER.format(name=name), "from __future__ import annotations", "\n".join(sorted(imports))]
+    head = f'"""{name} of DistillKac (Apache-2.0), with the code that it uses. The comments name the modules."""'
+    text = [head, "from __future__ import annotations", "\n".join(sorted(imports))]
     for origin, group in itertools.groupby(parts, key=lambda key: key[0]):
         text.append(f"\n# {origin}\n" + "\n\n\n".join(parts[key] for key in group))
     return "\n\n".join(text) + "\n"
@@ -57,18 +53,13 @@ def bundle(module: str, name: str) -> str:
 @cache
 def _read(module: str) -> tuple[dict[str, Any], list[str]]:
     """Return a module's top-level statements by the names that they bind, and its lines."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    text = Path(str(spec.origin)).read_text(encoding="utf-8")
-    statements = {}
+    text = Path(str(importlib.util.find_spec(module).origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]
+    statements: dict[str, Any] = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            statements.update({alias.asname or alias.name: node for alias in node.names})
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                statements.update({name: node for name, _ in _names_in(target)})
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            statements[node.name] = node
+        targets = getattr(node, "targets", [getattr(node, "target", ast.Pass())])  # of an assignment
+        names = [name for target in targets for name, _ in _names_in(target)] + [getattr(node, "name", "")]
+        names += [alias.asname or alias.name for alias in getattr(node, "names", ())]  # of an import
+        statements.update(dict.fromkeys(names, node))
     return statements, text.splitlines()
 
 
