@@ -39,7 +39,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         DistillKacError: the folder belongs to another spec, another job is writing to it, or it is not writable.
     """
     identity, fingerprint = {**hashed_fields(spec), **content}, spec.fingerprint(**content)
-    finished, started = (_read_json(files.join(out, name)) for name in (result, SPEC_FILE))
+    finished, started = (read_json(files.join(out, name)) for name in (result, SPEC_FILE))
     records = [record for record in (finished, started) if record is not None]
     is_of_another_spec = any(record.get("fingerprint") != fingerprint for record in records)
     if is_of_another_spec and (finished is not None or _holds_work(out)):
@@ -61,7 +61,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
 
 def check_owner(out: str, fingerprint: str) -> None:
     """Raise ``DistillKacError`` if another job has taken over the folder. Call this before writing a result."""
-    if (_read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
+    if (read_json(files.join(out, SPEC_FILE)) or {}).get("fingerprint") != fingerprint:
         raise DistillKacError(f"{out}: a job with another spec has taken over this folder. Choose another `out`.")
     claims.check(out, claims.token_of(out))
 
@@ -134,7 +134,8 @@ def _holds_work(out: str) -> bool:
     )
 
 
-def _read_json(path: str) -> dict[str, Any] | None:
+def read_json(path: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no file. Raises ``DistillKacError`` if it is damaged."""
     try:
         values = json.loads(files.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):

@@ -40,7 +40,7 @@ class DiffusersNetwork(NetworkModule):
     def forward(self, x: Tensor, t: Tensor, label: Tensor, **conditions: Tensor) -> Tensor:
         """Return the velocity at x [batch, channels, side, side], t (scalar or [batch]) and label [batch]."""
         given = (label, self.conditions(x.new_zeros(1, self.width), conditions))
-        times = (self.time_scale * t.to(torch.float32)).expand(len(x))
+        times = (self.time_scale * t.to(torch.float32)).expand(x.shape[0])  # len(x) would fix an exported batch size
         return getattr(self, self.diffusers_name)(x, times, given).sample  # type: ignore[no-any-return]
 
 

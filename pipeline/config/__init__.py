@@ -2,6 +2,7 @@
 
 from pipeline.config.distill_spec import DistillSpec, StudentOptions
 from pipeline.config.evaluate_spec import CLAIMS, Claim, EvaluateSpec, QuickstartSpec, SampleSpec, StudySpec
+from pipeline.config.export_spec import ExportSpec
 from pipeline.config.rollout_spec import RolloutRecipe, RolloutSpec
 from pipeline.config.spec import ActorOptions, OptimizerConfig, Spec, WorkerOptions
 from pipeline.config.sweep_spec import STEP_COUNTS, SWEEPS, AnySweep, SweepSpec, TeachSweepSpec
@@ -17,6 +18,7 @@ __all__ = [
     "ConvertSpec",
     "DistillSpec",
     "EvaluateSpec",
+    "ExportSpec",
     "OptimizerConfig",
     "QuickstartSpec",
     "RolloutRecipe",

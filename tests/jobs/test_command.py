@@ -16,7 +16,7 @@ from pipeline.config import SampleSpec
 from pipeline.tracking import delivery
 
 JOBS = [
-    *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample"),
+    *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample", "export"),
     *("quickstart", "benchmark", "store", "runs", "cluster"),
 ]
 WORDS = ["--model", "m", "--out", "o.png"]

@@ -43,6 +43,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "DescribeSpec": {"store": "s"},
     "DistillSpec": {"store": "s", "out": "o"},
     "EvaluateSpec": {"teacher": "t", "out": "o"},
+    "ExportSpec": {"model": "m", "out": "o"},
     "MergeSpec": {"stores": ["s"], "into": "i"},
     "QuickstartSpec": {"out": "o"},
     "RolloutSpec": {"teacher": "t", "store": "s"},

@@ -147,6 +147,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "EvaluateSpec": {"teacher": "t", "out": "o"},
     "StudySpec": {"teacher": "t", "out": "o"},
     "SampleSpec": {"model": "m", "out": "o"},
+    "ExportSpec": {"model": "m", "out": "o"},
     "QuickstartSpec": {"out": "o"},
     "OutsideConfig": {"module": "package:Class"},
     "StoreIdentity": IDENTITY,

@@ -1,0 +1,1 @@
+"""Exports models to formats that other software loads without this project."""
