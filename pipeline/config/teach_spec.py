@@ -94,11 +94,7 @@ class ConvertSpec(Spec):
         return self
 
 
-<<<<<<< HEAD
-def _check_options(network: NetworkChoice, path: PathConfig) -> None:
-=======
-def _check_options(network: NetworkConfig, path: PathConfig, data: DataConfig) -> None:
->>>>>>> latents
+def _check_options(network: NetworkChoice, path: PathConfig, data: DataConfig) -> None:
     if network.bounded:
         path_with_limit(path.build())
         if data.autoencoder:
