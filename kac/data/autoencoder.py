@@ -77,22 +77,21 @@ class Autoencoder:
             raise ArgumentError(f"{self.option} lacks weights, such as {min(facts['missing_keys'])}. Copy it again.")
         self.network.eval().requires_grad_(False)
         config = self.network.config
-        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
         self.channels = config.in_channels
         with torch.device("meta"):
             probe = torch.empty(1, self.channels, PROBE_SIDE, PROBE_SIDE)
-            latent = _encode(type(self.network).from_config(config), probe)
+            latent = encode_images(type(self.network).from_config(config), probe)
         self.latent_channels, self.factor = latent.shape[1], PROBE_SIDE // latent.shape[2]
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the scaled latents [batch, *latent] of images [batch, *image] in [-1, 1]."""
         network, size = self.network.to(images.device), self.call_size(images.shape[1:])
-        return torch.cat([(_encode(network, part) - self.shift) * self.scale for part in torch.split(images, size)])
+        return torch.cat([encode_images(network, part) for part in torch.split(images, size)])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of scaled latents, with gradients. Their values can be beyond [-1, 1]."""
         network, size = self.network.to(latents.device), self.call_size(self.image_shape(latents.shape[1:]))
-        return torch.cat([network.decode(part / self.scale + self.shift).sample for part in torch.split(latents, size)])
+        return torch.cat([decode_latents(network, part) for part in torch.split(latents, size)])
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the latents of images. Raises ``ArgumentError`` if the images do not fit."""
@@ -120,11 +119,18 @@ class Autoencoder:
         return max(1, min(CALL_IMAGES, CALL_VALUES // math.prod(shape)))
 
 
-def _encode(network: Any, images: Tensor) -> Tensor:
-    """Return the unscaled latents, which ``AutoencoderKL`` returns as a distribution."""
+def encode_images(network: Any, images: Tensor) -> Tensor:
+    """Return the scaled latents. ``AutoencoderKL`` returns latents as a distribution."""
     with torch.no_grad():
         latents = network.encode(images)[0]
-    return latents if isinstance(latents, Tensor) else latents.mean
+    mean = latents if isinstance(latents, Tensor) else latents.mean
+    return (mean - (network.config.get("shift_factor") or 0.0)) * network.config.scaling_factor  # type: ignore[no-any-return]
+
+
+def decode_latents(network: Any, latents: Tensor) -> Tensor:
+    """Return the images of scaled latents."""
+    shift = network.config.get("shift_factor") or 0.0
+    return network.decode(latents / network.config.scaling_factor + shift).sample  # type: ignore[no-any-return]
 
 
 open_autoencoder = functools.lru_cache(maxsize=2)(Autoencoder)

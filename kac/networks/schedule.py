@@ -25,7 +25,7 @@ VP_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """The noise levels that a diffusion model was trained on, and what the model predicts.
 
     Attributes:
@@ -68,7 +68,7 @@ class Schedule:
         return (1 - t) / norm, t / norm
 
 
-def read_schedule(config: Mapping[str, Any]) -> Schedule:
+def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """Return the schedule of a diffusers scheduler's config. Raises ``CheckpointError`` if it cannot be represented."""
     import diffusers
 
@@ -97,13 +97,13 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         low, high = options.sigma_min, options.sigma_max
         log_ratio = torch.tensor([low, high], dtype=torch.float64).log()
         sign = -1.0 if prediction == "v_prediction" else 1.0
-        return Schedule(EDM, log_ratio, log_ratio / 4, scheduler.init_noise_sigma, options.sigma_data, sign)
+        return NoiseSchedule(EDM, log_ratio, log_ratio / 4, scheduler.init_noise_sigma, options.sigma_data, sign)
     if name in FLOW_SCHEDULERS or prediction == "flow_prediction":
         ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
-        return Schedule(FLOW, ends, torch.tensor([0.0, options.num_train_timesteps], dtype=torch.float64))
+        return NoiseSchedule(FLOW, ends, torch.tensor([0.0, options.num_train_timesteps], dtype=torch.float64))
     signal = scheduler.alphas_cumprod.double().clamp(min=LEAST_SIGNAL)
     if prediction not in VP_PREDICTIONS or not bool((signal.diff() < 0).all()):
         problem = f"prediction_type {prediction}" if prediction not in VP_PREDICTIONS else "betas that are not positive"
         raise CheckpointError(f"the scheduler {name} has {problem}. Supported are {', '.join(VP_PREDICTIONS)}.")
     log_ratio = ((1 - signal).log() - signal.log()) / 2
-    return Schedule(prediction, log_ratio, torch.arange(len(signal), dtype=torch.float64))
+    return NoiseSchedule(prediction, log_ratio, torch.arange(len(signal), dtype=torch.float64))

@@ -10,12 +10,13 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from kac.data import open_autoencoder
 from kac.model import Model, main_weights
 from kac.networks import NetworkModule
 from pipeline.export.bundle import bundle
 from pipeline.export.kac_pipeline import KacConditions, KacMLP, KacPipeline
 
-KINDS = ("mlp", "unet", "dit")
+KINDS = ("mlp", "unet", "dit", "diffusers")
 """The kinds of networks that ``component`` makes and ``kac_pipeline.VELOCITIES`` calls."""
 
 
@@ -30,6 +31,8 @@ def write_pipeline(folder: Path, model: Model) -> None:
     if network.diffusers_name and network.takes:
         parts["conditions"] = KacConditions(network.takes, network.width)
         parts["conditions"].embedding.load_state_dict(network.conditions.state_dict())  # type: ignore[union-attr]
+    if config.data.autoencoder:
+        parts["vae"] = open_autoencoder(config.data.autoencoder).network
     index: dict[str, Any] = {"_class_name": ["pipeline", "KacPipeline"], "_diffusers_version": diffusers.__version__}
     for name, part in parts.items():
         part.save_pretrained(folder / name)

@@ -12,9 +12,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from kac.conditioning import check_labels, network_labels
+from kac.data.autoencoder import decode_latents
 from kac.data.class_names import label_of
 from kac.guidance import GuidedVelocity
 from kac.networks.diffusers import ConditionedLabels
+from kac.networks.diffusers_model import DiffusersModel
 from kac.networks.mlp import ResidualMLP
 from kac.networks.network_kinds import SpeedClamp
 from kac.networks.velocity import ConditionEmbedding
@@ -33,10 +35,11 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
         unet, transformer, network: the velocity u(x, t, label); exactly one is given.
         guide: a weaker network of the same kind, for autoguidance of a teacher.
         conditions: embedding of the end time and the guidance scale; an MLP contains its own.
+        vae: the autoencoder of a model in latents.
         settings: the model's config.
     """
 
-    _optional_components = ("unet", "transformer", "network", "guide", "conditions")
+    _optional_components = ("unet", "transformer", "network", "guide", "conditions", "vae")
 
     def __init__(
         self,
@@ -46,16 +49,23 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
         network: Any = None,
         guide: Any = None,
         conditions: Any = None,
+        vae: Any = None,
         settings: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            scheduler=scheduler, unet=unet, transformer=transformer, network=network, guide=guide, conditions=conditions
-        )
+        models = {"unet": unet, "transformer": transformer, "network": network, "guide": guide}
+        self.register_modules(scheduler=scheduler, **models, conditions=conditions, vae=vae)
         self.register_to_config(settings=settings)
-        self.model: Any = json.loads(json.dumps(settings), object_hook=lambda values: SimpleNamespace(**values))
+        self.model: Any = json.loads(json.dumps(settings), object_hook=_namespace)
         self.path = _path(**vars(self.model.path))
         self.used: WeakKeyDictionary[torch.Generator, tuple[Tensor, int]] = WeakKeyDictionary()
+        if self.model.network.kind == "diffusers":
+            self.converted = DiffusersModel(
+                self.model.network, self.model.sample_shape, self.model.num_classes, unet or transformer
+            )
+            if conditions:
+                self.converted.conditions = conditions.embedding
+            return
         for module in (unet or transformer).modules() if conditions else ():
             if type(module) is nn.Embedding:
                 module.__class__ = ConditionedLabels  # the same weights, and still accepts plain labels
@@ -117,7 +127,9 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
             last = u, h
             x = self.scheduler.step(mean, timestep, x, return_dict=False)[0]
 
-        images: Any = delivered(x.float().cpu())  # for a model of latents, decode x before this line
+        if self.vae:
+            x = decode_latents(self.vae, x.to(self.vae.dtype))
+        images: Any = delivered(x.float().cpu())
         if kind != "pt":
             images = to_bytes(images).permute(0, 2, 3, 1).numpy() / 255 if "pil" in kinds else images.numpy()
         images = self.numpy_to_pil(images) if kind == "pil" else images
@@ -132,6 +144,10 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
         torch.rand(1, generator=generator, device=generator.device)  # so that a new seed changes the state
         self.used[generator] = generator.get_state(), first + count
         return generator.initial_seed(), range(first, first + count)
+
+
+def _namespace(values: dict[str, Any]) -> Any:
+    return values if "_class_name" in values else SimpleNamespace(**values)  # configs of diffusers stay dictionaries
 
 
 class _Network:
@@ -163,7 +179,16 @@ def _call_unet(network: _Network, x: Tensor, t: Tensor, label: Tensor) -> Tensor
     return nn.functional.pixel_shuffle(_call_dit(network, nn.functional.pixel_unshuffle(x, patch), t, label), patch)
 
 
-VELOCITIES: dict[str, Callable[..., Tensor]] = {"mlp": _call_mlp, "unet": _call_unet, "dit": _call_dit}
+def _call_converted(network: _Network, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    return network.pipeline.converted.to(x.device)(x, t, label, **network.given)  # type: ignore[no-any-return]
+
+
+VELOCITIES: dict[str, Callable[..., Tensor]] = {
+    "mlp": _call_mlp,
+    "unet": _call_unet,
+    "dit": _call_dit,
+    "diffusers": _call_converted,
+}
 """How to call a model, by the kind of its network. ``formats.component`` makes the model."""
 
 

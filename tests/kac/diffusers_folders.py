@@ -53,6 +53,12 @@ def dit(classes: int, seed: int = 0) -> nn.Module:
     ).eval()
 
 
+def config_of(source: Any) -> dict[str, Any]:
+    """The config of a model or scheduler, as its file has it."""
+    values = {name: value for name, value in source.config.items() if not name.startswith("_")}
+    return {**values, "_class_name": type(source).__name__}
+
+
 def write(folder: Path, model: nn.Module, scheduler: Any) -> Path:
     """Write the model with its scheduler. UNet2DModels are written as a pipeline."""
     if isinstance(model, diffusers.UNet2DModel):

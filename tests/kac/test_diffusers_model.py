@@ -18,18 +18,13 @@ from kac.networks.velocity import NetworkModule
 from kac.path import GaussianPath
 from kac.solvers import knot_times, solve
 from kac.util.errors import CheckpointError
-from tests.kac.diffusers_folders import SHAPE, ddim, dit, sample, unet
+from tests.kac.diffusers_folders import SHAPE, config_of, ddim, dit, sample, unet
 
 CLASSES = 3
 LABEL = torch.tensor([0, 2])
 NOISE = noise.noise(GaussianPath(), 5, range(2), SHAPE)
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-def config_of(source: Any) -> dict[str, Any]:
-    values = {name: value for name, value in source.config.items() if not name.startswith("_")}
-    return {**values, "_class_name": type(source).__name__}
 
 
 def network_of(model: nn.Module, scheduler: Any, labels: str = "none", **options: Any) -> NetworkModule:

@@ -23,17 +23,25 @@ from diffusers.utils import dynamic_modules_utils
 from kac.data import DataConfig
 from kac.model import Model, load_model, save_model, teacher_config
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, OutsideConfig, UNetConfig, build_network
+from kac.networks.diffusers_model import DiffusersModelConfig
 from kac.path import PathConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import ExportSpec
 from pipeline.evaluate.scores import Record, Score
 from pipeline.export.bundle import bundle
 from pipeline.export.export_stage import export
+from tests.kac.diffusers_folders import config_of, dit, unet
 
 KAC, GAUSSIAN = PathConfig(), PathConfig(kind="gaussian")
 MLP, DIT = MLPConfig(width=16, depth=1), DiTConfig(heads=2, head_channels=8, depth=2)
 UNET = UNetConfig(channels=(8, 16), blocks=1, groups=8, attention=(4,), patch=2)
 BOTH = ("end_time", "guidance")
+CONVERTED = {
+    kind: DiffusersModelConfig(
+        model=config_of(model), scheduler=config_of(diffusers.DDPMScheduler(prediction_type=kind)), labels="with_null"
+    )
+    for kind, model in (("epsilon", unet(classes=11)), ("v_prediction", dit(classes=10)))
+}
 ANY_STEP: dict[str, Any] = {"kind": "student", "steps": 2, "guidance": 0.5}
 
 
@@ -117,6 +125,12 @@ SAME_IMAGES: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[dict[str, Any
         [{"steps": 5, "guidance": 1.0}],
     ),
     "unconditional teacher": ((MLP,), {"conditioning": "none"}, [{"steps": 5}]),
+    "any-step converted U-Net": (
+        (CONVERTED["epsilon"].for_student(BOTH, False), GAUSSIAN),
+        {**ANY_STEP, "guidance_scales": (0.0, 1.0), "std": 0.05},
+        [{"steps": n, "guidance": 0.7} for n in (1, 2, 4)],
+    ),
+    "converted DiT teacher": ((CONVERTED["v_prediction"], GAUSSIAN), {}, [{"steps": 5, "guidance": 1.0}]),
     "points": ((MLP,), {"data": "moons"}, [{"steps": 5}]),
 }
 
