@@ -32,7 +32,7 @@ from pipeline.sample import sample
 from pipeline.teach import teach
 from tests import autoencoders
 from tests.kac.data.making import cifar_batches, pixels, write_archive, write_folder, write_idx
-from tests.kac.diffusers_folders import unet, write
+from tests.kac.diffusers_folders import dit, unet, write
 
 FLOAT32 = "--precision.dtype float32"
 ONE_UPDATE = f"--optimizer.updates 1 --optimizer.batch-size 2 --optimizer.accumulation 1 --workers 0 {FLOAT32}"
@@ -51,6 +51,8 @@ SMALL = {
 
 CONVERTED = [name for name in recipe_names() if name not in SMALL]
 """Recipes that start from a public model instead of training a teacher."""
+
+LATENT = ("latent-dit-b-2", "dit-xl-2-256")
 
 STAGES = {
     "teach": TeachSpec,
@@ -79,11 +81,11 @@ def root_of(recipe: str, folder: Path) -> str:
         return ""
     if recipe == "fashion-mnist":
         root = write_idx(folder / "idx", pixels(10, 1, 28), np.array(labels, np.uint8), held_out=2)
-    elif recipe in {"celeba64", "lsun256", "latent-dit-b-2"}:
+    elif recipe in {"celeba64", "lsun256", *LATENT}:
         root = write_folder(folder / "images", pixels(10, 3, 72), labels)
     else:
         root = write_archive(folder / "cifar-10-python.tar.gz", cifar_batches(pixels(60, 3, 32), [*range(10)] * 6))
-    if recipe == "latent-dit-b-2":
+    if recipe in LATENT:
         root = f"{root} --data.autoencoder {autoencoders.write(folder / 'vae', channels=3, latent_channels=4)}"
     return f"--data.root {root}"
 
@@ -114,19 +116,27 @@ def test_a_recipe_works_in_every_stage(recipe: str, tmp_path: Path):
     assert np.abs(delivered).max() <= 1
 
 
-def test_a_public_ddpm_works_in_every_stage(tmp_path: Path):
-    model, teacher, path, student = (tmp_path / name for name in ("ddpm", "teacher", "store", "student"))
-    shape = {"sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8, 8, 8)}
-    attention = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    }
-    write(model, unet(**shape, **attention), diffusers.DDPMScheduler(clip_sample=True))
-    root = root_of("ddpm-cifar10", tmp_path)
-    convert(options(ConvertSpec, f"--config ddpm-cifar10 {root} --checkpoint {model} --out {teacher}"))
-    rollout(options(RolloutSpec, f"--config ddpm-cifar10 {ONE_SHARD} --teacher {teacher} --store {path}"))
+def public_model(recipe: str, folder: Path) -> str:
+    """Write a small model with the structure of the recipe's, and return the options for it and its data."""
+    root = root_of(recipe, folder)
+    if recipe == "dit-xl-2-256":
+        write(folder / "model", dit(classes=2, in_channels=4, out_channels=8), diffusers.DDIMScheduler())
+        return f"--checkpoint {folder / 'model'} --data.size 16 {root}"
+    sizes = {"sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8, 8, 8)}
+    down, up = ["DownBlock2D"] * 4, ["UpBlock2D"] * 4
+    down[1], up[2] = "AttnDownBlock2D", "AttnUpBlock2D"
+    model = unet(**sizes, down_block_types=down, up_block_types=up)
+    write(folder / "model", model, diffusers.DDPMScheduler(clip_sample=True))
+    return f"--checkpoint {folder / 'model'} {root}"
+
+
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_a_recipe_of_a_public_model_works_in_every_stage(recipe: str, tmp_path: Path):
+    teacher, path, student = (tmp_path / name for name in ("teacher", "store", "student"))
+    convert(options(ConvertSpec, f"--config {recipe} {public_model(recipe, tmp_path)} --out {teacher}"))
+    rollout(options(RolloutSpec, f"--config {recipe} {ONE_SHARD} --teacher {teacher} --store {path}"))
     words = f"{ONE_UPDATE} --objective flow-map --objective.grids 1 2 4 --store {path} --out {student}"
-    distill(options(DistillSpec, f"--config ddpm-cifar10 {words}"))
+    distill(options(DistillSpec, f"--config {recipe} {words}"))
     assert load_model(str(student)).sample(2, steps=1).images.isfinite().all()
 
 

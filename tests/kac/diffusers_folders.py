@@ -38,19 +38,20 @@ def unet(
     return model.eval()
 
 
-def dit(classes: int, seed: int = 0) -> nn.Module:
+def dit(classes: int, seed: int = 0, **options: Any) -> nn.Module:
     """A transformer for digits that predicts eps and a variance, as DiT-XL/2 does."""
     torch.manual_seed(seed)
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=2,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=classes,
-    ).eval()
+    values = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 1,
+        "out_channels": 2,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": classes,
+    }
+    return diffusers.DiTTransformer2DModel(**{**values, **options}).eval()
 
 
 def config_of(source: Any) -> dict[str, Any]:
