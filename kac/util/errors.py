@@ -11,6 +11,7 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
+    "HF_TOKEN",
 )
 """Environment variables whose values must never be printed or stored."""
 

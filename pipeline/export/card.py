@@ -45,8 +45,8 @@ CALLS = {
 }
 
 
-def card(spec: ExportSpec, config: ModelConfig) -> str:
-    """Return the text of the card."""
+def card(spec: ExportSpec, config: ModelConfig, table: str) -> str:
+    """Return the text of the card. ``table`` has the scores, or is empty."""
     classes, takes = known_classes(config), config.network.conditions
     front = {
         "library_name": {"diffusers": "diffusers", "pt2": "pytorch", "onnx": "onnx"}[spec.format],
@@ -72,7 +72,7 @@ def card(spec: ExportSpec, config: ModelConfig) -> str:
         f"This is {about} of [DistillKac](https://arxiv.org/abs/2509.21513). Path from noise to data: {config.path}.",
         *(["![samples](samples.png)"] if spec.samples else []),
         f"## Use\n\n{use}",
-        *([f"## Evaluation\n\n{scores(spec, config)}"] if spec.evaluation else []),
+        *([f"## Evaluation\n\n{table}"] if table else []),
         f"## Model\n\n```yaml\n{yaml.safe_dump(flatten(facts))}```",
         *([f"## Training\n\n```yaml\n{yaml.safe_dump(flatten(trained))}```"] if trained else []),
     ]

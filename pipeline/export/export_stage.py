@@ -5,6 +5,7 @@ OUT/...                      the files of the format (``formats``)
 OUT/export.json              written last
 """
 
+import hashlib
 import importlib.util
 import json
 import tempfile
@@ -34,11 +35,14 @@ def export(spec: ExportSpec) -> None:
     """
     spec = cluster.absolute_paths(spec, "model", "out", "evaluation")
     config = load_config(spec.model)
+    table = scores(spec, config) if spec.evaluation else ""
     _check(spec, config)
     content = {"weights_sha256": config.weights_sha256}
+    if table:
+        content["scores_sha256"] = hashlib.sha256(table.encode()).hexdigest()
     if outputs.begin(spec.out, spec, RECORD_FILE, **content):
         try:
-            _write(spec, config)
+            _write(spec, config, table)
             record = {"fingerprint": spec.fingerprint(**content), "format": spec.format, **content}
             files.write_bytes(files.join(spec.out, RECORD_FILE), json.dumps(record, indent=2).encode())
         finally:
@@ -58,8 +62,6 @@ def _check(spec: ExportSpec, config: ModelConfig) -> None:
         )
     if spec.format == "onnx" and None in map(importlib.util.find_spec, ("onnx", "onnxscript")):
         raise ArgumentError("`format` onnx needs more packages. Install them: pip install 'distillkac[onnx]'.")
-    if spec.evaluation:
-        scores(spec, config)
     if spec.push_to_hub:
         from huggingface_hub import get_token
 
@@ -72,7 +74,7 @@ def _check(spec: ExportSpec, config: ModelConfig) -> None:
         raise ArgumentError(f"`out` {spec.out} is not empty and is not an export. Choose another folder.")
 
 
-def _write(spec: ExportSpec, config: ModelConfig) -> None:
+def _write(spec: ExportSpec, config: ModelConfig, table: str) -> None:
     model = load_model(spec.model)  # on the CPU, where programs are traced
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,7 +85,7 @@ def _write(spec: ExportSpec, config: ModelConfig) -> None:
         if spec.samples:
             images = model.sample(spec.samples).images.numpy()
             (folder / "samples.png").write_bytes(sheet(images, columns=8))
-        (folder / "README.md").write_text(card(spec, config))
+        (folder / "README.md").write_text(card(spec, config, table))
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             files.write_bytes(files.join(spec.out, path.relative_to(folder).as_posix()), path.read_bytes())
 

@@ -79,6 +79,7 @@ VALUES: dict[str, list[Any]] = {
     "OutsideConfig.arguments": [ARGUMENTS],
     "OptimizerConfig.accumulation": [2],
     "DistillSpec.register": ["a name", None],
+    "ExportSpec.push_to_hub": ["owner/name", None],
     "SweepSpec.register": ["a name", None],
     "RolloutSpec.knots": [10],
     "RolloutSpec.shard_size": [512],

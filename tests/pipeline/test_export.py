@@ -329,6 +329,8 @@ def test_the_card_describes_the_model_its_training_and_its_scores(exported: Any,
     assert "500 delivered samples" in card
     assert str(tmp_path) not in card
     assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DistillKacError, match="belongs to another spec"):
+        exported(options={**options, "evaluation": None})
     with pytest.raises(ArgumentError, match=r"`evaluation`.*no scores"):
         exported(fingerprint="g", options=options)
 
