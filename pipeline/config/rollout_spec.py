@@ -60,6 +60,7 @@ class RolloutSpec(ActorOptions, RolloutRecipe, Spec):
         "lz4", "Parquet compression of the knots, after byte-stream splitting"
     )
     batch_size: PositiveInt = unhashed(512, "trajectories per network call")
+    license: str = unhashed("", "license in the dataset card, such as cc-by-4.0", pattern="^[a-z0-9.+-]*$")
     dry_run: bool = DRY_RUN
 
     @field_validator("guidance")

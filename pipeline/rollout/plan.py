@@ -10,6 +10,7 @@ from kac.model import DATA_CHANGED, load_teacher_config
 from kac.util import files
 from pipeline.config import RolloutSpec
 from pipeline.rollout.shard_maker import RolloutError, ShardOutcome
+from pipeline.store.card import write_card
 from pipeline.store.layout import Shard, StoreIdentity, check_identity, guidance_folder, parse_shard_name
 from pipeline.store.manifest import (
     Extent,
@@ -95,7 +96,7 @@ def _check_store(store: str, expected: StoreIdentity, manifest: Manifest | None,
 
 
 def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], rounding: float | None = None) -> Manifest:
-    """Write the manifest, then remove receipt files and the temporary files of dead writers.
+    """Write the dataset card and the manifest, then remove receipt files and the temporary files of dead writers.
 
     A concurrent job may seal other guidance scales of the store. The new manifest is therefore merged with the existing
     manifest, and read again after it is written.
@@ -113,6 +114,7 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], roundi
         raise RolloutError(f"{spec.store} cannot be sealed without {min(missing)}. Run the rollout again.")
     for _ in range(SEAL_ATTEMPTS):
         manifest = _merge_manifest(spec, plan, receipts, rounding)
+        write_card(spec.store, manifest, load_teacher_config(spec.teacher).class_names, spec.license)
         write_manifest(spec.store, manifest)
         if _merge_manifest(spec, plan, receipts, rounding) == manifest:
             break

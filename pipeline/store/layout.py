@@ -1,6 +1,7 @@
 """The layout of a store: its identity, its shards' names and schema, and the versions of its files.
 
 STORE/manifest.json                               describes the finished store; written last
+STORE/README.md                                   describes the store for people and for Hugging Face
 STORE/run.json                                    the MLflow run that made the store
 STORE/receipts-0123456789ab.json                  receipts of an unfinished store; removed after the manifest is written
 STORE/data/guidance=1.0/shard-000042.parquet      one shard
@@ -24,6 +25,7 @@ from pipeline.config import RolloutRecipe
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"
 DATA = "data"
 
 SAMPLE_ID, LABEL, KINETIC_ENERGY, INTERVAL = "sample_id", "label", "kinetic_energy", "interval"

@@ -14,6 +14,7 @@ from kac.util.options import OptionStyle
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config import Spec
+from pipeline.store.card import write_card
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, check_identity
 from pipeline.store.manifest import Extent, Manifest, list_shards, merge_extents, read_manifest, write_manifest
 from pipeline.store.reader import open_store
@@ -61,6 +62,7 @@ def merge(spec: MergeSpec) -> Manifest:
     ordered = sorted(copies.values(), key=lambda copy: copy[1])
     results = map_in_threads(lambda copy: _copy(into, first.identity, *copy), ordered, "copy")
     merged = first.model_copy(update={"extents": extents, "shards": tuple(receipt for receipt, _ in results)})
+    write_card(into, merged, like=paths[0])
     write_manifest(into, merged)
     rows, kept = sum(shard.rows for _, shard, _ in ordered), sum(existed for _, existed in results)
     log.info(f"merge: wrote {into}: {rows:,} rows; {len(results) - kept} shards copied, {kept} already existed")

@@ -25,13 +25,13 @@ from pipeline.cluster import storage
 from pipeline.config import Spec
 from pipeline.store import shards
 from pipeline.store.describe import StorePath
-from pipeline.store.layout import MANIFEST, NewerVersion, StoreError, StoreIdentity, parse_shard_name
+from pipeline.store.layout import CARD, MANIFEST, NewerVersion, StoreError, StoreIdentity, parse_shard_name
 from pipeline.store.manifest import Manifest, is_receipt_file, read_manifest
 from pipeline.store.shards import DamagedShard, ForeignShard, NotFiniteShard, Receipt
 from pipeline.tracking.server import RUN_FILE
 
 PAUSE_SECONDS = 0.1
-OWN_FILES = (MANIFEST, RUN_FILE)
+OWN_FILES = (MANIFEST, CARD, RUN_FILE)
 UNRELATED = "does not belong to this store. It was not changed."
 
 KIND_OF = {NotFiniteShard: "not finite", DamagedShard: "damaged", ForeignShard: "foreign", NewerVersion: "newer"}

@@ -71,6 +71,7 @@ VALUES: dict[str, list[Any]] = {
     "BenchmarkSpec.only": [("bytes-read",), ("rollout-speed", "bytes-read")],
     "BenchmarkSpec.trajectories": [10 * 1024],
     "RolloutSpec.first_sample": [1024],
+    "RolloutSpec.license": ["cc-by-4.0"],
     "StudySpec.claims": [("speed", "plane"), CLAIMS],
     "DataConfig.root": ["a folder", "s3://bucket/a=b"],
     "DataConfig.factory": ["a.b:c"],

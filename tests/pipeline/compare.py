@@ -23,7 +23,7 @@ def read_store(store: str) -> tuple[dict, dict[float, pa.Table]]:
     named = {receipt["name"]: receipt for receipt in manifest["shards"]}
     assert len(named) == len(manifest["shards"]), "the manifest lists a shard twice"
     others = [name for name in list_files(store) if name not in named]
-    assert set(others) - {"run.json"} == {"manifest.json"}, "the manifest does not list every file"
+    assert set(others) - {"run.json"} == {"manifest.json", "README.md"}, "the manifest does not list every file"
     assert not set(named) - set(list_files(store)), "files are missing"
     tables: dict[float, list[pa.Table]] = {}
     for name, receipt in named.items():

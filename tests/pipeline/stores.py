@@ -20,7 +20,7 @@ from pipeline.store.shards import Receipt
 
 def make_teacher(
     path: str | Path,
-    data: str = "moons",
+    data: str | DataConfig = "moons",
     seed: int = 0,
     path_config: PathConfig | None = None,
     conditioning: Conditioning = "classes_and_null",
@@ -29,9 +29,8 @@ def make_teacher(
 
     The velocity of an unconditional teacher is NaN for every class and finite for the null label.
     """
-    config = teacher_config(
-        MLPConfig(width=8, depth=1), path_config or PathConfig(), DataConfig(kind=data), conditioning=conditioning
-    )
+    data = DataConfig(kind=data) if isinstance(data, str) else data
+    config = teacher_config(MLPConfig(width=8, depth=1), path_config or PathConfig(), data, conditioning=conditioning)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build_network(config.network, config.sample_shape, config.num_classes)
