@@ -122,7 +122,8 @@ class DiffusersModel(NetworkModule):
         if self.schedule.prediction == FLOW:
             return t * self.timestep[-1]
         log_ratio = torch.logit(t)
-        right = torch.searchsorted(self.log_ratio, log_ratio).clamp(1, len(self.log_ratio) - 1)
+        # The number of levels below. ONNX has no torch.searchsorted.
+        right = (self.log_ratio < log_ratio[:, None]).sum(1).clamp(1, len(self.log_ratio) - 1)
         low, high = self.log_ratio[right - 1], self.log_ratio[right]
         return torch.lerp(self.timestep[right - 1], self.timestep[right], (log_ratio - low) / (high - low))
 

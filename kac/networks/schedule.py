@@ -64,7 +64,7 @@ class NoiseSchedule:
             return 1 - t, t
         if self.prediction == EDM:
             return torch.ones_like(t), t / (1 - t)
-        norm = torch.hypot(1 - t, t)
+        norm = ((1 - t) ** 2 + t**2).sqrt()
         return (1 - t) / norm, t / norm
 
 

@@ -66,7 +66,8 @@ States of a frozen teacher between t = 1 (noise) and t = 0 (data), for [distilla
 | `kinetic_energy` | float32 | integral of the squared velocity over time |
 {columns}
 
-Run these examples in this folder. `datasets`, pandas and DuckDB return states as flat arrays.
+Run these examples in this folder. `datasets`, pandas and DuckDB return states as flat arrays. To read single files with
+`datasets.load_dataset("parquet", data_files=...)`, also give `features=rows.features`.
 ```python
 import os, datasets
 rows = datasets.load_dataset(os.getcwd(), "{scale}", split="train")  # or the dataset's name on the Hub
