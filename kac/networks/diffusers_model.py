@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from kac.networks.schedule import EDM, FLOW, STUDENT_GAP, read_schedule
@@ -23,6 +23,13 @@ class DiffusersModelConfig(NetworkOptions):
     scheduler: dict[str, Any] = Field(description="the config of the scheduler that the model was trained with")
     labels: Literal["with_null", "without_null", "none"] = Field(description="labels that the model accepts")
     student: bool = Field(False, description="call the model also outside of the times on which it was trained")
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if model.get("_class_name") not in MODELS:
+            raise ValueError(f"{model.get('_class_name')} is not supported. Supported models are {', '.join(MODELS)}.")
+        return model
 
     @property
     def conditioning(self) -> Conditioning:
