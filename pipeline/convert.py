@@ -26,9 +26,10 @@ def convert(spec: ConvertSpec, parent: tracking.TrackedRun | None = None) -> Mod
     """
     spec = cluster.absolute_paths(spec, "out", "checkpoint", "data.root", "data.autoencoder")
     folder = find_diffusers_folder(spec.checkpoint)
-    data = decode.open_described("convert", spec.data)
+    data = decode.open_described("convert", spec.data, is_read=False)
     source = _convert_checkpoint(spec, data) if folder is None else _convert_folder(spec, folder, data)
     content = {"data_sha256": data.sha256, "checkpoint_sha256": source.sha256}
+    spec = spec.model_copy(update={"network": source.config, "path": source.path})  # of a folder: what it determines
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         return outputs.complete_model(spec.stage, spec.out)
     cost = network_cost(source.config, data.sample_shape, data.num_classes)

@@ -7,7 +7,7 @@ directly into the cache, and returns only their number. Tasks that encode latent
 from collections.abc import Iterator
 from typing import Any
 
-from kac.data import DataConfig, DataDescription, begin_decoding, open_autoencoder, open_dataset
+from kac.data import DataConfig, DataDescription, begin_decoding, describe_dataset, open_autoencoder
 from kac.data.autoencoder import LatentSource
 from kac.data.class_names import list_classes
 from kac.data.decoded import Piece, Writer
@@ -28,14 +28,16 @@ DATA_FILE = "data.json"
 """Name of the artifact that describes a run's training data."""
 
 
-def open_described(stage: str, config: DataConfig) -> DataDescription:
+def open_described(stage: str, config: DataConfig, *, is_read: bool = True) -> DataDescription:
     """Decode a dataset if necessary, log its split and its classes, and return its description.
+
+    If the stage does not read the dataset, latents are not encoded.
 
     Raises:
         DistillKacError: files are missing, damaged or inconsistent.
     """
-    prepare(config)
-    data = open_dataset(config).description
+    prepare(config if is_read else config.images)
+    data = describe_dataset(config)
     lines = [f"{config.kind}: {data.train:,} training and {data.held_out:,} held-out images: {data.split}"]
     if data.class_names:
         lines.append(f"classes, label=name: {list_classes(data.class_names)}")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kac.data.dataset import Contents, DataDescription, Dataset, Source, Unit
 from kac.util import files
@@ -34,9 +35,10 @@ CALL_IMAGES, CALL_VALUES = 256, 2**22
 """At most this many images, and at most this many of their values, per network call: 21 images of 256 x 256 in colour.
 The size is fixed, because another size would change the last digits of the latents."""
 
-UNIT_CALLS = 8
-"""Network calls per task that encodes images."""
+UNIT_CALLS = 64
+"""Network calls per task that encodes images. On a GPU, each task starts a process."""
 
+CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 PROBE_SIDE = 512
 """Width of the image without values that shows the shape of latents."""
 
@@ -91,7 +93,10 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of scaled latents, with gradients. Their values can be beyond [-1, 1]."""
         network, size = self.network.to(latents.device), self.call_size(self.image_shape(latents.shape[1:]))
-        return torch.cat([decode_latents(network, part) for part in torch.split(latents, size)])
+        parts = torch.split(latents, size)
+        if latents.requires_grad:  # keep the latents, not the decoder's activations: 1.8 GB per image of 256 x 256
+            return torch.cat([checkpoint(decode_latents, network, part, **CHECKPOINT) for part in parts])
+        return torch.cat([decode_latents(network, part) for part in parts])
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the latents of images. Raises ``ArgumentError`` if the images do not fit."""

@@ -61,9 +61,10 @@ class DiffusersFolder(NamedTuple):
         below = f"{self.subfolder}/" if self.subfolder else ""
         names = [name for name in files.list_sizes(self.path) if name.startswith(below)]
         names = [name.removeprefix(below) for name in names if "/" not in name.removeprefix(below)]
-        names = sorted(name for name in names if name.endswith((*WEIGHTS, ".json")))
-        if not any(name.endswith(WEIGHTS) for name in names):
+        ending = next((each for each in WEIGHTS if any(name.endswith(each) for name in names)), None)
+        if ending is None:
             raise CheckpointError(f"{self.path}/{below} has no weights (*.safetensors or *.bin). Download it again.")
+        names = sorted(name for name in names if name.endswith((ending, ".json")))
         content = {name: files.read_bytes(files.join(self.path, below + name)) for name in names}
         with tempfile.TemporaryDirectory() as copy:  # diffusers reads only local folders
             for name, data in content.items():
@@ -74,7 +75,8 @@ class DiffusersFolder(NamedTuple):
                     copy, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
             except Exception as error:  # noqa: BLE001 - diffusers may raise any error for a damaged file
-                raise CheckpointError(f"{self.path}: the weights do not fit {MODEL_FILE}: {one_line(error)}") from None
+                problem = one_line(str(error).replace(copy, self.path))
+                raise CheckpointError(f"{self.path}: the weights do not fit {MODEL_FILE}: {problem}") from None
         wrong = [*report["missing_keys"], *report["unexpected_keys"]]
         if wrong:
             problem = f"tensors are missing or unexpected: {shorten(wrong, 3)}"
@@ -94,6 +96,8 @@ def find_diffusers_folder(path: str) -> DiffusersFolder | None:
     names = files.list_sizes(path)
     index = _read(path, INDEX_FILE) if INDEX_FILE in names else {}
     if not index and (MODEL_FILE not in names or "_class_name" not in _read(path, MODEL_FILE)):
+        if any(f"{name}/{MODEL_FILE}" in names for name in COMPONENTS):
+            raise CheckpointError(f"{path} has no {INDEX_FILE}. Download the whole folder, or give the model's folder.")
         return None
     if texts := sorted(name for name in index if name.startswith(("text_encoder", "tokenizer"))):
         raise CheckpointError(
@@ -105,6 +109,8 @@ def find_diffusers_folder(path: str) -> DiffusersFolder | None:
     if MODEL_FILE not in names and not subfolder:
         raise CheckpointError(f"{path} has no {' or '.join(COMPONENTS)}. Supported models are {', '.join(MODELS)}.")
     model = _read(path, f"{subfolder}/{MODEL_FILE}" if subfolder else MODEL_FILE)
+    if model.get("_class_name") == "Transformer2DModel" and model.get("norm_type") == "ada_norm_zero":
+        model["_class_name"] = "DiTTransformer2DModel"  # its former name
     _check_model(path, model)
     scheduler_file = next((name for name in SCHEDULER_FILES if name in names), None)
     if scheduler_file is None:
@@ -122,7 +128,7 @@ def _check_model(path: str, model: dict[str, Any]) -> None:
     name = model.get("_class_name")
     if name not in MODELS:
         raise CheckpointError(f"{path}: the model {name} is not supported. Supported models are {', '.join(MODELS)}.")
-    blocks = [*model.get("down_block_types", []), model.get("mid_block_type"), *model.get("up_block_types", [])]
+    blocks = [*(model.get("down_block_types") or []), model.get("mid_block_type"), *(model.get("up_block_types") or [])]
     if name == "UNet2DConditionModel" and any("CrossAttn" in str(block) for block in blocks):
         raise CheckpointError(f"{path}: this UNet2DConditionModel attends to text. Choose a model without CrossAttn.")
     if model.get("class_embed_type") is not None:

@@ -85,7 +85,7 @@ class DiffusersModel(NetworkModule):
                 module.dropout_prob = 0.0  # the labels of a batch are those of the teacher's trajectories
         with torch.device("cpu"):
             self.schedule = schedule = read_schedule(config.scheduler)
-            self.t_range, self.ray = schedule.t_range, schedule.ray
+            self.t_range, self.slope = schedule.t_range, schedule.slope
         device = next(model.parameters()).device
         self.register_buffer("log_ratio", schedule.log_ratio.float().to(device), persistent=False)
         self.register_buffer("timestep", schedule.timestep.float().to(device), persistent=False)
@@ -122,7 +122,7 @@ class DiffusersModel(NetworkModule):
         if self.is_student:
             return u
         t_wide = given_t.reshape(t_wide.shape)
-        return torch.where(t_wide > last, self.ray * x / (1 - self.ray * (1 - t_wide)), u)
+        return torch.where(t_wide > last, self.slope * x / (1 - self.slope * (1 - t_wide)), u)
 
     def _timesteps(self, t: Tensor) -> Tensor:
         """Return the model's time input at the trained times ``t`` [batch]."""
@@ -138,7 +138,7 @@ class DiffusersModel(NetworkModule):
         model: Any = self.get_submodule(str(self.diffusers_name))
         labels = {"class_labels": label} if self.has_labels else {}
         text = {"encoder_hidden_states": None} if type(model).__name__ == "UNet2DConditionModel" else {}
-        return model(z, timestep, **labels, **text).sample  # type: ignore[no-any-return]
+        return model(z.to(model.dtype), timestep, **labels, **text).sample  # type: ignore[no-any-return]
 
     def _add_conditions(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output if self._condition is None else output + self._condition

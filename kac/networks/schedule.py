@@ -1,6 +1,6 @@
 """The change of variables that turns a diffusion model into a velocity field of the Gaussian path.
 
-A diffusion model is trained on z = alpha x_0 + sigma eps. The point x = z / (alpha + sigma) lies on the Gaussian path
+A diffusion model is trained on z = alpha x_0 + sigma eps. The point x = z / (alpha + sigma) is on the Gaussian path
 x = (1 - t) x_0 + t eps at the time t = sigma / (alpha + sigma), and the velocity there is u = eps - x_0. Every
 prediction of the model (eps, x_0, v, F of EDM, or a flow's velocity) determines u exactly.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kac.util.errors import CheckpointError
+from kac.util.errors import CheckpointError, one_line
 
 STUDENT_GAP = 0.05
 """A student that predicts eps divides by at least this value instead of 1 - t, which would amplify its output."""
@@ -50,8 +50,8 @@ class NoiseSchedule:
         return low, high
 
     @property
-    def ray(self) -> float:
-        """Above the last trained time, x moves on the ray x = eps (1 - ray (1 - t)) to the start of the samplers."""
+    def slope(self) -> float:
+        """Above the last trained time, x = eps (1 - slope (1 - t)) moves straight to the start of the samplers."""
         last = self.t_range[1]
         if last == 1:
             return 0.0
@@ -82,7 +82,7 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     try:
         scheduler: Any = getattr(diffusers, name).from_config(dict(config))
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise CheckpointError(f"diffusers cannot build the scheduler {name}: {error}") from None
+        raise CheckpointError(f"diffusers cannot build the scheduler {name}: {one_line(error)}") from None
     options = scheduler.config
     prediction = options.get("prediction_type", FLOW)
     unsupported = {
@@ -102,8 +102,8 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
         ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
         return NoiseSchedule(FLOW, ends, torch.tensor([0.0, options.num_train_timesteps], dtype=torch.float64))
     signal = scheduler.alphas_cumprod.double().clamp(min=LEAST_SIGNAL)
-    if prediction not in VP_PREDICTIONS or not bool((signal.diff() < 0).all()):
-        problem = f"prediction_type {prediction}" if prediction not in VP_PREDICTIONS else "betas that are not positive"
+    if prediction not in VP_PREDICTIONS or len(signal) < 2 or not bool((signal.diff() < 0).all()):
+        problem = f"prediction_type {prediction}" if prediction not in VP_PREDICTIONS else "fewer than 2 positive betas"
         raise CheckpointError(f"the scheduler {name} has {problem}. Supported are {', '.join(VP_PREDICTIONS)}.")
     log_ratio = ((1 - signal).log() - signal.log()) / 2
     return NoiseSchedule(prediction, log_ratio, torch.arange(len(signal), dtype=torch.float64))

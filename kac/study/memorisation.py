@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kac.metrics.distances import nearest_distances
 from kac.model import deliver
+from kac.sampling import BATCH_SIZE
 from kac.study.subject import ClaimResult, Inputs, panels, png
 
 MOST_ENERGETIC = 0.05
@@ -62,7 +63,8 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     rows = stored.read(["label", "kinetic_energy", stored.knot_columns[-1]])
     energy, label = rows["kinetic_energy"], rows["label"]
     pixels, w = inputs.pixels, stored.sampling.guidance
-    samples = pixels(deliver(inputs.teacher.config, rows[stored.knot_columns[-1]].float()))
+    states = torch.split(rows[stored.knot_columns[-1]].float(), BATCH_SIZE)
+    samples = torch.cat([pixels(deliver(inputs.teacher.config, part)) for part in states])
     nearest = [nearest_distances(samples, part) for part in pixels.of_training_images(inputs.images)]
     distance = torch.stack(nearest).amin(0)
     found = energy_and_nearness(energy, distance, label)

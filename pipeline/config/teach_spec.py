@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from kac.data import DataConfig
 from kac.networks import MLPConfig, UNetConfig
@@ -79,7 +79,7 @@ class ConvertSpec(Spec):
     out: str = output_path(..., "model folder to write: path or s3:// URI")
     data: DataConfig
     path: PathConfig = PATH
-    network: NetworkChoice = UNetConfig(
+    network: SerializeAsAny[NetworkChoice] = UNetConfig(
         channels=(128, 256, 256, 256), attention=(16,), head_channels=64, time_scale=1.0
     )
     key: str | None = Field(

@@ -18,8 +18,8 @@ from kac.util.log import log
 from pipeline import claims, outputs
 from pipeline.cluster import connection as cluster
 from pipeline.config import ExportSpec
-from pipeline.export.card import card, scores
 from pipeline.export.formats import KINDS, write_pipeline, write_programs
+from pipeline.export.model_card import card, scores
 from pipeline.report.pictures import sheet
 
 RECORD_FILE = "export.json"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kac.data import open_autoencoder
-from kac.model import Model, main_weights
+from kac.model import Model, decoder_of, main_weights
 from kac.networks import NetworkModule
 from pipeline.export.bundle import bundle
 from pipeline.export.kac_pipeline import KacConditions, KacMLP, KacPipeline
@@ -32,6 +32,7 @@ def write_pipeline(folder: Path, model: Model) -> None:
         parts["conditions"] = KacConditions(network.takes, network.width)
         parts["conditions"].embedding.load_state_dict(network.conditions.state_dict())  # type: ignore[union-attr]
     if config.data.autoencoder:
+        decoder_of(config)  # checks that the autoencoder is the model's
         parts["vae"] = open_autoencoder(config.data.autoencoder).network
     index: dict[str, Any] = {"_class_name": ["pipeline", "KacPipeline"], "_diffusers_version": diffusers.__version__}
     for name, part in parts.items():

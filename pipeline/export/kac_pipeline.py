@@ -160,7 +160,8 @@ class _Network:
         self.guide = _Network(pipeline, given, pipeline.guide) if pipeline.guide and not model else None
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        u = VELOCITIES[self.config.kind](self, x.to(self.model.dtype), t, label).float()
+        dtype = torch.float32 if self.config.kind == "diffusers" else self.model.dtype
+        u = VELOCITIES[self.config.kind](self, x.to(dtype), t, label).float()
         return SpeedClamp(self.pipeline.path)(self.model, (x, t), u) if self.config.bounded else u  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ from kac.model import DATA_CHANGED, load_teacher_config
 from kac.util import files
 from pipeline.config import RolloutSpec
 from pipeline.rollout.shard_maker import RolloutError, ShardOutcome
-from pipeline.store.card import write_card
+from pipeline.store.dataset_card import write_card
 from pipeline.store.layout import Shard, StoreIdentity, check_identity, guidance_folder, parse_shard_name
 from pipeline.store.manifest import (
     Extent,

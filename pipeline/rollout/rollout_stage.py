@@ -23,6 +23,7 @@ from pipeline.config import RolloutSpec
 from pipeline.progress import ProgressBar
 from pipeline.rollout.plan import Plan, make_plan, remove_orphans, seal
 from pipeline.rollout.shard_maker import ShardMaker, ShardOutcome, endpoint_rms
+from pipeline.store.dataset_card import write_card
 from pipeline.store.manifest import SHARDS_PER_RECEIPT_FILE, Manifest, write_receipts
 
 tracking.declare(
@@ -57,6 +58,8 @@ def rollout(spec: RolloutSpec, parent: tracking.TrackedRun | None = None) -> Man
         return None
     if plan.is_done and plan.manifest is not None:
         remove_orphans(spec.store, plan.manifest.guidance)
+        if spec.license:
+            write_card(spec.store, plan.manifest, license=spec.license)
         log.info(f"rollout: {spec.store} is complete with {plan.rows_finished:,} rows: nothing to do")
         return plan.manifest
     teacher = load_model(spec.teacher).config

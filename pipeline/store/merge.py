@@ -14,7 +14,7 @@ from kac.util.options import OptionStyle
 from kac.util.path_options import input_path, output_path
 from pipeline.cluster import connection as cluster
 from pipeline.config import Spec
-from pipeline.store.card import write_card
+from pipeline.store.dataset_card import write_card
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, check_identity
 from pipeline.store.manifest import Extent, Manifest, list_shards, merge_extents, read_manifest, write_manifest
 from pipeline.store.reader import open_store

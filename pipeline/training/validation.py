@@ -156,8 +156,8 @@ class Validation:
             held_out.scales, _rows(held_out, min(self.samples, BATCH_SIZE)), strict=True
         ):
             sampling = student_sampling(self.config, guidance=w)
-            made = generate(wrapped, noise.to(device), label.to(device), sampling).x.cpu()
-            errors.append((deliver(self.config, made) - deliver(self.config, image)).square().mean().sqrt())
+            made = generate(wrapped, noise.to(device), label.to(device), sampling).x
+            errors.append((deliver(self.config, made) - deliver(self.config, image.to(device))).square().mean().sqrt())
         return float(torch.stack(errors).mean())
 
 

@@ -64,7 +64,9 @@ def card(spec: ExportSpec, config: ModelConfig, table: str) -> str:
         null=config.num_classes,
         others=", ".join(f"`{name}`" for name in ("t", *takes)),
     )
-    facts = config.model_dump(mode="json", exclude={"class_frequencies": True, "data": {"root"}}, exclude_none=True)
+    facts = config.model_dump(
+        mode="json", exclude={"class_frequencies": True, "data": {"root", "autoencoder"}}, exclude_none=True
+    )
     trained = (outputs.read_json(files.join(spec.model, outputs.SPEC_FILE)) or {}).get("identity")
     about = "an any-step student" if config.is_any_step else f"a {config.kind}"
     parts = [

@@ -13,7 +13,7 @@ from kac.data import DataConfig
 from kac.model import load_config
 from kac.util.errors import ArgumentError
 from pipeline.config import RolloutSpec
-from pipeline.store.card import GENERATED
+from pipeline.store.dataset_card import GENERATED
 from pipeline.store.merge import MergeSpec, merge
 from tests.kac.data import making
 from tests.pipeline.store.reading import read_all
