@@ -224,7 +224,7 @@ def absolute_paths(options: Options, *names: str) -> Options:
     changed: dict[str, Any] = {}
     for name in names:
         field, _, nested = name.partition(".")
-        value = getattr(options, field)
+        value = changed.get(field, getattr(options, field))
         if nested:
             changed[field] = absolute_paths(value, nested)
         elif value is not None:

@@ -24,7 +24,7 @@ from pipeline.evaluate.evaluate_stage import evaluate
 from pipeline.rollout import rollout
 from pipeline.sample import sample
 from pipeline.study import study
-from pipeline.teach import teach
+from pipeline.teach import resolve_spec, teach
 from pipeline.tracking import TrackedRun, run_of_output
 from pipeline.tracking.logged_models import model_of_run
 from pipeline.training.validation import ENERGY_DISTANCE
@@ -143,7 +143,7 @@ def test_a_study_measures_images_and_leaves_out_the_speed_limit(made: Made, tmp_
             students=(made.student,),
             rivals=(str(gaussian),),
             claims=("all",),
-            samples=100,
+            samples=40,
             out=str(tmp_path / "study"),
         )
     )
@@ -185,6 +185,12 @@ def test_a_changed_autoencoder_is_refused(made: Made, tmp_path: Path):
         for path, data in kept.items():
             path.write_bytes(data)
         open_autoencoder.cache_clear()
+
+
+def test_relative_paths_of_the_data_and_of_the_autoencoder_become_absolute(tmp_path: Path):
+    data = {"kind": "folder", "root": "photos", "autoencoder": "vae"}
+    resolved = resolve_spec(teach_spec(tmp_path / "t", data=data)).data
+    assert (resolved.root, resolved.autoencoder) == (str(Path("photos").absolute()), str(Path("vae").absolute()))
 
 
 def test_a_bounded_network_is_refused(made: Made, tmp_path: Path):
