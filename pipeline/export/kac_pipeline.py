@@ -87,7 +87,7 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
             class_labels: classes by number or name, repeated in turn; default: drawn with the data's frequencies.
             batch_size: number of images; default: the number of labels, or 1.
             num_inference_steps: steps; default: the student's own number, or 100 for a teacher.
-            guidance: scale w of u + w (u - u_weaker); 0: none. diffusers' ``guidance_scale`` is 1 + w.
+            guidance: scale of guidance, as in ``jobs.sample``; 0: none. diffusers' ``guidance_scale`` is this plus 1.
             generator: gives the seed of the noise. Its next call continues with the seed's next images.
             output_type: pil; np: [n, height, width, channels] in [0, 1]; pt: [n, channels, height, width] in [-1, 1].
                 Images are rounded to 8 bits. Points have no pil, and the same np as pt. Default: pil, or np.
@@ -123,7 +123,7 @@ class KacPipeline(DiffusionPipeline):  # type: ignore[misc]
             network: Any = _Network(self, given)
             mean = u = GuidedVelocity(network, 0.0 if "guidance" in given else how.guidance, label.to(device))(x, t)
             if how.solver == "ab2" and last is not None:  # Adams-Bashforth: extrapolate u to the middle of the step
-                mean = u + h / last[1] / 2 * (u - last[0])
+                mean = u.add(u - last[0], alpha=h / last[1] / 2)
             last = u, h
             x = self.scheduler.step(mean, timestep, x, return_dict=False)[0]
 

@@ -95,6 +95,7 @@ VALUES: dict[str, list[Any]] = {
 
 BESIDE: dict[str, dict[str, Any]] = {
     "DataConfig.root": {"kind": "folder"},
+    "DataConfig.autoencoder": {"kind": "digits"},
     "DataConfig.factory": {"kind": "outside"},
     "DataConfig.arguments": {"kind": "outside", "factory": "a:b"},
     "DataConfig.size": {"kind": "folder", "root": "r"},

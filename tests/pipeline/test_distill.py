@@ -205,9 +205,9 @@ def test_the_parts_of_an_update_share_all_training_images_at_random(
 ):
     parts: list[torch.Tensor] = []
 
-    def spy(loss: RefinementLoss, samples: torch.Tensor, label: torch.Tensor, rows: torch.Tensor, update: int) -> Any:
+    def spy(loss: RefinementLoss, samples: torch.Tensor, label: torch.Tensor, rows: torch.Tensor, *more: Any) -> Any:
         parts.append(rows)
-        return compare(loss, samples, label, rows, update)
+        return compare(loss, samples, label, rows, *more)
 
     compare = RefinementLoss.__call__
     monkeypatch.setattr(RefinementLoss, "__call__", spy)
@@ -238,7 +238,7 @@ def test_an_impossible_refinement_is_refused_before_anything_is_written(
     passes = FEW.model_copy(update={"accumulation": 64})
     check_refused("`optimizer.batch_size` is 64, .* at least 128", refine="data", optimizer=passes)
     other = in_memory(torch.zeros(20, 2), torch.arange(20) % 2, 2)
-    monkeypatch.setattr(models, "open_dataset", lambda config: other)
+    monkeypatch.setattr(models, "describe_dataset", lambda config: other.description)
     check_refused("sha256", refine="data")
 
 

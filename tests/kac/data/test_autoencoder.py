@@ -62,7 +62,7 @@ def test_each_class_encodes_and_decodes_with_its_scale(name: str, tmp_path: Path
 def test_latents_are_encoded_once_and_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = DataConfig(autoencoder=autoencoders.write(tmp_path / "a"))
     first = open_dataset(config)
-    monkeypatch.setattr(autoencoder, "_encode", None)
+    monkeypatch.setattr(autoencoder, "encode_images", None)
     open_dataset.cache_clear()
     second = open_dataset(config)
     assert second is not first
