@@ -355,9 +355,7 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(update)
             layers = _random_layers(tuple(samples.shape[1:])).requires_grad_(False)
-        for weight in layers.parameters():
-            weight.data = to_device(weight.data, inputs.device)
-        return _depths(layers, samples)
+        return _depths(layers._apply(lambda weight: to_device(weight, inputs.device)), samples)
 
     return RefinementSpace(features, is_frozen=False)
 
