@@ -134,14 +134,13 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
     Args:
         x_1: [batch, *sample]. All later states must have the dtype and device of ``x_1``.
     """
-    times, takes = knot_times(sampling.steps, sampling.knot_grid), getattr(network, "takes", ())
-    rounded = times.to(x_1.dtype)
-    next_time = dict(zip(rounded.tolist(), rounded[1:].tolist(), strict=False))
-    dtype, device = x_1.dtype, x_1.device
+    dtype, device, takes = x_1.dtype, x_1.device, getattr(network, "takes", ())
+    times = knot_times(sampling.steps, sampling.knot_grid, device).to(dtype)
+    guidance = torch.full((), sampling.guidance, dtype=dtype, device=device)
 
     def conditions(t: Tensor) -> dict[str, Tensor]:
-        values = {name: next_time[t.item()] if name == "end_time" else sampling.guidance for name in takes}
-        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in values.items()}
+        # The end time is the largest time before t. It is found on the device: reading t would wait for a GPU.
+        return {name: (times * (times < t)).amax() if name == "end_time" else guidance for name in takes}
 
     return guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
 

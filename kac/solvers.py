@@ -32,7 +32,7 @@ class Solution(NamedTuple):
     kinetic_energy: Tensor  # [batch], the integral of |u|^2 |dt|
 
 
-def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
+def knot_times(knots: int, grid: KnotGrid = "uniform", device: torch.device | str = "cpu") -> Tensor:
     """Return the times t_0 = 1 > t_1 > ... > t_knots = 0: [knots + 1], float64, exact at both ends.
 
     Stored knots, student steps and solver steps all use this grid. ``knot_times(m) == knot_times(m * n)[::n]``.
@@ -47,7 +47,9 @@ def knot_times(knots: int, grid: KnotGrid = "uniform") -> Tensor:
     if knots < 1:
         raise ValueError(f"`knots` is {knots}, but must be at least 1.")
     check_known("grid", grid, GRIDS)
-    return GRIDS[grid](torch.arange(knots, -1, -1, dtype=torch.float64) / knots)
+    left = torch.arange(knots, -1, -1, dtype=torch.float64, device=device)
+    # A GPU divides by a number inexactly, through its reciprocal, but by a tensor exactly.
+    return GRIDS[grid](left / left[0])
 
 
 def solve(

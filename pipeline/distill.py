@@ -33,6 +33,7 @@ from kac.model import (
 from kac.networks import NetworkConfig, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost
 from kac.sampling import Sampling, integrate
+from kac.util.device import to_device
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError
 from kac.util.log import log
 from kac.util.options import most
@@ -42,7 +43,7 @@ from pipeline.cluster import connection as cluster
 from pipeline.cluster import storage
 from pipeline.config import DistillSpec, SweepSpec
 from pipeline.tracking import logged_models
-from pipeline.training.batches import seed_dropout, slot_generator, to_device, update_generator
+from pipeline.training.batches import seed_dropout, slot_generator, update_generator
 
 
 def distill(
@@ -351,7 +352,7 @@ def _store_reader(spec: DistillSpec, objective: Objective, worker: training.Work
                 start_batch=update,
                 memory_bytes=int(spec.memory_gib * 2**30),
             )
-        return Interval(*to_device(next(readers[seat]), worker.device))  # the store's reader prefetches
+        return Interval(*(to_device(part, worker.device) for part in next(readers[seat])))  # the reader prefetches
 
     return read
 
@@ -380,7 +381,7 @@ def _refinement(
             real_rows = torch.randint(distance.count, (options.real_images,), generator=draws)
         else:
             real_rows = torch.randperm(distance.count, generator=draws)
-        label = micro.share(torch.multinomial(frequencies, size, True, generator=draws)).to(device)
+        label = to_device(micro.share(torch.multinomial(frequencies, size, True, generator=draws)), device)
         noise = slot_generator(spec.seed, micro)
         zeros, ones = torch.zeros(rows, *model.sample_shape, device=device), torch.ones(rows, device=device)
         x_1 = path.sample(zeros, ones, noise).x_t

@@ -29,6 +29,7 @@ from kac.metrics.classifier import ClassifierRecipe, open_classifier
 from kac.metrics.features import Pooled, averaged_down
 from kac.model import Model
 from kac.precision import Precision
+from kac.util.device import to_device
 from kac.util.errors import ArgumentError
 from kac.util.images import delivered, is_image
 from kac.util.options import Kinded, expand_kind
@@ -262,7 +263,7 @@ class RefinementLoss:
             seen = latents if space.takes_latents and latents is not None else samples
             for features, real in zip(space.features(seen, update), reference, strict=True):
                 x = self._with_classes(features / real.unit, label)
-                y = real.points[rows.to(self.device)] if n in self.kept else real.points
+                y = real.points[to_device(rows, self.device)] if n in self.kept else real.points
                 parts.append(self.distance(x, y, real.mean_distance, update))
             means.append(torch.stack(parts).mean())
         return torch.stack(means).mean()
@@ -272,9 +273,9 @@ class RefinementLoss:
         blocks, labels = [], []
         for block in torch.split(ids, max(1, min(BLOCK_IMAGES, BLOCK_VALUES // self.values_per_image))):
             images, label = (self.latents if space.takes_latents else self.train).rows(block)
-            blocks.append(space.features(images.to(self.device), update))
-            labels.append(label.to(self.device))
-        found, unit_rows = [], _random_ids(len(ids), UNIT_IMAGES).to(self.device)
+            blocks.append(space.features(to_device(images, self.device), update))
+            labels.append(to_device(label, self.device))
+        found, unit_rows = [], to_device(_random_ids(len(ids), UNIT_IMAGES), self.device)
         for parts in zip(*blocks, strict=True):
             features = torch.cat(parts)
             unit = mean_distance(features[unit_rows]).clamp(min=1e-6)
@@ -361,8 +362,8 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
     def features(samples: Tensor, update: int) -> Features:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(update)
-            layers = _random_layers(tuple(samples.shape[1:]))
-        return _depths(layers.requires_grad_(False).to(inputs.device), samples)
+            layers = _random_layers(tuple(samples.shape[1:])).requires_grad_(False)
+        return _depths(layers._apply(lambda weight: to_device(weight, inputs.device)), samples)
 
     return RefinementSpace(features, is_frozen=False)
 

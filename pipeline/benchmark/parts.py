@@ -25,7 +25,7 @@ from kac.model import load_model
 from kac.sampling import Sampling, draw
 from kac.solvers import knot_times, solve
 from kac.util import files
-from kac.util.device import default_device
+from kac.util.device import default_device, to_device
 from kac.util.log import log
 from pipeline import store, training
 from pipeline.benchmark import CALLS_PER_SHARD, STORE_FACTOR, Measurement, Setting, interleave
@@ -213,7 +213,7 @@ def tensor_batches(knots: Tensor, label: Tensor, size: int) -> Batches:
     def batch(update: int) -> Interval:
         row, k = torch.randint(len(label), (size,)), torch.randint(STUDENT_STEPS, (size,))
         parts = (knots[row, k], knots[row, k + 1], times[k], times[k + 1], label[row], torch.zeros(size))
-        return Interval(*(part.to(device) for part in parts))
+        return Interval(*(to_device(part, device) for part in parts))
 
     return batch
 
@@ -231,10 +231,10 @@ def online_batches(setting: Setting) -> Batches:
     @torch.no_grad()
     def batch(update: int) -> Interval:
         k = update % STUDENT_STEPS
-        images, classes = (part.to(device) for part in data.rows(torch.randint(len(data), (size,))))
+        images, classes = (to_device(part, device) for part in data.rows(torch.randint(len(data), (size,))))
         label = network_labels(teacher.config, classes)
         between = times[k * every : (k + 1) * every + 1]
-        t_start, t_end = (t.float().expand(size).to(device) for t in (between[0], between[-1]))
+        t_start, t_end = (torch.full((size,), float(t), device=device) for t in (between[0], between[-1]))
         x_start = path.sample(images, t_start).x_t
         x_end = solve(guide(teacher.network, 0.0, label), x_start, between, "ab2").x
         return Interval(x_start, x_end, t_start, t_end, label, torch.zeros_like(t_start))

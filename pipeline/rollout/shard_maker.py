@@ -15,7 +15,7 @@ from kac.guidance import guide
 from kac.model import load_model
 from kac.precision import Precision
 from kac.solvers import knot_times, solve
-from kac.util.device import default_device
+from kac.util.device import default_device, to_device
 from kac.util.errors import DistillKacError, one_line
 from kac.util.log import log
 from kac.util.options import Options
@@ -177,8 +177,7 @@ class FrozenTeacher:
         return self._transfer({INTERVAL: interval, LABEL: label, KINETIC_ENERGY: energy}, [start, end])
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy values to the device asynchronously."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else values
+        return to_device(values, self.device)
 
     def _transfer(self, columns: dict[str, torch.Tensor], knots: Sequence[torch.Tensor]) -> Callable[[], Rows]:
         """Start copying the columns to host memory. Return a function that waits for them and returns the rows."""

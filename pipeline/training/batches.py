@@ -2,13 +2,15 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kac.util.device import to_device
 
 BATCHES_AHEAD = 2
 
@@ -118,13 +120,6 @@ def _seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
-def to_device(batch: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Copy CPU tensors to ``device``. Copies to a GPU are asynchronous."""
-    if device.type != "cuda":
-        return tuple(batch)
-    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
-
-
 MakeBatch = Callable[[MicroBatch], tuple[Tensor, ...]]
 """A function that returns a micro-batch's tensors."""
 
@@ -159,4 +154,4 @@ class Prefetcher:
         return self.queue.popleft().result()
 
     def _make_on_device(self, micro: MicroBatch) -> tuple[Tensor, ...]:
-        return to_device(self.make(micro), micro.worker.device)
+        return tuple(to_device(values, micro.worker.device) for values in self.make(micro))

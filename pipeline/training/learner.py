@@ -1,6 +1,7 @@
 """The learner: a network with its optimizer and its averaged weights."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from kac.losses import LossTerms
 from kac.networks import NetworkModule, VelocityNetwork
@@ -50,7 +50,7 @@ class Learner:
         self.losses, self.options, self.worker, precision = losses, options, worker, precision or Precision()
         self.network = network.to(worker.device).train()
         precision.set_memory_format(self.network)
-        self.average = AveragedModel(network, multi_avg_fn=_warmed_average(options.ema_decay)).eval()
+        self.average, self.averaged_updates = copy.deepcopy(network).eval(), 0
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=options.learning_rate,
@@ -73,7 +73,7 @@ class Learner:
             group["lr"] = learning_rate(number, self.options)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.options.max_gradient_norm)
         self.optimizer.step()
-        self.average.update_parameters(self.network)
+        self._update_average()
         # In the mean over workers, a worker with more passes has more weight.
         weight = first.passes * self.worker.world_size / first.slots
 
@@ -97,24 +97,37 @@ class Learner:
             {name: value.detach().to(self.worker.device, torch.float32) for name, value in terms.diagnostics.items()},
         )
 
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Update the moving average. Its decay starts low, so that the initial weights are forgotten quickly.
+
+        PyTorch's ``AveragedModel`` would wait for the GPU, from which it reads its count of updates.
+        """
+        count = self.averaged_updates
+        decay = min(self.options.ema_decay, (1 + count) / (10 + count)) if count else 0.0
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+        for averaged, current in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            averaged.copy_(current)
+        self.averaged_updates += 1
+
     def averaged(self) -> NetworkModule:
         """The network with its averaged weights, in evaluation mode."""
-        return self.average.module  # type: ignore[return-value]
+        return self.average
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from. The model's weights are under the key ``AVERAGE``."""
         return {
             "network": self.network.state_dict(),
-            AVERAGE: self.average.module.state_dict(),
-            "averaged_updates": int(self.average.n_averaged),
+            AVERAGE: self.average.state_dict(),
+            "averaged_updates": self.averaged_updates,
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state, which may have a different memory format."""
         self.network.load_state_dict(state["network"])
-        self.average.module.load_state_dict(state[AVERAGE])
-        self.average.n_averaged.fill_(state["averaged_updates"])
+        self.average.load_state_dict(state[AVERAGE])
+        self.averaged_updates = state["averaged_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         # The fused optimizer requires each moment to have the memory format of its weight.
         for weight, moments in self.optimizer.state.items():
@@ -131,14 +144,3 @@ def learning_rate(update: int, options: OptimizerConfig) -> float:
         return options.learning_rate
     share = (update - options.warmup_updates) / max(1, options.updates - options.warmup_updates)
     return options.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
-
-
-def _warmed_average(decay: float) -> Callable[..., None]:
-    """An exponential moving average whose decay starts low, so that the initial weights are forgotten quickly."""
-
-    @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        d = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, 1 - d)
-
-    return average
