@@ -363,7 +363,9 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(update)
             layers = _random_layers(tuple(samples.shape[1:])).requires_grad_(False)
-        return _depths(layers._apply(lambda weight: to_device(weight, inputs.device)), samples)
+        for weight in layers.parameters():
+            weight.data = to_device(weight.data, inputs.device)
+        return _depths(layers, samples)
 
     return RefinementSpace(features, is_frozen=False)
 
