@@ -184,6 +184,26 @@ def test_a_network_receives_the_end_time_and_guidance_that_it_takes():
     assert solution.nfe == 4  # guidance is an input, so there is no second evaluation
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 3, 7, 49, 100])
+def test_each_step_starts_at_the_end_of_the_step_before_it(steps, dtype):
+    seen = []
+
+    class Student:
+        null_label, takes = 4, ("end_time",)
+
+        def __call__(self, x, t, label, end_time):
+            seen.append((t, end_time))
+            return torch.zeros_like(x)
+
+    generate(Student(), torch.randn(3, 2, dtype=dtype), torch.zeros(3), Sampling(0.0, steps, "euler"))
+    times = (torch.arange(steps, -1, -1, dtype=torch.float64) / steps).to(dtype)
+    for (t, end_time), start, end in zip(seen, times[:-1], times[1:], strict=True):
+        assert t.dtype == end_time.dtype == dtype
+        assert torch.equal(t, start)
+        assert torch.equal(end_time, end)
+
+
 def test_draw_passes_conditions_to_the_network_in_any_precision():
     network = build_network(MLPConfig(width=8, depth=1, conditions=("end_time",)), (1, 3, 3), 4)
     torch.nn.init.normal_(network.leave[1].weight)
