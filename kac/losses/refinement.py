@@ -355,7 +355,8 @@ def _open_random(inputs: SpaceInputs) -> RefinementSpace:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(update)
             layers = _random_layers(tuple(samples.shape[1:])).requires_grad_(False)
-        return _depths(layers._apply(lambda weight: to_device(weight, inputs.device)), samples)
+        layers._apply(lambda weight: to_device(weight, inputs.device))  # type: ignore[no-untyped-call]
+        return _depths(layers, samples)
 
     return RefinementSpace(features, is_frozen=False)
 
