@@ -1,4 +1,4 @@
-"""The cache of decoded images, and of latents. A .npy file has a split's images. Only the rows in use are read from it.
+"""The cache of decoded images, and of latents. Each split is one .npy file. Only the rows in use are read.
 
     CACHE/data/KEY/{train,held_out}-{images,labels}.npy, dataset.json
 
