@@ -77,7 +77,7 @@ def _convert_folder(spec: ConvertSpec, folder: DiffusersFolder, data: DataDescri
             raise ArgumentError(f"`{name}` has no effect on a folder of diffusers, which determines it. Remove it.")
     samples = (data.sample_shape, data.num_classes)
     config = folder.network(*samples)
-    weights, sha256 = folder.read_weights(config)
+    weights, sha256 = folder.read_weights()
     network = build_network(config, *samples)
     network.get_submodule(str(network.diffusers_name)).load_state_dict(weights)
     try:

@@ -21,9 +21,9 @@ VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 def host_reads(work: Callable[[], object]) -> Counter[str]:
     """Return how often each function of the product would wait for a GPU in ``work()``: "kac/solvers.py solve": 2.
 
-    Counted are values that the host reads, shapes that depend on values, and copies from the host's memory, such as
-    ``torch.tensor(1.0, device=device)`` and ``values.to(device)``. A tensor that is on the CPU even if there is a GPU
-    is counted, too, because the two cannot be told apart on a CPU.
+    The count includes values that the host reads, shapes that depend on values, and copies from the host's memory,
+    such as ``torch.tensor(1.0, device=device)`` and ``values.to(device)``. It also includes reads of tensors that stay
+    on the CPU beside a GPU, because without a GPU all tensors are on the CPU.
     """
     counts: Counter[str] = Counter()
     with _Operations(counts), _Methods(counts):

@@ -10,10 +10,8 @@ import functools
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from kac.data.dataset import Contents, DataDescription, Dataset, Source, Unit
 from kac.util import files
 from kac.util.device import default_device
-from kac.util.errors import ArgumentError, one_line
+from kac.util.diffusers_files import load_files
+from kac.util.errors import ArgumentError, CheckpointError
 from kac.util.fingerprint import fingerprint
 from kac.util.images import is_image
 
@@ -32,7 +31,7 @@ FILES = CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safe
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 CALL_IMAGES, CALL_VALUES = 256, 2**22
-"""At most this many images, and at most this many of their values, per network call: 21 images of 256 x 256 in colour.
+"""Maximum number of images, and of their values, per network call. One call takes 21 colour images of 256 x 256.
 The size is fixed, because another size would change the last digits of the latents."""
 
 UNIT_CALLS = 64
@@ -40,7 +39,7 @@ UNIT_CALLS = 64
 
 CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 PROBE_SIDE = 512
-"""Width of the image without values that shows the shape of latents."""
+"""Width of the image, without values, from which the shape of the latents is inferred."""
 
 
 class Autoencoder:
@@ -51,8 +50,6 @@ class Autoencoder:
     """
 
     def __init__(self, folder: str) -> None:
-        import diffusers
-
         self.option = f"`data.autoencoder` {folder}"
         try:
             contents = {name: files.read_bytes(files.join(folder, name)) for name in FILES}
@@ -65,20 +62,16 @@ class Autoencoder:
             raise ArgumentError(f"{self.option} has a model of class {name}. Choose one of {', '.join(CLASSES)}.")
         self.sha256 = fingerprint({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
         try:
-            # Weights are drawn at random before they are read. To avoid this, diffusers needs another package.
-            with tempfile.TemporaryDirectory() as copy, torch.random.fork_rng(devices=[]):
-                for file, data in contents.items():
-                    Path(copy, file).write_bytes(data)
-                options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
-                self.network, facts = getattr(diffusers, name).from_pretrained(
-                    copy, torch_dtype=torch.float32, output_loading_info=True, **options
-                )
-        except Exception as error:  # noqa: BLE001 - diffusers raises errors of any type
-            raise ArgumentError(f"{self.option} cannot be loaded ({one_line(error, 200)}). Copy it again.") from None
-        if facts["missing_keys"]:
-            raise ArgumentError(f"{self.option} lacks weights, such as {min(facts['missing_keys'])}. Copy it again.")
+            self.network, report = load_files(name, contents)
+        except CheckpointError as error:
+            raise ArgumentError(f"{self.option} cannot be loaded ({error}). Copy it again.") from None
+        if report["missing_keys"]:
+            raise ArgumentError(f"{self.option} lacks weights, such as {min(report['missing_keys'])}. Copy it again.")
         self.network.eval().requires_grad_(False)
         config = self.network.config
+        if not config.get("scaling_factor"):
+            advice = "Set it to 1 / (standard deviation of the latents)"
+            raise ArgumentError(f"{self.option} has no scaling_factor in {CONFIG_FILE}. {advice}.")
         self.channels = config.in_channels
         with torch.device("meta"):
             probe = torch.empty(1, self.channels, PROBE_SIDE, PROBE_SIDE)

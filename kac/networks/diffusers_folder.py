@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,7 +9,8 @@ from torch import Tensor
 from kac.networks.diffusers_model import MODELS, DiffusersModelConfig
 from kac.networks.schedule import read_schedule
 from kac.util import files
-from kac.util.errors import CheckpointError, one_line
+from kac.util.diffusers_files import load_files
+from kac.util.errors import CheckpointError
 from kac.util.text import shorten
 
 INDEX_FILE, MODEL_FILE = "model_index.json", "config.json"
@@ -50,14 +49,12 @@ class DiffusersFolder(NamedTuple):
         labels = "none" if rows is None else "with_null" if rows == num_classes + 1 else "without_null"
         return DiffusersModelConfig(model=self.model, scheduler=self.scheduler, labels=labels)
 
-    def read_weights(self, network_config: DiffusersModelConfig) -> tuple[dict[str, Tensor], str]:
+    def read_weights(self) -> tuple[dict[str, Tensor], str]:
         """Return the model's weights and the sha256 of its files.
 
         Raises:
             CheckpointError: files are missing or damaged, or tensors are missing, unexpected or of another size.
         """
-        import diffusers
-
         below = f"{self.subfolder}/" if self.subfolder else ""
         names = [name for name in files.list_sizes(self.path) if name.startswith(below)]
         names = [name.removeprefix(below) for name in names if "/" not in name.removeprefix(below)]
@@ -66,25 +63,16 @@ class DiffusersFolder(NamedTuple):
             raise CheckpointError(f"{self.path}/{below} has no weights (*.safetensors or *.bin). Download it again.")
         names = sorted(name for name in names if name.endswith((ending, ".json")))
         content = {name: files.read_bytes(files.join(self.path, below + name)) for name in names}
-        with tempfile.TemporaryDirectory() as copy:  # diffusers reads only local folders
-            for name, data in content.items():
-                Path(copy, name).write_bytes(data)
-            try:
-                # diffusers reads .bin files with weights_only=True, which runs no code.
-                loaded, report = getattr(diffusers, self.model["_class_name"]).from_pretrained(
-                    copy, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-                )
-            except Exception as error:  # noqa: BLE001 - diffusers may raise any error for a damaged file
-                problem = one_line(str(error).replace(copy, self.path))
-                raise CheckpointError(f"{self.path}: the weights do not fit {MODEL_FILE}: {problem}") from None
-        wrong = [*report["missing_keys"], *report["unexpected_keys"]]
-        if wrong:
-            problem = f"tensors are missing or unexpected: {shorten(wrong, 3)}"
-            raise CheckpointError(f"{self.path}: the weights do not fit {MODEL_FILE}: {problem}. Download it again.")
+        try:
+            loaded, report = load_files(self.model["_class_name"], content)
+            if wrong := [*report["missing_keys"], *report["unexpected_keys"]]:
+                raise CheckpointError(f"tensors are missing or unexpected: {shorten(wrong, 3)}. Download it again.")
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: the weights do not fit {MODEL_FILE}: {error}") from None
         digest = hashlib.sha256(json.dumps(self.scheduler, sort_keys=True).encode())
         for name in names:
             digest.update(name.encode() + hashlib.sha256(content[name]).digest())
-        return {name: weight.float() for name, weight in loaded.state_dict().items()}, digest.hexdigest()
+        return loaded.state_dict(), digest.hexdigest()
 
 
 def find_diffusers_folder(path: str) -> DiffusersFolder | None:

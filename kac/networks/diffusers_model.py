@@ -8,7 +8,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from kac.networks.schedule import EDM, FLOW, STUDENT_GAP, read_schedule
-from kac.networks.velocity import Condition, ConditionEmbedding, Conditioning, NetworkModule, NetworkOptions
+from kac.networks.velocity import (
+    CONDITIONING,
+    Condition,
+    ConditionEmbedding,
+    Conditioning,
+    LabelChoice,
+    NetworkModule,
+    NetworkOptions,
+)
 
 MODELS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder")
@@ -21,7 +29,7 @@ class DiffusersModelConfig(NetworkOptions):
     kind: Literal["diffusers"] = Field("diffusers", description="diffusers: a converted diffusion or flow model")
     model: dict[str, Any] = Field(description="the model's config.json, with its _class_name")
     scheduler: dict[str, Any] = Field(description="the config of the scheduler that the model was trained with")
-    labels: Literal["with_null", "without_null", "none"] = Field(description="labels that the model accepts")
+    labels: LabelChoice = Field(description="labels that the model accepts")
     student: bool = Field(False, description="call the model also outside of the times on which it was trained")
 
     @field_validator("model")
@@ -34,9 +42,7 @@ class DiffusersModelConfig(NetworkOptions):
     @property
     def conditioning(self) -> Conditioning:
         """What the model can be conditioned on, according to ``labels``."""
-        if self.labels == "none":
-            return "none"
-        return "classes_and_null" if self.labels == "with_null" else "classes"
+        return CONDITIONING[self.labels]
 
     def describe(self) -> str:
         """Describe what the model predicts, the times on which it was trained, and its labels."""
@@ -106,7 +112,9 @@ class DiffusersModel(NetworkModule):
         alpha, sigma = schedule.levels(t_wide)
         z = (alpha + sigma) * x
         scale = (sigma**2 + schedule.sigma_data**2).rsqrt() if schedule.prediction == EDM else 1.0
-        self._condition = self.conditions(x.new_zeros(1, self.width), conditions) if self.takes else None
+        if self.takes:
+            model: Any = self.get_submodule(str(self.diffusers_name))
+            self._condition = self.conditions(x.new_zeros(1, self.width, dtype=model.dtype), conditions)
         output = self._call(z * scale, self._timesteps(t_each), label)[:, : x.shape[1]].float()
         self._condition = None  # free the graph
         u = output

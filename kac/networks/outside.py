@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from kac.networks.velocity import Condition, Conditioning, NetworkModule, NetworkOptions
+from kac.networks.velocity import CONDITIONING, Condition, Conditioning, LabelChoice, NetworkModule, NetworkOptions
 from kac.util.errors import ArgumentError
 from kac.util.imports import ARGUMENTS_HELP, FactoryArguments, ImportPath, build
 
@@ -29,7 +29,7 @@ class OutsideConfig(NetworkOptions):
         "are at t = 1, so the module is called at 1 - t",
     )
     time_scale: PositiveFloat = Field(1.0, description="factor that multiplies t before the module is called")
-    labels: Literal["with_null", "without_null", "none"] = Field(
+    labels: LabelChoice = Field(
         "with_null",
         description="labels that the module accepts; with_null: classes, and a null label ('no class') after the last "
         "class; without_null: only classes, so guidance is impossible; none: no labels, called as module(x, t)",
@@ -38,9 +38,7 @@ class OutsideConfig(NetworkOptions):
     @property
     def conditioning(self) -> Conditioning:
         """What the module can be conditioned on, according to ``labels``."""
-        if self.labels == "none":
-            return "none"
-        return "classes_and_null" if self.labels == "with_null" else "classes"
+        return CONDITIONING[self.labels]
 
 
 class Outside(NetworkModule):

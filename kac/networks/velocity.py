@@ -18,6 +18,16 @@ Conditioning = Literal["classes_and_null", "classes", "none"]
 """What a network is conditioned on: classes and the null label ("no class"), only classes, or no classes."""
 
 
+LabelChoice = Literal["with_null", "without_null", "none"]
+"""Labels that a module from elsewhere accepts: classes and a null label, only classes, or none."""
+
+CONDITIONING: dict[LabelChoice, Conditioning] = {
+    "with_null": "classes_and_null",
+    "without_null": "classes",
+    "none": "none",
+}
+
+
 class NetworkOptions(Kinded):
     """Options that networks of every kind share."""
 

@@ -10,7 +10,7 @@ from kac.util.errors import ArgumentError
 from kac.util.options import flatten
 from pipeline import outputs
 from pipeline.config import ExportSpec
-from pipeline.evaluate.scores import REAL, cells, provenance, read_record
+from pipeline.evaluate.scores import DECODED, REAL, cells, provenance, read_record
 
 PIPELINE = """```python
 import torch
@@ -20,8 +20,8 @@ pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  
 images = pipeline({labels}, num_inference_steps={steps}, generator=torch.Generator().manual_seed(0)).images
 ```
 
-- `trust_remote_code` allows the code in `pipeline.py`, which has the documentation of all arguments.
-- `class_labels` are numbers or names. `guidance` is w in u + w (u - u_weaker); 0 means none.
+- `trust_remote_code` allows the code in `pipeline.py`, which documents all arguments.
+- `class_labels` are numbers or names. `guidance` is the guidance scale; 0 means no guidance.
 - A generator's next call continues with the next images of its seed.
 - Images are clipped and rounded to 8 bits. `output_type` is `pil`, `np` ([0, 1], channels last) or `pt` ([-1, 1])."""
 
@@ -82,7 +82,7 @@ def card(spec: ExportSpec, config: ModelConfig, table: str) -> str:
 
 
 def scores(spec: ExportSpec, config: ModelConfig) -> str:
-    """Return the rows of real images and of this model in an evaluation, with counts and judges, as Markdown.
+    """Return the rows of real images and of this model in an evaluation, as Markdown.
 
     Raises:
         ArgumentError: the evaluation has no scores of the model.
@@ -91,7 +91,7 @@ def scores(spec: ExportSpec, config: ModelConfig) -> str:
     own = [score for score in record.scores if (score.kind, score.fingerprint) == (config.kind, config.fingerprint)]
     if not own:
         raise ArgumentError(f"`evaluation` {spec.evaluation} has no scores of {spec.model}. Evaluate this model first.")
-    record = record.model_copy(update={"scores": (*(s for s in record.scores if s.kind == REAL), *own)})
+    record = record.model_copy(update={"scores": (*(s for s in record.scores if s.kind in {REAL, DECODED}), *own)})
     headings, rows = cells(record)
     lines = [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows)]
     return "\n".join([*lines, "", *(f"- {line}" for line in provenance(record))])

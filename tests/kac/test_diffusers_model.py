@@ -158,6 +158,16 @@ def test_a_student_learns_at_every_time_and_takes_conditions(prediction: str):
     copy.deepcopy(student)  # no graph is left behind
 
 
+def test_a_student_does_not_amplify_its_output_at_the_noise():
+    scheduler, model = diffusers.DDPMScheduler(), unet()
+    networks = [network_of(model, scheduler, student=is_student) for is_student in (False, True)]
+    t = torch.tensor(networks[0].t_range[1])  # type: ignore[arg-type]
+    teachers, students = (velocity(network, NOISE, t) for network in networks)
+    assert torch.allclose(students, teachers * (1 - t) / 0.05, atol=1e-4)
+    assert teachers.abs().mean() > 50
+    assert students.abs().mean() < 25
+
+
 def test_a_transformer_is_guided_by_its_null_label_and_its_variance_is_dropped():
     model, scheduler = dit(CLASSES), diffusers.DDPMScheduler()
     network = network_of(model, scheduler, "with_null")

@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from kac.data.autoencoder import Autoencoder
 from kac.model import load_config, load_model
 from kac.util.errors import DistillKacError
 from pipeline import distill, evaluate, rollout
 from pipeline.config import ConvertSpec
 from pipeline.convert import convert
+from tests import autoencoders
 from tests.kac.diffusers_folders import dit, unet, write
 
 DIGITS = 10
@@ -78,6 +80,23 @@ def test_a_converted_teacher_is_distilled(objective: str, tmp_path: Path):
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in scores.metrics.values())
 
 
+def test_a_dit_is_found_by_its_former_class_name(tmp_path: Path):
+    folder = write(tmp_path / "diffusers", dit(classes=DIGITS), diffusers.DDPMScheduler())
+    changed(folder, "config.json", _class_name="Transformer2DModel")
+    assert convert(spec(folder, tmp_path / "teacher")).network.model["_class_name"] == "DiTTransformer2DModel"  # type: ignore[union-attr]
+
+
+def test_the_data_of_a_model_in_latents_is_not_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = {"kind": "digits", "autoencoder": autoencoders.write(tmp_path / "autoencoder", latent_channels=4)}
+    folder = write(
+        tmp_path / "diffusers",
+        dit(classes=DIGITS, in_channels=4, out_channels=8, sample_size=4),
+        diffusers.DDPMScheduler(),
+    )
+    monkeypatch.setattr(Autoencoder, "encode", None)
+    assert convert(spec(folder, tmp_path / "teacher", data=data)).sample_shape == (4, 4, 4)
+
+
 def changed(folder: Path, name: str, **values: Any) -> None:
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -114,6 +133,8 @@ def test_missing_weights_and_schedulers_are_named(tmp_path: Path):
     assert "no weights" in refusal(folder, out)
     (folder / "scheduler/scheduler_config.json").unlink()
     assert "scheduler" in refusal(folder, out)
+    (folder / "model_index.json").unlink()
+    assert "model_index.json" in refusal(folder, out)
 
 
 def test_a_unet_that_attends_to_text_is_refused(tmp_path: Path):

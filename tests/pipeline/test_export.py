@@ -20,7 +20,7 @@ import torch
 import yaml
 from diffusers.utils import dynamic_modules_utils
 
-from kac.data import DataConfig
+from kac.data import DataConfig, open_autoencoder
 from kac.model import Model, load_model, save_model, teacher_config
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, OutsideConfig, UNetConfig, build_network
 from kac.networks.diffusers_model import DiffusersModelConfig
@@ -30,6 +30,7 @@ from pipeline.config import ExportSpec
 from pipeline.evaluate.scores import Record, Score
 from pipeline.export.bundle import bundle
 from pipeline.export.export_stage import export
+from tests import autoencoders
 from tests.kac.diffusers_folders import config_of, dit, unet
 
 KAC, GAUSSIAN = PathConfig(), PathConfig(kind="gaussian")
@@ -49,12 +50,13 @@ def make_model(
     folder: Path,
     network: NetworkConfig = MLP,
     path: PathConfig = KAC,
-    data: str = "digits",
+    data: str | DataConfig = "digits",
     std: float = 0.2,
     **fields: Any,
 ) -> str:
     """Write a model folder with random weights of the given standard deviation. Return its path."""
-    config = teacher_config(network, path, DataConfig(kind=data)).model_copy(update={"fingerprint": "f", **fields})
+    data = DataConfig(kind=data) if isinstance(data, str) else data
+    config = teacher_config(network, path, data).model_copy(update={"fingerprint": "f", **fields})
     torch.manual_seed(0)
     made = build_network(network, config.sample_shape, config.num_classes, path.build())
     if config.has_guide:
@@ -82,8 +84,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], An
     """Load an exported pipeline."""
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
-    def pipeline(folder: Path) -> Any:
-        loaded = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    def pipeline(folder: Path, **options: Any) -> Any:
+        loaded = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
         loaded.set_progress_bar_config(disable=True)
         return loaded
 
@@ -154,6 +156,29 @@ def test_a_pipeline_draws_the_images_of_the_model(case: str, exported: Any, load
         assert not torch.allclose(*images, atol=0.02), "the number of steps matters"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_model_samples_in_half_precision(dtype: torch.dtype, exported: Any, load: Any):
+    network = CONVERTED["v_prediction"].for_student(BOTH, False)
+    folder, model = exported(network, GAUSSIAN, guidance_scales=(0.0, 1.0), std=0.05, **ANY_STEP)
+    images = load(folder, torch_dtype=dtype)(batch_size=3, generator=seed(7), output_type="pt").images
+    assert (images - model.sample(3, seed=7).images).abs().mean() < 0.02
+
+
+def test_a_model_in_latents_is_exported_with_its_autoencoder(tmp_path: Path, load: Any):
+    data = DataConfig(kind="digits", autoencoder=autoencoders.write(tmp_path / "autoencoder"))
+    model = make_model(tmp_path, with_conditions(MLP, "end_time"), data=data, **ANY_STEP)
+    spec = ExportSpec(model=model, out=str(tmp_path / "export"), samples=0)
+    export(spec)
+    images = load(tmp_path / "export")(batch_size=3, generator=seed(7), output_type="pt").images
+    assert images.shape == (3, 1, 8, 8)
+    assert torch.allclose(images, load_model(model).sample(3, seed=7).images, atol=1e-5)
+    assert str(tmp_path) not in (tmp_path / "export/README.md").read_text()
+    autoencoders.write(tmp_path / "autoencoder", seed=1)
+    open_autoencoder.cache_clear()
+    with pytest.raises(DistillKacError, match="has changed"):
+        export(spec.model_copy(update={"out": str(tmp_path / "other")}))
+
+
 WITHOUT_PROJECT = """
     import importlib.abc, json, sys
     import numpy as np
@@ -209,10 +234,10 @@ def test_diffusers_alone_loads_the_model_in_the_folder(exported: Any):
         (DIT, diffusers.DiTTransformer2DModel.from_pretrained, "transformer"),
     ):
         folder, model = exported(network)
-        alone, x = load(folder, subfolder=part), torch.randn(2, 1, 8, 8)
+        loaded, x = load(folder, subfolder=part), torch.randn(2, 1, 8, 8)
         t, label = torch.tensor([0.2, 0.9]), torch.tensor([3, 10])
         folded = torch.nn.functional.pixel_unshuffle(x, 2) if part == "unet" else x
-        made = alone(folded, 1000 * t, label).sample
+        made = loaded(folded, 1000 * t, label).sample
         made = torch.nn.functional.pixel_shuffle(made, 2) if part == "unet" else made
         assert torch.allclose(made, model.network(x, t, label), atol=1e-6)
         assert not [*folder.rglob("*.bin"), *folder.rglob("*.pt")]

@@ -130,6 +130,8 @@ def test_growth_rewrites_the_card_and_keeps_its_license(named: str, tmp_path: Pa
     assert front_matter(store)["size_categories"] == ["1K<n<10K"]
     assert len(load_dataset(str(store), "guidance=0.0", split="train")) == 1100
     assert len(load_dataset(str(store), "guidance=2.0", split="train")) == 1100
+    make_store(store, named, trajectories=1100, guidance=(0.0, 2.0), license="apache-2.0")  # nothing else to do
+    assert front_matter(store)["license"] == "apache-2.0"
 
 
 def test_a_merged_store_has_the_class_names_and_the_license_of_the_first_store(named: str, tmp_path: Path) -> None:
