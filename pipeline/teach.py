@@ -13,7 +13,7 @@ from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
 from kac.model import CONFIG_FILE, GUIDE_PREFIX, ModelConfig, teacher_config
 from kac.networks import NetworkModule, VelocityNetwork, build_network
-from kac.networks.cost import network_cost
+from kac.networks.cost import network_cost, training_memory
 from kac.precision import Precision
 from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
@@ -56,7 +56,8 @@ def teach(
     network = network_cost(spec.network, data.sample_shape, data.num_classes)
     cost = training.describe_cost(spec.optimizer, network, data.train)
     if spec.dry_run:
-        log.info(f"teach: {cost}")
+        memory = training_memory(spec.network, data.sample_shape, data.num_classes)
+        log.info(f"teach: {cost}\nteach: each worker needs {memory} of a pass, besides libraries")
         return None
     content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):

@@ -35,7 +35,8 @@ from pipeline.rollout import compute_shards, make_plan, seal
 
 __all__ = ["BenchmarkSpec", "Measurement", "benchmark"]
 
-Part = Literal["peak-memory", "rollout-speed", "distill-speed", "bytes-read", "bytes-stored", "online-speed"]
+Part = Literal["peak-memory", "rollout-speed", "distill-speed", "bytes-read", "bytes-stored", "online-speed", "gpu"]
+DEFAULT_PARTS = tuple(part for part in get_args(Part) if part != "gpu")
 
 CALLS_PER_SHARD, MIN_SHARDS = 4, 5
 STORE_FACTOR = 3  # trajectories in the store / trajectories per actor
@@ -47,7 +48,11 @@ class BenchmarkSpec(Spec):
     """Compare rollout, store and distillation with plain loops, as ratios (10 minutes on 2 CPUs)."""
 
     stage = "benchmark"
-    only: tuple[Part, ...] = unhashed(get_args(Part), "parts to measure", min_length=1)
+    only: tuple[Part, ...] = unhashed(
+        DEFAULT_PARTS,
+        "parts to measure; default: all but gpu, which measures networks in every precision",
+        min_length=1,
+    )
     repeats: PositiveInt = unhashed(5, "number of times to measure both sides of each ratio")
     trajectories: PositiveInt = unhashed(
         8192, "trajectories per actor in rollout-speed; the other parts use a store with three times as many"
@@ -117,6 +122,7 @@ def benchmark(spec: BenchmarkSpec) -> dict[str, list[Measurement]]:
     import pyarrow
     import ray
 
+    from pipeline.benchmark.gpu import measure_gpu
     from pipeline.benchmark.parts import PARTS
 
     folder = files.join(cluster.absolute(spec.folder or tempfile.gettempdir()), f"benchmark-{uuid.uuid4().hex[:12]}")
@@ -125,9 +131,10 @@ def benchmark(spec: BenchmarkSpec) -> dict[str, list[Measurement]]:
     results: dict[str, list[Measurement]] = {}
     try:
         setting = make_setting(spec, folder)
-        for part in (part for part in PARTS if part in spec.only):
-            progress_log.info(f"benchmark: measuring {part}")
-            results[part] = PARTS[part](setting)
+        for part, measure in {**PARTS, "gpu": measure_gpu}.items():
+            if part in spec.only:
+                progress_log.info(f"benchmark: measuring {part}")
+                results[part] = measure(setting)
     finally:
         files.remove_tree(folder)
     figures = [{"part": part, **each.record()} for part, measured in results.items() for each in measured]
@@ -147,17 +154,17 @@ def benchmark(spec: BenchmarkSpec) -> dict[str, list[Measurement]]:
     return results
 
 
-LINE = "{:14} {:54} {:>9} {:>9} {:14} {:>6} {:>16} {:>5} {:>7} {}"
+LINE = "| {:13} | {:59} | {:>9} | {:>9} | {:14} | {:>6} | {:>16} | {:>5} | {:>7} | {:6} |"
 HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
 
 
 def table(results: Mapping[str, Sequence[Measurement]]) -> str:
-    """The measurements as text, one line each, with medians over all turns."""
+    """The measurements as a Markdown table, one line each, with medians over all turns."""
 
     def short(value: float) -> str:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
-    lines: list[tuple[object, ...]] = [HEAD]
+    lines: list[tuple[object, ...]] = [HEAD, ("---",) * len(HEAD)]
     for part, measurements in results.items():
         for m in measurements:
             value, against = (short(statistics.median(side)) if side else "" for side in (m.values, m.against))
@@ -166,7 +173,7 @@ def table(results: Mapping[str, Sequence[Measurement]]) -> str:
             verdict = {True: "holds", False: "missed", None: ""}[m.holds]
             line = (part, m.what, value, against, m.unit, ratio, f"{low}..{high}", len(m.values), m.bar or "", verdict)
             lines.append(line)
-    return "\n".join(LINE.format(*line).rstrip() for line in lines)
+    return "\n".join(LINE.format(*line) for line in lines)
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,10 @@ def loop_speed(spec: RolloutSpec) -> float:
     return spec.trajectories / loop(spec.trajectories, spec.batch_size).seconds
 
 
-def actor_speed(setting: Setting, actors: int) -> float:
-    """Trajectories per second of a rollout on ``actors`` actors, in steady state."""
-    spec = setting.rollout_spec(f"actors-{actors}", actors=actors, trajectories=actors * setting.spec.trajectories)
+def actor_speed(setting: Setting, actors: int, **options: Any) -> float:
+    """Trajectories per second of a rollout on ``actors`` actors, in steady state. ``options`` are a rollout's."""
+    size = {"actors": actors, "trajectories": actors * setting.spec.trajectories}
+    spec = setting.rollout_spec(f"actors-{actors}", **size, **options)
     return steady_rate([outcome.finished for outcome in run_and_remove(spec)], actors) * spec.shard_size
 
 
@@ -185,14 +186,19 @@ def speed(setting: Setting, updates: int = 0, batch: Batches | None = None, memo
     place = {"store": setting.rollout_spec("store").store, "out": files.join(setting.folder, "student")}
     optimizer = OptimizerConfig(updates=updates, batch_size=size)
     spec = DistillSpec(**place, steps=STUDENT_STEPS, optimizer=optimizer, memory_gib=memory_gib)
-    task, run, threads = DistillTask(spec, setting.teacher, batch), SpeedRecorder("", ""), torch.get_num_threads()
+    return statistics.harmonic_mean(window_speeds(DistillTask(spec, setting.teacher, batch), updates))
+
+
+def window_speeds(task: training.Task, updates: int) -> list[float]:
+    """Samples per second of the training loop on one thread, per window, without the first window if there are more."""
+    run, threads = SpeedRecorder("", ""), torch.get_num_threads()
     job = training.Job(task, "benchmark", "", run, checkpoint_updates=updates)
     torch.set_num_threads(1)  # like a worker with one CPU
     try:
         run_updates(job, training.Worker(0, 1, default_device()), lambda metrics, state: None, None)
     finally:
         torch.set_num_threads(threads)
-    return statistics.harmonic_mean(run.speeds[1:] or run.speeds)
+    return run.speeds[1:] or run.speeds
 
 
 @dataclass(frozen=True)

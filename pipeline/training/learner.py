@@ -61,7 +61,10 @@ class Learner:
         self.parallel: nn.Module = network
         if worker.world_size > 1 and dist.is_initialized():
             device_ids = [worker.device.index] if worker.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(network, device_ids=device_ids)
+            # The gradients are views of the buffers that workers exchange, which saves a copy of them.
+            self.parallel = nn.parallel.DistributedDataParallel(
+                network, device_ids=device_ids, gradient_as_bucket_view=True
+            )
         self.forward: VelocityNetwork = precision.wrap(self.parallel)
 
     def update(self, number: int) -> LossTerms:

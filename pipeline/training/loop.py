@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kac.losses import LossTerms
 from kac.metrics import Metric
-from kac.util.errors import DivergedError
+from kac.util.errors import DistillKacError, DivergedError
 from pipeline import claims
 from pipeline.memory import peak_bytes
 from pipeline.progress import ProgressBar
@@ -80,7 +80,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
 
     Raises:
         DivergedError: the loss is not finite.
-        DistillKacError: another job has taken over the folder.
+        DistillKacError: another job has taken over the folder, or a batch does not fit into the GPU's memory.
     """
     learner, is_main, validation = job.task.build(worker), worker.rank == 0, job.validation
     total = learner.options.updates
@@ -95,7 +95,7 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker.device, first)
     state, since_log, started = resume, list[LossTerms](), time.perf_counter()
     for done in range(first + 1, total + 1):
-        latest = learner.update(done - 1)
+        latest = _update(job, learner, done - 1)
         since_log.append(latest)
         is_last = done == total
         if done % LOG_UPDATES == 0 or is_last:
@@ -130,6 +130,16 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     bar.close()
     assert state is not None
     return state
+
+
+def _update(job: Job, learner: Learner, number: int) -> LossTerms:
+    try:
+        return learner.update(number)
+    except torch.OutOfMemoryError as error:  # another try would fail in the same way
+        raise DistillKacError(
+            f"{job.out}: a batch does not fit into the GPU's memory. Raise `optimizer.accumulation` or `workers`, so "
+            "that each pass has fewer samples."
+        ) from error
 
 
 def averaged_weights(state: bytes) -> dict[str, Tensor]:

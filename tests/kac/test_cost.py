@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
-from kac.networks.cost import duration, network_cost, short
+from kac.networks.cost import duration, network_cost, short, training_memory
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,31 @@ def test_the_operations_of_openais_unet_equal_its_authors_count():
     """The authors count 6.1 G multiplications per CIFAR-10 image. This project also counts the additions."""
     cost = network_cost(UNetConfig(channels=(128, 256, 256, 256), attention=(16,)), (3, 32, 32), 10)
     assert cost.flops_per_call == pytest.approx(12.3e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MLPConfig(width=64, depth=2), (1, 8, 8)),
+        (UNetConfig(channels=(32, 64), blocks=1, groups=8), (1, 16, 16)),
+        (DiTConfig(heads=2, head_channels=32, depth=2, patch=2), (1, 16, 16)),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_the_memory_per_sample_is_what_a_real_forward_pass_keeps(config, shape):
+    network = build_network(config, shape, 10).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def kept(samples: int) -> int:
+        tensors: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: tensors.append(each) or each, lambda each: each):
+            network(torch.randn(samples, *shape), torch.rand(samples), torch.zeros(samples, dtype=torch.long))
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+    memory = training_memory(config, shape, 10)
+    assert memory.per_sample == pytest.approx((kept(32) - kept(16)) / 16, rel=0.02)
+    assert memory.state == 20 * sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_the_default_device_is_unchanged():

@@ -231,6 +231,7 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path, capsys: py
     assert "60 updates of 64 samples" in out
     assert "2.7 epochs of 1,442" in out
     assert re.search(r"[\d.]+ k parameters, [\d.]+ kFLOP per call, .*[\d.]+ MFLOP", out)
+    assert re.search(r"each worker needs [\d.]+ kB for weights and optimizer, and at most [\d.]+ kB per sample", out)
 
 
 def test_samples_are_drawn_during_training(tmp_path: Path):

@@ -185,6 +185,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path: P
     assert not (tmp_path / "training" / "state.pt").exists()
 
 
+def test_a_batch_that_does_not_fit_on_the_gpu_ends_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training.Learner, "update", fail)
+    with pytest.raises(DistillKacError, match="accumulation"):
+        training.train(job(tmp_path, Regression(OPTIONS)), THIS_PROCESS)
+
+
 def test_a_batch_that_the_workers_cannot_split_is_refused_before_a_run_starts(
     small_store: str, tmp_path: Path, ray_cluster: None
 ):
