@@ -154,7 +154,7 @@ def benchmark(spec: BenchmarkSpec) -> dict[str, list[Measurement]]:
     return results
 
 
-LINE = "| {:13} | {:59} | {:>9} | {:>9} | {:14} | {:>6} | {:>16} | {:>5} | {:>7} | {:6} |"
+LINE = "| {:13} | {:60} | {:>9} | {:>9} | {:14} | {:>6} | {:>16} | {:>5} | {:>7} | {:6} |"
 HEAD = ("part", "what", "value", "against", "unit", "ratio", "min..max", "turns", "bar", "")
 
 
