@@ -1,5 +1,6 @@
 """The cost of a network: parameters, floating-point operations per call, and the memory that training needs."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kac.networks import NetworkConfig, build_network, outline_network
+from kac.networks.outside import OutsideConfig
 
 STATE_BYTES = 4 * 5
 """Bytes per parameter in training: float32 weights, averaged weights, gradients, and two moments of AdamW."""
@@ -56,11 +58,13 @@ class TrainingMemory(NamedTuple):
 def training_memory(config: NetworkConfig, sample_shape: tuple[int, ...], num_classes: int) -> TrainingMemory:
     """Return the memory to train a network in float32. In bfloat16, a sample needs between half of it and all of it.
 
-    Only shapes are computed, with PyTorch's fake tensors. The count is the difference between two samples and one,
+    Only shapes are computed, with PyTorch's fake tensors. An ``outside`` network is built and called instead, because
+    it may need the values of tensors. The count is the difference between two samples and one,
     because memory that does not depend on the number of samples is not counted.
     """
-    with FakeTensorMode():
-        network = build_network(config, sample_shape, num_classes).train()
+    with contextlib.nullcontext() if isinstance(config, OutsideConfig) else FakeTensorMode():
+        plain = config.model_copy(update={"bounded": False})  # training does not clamp velocities
+        network = build_network(plain, sample_shape, num_classes).train()
 
         def kept_bytes(samples: int) -> int:
             kept = list[Tensor]()

@@ -5,6 +5,7 @@ import torch
 
 from kac.networks import DiTConfig, MLPConfig, UNetConfig, build_network
 from kac.networks.cost import duration, network_cost, short, training_memory
+from kac.path import PathConfig
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,14 @@ def test_the_operations_of_openais_unet_equal_its_authors_count():
     ("config", "shape"),
     [
         (MLPConfig(width=64, depth=2), (1, 8, 8)),
+        (MLPConfig(width=64, depth=2, bounded=True), (1, 8, 8)),
         (UNetConfig(channels=(32, 64), blocks=1, groups=8), (1, 16, 16)),
         (DiTConfig(heads=2, head_channels=32, depth=2, patch=2), (1, 16, 16)),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
 def test_the_memory_per_sample_is_what_a_real_forward_pass_keeps(config, shape):
-    network = build_network(config, shape, 10).train()
+    network = build_network(config, shape, 10, PathConfig().build()).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def kept(samples: int) -> int:

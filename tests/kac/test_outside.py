@@ -13,7 +13,7 @@ from kac.guidance import check_guidance, guide
 from kac.model import load_model, save_model, teacher_config
 from kac.networks import OutsideConfig, build_network, load_weights
 from kac.networks.adopt import adopt, try_out
-from kac.networks.cost import network_cost
+from kac.networks.cost import network_cost, training_memory
 from kac.networks.velocity import NetworkModule
 from kac.path import PathConfig
 from kac.precision import Precision
@@ -300,6 +300,7 @@ def test_attention_is_counted_on_the_cpu_too():
     places, channels = 64, 8
     projections = places * (channels + 3 * channels**2 + channels**2 + channels)
     attention = 2 * places**2 * channels
+    assert training_memory(config("Attending"), (1, 8, 8), CLASSES).per_sample > 0
     cost = network_cost(config("Attending"), (1, 8, 8), CLASSES)
     assert cost.flops_per_call == 2 * (projections + attention)
 
