@@ -221,19 +221,22 @@ def free_capacity(resources: Resources) -> float:
 
 
 def live_nodes() -> list[Node]:
-    """The live nodes of the cluster, with their total resources."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    """The nodes of the cluster that accept work, with their total resources."""
+    nodes = _nodes_that_accept_work()
     return [Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"]) for node in nodes]
 
 
 def free_resources() -> list[Node]:
-    """The live nodes of the cluster, with their unused resources. Ray's figures lag by about a second."""
+    """The nodes of the cluster that accept work, with their unused resources. Ray's figures lag by about a second."""
+    left = ray_internals.available_resources_per_node()
+    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in _nodes_that_accept_work()]
+
+
+def _nodes_that_accept_work() -> list[dict[str, Any]]:
     import ray
 
-    left = ray_internals.available_resources_per_node()
-    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in ray.nodes() if node["Alive"]]
+    draining = ray_internals.draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
 def has_autoscaler(nodes: Iterable[Node]) -> bool:

@@ -51,6 +51,14 @@ def available_resources_per_node() -> dict[str, dict[str, float]]:
     return available
 
 
+def draining_nodes() -> set[str]:
+    """The ids of nodes that are about to be taken away. Ray starts no new work on them."""
+    import ray
+
+    # ray.nodes() does not say which nodes are draining.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def autoscaling_state() -> Any:
     """The last state that the autoscaler reported (autoscaler version 2, which ``ray up`` and KubeRay use)."""
     import ray
@@ -140,3 +148,11 @@ def start_timeout_error() -> type[Exception]:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return WorkerGroupStartupTimeoutError  # type: ignore[no-any-return]
+
+
+def lost_worker_errors() -> tuple[type[Exception], ...]:
+    """The errors of workers that Ray Train can no longer reach. Its other errors come from the training loop."""
+    # ray.train exports only the error that wraps the errors of all workers.
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+    return WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError

@@ -6,6 +6,7 @@ start fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recov
 """
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ from pipeline.training.validation import HeldOut, Validation
 
 OnReport = Callable[[dict[str, float]], None]
 """Called with the metrics of a validation or a checkpoint; see ``loop.Report``."""
+
+
+UPLOAD_POLL_SECONDS = 0.05
 
 
 class WorkerGroup(NamedTuple):
@@ -212,17 +216,57 @@ def _ray_worker(config: dict[str, Any]) -> None:
     cluster.quiet("ray.train")
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["max_workers"])
-
-    def report(metrics: dict[str, float], state: bytes | None) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if worker.rank == 0 and state is not None:
-                Path(folder, STATE_FILE).write_bytes(state)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
-
     latest = ray.train.get_checkpoint()
-    run_updates(config["job"], worker, report, None if latest is None else _state_in(latest))
+    resume = None if latest is None else _state_in(latest)
+    with _RayTrain(is_main=worker.rank == 0) as host:
+        run_updates(config["job"], worker, host.report, resume, host.is_draining)
+
+
+class _RayTrain:
+    """Reports to Ray Train, which uploads checkpoints while training goes on, and says when a node is taken away.
+
+    A checkpoint waits until the previous one is uploaded. Until then, checkpoints are in a temporary folder.
+    """
+
+    def __init__(self, is_main: bool) -> None:
+        self._is_main, self._is_draining = is_main, False
+        self._folder, self._sent = tempfile.TemporaryDirectory(), Path()
+
+    def __enter__(self) -> "_RayTrain":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._await_upload()
+        self._folder.cleanup()
+
+    def is_draining(self) -> bool:
+        """Whether the node of any worker is about to be taken away. All workers must call this together."""
+        import ray.train
+
+        self._is_draining = ray.train.get_preemption_info() is not None
+        return self._is_draining
+
+    def report(self, metrics: dict[str, float], state: bytes | None) -> None:
+        """Report as ``loop.Report``. Raises ``NodeDrainingError`` after the report if a node is draining."""
+        import ray.train
+
+        checkpoint = None
+        if self._is_main and state is not None:
+            self._await_upload()
+            self._sent = Path(tempfile.mkdtemp(dir=self._folder.name))
+            (self._sent / STATE_FILE).write_bytes(state)
+            checkpoint = ray.train.Checkpoint.from_directory(self._sent)
+        mode = ray.train.CheckpointUploadMode.ASYNC
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+        if self._is_draining and state is not None:
+            # An error stops all workers, so wait until Ray Train has registered the checkpoint.
+            ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+            raise recovery.NodeDrainingError(f"a node is about to be taken away, after update {metrics['update']:.0f}")
+
+    def _await_upload(self) -> None:
+        # Ray Train deletes a folder after its upload. If an upload fails, Ray Train stops this worker.
+        while (self._sent / STATE_FILE).exists():
+            time.sleep(UPLOAD_POLL_SECONDS)
 
 
 def _state_in(checkpoint: Any) -> bytes:

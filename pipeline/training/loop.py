@@ -75,8 +75,14 @@ class Job:
     claim: str = ""  # token of the claim on ``out``
 
 
-def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) -> bytes:
+def run_updates(
+    job: Job, worker: Worker, report: Report, resume: bytes | None, must_save: Callable[[], bool] = lambda: False
+) -> bytes:
     """Train from the state ``resume``, or from the start, to the last update. Return the final state.
+
+    Args:
+        must_save: whether to save a checkpoint now. All workers call it together, about once per second, and must get
+            the same answer.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -92,7 +98,9 @@ def run_updates(job: Job, worker: Worker, report: Report, resume: bytes | None) 
     bar = ProgressBar(job.title, total, "updates", first, is_shown=is_main)
     # A resumed run repeats the updates since its checkpoint. The metrics of these updates are already logged.
     last_logged = functools.cache(job.run.last_step)
-    checkpoints = CheckpointSchedule(job.checkpoint_updates, job.checkpoint_seconds, worker.device, first)
+    checkpoints = CheckpointSchedule(
+        job.checkpoint_updates, job.checkpoint_seconds, worker.device, first, must_save=must_save
+    )
     state, since_log, started = resume, list[LossTerms](), time.perf_counter()
     for done in range(first + 1, total + 1):
         latest = _update(job, learner, done - 1)
@@ -151,6 +159,8 @@ def averaged_weights(state: bytes) -> dict[str, Tensor]:
 class CheckpointSchedule:
     """Decides when a checkpoint is due: every ``updates`` updates, and ``seconds`` after the last checkpoint.
 
+    A checkpoint is also due when ``must_save`` returns True.
+
     All workers make the same calls and must save after the same update, but their clocks differ. Rank 0 therefore
     decides for all workers. It broadcasts its decision only about once per second, because each broadcast makes the
     workers wait.
@@ -163,8 +173,10 @@ class CheckpointSchedule:
         device: torch.device,
         first: int,
         clock: Callable[[], float] = time.monotonic,
+        must_save: Callable[[], bool] = lambda: False,
     ) -> None:
         self.updates, self.seconds, self.device, self.clock = updates, seconds, device, clock
+        self.must_save = must_save
         self._next, self._decided, self._pause = first + 1, first, 0.0
         self._decided_at = self._saved_at = clock()
 
@@ -182,7 +194,7 @@ class CheckpointSchedule:
             dist.broadcast(message, src=0)
         is_due, until_next = message.tolist()
         self._next, self._decided, self._decided_at = done + until_next, done, now
-        return bool(is_due)
+        return self.must_save() or bool(is_due)
 
     def saved(self, began: float) -> None:
         """Record that a checkpoint has been saved, and that saving began at time ``began``."""

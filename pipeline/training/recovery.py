@@ -29,7 +29,11 @@ WAIT_SECONDS = 1200.0
 """How long to wait for nodes that replace lost nodes. An autoscaler starts nodes within minutes or not at all."""
 
 DETECTION_SECONDS = 30.0
-"""Ray needs up to this long to detect that a node is lost."""
+"""Ray needs up to this long to detect that a node is lost. A draining node leaves the cluster once it is idle."""
+
+
+class NodeDrainingError(Exception):
+    """A worker's node is about to be taken away. The last update is saved in a checkpoint."""
 
 
 def fit(
@@ -65,23 +69,24 @@ def fit(
                     log.info(f"{title}: waiting until other jobs release {least(workers)} x ({resources})")
                     continue
             failures += 1
-            lost = _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
-            if lost and isinstance(workers, Range):
+            is_node_lost = _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
+            if is_node_lost and isinstance(workers, Range):
                 # An elastic group waits forever if it starts with a dead node that Ray has not detected yet.
                 time.sleep(DETECTION_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
 
 
-def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> list[int]:
-    """Log the failure of a group in one line, and return the ranks of lost workers.
+def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> bool:
+    """Log the failure of a group in one line, and return whether a node is lost, or about to be taken away.
 
     Raises:
         DistillKacError: there are no tries left, or the next try would fail in the same way. For a bug, the whole
             traceback is logged first.
     """
     failed: dict[int, Exception] = getattr(error, "worker_failures", {})
-    raised = [each._base_exc for each in failed.values() if hasattr(each, "_base_exc")]  # by the training loop
+    lost = sorted(rank for rank, each in failed.items() if isinstance(each, ray_internals.lost_worker_errors()))
+    raised = [each for rank, each in failed.items() if rank not in lost]  # by the training loop
     refusals = [each for each in raised if isinstance(each, DistillKacError)]
     if refusals or not has_tries:
         if raised and not refusals:
@@ -89,15 +94,17 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
         kind = DivergedError if any(isinstance(each, DivergedError) for each in refusals) else DistillKacError
         raise kind(f"{out}: training failed: {refusals[0] if refusals else cluster.innermost(error)}") from error
     # The other workers fail only because they cannot reach the lost workers.
-    lost = sorted(rank for rank, each in failed.items() if not hasattr(each, "_base_exc"))
-    if lost:
+    draining = [each for each in raised if isinstance(each, NodeDrainingError)]
+    if draining:
+        what = str(draining[0])
+    elif lost:
         what = f"lost the worker{'s' * (len(lost) > 1)} of rank {', '.join(map(str, lost))}"
     elif failed:
         what = f"the worker of rank {min(failed)} failed ({cluster.innermost(failed[min(failed)])})"
     else:
         what = cluster.innermost(error)
     log.info(f"{title}: {what}; resuming from the last checkpoint")
-    return lost
+    return bool(lost or draining)
 
 
 def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> None:

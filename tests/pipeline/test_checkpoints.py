@@ -73,6 +73,24 @@ def test_updates_that_become_slow_are_noticed():
     assert due[0] == 239, "600 seconds have passed"
 
 
+def test_a_checkpoint_that_must_be_saved_is_due_at_the_next_decision():
+    clock, asked = Clock(), []
+
+    def must_save() -> bool:
+        asked.append(clock.now)
+        return len(asked) == 10
+
+    checkpoints = CheckpointSchedule(10**9, 600, CPU, 0, clock, must_save)
+    due = []
+    for done in range(1, 200):
+        clock.now += 0.1
+        if checkpoints.is_due(done):
+            due.append(done)
+            checkpoints.saved(clock.now)
+    assert len(due) == 1
+    assert 15 < len(asked) < 25, "about once per second"
+
+
 def test_all_workers_save_after_the_update_that_rank_0_chooses(monkeypatch: pytest.MonkeyPatch):
     """The workers' clocks differ. The test also checks that every broadcast is received, with its type."""
     sent: list[torch.Tensor] = []

@@ -72,6 +72,13 @@ def test_a_student_trained_on_two_machines_with_one_lost(trials: Trials) -> None
     assert outcome.statuses == ("FINISHED",)
 
 
+def test_training_on_a_drained_machine_loses_no_update(trials: Trials) -> None:
+    outcome = trials.run("drain", "distill")
+    assert outcome.lost == "0 updates were repeated"
+    assert outcome.difference < TOLERANCE
+    assert outcome.statuses == ("FINISHED",)
+
+
 def test_a_stopped_sweep_resumes(trials: Trials) -> None:
     teacher = str(trials.expected["teach"])
     expected = trials.folder / "here" / "sweep"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
-    UserExceptionWithTraceback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
 )
 
 from kac.util.errors import DistillKacError
@@ -18,7 +18,8 @@ from pipeline.cluster.placement import Node, Resources
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
 
-LOST = WorkerGroupError("worker 1 died", {1: RuntimeError("worker 1 died")})
+LOST = WorkerGroupError("worker 1 died", {1: WorkerHealthCheckFailedError("worker 1 died", RuntimeError("it died"))})
+DRAINING = WorkerGroupError("a node is draining", {0: recovery.NodeDrainingError("a node is about to be taken away")})
 NO_START = ControllerError(WorkerGroupStartupFailedError("a worker died as it started"))
 NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
 
@@ -108,12 +109,21 @@ def test_repeated_failures_without_progress_end_training(
 def test_a_refusal_by_a_worker_ends_training_at_once(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refusal = UserExceptionWithTraceback(DistillKacError("Lower `optimizer.learning_rate`."), "a traceback")
+    refusal = DistillKacError("Lower `optimizer.learning_rate`.")
     diverged = WorkerGroupError("2 of 2 failed", {0: refusal, 1: RuntimeError("rank 0 does not answer")})
     with pytest.raises(DistillKacError, match=r"Lower `optimizer.learning_rate`\.$"):
         fit(cluster, tmp_path, (diverged, True))
     assert len(cluster.groups) == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_drained_node_is_not_reported_as_lost(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A range of workers waits until the node has left, because Ray Train would otherwise count on it."""
+    assert fit(cluster, tmp_path, (DRAINING, True), ("done", False), workers=Range(1, 2), left_alive=1) == "done"
+    assert capsys.readouterr().out == "teach: a node is about to be taken away; resuming from the last checkpoint\n"
+    assert cluster.now == 2 * 60 + recovery.DETECTION_SECONDS
 
 
 @pytest.mark.parametrize("workers", [2, Range(2, 4)])

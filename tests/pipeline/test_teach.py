@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.model import load_config, load_model, main_weights
 from kac.networks import UNetConfig
-from kac.util.errors import ArgumentError, DistillKacError
+from kac.util.errors import ArgumentError, DistillKacError, DivergedError
 from pipeline import store, training
 from pipeline.distill import distill
 from pipeline.teach import TeachTask, teach
@@ -215,6 +215,13 @@ def test_two_workers_with_one_killed_train_the_same_unet_as_one_process(tmp_path
         # Attention does not depend on the bias of its keys, so its gradient is only rounding, which Adam scales up.
         if not name.endswith("to_k.bias"):
             torch.testing.assert_close(distributed[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_diverged_worker_is_not_restarted(tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]):
+    out = str(tmp_path / "out")
+    with pytest.raises(DivergedError, match=rf"^{out}: training failed: {out}: the loss is .*learning_rate"):
+        teach(teach_spec(out, optimizer=DIVERGING, workers=1))
+    assert "resuming" not in capsys.readouterr().out
 
 
 class Untracked(TrackedRun):

@@ -129,6 +129,11 @@ class Cluster:
         """Stop the worker's machine without notice."""
         self.worker.lose()
 
+    def drain_worker(self, seconds: int) -> None:
+        """Announce to Ray that the worker's machine will be taken away after some seconds, as a cloud would."""
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        self.worker.run("ray", "drain-node", *reason, "--deadline-remaining-seconds", str(seconds))
+
     def replace_worker(self) -> None:
         """Replace the worker with a fresh machine, as an autoscaler would."""
         self.worker.lose()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ PLAIN = "plain"
 CHECKPOINT_UPDATES = 50
 CUT_SECONDS = 30.0
 LATE_SECONDS = 100.0
+DRAIN_SECONDS = 30
 NOTICE_SECONDS = 90.0
 """A raylet that Ray has declared dead ends itself within this time after the network is back."""
 TRAINING = f"--optimizer.batch-size 64 --validation-updates 0 --checkpoint-updates {CHECKPOINT_UPDATES}".split()
@@ -204,6 +206,13 @@ def replace_machine_late(cluster: Cluster, job: Submission) -> None:
     cluster.replace_worker()
 
 
+def drain_machine(cluster: Cluster, job: Submission) -> None:
+    """Announce that the worker's machine will be taken away. Then stop it, and replace it with a fresh machine."""
+    cluster.drain_worker(DRAIN_SECONDS)
+    time.sleep(DRAIN_SECONDS)
+    lose_machine(cluster, job)
+
+
 def kill_raylet(cluster: Cluster, job: Submission) -> None:
     """Send SIGKILL to the worker's raylet, and start Ray again on the same machine."""
     assert cluster.worker.kill(lambda name, _: name == "raylet") == 1
@@ -250,6 +259,7 @@ FAULTS: dict[str, Callable[[Cluster, Submission], None]] = {
     "machine": lose_machine,
     "for-good": lose_machine_for_good,
     "late": replace_machine_late,
+    "drain": drain_machine,
     "raylet": kill_raylet,
     "cut": cut_network,
     "driver": kill_driver,
@@ -350,6 +360,10 @@ class Trials:
             written = [written for written, _ in watch.seen]
             again = len(written) - len(set(written))
             return f"{len(before)} of {len(set(written))} {kind} were written before the fault, {again} were rewritten"
+        if drained := re.search(r"after update (\d+); resuming", output):
+            resumed = re.search(r"resuming after ([\d,]+) of", output)
+            assert resumed, output
+            return f"{int(drained[1]) - int(resumed[1].replace(',', ''))} updates were repeated"
         repeated = 0
         for run in self.cluster.runs(out):
             logged = [point.step for point in self.cluster.history(run.info.run_id, "loss")]
