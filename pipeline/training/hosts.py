@@ -5,8 +5,7 @@ can grow. It counts all of the nodes' resources, including resources that other 
 start fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recovery`` starts a smaller group.
 """
 
-import tempfile
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +32,6 @@ from pipeline.training.validation import HeldOut, Validation
 
 OnReport = Callable[[dict[str, float]], None]
 """Called with the metrics of a validation or a checkpoint; see ``loop.Report``."""
-
-
-UPLOAD_POLL_SECONDS = 0.05
 
 
 class WorkerGroup(NamedTuple):
@@ -218,26 +214,17 @@ def _ray_worker(config: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["max_workers"])
     latest = ray.train.get_checkpoint()
     resume = None if latest is None else _state_in(latest)
-    with _RayTrain(is_main=worker.rank == 0) as host:
-        run_updates(config["job"], worker, host.report, resume, host.is_draining)
+    host = _RayTrain(config["job"].out, is_main=worker.rank == 0)
+    run_updates(config["job"], worker, host.report, resume, host.is_draining)
 
 
 class _RayTrain:
-    """Reports to Ray Train, which uploads checkpoints while training goes on, and says when a node is taken away.
+    """Reports to Ray Train, and asks it whether a node is about to be taken away."""
 
-    A checkpoint waits until the previous one is uploaded. Until then, checkpoints are in a temporary folder.
-    """
-
-    def __init__(self, is_main: bool) -> None:
-        self._is_main, self._is_draining = is_main, False
-        self._folder, self._sent = tempfile.TemporaryDirectory(), Path()
-
-    def __enter__(self) -> "_RayTrain":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._await_upload()
-        self._folder.cleanup()
+    def __init__(self, out: str, is_main: bool) -> None:
+        self._folder, self._is_main, self._is_draining = files.join(out, TRAINING_FOLDER), is_main, False
+        self._is_written = threading.Event()  # whether the last checkpoint is written, or its writing has failed
+        self._is_written.set()
 
     def is_draining(self) -> bool:
         """Whether the node of any worker is about to be taken away. All workers must call this together."""
@@ -247,26 +234,41 @@ class _RayTrain:
         return self._is_draining
 
     def report(self, metrics: dict[str, float], state: bytes | None) -> None:
-        """Report as ``loop.Report``. Raises ``NodeDrainingError`` after the report if a node is draining."""
+        """Report as ``loop.Report``. A thread writes the state, after the previous one.
+
+        Raises:
+            NodeDrainingError: a node is about to be taken away, and the state is saved.
+        """
         import ray.train
+
+        storage = ray.train.get_context().get_storage()
+
+        def checkpoint_in(folder: str) -> Any:
+            return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)
+
+        def write(_: Any, folder: str) -> Any:
+            try:
+                files.write_bytes(files.join(self._folder, f"{folder}/{STATE_FILE}"), state or b"")
+                return checkpoint_in(folder)
+            finally:
+                self._is_written.set()
 
         checkpoint = None
         if self._is_main and state is not None:
-            self._await_upload()
-            self._sent = Path(tempfile.mkdtemp(dir=self._folder.name))
-            (self._sent / STATE_FILE).write_bytes(state)
-            checkpoint = ray.train.Checkpoint.from_directory(self._sent)
-        mode = ray.train.CheckpointUploadMode.ASYNC
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+            self._is_written.wait()
+            self._is_written.clear()
+            checkpoint = checkpoint_in("")  # Ray Train passes it to ``write``, which returns the real checkpoint
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=write,
+        )
         if self._is_draining and state is not None:
             # An error stops all workers, so wait until Ray Train has registered the checkpoint.
             ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
             raise recovery.NodeDrainingError(f"a node is about to be taken away, after update {metrics['update']:.0f}")
-
-    def _await_upload(self) -> None:
-        # Ray Train deletes a folder after its upload. If an upload fails, Ray Train stops this worker.
-        while (self._sent / STATE_FILE).exists():
-            time.sleep(UPLOAD_POLL_SECONDS)
 
 
 def _state_in(checkpoint: Any) -> bytes:
