@@ -1,4 +1,4 @@
-"""Process items with Ray Data, with settings for decoding, rollouts, prefetching and store verification."""
+"""Process items with Ray Data, with settings for decoding, rollouts and store verification."""
 
 import time
 from collections.abc import Callable, Sequence

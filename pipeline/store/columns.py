@@ -1,6 +1,6 @@
 """Load, share and stream the columns of shards, and gather their rows into batches in a given order."""
 
-import json
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,23 +8,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from kac.losses import Interval
-from pipeline.cluster import connection as cluster
-from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreError, StoreIdentity
+from pipeline.store.layout import INTERVAL, LABEL, Shard, StoreIdentity
 from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
-"""Maximum size of a group of shards, which one task reads at a time. A larger shard forms its own group."""
-
-READERS = 2
-"""Concurrent Ray Data tasks per reader. Each task reads the shards of its group in parallel."""
-
-PAUSE_SECONDS = 0.02
+"""Maximum size of a group of shards, which are read at a time. A larger shard forms its own group."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,6 @@ class Selection:
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
         """Group consecutive shards, with up to ``GROUP_BYTES`` of columns per group."""
         return group_shards(shards, GROUP_BYTES // self.row_bytes)
-
-    def read(self, shards: Sequence[Shard]) -> pa.Table:
-        """Read the selected columns of ``shards`` in parallel, and join them. Raises the errors of ``read_rows``."""
-        names = [*self.scalars, *self.knots]
-        tables = map_in_threads(lambda shard: read_rows(self.store, self.identity, shard, names), shards)
-        return pa.concat_tables(tables)
 
 
 @dataclass(frozen=True)
@@ -93,15 +80,13 @@ _shared: list[Columns] = []
 
 
 def load(selection: Selection) -> Columns:
-    """Return the selected columns, from ``use_shared`` if it has them. Raises the errors of ``Selection.read``."""
+    """Return the selected columns, from ``use_shared`` if it has them. Raises the errors of ``read_rows``."""
     for shared in _shared:
         knots = shared.selection.knots
         if shared.selection == replace(selection, knots=knots) and set(selection.knots) <= set(knots):
             selected = np.array([knots.index(name) for name in selection.knots])
             return replace(shared, selection=selection, selected=selected)
-    # Read a few shards at a time: holding the tables of all shards alongside the arrays would double the memory.
-    groups = selection.groups(selection.shards)
-    return to_columns(selection, selection.shards, map(selection.read, groups))
+    return read_columns(selection, selection.shards)
 
 
 @contextmanager
@@ -122,20 +107,24 @@ def merge_selections(selections: Iterable[Selection]) -> list[Selection]:
     return [replace(selection, knots=tuple(sorted(knots))) for selection, knots in merged.items()]
 
 
-def to_columns(selection: Selection, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> Columns:
-    """Convert the rows of ``shards`` to arrays. Each table has the rows of one or more consecutive shards."""
+def read_columns(selection: Selection, shards: Sequence[Shard]) -> Columns:
+    """Read the selected columns of ``shards``. Raises the errors of ``read_rows``."""
     ids = np.concatenate([np.arange(shard.ids.start, shard.ids.stop) for shard in shards])
     guidance = np.repeat([shard.guidance for shard in shards], [shard.rows for shard in shards]).astype(np.float32)
     knots = np.empty((len(ids), len(selection.knots), *selection.identity.sample_shape), np.float32)
     scalars = {name: np.empty_like(ids) for name in selection.scalars}
-    start = 0
-    for table in tables:
-        rows = slice(start, start + table.num_rows)
+    starts = dict(zip(shards, itertools.accumulate((shard.rows for shard in shards), initial=0), strict=False))
+
+    def read(shard: Shard) -> None:
+        rows = slice(starts[shard], starts[shard] + shard.rows)
+        table = read_rows(selection.store, selection.identity, shard, [*selection.scalars, *selection.knots])
         for name, values in scalars.items():
             values[rows] = column_array(table[name])
         for k, name in enumerate(selection.knots):
             knots[rows, k] = column_array(table[name])
-        start = rows.stop
+
+    for group in selection.groups(shards):  # the tables of all shards, alongside the arrays, would double the memory
+        map_in_threads(read, group)
     selected = np.arange(len(selection.knots))
     return Columns(selection, ids, scalars[LABEL], guidance, knots, scalars.get(INTERVAL), selected)
 
@@ -181,44 +170,3 @@ def _concatenate(parts: Sequence[AnyBatch]) -> AnyBatch:
         return parts[0]
     columns = zip(*parts, strict=True)
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
-
-
-def read_ahead(selection: Selection, groups: Sequence[Sequence[Shard]], ahead_bytes: int) -> Iterator[pa.Table]:
-    """Yield the selected columns of one group of shards after another. Ray Data prefetches about ``ahead_bytes``.
-
-    Raises the errors of ``Selection.read``.
-    """
-    if not groups or torch.utils.data.get_worker_info() is not None:
-        # A DataLoader worker already prefetches. Because the worker is a forked process, it has no connection to Ray.
-        yield from map(selection.read, groups)
-        return
-    import ray
-
-    from pipeline.cluster.ray_data import each
-
-    cluster.connect()
-    columns = replace(selection, shards=())  # a task needs only the shards of its group
-
-    def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        try:
-            return columns.read([Shard.from_json(text) for text in json.loads(batch["item"][0])])
-        except StoreError as error:  # Ray would wrap a raised error in a Ray error with two tracebacks
-            return pa.table({"error": [str(error)]})
-
-    items = [json.dumps([shard.to_json() for shard in group]) for group in groups]
-    # The tasks reserve no CPU, because they mostly wait for the disk or the network. If they reserved a CPU, they
-    # would wait indefinitely while trainers use all CPUs.
-    pool = ray.data.TaskPoolStrategy(size=min(READERS, len(groups)))
-    tables = each(items, read, compute=pool, blocks=len(items), pause_seconds=PAUSE_SECONDS, num_cpus=0)
-    # By default, Ray Data splits blocks of more than 128 MiB, but each of these blocks must be a complete group.
-    tables.context.target_max_block_size = None
-    options = tables.context.execution_options
-    options.preserve_order = True
-    # By default, a pipeline may fill half of the object store, but every worker on a node has its own pipeline.
-    ahead_bytes = max(ahead_bytes, 2 * READERS * GROUP_BYTES)
-    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
-    blocks = tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    for _, table in zip(groups, blocks, strict=True):
-        if table.column_names == ["error"]:
-            raise StoreError(table["error"][0].as_py())
-        yield table

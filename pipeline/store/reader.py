@@ -1,13 +1,14 @@
 """The reader of endpoint stores: column selection, sharding over ranks, seeded shuffling and resume.
 
 The order of a rank's rows in an epoch depends only on (seed, epoch, rank, world size). Columns that fit the memory
-budget are loaded once, and all their rows are shuffled together. Larger columns are streamed: Ray Data tasks prefetch
-the shards in shuffled order, and the reader shuffles the rows within windows that fit the budget.
+budget are loaded once, and all their rows are shuffled together. Larger columns are streamed: a thread reads the shards
+in shuffled order, one window ahead, and the reader shuffles the rows within windows that fit the budget.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,7 @@ from pipeline.store.columns import (
     gather_intervals,
     gather_rows,
     load,
-    read_ahead,
-    to_columns,
+    read_columns,
 )
 from pipeline.store.layout import Shard, StoreError, StoreIdentity, knot_column, parse_shard_name
 from pipeline.store.manifest import Manifest, list_shards, read_manifest
@@ -35,9 +35,6 @@ from pipeline.store.order import Order, check_position, rebatch, rows_of, window
 from pipeline.store.shards import column_array, identity_of_shard, map_in_threads, open_shard, read_rows
 
 MEMORY_BYTES = 4 << 30
-PIPELINE_SHARDS = 1000
-"""Number of shards that an endless reader streams through one Ray Data pipeline, or one epoch if that is more."""
-
 INTERVAL_STREAM = 4
 
 
@@ -156,7 +153,9 @@ class Store:
         reading = _Reading(self, selection, Order(rank, world_size, seed), memory_bytes)
         times = knot_times(identity.knots, identity.knot_grid).float()[knots]
         epoch, skip = divmod(start_batch * batch_size, reading.rows_per_epoch())
-        for n, pieces in enumerate(rebatch(reading.endless(epoch, skip), batch_size), start=start_batch):
+        for n, pieces in enumerate(
+            rebatch(reading.pieces(itertools.count(epoch), skip), batch_size), start=start_batch
+        ):
             drawn = None
             if not identity.is_forward:
                 # The draws are numbered over all ranks, so the intervals do not depend on the number of workers.
@@ -313,14 +312,7 @@ class _Reading:
             raise StoreError(f"{problem}. Use fewer workers.")
         return len(self.order.share(range(count))) if self.is_in_memory else rows_of(self.order.share(shards))
 
-    def endless(self, epoch: int, skip: int) -> Iterator[Piece]:
-        """Yield the rows of ``epoch`` and all later epochs, except the first ``skip`` rows."""
-        # A Ray Data pipeline takes a second to start, so one pipeline serves several epochs of a small store.
-        epochs = max(1, PIPELINE_SHARDS // max(1, len(self.order.share(self.selection.shards))))
-        for first in itertools.count(epoch, epochs):
-            yield from self.pieces(range(first, first + epochs), skip if first == epoch else 0)
-
-    def pieces(self, epochs: range, skip: int) -> Iterator[Piece]:
+    def pieces(self, epochs: Iterable[int], skip: int) -> Iterator[Piece]:
         """Yield the rows of ``epochs`` in order, except the first ``skip`` rows."""
         if not self.is_in_memory:
             yield from self._stream(epochs, skip)
@@ -331,18 +323,25 @@ class _Reading:
             yield columns, rows[skip:]
             skip = max(0, skip - len(rows))
 
-    def _stream(self, epochs: range, skip: int) -> Iterator[Piece]:
-        selection, half = self.selection, self.memory_bytes // 2
-        todo = deque(
-            (epoch, part, shards)
-            for epoch in epochs  # part 0 of the shuffle orders the shards
-            for part, shards in enumerate(windows(selection.shards, self.order, epoch, half // selection.row_bytes), 1)
-        )
-        while todo and skip >= rows_of(todo[0][2]):
-            skip -= rows_of(todo.popleft()[2])
-        groups = [selection.groups(shards) for _, _, shards in todo]
-        tables = read_ahead(selection, list(itertools.chain.from_iterable(groups)), half)
-        for (epoch, part, shards), own in zip(todo, groups, strict=True):
-            columns = to_columns(selection, shards, itertools.islice(tables, len(own)))
-            yield columns, self.order.permutation(len(columns.label), epoch, part)[skip:]
-            skip = 0
+    def _stream(self, epochs: Iterable[int], skip: int) -> Iterator[Piece]:
+        """Yield the rows window by window. A thread reads the next window while the current window is in use."""
+        selection, pool = self.selection, ThreadPoolExecutor(1)
+        most_rows = self.memory_bytes // 2 // selection.row_bytes
+        ahead: deque[tuple[Future[Columns], int, int, int]] = deque()
+
+        def take() -> Piece:
+            reading, epoch, part, skipped = ahead.popleft()
+            columns = reading.result()
+            return columns, self.order.permutation(len(columns.label), epoch, part)[skipped:]
+
+        for epoch in epochs:  # part 0 of the shuffle orders the shards
+            for part, shards in enumerate(windows(selection.shards, self.order, epoch, most_rows), 1):
+                if skip >= rows_of(shards):
+                    skip -= rows_of(shards)
+                    continue
+                ahead.append((pool.submit(read_columns, selection, shards), epoch, part, skip))
+                skip = 0
+                if len(ahead) > 1:
+                    yield take()
+        while ahead:
+            yield take()

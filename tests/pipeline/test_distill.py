@@ -120,7 +120,6 @@ def test_a_forward_store_can_be_distilled(teacher: str, tmp_path: Path):
 
 
 def test_workers_that_use_every_cpu_can_stream_a_store(teacher: str, tmp_path: Path, ray_cluster: None):
-    """The tasks that read the store must not wait for a free CPU."""
     make_store(tmp_path / "store", teacher, trajectories=128, shard_size=32)
     distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", workers=2, memory_gib=1e-9))
     assert load_config(str(tmp_path / "out")).steps == 2

@@ -11,17 +11,10 @@ import torch
 from kac.losses import EndpointObjective, Interval
 from kac.util.errors import ArgumentError
 from pipeline import store as endpoint_store
-from pipeline.store import reader
 from pipeline.store.layout import StoreError
 from pipeline.store.reader import Store
 from tests.pipeline.store.reading import KNOTS, ROWS, STREAM, Modes, ids, read_all, same
 from tests.pipeline.stores import make_store, make_teacher, shard_file
-
-
-@pytest.fixture(autouse=True)
-def short_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the pipelines, so that they end within batches and do not read many epochs ahead."""
-    monkeypatch.setattr(reader, "PIPELINE_SHARDS", 8)
 
 
 @Modes

@@ -79,26 +79,15 @@ def test_an_epoch_resumes_where_it_stopped(store: Store, mode, world_size: int) 
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
-def test_a_shard_of_several_blocks_streams_correctly(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Data splits large blocks. The rows and their order must not change."""
-    import ray
-
-    expected = list(store.batches(14, 0.0, seed=5, **STREAM))
-    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 400)
-    found = list(store.batches(14, 0.0, seed=5, **STREAM))
-    assert len(found) == len(expected)
-    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
-
-
 def test_columns_are_loaded_once_for_every_seed_rank_and_epoch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[float, tuple[str, ...]]] = []
-    to_columns = column_module.to_columns
+    read_columns = column_module.read_columns
 
     def counting(selection: Selection, *arguments) -> Columns:
         loaded.append((selection.shards[0].guidance, selection.knots))
-        return to_columns(selection, *arguments)
+        return read_columns(selection, *arguments)
 
-    monkeypatch.setattr(column_module, "to_columns", counting)
+    monkeypatch.setattr(column_module, "read_columns", counting)
     for seed, rank, epoch, start_batch in itertools.product((None, 1, 2), range(2), range(2), range(2)):
         list(store.batches(32, 0.0, [0, 4], seed=seed, epoch=epoch, rank=rank, world_size=2, start_batch=start_batch))
     list(store.batches(7, 0.0, [0, 4], memory_bytes=2**40))
