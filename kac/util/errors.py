@@ -49,6 +49,10 @@ class CheckpointError(DistillKacError):
     """A model folder is missing, damaged or unsuitable for the task."""
 
 
+class StorageError(DistillKacError):
+    """A request to S3 failed. Another try may succeed."""
+
+
 class DivergedError(DistillKacError):
     """A network returned NaN or infinity. A run with the same options would fail again."""
 

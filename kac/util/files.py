@@ -20,7 +20,7 @@ from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from kac.util.errors import DistillKacError, one_line
+from kac.util.errors import DistillKacError, StorageError, one_line
 
 S3_OPTIONS: dict[str, Any] = {
     # Other processes publish files at any time, so a cached listing would be out of date.
@@ -123,7 +123,7 @@ def join(path: str, name: str) -> str:
 
 @contextmanager
 def errors_naming(path: str) -> Iterator[Location]:
-    """Locate a path. Raise ``FolderError`` if it is a folder, and ``DistillKacError`` if a request to S3 fails."""
+    """Locate a path. Raise ``FolderError`` if it is a folder, and ``StorageError`` if a request to S3 fails."""
     try:
         yield locate(path)
     except IsADirectoryError:
@@ -134,7 +134,7 @@ def errors_naming(path: str) -> Iterator[Location]:
         if not path.startswith("s3://"):
             raise
         reason = one_line(error).rstrip(".")
-        raise DistillKacError(f"{path}: a request to S3 failed ({reason}). Check AWS_* and try again.") from error
+        raise StorageError(f"{path}: a request to S3 failed ({reason}). Check AWS_* and try again.") from error
 
 
 def exists(path: str) -> bool:

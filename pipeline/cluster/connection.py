@@ -86,7 +86,7 @@ def _start(address: str) -> None:
     # Without an address, Ray would join the cluster that was last started on this machine.
     local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": True}
     # By default, Ray keeps one idle worker per CPU and ends other idle workers after a second. But a new worker takes
-    # four seconds to start, and workers that prefetch for a training loop are idle most of the time.
+    # four seconds to start.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # Without this setting, Ray Train also logs each line that its workers print.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")

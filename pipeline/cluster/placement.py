@@ -221,18 +221,18 @@ def free_capacity(resources: Resources) -> float:
 
 
 def live_nodes() -> list[Node]:
-    """The nodes of the cluster that accept work, with their total resources."""
-    nodes = _nodes_that_accept_work()
+    """The live nodes of the cluster that are not draining, with their total resources."""
+    nodes = _live_nodes()
     return [Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"]) for node in nodes]
 
 
 def free_resources() -> list[Node]:
-    """The nodes of the cluster that accept work, with their unused resources. Ray's figures lag by about a second."""
+    """The live nodes that are not draining, with their unused resources. Ray's figures lag by about a second."""
     left = ray_internals.available_resources_per_node()
-    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in _nodes_that_accept_work()]
+    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in _live_nodes()]
 
 
-def _nodes_that_accept_work() -> list[dict[str, Any]]:
+def _live_nodes() -> list[dict[str, Any]]:
     import ray
 
     draining = ray_internals.draining_nodes()

@@ -52,7 +52,7 @@ def available_resources_per_node() -> dict[str, dict[str, float]]:
 
 
 def draining_nodes() -> set[str]:
-    """The ids of nodes that are about to be taken away. Ray starts no new work on them."""
+    """The ids of draining nodes, which are about to leave the cluster. Ray starts no new work on them."""
     import ray
 
     # ray.nodes() does not say which nodes are draining.

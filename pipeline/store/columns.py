@@ -17,7 +17,7 @@ from pipeline.store.order import group_shards, rows_of
 from pipeline.store.shards import column_array, map_in_threads, read_rows
 
 GROUP_BYTES = 64 << 20
-"""Maximum size of a group of shards, which are read at a time. A larger shard forms its own group."""
+"""Maximum size of a group of shards that are read together. A larger shard forms its own group."""
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ class Store:
                 Must be None for a forward store, whose two columns are the start and the end of an interval.
             seed: shuffle seed; every epoch is shuffled differently. None reads in the order of sample ids.
             start_batch: first batch to yield when an epoch resumes. All batches equal those of an uninterrupted epoch.
-            memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed. The budget is
-                per process: every rank and every DataLoader worker has its own budget.
+            memory_bytes: columns up to this size are loaded once and kept; larger columns are streamed, in windows of
+                half this size. The budget is per process: every rank and every DataLoader worker has its own budget.
 
         Raises:
             ArgumentError: the store does not have the guidance scale or a knot, or a number is out of range.

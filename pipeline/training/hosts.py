@@ -219,25 +219,25 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
 
 class _RayTrain:
-    """Reports to Ray Train, and asks it whether a node is about to be taken away."""
+    """Reports to Ray Train, and asks it whether a worker's node is draining, which means about to leave the cluster."""
 
     def __init__(self, out: str, is_main: bool) -> None:
         self._folder, self._is_main, self._is_draining = files.join(out, TRAINING_FOLDER), is_main, False
-        self._is_written = threading.Event()  # whether the last checkpoint is written, or its writing has failed
-        self._is_written.set()
+        self._may_write = threading.Event()
+        self._may_write.set()
 
     def is_draining(self) -> bool:
-        """Whether the node of any worker is about to be taken away. All workers must call this together."""
+        """Whether the node of any worker is draining. All workers must call this together."""
         import ray.train
 
         self._is_draining = ray.train.get_preemption_info() is not None
         return self._is_draining
 
     def report(self, metrics: dict[str, float], state: bytes | None) -> None:
-        """Report as ``loop.Report``. A thread writes the state, after the previous one.
+        """Report as ``loop.Report``. A thread writes the state, once the previous state is written.
 
         Raises:
-            NodeDrainingError: a node is about to be taken away, and the state is saved.
+            NodeDrainingError: a node is draining, and the state is saved.
         """
         import ray.train
 
@@ -251,12 +251,12 @@ class _RayTrain:
                 files.write_bytes(files.join(self._folder, f"{folder}/{STATE_FILE}"), state or b"")
                 return checkpoint_in(folder)
             finally:
-                self._is_written.set()
+                self._may_write.set()
 
         checkpoint = None
         if self._is_main and state is not None:
-            self._is_written.wait()
-            self._is_written.clear()
+            self._may_write.wait()
+            self._may_write.clear()
             checkpoint = checkpoint_in("")  # Ray Train passes it to ``write``, which returns the real checkpoint
         ray.train.report(
             metrics,
@@ -268,7 +268,7 @@ class _RayTrain:
         if self._is_draining and state is not None:
             # An error stops all workers, so wait until Ray Train has registered the checkpoint.
             ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
-            raise recovery.NodeDrainingError(f"a node is about to be taken away, after update {metrics['update']:.0f}")
+            raise recovery.NodeDrainingError(f"a node is draining, after update {metrics['update']:.0f}")
 
 
 def _state_in(checkpoint: Any) -> bytes:

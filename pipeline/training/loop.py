@@ -122,7 +122,7 @@ def run_updates(
                 if new := {name: value for name, value in validated.items() if done > last_logged(name)}:
                     job.run.metrics(new, step=done)
             started += time.perf_counter() - began  # the training speed excludes sheets and validations
-        is_saved = checkpoints.is_due(done) or is_last
+        is_saved = is_last or checkpoints.is_due(done)
         if is_saved or is_validated:
             loss, began = sum(_losses(job, [latest], done).values()), checkpoints.clock()
             if is_saved:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kac.networks.cost import duration
 from kac.util import files
-from kac.util.errors import DistillKacError, DivergedError
+from kac.util.errors import DistillKacError, DivergedError, StorageError
 from kac.util.log import log
 from kac.util.options import Range, least
 from pipeline.cluster import connection as cluster
@@ -33,7 +33,7 @@ DETECTION_SECONDS = 30.0
 
 
 class NodeDrainingError(Exception):
-    """A worker's node is about to be taken away. The last update is saved in a checkpoint."""
+    """A worker's node is draining: it is about to leave the cluster. The last update is saved in a checkpoint."""
 
 
 def fit(
@@ -49,7 +49,7 @@ def fit(
     Raises:
         DistillKacError: the workers fail repeatedly without a new checkpoint, or the cluster cannot fit the workers.
     """
-    from ray.train import TrainingFailedError
+    from ray.train import ControllerError, TrainingFailedError
 
     failures, group = 0, workers
     while True:
@@ -69,16 +69,16 @@ def fit(
                     log.info(f"{title}: waiting until other jobs release {least(workers)} x ({resources})")
                     continue
             failures += 1
-            is_node_lost = _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
-            if is_node_lost and isinstance(workers, Range):
+            _handle_failure(error, title, out, has_tries=failures <= MAX_FAILURES)
+            if isinstance(workers, Range) and not isinstance(error, ControllerError):
                 # An elastic group waits forever if it starts with a dead node that Ray has not detected yet.
                 time.sleep(DETECTION_SECONDS)
         except Exception as error:
             raise DistillKacError(f"{out}: training failed: {cluster.innermost(error)}") from error
 
 
-def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> bool:
-    """Log the failure of a group in one line, and return whether a node is lost, or about to be taken away.
+def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> None:
+    """Log the failure of a group in one line.
 
     Raises:
         DistillKacError: there are no tries left, or the next try would fail in the same way. For a bug, the whole
@@ -87,7 +87,7 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
     failed: dict[int, Exception] = getattr(error, "worker_failures", {})
     lost = sorted(rank for rank, each in failed.items() if isinstance(each, ray_internals.lost_worker_errors()))
     raised = [each for rank, each in failed.items() if rank not in lost]  # by the training loop
-    refusals = [each for each in raised if isinstance(each, DistillKacError)]
+    refusals = [each for each in raised if isinstance(each, DistillKacError) and not isinstance(each, StorageError)]
     if refusals or not has_tries:
         if raised and not refusals:
             log.warning(error)
@@ -104,7 +104,6 @@ def _handle_failure(error: Exception, title: str, out: str, has_tries: bool) -> 
     else:
         what = cluster.innermost(error)
     log.info(f"{title}: {what}; resuming from the last checkpoint")
-    return bool(lost or draining)
 
 
 def _await_nodes(title: str, out: str, wanted: int, resources: Resources) -> None:

@@ -4,14 +4,14 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
 
-from kac.util.errors import DistillKacError
+from kac.util.errors import DistillKacError, StorageError
 from kac.util.options import Range
 from pipeline.cluster import placement, ray_internals
 from pipeline.cluster.placement import Node, Resources
@@ -19,7 +19,9 @@ from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.training import recovery
 
 LOST = WorkerGroupError("worker 1 died", {1: WorkerHealthCheckFailedError("worker 1 died", RuntimeError("it died"))})
-DRAINING = WorkerGroupError("a node is draining", {0: recovery.NodeDrainingError("a node is about to be taken away")})
+DRAINING = WorkerGroupError("a node is draining", {0: recovery.NodeDrainingError("a node is draining")})
+UNREACHABLE = WorkerGroupError("1 of 2 failed", {0: RuntimeError("rank 1 does not answer")})
+PREEMPTED = PreemptionError(PreemptionInfo(None, {"node": [1]}), drain_timed_out=True)
 NO_START = ControllerError(WorkerGroupStartupFailedError("a worker died as it started"))
 NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
 
@@ -120,10 +122,22 @@ def test_a_refusal_by_a_worker_ends_training_at_once(
 def test_a_drained_node_is_not_reported_as_lost(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A range of workers waits until the node has left, because Ray Train would otherwise count on it."""
-    assert fit(cluster, tmp_path, (DRAINING, True), ("done", False), workers=Range(1, 2), left_alive=1) == "done"
-    assert capsys.readouterr().out == "teach: a node is about to be taken away; resuming from the last checkpoint\n"
+    assert fit(cluster, tmp_path, (DRAINING, True), ("done", False), left_alive=2) == "done"
+    assert capsys.readouterr().out == "teach: a node is draining; resuming from the last checkpoint\n"
+
+
+@pytest.mark.parametrize("failure", [LOST, DRAINING, UNREACHABLE, PREEMPTED])
+def test_a_range_waits_until_ray_has_noticed_that_a_node_is_lost(
+    cluster: Cluster, tmp_path: Path, failure: Exception
+) -> None:
+    """Until then, Ray Train would start workers on the node, and wait for them forever."""
+    assert fit(cluster, tmp_path, (failure, True), ("done", False), workers=Range(1, 2), left_alive=1) == "done"
     assert cluster.now == 2 * 60 + recovery.DETECTION_SECONDS
+
+
+def test_a_failed_request_to_s3_is_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    failed = WorkerGroupError("1 of 1 failed", {0: StorageError("s3://bucket/out: a request to S3 failed.")})
+    assert fit(cluster, tmp_path, (failed, True), ("done", False)) == "done"
 
 
 @pytest.mark.parametrize("workers", [2, Range(2, 4)])
