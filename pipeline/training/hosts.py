@@ -268,7 +268,7 @@ class _RayTrain:
         if self._is_draining and state is not None:
             # An error stops all workers, so wait until Ray Train has registered the checkpoint.
             ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
-            raise recovery.NodeDrainingError(f"a node is draining, after update {metrics['update']:.0f}")
+            raise recovery.NodeDrainingError(f"a node is draining; saved after update {metrics['update']:.0f}")
 
 
 def _state_in(checkpoint: Any) -> bytes:
