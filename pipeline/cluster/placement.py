@@ -222,17 +222,17 @@ def free_capacity(resources: Resources) -> float:
 
 def live_nodes() -> list[Node]:
     """The live nodes of the cluster that are not draining, with their total resources."""
-    nodes = _live_nodes()
+    nodes = _listed_nodes()
     return [Node(node["Resources"], node["Labels"] or {}, node["NodeManagerAddress"]) for node in nodes]
 
 
 def free_resources() -> list[Node]:
     """The live nodes that are not draining, with their unused resources. Ray's figures lag by about a second."""
     left = ray_internals.available_resources_per_node()
-    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in _live_nodes()]
+    return [Node(left.get(node["NodeID"], {}), node["Labels"] or {}) for node in _listed_nodes()]
 
 
-def _live_nodes() -> list[dict[str, Any]]:
+def _listed_nodes() -> list[dict[str, Any]]:
     import ray
 
     draining = ray_internals.draining_nodes()

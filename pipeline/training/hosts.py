@@ -5,6 +5,7 @@ can grow. It counts all of the nodes' resources, including resources that other 
 start fails after a minute (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S), and ``recovery`` starts a smaller group.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -241,34 +242,34 @@ class _RayTrain:
         """
         import ray.train
 
-        storage = ray.train.get_context().get_storage()
-
-        def checkpoint_in(folder: str) -> Any:
-            return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)
-
-        def write(_: Any, folder: str) -> Any:
-            try:
-                files.write_bytes(files.join(self._folder, f"{folder}/{STATE_FILE}"), state or b"")
-                return checkpoint_in(folder)
-            finally:
-                self._may_write.set()
-
-        checkpoint = None
+        options: dict[str, Any] = {}
         if self._is_main and state is not None:
             self._may_write.wait()
             self._may_write.clear()
-            checkpoint = checkpoint_in("")  # Ray Train passes it to ``write``, which returns the real checkpoint
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=write,
-        )
+            options = {
+                "checkpoint": self._checkpoint(""),  # passed to the next function, which returns the real checkpoint
+                "checkpoint_upload_fn": functools.partial(self._write, state),
+                "delete_local_checkpoint_after_upload": False,
+            }
+        ray.train.report(metrics, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC, **options)
         if self._is_draining and state is not None:
             # An error stops all workers, so wait until Ray Train has registered the checkpoint.
             ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
             raise recovery.NodeDrainingError(f"a node is draining; saved after update {metrics['update']:.0f}")
+
+    def _write(self, state: bytes, _: Any, name: str) -> Any:
+        try:
+            files.write_bytes(files.join(self._folder, f"{name}/{STATE_FILE}"), state)
+            return self._checkpoint(name)
+        finally:
+            self._may_write.set()
+
+    def _checkpoint(self, name: str) -> Any:
+        import ray.train
+
+        # Ray Train refuses an equal filesystem that another thread made.
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
 
 def _state_in(checkpoint: Any) -> bytes:

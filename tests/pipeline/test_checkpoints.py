@@ -1,8 +1,17 @@
 """When checkpoints are due: by updates or by time, at a bounded cost, and after the same update on all workers."""
 
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.fs
 import pytest
+import ray.train
 import torch
 
+from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
+from pipeline.training.hosts import _RayTrain
 from pipeline.training.loop import CheckpointSchedule
 
 CPU = torch.device("cpu")
@@ -120,3 +129,30 @@ def test_all_workers_save_after_the_update_that_rank_0_chooses(monkeypatch: pyte
             first.saved(clocks[0].now)
             second.saved(clocks[1].now - 100)
     assert saved == 16
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_waits_until_the_previous_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """A failed write does not block the next checkpoint. Ray Train ends training after the failure."""
+    folder, reports = tmp_path / TRAINING_FOLDER, list[dict[str, Any]]()
+    storage = SimpleNamespace(experiment_fs_path=str(folder), storage_filesystem=pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+    monkeypatch.setattr(ray.train, "report", lambda metrics, **options: reports.append(options))
+    host = _RayTrain(str(tmp_path), is_main=True)
+    host.report({"update": 1.0}, b"first")
+    host.report({"update": 2.0}, None)  # a validation does not wait
+    second = threading.Thread(target=host.report, args=({"update": 3.0}, b"second"))
+    second.start()
+    second.join(0.5)
+    assert len(reports) == 2
+    if fails:
+        folder.write_text("a file, so that no folder can be made here")
+        with pytest.raises(OSError):
+            reports[0]["checkpoint_upload_fn"](reports[0]["checkpoint"], "one")
+    else:
+        written = reports[0]["checkpoint_upload_fn"](reports[0]["checkpoint"], "one")
+        assert (Path(written.path) / STATE_FILE).read_bytes() == b"first"
+    second.join(30)
+    assert len(reports) == 3

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -119,6 +120,17 @@ def train_in_groups(rank: int, tasks: tuple[Any, ...], folder: Path) -> dict[int
             results[size] = [train(task, worker) for task, worker in zip(tasks, workers, strict=True)]
             dist.destroy_process_group()
     return results
+
+
+def test_draining_and_dead_nodes_are_not_counted(monkeypatch: pytest.MonkeyPatch):
+    def listed(name: str, is_alive: bool) -> dict[str, object]:
+        return {"NodeID": name, "Alive": is_alive, "Resources": {"CPU": 1}, "Labels": {}, "NodeManagerAddress": name}
+
+    monkeypatch.setattr(ray, "nodes", lambda: [listed("a", True), listed("b", True), listed("dead", False)])
+    monkeypatch.setattr(ray_internals, "draining_nodes", lambda: {"b"})
+    monkeypatch.setattr(ray_internals, "available_resources_per_node", lambda: {"a": {"CPU": 1}, "b": {"CPU": 1}})
+    assert [node.address for node in placement.live_nodes()] == ["a"]
+    assert placement.capacity(Resources(1.0)) == placement.free_capacity(Resources(1.0)) == 1
 
 
 def test_any_number_of_workers_trains_the_same_model(teacher: str, small_store: str, tmp_path: Path):
