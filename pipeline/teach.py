@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kac.conditioning import known_classes, learned_conditioning
-from kac.data import Dataset, open_dataset
+from kac.data import DataDescription, Dataset, open_dataset
 from kac.losses import LossTerms
 from kac.losses.flow_matching import drop_labels, flip, flow_matching_loss, stratified_times
-from kac.model import CONFIG_FILE, GUIDE_PREFIX, ModelConfig, teacher_config
-from kac.networks import NetworkModule, VelocityNetwork, build_network
+from kac.model import CONFIG_FILE, GUIDE_PREFIX, ModelConfig, load_model, main_weights, teacher_config
+from kac.networks import NetworkModule, VelocityNetwork, build_network, load_weights
 from kac.networks.cost import network_cost, training_memory
 from kac.precision import Precision
+from kac.util.errors import ArgumentError
 from kac.util.log import log
 from pipeline import decode, outputs, tracking, training
 from pipeline.cluster import connection as cluster
@@ -44,22 +45,24 @@ def teach(
         DistillKacError: the data is missing or damaged, the folder belongs to another spec or cannot be written, or
             the training diverged.
     """
-    spec = cluster.absolute_paths(spec, "out", "data.root", "data.autoencoder")
+    spec = _absolute(spec)
     paths = spec.data.paths()
     storage.check_shared(
-        {"`out`": spec.out, **paths, **storage.cache_of(any(paths.values()))},
+        {"`out`": spec.out, "`init`": spec.init, **paths, **storage.cache_of(any(paths.values()))},
         is_spread=lambda: bool(training.choose_workers(spec).workers),
         writes_to_mlflow=spec.out,
     )
     spec = resolve_spec(spec)
     data = open_dataset(spec.data).description if is_trial else decode.open_described("teach", spec.data)
+    content = {"data_sha256": data.sha256}
+    if spec.init is not None:
+        content["init_sha256"] = _init_sha256(spec, spec.init, data)
     network = network_cost(spec.network, data.sample_shape, data.num_classes)
     cost = training.describe_cost(spec.optimizer, network, data.train)
     if spec.dry_run:
         memory = training_memory(spec.network, data.sample_shape, data.num_classes)
         log.info(f"teach: {cost}\nteach: each worker needs {memory} of a pass, besides libraries")
         return None
-    content = {"data_sha256": data.sha256}
     if not outputs.begin(spec.out, spec, CONFIG_FILE, **content):
         return outputs.complete_model(spec.stage, spec.out)
     group = training.choose_workers(spec)
@@ -80,8 +83,34 @@ def teach(
 
 def resolve_spec(spec: TeachSpec) -> TeachSpec:
     """Return the spec with absolute paths and a settled precision."""
-    spec = cluster.absolute_paths(spec, "out", "data.root", "data.autoencoder")
+    spec = _absolute(spec)
     return spec.settled(lambda: training.choose_workers(spec).on_gpu)
+
+
+def _absolute(spec: TeachSpec) -> TeachSpec:
+    return cluster.absolute_paths(spec, "out", "init", "data.root", "data.autoencoder")
+
+
+def _init_sha256(spec: TeachSpec, init: str, data: DataDescription) -> str:
+    """Return the hash of the initial weights.
+
+    Raises:
+        CheckpointError: the model folder is missing or damaged.
+        ArgumentError: it is not a teacher with this spec's network and shapes.
+    """
+    first = load_model(init).config
+    if first.kind != "teacher":
+        raise ArgumentError(f"`init` {init} is a student. Give a teacher.")
+    its = {**first.network.model_dump(), "sample_shape": first.sample_shape, "num_classes": first.num_classes}
+    own = {**spec.network.model_dump(), "sample_shape": data.sample_shape, "num_classes": data.num_classes}
+    differing = [name for name in own if its.get(name) != own[name]]
+    if differing:
+        name = differing[0]
+        raise ArgumentError(
+            f"`init` {init} does not fit: its {name} is {its.get(name)}, but this teacher's is {own[name]}. "
+            "Give a teacher with the same network, image size and classes."
+        )
+    return first.weights_sha256
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,8 @@ class TeachTask:
         torch.manual_seed(spec.seed)
         path, samples = spec.path.build(), (data.description.sample_shape, data.description.num_classes)
         network = build_network(spec.network, *samples, path)
+        if spec.init is not None:
+            load_weights(network, main_weights(load_model(spec.init).network))
         batch = prefetched(_batches(spec, data), worker.device)
 
         def losses(network: VelocityNetwork, micro: training.MicroBatch) -> LossTerms:

@@ -41,8 +41,11 @@ class TeachSpec(TeacherOptions, WorkerOptions, Spec):
     """Train a Kac-flow teacher on a dataset (flow matching, Ray Train)."""
 
     stage = "teach"
-    common = ("label_dropout", "seed", "dry_run")
+    common = ("init", "label_dropout", "seed", "dry_run")
     out: str = output_path(..., "model folder to write: path or s3:// URI")
+    init: str | None = input_path(
+        None, "initial weights: the model folder of another teacher with the same network; default: random"
+    )
     dry_run: bool = DRY_RUN
 
     @model_validator(mode="after")
