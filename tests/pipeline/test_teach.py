@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 
 from kac.data import DataConfig, all_rows, open_dataset
 from kac.model import load_config, load_model, main_weights
-from kac.networks import UNetConfig
+from kac.networks import MLPConfig, UNetConfig
 from kac.util.errors import ArgumentError, DistillKacError, DivergedError
-from pipeline import store, training
+from pipeline import store, tracking, training
 from pipeline.distill import distill
 from pipeline.teach import TeachTask, teach
 from pipeline.tracking import TrackedRun
@@ -297,3 +297,39 @@ def test_an_unconditional_teacher_can_be_guided_by_its_guide(tmp_path: Path):
     assert (student.config.has_guide, student.network.guide) == (False, None)
     by_scale = [store.open(str(tmp_path / "store")).first(4, w, ["knot_04"])["knot_04"] for w in (0.0, 0.5)]
     assert not torch.equal(*by_scale)
+
+
+def test_a_teacher_starts_from_another_teachers_weights(tmp_path: Path):
+    """It starts from the averaged weights, and not from the guide's."""
+    first = str(tmp_path / "first")
+    teach(teach_spec(Path(first), guide_updates=20))
+    spec = teach_spec(tmp_path / "second", init=first)
+    learner = TeachTask(spec).build(training.Worker(0, 1, torch.device("cpu")))
+    initial, averaged = learner.averaged().state_dict(), main_weights(load_model(first).network)
+    assert initial.keys() == averaged.keys()
+    assert all(torch.equal(initial[name], weight) for name, weight in averaged.items())
+    second, plain = teach(spec), teach(teach_spec(tmp_path / "plain"))
+    assert second and plain
+    assert second.fingerprint != plain.fingerprint
+    assert (
+        run_of("teach", second.fingerprint).data.tags[f"{tracking.INPUT_TAG}init"] == load_config(first).weights_sha256
+    )
+
+
+def test_initial_weights_that_do_not_fit_are_refused(tmp_path: Path):
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    teach(teach_spec(Path(teacher)))
+    make_store(tmp_path / "store", teacher)
+    distill(distill_spec(str(tmp_path / "store"), Path(student)))
+    for options, message in (
+        ({"init": student}, f"`init` {student} is a student"),
+        ({"init": teacher, "network": MLPConfig(width=48)}, "its width is .*, but this teacher's is 48"),
+        (
+            {"init": teacher, "data": DataConfig(kind="digits")},
+            r"its sample_shape is \(2,\), but .* is \(1, 8",
+        ),
+        ({"init": str(tmp_path / "none")}, "none is not a model folder"),
+    ):
+        with pytest.raises(DistillKacError, match=message):
+            teach(teach_spec(tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
