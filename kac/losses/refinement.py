@@ -329,7 +329,11 @@ def _open_classifier(inputs: SpaceInputs) -> RefinementSpace:
 
 
 def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
-    """The outputs of some of the teacher's layers, from first to last, for images without noise, all of one label."""
+    """The outputs of some of the teacher's layers, from first to last, for images without noise, all of one label.
+
+    Feature maps give the means and the standard deviations of their cells. The deviations show whether a surface is
+    smooth, patterned or noisy, which the means hide.
+    """
     found: Features = []
     has_sides = is_image(inputs.data.description.sample_shape)
 
@@ -337,7 +341,7 @@ def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim == 3 and has_sides:  # the tokens [batch, side * side, channels] of a transformer
             hidden = hidden.transpose(1, 2).unflatten(2, (math.isqrt(hidden.shape[1]), -1))
-        found.append(averaged_down(hidden.float(), MAP_SIDE).flatten(1))
+        found.extend(_means_and_deviations(hidden.float()))
 
     teacher, config = inputs.teacher()
     teacher.guide = None
@@ -400,6 +404,18 @@ def _depths(layers: nn.Sequential, samples: Tensor) -> Features:
         if isinstance(layer, nn.ReLU | nn.LeakyReLU):
             features.append(averaged_down(values, MAP_SIDE).flatten(1))
     return features
+
+
+def _means_and_deviations(hidden: Tensor) -> Features:
+    """Return the means and standard deviations of a map's ``MAP_SIDE`` x ``MAP_SIDE`` cells, each [batch, width].
+
+    Smaller maps, and outputs that are not maps, are only flattened.
+    """
+    mean = averaged_down(hidden, MAP_SIDE)
+    if mean.shape == hidden.shape:
+        return [hidden.flatten(1)]
+    variance = averaged_down(hidden.square(), MAP_SIDE) - mean.square()
+    return [mean.flatten(1), variance.clamp(min=TINY).sqrt().flatten(1)]
 
 
 def mean_distance(x: Tensor) -> Tensor:
