@@ -96,19 +96,19 @@ def _init_sha256(spec: TeachSpec, init: str, data: DataDescription) -> str:
 
     Raises:
         CheckpointError: the model folder is missing or damaged.
-        ArgumentError: it is not a teacher with this spec's network and shapes.
+        ArgumentError: the model is not a teacher, or its network or shapes differ from the spec's.
     """
     first = load_model(init).config
     if first.kind != "teacher":
         raise ArgumentError(f"`init` {init} is a student. Give a teacher.")
-    its = {**first.network.model_dump(), "sample_shape": first.sample_shape, "num_classes": first.num_classes}
+    other = {**first.network.model_dump(), "sample_shape": first.sample_shape, "num_classes": first.num_classes}
     own = {**spec.network.model_dump(), "sample_shape": data.sample_shape, "num_classes": data.num_classes}
-    differing = [name for name in own if its.get(name) != own[name]]
+    differing = [name for name in own if other.get(name) != own[name]]
     if differing:
         name = differing[0]
         raise ArgumentError(
-            f"`init` {init} does not fit: its {name} is {its.get(name)}, but this teacher's is {own[name]}. "
-            "Give a teacher with the same network, image size and classes."
+            f"`init` {init} has {name} {other.get(name)}, but this teacher needs {own[name]}. Give a teacher with the "
+            "same network options, image size and number of classes."
         )
     return first.weights_sha256
 

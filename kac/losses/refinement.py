@@ -80,7 +80,8 @@ DRIFT_RADII, DRIFT_STEP = (0.02, 0.05, 0.2), 0.1
 distance between real images. With this length, the loss is balanced with the anchor as the energy distance is."""
 
 TINY = 1e-12
-"""Lower limit for squared distances, because the slope of the square root is infinite at 0, and for divisors."""
+"""Lower limit for squared distances and variances, because the square root has an infinite slope at 0, and for
+divisors."""
 
 
 class NoRefinementConfig(Kinded):
@@ -331,8 +332,8 @@ def _open_classifier(inputs: SpaceInputs) -> RefinementSpace:
 def _open_teacher(inputs: SpaceInputs) -> RefinementSpace:
     """The outputs of some of the teacher's layers, from first to last, for images without noise, all of one label.
 
-    Feature maps give the means and the standard deviations of their cells. The deviations show whether a surface is
-    smooth, patterned or noisy, which the means hide.
+    A feature map is divided into cells, and each cell contributes its mean and standard deviation. The mean does not
+    show whether a surface is smooth, patterned or noisy; the standard deviation does.
     """
     found: Features = []
     has_sides = is_image(inputs.data.description.sample_shape)
@@ -409,7 +410,7 @@ def _depths(layers: nn.Sequential, samples: Tensor) -> Features:
 def _means_and_deviations(hidden: Tensor) -> Features:
     """Return the means and standard deviations of a map's ``MAP_SIDE`` x ``MAP_SIDE`` cells, each [batch, width].
 
-    Smaller maps, and outputs that are not maps, are only flattened.
+    Maps of at most this size, and outputs that are not maps, are only flattened.
     """
     mean = averaged_down(hidden, MAP_SIDE)
     if mean.shape == hidden.shape:

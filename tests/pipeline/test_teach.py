@@ -323,10 +323,10 @@ def test_initial_weights_that_do_not_fit_are_refused(tmp_path: Path):
     distill(distill_spec(str(tmp_path / "store"), Path(student)))
     for options, message in (
         ({"init": student}, f"`init` {student} is a student"),
-        ({"init": teacher, "network": MLPConfig(width=48)}, "its width is .*, but this teacher's is 48"),
+        ({"init": teacher, "network": MLPConfig(width=48)}, "has width .*, but this teacher needs 48"),
         (
             {"init": teacher, "data": DataConfig(kind="digits")},
-            r"its sample_shape is \(2,\), but .* is \(1, 8",
+            r"has sample_shape \(2,\), but .* needs \(1, 8",
         ),
         ({"init": str(tmp_path / "none")}, "none is not a model folder"),
     ):
