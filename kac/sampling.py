@@ -32,11 +32,15 @@ class Sampling(NamedTuple):
 
 
 def teacher_sampling(
-    config: ModelConfig, guidance: float | None = None, steps: int | None = None, solver: SolverName = "ab2"
+    config: ModelConfig,
+    guidance: float | None = None,
+    steps: int | None = None,
+    solver: SolverName = "ab2",
+    knot_grid: KnotGrid = "uniform",
 ) -> Sampling:
     """Return the options for sampling a teacher. Raises ``ArgumentError`` if it does not support ``guidance``."""
     check_guidance(config, [guidance or 0.0])
-    return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver)
+    return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver, knot_grid)
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:

@@ -37,7 +37,7 @@ def sample(spec: SampleSpec) -> None:
     model = load_model(cluster.absolute(spec.model), default_device())
     config, names = model.config, model.config.class_names
     if config.kind == "teacher":
-        sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver)
+        sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver, spec.knot_grid)
     else:
         sampling = student_sampling(config, spec.steps, spec.guidance)
     probes.check_writable(out.rsplit("/", 1)[0] or "/")

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from kac.precision import Precision
 from kac.sampling import TEACHER_STEPS
-from kac.solvers import SolverName
+from kac.solvers import KnotGrid, SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
 from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
@@ -35,6 +35,7 @@ class EvaluateSpec(ActorOptions, Spec):
     )
     solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")
+    knot_grid: KnotGrid = Field("uniform", description="spacing of the teacher's solver steps from t = 1 to t = 0")
     precision: Precision = Precision()
     seed: int = NOISE_SEED
     seeds: PositiveInt = Field(
@@ -127,6 +128,7 @@ class SampleSpec(Spec):
         None, description="a teacher's solver steps (default: 100), or an any-step student's steps (default: its own)"
     )
     solver: SolverName = Field("ab2", description="a teacher's solver")
+    knot_grid: KnotGrid = Field("uniform", description="spacing of a teacher's solver steps from t = 1 to t = 0")
     precision: Precision = Precision()
     seed: int = SEED
 

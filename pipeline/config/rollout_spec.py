@@ -24,7 +24,7 @@ class RolloutRecipe(Options):
         "up to the start of a random interval, and integrate the teacher to its end time (arXiv 2509.21513, Alg. 1)",
     )
     knots: PositiveInt = Field(20, description="intervals per trajectory; knot 0 is the noise, the last knot the image")
-    knot_grid: KnotGrid = Field("uniform", description="spacing of the knots from t = 1 to t = 0")
+    knot_grid: KnotGrid = Field("uniform", description="spacing of the knots and solver steps from t = 1 to t = 0")
     solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
     precision: Precision = Precision()

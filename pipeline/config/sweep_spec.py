@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from kac.sampling import TEACHER_STEPS
-from kac.solvers import SolverName
+from kac.solvers import KnotGrid, SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.options import Options
 from kac.util.path_options import input_path, output_path
@@ -150,6 +150,7 @@ class TeachSweepSpec(TeacherOptions, SweepOptions, Spec):
     )
     solver: SolverName = unhashed("ab2", "solver of the evaluation")
     solver_steps: PositiveInt = unhashed(TEACHER_STEPS, "solver steps of the evaluation")
+    knot_grid: KnotGrid = unhashed("uniform", "spacing of the evaluation's solver steps from t = 1 to t = 0")
 
 
 AnySweep = SweepSpec | TeachSweepSpec

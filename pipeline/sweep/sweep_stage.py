@@ -26,7 +26,10 @@ from pipeline.tracking.killed_runs import mark_killed
 
 RESULT_FILE = "trials.json"
 
-JUDGED = ("metric", "samples", "features", "register", "solver", "solver_steps")
+EVALUATED = ("samples", "features", "solver", "solver_steps", "knot_grid")
+"""Options that determine an evaluation's samples and metrics."""
+
+JUDGED = ("metric", "register", *EVALUATED)
 """Options that affect only the evaluation and the report. If one of them differs, a rerun repeats these parts."""
 
 
@@ -175,7 +178,7 @@ def _remove_outdated(planned: EvaluateSpec) -> None:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return
     wanted = planned.model_dump(mode="json")
-    if any(options.get(name) != wanted[name] for name in ("students", "samples", "features", "solver", "solver_steps")):
+    if any(options.get(name) != wanted[name] for name in ("students", *EVALUATED)):
         files.remove_tree(planned.out)
 
 

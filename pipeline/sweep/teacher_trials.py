@@ -92,13 +92,14 @@ class TeacherTrials(TrialKind):
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
         """One evaluation per teacher. Teachers share the cached features of real images."""
-        parent, solver = files.join(self.spec.out, "evaluation"), self.spec.solver
+        parent = files.join(self.spec.out, "evaluation")
         return [
             self._evaluation(
                 teacher=folder,
                 out=files.join(parent, folder.rsplit("/", 1)[-1]),
-                solver=solver,
+                solver=self.spec.solver,
                 solver_steps=self.spec.solver_steps,
+                knot_grid=self.spec.knot_grid,
             )
             for folder in folders
         ]

@@ -39,6 +39,7 @@ def test_teachers_take_any_sampling_and_students_their_own_euler_steps():
     teacher = config(kind="teacher", steps=None, guidance=None)
     assert teacher_sampling(teacher) == Sampling(0.0, 100, "ab2", "uniform")
     assert teacher_sampling(teacher, 2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
+    assert teacher_sampling(teacher, 0.0, 20, "ab2", "quadratic") == Sampling(0.0, 20, "ab2", "quadratic")
     assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
     conditioned = config(guidance=3.0, network=MLPConfig(conditions=("guidance",)))
     assert student_sampling(conditioned) == Sampling(3.0, 4, "euler", "uniform")

@@ -207,6 +207,12 @@ def test_uniform_grid_is_one_minus_k_over_knots():
         torch.testing.assert_close(knot_times(knots), torch.tensor(even, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
+def test_quadratic_grid_squares_the_uniform_grid():
+    for knots in (1, 3, 20, 1000):
+        squares = [((knots - k) / knots) ** 2 for k in range(knots + 1)]
+        torch.testing.assert_close(knot_times(knots, "quadratic"), torch.tensor(squares, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("knots", [0, -1])
 def test_refuses_grids_without_knots(knots):
     with pytest.raises(ValueError, match=f"`knots` is {knots}"):

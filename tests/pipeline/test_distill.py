@@ -16,6 +16,7 @@ from kac.losses import EndpointConfig, EndpointObjective, LossTerms
 from kac.losses.refinement import RefinementLoss, energy_distance
 from kac.model import load_config, load_model
 from kac.sampling import Sampling, generate, initial_noise, student_sampling, teacher_sampling
+from kac.solvers import GRIDS
 from kac.study.subject import Watched
 from kac.util.errors import DistillKacError
 from pipeline import store, tracking
@@ -145,6 +146,21 @@ def test_a_flow_map_ends_near_the_teacher_in_any_number_of_steps(any_step_studen
         assert made.nfe == steps
         errors = [float((x - batch.knots[:, -1]).square().mean()) for x in (made.x, plain.x)]
         assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_student_takes_its_steps_on_the_grid_of_its_store(teacher: str, tmp_path: Path):
+    make_store(tmp_path / "store", teacher, trajectories=400, knot_grid="quadratic")
+    longer = FEW.model_copy(update={"updates": 600})
+    objective = {"kind": "flow-map", "grids": (1, 2, 4)}
+    config = distill(distill_spec(str(tmp_path / "store"), tmp_path / "out", objective=objective, optimizer=longer))
+    assert config is not None
+    student, batch = load_model(str(tmp_path / "out")), next(store.open(str(tmp_path / "store")).batches(400, 0.0))
+    own, errors = student_sampling(config, 4), {}
+    for grid in GRIDS:
+        made = generate(student.network, batch.knots[:, 0], batch.label, own._replace(knot_grid=grid)).x
+        errors[grid] = float((made - batch.knots[:, -1]).square().mean())
+    assert own.knot_grid == "quadratic"
+    assert errors["quadratic"] == min(errors.values())
 
 
 def test_reflow_straightens_the_teachers_paths(small_store: str, tmp_path: Path):

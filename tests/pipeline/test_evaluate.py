@@ -20,7 +20,7 @@ from kac.metrics.distances import kernel_distance
 from kac.model import load_config, load_model
 from kac.precision import Precision
 from kac.sampling import teacher_sampling
-from kac.solvers import knot_times, solve
+from kac.solvers import KnotGrid, knot_times, solve
 from kac.util.errors import DistillKacError, DivergedError
 from pipeline import store, tracking
 from pipeline.config import EvaluateSpec, SampleSpec
@@ -141,17 +141,25 @@ def test_metrics_use_delivered_images(tmp_path: Path):
     assert "@355" in table(record)
 
 
-def _samples(path: str, steps: int, method: str) -> torch.Tensor:
+def test_the_teacher_is_sampled_on_the_requested_grid(teacher: str, tmp_path: Path):
+    evaluate(small(teacher, tmp_path / "out", solver_steps=3, knot_grid="quadratic", features=("pixels",)))
+    found = read_record(str(tmp_path / "out")).scores[1].metrics["frechet_distance_pixels"]
+    uniform, quadratic = (_independent_frechet(teacher, 3, "ab2", grid) for grid in ("uniform", "quadratic"))
+    assert found == pytest.approx(quadratic, rel=1e-3)
+    assert found != pytest.approx(uniform, rel=1e-2)
+
+
+def _samples(path: str, steps: int, method: str, grid: KnotGrid = "uniform") -> torch.Tensor:
     model, data = load_model(path), open_dataset(DataConfig(kind="moons"))
     noise = noises.noise(model.config.path.build(), SEED, range(300), (2,))
     label = noises.labels(SEED, range(300), data.description.class_frequencies)
     with torch.inference_mode():
-        return solve(guide(model.network, 0.0, label), noise, knot_times(steps), method).x.double()
+        return solve(guide(model.network, 0.0, label), noise, knot_times(steps, grid), method).x.double()
 
 
-def _independent_frechet(path: str, steps: int, method: str) -> float:
+def _independent_frechet(path: str, steps: int, method: str, grid: KnotGrid = "uniform") -> float:
     real = all_rows(open_dataset(DataConfig(kind="moons")).train).images.double().numpy()
-    return _frechet(real, _samples(path, steps, method).numpy())
+    return _frechet(real, _samples(path, steps, method, grid).numpy())
 
 
 def _frechet(real: np.ndarray, fake: np.ndarray) -> float:

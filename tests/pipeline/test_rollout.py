@@ -15,15 +15,16 @@ import torch
 from kac import noise
 from kac.guidance import guide
 from kac.model import ModelConfig, load_model, save_model
-from kac.solvers import knot_times, solve
+from kac.solvers import KnotGrid, knot_times, solve
 from kac.util import files
 from kac.util.errors import DistillKacError
 from pipeline import store
 from pipeline.cluster.connection import ClusterResources
 from pipeline.cluster.placement import ActorGroup, Node, Resources, choose_actors
-from pipeline.config import RolloutSpec
+from pipeline.config import RolloutSpec, SampleSpec
 from pipeline.rollout import make_plan, rollout, rollout_stage
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
+from pipeline.sample import sample
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stages import wait_for_free_cpus
 from tests.pipeline.stores import make_teacher
@@ -241,13 +242,22 @@ def test_only_a_damaged_shard_is_recomputed(
     assert_same_rows(rows(reference, 0.0), rows(path, 0.0))
 
 
-@pytest.mark.parametrize("clock", ["linear", "quadratic"])
-def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, clock: str):
+@pytest.mark.parametrize("grid", ["uniform", "quadratic"])
+def test_the_last_knots_are_the_samples_on_the_same_grid(teacher: str, tmp_path: Path, grid: KnotGrid):
+    rollout(spec(teacher, tmp_path / "store", guidance=(0.0,), knot_grid=grid))
+    out = str(tmp_path / "samples.npz")
+    sample(SampleSpec(model=teacher, out=out, count=100, steps=8, knot_grid=grid, raw=True))
+    with np.load(out) as made:
+        np.testing.assert_allclose(rows(tmp_path / "store", 0.0)["knot_04"], made["images"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("clock", "grid"), [("linear", "uniform"), ("quadratic", "quadratic")])
+def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, clock: str, grid: KnotGrid):
     from kac.path import PathConfig
 
     teacher = make_teacher(str(tmp_path / "teacher"), data="digits", path_config=PathConfig(clock=clock))
     path = tmp_path / "store"
-    rollout(spec(teacher, path, source="forward", guidance=(0.5,), trajectories=64))
+    rollout(spec(teacher, path, source="forward", guidance=(0.5,), trajectories=64, knot_grid=grid))
     found, model = rows(path, 0.5), load_model(teacher)
     assert set(found["interval"]) == set(range(KNOTS))
     for i in (0, 5, 63):
@@ -255,7 +265,7 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, c
         start, label = torch.tensor(found["knot_start"][i : i + 1]), torch.tensor(found["label"][i : i + 1]).long()
         with torch.inference_mode():
             field = guide(model.network, 0.5, label)
-            end = solve(field, start, knot_times(8)[2 * k : 2 * k + 3], "ab2").x
+            end = solve(field, start, knot_times(8, grid)[2 * k : 2 * k + 3], "ab2").x
         np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
     at_noise = found["interval"] == 0
     x_1 = noise.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()

@@ -76,8 +76,10 @@ def test_a_sweep_trains_and_evaluates_teachers_under_one_parent_run(
     before = {record.out: weights(record.out) for record in records}
     assert sweep(spec) == records
     assert "nothing to do" in capsys.readouterr().out
-    sweep(spec.model_copy(update={"solver_steps": 10}))
+    sweep(spec.model_copy(update={"solver_steps": 10, "knot_grid": "quadratic"}))
     assert "in 10 network evaluations" in capsys.readouterr().out, "only the evaluation is repeated"
+    for file in (out / "evaluation").glob("*/spec.json"):
+        assert json.loads(file.read_text())["options"]["knot_grid"] == "quadratic"
     assert {record.out: weights(record.out) for record in records} == before
     with pytest.raises(DistillKacError, match=r"grid.path.a is 9,25, not 9"):
         sweep(spec.model_copy(update={"grid": {"path.a": (9,)}}))
