@@ -117,7 +117,11 @@ SAME_IMAGES: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[dict[str, Any
         ANY_STEP,
         [{"steps": n} for n in (1, 2, 4)],
     ),
-    "any-step DiT": ((with_conditions(DIT, "end_time"),), ANY_STEP, [{"steps": n} for n in (1, 2, 4)]),
+    "any-step DiT, quadratic grid": (
+        (with_conditions(DIT, "end_time"),),
+        {**ANY_STEP, "knot_grid": "quadratic"},
+        [{"steps": n} for n in (1, 2, 4)],
+    ),
     "fixed-step student": ((UNET,), {**ANY_STEP, "steps": 4}, [{}, {"steps": 4}]),
     "teacher": ((MLP, GAUSSIAN), {}, [{}, {"guidance": 1.5}, {"steps": 3, "guidance": 0.5}]),
     "DiT teacher": ((DIT,), {}, [{"steps": 5, "guidance": 1.0}]),
