@@ -66,7 +66,8 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     reference = Reference({}, pixels(quality.real), lambda: pixels.of_training_images(inputs.images))
     models: dict[str, dict[str, dict[str, float]]] = {}  # the values by path and model
     for model, teacher in zip((inputs.teacher, *inputs.rivals), inputs.teachers(), strict=True):
-        subject = replace(teacher, sampling=teacher.sampling._replace(solver="ab2", steps=TEACHER_STEPS))
+        sampling = teacher.sampling._replace(solver="ab2", steps=TEACHER_STEPS, knot_grid="uniform")
+        subject = replace(teacher, sampling=sampling)
         images, values = follow(subject)
         values |= {
             f"frechet_distance_{space}_{point.method}_{point.steps}": distance

@@ -37,14 +37,14 @@ class SolverPoint(NamedTuple):
 def quality_by_solver(
     subject: Subject, spaces: Sequence[FeatureSpace], train: dict[str, Moments], steps: Sequence[int] = STEPS
 ) -> Iterator[SolverPoint]:
-    """Yield the quality for each combination of solver and number of steps.
+    """Yield the quality for each combination of solver and number of steps, on the uniform grid.
 
     Args:
         train: the moments of the training images, by feature space.
     """
     for method in SOLVERS:
         for count in steps:
-            sampling = subject.sampling._replace(solver=method, steps=count)
+            sampling = subject.sampling._replace(solver=method, steps=count, knot_grid="uniform")
             distances, nfe = quality_of(replace(subject, sampling=sampling), spaces, train)
             yield SolverPoint(method, count, nfe, distances)
 

@@ -46,10 +46,12 @@ class StabilityKnot(NamedTuple):
 def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
     """Compare a student with its teacher at the student's knots, from noise to image. Both start from the same noise.
 
+    The teacher takes its steps on the student's grid.
+
     The number of student steps must divide the number of teacher steps.
     """
     steps, method = student.sampling.steps, teacher.sampling.solver
-    fine = knot_times(teacher.sampling.steps, teacher.sampling.knot_grid)
+    fine = knot_times(teacher.sampling.steps, student.sampling.knot_grid)
     factor = teacher.sampling.steps // steps
     coarse = fine[::factor]
     # Sums of squares: error, step errors from the teacher's and the student's states, error of the solver's restart.
@@ -79,7 +81,7 @@ def stability(teacher: Subject, student: Subject) -> list[StabilityKnot]:
             )
             squares[:, k + 1] += torch.stack([gap.double().square().sum().cpu() for gap in gaps])
             x = stepped
-    return _knots(knot_times(steps, student.sampling.knot_grid).tolist(), stretch, (squares / values).sqrt())
+    return _knots(coarse.tolist(), stretch, (squares / values).sqrt())
 
 
 def _knots(times: list[float], stretch: list[float], distances: Tensor) -> list[StabilityKnot]:

@@ -10,7 +10,7 @@ from kac.metrics.features import TORCHSCRIPT, open_space, space_identity
 from kac.metrics.quality import MEMORISATION_ROWS, PIXELS
 from kac.metrics.statistics import KEPT_ROWS
 from kac.model import learned_images, load_teacher_config
-from kac.sampling import TEACHER_STEPS
+from kac.sampling import student_sampling, teacher_sampling
 from kac.util import files
 from kac.util.log import log
 from kac.util.path_options import check_apart
@@ -156,6 +156,8 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
         real={"kind": train.data.kind, **data.description.model_dump(include=REAL_FACTS)},
         floor_count=floor_count,
         kept_rows=KEPT_ROWS,
+        solver=spec.solver,
+        knot_grid=spec.knot_grid,
         scores=(),
     )
     real = Score(
@@ -191,9 +193,11 @@ def _metrics(record: Record, evaluated: Evaluated) -> dict[str, float]:
 
 def _score(candidate: Candidate, count: int, metrics: dict[str, float]) -> Score:
     name, path, config, guidance, sampling = candidate
-    # At the model's own step count and guidance scale, metrics have no prefix.
-    own_steps, own_scale = (TEACHER_STEPS, 0.0) if config.kind == "teacher" else (config.steps, config.guidance)
-    prefix = f"steps_{sampling.steps}/" if sampling.steps != own_steps else ""
+    # With the model's default sampling and its own guidance scale, metrics have no prefix.
+    is_teacher = config.kind == "teacher"
+    default, own_scale = (teacher_sampling if is_teacher else student_sampling)(config), config.guidance or 0.0
+    parts = {"solver": sampling.solver, "knot_grid": sampling.knot_grid, "steps": f"steps_{sampling.steps}"}
+    prefix = "".join(f"{part}/" for name, part in parts.items() if getattr(sampling, name) != getattr(default, name))
     prefix += f"guidance_{guidance:g}/" if guidance != own_scale else ""
     return Score(
         name=name,

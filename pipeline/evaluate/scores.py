@@ -10,6 +10,7 @@ from pydantic import Field
 from kac.data.class_names import list_classes
 from kac.metrics import Metric, QualityMetric, quality_metrics
 from kac.metrics.quality import COPIES_BELOW
+from kac.solvers import KnotGrid, SolverName
 from kac.util import files
 from kac.util.errors import DistillKacError
 from kac.util.options import Options
@@ -50,6 +51,8 @@ class Record(Options):
     floor_count: int | None  # number of held-out images if it is below `samples`, otherwise None
     kept_rows: int  # maximum number of rows per set in nearest-neighbour, kernel and slice metrics
     scores: tuple[Score, ...]
+    solver: SolverName = Field("ab2", description="the teacher's solver")
+    knot_grid: KnotGrid = Field("uniform", description="spacing of the teacher's solver steps")
     shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the sample picture")
 
     @property
@@ -145,6 +148,8 @@ def provenance(record: Record) -> list[str]:
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]
         seen += [f"{name} ({', '.join(dict.fromkeys(models))})"] if models else []
+    is_default_solver = (record.solver, record.knot_grid) == ("ab2", "uniform")
+    solver = "" if is_default_solver else f"; the teacher's solver is {record.solver} on a {record.knot_grid} grid"
     copying = [
         f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
         for score in record.scores
@@ -152,7 +157,7 @@ def provenance(record: Record) -> list[str]:
     ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
-        f"{record.kept_rows:,} rows",
+        f"{record.kept_rows:,} rows{solver}",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),

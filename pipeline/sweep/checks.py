@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kac.metrics import quality_metrics
+from kac.metrics.features import space_name
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline import training
 from pipeline.cluster import connection as cluster
@@ -26,12 +27,13 @@ def ranking_metric(spec: AnySweep) -> tuple[str, str]:
     known: dict[str, str] = dict.fromkeys(reported, "lower")
     default = REPORTED[0]
     if spec.samples:
-        few, many = quality_metrics(spec.features, floor_count=1), quality_metrics(spec.features)
+        spaces = [space_name(given) for given in spec.features]
+        few, many = quality_metrics(spaces, floor_count=1), quality_metrics(spaces)
         # Some metrics exist only with fewer, or only with at least as many, held-out images as samples.
         evaluated = {name: metric.better for name, metric in many.items() if metric.better and name in few}
         if isinstance(spec, TeachSweepSpec):  # these metrics compare a student with its teacher
             evaluated = {name: better for name, better in evaluated.items() if not name.startswith(OF_STUDENTS)}
-        known, default = {**known, **evaluated}, f"frechet_distance_{spec.features[-1]}"
+        known, default = {**known, **evaluated}, f"frechet_distance_{spaces[-1]}"
         default = default if default in known else next(iter(evaluated))
     metric = spec.metric or default
     for option, name, allowed in (("`metric`", metric, known), ("`asha_metric`", spec.asha_metric, reported)):

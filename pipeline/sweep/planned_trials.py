@@ -151,7 +151,13 @@ def identity(spec: AnySweep) -> dict[str, Any]:
 def normal_text(value: Any) -> str:
     """The value as text. Equal numbers, such as 1 and 1.0, give equal texts."""
     text = str(value)
-    return f"{float(text):g}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
+    try:
+        number = float(text) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else None
+    except ValueError:  # such as 1.2.3
+        number = None
+    if number is None:
+        return text
+    return short if float(short := f"{number:g}") == number else repr(number)
 
 
 def _set(options: Mapping[str, Any], field: Sequence[str], value: Any) -> dict[str, Any]:

@@ -117,14 +117,24 @@ def is_choice(distribution: Any) -> bool:
 
 
 def edge_trials(spec: AnySweep) -> list[PlannedTrial]:
-    """Trials that check a search: each field in turn takes its bounds or choices; others keep their first value."""
+    """Trials that check a search: each field in turn takes its bounds or choices; others keep their first value.
+
+    A field with a range of real numbers also takes a fraction, which a field of integers refuses.
+    """
     tested: dict[str, Any] = {
-        name: one.choices if is_choice(one) else (one.low, one.high) for name, one in search_space(spec).items()
+        name: one.choices if is_choice(one) else (one.low, one.high, *_fractions(one))
+        for name, one in search_space(spec).items()
     }
     first = {name: values[0] for name, values in tested.items()}
     return [
         plan_trial(spec, {**first, name: value}, name="trial") for name, values in tested.items() for value in values
     ]
+
+
+def _fractions(distribution: Any) -> tuple[float, ...]:
+    """A number inside a range of real numbers that is no integer."""
+    low, high = distribution.low, distribution.high
+    return () if isinstance(low, int) else (low + (high - low) / math.pi,)
 
 
 def search_space(spec: AnySweep) -> "dict[str, BaseDistribution]":

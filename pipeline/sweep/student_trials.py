@@ -11,7 +11,7 @@ from kac.util import files
 from kac.util.errors import ArgumentError
 from pipeline import store, tracking, training
 from pipeline.cluster import storage
-from pipeline.config import DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
+from pipeline.config import STEP_COUNTS, DistillSpec, EvaluateSpec, RolloutRecipe, RolloutSpec, SweepSpec
 from pipeline.distill import (
     check_paths,
     distill,
@@ -131,6 +131,16 @@ class StudentTrials(TrialKind):
         return load_teacher_config(self.teacher).data
 
     def evaluations(self, folders: Sequence[str]) -> list[EvaluateSpec]:
-        """One evaluation of all students."""
-        out = files.join(self.spec.out, "evaluation")
-        return [self._evaluation(teacher=self.teacher, students=tuple(folders), out=out)]
+        """One evaluation of all students, and of the teacher as it was sampled for the store."""
+        identity, counts = self.manifest.identity, self.spec.steps or self.spec.grid.get("steps", STEP_COUNTS)
+        return [
+            self._evaluation(
+                teacher=self.teacher,
+                students=tuple(folders),
+                out=files.join(self.spec.out, "evaluation"),
+                steps=tuple(map(int, counts)),  # of any-step students
+                solver=identity.solver,
+                solver_steps=identity.solver_steps,
+                knot_grid=identity.knot_grid,
+            )
+        ]

@@ -1,6 +1,7 @@
 """The sweep stage: checks, adds missing inputs, runs trials, evaluates their models and writes the report."""
 
 import json
+from typing import Any
 
 from kac.model import CONFIG_FILE, load_config
 from kac.util import files
@@ -27,7 +28,7 @@ from pipeline.tracking.killed_runs import mark_killed
 RESULT_FILE = "trials.json"
 
 EVALUATED = ("samples", "features", "solver", "solver_steps", "knot_grid")
-"""Options that determine an evaluation's samples and metrics."""
+"""Options that determine the samples and metrics of an evaluation."""
 
 JUDGED = ("metric", "register", *EVALUATED)
 """Options that affect only the evaluation and the report. If one of them differs, a rerun repeats these parts."""
@@ -68,7 +69,7 @@ def sweep(spec: AnySweep, parent: tracking.TrackedRun | None = None) -> list[Tri
     judged = {name: getattr(spec, name) for name in JUDGED if hasattr(spec, name)}
     judged |= {"metric": metric, "features": list(spec.features)}
     is_complete = was_done and len(ledger.records) == total and all(map(_is_complete, ledger.records))
-    if is_complete and json.loads(files.read_bytes(result)).get("judged") == judged:
+    if is_complete and _judged_before(result, spec).items() >= judged.items():
         log.info(f"sweep: all {total} {kind.noun}s in {spec.out} are complete: nothing to do")
         return ledger.records
     claims.take(spec.out)  # outputs.begin does not claim the folder of a finished sweep
@@ -107,6 +108,12 @@ def sweep(spec: AnySweep, parent: tracking.TrackedRun | None = None) -> list[Tri
     files.write_bytes(result, json.dumps(listing, indent=2).encode())
     log.info(f"sweep: wrote {total - complete} {kind.noun}s to {spec.out} ({complete} were complete)")
     return ledger.records
+
+
+def _judged_before(result: str, spec: AnySweep) -> dict[str, Any]:
+    """The values of ``JUDGED`` in a result. Options that an older version did not have get their defaults."""
+    defaults = {name: field.default for name, field in type(spec).model_fields.items() if name in JUDGED}
+    return {**defaults, **json.loads(files.read_bytes(result)).get("judged", {})}
 
 
 def _is_complete(record: TrialRecord) -> bool:
@@ -177,8 +184,9 @@ def _remove_outdated(planned: EvaluateSpec) -> None:
         options = json.loads(files.read_bytes(files.join(planned.out, SPEC_FILE)))["options"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return
-    wanted = planned.model_dump(mode="json")
-    if any(options.get(name) != wanted[name] for name in ("students", *EVALUATED)):
+    wanted, fields = planned.model_dump(mode="json"), EvaluateSpec.model_fields
+    # An older version's evaluation lacks newer options, which then had their defaults.
+    if any(options.get(name, fields[name].default) != wanted[name] for name in ("students", "steps", *EVALUATED)):
         files.remove_tree(planned.out)
 
 

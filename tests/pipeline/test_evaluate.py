@@ -143,7 +143,10 @@ def test_metrics_use_delivered_images(tmp_path: Path):
 
 def test_the_teacher_is_sampled_on_the_requested_grid(teacher: str, tmp_path: Path):
     evaluate(small(teacher, tmp_path / "out", solver_steps=3, knot_grid="quadratic", features=("pixels",)))
-    found = read_record(str(tmp_path / "out")).scores[1].metrics["frechet_distance_pixels"]
+    record = read_record(str(tmp_path / "out"))
+    assert record.scores[1].prefix == "quadratic/steps_3/", "runs keep the metrics of other grids"
+    assert "the teacher's solver is ab2 on a quadratic grid" in table(record)
+    found = record.scores[1].metrics["frechet_distance_pixels"]
     uniform, quadratic = (_independent_frechet(teacher, 3, "ab2", grid) for grid in ("uniform", "quadratic"))
     assert found == pytest.approx(quadratic, rel=1e-3)
     assert found != pytest.approx(uniform, rel=1e-2)

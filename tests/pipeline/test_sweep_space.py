@@ -10,9 +10,12 @@ from kac.losses import FlowMapConfig
 from kac.util.errors import ArgumentError, DistillKacError
 from pipeline.config import SweepSpec
 from pipeline.sweep import Ledger, sweep
-from pipeline.sweep.planned_trials import grid_trials, identity, plan_trial, search_name
+from pipeline.sweep.checks import ranking_metric
+from pipeline.sweep.planned_trials import grid_trials, identity, normal_text, plan_trial, search_name
 from pipeline.sweep.proposers import PROPOSERS, RandomSearch, search_space
+from pipeline.sweep.student_trials import StudentTrials
 from tests.pipeline.stages import FEW
+from tests.pipeline.stores import make_store
 
 
 def spec_of(store: str = "/store", out: str = "/out", **options: Any) -> SweepSpec:
@@ -53,6 +56,29 @@ def test_a_flow_map_is_one_student_for_all_step_counts():
         "steps-2-guidance-0.0-objective-kind-endpoint",
     ]
     assert isinstance(both[1].spec.objective, FlowMapConfig)
+
+
+def test_equal_numbers_give_the_same_identity_and_different_numbers_another():
+    assert normal_text(1) == normal_text("1.0") == normal_text("1e0") == "1"
+    assert normal_text(1e-3) == normal_text("0.001") == normal_text("1e-03")
+    assert normal_text("1000003") != normal_text("1000005")
+    assert normal_text("1.2.3") == "1.2.3"
+
+
+def test_a_feature_network_of_the_user_ranks_the_trials():
+    spec = spec_of(samples=64, features=("pixels", "nets/my.pt"))
+    assert ranking_metric(spec) == ("frechet_distance_my", "lower")
+
+
+def test_students_are_compared_with_the_teacher_of_their_store(teacher: str, tmp_path: Path):
+    options = {"solver": "heun", "solver_steps": 4, "knot_grid": "quadratic"}
+    make_store(tmp_path / "store", teacher, trajectories=64, **options)
+    flow_map = {"kind": "flow-map", "grids": (1, 2, 4)}
+    spec = spec_of(str(tmp_path / "store"), str(tmp_path / "out"), steps=(4, 3), objective=flow_map, samples=64)
+    kind = StudentTrials(spec)
+    kind.check(grid_trials(spec))
+    (planned,) = kind.evaluations([str(tmp_path / "student")])
+    assert planned.model_dump(include={"steps", *options}) == {"steps": (4, 3), **options}
 
 
 def test_shared_options_reach_every_student():
@@ -130,6 +156,7 @@ def test_an_expression_that_cannot_be_parsed_is_refused(text: str):
         ({"grid": ["steps=1,3"]}, "^`steps`"),
         ({"guidance": (0.0, 0.5)}, "^`guidance` 0.5 .*`rollout`"),
         ({"trials": 3}, "^`search` .*`trials`"),
+        ({"search": ["optimizer.updates=uniform(1000,2000)"], "trials": 3}, "^`optimizer.updates`"),
         ({"search": ["optimizer.updates=randint(1,2)"]}, "^`trials` .*`search`"),
         ({"metric": "beauty"}, "^`metric` is beauty"),
         ({"metric": "frechet_distance_pixels"}, "^`metric` .*`samples` 0"),

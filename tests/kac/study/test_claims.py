@@ -1,5 +1,6 @@
 """The claims, measured on flows with known results."""
 
+import itertools
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from kac.networks import DiTConfig, NetworkConfig, UNetConfig, build_network
 from kac.path import KacPath, PathConfig
 from kac.process import KacProcess
 from kac.sampling import Sampling
+from kac.solvers import knot_times
 from kac.study.compute import rollout_calls, student_cost, students_to_pay
 from kac.study.guidance_scales import effect_of_guidance
 from kac.study.marginals import marginal, noised
@@ -60,6 +62,20 @@ def test_the_triangle_inequality_holds_for_a_nonlinear_flow_and_a_multistep_solv
         assert len(knots) == steps + 1
         assert all(knot.error <= knot.certain + 1e-6 for knot in knots)
         assert knots[1].bound == pytest.approx(knots[1].error, rel=1e-4)  # both start from the same noise
+
+
+def test_a_student_is_compared_at_the_times_of_its_own_grid():
+    """A student whose steps follow the teacher's flow x' = x exactly has no error, whatever the teacher's own grid."""
+    ends = dict(itertools.pairwise(knot_times(4, "quadratic").tolist()))
+
+    def flow(x, t):
+        h = ends[t.item()] - t.item()
+        return x * (math.exp(h) - 1) / h
+
+    teacher = subject(Field(lambda x, t: x), Sampling(0.0, 400, "heun"))
+    knots = stability(teacher, subject(Field(flow), Sampling(0.0, 4, "euler", "quadratic")))
+    assert [knot.t for knot in knots] == knot_times(4, "quadratic").tolist()
+    assert max(knot.error for knot in knots) < 1e-4
 
 
 def test_a_student_that_is_worse_away_from_the_teachers_states_exceeds_the_bound():
