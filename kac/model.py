@@ -27,7 +27,7 @@ from kac.path import PathConfig
 from kac.solvers import KnotGrid
 from kac.util import files
 from kac.util.errors import ArgumentError, CheckpointError, DistillKacError, one_line
-from kac.util.fingerprint import with_neutral_values
+from kac.util.fingerprint import fingerprint, hashed_values, with_neutral_values
 from kac.util.images import delivered
 from kac.util.options import Options
 
@@ -230,9 +230,10 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
         value = weight.detach().float() if weight.is_floating_point() else weight.detach()
         # safetensors rejects tensors that share memory, so copy each tensor.
         tensors[name.removeprefix(prefix)] = value.cpu().clone(memory_format=torch.contiguous_format)
-    # A bounded model's samples differ from those of an unbounded model with the same weights, so its file must differ.
-    metadata = {**({"format": "pt"} if prefix else {}), **({"bounded": "true"} if config.network.bounded else {})}
-    data = safetensors.torch.save(tensors, metadata or None)
+    # The file's hash identifies the model. Equal weights with other options, such as another scale of the time, are a
+    # different model.
+    metadata = {"network": fingerprint(hashed_values(config.network)), **({"format": "pt"} if prefix else {})}
+    data = _with_sorted_metadata(safetensors.torch.save(tensors, metadata))
     config = config.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     files.write_bytes(files.join(path, _weights_file(network)), data)
     if network.diffusers_name:
@@ -241,6 +242,15 @@ def save_model(path: str, config: ModelConfig, weights: dict[str, torch.Tensor])
         files.write_bytes(files.join(subfolder, CONFIG_FILE), diffusers_model.to_json_string().encode())
     files.write_bytes(files.join(path, CONFIG_FILE), json.dumps(config.model_dump(mode="json"), indent=2).encode())
     return config
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Sort the metadata in the header of a safetensors file, which otherwise has a random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    return b"".join((data[:8], text, memoryview(data)[end:]))
 
 
 def load_config(path: str) -> ModelConfig:

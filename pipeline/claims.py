@@ -56,10 +56,11 @@ def token_of(out: str) -> str:
 def check(out: str, token: str) -> None:
     """Raise ``DistillKacError`` if another job has taken over the folder since it was claimed with this token."""
     claim = _read(out)
-    if token and claim and claim["token"] != token:
+    if token and (claim is None or claim["token"] != token):
+        other = f" ({_describe(claim)})" if claim else ""  # the other job removes its claim when it ends
         raise DistillKacError(
-            f"{out}: another job ({_describe(claim)}) has taken over this folder, so this job stops. Choose "
-            "another `out` for one of the jobs."
+            f"{out}: another job{other} has taken over this folder, so this job stops. Choose another `out` for one of "
+            "the jobs."
         )
 
 

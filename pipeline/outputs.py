@@ -10,7 +10,7 @@ OUT/<result>       written last; if it has the spec's fingerprint, the work is d
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +39,33 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
         DistillKacError: the folder belongs to another spec, another job is writing to it, or it is not writable.
     """
     identity, fingerprint = {**hashed_fields(spec), **content}, spec.fingerprint(**content)
+    if _read_folder(out, result, identity, fingerprint).is_finished:
+        return False
+    probes.check_writable(out)
+    claims.take(out)
+    try:
+        found = _read_folder(out, result, identity, fingerprint)  # another job may have finished before the claim
+    except DistillKacError:
+        claims.release(out)
+        raise
+    if found.is_finished:
+        claims.release(out)
+        return False
+    if found.is_of_another_spec:  # Ray Train also records runs without checkpoints, and would resume them
+        files.remove_tree(files.join(out, TRAINING_FOLDER))
+    options = spec.model_dump(mode="json")
+    record = {"stage": spec.stage, "fingerprint": fingerprint, "identity": identity, "options": options}
+    files.write_bytes(files.join(out, SPEC_FILE), json.dumps(record, indent=2).encode())
+    return True
+
+
+class _Folder(NamedTuple):
+    is_finished: bool
+    is_of_another_spec: bool
+
+
+def _read_folder(out: str, result: str, identity: dict[str, Any], fingerprint: str) -> _Folder:
+    """Compare an output folder with a spec. Raise ``DistillKacError`` if it has another spec's result or checkpoint."""
     finished, started = (read_json(files.join(out, name)) for name in (result, SPEC_FILE))
     records = [record for record in (finished, started) if record is not None]
     is_of_another_spec = any(record.get("fingerprint") != fingerprint for record in records)
@@ -47,16 +74,7 @@ def begin(out: str, spec: Spec, result: str, **content: Any) -> bool:
             f"{out} belongs to another spec{_difference(identity, (started or {}).get('identity', {}))}. "
             "Choose another `out`, or remove the folder."
         )
-    if finished is not None:
-        return False
-    probes.check_writable(out)
-    claims.take(out)
-    if is_of_another_spec:  # Ray Train also records runs without checkpoints, and would resume them
-        files.remove_tree(files.join(out, TRAINING_FOLDER))
-    options = spec.model_dump(mode="json")
-    record = {"stage": spec.stage, "fingerprint": fingerprint, "identity": identity, "options": options}
-    files.write_bytes(files.join(out, SPEC_FILE), json.dumps(record, indent=2).encode())
-    return True
+    return _Folder(finished is not None, is_of_another_spec)
 
 
 def check_owner(out: str, fingerprint: str) -> None:

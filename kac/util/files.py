@@ -22,6 +22,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kac.util.errors import DistillKacError, StorageError, one_line
 
+
+def _attempts() -> int:
+    given = os.environ.get("AWS_MAX_ATTEMPTS", "").strip()
+    return max(1, int(given)) if given.isdecimal() else 4
+
+
 S3_OPTIONS: dict[str, Any] = {
     # Other processes publish files at any time, so a cached listing would be out of date.
     "use_listings_cache": False,
@@ -30,7 +36,7 @@ S3_OPTIONS: dict[str, Any] = {
     # botocore retries 503 SlowDown, connection resets and timeouts with backoff, then raises an error. s3fs repeats a
     # failed call up to 5 times, so botocore's 4 attempts can become 20 attempts, which take about 20 seconds.
     "config_kwargs": {
-        "retries": {"mode": "standard", "total_max_attempts": max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", "4")))},
+        "retries": {"mode": "standard", "total_max_attempts": _attempts()},
         "connect_timeout": 10,
         "read_timeout": 60,
     },

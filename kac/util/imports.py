@@ -91,6 +91,8 @@ def _parse_words(given: Any) -> Any:
         name, equals, text = str(word).partition("=")
         if not equals or not name.isidentifier():
             raise ValueError("write each argument as NAME=VALUE.")
+        if name in arguments:
+            raise ValueError(f"{name} is given twice.")
         arguments[name] = text
         for parse in (ast.literal_eval, json.loads):
             with contextlib.suppress(ValueError, SyntaxError):

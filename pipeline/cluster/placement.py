@@ -31,6 +31,8 @@ START_SECONDS, START_VARIABLE = 1200.0, "DISTILLKAC_STARTING_SECONDS"
 
 POLL_SECONDS = 1.0
 
+HIDE_GPUS = "would still use the GPU of this machine. Set CUDA_VISIBLE_DEVICES to an empty value instead."
+
 NODE_GROUP_LABEL = "ray.io/node-group"
 """Ray adds this label to the nodes of a cluster with an autoscaler."""
 
@@ -121,6 +123,8 @@ def choose_actors(options: ActorOptions) -> ActorGroup:
     if options.actors == 0:
         if options.label_selector:
             raise ArgumentError("`label_selector` needs actors, but `actors` is 0. Leave out one of the two.")
+        if options.gpu is False and ActorGroup(0).on_gpu:
+            raise ArgumentError(f"`gpu` False with `actors` 0 {HIDE_GPUS}")
         if options.gpu and not ActorGroup(0).on_gpu:
             raise ArgumentError("`gpu` with `actors` 0 needs a GPU in this machine, which has none. Leave out `gpu`.")
         return ActorGroup(0)
@@ -132,6 +136,14 @@ def choose_actors(options: ActorOptions) -> ActorGroup:
         return ActorGroup(options.actors, resources)
     fitting = capacity(resources)
     return ActorGroup(max(1, int(fitting)) if math.isfinite(fitting) else 1, resources)
+
+
+def hide_unassigned_gpus() -> None:
+    """Hide all GPUs from an actor or a trial that has none. Ray does not. Call this before the first use of torch."""
+    import ray
+
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def wait_for_capacity(stage: str, option: str, count: int | Range, resources: Resources) -> None:

@@ -18,7 +18,7 @@ from kac.util.device import default_device
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.placement import choose_actors, wait_for_capacity
+from pipeline.cluster.placement import choose_actors, hide_unassigned_gpus, wait_for_capacity
 from pipeline.config import EvaluateSpec
 from pipeline.evaluate.samples import Chunk
 from pipeline.progress import ProgressBar
@@ -89,6 +89,7 @@ class ChunkActor:
     """An actor that opens the feature spaces once, and then computes one chunk per call."""
 
     def __init__(self, names: Sequence[str], data: DataConfig, expected: Sequence[str]) -> None:
+        hide_unassigned_gpus()
         self.spaces = open_spaces(names, data)
         if [space.fingerprint for space in self.spaces] != list(expected):
             raise DistillKacError(

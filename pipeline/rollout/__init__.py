@@ -4,8 +4,8 @@
 and ``actors`` makes shards on Ray.
 
 Each shard is computed exactly once. The plan determines the shard's name. The process that computes a shard also
-publishes it atomically, and only then returns its receipt. An existing shard is checked in full and reused. The
-manifest is written last and lists only receipts.
+publishes it atomically, and only then returns its receipt. An existing shard with a receipt of the same size is reused;
+one without a receipt is checked in full first. The manifest is written last and lists only receipts.
 """
 
 from pipeline.rollout.plan import Plan, make_plan, seal

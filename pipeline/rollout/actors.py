@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kac.util.errors import DistillKacError, one_line
 from kac.util.options import most
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.placement import choose_actors
+from pipeline.cluster.placement import choose_actors, hide_unassigned_gpus
 from pipeline.cluster.ray_data import each
 from pipeline.config import RolloutSpec
 from pipeline.rollout.plan import Plan
@@ -139,6 +139,7 @@ class ShardActor:
     """An actor that loads the teacher once and makes one shard per call. Two calls may run concurrently."""
 
     def __init__(self, spec: RolloutSpec, identity: StoreIdentity, ledger: Any, maker: MakeShardMaker) -> None:
+        hide_unassigned_gpus()
         self.ledger, self.suspect_lock = ledger, threading.Lock()
         self.failure: str | None = ray.get(ledger.started.remote())
         if not self.failure:

@@ -1,6 +1,7 @@
 """The plan of a rollout (the finished store's content, and the missing shards), and the final manifest."""
 
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ from pipeline.store.manifest import (
 )
 from pipeline.store.shards import Receipt, identity_or_none
 
-SEAL_ATTEMPTS = 3
+SEAL_ATTEMPTS = 5
+
+SETTLE_SECONDS = 1.0
+"""Within this time, a concurrent job that read the manifest before it was written has written its own to S3."""
 
 
 class Plan(NamedTuple):
@@ -105,19 +109,25 @@ def seal(spec: RolloutSpec, plan: Plan, outcomes: Iterable[ShardOutcome], roundi
         rounding: the rollout's ``endpoint_rms``, or None if it was not computed.
 
     Raises:
-        RolloutError: a planned shard has no receipt.
+        RolloutError: a planned shard has no receipt, or other jobs keep changing the manifest.
     """
     receipts = (*plan.finished, *(outcome.receipt for outcome in outcomes))
     planned = {shard.name for shard in shards_of(plan.extents, plan.identity.shard_size)}
     missing = planned - {receipt.name for receipt in receipts}
     if missing:
         raise RolloutError(f"{spec.store} cannot be sealed without {min(missing)}. Run the rollout again.")
+    class_names = load_teacher_config(spec.teacher).class_names
     for _ in range(SEAL_ATTEMPTS):
-        manifest = _merge_manifest(spec, plan, receipts, rounding)
-        write_card(spec.store, manifest, load_teacher_config(spec.teacher).class_names, spec.license)
+        of_card = _merge_manifest(spec, plan, receipts, rounding)
+        write_card(spec.store, of_card, class_names, spec.license)
+        manifest = _merge_manifest(spec, plan, receipts, rounding)  # read immediately before it is written
         write_manifest(spec.store, manifest)
-        if _merge_manifest(spec, plan, receipts, rounding) == manifest:
+        if spec.store.startswith("s3://"):
+            time.sleep(SETTLE_SECONDS)
+        if of_card == manifest == _merge_manifest(spec, plan, receipts, rounding):
             break
+    else:
+        raise RolloutError(f"{spec.store}: other jobs keep changing the manifest. Run the rollout again.")
     remove_orphans(spec.store, manifest.guidance)
     return manifest
 

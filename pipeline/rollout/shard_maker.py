@@ -85,7 +85,7 @@ class ShardMaker:
 
     def _adopt_or_compute(self, shard: Shard) -> tuple[Receipt, int, float]:
         """Return the receipt, the number of computed rows, and the computing time in seconds."""
-        existing, is_damaged = None, False
+        existing = None
         try:
             receipt, existing = adopt(self.spec.store, shard, self.identity)
             if receipt.rows >= shard.rows:
@@ -94,7 +94,6 @@ class ShardMaker:
             pass  # the usual case
         except DamagedShard as damage:
             log.info(f"rollout: {damage} Recomputing it.")
-            is_damaged = True
         with contextlib.ExitStack() as computing:
             computing.enter_context(self.computing)
             started = time.perf_counter()
@@ -110,7 +109,7 @@ class ShardMaker:
             table = make_table(self.identity, shard, rows)
             check_rows(f"{self.spec.store}/{shard.name}", shard, self.identity, table)
             data = encode(table, self.spec.compression)
-        receipt = publish(self.spec.store, shard, self.identity, data, replace=is_damaged or existing is not None)
+        receipt = publish(self.spec.store, shard, self.identity, data)
         return receipt, len(missing), seconds
 
 

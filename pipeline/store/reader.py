@@ -270,21 +270,30 @@ class Store:
 
 
 class EndpointDataset(torch.utils.data.IterableDataset[Batch]):
-    """Batches of a store for a PyTorch ``DataLoader``. The loader's worker processes split this rank's rows."""
+    """Batches of a store for a PyTorch ``DataLoader``. The loader's worker processes split this rank's rows.
+
+    With ``start_batch``, a loader with the same number of workers continues where it stopped.
+    """
 
     def __init__(self, batches: Callable[..., Iterator[Batch]], options: dict[str, Any]) -> None:
-        self.batches, self.options, self.epoch = batches, options, 0
+        self.batches, self.options = batches, options
+        # In shared memory, because persistent workers keep their copy of the dataset.
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the shuffle of the next iteration."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        options = {"epoch": self.epoch, "rank": 0, "world_size": 1, **self.options}
+        options = {"epoch": int(self._epoch), "rank": 0, "world_size": 1, **self.options}
         worker = torch.utils.data.get_worker_info()
         if worker is not None:
-            options["rank"] = options["rank"] * worker.num_workers + worker.id
-            options["world_size"] *= worker.num_workers
+            # The loader takes the workers' batches in turn, so the first worker continues with the batch at `start`.
+            start, count = options.get("start_batch", 0), worker.num_workers
+            part = (worker.id + start) % count
+            options["start_batch"] = start // count + (part < start % count)
+            options["rank"] = options["rank"] * count + part
+            options["world_size"] *= count
         return self.batches(**options)
 
 

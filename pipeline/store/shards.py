@@ -4,6 +4,7 @@ Every page has a CRC, the footer has a digest of all values, and the manifest st
 every flipped bit is detected.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 
 from kac.util import files
-from kac.util.errors import one_line
+from kac.util.errors import StorageError, one_line
 from kac.util.options import Options
 from pipeline.store.layout import (
     KINETIC_ENERGY,
@@ -34,6 +36,9 @@ from pipeline.store.layout import (
 )
 
 CONTENT_SHA256 = "content_sha256"
+
+NO_ACCESS = (PermissionError, ConnectionError, TimeoutError, BotoCoreError)
+"""The errors of a storage that refuses a request or does not answer. The file itself may be intact."""
 
 UNREADABLE = (pa.ArrowException, OSError, KeyError, TypeError, ValueError)
 """The exceptions that can occur while a damaged file is read."""
@@ -133,14 +138,19 @@ def encode(table: pa.Table, compression: str = "none") -> bytes:
     return sink.getvalue()
 
 
-def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes, replace: bool = False) -> Receipt:
+def publish(store: str, shard: Shard, identity: StoreIdentity, data: bytes) -> Receipt:
     """Write the encoded shard atomically, and return its receipt.
 
-    If the shard exists, keep it and return its receipt: a concurrent job published the same rows and may already have
-    listed the file's hash. With ``replace``, overwrite a damaged or shorter shard.
+    If the shard exists with enough rows, keep it and return its receipt: a concurrent job published the same rows and
+    may already have listed the file's hash. Overwrite a damaged or shorter shard.
     """
-    if not files.write_bytes(files.join(store, shard.name), data, if_absent=not replace):
-        return adopt(store, shard, identity)[0]
+    path = files.join(store, shard.name)
+    if not files.write_bytes(path, data, if_absent=True):
+        with contextlib.suppress(DamagedShard, FileNotFoundError):
+            receipt = adopt(store, shard, identity)[0]
+            if receipt.rows >= shard.rows:
+                return receipt
+        files.write_bytes(path, data)
     return _receipt(shard, data, shard.rows)
 
 
@@ -297,11 +307,15 @@ def _metadata(where: str, schema: pa.Schema) -> dict[str, str]:
 
 @contextmanager
 def _damage_named(where: str, advice: str = "") -> Iterator[None]:
-    """Convert the errors of reading a damaged file to ``DamagedShard``."""
+    """Convert the errors of reading a damaged file to ``DamagedShard``, and a failed access to ``StorageError``."""
     try:
         yield
     except FileNotFoundError:
         raise DamagedShard(f"{where} is missing. Run the rollout again to recompute it.") from None
+    except NO_ACCESS as error:
+        raise StorageError(
+            f"{where} cannot be read: {one_line(error, 160).rstrip('.')}. Check the access and try again."
+        ) from None
     except UNREADABLE as error:
         reason = f"its footer has no {error}" if isinstance(error, KeyError) else one_line(error, 160).rstrip(".")
         raise DamagedShard(f"{where} is damaged: {reason}.{advice}") from None

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kac.util import files
-from kac.util.errors import one_line
+from kac.util.errors import StorageError, one_line
 from kac.util.fingerprint import unhashed
 from kac.util.log import log
 from kac.util.path_options import input_path
@@ -193,7 +193,7 @@ def examine(store: str, identity: StoreIdentity, name: str, receipt: Receipt | N
         data = files.read_bytes(files.join(store, name))
     except FileNotFoundError:
         return FileCheck(name, "missing", "was deleted during the check.")
-    except OSError as error:
+    except (OSError, StorageError) as error:
         return FileCheck(name, "unreadable", f"cannot be read: {one_line(error, 160)}")
     kind, detail, rows = "", "", 0
     shard, belongs_to = parse_shard_name(name, identity.shard_size), _name_in_footer(identity, data)

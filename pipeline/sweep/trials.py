@@ -81,6 +81,7 @@ def run_trials(
 
 def _trial(config: dict[str, Any], kind: TrialKind, shared: Sequence[ray.ObjectRef], run: tracking.TrackedRun) -> None:
     """Run one trial in a process of Ray Tune. The trial trains in this process, or on its own Ray Train workers."""
+    placement.hide_unassigned_gpus()
     spec = kind.spec.trained(**json.loads(config["spec"]))
     started = time.perf_counter()
     metrics: dict[str, float] = {}

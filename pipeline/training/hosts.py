@@ -22,7 +22,7 @@ from kac.util.errors import ArgumentError, DistillKacError
 from kac.util.options import Range, most
 from pipeline import claims, outputs
 from pipeline.cluster import connection as cluster
-from pipeline.cluster.placement import Resources, wait_for_capacity
+from pipeline.cluster.placement import HIDE_GPUS, Resources, wait_for_capacity
 from pipeline.config import DistillSpec, OptimizerConfig, TeachSpec, WorkerOptions
 from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.tracking import TrackedRun
@@ -68,6 +68,8 @@ def choose_workers(options: WorkerOptions) -> WorkerGroup:
         gpus_each = options.gpus_per_worker if (gpus > 0 if options.gpu is None else options.gpu) else 0.0
         resources = Resources(options.cpus_per_worker, gpus_each, options.label_selector)
         group = WorkerGroup(gpus if options.workers is None else options.workers, resources)
+    if options.gpu is False and group.on_gpu:
+        raise ArgumentError(f"`gpu` False with `workers` 0 {HIDE_GPUS}")
     if options.gpu and not group.on_gpu:
         raise ArgumentError(
             "`gpu` is set, but there is no GPU on this machine or in the cluster. Set `workers` to wait for GPU nodes."

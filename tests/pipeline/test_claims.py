@@ -98,6 +98,8 @@ def test_a_job_on_another_machine_takes_over_the_folder(folder: str):
         claims.check(folder, theirs)
     claims.release(folder)
     assert files.names_in(folder) == []
+    with pytest.raises(DistillKacError, match="another job has taken over"):
+        claims.check(folder, mine)  # the other job has finished and removed its claim
 
 
 def test_a_damaged_claim_is_ignored(tmp_path: Path):

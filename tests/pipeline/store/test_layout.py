@@ -158,6 +158,6 @@ def test_the_fingerprints_of_stores_never_change() -> None:
     """If a fingerprint changed, existing stores and their students would be refused."""
     assert StoreIdentity(**IDENTITY).fingerprint() == "792bedd890ecbc24b2dcc9d7ca47080999b06fd6cd6b82066b10e6fd91f87fe2"
     assert (
-        StoreIdentity(**{**IDENTITY, **OTHERS, "labels": "classes"}).fingerprint()
+        StoreIdentity(**{**IDENTITY, **OTHERS, "labels": "classes", "knot_grid": "uniform"}).fingerprint()
         == "46a9b48bf233d5df80bc82f4562c5a6eaca82b00b175fa25bd457f8f7000821d"
     )

@@ -233,15 +233,19 @@ def test_the_identity_is_read_from_the_footer_or_the_shard_is_refused(tmp_path: 
             assert isinstance(error, DamagedShard | NewerVersion), position
 
 
-def test_the_first_published_shard_is_kept_unless_replaced(tmp_path: Path) -> None:
+def test_a_published_shard_is_kept_unless_it_is_shorter_or_damaged(tmp_path: Path) -> None:
     identity, store = make_identity(), str(tmp_path)
     first, second = make_rows(identity, seed=1), make_rows(identity, seed=2)
     receipt = publish(store, SHARD, identity, encode(first))
     assert publish(store, SHARD, identity, encode(second)) == receipt
     assert adopt(store, SHARD, identity)[1].equals(first)
-    changed = publish(store, SHARD, identity, encode(second, "zstd"), replace=True)
-    assert changed.sha256 != receipt.sha256
-    assert adopt(store, SHARD, identity)[0] == changed
+    shorter = Shard(1.5, 2, 32, 13)
+    assert publish(store, shorter, identity, encode(make_rows(identity, shard=shorter))) == receipt
+    (tmp_path / SHARD.name).write_bytes(encode(make_rows(identity, shard=shorter)))
+    longer = publish(store, SHARD, identity, encode(second))
+    assert adopt(store, SHARD, identity)[0] == longer
+    (tmp_path / SHARD.name).write_bytes(b"damaged")
+    assert publish(store, SHARD, identity, encode(first)) == receipt
     assert [path.name for path in (tmp_path / SHARD.name).parent.iterdir()] == ["shard-000002.parquet"]
 
 

@@ -25,6 +25,27 @@ def test_a_data_loader_reads_every_row_once_per_epoch(
     assert second != first
 
 
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_a_data_loader_continues_at_any_batch(path: Path, workers: int) -> None:
+    store = endpoint_store.open(str(path))
+
+    def batches(start: int) -> list[list[int]]:
+        dataset = store.dataset(8, guidance=0.0, seed=3, start_batch=start)
+        return [batch.sample_id.tolist() for batch in DataLoader(dataset, batch_size=None, num_workers=workers)]
+
+    whole = batches(0)
+    for start in (1, 2, 3):
+        assert batches(start) == whole[start:]
+
+
+def test_persistent_workers_follow_the_epoch(path: Path) -> None:
+    dataset = endpoint_store.open(str(path)).dataset(8, guidance=0.0, seed=3)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    first = ids(loader)
+    dataset.set_epoch(1)
+    assert ids(loader) != first
+
+
 def test_data_loader_workers_split_the_rows_of_their_rank(path: Path) -> None:
     store = endpoint_store.open(str(path))
     ranks = [
