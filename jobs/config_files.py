@@ -24,7 +24,11 @@ from pipeline.config import Spec
 Values = dict[str, Any]
 
 RECIPES = Path(__file__).with_name("recipes")
-STAGES = ("teach", "convert", "rollout", "distill", "sweep", "evaluate", "sample")  # the sections of a file
+# The sections of a file.
+STAGES = (
+    *("teach", "convert", "rollout", "distill", "sweep", "evaluate", "study", "sample", "export", "quickstart"),
+    "benchmark",
+)
 
 
 def recipe_names() -> list[str]:

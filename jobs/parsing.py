@@ -137,7 +137,9 @@ def _with_defaults(model: type[BaseModel], given: Values) -> Values:
         if nested and isinstance(inner, dict) and (inner or isinstance(default, BaseModel)):
             defaults = default.model_dump() if isinstance(default, BaseModel) else {}
             if not defaults or inner.get("kind", defaults.get("kind")) != defaults.get("kind"):
-                defaults = _with_defaults(_model_of_kind(nested, inner), inner)
+                # If one model has several kinds, it fills in defaults that depend on the kind itself, as in Python.
+                fills_in = bool(defaults) and len(nested) == 1
+                defaults = {} if fills_in else _with_defaults(_model_of_kind(nested, inner), inner)
             values[name] = _override(defaults, inner)
         elif name not in given and default is not PydanticUndefined:
             values[name] = default
@@ -234,6 +236,8 @@ def _parser(options: list[Option], spec_type: type[Spec] = Spec, prog: str = "")
             takes = {"metavar": option.metavar, "nargs": None if option.nargs == "1" else option.nargs}
         if option.path == ("config",):
             takes["action"] = "append"
+        elif option.names and option.nargs in ("*", "+"):
+            takes["action"] = "extend"  # --grid A=1,2 --grid B=3,4 gives two axes
         text = option.help.replace("%", "%%")
         if not option.names:
             add(dest, help=text, **takes | {"nargs": takes["nargs"] or "?"})  # ``parse`` reports a missing value

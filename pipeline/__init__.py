@@ -157,13 +157,25 @@ def evaluate(spec: EvaluateSpec | None = None, *, tracking: bool = True, **field
 def _stage(
     spec_type: type[AnySpec], spec: AnySpec | None, fields: dict[str, Any], tracking: bool, **in_process: Any
 ) -> Iterator[AnySpec]:
-    """Yield the given spec, or a spec built from ``fields`` (and from ``in_process`` if RAY_ADDRESS is not set)."""
+    """Yield the given spec, or a spec built from ``fields``.
+
+    If RAY_ADDRESS is not set, the fields of ``in_process`` that have no value get one.
+    """
     if spec is not None and fields:
         raise TypeError(f"Give either a {spec_type.__name__} or its fields, not both.")
     defaults = {} if os.environ.get(connection.RAY_ADDRESS) else in_process
-    texts = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
+    if spec is None:
+        spec = spec_type(**{name: _as_text(value) for name, value in fields.items()})
+    missing = {name: value for name, value in defaults.items() if getattr(spec, name) is None}
     with contextlib.nullcontext() if tracking else tracking_off():
-        yield spec or spec_type(**{**defaults, **texts})
+        yield spec.model_copy(update=missing)
+
+
+def _as_text(value: Any) -> Any:
+    """A path, or each path of a list, as text."""
+    if isinstance(value, list | tuple):
+        return [_as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _made(result: Result | None) -> Result:

@@ -69,7 +69,8 @@ def distill(
     spec = resolve_spec(check_paths(spec, lambda: bool(training.choose_workers(spec).workers)))
     plan, group = plan_student(spec), training.choose_workers(spec)
     student = plan.student
-    storage.check_shared({"`init`": plan.init, "`teacher`": plan.teacher}, lambda: bool(group.workers))
+    data = student.data.paths(" of the teacher") if spec.refine.kind == "data" else {}
+    storage.check_shared({"`init`": plan.init, "`teacher`": plan.teacher, **data}, lambda: bool(group.workers))
     _check_passes(spec, group)
     network = network_cost(student.network, student.sample_shape, student.num_classes)
     cost = training.describe_cost(spec.optimizer, network, plan.rows, calls_per_sample(spec))
@@ -85,7 +86,8 @@ def distill(
     if not is_trial:
         log.info(f"distill: {cost}\ndistill: {group}, {spec.precision.resolved(group.on_gpu)}")
         if load_config(plan.init).network.bounded and not student.network.bounded:
-            log.info("distill: the student is not bounded, because guided velocities can exceed the speed limit")
+            reason = "guided velocities" if spec.guidance != 0 else "the straight lines of reflow"
+            log.info(f"distill: the student is not bounded, because {reason} can exceed the speed limit")
     steps_taken = f"{spec.steps} steps" if not spec.objective.is_any_step else "any steps"
     summary = f"{steps_taken}, guidance {spec.guidance if spec.guidance == 'all' else format(spec.guidance, 'g')}"
     held_out = training.HeldOut(spec.store, plan.scales, spec.held_out_rows)
@@ -258,8 +260,12 @@ def objective_of(spec: DistillSpec) -> Objective:
 
 
 def student_network(spec: DistillSpec, first: ModelConfig) -> NetworkConfig:
-    """Return the config of a student's network. A guided teacher exceeds the speed limit, so its student may, too."""
-    bounded = first.network.bounded and spec.guidance == 0
+    """Return the config of a student's network.
+
+    A bounded teacher's student is bounded, too, unless its velocities may exceed the speed limit at their time. The
+    velocities of a guided teacher and the straight lines of reflow may.
+    """
+    bounded = first.network.bounded and spec.guidance == 0 and spec.objective.kind != "reflow"
     return first.network.for_student(objective_of(spec).conditions, bounded)
 
 

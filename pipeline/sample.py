@@ -38,6 +38,8 @@ def sample(spec: SampleSpec) -> None:
     config, names = model.config, model.config.class_names
     if config.kind == "teacher":
         sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver, spec.knot_grid)
+    elif (spec.solver, spec.knot_grid) != ("ab2", "uniform"):
+        raise ArgumentError("`solver` and `knot_grid` are for teachers. A student has its own steps. Leave them out.")
     else:
         sampling = student_sampling(config, spec.steps, spec.guidance)
     probes.check_writable(out.rsplit("/", 1)[0] or "/")

@@ -107,9 +107,15 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
 
 
 def _teaching(path: str) -> list[Training]:
-    """The teacher's training; empty if it is unknown."""
-    options = _record(path).get("options", {}).get("optimizer")
-    return [Training(path, options["updates"] * options["batch_size"])] if options else []
+    """The trainings of a teacher and of its initial weights; empty if one is unknown."""
+    trainings: list[Training] = []
+    while path:
+        options = _record(path).get("options", {})
+        if not (optimizer := options.get("optimizer")):
+            return []
+        trainings.append(Training(path, optimizer["updates"] * optimizer["batch_size"]))
+        path = options.get("init") or ""
+    return trainings
 
 
 def _distillations(student: StudyModel, opened: store.Store) -> list[Training]:
@@ -167,11 +173,13 @@ def _check_rival(rival: StudyModel, teacher: StudyModel, others: list[StudyModel
 
 
 def _training_choices(path: str, config: ModelConfig) -> dict[str, Any]:
-    """The model's data and network and, unless it was converted, the updates and batch size of its training."""
+    """The model's data and network and, unless it was converted, the samples and batch size of its training."""
     choices: dict[str, Any] = {"data": config.data_sha256[:12], "conditional": bool(known_classes(config))}
     choices |= flatten({"network": config.network.model_dump(mode="json", exclude={"bounded"})})
-    optimizer = _record(path).get("options", {}).get("optimizer", {})
-    return {**choices, **{name: optimizer[name] for name in ("updates", "batch_size") if name in optimizer}}
+    optimizer, trainings = _record(path).get("options", {}).get("optimizer", {}), _teaching(path)
+    choices |= {name: optimizer[name] for name in ("updates", "batch_size") if name in optimizer}
+    # With the weights of an earlier training, the budget is the sum of both.
+    return choices | ({"training samples": sum(each.samples for each in trainings)} if trainings else {})
 
 
 def _content(spec: StudySpec, inputs: Inputs, opened: store.Store | None) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class FeatureSpace:
     def _run(self, samples: Tensor) -> Any:
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        if device.type == "cuda":  # otherwise, features would depend on the precision of the last sampled model
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         return self.network(samples.to(device, copy=True))  # a copy, because the network could change it in place
 
 

@@ -8,7 +8,7 @@ outside [-1, 1] grow with w.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kac.conditioning import guidance_problem
+from kac.conditioning import guidance_problem, known_classes
 from kac.metrics.classifier import Classifier
 from kac.metrics.features import FeatureSpace
 from kac.model import decoder_of
@@ -56,7 +56,8 @@ def measure(inputs: Inputs) -> ClaimResult | str:
     """Sample the teacher at every guidance scale."""
     if reason := guidance_problem(inputs.teacher.config):
         return reason
-    classifier = next((space for space in inputs.spaces if isinstance(space.network, Classifier)), None)
+    has_classes = bool(known_classes(inputs.teacher.config))
+    classifier = next((space for space in inputs.spaces if has_classes and isinstance(space.network, Classifier)), None)
     found = list(effect_of_guidance(inputs.teacher_subject(), classifier))
     first, last = found[0], found[-1]
     text = (

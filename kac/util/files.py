@@ -208,6 +208,9 @@ def _walk_local(folder: str, below: str) -> Iterator[Stamp]:
     with os.scandir(folder) as scan:
         entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
+        if os.fsencode(entry.name) != entry.name.encode(errors="replace"):
+            shown = os.fsencode(entry.path).decode(errors="replace")
+            raise DistillKacError(f"{shown}: this name is not UTF-8. Rename the file or folder.")
         if entry.is_dir():
             yield from _walk_local(entry.path, f"{below}{entry.name}/")
         else:

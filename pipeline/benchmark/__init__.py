@@ -50,7 +50,7 @@ class BenchmarkSpec(Spec):
     stage = "benchmark"
     only: tuple[Part, ...] = unhashed(
         DEFAULT_PARTS,
-        "parts to measure; default: all but gpu, which measures networks in every precision",
+        "parts to measure; default: all but gpu, which measures built-in networks of several sizes in every precision",
         min_length=1,
     )
     repeats: PositiveInt = unhashed(5, "number of times to measure both sides of each ratio")

@@ -41,7 +41,7 @@ class StudentOptions(TrainingOptions):
         json_schema_extra=dict(DURING_TRAINING),
     )
     memory_gib: PositiveFloat = unhashed(
-        4.0, "memory per worker for store columns, in GiB; larger columns are streamed", RESOURCES
+        4.0, "memory per worker for store columns, in GiB; larger columns are streamed, in another order", RESOURCES
     )
 
 

@@ -205,7 +205,7 @@ def _score(candidate: Candidate, count: int, metrics: dict[str, float]) -> Score
         steps=sampling.steps,
         guidance=guidance,
         refined_in=config.refined_in,
-        any_step=name.partition("@")[0] if config.is_any_step else "",
+        any_step=name.rpartition("@")[0] if config.is_any_step else "",
         count=count,
         metrics=metrics,
         fingerprint=config.fingerprint,

@@ -38,7 +38,10 @@ def resolve(spec: EvaluateSpec) -> EvaluateSpec:
         folders = [_model_of_run(tracking.tracking_uri(spec.out), run_id) for run_id in spec.runs]
         kinds = {folder: load_config(folder).kind for folder in folders}
         students += [folder for folder in folders if kinds[folder] == "student"]
-        teacher = teacher or next((folder for folder in folders if kinds[folder] == "teacher"), None)
+        teachers = [folder for folder in dict.fromkeys(folders) if kinds[folder] == "teacher"]
+        teacher = teacher or next(iter(teachers), None)
+        if others := [folder for folder in teachers if folder != cluster.absolute(str(teacher))]:
+            raise ArgumentError(f"`runs` has the teacher {others[0]} besides {teacher}. Give the runs of one teacher.")
         teacher = teacher or _teacher_of_runs(spec, folders)
     if teacher is None:
         raise ArgumentError("`teacher` is required, because neither the sweep nor the runs name a teacher.")

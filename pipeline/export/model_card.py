@@ -30,12 +30,12 @@ import numpy as np
 from noise import initial_noise  # noise.py in this folder
 
 x = initial_noise({path}, seed=0, count=4, sample_shape={shape}).numpy()
-inputs = {{"x": x, "t": np.ones(4, np.float32), "label": np.zeros(4, np.int64){conditions}}}
+inputs = {{"x": x, "t": np.ones(4, np.float32), "label": np.full(4, {label}){conditions}}}
 {call}
 x = x - u  # one Euler step, from t = 1 (noise) to t = 0 (data)
 ```
 
-Inputs: `x` [batch, *{shape}] float32; `label` [batch] int64, {null}: "no class"; {others} [batch] float32. Output: the
+Inputs: `x` [batch, *{shape}] float32; `label` [batch] int64, {labels}; {others} [batch] float32. Output: the
 velocity u, like `x`. The batch size is free."""
 
 CALLS = {
@@ -54,14 +54,16 @@ def card(spec: ExportSpec, config: ModelConfig, table: str) -> str:
         "tags": ["distillkac", "flow-matching", f"{config.path.kind}-path", config.kind],
         **({"pipeline_tag": "unconditional-image-generation"} if len(config.sample_shape) == 3 else {}),
     }
+    null = f'{config.num_classes}: "no class"' if config.conditioning != "classes" else ""
+    accepted = ", ".join(filter(None, (f"0 to {config.num_classes - 1}: a class" if classes else "", null)))
     use = (PROGRAM if spec.format in CALLS else PIPELINE).format(
-        labels=f"class_labels={[*classes[:2]]}" if classes else "batch_size=2",
+        label=classes[0] if classes else config.num_classes,
+        labels=accepted if spec.format in CALLS else f"class_labels={[*classes[:2]]}" if classes else "batch_size=2",
         steps=config.steps or TEACHER_STEPS,
         path=config.path.model_dump(),
         shape=config.sample_shape,
         conditions="".join(f', "{name}": np.zeros(4, np.float32)' for name in takes),
         call=CALLS.get(spec.format),
-        null=config.num_classes,
         others=", ".join(f"`{name}`" for name in ("t", *takes)),
     )
     facts = config.model_dump(

@@ -65,7 +65,8 @@ def quality_by_nfe(metrics: Sequence[Metric], scores: Sequence["Score"]) -> byte
         axis.set(ylabel=metric.heading, title=textwrap.fill(metric.meaning, TITLE_WIDTH))
         axis.title.set_size(8)
         if metric.better == "lower":
-            axis.set_ylim(0, 1.1 * max(score.metrics[metric.name] for score in models))
+            shown = [score.metrics[metric.name] for score in (real, *models) if metric.name in score.metrics]
+            axis.set_ylim(0, 1.1 * max(shown))
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=120)
     return sink.getvalue()
@@ -80,7 +81,8 @@ def _draw_curves(axis: Any, metric: str, models: Sequence["Score"]) -> None:
             students = [score for score in own if score.kind == "student" and (score.any_step or "students") == curve]
             points = sorted((score.metrics["nfe"], score.metrics[metric]) for score in students)
             if points:
-                axis.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=f"{curve}, w = {w:g}")
+                name = curve.replace("$", r"\$")  # matplotlib would read formulas between dollar signs
+                axis.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=f"{name}, w = {w:g}")
         for teacher in (score for score in own if score.kind == "teacher"):
             nfe, value = teacher.metrics["nfe"], teacher.metrics[metric]
             axis.plot([nfe], [value], "*", markersize=12, color=colour, label=f"teacher, w = {w:g}")

@@ -28,7 +28,7 @@ from pipeline.outputs import STATE_FILE, TRAINING_FOLDER
 from pipeline.tracking import TrackedRun
 from pipeline.training import recovery
 from pipeline.training.batches import Worker
-from pipeline.training.loop import Job, Task, averaged_weights, run_updates
+from pipeline.training.loop import Job, Task, averaged_weights, newest, run_updates
 from pipeline.training.validation import HeldOut, Validation
 
 OnReport = Callable[[dict[str, float]], None]
@@ -158,8 +158,11 @@ def train(job: Job, group: WorkerGroup, on_report: OnReport | None = None) -> di
 
 
 def _train_here(job: Job, on_report: OnReport | None) -> bytes:
-    path = files.join(files.join(job.out, TRAINING_FOLDER), STATE_FILE)
-    resume = files.read_bytes(path) if files.exists(path) else None
+    folder = files.join(job.out, TRAINING_FOLDER)
+    path = files.join(folder, STATE_FILE)
+    of_workers = [name for name in files.list_sizes(folder) if name.endswith(f"/{STATE_FILE}")]  # in order of time
+    saved = [path, *(files.join(folder, name) for name in of_workers[-1:])]
+    resume = newest(files.read_bytes(name) for name in saved if files.exists(name))
 
     def report(metrics: dict[str, float], state: bytes | None) -> None:
         if state is not None:
@@ -216,7 +219,11 @@ def _ray_worker(config: dict[str, Any]) -> None:
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config["max_workers"])
     latest = ray.train.get_checkpoint()
-    resume = None if latest is None else _state_in(latest)
+    states = [] if latest is None else [_state_in(latest)]
+    in_process = files.join(files.join(config["job"].out, TRAINING_FOLDER), STATE_FILE)
+    if files.exists(in_process):  # training in one process continues on workers
+        states.append(files.read_bytes(in_process))
+    resume = newest(states)
     host = _RayTrain(config["job"].out, is_main=worker.rank == 0)
     run_updates(config["job"], worker, host.report, resume, host.is_draining)
 

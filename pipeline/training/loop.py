@@ -8,7 +8,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -234,6 +234,11 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return dict(zip(names, means.tolist(), strict=True))
+
+
+def newest(states: Iterable[bytes]) -> bytes | None:
+    """Return the training state after the most updates, or None without a state."""
+    return max(states, key=lambda state: int(_load(state)["update"]), default=None)
 
 
 def _load(data: bytes) -> dict[str, Any]:

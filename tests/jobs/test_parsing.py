@@ -188,6 +188,7 @@ def test_a_file_option_that_the_chosen_kind_lacks_is_refused(write):
 
 def test_the_last_value_wins_and_an_equals_sign_takes_any_text():
     assert options("--out a --out b").out == "b"
+    assert options("--out a --labels 5 --labels 6 7").labels == (5, 6, 7)  # lists are joined
     assert options("--out=--b --solver=euler").out == "--b"
     assert options("--out -5").out == "-5"
     assert options("--out -").out == "-"

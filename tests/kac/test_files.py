@@ -17,6 +17,12 @@ from kac.util import files, probes
 from kac.util.errors import DistillKacError
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):
+    (tmp_path / os.fsdecode(b"cat\xff")).mkdir()
+    with pytest.raises(DistillKacError, match="not UTF-8"):
+        list(files.walk(str(tmp_path)))
+
+
 @pytest.fixture(params=["local", "memory"])
 def folder(request, tmp_path) -> str:
     """A local folder, or a folder on a filesystem that is not local, like an object store."""

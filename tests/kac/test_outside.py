@@ -215,6 +215,7 @@ def test_a_model_folder_can_call_only_factories_of_modules(tmp_path):
         ("module", "no_colon", "package.module:factory"),
         ("conditions", ("end_time",), "end_time"),
         ("arguments", ("width",), "NAME=VALUE"),
+        ("arguments", ("width=3", "width=4"), "width is given twice"),
         ("arguments", ("a-b=3",), "NAME=VALUE"),
         ("arguments", ("a=[1",), "JSON"),
         ("arguments", {"a": {1, 2}}, "numbers"),

@@ -11,6 +11,7 @@ import pytest
 import pipeline
 from kac import load_model
 from kac.util.errors import ArgumentError
+from pipeline.cluster import connection
 from pipeline.config import DistillSpec, TeachSpec
 
 NOTEBOOK = """
@@ -68,11 +69,18 @@ def test_an_argument_that_a_model_does_not_support_is_an_error(student: str):
         assert refused.value.name == next(iter(options))
 
 
-def test_a_spec_and_its_fields_are_the_same(small_store: str, tmp_path: Path):
-    spec = DistillSpec(store=small_store, out=str(tmp_path / "a"), workers=0, optimizer={"updates": 3})
+def test_a_spec_and_its_fields_are_the_same(
+    small_store: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connection, "connect", lambda: pytest.fail("a stage starts Ray"))
+    spec = DistillSpec(store=small_store, out=str(tmp_path / "a"), optimizer={"updates": 3})
     by_spec = pipeline.distill(spec, tracking=False)
     by_fields = pipeline.distill(store=small_store, out=tmp_path / "b", optimizer={"updates": 3}, tracking=False)
     assert by_spec.config.weights_sha256 == by_fields.config.weights_sha256
+    students = [Path(by_spec.path), Path(by_fields.path)]
+    scored = pipeline.evaluate(students=students, teacher=teacher, out=tmp_path / "e", samples=20, tracking=False)
+    assert [score.folder for score in scored.scores[-2:]] == [by_spec.path, by_fields.path]
     with pytest.raises(TypeError, match="not both"):
         pipeline.distill(spec, steps=2)
     with pytest.raises(ArgumentError) as refused:

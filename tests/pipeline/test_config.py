@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 
+from jobs.parsing import parse
 from kac.path import FORMER_DEFAULTS, PathConfig
 from kac.util.errors import ArgumentError
 from kac.util.fingerprint import hashed_fields, hashed_values
@@ -187,3 +188,7 @@ def test_a_teacher_with_conditions_is_refused():
     with pytest.raises(ArgumentError) as error:
         TeachSpec(out="o", network={"kind": "mlp", "conditions": ("end_time",)})
     assert error.value.name == "network.conditions"
+
+
+def test_a_gaussian_path_is_the_same_on_a_command_line_and_in_python():
+    assert parse(TeachSpec, ["--path", "gaussian", "--out", "o"], "teach").path == PathConfig(kind="gaussian")

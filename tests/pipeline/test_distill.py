@@ -369,7 +369,9 @@ def test_models_of_a_bounded_network_obey_the_speed_limit(tmp_path: Path):
     make_store(tmp_path / "store", path, trajectories=64, guidance=(0.0, 1.0))
     for name, guidance in (("plain", 0.0), ("guided", 1.0)):
         distill(distill_spec(str(tmp_path / "store"), tmp_path / name, guidance=guidance))
+    distill(distill_spec(str(tmp_path / "store"), tmp_path / "lines", objective="reflow"))
     assert load_config(str(tmp_path / "plain")).network.bounded
+    assert not load_config(str(tmp_path / "lines")).network.bounded  # near the image, lines may be too fast
     assert not load_config(str(tmp_path / "guided")).network.bounded  # its teacher may be faster than the limit
     for name in ("teacher", "plain"):
         model, speeds = load_model(str(tmp_path / name)), []

@@ -331,6 +331,21 @@ def test_the_cards_snippet_of_a_program_runs(exported: Any, tmp_path: Path):
     np.testing.assert_allclose(np.load(folder / "x.npy").clip(-1, 1), expected, atol=1 / 255 + 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "label", "accepted"),
+    [
+        ({"kind": "student", "steps": 1, "guidance": 0.0, "conditioning": "classes"}, 0, "0 to 9: a class;"),
+        ({}, 0, '0 to 9: a class, 10: "no class";'),
+        ({"conditioning": "none"}, 10, '10: "no class";'),
+    ],
+    ids=["student", "teacher", "unconditional"],
+)
+def test_the_card_of_a_program_names_the_labels_of_the_model(fields: Any, label: int, accepted: str, exported: Any):
+    folder, _ = exported(options={"format": "pt2"}, **fields)
+    text = (folder / "README.md").read_text()
+    assert f"np.full(4, {label})" in text and f"`label` [batch] int64, {accepted}" in text
+
+
 # The model card, the stage and the upload
 
 

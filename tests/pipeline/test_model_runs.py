@@ -122,6 +122,13 @@ def test_inputs_that_cannot_be_compared_are_refused_in_one_line(taught: dict[str
         with pytest.raises(ArgumentError, match=message) as caught:
             evaluate_into(tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
+    teach(teach_spec(tmp_path / "second", seed=8))
+    both = [
+        run_of("teach", load_config(path).fingerprint).info.run_id
+        for path in (taught["teacher"], str(tmp_path / "second"))
+    ]
+    with pytest.raises(ArgumentError, match=r"`runs` has the teacher .*second besides"):
+        evaluate_into(tmp_path / "out", runs=both)
     other = make_teacher(tmp_path / "other", seed=5)
     run_id = run_of("distill", load_config(taught["every"]).fingerprint).info.run_id
     with pytest.raises(DistillKacError, match="another teacher"):

@@ -29,7 +29,9 @@ def test_samples_are_images_of_the_requested_labels(kind: str, teacher: str, stu
 
 
 @pytest.mark.parametrize(
-    "options", [{"labels": (2,)}, {"steps": 3}, {"guidance": 1.0}], ids=["labels", "steps", "guidance"]
+    "options",
+    [{"labels": (2,)}, {"steps": 3}, {"guidance": 1.0}, {"solver": "heun"}],
+    ids=["labels", "steps", "guidance", "solver"],
 )
 def test_samples_that_a_student_cannot_draw_are_refused(options: dict[str, Any], student: str, tmp_path: Path):
     with pytest.raises(ArgumentError) as error:

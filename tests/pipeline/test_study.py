@@ -212,6 +212,10 @@ def test_a_wrong_rival_is_refused(teacher: str, rival: str, tmp_path: Path):
         (folder / "spec.json").write_text(json.dumps({"options": {"optimizer": {"updates": updates, "batch_size": 8}}}))
     with pytest.raises(ArgumentError, match=r"`rivals` .*updates is 200 instead of 100"):
         study(small(str(tmp_path / "a"), tmp_path / "out", rivals=(str(tmp_path / "b"),)))
+    options = {"optimizer": {"updates": 100, "batch_size": 8}, "init": str(tmp_path / "a")}
+    (tmp_path / "b" / "spec.json").write_text(json.dumps({"options": options}))
+    with pytest.raises(ArgumentError, match=r"`rivals` .*training samples is 1600 instead of 800"):
+        study(small(str(tmp_path / "a"), tmp_path / "out", rivals=(str(tmp_path / "b"),)))
 
 
 def test_a_bounded_teacher_can_have_rivals_without_a_speed_limit(teacher: str, rival: str, tmp_path: Path):

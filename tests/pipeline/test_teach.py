@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,47 @@ def test_dropout_is_the_same_after_a_resume(tmp_path: Path):
                 training.train(job, training.WorkerGroup(0), stop)
         weights_of.append(training.train(job, training.WorkerGroup(0)))
     assert all(torch.equal(value, weights_of[1][name]) for name, value in weights_of[0].items())
+
+
+@dataclass(frozen=True)
+class LateTask(TeachTask):
+    """A task that must resume at update ``first`` or later."""
+
+    first: int = 0
+
+    def build(self, worker: training.Worker) -> training.Learner:
+        learner = super().build(worker)
+        original = learner.losses
+
+        def losses(network, micro):
+            assert micro.update >= self.first
+            return original(network, micro)
+
+        learner.losses = losses
+        return learner
+
+
+def test_training_moves_between_one_process_and_workers(tmp_path: Path, ray_cluster: None):
+    class Stopped(Exception):
+        pass
+
+    def stop(metrics: Any) -> None:
+        raise Stopped
+
+    spec, half = teach_spec(tmp_path / "moved", optimizer=FEW), FEW.updates // 2
+    start, middle, end = (
+        training.Job(LateTask(spec, first), "test", spec.out, Untracked("", ""), half)
+        for first in (0, half, FEW.updates)
+    )
+    with pytest.raises(Stopped):
+        training.train(start, training.WorkerGroup(0), stop)
+    on_workers = training.train(middle, training.WorkerGroup(1))
+    (tmp_path / "moved" / "training" / "state.pt").unlink()
+    here = training.train(end, training.WorkerGroup(0))
+    whole = training.train(replace(start, out=str(tmp_path / "whole")), training.WorkerGroup(0))
+    for name, value in whole.items():
+        assert torch.equal(here[name], on_workers[name])
+        torch.testing.assert_close(on_workers[name], value, rtol=1e-3, atol=1e-4)
 
 
 @dataclass(frozen=True)
