@@ -14,13 +14,17 @@ from jobs.parsing import parse
 from kac.model import image_shape, load_model
 from kac.util.errors import ArgumentError
 from pipeline import quickstart, store
+from pipeline.benchmark import BenchmarkSpec
 from pipeline.config import (
     ConvertSpec,
     DistillSpec,
     EvaluateSpec,
+    ExportSpec,
     OptimizerConfig,
+    QuickstartSpec,
     RolloutSpec,
     SampleSpec,
+    StudySpec,
     SweepSpec,
     TeachSpec,
     TeachSweepSpec,
@@ -192,5 +196,12 @@ def test_a_file_that_is_not_a_recipe_is_refused(config: str, part: str, tmp_path
 
 
 def test_sections_are_named_like_stages():
-    assert set(STAGES) == set(config_files.STAGES)
-    assert all(spec.stage == name for name, spec in STAGES.items())
+    every = {
+        **STAGES,
+        "study": StudySpec,
+        "export": ExportSpec,
+        "quickstart": QuickstartSpec,
+        "benchmark": BenchmarkSpec,
+    }
+    assert set(every) == set(config_files.STAGES)
+    assert all(spec.stage == name for name, spec in every.items())
