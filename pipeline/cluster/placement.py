@@ -139,10 +139,10 @@ def choose_actors(options: ActorOptions) -> ActorGroup:
 
 
 def hide_unassigned_gpus() -> None:
-    """Hide all GPUs from an actor or a trial that has none. Ray does not. Call this before the first use of torch."""
+    """Hide all GPUs from an actor or a trial that has none. Ray does not. Call this before the first use of a GPU."""
     import ray
 
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+    if cluster.is_worker() and not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

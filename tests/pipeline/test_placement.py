@@ -1,6 +1,7 @@
 """Counts and ranges of workers, nodes' resources, elastic groups, and waiting for resources."""
 
 import contextlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -291,3 +292,23 @@ def test_incompatible_options_are_refused(tmp_path: Path, ray_cluster: None):
         with pytest.raises(ArgumentError, match=message) as refused:
             teach(teach_spec(tmp_path / "t", **options))
         assert refused.value.name == next(iter(options))
+
+
+def test_gpus_are_hidden_from_actors_without_one_but_not_from_the_driver(ray_cluster: None):
+    @ray.remote(num_cpus=0)
+    def visible() -> str | None:
+        placement.hide_unassigned_gpus()
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert ray.get(visible.remote()) == ""
+    placement.hide_unassigned_gpus()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
+def test_work_in_this_process_cannot_leave_out_its_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ArgumentError, match="`gpu` False with `actors` 0"):
+        placement.choose_actors(RolloutSpec(teacher="t", store="s", actors=0, gpu=False))
+    with pytest.raises(ArgumentError, match="`gpu` False with `workers` 0"):
+        training.choose_workers(TeachSpec(out="o", workers=0, gpu=False))
