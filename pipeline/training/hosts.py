@@ -162,7 +162,7 @@ def _train_here(job: Job, on_report: OnReport | None) -> bytes:
     path = files.join(folder, STATE_FILE)
     of_workers = [name for name in files.list_sizes(folder) if name.endswith(f"/{STATE_FILE}")]  # in order of time
     saved = [path, *(files.join(folder, name) for name in of_workers[-1:])]
-    resume = newest(files.read_bytes(name) for name in saved if files.exists(name))
+    resume = newest([files.read_bytes(name) for name in saved if files.exists(name)])
 
     def report(metrics: dict[str, float], state: bytes | None) -> None:
         if state is not None:

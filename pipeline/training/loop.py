@@ -8,7 +8,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -236,9 +236,11 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
-def newest(states: Iterable[bytes]) -> bytes | None:
+def newest(states: Sequence[bytes]) -> bytes | None:
     """Return the training state after the most updates, or None without a state."""
-    return max(states, key=lambda state: int(_load(state)["update"]), default=None)
+    if len(states) < 2:  # do not load a single state, which may be large
+        return states[0] if states else None
+    return max(states, key=lambda state: int(_load(state)["update"]))
 
 
 def _load(data: bytes) -> dict[str, Any]:

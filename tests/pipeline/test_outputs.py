@@ -1,6 +1,7 @@
 """Outputs: a folder belongs to one spec, is finished or resumed, and refuses a different spec."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from mlflow import MlflowClient
 
 from kac.model import load_config
 from kac.util.errors import DistillKacError
-from pipeline import outputs, tracking
+from kac.util.fingerprint import hashed_fields
+from pipeline import claims, outputs, tracking
 from pipeline.distill import distill
 from pipeline.teach import teach
 from pipeline.tracking.killed_runs import mark_killed
@@ -128,3 +130,27 @@ def test_a_second_start_with_the_same_spec_keeps_the_records_of_the_first(tmp_pa
     assert (tmp_path / "training" / "records.json").exists()
     assert outputs.begin(str(tmp_path), teach_spec(tmp_path, seed=3), "config.json")
     assert not (tmp_path / "training").exists()
+
+
+def test_a_job_that_waited_for_a_folder_finds_the_result_of_the_other_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other job finishes between the first look into the folder and the claim."""
+    other, take = teach_spec(tmp_path / "other"), claims.take
+    teach(other)
+
+    def finish_first(out: str) -> None:
+        shutil.copytree(other.out, out, dirs_exist_ok=True)
+        take(out)
+
+    monkeypatch.setattr(claims, "take", finish_first)
+    content = json.loads((tmp_path / "other" / "spec.json").read_text())["identity"]
+    content = {name: value for name, value in content.items() if name not in hashed_fields(other)}
+    same = teach_spec(tmp_path / "same")
+    assert not outputs.begin(same.out, same, "config.json", **content)
+    assert not claims.token_of(same.out)
+    different = teach_spec(tmp_path / "different", seed=1)
+    with pytest.raises(DistillKacError, match="belongs to another spec"):
+        outputs.begin(different.out, different, "config.json", **content)
+    assert not claims.token_of(different.out)
+    assert not (tmp_path / "different" / "claim.json").exists()

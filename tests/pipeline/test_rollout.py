@@ -23,8 +23,10 @@ from pipeline.cluster.connection import ClusterResources
 from pipeline.cluster.placement import ActorGroup, Node, Resources, choose_actors
 from pipeline.config import RolloutSpec, SampleSpec
 from pipeline.rollout import make_plan, rollout, rollout_stage
+from pipeline.rollout import plan as plan_module
 from pipeline.rollout.actors import MAX_ATTEMPTS, AttemptLedger
 from pipeline.sample import sample
+from pipeline.store.manifest import Manifest
 from tests.pipeline.compare import assert_same_store
 from tests.pipeline.stages import wait_for_free_cpus
 from tests.pipeline.stores import make_teacher
@@ -382,3 +384,27 @@ def test_the_weights_of_the_teacher_are_checked_first(teacher: str, tmp_path: Pa
     with pytest.raises(DistillKacError, match=str(copy)):
         rollout(spec(str(copy), tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_manifest_that_another_job_writes_at_the_same_time_is_merged(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other job has read the manifest before this job's manifest exists, and replaces it."""
+    path, written = tmp_path / "store", []
+    rollout(spec(teacher, path, guidance=(0.0,)))
+    others = (path / "manifest.json").read_bytes()
+    write = plan_module.write_manifest
+
+    def write_and_be_replaced(store: str, manifest: Manifest) -> None:
+        write(store, manifest)
+        written.append(manifest)
+        if len(written) == 1:
+            (path / "manifest.json").write_bytes(others)
+
+    monkeypatch.setattr(plan_module, "write_manifest", write_and_be_replaced)
+    rollout(spec(teacher, path, guidance=(1.0,)))
+    assert len(written) == 2
+    assert store.open(str(path)).guidance == (0.0, 1.0)
+    monkeypatch.setattr(plan_module, "write_manifest", lambda *_: (path / "manifest.json").write_bytes(others))
+    with pytest.raises(DistillKacError, match="other jobs keep changing the manifest"):
+        rollout(spec(teacher, path, guidance=(2.0,)))

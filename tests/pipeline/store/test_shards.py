@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from kac.path import PathConfig
+from kac.util.errors import StorageError
 from pipeline.store.layout import NewerVersion, Shard, StoreError, StoreIdentity
 from pipeline.store.shards import (
     DamagedShard,
@@ -21,6 +23,7 @@ from pipeline.store.shards import (
     column_array,
     encode,
     identity_of_shard,
+    identity_or_none,
     make_table,
     publish,
 )
@@ -330,3 +333,20 @@ def test_pyarrow_and_duckdb_read_a_store_without_this_project(tmp_path: Path, sh
     assert arrow["columns"] == [f"knot_{k:02d}" for k in range(5)]
     assert duck["length"] == [[int(np.prod(shape))]]
     assert duck["one scale"] == 32
+
+
+REFUSALS = (PermissionError("403"), ConnectionError("reset"), EndpointConnectionError(endpoint_url="x"))
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+def test_a_refused_access_is_no_damage(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = make_identity()
+    publish(str(tmp_path), SHARD, identity, encode(make_rows(identity)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", refuse)
+    for read in (identity_of_shard, identity_or_none):
+        with pytest.raises(StorageError, match="cannot be read"):
+            read(str(tmp_path), SHARD.name)
