@@ -28,6 +28,7 @@ class GuidedVelocity:
     Args:
         label: [batch].
         conditions: function that maps t to the network's other inputs, a dictionary of scalars by name.
+        time_factor: the networks receive this factor times t.
 
     Attributes:
         nfe_per_call: network evaluations per call: 1 if w = 0, otherwise 2 (with the null label, in one pass over a
@@ -43,15 +44,16 @@ class GuidedVelocity:
         w: float,
         label: Tensor,
         conditions: Callable[[Tensor], dict[str, Tensor]] = lambda t: {},
+        time_factor: float = 1.0,
     ) -> None:
         self.guide: VelocityNetwork | None = getattr(network, "guide", None)
         _check("" if self.guide or network.null_label is not None else NO_NULL_LABEL, [w])
         self.network, self.w, self.label, self.conditions = network, w, label, conditions
-        self.nfe_per_call = 1 if w == 0 else 2
+        self.time_factor, self.nfe_per_call = time_factor, 1 if w == 0 else 2
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity [batch, *sample] at x [batch, *sample] and t, a scalar or [batch]."""
-        conditions = self.conditions(t)
+        conditions, t = self.conditions(t), self.time_factor * t
         if self.w == 0:
             return self.network(x, t, self.label, **conditions)
         if self.guide is not None:

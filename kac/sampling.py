@@ -29,6 +29,7 @@ class Sampling(NamedTuple):
     steps: int
     solver: SolverName
     knot_grid: KnotGrid = "uniform"
+    time_factor: float = 1.0
 
 
 def teacher_sampling(
@@ -37,10 +38,11 @@ def teacher_sampling(
     steps: int | None = None,
     solver: SolverName = "ab2",
     knot_grid: KnotGrid = "uniform",
+    time_factor: float = 1.0,
 ) -> Sampling:
     """Return the options for sampling a teacher. Raises ``ArgumentError`` if it does not support ``guidance``."""
     check_guidance(config, [guidance or 0.0])
-    return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver, knot_grid)
+    return Sampling(guidance or 0.0, steps or TEACHER_STEPS, solver, knot_grid, time_factor)
 
 
 def student_sampling(config: ModelConfig, steps: int | None = None, guidance: float | None = None) -> Sampling:
@@ -146,7 +148,8 @@ def velocity_of(network: VelocityNetwork, x_1: Tensor, label: Tensor, sampling: 
         # The end time is the largest time before t. It is found on the device: reading t would wait for a GPU.
         return {name: (times * (times < t)).amax() if name == "end_time" else guidance for name in takes}
 
-    return guide(network, 0.0 if "guidance" in takes else sampling.guidance, label, conditions)
+    w = 0.0 if "guidance" in takes else sampling.guidance
+    return guide(network, w, label, conditions, sampling.time_factor)
 
 
 def initial_noise(

@@ -37,9 +37,11 @@ def sample(spec: SampleSpec) -> None:
     model = load_model(cluster.absolute(spec.model), default_device())
     config, names = model.config, model.config.class_names
     if config.kind == "teacher":
-        sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver, spec.knot_grid)
-    elif (spec.solver, spec.knot_grid) != ("ab2", "uniform"):
-        raise ArgumentError("`solver` and `knot_grid` are for teachers. A student has its own steps. Leave them out.")
+        sampling = teacher_sampling(config, spec.guidance, spec.steps, spec.solver, spec.knot_grid, spec.time_factor)
+    elif (spec.solver, spec.knot_grid, spec.time_factor) != ("ab2", "uniform", 1.0):
+        raise ArgumentError(
+            "`solver`, `knot_grid` and `time_factor` are for teachers. A student has its own steps. Leave them out."
+        )
     else:
         sampling = student_sampling(config, spec.steps, spec.guidance)
     probes.check_writable(out.rsplit("/", 1)[0] or "/")

@@ -96,7 +96,7 @@ def _open(spec: StudySpec, opened: store.Store | None) -> Inputs:
     trajectories = None
     if opened is not None:
         identity, w = opened.identity, min(opened.guidance)
-        sampling = Sampling(w, identity.solver_steps, identity.solver, identity.knot_grid)
+        sampling = Sampling(w, identity.solver_steps, identity.solver, identity.knot_grid, identity.time_factor)
         read = partial(opened.first, spec.samples, w)
         is_forward, rows = identity.source == "forward", {w: opened.rows(w) for w in opened.guidance}
         trajectories = Trajectories(sampling, is_forward, identity.knots, identity.knot_columns, read, rows)

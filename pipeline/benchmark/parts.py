@@ -84,7 +84,7 @@ def bare_speed(setting: Setting, loops: int = 1) -> float:
 def loop_speed(spec: RolloutSpec) -> float:
     """Trajectories per second of the teacher on a rollout's batches, without Ray Data or a store."""
     model = load_model(spec.teacher, default_device())
-    sampling = Sampling(spec.guidance[0], spec.solver_steps, spec.solver, spec.knot_grid)
+    sampling = Sampling(spec.guidance[0], spec.solver_steps, spec.solver, spec.knot_grid, spec.time_factor)
     loop = functools.partial(draw, model, sampling, spec.precision, spec.seed, first=spec.first_sample, raw=True)
     loop(spec.batch_size, spec.batch_size)  # warms up
     return spec.trajectories / loop(spec.trajectories, spec.batch_size).seconds

@@ -9,7 +9,7 @@ from kac.sampling import TEACHER_STEPS
 from kac.solvers import KnotGrid, SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.path_options import input_path, output_path, reads
-from pipeline.config.spec import FEATURE_FILE, SEED, ActorOptions, Features, Spec
+from pipeline.config.spec import FEATURE_FILE, SEED, TIME_FACTOR, ActorOptions, Features, Spec
 
 NOISE_SEED = Field(1_000_003, ge=0, lt=2**31, description="seed of the noise; should differ from the store's seed")
 
@@ -36,6 +36,7 @@ class EvaluateSpec(ActorOptions, Spec):
     solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(TEACHER_STEPS, description="the teacher's solver steps")
     knot_grid: KnotGrid = Field("uniform", description="spacing of the teacher's solver steps from t = 1 to t = 0")
+    time_factor: float = TIME_FACTOR
     precision: Precision = Precision()
     seed: int = NOISE_SEED
     seeds: PositiveInt = Field(
@@ -129,6 +130,7 @@ class SampleSpec(Spec):
     )
     solver: SolverName = Field("ab2", description="a teacher's solver")
     knot_grid: KnotGrid = Field("uniform", description="spacing of a teacher's solver steps from t = 1 to t = 0")
+    time_factor: float = TIME_FACTOR
     precision: Precision = Precision()
     seed: int = SEED
 

@@ -9,7 +9,7 @@ from kac.solvers import KnotGrid, SolverName
 from kac.util.fingerprint import unhashed
 from kac.util.options import Options
 from kac.util.path_options import input_path, output_path
-from pipeline.config.spec import DRY_RUN, SEED, ActorOptions, Spec
+from pipeline.config.spec import DRY_RUN, SEED, TIME_FACTOR, ActorOptions, Spec
 
 
 class RolloutRecipe(Options):
@@ -27,6 +27,7 @@ class RolloutRecipe(Options):
     knot_grid: KnotGrid = Field("uniform", description="spacing of the knots and solver steps from t = 1 to t = 0")
     solver: SolverName = Field("ab2", description="the teacher's solver")
     solver_steps: PositiveInt = Field(100, description="solver steps from noise to image, a multiple of `knots`")
+    time_factor: float = TIME_FACTOR
     precision: Precision = Precision()
     seed: int = SEED
     shard_size: PositiveInt = Field(1024, description="trajectories per shard")

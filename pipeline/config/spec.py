@@ -98,6 +98,12 @@ FEATURE_FILE = r".+\.(pt|ts)"
 """Matches the name of a feature space that is a TorchScript file."""
 
 SEED = Field(0, ge=0, lt=2**31, description="random seed")
+TIME_FACTOR = Field(
+    1.0,
+    gt=0,
+    le=1,
+    description="a teacher's network receives this factor times t; slightly below 1, images have more detail",
+)
 DRY_RUN = unhashed(False, "print the cost of the work and stop; only decoded data is written, to the cache")
 
 

@@ -151,6 +151,7 @@ class TeachSweepSpec(TeacherOptions, SweepOptions, Spec):
     solver: SolverName = unhashed("ab2", "solver of the evaluation")
     solver_steps: PositiveInt = unhashed(TEACHER_STEPS, "solver steps of the evaluation")
     knot_grid: KnotGrid = unhashed("uniform", "spacing of the evaluation's solver steps from t = 1 to t = 0")
+    time_factor: float = unhashed(1.0, "time factor of the evaluation's sampling", gt=0, le=1)
 
 
 AnySweep = SweepSpec | TeachSweepSpec

@@ -158,6 +158,7 @@ def _score_all(comparison: Comparison, fingerprint: str) -> Record:
         kept_rows=KEPT_ROWS,
         solver=spec.solver,
         knot_grid=spec.knot_grid,
+        time_factor=spec.time_factor,
         scores=(),
     )
     real = Score(
@@ -196,7 +197,12 @@ def _score(candidate: Candidate, count: int, metrics: dict[str, float]) -> Score
     # With the model's default sampling and its own guidance scale, metrics have no prefix.
     is_teacher = config.kind == "teacher"
     default, own_scale = (teacher_sampling if is_teacher else student_sampling)(config), config.guidance or 0.0
-    parts = {"solver": sampling.solver, "knot_grid": sampling.knot_grid, "steps": f"steps_{sampling.steps}"}
+    parts = {
+        "solver": sampling.solver,
+        "knot_grid": sampling.knot_grid,
+        "time_factor": f"time_factor_{sampling.time_factor:g}",
+        "steps": f"steps_{sampling.steps}",
+    }
     prefix = "".join(f"{part}/" for name, part in parts.items() if getattr(sampling, name) != getattr(default, name))
     prefix += f"guidance_{guidance:g}/" if guidance != own_scale else ""
     return Score(

@@ -144,7 +144,7 @@ def find_candidates(spec: EvaluateSpec) -> list[Candidate]:
     students.sort(key=lambda student: (student.guidance, -student.sampling.steps, student.name))
     teachers = []
     for w in sorted({0.0, *spec.guidance, *(student.guidance for student in students)}):
-        sampling = teacher_sampling(teacher, w, spec.solver_steps, spec.solver, spec.knot_grid)
+        sampling = teacher_sampling(teacher, w, spec.solver_steps, spec.solver, spec.knot_grid, spec.time_factor)
         teachers.append(Candidate(f"teacher w={w:g}", spec.teacher, teacher, w, sampling))
     return [*teachers, *students]
 

@@ -53,6 +53,7 @@ class Record(Options):
     scores: tuple[Score, ...]
     solver: SolverName = Field("ab2", description="the teacher's solver")
     knot_grid: KnotGrid = Field("uniform", description="spacing of the teacher's solver steps")
+    time_factor: float = Field(1.0, description="the teacher's network received this factor times t")
     shown_labels: tuple[int, ...] = Field((), description="labels of the columns in the sample picture")
 
     @property
@@ -148,8 +149,10 @@ def provenance(record: Record) -> list[str]:
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]
         seen += [f"{name} ({', '.join(dict.fromkeys(models))})"] if models else []
-    is_default_solver = (record.solver, record.knot_grid) == ("ab2", "uniform")
-    solver = "" if is_default_solver else f"; the teacher's solver is {record.solver} on a {record.knot_grid} grid"
+    is_default_solver = (record.solver, record.knot_grid, record.time_factor) == ("ab2", "uniform", 1.0)
+    solver = (
+        f"; the teacher's solver is {record.solver} on a {record.knot_grid} grid, time factor {record.time_factor:g}"
+    )
     copying = [
         f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
         for score in record.scores
@@ -157,7 +160,7 @@ def provenance(record: Record) -> list[str]:
     ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
-        f"{record.kept_rows:,} rows{solver}",
+        f"{record.kept_rows:,} rows{'' if is_default_solver else solver}",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),

@@ -11,7 +11,7 @@ import torch
 from kac import noise
 from kac.conditioning import network_labels
 from kac.data import open_dataset
-from kac.guidance import guide
+from kac.guidance import GuidedVelocity, guide
 from kac.model import load_model
 from kac.precision import Precision
 from kac.solvers import knot_times, solve
@@ -149,7 +149,7 @@ class FrozenTeacher:
         identity = self.identity
         label = network_labels(self.config, noise.labels(identity.seed, ids, identity.class_frequencies))
         x_1 = noise.noise(self.path, identity.seed, ids, identity.sample_shape)
-        velocity = guide(self.network, guidance, self._on_device(label))
+        velocity = self._velocity(guidance, label)
         keep = range(0, identity.solver_steps + 1, self.steps_per_interval)
         solution = solve(velocity, self._on_device(x_1), self.times, identity.solver, keep=keep)
         return self._transfer({LABEL: label, KINETIC_ENERGY: solution.kinetic_energy}, solution.knots)
@@ -169,11 +169,14 @@ class FrozenTeacher:
             rows = torch.nonzero(interval == k)[:, 0]
             times = self.times[k * self.steps_per_interval : (k + 1) * self.steps_per_interval + 1]
             start[rows] = self.path.point(images[rows], times[0].item(), uniforms[:, rows]).float()
-            velocity = guide(self.network, guidance, self._on_device(label[rows]))
+            velocity = self._velocity(guidance, label[rows])
             solution = solve(velocity, self._on_device(start[rows]), times, identity.solver)
             device_rows = self._on_device(rows)
             end[device_rows], energy[device_rows] = solution.x, solution.kinetic_energy
         return self._transfer({INTERVAL: interval, LABEL: label, KINETIC_ENERGY: energy}, [start, end])
+
+    def _velocity(self, guidance: float, label: torch.Tensor) -> GuidedVelocity:
+        return guide(self.network, guidance, self._on_device(label), time_factor=self.identity.time_factor)
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         return to_device(values, self.device)

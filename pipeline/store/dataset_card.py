@@ -55,7 +55,8 @@ def write_card(store: str, manifest: Manifest, names: tuple[str, ...] = (), lice
 # {"Intervals" if identity.is_forward else "Trajectories"} of a flow model
 States of a frozen teacher between t = 1 (noise) and t = 0 (data), for [distillation](https://arxiv.org/abs/2509.21513).
 - teacher: `{manifest.teacher.rstrip("/").rsplit("/", 1)[-1]}`, sha256 of the weights `{identity.teacher_sha256}`
-- path: {identity.path}; solver: {identity.solver}, {identity.solver_steps} steps on a grid ({identity.knot_grid})
+- path: {identity.path}; time factor: {identity.time_factor:g}
+- solver: {identity.solver}, {identity.solver_steps} steps on a grid ({identity.knot_grid})
 - precision: {identity.precision.dtype}; seed: {identity.seed}; fingerprint of the store: `{manifest.fingerprint}`
 - rows: {", ".join(f"{scale} {count:,}" for scale, count in rows.items())} (guidance 0.0: no guidance)
 

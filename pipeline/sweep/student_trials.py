@@ -142,5 +142,6 @@ class StudentTrials(TrialKind):
                 solver=identity.solver,
                 solver_steps=identity.solver_steps,
                 knot_grid=identity.knot_grid,
+                time_factor=identity.time_factor,
             )
         ]

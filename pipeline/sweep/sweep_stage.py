@@ -27,7 +27,7 @@ from pipeline.tracking.killed_runs import mark_killed
 
 RESULT_FILE = "trials.json"
 
-EVALUATED = ("samples", "features", "solver", "solver_steps", "knot_grid")
+EVALUATED = ("samples", "features", "solver", "solver_steps", "knot_grid", "time_factor")
 """Options that determine the samples and metrics of an evaluation."""
 
 JUDGED = ("metric", "register", *EVALUATED)

@@ -100,6 +100,7 @@ class TeacherTrials(TrialKind):
                 solver=self.spec.solver,
                 solver_steps=self.spec.solver_steps,
                 knot_grid=self.spec.knot_grid,
+                time_factor=self.spec.time_factor,
             )
             for folder in folders
         ]

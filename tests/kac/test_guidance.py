@@ -95,6 +95,14 @@ def test_the_network_receives_conditions_with_and_without_guidance():
         torch.testing.assert_close(field(X, TIMES[0]), guide(Spy(), w, LABEL)(X, TIMES[0]) + TIMES[0] / 2)
 
 
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("w", [0.0, 1.5])
+def test_a_time_factor_changes_only_the_time_that_networks_receive(w, t):
+    velocity = guide(Spy(), w, LABEL, time_factor=0.5)(X, t)
+    torch.testing.assert_close(velocity, guide(Spy(), w, LABEL)(X, t / 2), rtol=0, atol=0)
+    assert not torch.equal(velocity, guide(Spy(), w, LABEL)(X, t))
+
+
 def test_guidance_combines_two_velocities_of_a_real_network():
     torch.manual_seed(0)
     network = build_network(MLPConfig(width=16, depth=2), (2,), NULL).double()

@@ -40,6 +40,7 @@ def test_teachers_take_any_sampling_and_students_their_own_euler_steps():
     assert teacher_sampling(teacher) == Sampling(0.0, 100, "ab2", "uniform")
     assert teacher_sampling(teacher, 2.0, 10, "heun") == Sampling(2.0, 10, "heun", "uniform")
     assert teacher_sampling(teacher, 0.0, 20, "ab2", "quadratic") == Sampling(0.0, 20, "ab2", "quadratic")
+    assert teacher_sampling(teacher, time_factor=0.9) == Sampling(0.0, 100, "ab2", "uniform", 0.9)
     assert student_sampling(config(steps=7, guidance=3.0)) == Sampling(0.0, 7, "euler", "uniform")
     conditioned = config(guidance=3.0, network=MLPConfig(conditions=("guidance",)))
     assert student_sampling(conditioned) == Sampling(3.0, 4, "euler", "uniform")

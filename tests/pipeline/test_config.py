@@ -93,6 +93,7 @@ def test_neutral_values_never_change():
         "knot_grid": "uniform",
         "solver": "ab2",
         "solver_steps": 100,
+        "time_factor": 1.0,
         "precision": {"dtype": "float32"},
         "seed": 0,
         "shard_size": 1024,

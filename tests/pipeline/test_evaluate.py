@@ -142,27 +142,29 @@ def test_metrics_use_delivered_images(tmp_path: Path):
 
 
 def test_the_teacher_is_sampled_on_the_requested_grid(teacher: str, tmp_path: Path):
-    evaluate(small(teacher, tmp_path / "out", solver_steps=3, knot_grid="quadratic", features=("pixels",)))
+    options = {"knot_grid": "quadratic", "time_factor": 0.9}
+    evaluate(small(teacher, tmp_path / "out", solver_steps=3, features=("pixels",), **options))
     record = read_record(str(tmp_path / "out"))
-    assert record.scores[1].prefix == "quadratic/steps_3/", "runs keep the metrics of other grids"
-    assert "the teacher's solver is ab2 on a quadratic grid" in table(record)
+    assert record.scores[1].prefix == "quadratic/time_factor_0.9/steps_3/", "runs keep the metrics of other options"
+    assert "the teacher's solver is ab2 on a quadratic grid, time factor 0.9" in table(record)
     found = record.scores[1].metrics["frechet_distance_pixels"]
-    uniform, quadratic = (_independent_frechet(teacher, 3, "ab2", grid) for grid in ("uniform", "quadratic"))
-    assert found == pytest.approx(quadratic, rel=1e-3)
-    assert found != pytest.approx(uniform, rel=1e-2)
+    assert found == pytest.approx(_independent_frechet(teacher, 3, "ab2", "quadratic", 0.9), rel=1e-3)
+    for others in (("uniform", 0.9), ("quadratic", 1.0)):
+        assert found != pytest.approx(_independent_frechet(teacher, 3, "ab2", *others), rel=1e-2)
 
 
-def _samples(path: str, steps: int, method: str, grid: KnotGrid = "uniform") -> torch.Tensor:
+def _samples(path: str, steps: int, method: str, grid: KnotGrid = "uniform", factor: float = 1.0) -> torch.Tensor:
     model, data = load_model(path), open_dataset(DataConfig(kind="moons"))
     noise = noises.noise(model.config.path.build(), SEED, range(300), (2,))
     label = noises.labels(SEED, range(300), data.description.class_frequencies)
     with torch.inference_mode():
-        return solve(guide(model.network, 0.0, label), noise, knot_times(steps, grid), method).x.double()
+        velocity = guide(model.network, 0.0, label)
+        return solve(lambda x, t: velocity(x, factor * t), noise, knot_times(steps, grid), method).x.double()
 
 
-def _independent_frechet(path: str, steps: int, method: str, grid: KnotGrid = "uniform") -> float:
+def _independent_frechet(path: str, steps: int, method: str, *others: Any) -> float:
     real = all_rows(open_dataset(DataConfig(kind="moons")).train).images.double().numpy()
-    return _frechet(real, _samples(path, steps, method, grid).numpy())
+    return _frechet(real, _samples(path, steps, method, *others).numpy())
 
 
 def _frechet(real: np.ndarray, fake: np.ndarray) -> float:

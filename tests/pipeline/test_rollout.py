@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -244,13 +245,13 @@ def test_only_a_damaged_shard_is_recomputed(
     assert_same_rows(rows(reference, 0.0), rows(path, 0.0))
 
 
-@pytest.mark.parametrize("grid", ["uniform", "quadratic"])
-def test_the_last_knots_are_the_samples_on_the_same_grid(teacher: str, tmp_path: Path, grid: KnotGrid):
-    rollout(spec(teacher, tmp_path / "store", guidance=(0.0,), knot_grid=grid))
+@pytest.mark.parametrize("options", [{}, {"knot_grid": "quadratic"}, {"time_factor": 0.9}, {"solver": "heun"}])
+def test_the_last_knots_are_the_samples_with_the_same_options(teacher: str, tmp_path: Path, options: dict[str, Any]):
+    rollout(spec(teacher, tmp_path / "store", guidance=(1.0,), **options))
     out = str(tmp_path / "samples.npz")
-    sample(SampleSpec(model=teacher, out=out, count=100, steps=8, knot_grid=grid, raw=True))
+    sample(SampleSpec(model=teacher, out=out, count=100, steps=8, guidance=1.0, raw=True, **options))
     with np.load(out) as made:
-        np.testing.assert_allclose(rows(tmp_path / "store", 0.0)["knot_04"], made["images"], atol=1e-5)
+        np.testing.assert_allclose(rows(tmp_path / "store", 1.0)["knot_04"], made["images"], atol=1e-5)
 
 
 @pytest.mark.parametrize(("clock", "grid"), [("linear", "uniform"), ("quadratic", "quadratic")])

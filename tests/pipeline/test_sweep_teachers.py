@@ -76,10 +76,11 @@ def test_a_sweep_trains_and_evaluates_teachers_under_one_parent_run(
     before = {record.out: weights(record.out) for record in records}
     assert sweep(spec) == records
     assert "nothing to do" in capsys.readouterr().out
-    sweep(spec.model_copy(update={"solver_steps": 10, "knot_grid": "quadratic"}))
+    sweep(spec.model_copy(update={"solver_steps": 10, "knot_grid": "quadratic", "time_factor": 0.9}))
     assert "in 10 network evaluations" in capsys.readouterr().out, "only the evaluation is repeated"
     for file in (out / "evaluation").glob("*/spec.json"):
-        assert json.loads(file.read_text())["options"]["knot_grid"] == "quadratic"
+        options = json.loads(file.read_text())["options"]
+        assert (options["knot_grid"], options["time_factor"]) == ("quadratic", 0.9)
     assert {record.out: weights(record.out) for record in records} == before
 
     older = json.loads((out / "trials.json").read_text())
