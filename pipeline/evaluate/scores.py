@@ -149,10 +149,10 @@ def provenance(record: Record) -> list[str]:
             s.any_step or s.name for s in record.scores if name in PIXEL_SPACES and PIXEL_SPACES & {*s.refined_in}
         ]
         seen += [f"{name} ({', '.join(dict.fromkeys(models))})"] if models else []
-    is_default_solver = (record.solver, record.knot_grid, record.time_factor) == ("ab2", "uniform", 1.0)
-    solver = (
-        f"; the teacher's solver is {record.solver} on a {record.knot_grid} grid, time factor {record.time_factor:g}"
-    )
+    solver = ""
+    if (record.solver, record.knot_grid, record.time_factor) != ("ab2", "uniform", 1.0):
+        solver = f"; the teacher's solver is {record.solver} on a {record.knot_grid} grid"
+        solver += f", with time factor {record.time_factor:g}"
     copying = [
         f"{score.name} (memory ratio {score.metrics['memorisation']:.3f})"
         for score in record.scores
@@ -160,7 +160,7 @@ def provenance(record: Record) -> list[str]:
     ]
     return [
         f"{record.samples:,} delivered samples per model; {noise}; precision, recall, KID and slices use at most "
-        f"{record.kept_rows:,} rows{'' if is_default_solver else solver}",
+        f"{record.kept_rows:,} rows{solver}",
         f"real images: {real['kind']}, {real['train']:,} training and {real['held_out']:,} held-out, "
         f"sha256 {real['sha256'][:12]}; features: {', '.join(spaces)}",
         *([f"classes, label=name: {list_classes(record.class_names)}"] if record.class_names else []),

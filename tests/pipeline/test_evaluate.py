@@ -146,7 +146,7 @@ def test_the_teacher_is_sampled_on_the_requested_grid(teacher: str, tmp_path: Pa
     evaluate(small(teacher, tmp_path / "out", solver_steps=3, features=("pixels",), **options))
     record = read_record(str(tmp_path / "out"))
     assert record.scores[1].prefix == "quadratic/time_factor_0.9/steps_3/", "runs keep the metrics of other options"
-    assert "the teacher's solver is ab2 on a quadratic grid, time factor 0.9" in table(record)
+    assert "the teacher's solver is ab2 on a quadratic grid, with time factor 0.9" in table(record)
     found = record.scores[1].metrics["frechet_distance_pixels"]
     assert found == pytest.approx(_independent_frechet(teacher, 3, "ab2", "quadratic", 0.9), rel=1e-3)
     for others in (("uniform", 0.9), ("quadratic", 1.0)):

@@ -254,13 +254,19 @@ def test_the_last_knots_are_the_samples_with_the_same_options(teacher: str, tmp_
         np.testing.assert_allclose(rows(tmp_path / "store", 1.0)["knot_04"], made["images"], atol=1e-5)
 
 
-@pytest.mark.parametrize(("clock", "grid"), [("linear", "uniform"), ("quadratic", "quadratic")])
-def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, clock: str, grid: KnotGrid):
+@pytest.mark.parametrize(
+    ("clock", "grid", "factor"),
+    [("linear", "uniform", 1.0), ("quadratic", "quadratic", 1.0), ("quadratic", "uniform", 0.5)],
+)
+def test_forward_rows_start_on_the_path_and_follow_the_teacher(
+    tmp_path: Path, clock: str, grid: KnotGrid, factor: float
+):
     from kac.path import PathConfig
 
     teacher = make_teacher(str(tmp_path / "teacher"), data="digits", path_config=PathConfig(clock=clock))
     path = tmp_path / "store"
-    rollout(spec(teacher, path, source="forward", guidance=(0.5,), trajectories=64, knot_grid=grid))
+    options = {"knot_grid": grid, "time_factor": factor}
+    rollout(spec(teacher, path, source="forward", guidance=(0.5,), trajectories=64, **options))
     found, model = rows(path, 0.5), load_model(teacher)
     assert set(found["interval"]) == set(range(KNOTS))
     for i in (0, 5, 63):
@@ -268,7 +274,8 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher(tmp_path: Path, c
         start, label = torch.tensor(found["knot_start"][i : i + 1]), torch.tensor(found["label"][i : i + 1]).long()
         with torch.inference_mode():
             field = guide(model.network, 0.5, label)
-            end = solve(field, start, knot_times(8, grid)[2 * k : 2 * k + 3], "ab2").x
+            times = knot_times(8, grid)[2 * k : 2 * k + 3]
+            end = solve(lambda x, t: field(x, factor * t), start, times, "ab2").x
         np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
     at_noise = found["interval"] == 0
     x_1 = noise.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()

@@ -71,7 +71,7 @@ def test_a_feature_network_of_the_user_ranks_the_trials():
 
 
 def test_students_are_compared_with_the_teacher_of_their_store(teacher: str, tmp_path: Path):
-    options = {"solver": "heun", "solver_steps": 4, "knot_grid": "quadratic"}
+    options = {"solver": "heun", "solver_steps": 4, "knot_grid": "quadratic", "time_factor": 0.9}
     make_store(tmp_path / "store", teacher, trajectories=64, **options)
     flow_map = {"kind": "flow-map", "grids": (1, 2, 4)}
     spec = spec_of(str(tmp_path / "store"), str(tmp_path / "out"), steps=(4, 3), objective=flow_map, samples=64)
