@@ -142,8 +142,9 @@ def test_metrics_use_delivered_images(tmp_path: Path):
 
 
 def test_the_teacher_is_sampled_on_the_requested_grid(teacher: str, tmp_path: Path):
-    options = {"knot_grid": "quadratic", "time_factor": 0.9}
-    evaluate(small(teacher, tmp_path / "out", solver_steps=3, features=("pixels",), **options))
+    options = {"knot_grid": "quadratic", "solver_steps": 3, "features": ("pixels",)}
+    evaluate(small(teacher, tmp_path / "cached", **options))  # its samples must not be used below
+    evaluate(small(teacher, tmp_path / "out", time_factor=0.9, **options))
     record = read_record(str(tmp_path / "out"))
     assert record.scores[1].prefix == "quadratic/time_factor_0.9/steps_3/", "runs keep the metrics of other options"
     assert "the teacher's solver is ab2 on a quadratic grid, with time factor 0.9" in table(record)

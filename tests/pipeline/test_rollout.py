@@ -275,7 +275,7 @@ def test_forward_rows_start_on_the_path_and_follow_the_teacher(
         with torch.inference_mode():
             field = guide(model.network, 0.5, label)
             times = knot_times(8, grid)[2 * k : 2 * k + 3]
-            end = solve(lambda x, t: field(x, factor * t), start, times, "ab2").x
+            end = solve(lambda x, t: field(x, factor * t), start, times, "ab2").x  # noqa: B023
         np.testing.assert_allclose(found["knot_end"][i : i + 1], end.numpy(), atol=1e-5)
     at_noise = found["interval"] == 0
     x_1 = noise.noise(model.config.path.build(), 0, range(64), model.config.sample_shape).numpy()
