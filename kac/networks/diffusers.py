@@ -25,6 +25,22 @@ class ConditionedLabels(nn.Embedding):
         return super().forward(label) + condition
 
 
+class InputConv2d(nn.Conv2d):
+    """A network's first layer, which computes in float32 under autocast, too.
+
+    bfloat16 rounds pixels near -1 and 1 to half a grey level, so the network would not see the last noise of an image.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution in autocast's data type, like other layers."""
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x).to(dtype)
+
+
 class DiffusersNetwork(NetworkModule):
     """Wraps a diffusers model as a velocity network. The model is the submodule ``diffusers_name``."""
 

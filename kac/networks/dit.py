@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, folded_shape
+from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, InputConv2d, folded_shape
 from kac.networks.velocity import ConditionEmbedding, NetworkOptions
 
 
@@ -49,6 +49,7 @@ class DiT(DiffusersNetwork):
             patch_size=config.patch,
             num_embeds_ada_norm=num_classes,
         )
+        self.transformer.pos_embed.proj.__class__ = InputConv2d
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         for block in self.transformer.transformer_blocks:
             labels = block.norm1.emb.class_embedder

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, folded_shape
+from kac.networks.diffusers import ConditionedLabels, DiffusersNetwork, InputConv2d, folded_shape
 from kac.networks.velocity import ConditionEmbedding, NetworkOptions
 from kac.util.errors import ArgumentError
 
@@ -47,6 +47,7 @@ class UNet(DiffusersNetwork):
         super().__init__(config, num_classes, 4 * config.channels[0])
         self.patch = config.patch
         self.unet: Any = UNet2DModel(**_arguments(config, sample_shape, num_classes))
+        self.unet.conv_in.__class__ = InputConv2d
         self.unet.class_embedding = ConditionedLabels(num_classes + 1, self.width)
         self.conditions = ConditionEmbedding(config.conditions, self.width)
         nn.init.zeros_(self.unet.conv_out.weight)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kac.networks import DiTConfig, MLPConfig, NetworkConfig, NetworkModule, UNetConfig, build_network
+from kac.networks.diffusers import InputConv2d
 from kac.precision import Precision
 from kac.sampling import Sampling, generate
 from kac.util.errors import ArgumentError
@@ -153,6 +154,23 @@ def assert_agrees(config: NetworkConfig, precision: Precision, tolerance: float)
 def test_networks_of_diffusers_agree(config: NetworkConfig, precision: Precision, tolerance: float):
     """The networks include norms and attention under autocast, forward and backward."""
     assert_agrees(config, precision, tolerance)
+
+
+@both
+def test_the_first_layer_sees_noise_that_bfloat16_would_round_away(config: NetworkConfig):
+    """A layer that takes differences of neighbouring pixels receives an image of -1 with noise of 0.001."""
+    network, (x, t, label) = backbone(config), inputs()
+    first = next(layer for layer in network.modules() if isinstance(layer, InputConv2d))
+    with torch.no_grad():
+        first.weight.sub_(first.weight.mean(dim=(1, 2, 3), keepdim=True))
+        first.bias.zero_()
+    outputs = []
+    first.register_forward_hook(lambda layer, given, output: outputs.append(output[..., 1:-1, 1:-1]))
+    with torch.no_grad():
+        for dtype in ("float32", "bfloat16"):
+            Precision(dtype=dtype).wrap(network)(-1 + 0.001 * x, t, label)
+    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16]
+    assert relative_error(outputs[1].float(), outputs[0]) < 0.01
 
 
 @needs_compiler
