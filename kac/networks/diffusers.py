@@ -34,7 +34,7 @@ class InputConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in autocast's data type, like other layers."""
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # "meta" has no autocast
             return super().forward(x)
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
