@@ -64,8 +64,9 @@ def solve(
 
     euler: x += h u_n.  heun: x += h (u_n + u(x + h u_n, t_{n+1})) / 2.
     ab2: x += h ((1 + ratio/2) u_n - (ratio/2) u_{n-1}), ratio = h / h_prev; the first step is an Euler step.
-    ab2-euler: ab2 in steps that start above t = 1/4, then euler: near the image, a Kac velocity changes too fast to be
-    extrapolated. The kinetic energy is integrated by the same rule. The orders of convergence are 1, 2, 2 and 1.
+    ab2-euler: steps that start above t = 1/4 are AB-2 steps, all others Euler steps, because a Kac velocity changes too
+    fast near the image to be extrapolated.
+    The kinetic energy is integrated by the same rule. The orders of convergence are 1, 2, 2 and 1.
 
     Args:
         x: [batch, *sample], the state at times[0].

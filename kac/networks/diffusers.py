@@ -26,9 +26,10 @@ class ConditionedLabels(nn.Embedding):
 
 
 class InputConv2d(nn.Conv2d):
-    """A network's first layer, which computes in float32 under autocast, too.
+    """A network's first layer, which computes in float32 even under autocast.
 
-    bfloat16 rounds pixels near -1 and 1 to half a grey level, so the network would not see the last noise of an image.
+    bfloat16 rounds pixels near -1 and 1 to multiples of half a grey level, which hides the last noise of an image.
+    Networks change the class of diffusers' first layer to this one, which keeps its weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
